@@ -1,0 +1,26 @@
+"""ActVAR: dynamic activation of weights and tokens for pretrained VAR image generators."""
+
+from actvar.adapter import AdapterError, load_adapter, read_adapter_config, save_adapter
+from actvar.checkpoint import CheckpointError, load_var
+from actvar.config import ActVARConfig
+from actvar.patch import apply_patch, patched, remove_patch
+from actvar.recording import guided_rows, record
+from actvar.zoo import load_pretrained
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActVARConfig",
+    "AdapterError",
+    "CheckpointError",
+    "apply_patch",
+    "guided_rows",
+    "load_adapter",
+    "load_pretrained",
+    "load_var",
+    "patched",
+    "read_adapter_config",
+    "record",
+    "remove_patch",
+    "save_adapter",
+]

@@ -1,0 +1,199 @@
+"""Read every model size off the shapes of a checkpoint's tensors, so that no configuration file is needed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from actvar.models.build import skeleton
+from actvar.models.var import HEAD_DIM, VAR
+from actvar.models.vqvae import VQVAE
+
+NORM_GROUPS = 32
+VAR_KIND, AUTOENCODER_KIND = "var", "autoencoder"
+
+
+@dataclass(frozen=True)
+class VarSizes:
+    """Sizes of a transformer; names as in `build_vae_var`."""
+
+    depth: int
+    width: int
+    heads: int
+    num_classes: int
+    V: int
+    Cvae: int
+    patch_nums: tuple[int, ...]
+    shared_aln: bool
+    attn_l2_norm: bool
+
+
+@dataclass(frozen=True)
+class AutoencoderSizes:
+    """Sizes of an autoencoder; names as in `build_vae_var`. `scales`: the number of token maps in its training."""
+
+    V: int
+    Cvae: int
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    image_channels: int
+    share_quant_resi: int
+    scales: int
+
+
+def kind_of(keys: Collection[str]) -> str | None:
+    """`"var"`, `"autoencoder"`, or None for names that belong to neither."""
+    if any(key.startswith("blocks.") for key in keys):
+        return VAR_KIND
+    if any(key.startswith(("encoder.", "decoder.", "quantize.")) for key in keys):
+        return AUTOENCODER_KIND
+    return None
+
+
+def var_sizes(tensors: Mapping[str, Tensor]) -> VarSizes:
+    """Sizes of a transformer from its state dict; of the tensors' values only those of `lvl_1L` are read.
+
+    Raises:
+        ValueError: a tensor that a size is read from is missing or cannot belong to a VAR transformer.
+    """
+    width, Cvae = _shape(tensors, "word_embed.weight", 2)
+    scale_mul = "blocks.0.attn.scale_mul_1H11"
+    attn_l2_norm = scale_mul in tensors
+    heads = _shape(tensors, scale_mul, 4)[1] if attn_l2_norm else width // HEAD_DIM
+    if heads * HEAD_DIM != width:
+        raise ValueError(f"expected heads of size {HEAD_DIM}, found {heads} heads for width {width}")
+    return VarSizes(
+        depth=_count(tensors, "blocks."),
+        width=width,
+        heads=heads,
+        num_classes=_shape(tensors, "class_emb.weight", 2)[0] - 1,
+        V=_shape(tensors, "head.weight", 2)[0],
+        Cvae=Cvae,
+        patch_nums=_patch_nums(tensors),
+        shared_aln=any(key.startswith("shared_ada_lin.") for key in tensors),
+        attn_l2_norm=attn_l2_norm,
+    )
+
+
+def autoencoder_sizes(tensors: Mapping[str, Tensor]) -> AutoencoderSizes:
+    """Sizes of an autoencoder from its state dict; no values are read.
+
+    Raises:
+        ValueError: a tensor that a size is read from is missing or cannot belong to VAR's autoencoder.
+    """
+    V, Cvae = _shape(tensors, "quantize.embedding.weight", 2)
+    ch, image_channels = _shape(tensors, "encoder.conv_in.weight", 4)[:2]
+    levels = range(_count(tensors, "encoder.down."))
+    widths = [_shape(tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in levels]
+    if ch % NORM_GROUPS or any(width % ch for width in widths):
+        raise ValueError(
+            f"expected a first convolution width that is a multiple of {NORM_GROUPS} and others that are multiples "
+            f"of the first, found {ch} and {widths}"
+        )
+    share_quant_resi = _share_quant_resi(tensors)
+    trained_scales = _shape(tensors, "quantize.ema_vocab_hit_SV", 2)[0]
+    return AutoencoderSizes(
+        V=V,
+        Cvae=Cvae,
+        ch=ch,
+        ch_mult=tuple(width // ch for width in widths),
+        num_res_blocks=_count(tensors, "encoder.down.0.block."),
+        image_channels=image_channels,
+        share_quant_resi=share_quant_resi,
+        scales=_count(tensors, "quantize.quant_resi.") if share_quant_resi == 0 else trained_scales,
+    )
+
+
+def pair_skeleton(var: VarSizes, vae: AutoencoderSizes) -> tuple[VQVAE, VAR]:
+    """Both modules on the meta device, with the transformer's patch_nums.
+
+    Raises:
+        ValueError: the two do not belong together.
+    """
+    if (var.V, var.Cvae) != (vae.V, vae.Cvae):
+        raise ValueError(
+            f"expected an autoencoder with {var.V} codes of dimension {var.Cvae}, as the transformer has it, "
+            f"found {vae.V} codes of dimension {vae.Cvae}; load the two files that were trained together"
+        )
+    if vae.share_quant_resi == 0 and vae.scales != len(var.patch_nums):
+        raise ValueError(
+            f"expected an autoencoder with {len(var.patch_nums)} scales, as the transformer has, "
+            f"found one convolution for each of {vae.scales} scales; load the two files that were trained together"
+        )
+    arguments = {**asdict(var), **asdict(vae)}
+    del arguments["heads"], arguments["scales"]
+    return skeleton(**arguments)
+
+
+def var_skeleton(sizes: VarSizes) -> VAR:
+    """The transformer alone on the meta device."""
+    smallest = AutoencoderSizes(
+        V=sizes.V,
+        Cvae=sizes.Cvae,
+        ch=32,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        image_channels=3,
+        share_quant_resi=1,
+        scales=len(sizes.patch_nums),
+    )
+    return pair_skeleton(sizes, smallest)[1]
+
+
+def autoencoder_skeleton(sizes: AutoencoderSizes) -> VQVAE:
+    """The autoencoder alone on the meta device, with arbitrary patch_nums."""
+    smallest = VarSizes(
+        depth=1,
+        width=HEAD_DIM,
+        heads=1,
+        num_classes=1,
+        V=sizes.V,
+        Cvae=sizes.Cvae,
+        patch_nums=(1,) * sizes.scales,
+        shared_aln=False,
+        attn_l2_norm=False,
+    )
+    return pair_skeleton(smallest, sizes)[0]
+
+
+def _shape(tensors: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
+    if key not in tensors:
+        raise ValueError(f"expected a tensor `{key}`, found none of that name among {len(tensors)}")
+    shape = tuple(tensors[key].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise ValueError(f"expected `{key}` with {dimensions} dimensions, none of them empty, found shape {shape}")
+    return shape
+
+
+def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """How many consecutive indices follow `prefix` in the names."""
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,9})\.")
+    found = {int(match[1]) for match in map(pattern.match, tensors) if match}
+    if found != set(range(len(found))) or not found:
+        raise ValueError(f"expected `{prefix}0`, `{prefix}1` and so on without a gap, found {sorted(found)[:12]}")
+    return len(found)
+
+
+def _share_quant_resi(tensors: Mapping[str, Tensor]) -> int:
+    if any(key.startswith("quantize.quant_resi.qresi_ls.") for key in tensors):
+        return _count(tensors, "quantize.quant_resi.qresi_ls.")
+    return 1 if any(key.startswith("quantize.quant_resi.qresi.") for key in tensors) else 0
+
+
+def _patch_nums(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Sides of the token maps: scale `s` fills `patch_nums[s] ** 2` places of `lvl_1L` with its index."""
+    _shape(tensors, "lvl_1L", 2)
+    levels, counts = torch.unique_consecutive(tensors["lvl_1L"].flatten(), return_counts=True)
+    sides = tuple(math.isqrt(count) for count in counts.tolist())
+    if levels.tolist() != list(range(len(sides))) or [side * side for side in sides] != counts.tolist():
+        raise ValueError(
+            "expected `lvl_1L` to hold 0, 1, 2, ..., each as often as a square number, "
+            f"found {levels.tolist()[:12]} with counts {counts.tolist()[:12]}"
+        )
+    return sides

@@ -1,0 +1,173 @@
+"""The command line: `actvar sample`, `actvar info`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+import actvar
+from actvar.adapter import describe_adapter, read_adapter_config
+from actvar.checkpoint import describe_checkpoint
+from actvar.compare import Sampling, compare, save_pictures
+from actvar.patch import patched
+from actvar.pictures import save_grid
+from actvar.zoo.fashion_mnist.data import CLASSES
+from actvar.zoo.pretrained import adapter_path
+from actvar_kernels import get_backend
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line that says what to do, exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (try {self.prog} --help)\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `actvar` command."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+        parser.exit(2, f"actvar {options.command}: {' '.join(str(error).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="actvar", description="Sample pretrained VAR image generators faster with ActVAR.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    sample = commands.add_parser("sample", help="sample images; --compare also times dense against ActVAR")
+    source = sample.add_argument_group("model")
+    source.add_argument("--model", choices=["fashion-mnist"], help="a model that comes with the package")
+    source.add_argument("--var", help="transformer checkpoint: .pth, .safetensors, or owner/repo:file on the hub")
+    source.add_argument("--vae", help="autoencoder checkpoint, likewise")
+    source.add_argument("--adapter", help="adapter file, or the name of a bundled one (default for --model: paper)")
+    source.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    source.add_argument("--device", default="cpu")
+    what = sample.add_argument_group("images")
+    what.add_argument("--labels", "--classes", type=_labels, required=True, help="e.g. 0-9 or 207,980")
+    what.add_argument("--per-class", type=_positive, default=1, help="images per class (default 1)")
+    what.add_argument("--cfg", type=float, default=1.5, help="guidance strength (default 1.5)")
+    what.add_argument("--top-k", type=int, default=0)
+    what.add_argument("--top-p", type=float, default=0.0)
+    what.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--dense", action="store_true", help="sample without ActVAR")
+    sample.add_argument("--compare", action="store_true", help="dense and ActVAR with the same seed, side by side")
+    sample.add_argument("--repeats", type=_positive, default=5, help="timed runs of each (default 5)")
+    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
+    sample.set_defaults(run=_sample)
+
+    info = commands.add_parser("info", help="describe a checkpoint or adapter, or, without a file, this installation")
+    info.add_argument("file", nargs="?", type=Path)
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _sample(options: argparse.Namespace) -> None:
+    if (options.model is None) == (options.var is None):
+        raise ValueError("give either --model, or --var with --vae")
+    if options.var is not None and options.vae is None:
+        raise ValueError("--var needs --vae, the checkpoint of its autoencoder")
+    if options.dense and options.compare:
+        raise ValueError("--dense samples without ActVAR; leave it out for --compare")
+    _, var = _load(options)
+    bad = [label for label in options.labels if label >= var.num_classes]
+    if bad:
+        raise ValueError(f"--labels: the model has classes 0-{var.num_classes - 1}, got {bad[0]}")
+    labels = tuple(label for label in options.labels for _ in range(options.per_class))
+    sampling = Sampling(labels, options.cfg, options.top_k, options.top_p, options.seed)
+    adapter = _adapter(options)
+    config = actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.compare:
+        result = compare(var, config, adapter, sampling, options.repeats)
+        names = CLASSES if options.model else None
+        titles = [names[label] if names else f"class {label}" for label in labels]
+        save_pictures(var, config, adapter, sampling, options.out, options.per_class, titles)
+        print(f"{len(labels)} images, cfg {options.cfg}, {options.dtype}, {torch.get_num_threads()} threads,", end=" ")
+        print(f"median of {options.repeats}; {_describe(config)}")
+        print(result.table())
+    elif options.dense:
+        save_grid(sampling.run(var), options.out / "dense.png", options.per_class)
+    else:
+        with patched(var, config, adapter):
+            save_grid(sampling.run(var), options.out / "actvar.png", options.per_class)
+    print("wrote " + ", ".join(str(path) for path in sorted(options.out.glob("*.png"))))
+
+
+def _load(options: argparse.Namespace):
+    placement = dict(device=options.device, dtype=DTYPES[options.dtype])
+    if options.model:
+        return actvar.load_pretrained(options.model, **placement)
+    return actvar.load_var(options.var, options.vae, **placement)
+
+
+def _adapter(options: argparse.Namespace) -> Path | None:
+    """The adapter's file; a name without a suffix is that of a bundled one."""
+    name = options.adapter or ("paper" if options.model else None)
+    if name is None:
+        return None
+    if options.model and "." not in name:
+        return adapter_path(options.model, name)
+    return Path(name)
+
+
+def _describe(config: actvar.ActVARConfig) -> str:
+    tokens = "/".join(f"{rate:.0%}" for rate in config.token_rates)
+    ffn = "/".join(f"{rate:.0%}" for rate in config.ffn_rates)
+    return f"tokens {tokens}, FFN {ffn} of {config.num_experts} experts at scales {config.scales}"
+
+
+def _info(options: argparse.Namespace) -> None:
+    if options.file is None:
+        facts = {
+            "actvar": actvar.__version__,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "threads": torch.get_num_threads(),
+            "backend": get_backend(),
+        }
+    else:
+        facts = _describe_file(options.file)
+    for name, value in facts.items():
+        print(f"{name:<16}{value}")
+
+
+def _describe_file(path: Path) -> dict[str, object]:
+    """An adapter or a checkpoint; when it is neither, the checkpoint reader's error."""
+    try:
+        return describe_adapter(path)
+    except actvar.AdapterError:
+        return describe_checkpoint(path)
+
+
+def _labels(text: str) -> tuple[int, ...]:
+    labels: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise argparse.ArgumentTypeError(f"expected class numbers such as 0-9 or 207,980, got {text!r}")
+        labels.extend(range(int(first), int(last if dash else first) + 1))
+    if not labels:
+        raise argparse.ArgumentTypeError(f"expected at least one class, got {text!r}")
+    return tuple(labels)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

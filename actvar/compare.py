@@ -1,0 +1,134 @@
+"""Sample the same images dense and with ActVAR: pictures, time and FLOPs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from actvar.config import ActVARConfig
+from actvar.flops import counted_flops, model_flops
+from actvar.patch import patched
+from actvar.pictures import save_grid, save_token_overlay
+from actvar.recording import record, shared_state
+from actvar.timing import block_seconds, interleaved_medians, seconds_of
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What to sample: arguments of `autoregressive_infer_cfg`."""
+
+    labels: tuple[int, ...]
+    cfg: float = 1.5
+    top_k: int = 0
+    top_p: float = 0.0
+    seed: int = 0
+
+    def run(self, var: nn.Module) -> torch.Tensor:
+        """Images `[B, C, H, W]` in [0, 1]."""
+        labels = torch.tensor(self.labels, device=var.head.weight.device)
+        return var.autoregressive_infer_cfg(
+            len(labels), labels, g_seed=self.seed, cfg=self.cfg, top_k=self.top_k, top_p=self.top_p
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of a whole sample, seconds of the blocks at the active scales, and FLOPs of the transformer, by formula
+    and by torch's counter; each by name, `dense` and `actvar`."""
+
+    images: int
+    seconds: dict[str, float]
+    block_seconds: dict[str, float]
+    formula_flops: dict[str, int]
+    counted_flops: dict[str, int]
+
+    def table(self) -> str:
+        """The comparison as aligned text."""
+
+        def row(label: str, values: dict[str, float], unit: float, digits: int, better: str) -> str:
+            dense, actvar = values["dense"] / unit, values["actvar"] / unit
+            return f"{label:<34}{dense:>12.{digits}f}{actvar:>12.{digits}f}  {better}"
+
+        def speedup(values: dict[str, float]) -> str:
+            return f"{values['dense'] / values['actvar']:.2f}x"
+
+        def saving(values: dict[str, int]) -> str:
+            return f"{1 - values['actvar'] / values['dense']:.1%} saved"
+
+        rate = {name: self.images / seconds for name, seconds in self.seconds.items()}
+        return "\n".join(
+            [
+                f"{'':<34}{'dense':>12}{'ActVAR':>12}",
+                row("whole sample, ms", self.seconds, 1e-3, 1, speedup(self.seconds)),
+                row("images per second", rate, 1, 1, ""),
+                row("blocks of the active scales, ms", self.block_seconds, 1e-3, 1, speedup(self.block_seconds)),
+                row("transformer GFLOP, formula", self.formula_flops, 1e9, 2, saving(self.formula_flops)),
+                row("transformer GFLOP, counted", self.counted_flops, 1e9, 2, saving(self.counted_flops)),
+            ]
+        )
+
+
+def compare(
+    var: nn.Module, config: ActVARConfig, adapter: str | Path | None, sampling: Sampling, repeats: int
+) -> Comparison:
+    """Measure an unpatched `var` and the same with ActVAR, in turn, medians of `repeats`."""
+    device = var.head.weight.device
+    active_tokens = {var.patch_nums[scale] ** 2 for scale in config.scales}
+
+    def blocks() -> float:
+        with block_seconds(var) as seconds:
+            sampling.run(var)
+        return sum(seconds[tokens] for tokens in active_tokens)
+
+    def with_patch(measure):
+        def run() -> float:
+            with patched(var, config, adapter):
+                return measure()
+
+        return run
+
+    def whole() -> float:
+        return seconds_of(lambda: sampling.run(var), device)
+
+    seconds = interleaved_medians({"dense": whole, "actvar": with_patch(whole)}, repeats, "whole samples")
+    block_times = interleaved_medians({"dense": blocks, "actvar": with_patch(blocks)}, repeats, "blocks")
+    batch = len(sampling.labels)
+    formula = {"dense": sum(step.total for step in model_flops(var, batch))}
+    counted = {"dense": counted_flops(var, batch)}
+    with patched(var, config, adapter):
+        formula["actvar"] = sum(step.total for step in model_flops(var, batch))
+        counted["actvar"] = counted_flops(var, batch)
+    return Comparison(batch, seconds, block_times, formula, counted)
+
+
+def save_pictures(
+    var: nn.Module,
+    config: ActVARConfig,
+    adapter: str | Path | None,
+    sampling: Sampling,
+    folder: Path,
+    columns: int,
+    titles: Sequence[str],
+) -> None:
+    """Write `dense.png`, `actvar.png`, `difference.png` and, where tokens are selected, `tokens.png`.
+
+    Args:
+        columns: images per row of the grids.
+        titles: a label per image, for the token overlay, which shows the first image of up to ten rows.
+    """
+    dense = sampling.run(var)
+    with patched(var, config, adapter), record(var) as records:
+        sparse = sampling.run(var)
+        selects = any(scale.select for scale in shared_state(var).schedule)
+    save_grid(dense, folder / "dense.png", columns)
+    save_grid(sparse, folder / "actvar.png", columns)
+    save_grid((dense - sparse).abs(), folder / "difference.png", columns)
+    if selects:
+        shown = list(range(0, len(sparse), columns))[:10]
+        save_token_overlay(
+            sparse[shown], [r.only(shown) for r in records], folder / "tokens.png", [titles[i] for i in shown]
+        )

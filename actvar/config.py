@@ -1,0 +1,102 @@
+"""What is sparse, where and how much."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+KV_MODES = ("compact", "all")
+
+
+def share_of(rate: float, count: int) -> int:
+    """`floor(rate * count + 0.5)`, at least 1."""
+    return max(1, math.floor(rate * count + 0.5))
+
+
+@dataclass(frozen=True)
+class ActVARConfig:
+    """Rates and variants of ActVAR; the default is the paper's (0.75, 0.75; 0.75).
+
+    Args:
+        scales: active scales as indices into `patch_nums`, negative ones from the end.
+        token_rates: share of tokens each active scale updates, in (0, 1].
+        ffn_rate: share of experts per token, in (0, 1]; one number for all active scales or one per scale.
+        num_experts: groups the FFN's hidden units are cut into; must divide the hidden size.
+        kv: `"compact"` caches keys and values of kept tokens only (Eq. 8); `"all"` projects and caches all tokens of
+            an active scale.
+        share_cfg_selection: under guidance the conditional row chooses the tokens of both rows.
+        always_sparse: run every sparse operation even where a rate is 1, where they change nothing (for checks).
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    scales: tuple[int, ...] = (-2, -1)
+    token_rates: tuple[float, ...] = (0.75, 0.75)
+    ffn_rate: float | tuple[float, ...] = 0.75
+    num_experts: int = 16
+    kv: str = "compact"
+    share_cfg_selection: bool = False
+    always_sparse: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "scales", _tuple_of("scales", self.scales, _integer))
+        object.__setattr__(self, "token_rates", _tuple_of("token_rates", self.token_rates, _rate))
+        if isinstance(self.ffn_rate, Sequence):
+            object.__setattr__(self, "ffn_rate", _tuple_of("ffn_rate", self.ffn_rate, _rate))
+        else:
+            object.__setattr__(self, "ffn_rate", _rate("ffn_rate", self.ffn_rate))
+        for name in ("token_rates", "ffn_rate"):
+            rates = getattr(self, name)
+            if isinstance(rates, tuple) and len(rates) != len(self.scales):
+                raise ValueError(f"{name}: expected one rate per scale in {self.scales}, got {rates}")
+        if _integer("num_experts", self.num_experts) < 1:
+            raise ValueError(f"num_experts: expected at least 1, got {self.num_experts}")
+        if self.kv not in KV_MODES:
+            raise ValueError(f"kv: expected one of {KV_MODES}, got {self.kv!r}")
+        for name in ("share_cfg_selection", "always_sparse"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+
+    @property
+    def ffn_rates(self) -> tuple[float, ...]:
+        """FFN rate of each active scale."""
+        return self.ffn_rate if isinstance(self.ffn_rate, tuple) else (self.ffn_rate,) * len(self.scales)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ActVARConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: not a JSON object, or one with unknown fields.
+        """
+        values = json.loads(text)
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or not values.keys() <= known:
+            raise ValueError(f"expected a JSON object with fields among {sorted(known)}, got {text[:200]!r}")
+        return cls(**values)
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    return value
+
+
+def _rate(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number in (0, 1], got {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}: expected a number in (0, 1], got {value!r}")
+    return float(value)
+
+
+def _tuple_of(name: str, values: object, check) -> tuple:
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise TypeError(f"{name}: expected a non-empty tuple, got {values!r}")
+    return tuple(check(name, value) for value in values)

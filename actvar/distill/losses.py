@@ -1,0 +1,80 @@
+"""The losses of ActVAR's first training stage, each a small function. Source: the paper's 3.2, 3.3 and supplement 6.
+
+Where the paper leaves a choice open, distances and changes are divided by their mean so that a temperature of 1 fits
+every model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+def expert_distances(
+    u: torch.Tensor, fc1_weight: torch.Tensor, fc1_bias: torch.Tensor, fc2_weight: torch.Tensor, num_experts: int
+) -> torch.Tensor:
+    """Mean squared distance of each expert's output to the whole FFN's, `d_e = mean_c (E_e(u) - FFN(u))_c^2`.
+
+    `E_e(u) = gelu(u W1_e^T + b1_e) W2_e^T + b2`. The square is expanded, so that no `[T, N, C]` tensor is made.
+
+    Args:
+        u: FFN input `[T, C]`.
+        fc1_weight, fc1_bias, fc2_weight: `[D, C]`, `[D]`, `[C, D]`.
+
+    Returns:
+        `[T, N]` in u's dtype.
+    """
+    T, C = u.shape
+    hidden = F.gelu(F.linear(u, fc1_weight, fc1_bias), approximate="tanh")
+    output = F.linear(hidden, fc2_weight)
+    by_expert = hidden.view(T, num_experts, -1).transpose(0, 1)  # [N, T, D/N]
+    down = fc2_weight.view(C, num_experts, -1).transpose(0, 1)  # [N, C, D/N]
+    gram = down.transpose(1, 2) @ down  # [N, D/N, D/N]
+    own = ((by_expert @ gram) * by_expert).sum(-1)  # |E_e|^2, [N, T]
+    cross = ((output @ fc2_weight).view(T, num_experts, -1).transpose(0, 1) * by_expert).sum(-1)  # E_e . FFN
+    return ((own - 2 * cross).T + output.square().sum(-1, keepdim=True)).clamp_min(0) / C
+
+
+def router_target(distances: torch.Tensor, active: int, temperature: float = 1.0) -> torch.Tensor:
+    """Pseudo-labels over experts (Eq. 5): softmax of `-d / mean(d) / temperature` over the nearest, 0 elsewhere.
+
+    Args:
+        distances: `[T, N]`.
+        active: experts on per token, M.
+    """
+    relative = distances / distances.mean(dim=-1, keepdim=True).clamp_min(1e-12)
+    return _softmax_over_largest(-relative / temperature, active)
+
+
+def selector_target(change: torch.Tensor, keep: int, temperature: float = 1.0) -> torch.Tensor:
+    """Pseudo-labels over tokens (Eq. 16): softmax of `c / mean(c) / temperature` over the most changed, 0 elsewhere.
+
+    Args:
+        change: `||block(x)_i - x_i||_2` of the dense block, `[R, L]`.
+        keep: tokens kept per row, K.
+    """
+    relative = change / change.mean(dim=-1, keepdim=True).clamp_min(1e-12)
+    return _softmax_over_largest(relative / temperature, keep)
+
+
+def _softmax_over_largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    top = values.topk(count, dim=-1)
+    return torch.zeros_like(values).scatter_(-1, top.indices, top.values.softmax(dim=-1))
+
+
+def distillation_loss(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """`KL(target || softmax(logits))` over the last axis, averaged over the others (Eq. 6, 14, 17)."""
+    log_prediction = logits.log_softmax(dim=-1)
+    return (torch.xlogy(target, target) - target * log_prediction).sum(dim=-1).mean()
+
+
+def balance_loss(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """`N * sum_e f_e P_e` (Eq. 15, 18): f_e the share of rows that chose e, P_e its mean probability.
+
+    Args:
+        logits: `[rows, N]` of experts, or `[R, L]` of token positions.
+        chosen: bool, same shape.
+    """
+    share = chosen.to(logits.dtype).mean(dim=0)
+    probability = logits.softmax(dim=-1).mean(dim=0)
+    return logits.shape[-1] * (share * probability).sum()

@@ -1,0 +1,103 @@
+"""Stage 1: train selectors and routers, with everything else frozen, along the patched model's own trajectory."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from actvar.adapter import gate_parameters
+from actvar.distill.losses import (
+    balance_loss,
+    distillation_loss,
+    expert_distances,
+    router_target,
+    selector_target,
+)
+from actvar.families import family_of
+from actvar.recording import BlockRecord, record, shared_state
+
+DISTILLATION_WEIGHT, BALANCE_WEIGHT = 0.05, 0.01
+
+
+class Stage1(nn.Module):
+    """Loss of a batch as a module, so that it can be trained in several processes.
+
+    Args:
+        var: a patched model; its selectors and routers become the only trainable parameters.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+
+    def __init__(self, var: nn.Module):
+        super().__init__()
+        shared_state(var)
+        self.var, self.family = var, family_of(var)
+        var.requires_grad_(False)
+        for parameter in gate_parameters(var).values():
+            parameter.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Stage1:
+        """Only labels are dropped in training; the blocks stay in eval mode."""
+        super().train(mode)
+        for child in self.var.children():
+            child.eval()
+        return self
+
+    def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Scalar losses: `loss` (Eq. 19) and its parts `cls`, `router`, `selector`, `balance`, averaged over blocks.
+
+        Args:
+            labels: classes `[B]`.
+            inputs: `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`.
+            tokens: the true token maps `[B, L]`.
+        """
+        with record(self.var) as records:
+            logits = self.var(labels, inputs)
+        parts = {"router": [], "selector": [], "balance": []}
+        for index, of_block in groupby(records, key=lambda r: r.block):
+            for name, value in self._block_losses(self.var.blocks[index], list(of_block)).items():
+                parts[name].append(value)
+        means = {name: torch.stack(values).mean() for name, values in parts.items()}
+        cls = F.cross_entropy(logits.flatten(0, 1), tokens.flatten().long())
+        distillation = DISTILLATION_WEIGHT * (means["router"] + means["selector"])
+        return {"loss": cls + distillation + BALANCE_WEIGHT * means["balance"], "cls": cls, **means}
+
+    def _block_losses(self, block: nn.Module, records: list[BlockRecord]) -> dict[str, torch.Tensor]:
+        """Router, selector and balance loss of one block, each averaged over its active scales."""
+        change = self._dense_change(block, records[0])
+        router, selector, balance = [], [], []
+        with torch.autocast(change.device.type, enabled=False):
+            for r in records:
+                if r.logits is not None:
+                    logits, mask = r.logits.flatten(0, -2), r.mask.flatten(0, -2)
+                    router.append(distillation_loss(self._router_target(block, r), logits))
+                    balance.append(balance_loss(logits, mask))
+                if r.scores is not None:
+                    of_scale = change[:, r.scale.start : r.scale.start + r.scale.tokens]
+                    selector.append(distillation_loss(selector_target(of_scale, r.scale.keep), r.scores))
+                    kept = torch.zeros_like(r.scores, dtype=torch.bool).scatter_(1, r.index, True)
+                    balance.append(balance_loss(r.scores, kept))
+        zero = change.new_zeros(())
+        scales = len(records)
+        return {
+            "router": sum(router, zero) / scales,
+            "selector": sum(selector, zero) / scales,
+            "balance": sum(balance, zero) / scales,
+        }
+
+    @torch.no_grad()
+    def _dense_change(self, block: nn.Module, r: BlockRecord) -> torch.Tensor:
+        """`||block(x)_i - x_i||_2` `[R, L_all]` of the dense block at the student's input."""
+        bias = self.var.attn_bias_for_masking.to(r.block_input.dtype)
+        return (block.dense_forward(r.block_input, r.cond, bias) - r.block_input).float().norm(dim=-1)
+
+    @torch.no_grad()
+    def _router_target(self, block: nn.Module, r: BlockRecord) -> torch.Tensor:
+        fc1_weight, fc1_bias, fc2_weight, _ = (w.float() for w in self.family.ffn_weights(block))
+        u = r.u.float().flatten(0, -2)
+        distances = expert_distances(u, fc1_weight, fc1_bias, fc2_weight, r.logits.shape[-1])
+        return router_target(distances, r.scale.experts)

@@ -1,0 +1,116 @@
+"""VAR: our `actvar.models.VAR` and the public implementation's class, in any module path."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+NAME = "VAR (actvar.models.VAR or the class of the public VAR code)"
+MAX_LOG_SCALE = 4.605170185988092  # log(100)
+
+
+def mismatch(model: nn.Module) -> str | None:
+    """Why `model` is not of this family, or None if it is."""
+    for name in ("blocks", "patch_nums", "autoregressive_infer_cfg", "head"):
+        if not hasattr(model, name):
+            return f"expected an attribute {name!r}"
+    if not len(model.blocks):
+        return "expected at least one block"
+    required = (
+        "attn.mat_qkv",
+        "attn.q_bias",
+        "attn.zero_k_bias",
+        "attn.v_bias",
+        "attn.proj",
+        "attn.kv_caching",
+        "ffn.fc1",
+        "ffn.fc2",
+        "ln_wo_grad",
+        "shared_aln",
+    )
+    for index, block in enumerate(model.blocks):
+        for path in required:
+            part = block
+            for name in path.split("."):
+                part = getattr(part, name, None)
+            if part is None:
+                return f"expected blocks[{index}].{path}, which {type(block).__name__} does not have"
+    return None
+
+
+def width(model: nn.Module) -> int:
+    return model.blocks[0].ffn.fc1.in_features
+
+
+def hidden_size(model: nn.Module) -> int:
+    return model.blocks[0].ffn.fc1.out_features
+
+
+def modulation(block: nn.Module, cond: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`, of the block's condition."""
+    if block.shared_aln:
+        return (block.ada_gss + cond).unbind(2)
+    return block.ada_lin(cond).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
+
+
+def project(block: nn.Module, queries_from: torch.Tensor, keys_from: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q `[R, H, K, d]` of `queries_from` `[R, K, C]`; k and v `[R, H, T, d]` of `keys_from` `[R, T, C]`."""
+    attn = block.attn
+    weight = attn.mat_qkv.weight
+    if queries_from is keys_from:
+        bias = torch.cat((attn.q_bias, attn.zero_k_bias, attn.v_bias))
+        return _heads(attn, F.linear(queries_from, weight, bias), 3)
+    C = weight.shape[1]
+    q = _heads(attn, F.linear(queries_from, weight[:C], attn.q_bias), 1)
+    kv = _heads(attn, F.linear(keys_from, weight[C:], torch.cat((attn.zero_k_bias, attn.v_bias))), 2)
+    return *q, *kv
+
+
+def _heads(attn: nn.Module, projected: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+    split = projected.unflatten(-1, (parts, attn.num_heads, attn.head_dim))
+    return split.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def head_scale(block: nn.Module) -> torch.Tensor | None:
+    """Per-head query scale `[H]` under QK norm, or None without it."""
+    if not block.attn.attn_l2_norm:
+        return None
+    return block.attn.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().flatten()
+
+
+def cached_tokens(block: nn.Module) -> int:
+    """Rows in the block's K/V cache."""
+    past = read_cache(block)
+    return 0 if past is None else past[0].shape[2]
+
+
+def read_cache(block: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Cached keys and values, each `[R, H, P, d]`, or None when nothing is cached."""
+    attn = block.attn
+    if not attn.caching or attn.cached_k is None:
+        return None
+    if _tokens_first(attn, attn.cached_v.dtype):
+        return attn.cached_k.transpose(1, 2), attn.cached_v.transpose(1, 2)
+    return attn.cached_k, attn.cached_v
+
+
+def write_cache(block: nn.Module, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Replace the cache by `keys` and `values` `[R, H, P, d]`, in the layout that the block itself uses."""
+    attn = block.attn
+    if attn.caching:
+        swap = _tokens_first(attn, values.dtype)
+        attn.cached_k = keys.transpose(1, 2) if swap else keys
+        attn.cached_v = values.transpose(1, 2) if swap else values
+
+
+def _tokens_first(attn: nn.Module, dtype: torch.dtype) -> bool:
+    """Flash-attention and xformers keep `[R, tokens, H, d]`; the public code takes flash only below float32."""
+    flash = getattr(attn, "using_flash", False) and dtype != torch.float32
+    return flash or getattr(attn, "using_xform", False)
+
+
+def ffn_weights(block: nn.Module) -> tuple[torch.Tensor, ...]:
+    """fc1 weight `[D, C]` and bias, fc2 weight `[C, D]` and bias."""
+    ffn = block.ffn
+    return ffn.fc1.weight, ffn.fc1.bias, ffn.fc2.weight, ffn.fc2.bias

@@ -1,0 +1,95 @@
+"""Construct the autoencoder and the transformer with freshly initialised weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from actvar.models.var import HEAD_DIM, VAR
+from actvar.models.vqvae import OFFICIAL_CHANNEL_MULTIPLIERS, VQVAE
+
+OFFICIAL_PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+
+def build_vae_var(
+    V: int = 4096,
+    Cvae: int = 32,
+    ch: int = 160,
+    share_quant_resi: int = 4,
+    patch_nums: Sequence[int] = OFFICIAL_PATCH_NUMS,
+    num_classes: int = 1000,
+    depth: int = 16,
+    shared_aln: bool = False,
+    attn_l2_norm: bool = True,
+    device: str | torch.device = "cpu",
+    *,
+    width: int | None = None,
+    ch_mult: Sequence[int] = OFFICIAL_CHANNEL_MULTIPLIERS,
+    num_res_blocks: int = 2,
+    image_channels: int = 3,
+    seed: int = 0,
+) -> tuple[VQVAE, VAR]:
+    """Build `(vae, var)` in eval mode; keyword names up to `device` are those of the public VAR code.
+
+    Args:
+        V, Cvae: codebook size and code dimension.
+        ch, ch_mult, num_res_blocks, image_channels: see `VQVAE`; downsampling is `2^(len(ch_mult) - 1)`.
+        share_quant_resi: see `VectorQuantizer`.
+        patch_nums: token map side of every scale.
+        num_classes, depth, shared_aln, attn_l2_norm: see `VAR`.
+        width: transformer channels, a multiple of 64; `64 * depth` if None, as in the official models.
+        seed: of the generator that initialises the weights; torch's global generators are not touched.
+
+    Raises:
+        ValueError: a width that is not a multiple of 64.
+    """
+    vae, var = skeleton(
+        V=V,
+        Cvae=Cvae,
+        ch=ch,
+        share_quant_resi=share_quant_resi,
+        patch_nums=patch_nums,
+        num_classes=num_classes,
+        depth=depth,
+        shared_aln=shared_aln,
+        attn_l2_norm=attn_l2_norm,
+        width=width,
+        ch_mult=ch_mult,
+        num_res_blocks=num_res_blocks,
+        image_channels=image_channels,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for module in (vae, var):
+        module.to_empty(device="cpu")
+        module.init_weights(generator)
+        module.to(device)
+    return vae, var
+
+
+def skeleton(
+    *,
+    V: int,
+    Cvae: int,
+    ch: int,
+    share_quant_resi: int,
+    patch_nums: Sequence[int],
+    num_classes: int,
+    depth: int,
+    shared_aln: bool,
+    attn_l2_norm: bool,
+    width: int | None,
+    ch_mult: Sequence[int],
+    num_res_blocks: int,
+    image_channels: int,
+) -> tuple[VQVAE, VAR]:
+    """The two modules on the meta device, in eval mode: shapes without memory. Arguments as in `build_vae_var`."""
+    width = HEAD_DIM * depth if width is None else width
+    if width % HEAD_DIM:
+        raise ValueError(f"width must be a multiple of the head size {HEAD_DIM}, got {width}")
+    with torch.device("meta"):
+        vae = VQVAE(V, Cvae, ch, patch_nums, share_quant_resi, ch_mult, num_res_blocks, image_channels)
+        var = VAR(vae, num_classes, depth, width, width // HEAD_DIM, patch_nums, shared_aln, attn_l2_norm)
+    vae.eval().requires_grad_(False)
+    var.eval()
+    return vae, var

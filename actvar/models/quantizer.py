@@ -1,0 +1,182 @@
+"""Multi-scale residual vector quantizer: an image's features as token maps from 1x1 up to the full grid.
+
+Source: VAR (Tian et al., 2024), Algorithms 1 and 2. State-dict keys follow the official autoencoder checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class ResidualConv(nn.Conv2d):
+    """`phi(h) = (1 - ratio) * h + ratio * conv3x3(h)`, applied to every upsampled token map."""
+
+    def __init__(self, channels: int, ratio: float):
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+        self.ratio = ratio
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h.mul(1 - self.ratio) + super().forward(h).mul(self.ratio)
+
+
+def _ticks(count: int) -> np.ndarray:
+    """Positions in [0, 1] of `count` convolutions; a scale uses the nearest. The constants are the official ones."""
+    margin = 1 / 3 / count if count == 4 else 1 / 2 / count
+    return np.linspace(margin, 1 - margin, count)
+
+
+class SharedConv(nn.Module):
+    """One convolution for all scales."""
+
+    def __init__(self, conv: ResidualConv):
+        super().__init__()
+        self.qresi = conv
+
+    def at(self, position: float) -> ResidualConv:
+        return self.qresi
+
+
+class PartiallySharedConvs(nn.Module):
+    """A few convolutions, each shared by neighbouring scales."""
+
+    def __init__(self, convs: Sequence[ResidualConv]):
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(convs)
+
+    def at(self, position: float) -> ResidualConv:
+        return self.qresi_ls[int(np.abs(_ticks(len(self.qresi_ls)) - position).argmin())]
+
+
+class SeparateConvs(nn.ModuleList):
+    """One convolution per scale."""
+
+    def at(self, position: float) -> ResidualConv:
+        return self[int(np.abs(_ticks(len(self)) - position).argmin())]
+
+
+class VectorQuantizer(nn.Module):
+    """Codebook `[V, Cvae]` and the residual convolutions.
+
+    Args:
+        vocab_size: number of codes `V`.
+        channels: code dimension `Cvae`.
+        patch_nums: side length of every token map, ascending; the last is the feature grid's side.
+        share_quant_resi: 0 one convolution per scale, 1 a single one, n > 1 n partially shared ones.
+    """
+
+    def __init__(self, vocab_size: int, channels: int, patch_nums: Sequence[int], share_quant_resi: int = 4):
+        super().__init__()
+        self.vocab_size, self.Cvae, self.v_patch_nums = vocab_size, channels, tuple(patch_nums)
+        self.beta = 0.25
+        count = {0: len(self.v_patch_nums), 1: 1}.get(share_quant_resi, share_quant_resi)
+        convs = [ResidualConv(channels, 0.5) for _ in range(count)]
+        if share_quant_resi == 0:
+            self.quant_resi = SeparateConvs(convs)
+        elif share_quant_resi == 1:
+            self.quant_resi = SharedConv(convs[0])
+        else:
+            self.quant_resi = PartiallySharedConvs(convs)
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.v_patch_nums), vocab_size))
+        self.embedding = nn.Embedding(vocab_size, channels)
+
+    def upsampled(self, codes: torch.Tensor, scale: int) -> torch.Tensor:
+        """Codes `[B, Cvae, p, p]` of one scale as their share of the feature grid `[B, Cvae, P, P]`."""
+        last = len(self.v_patch_nums) - 1
+        if scale != last:
+            side = self.v_patch_nums[-1]
+            codes = F.interpolate(codes, size=(side, side), mode="bicubic")
+        return self.quant_resi.at(scale / last)(codes)
+
+    def nearest(self, features: torch.Tensor) -> torch.Tensor:
+        """Index `[N]` of the nearest code for each row of `features` `[N, Cvae]` (squared Euclidean distance)."""
+        weight = self.embedding.weight.detach()
+        distance = features.square().sum(dim=1, keepdim=True) + weight.square().sum(dim=1)
+        return distance.addmm_(features, weight.T, alpha=-2, beta=1).argmin(dim=1)
+
+    def pooled_rows(self, rest: torch.Tensor, scale: int) -> torch.Tensor:
+        """The residual `[B, Cvae, P, P]` averaged to scale's grid, as rows `[B * p * p, Cvae]`."""
+        side = self.v_patch_nums[scale]
+        if scale != len(self.v_patch_nums) - 1:
+            rest = F.interpolate(rest, size=(side, side), mode="area")
+        return rest.permute(0, 2, 3, 1).reshape(-1, rest.shape[1])
+
+    def code_map(self, tokens: torch.Tensor, side: int) -> torch.Tensor:
+        """Tokens `[B, p * p]` as code vectors `[B, Cvae, p, p]`."""
+        codes = self.embedding(tokens.view(tokens.shape[0], side, side))
+        return codes.permute(0, 3, 1, 2).contiguous()
+
+    def tokens(self, features: torch.Tensor) -> list[torch.Tensor]:
+        """Encode features `[B, Cvae, P, P]` greedily, scale by scale; returns one `[B, p * p]` int64 map per scale."""
+        rest = features.detach().clone()
+        token_maps = []
+        for scale, side in enumerate(self.v_patch_nums):
+            index = self.nearest(self.pooled_rows(rest, scale)).view(rest.shape[0], side * side)
+            token_maps.append(index)
+            rest -= self.upsampled(self.code_map(index, side), scale)
+        return token_maps
+
+    def features(self, token_maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sum of all scales' upsampled codes `[B, Cvae, P, P]`; the inverse of `tokens` up to quantization."""
+        total = 0
+        for scale, (index, side) in enumerate(zip(token_maps, self.v_patch_nums, strict=True)):
+            total = total + self.upsampled(self.code_map(index, side), scale)
+        return total
+
+    def teacher_input(self, token_maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Transformer input for teacher forcing, `[B, L - p_0^2, Cvae]` in float32.
+
+        Position by position it is the partial sum of all coarser scales, averaged to the next scale's grid.
+        """
+        batch, channels, full = token_maps[0].shape[0], self.Cvae, self.v_patch_nums[-1]
+        partial = torch.zeros(batch, channels, full, full, device=token_maps[0].device)
+        inputs = []
+        for scale in range(len(self.v_patch_nums) - 1):
+            codes = self.code_map(token_maps[scale], self.v_patch_nums[scale])
+            partial, following = self.add_scale(scale, partial, codes)
+            inputs.append(following.view(batch, channels, -1).transpose(1, 2))
+        return torch.cat(inputs, dim=1)
+
+    def add_scale(self, scale: int, partial: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add one scale to the partial sum, in place.
+
+        Args:
+            scale: index of the scale just sampled.
+            partial: `[B, Cvae, P, P]`, changed in place.
+            codes: `[B, Cvae, p, p]` code vectors of the scale.
+
+        Returns:
+            the partial sum, and the same averaged to the next scale's grid (itself at the last scale).
+        """
+        partial.add_(self.upsampled(codes, scale))
+        if scale == len(self.v_patch_nums) - 1:
+            return partial, partial
+        side = self.v_patch_nums[scale + 1]
+        return partial, F.interpolate(partial, size=(side, side), mode="area")
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Training pass, in float32.
+
+        Args:
+            features: `[B, Cvae, P, P]`.
+
+        Returns:
+            quantized features with a straight-through gradient, the token maps, and the scalar quantization loss
+            (codebook term plus `beta` times the commitment term, averaged over scales).
+        """
+        features = features.float()
+        target = features.detach()
+        rest, total, loss, token_maps = target.clone(), torch.zeros_like(target), 0.0, []
+        for scale, side in enumerate(self.v_patch_nums):
+            index = self.nearest(self.pooled_rows(rest, scale)).view(rest.shape[0], side * side)
+            token_maps.append(index)
+            part = self.upsampled(self.code_map(index, side), scale)
+            total = total + part
+            rest = rest - part.detach()
+            loss = loss + F.mse_loss(total.detach(), features) * self.beta + F.mse_loss(total, target)
+        straight_through = total.detach() - target + features
+        return straight_through, token_maps, loss / len(self.v_patch_nums)

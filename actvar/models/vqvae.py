@@ -1,0 +1,217 @@
+"""VAR's convolutional autoencoder. State-dict keys follow the official `vae_ch160v4096z32.pth`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from actvar.models.quantizer import VectorQuantizer
+
+OFFICIAL_CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the pixels of a feature map."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)
+        weights = torch.bmm(q.transpose(1, 2), k).mul_(C**-0.5).softmax(dim=2)  # [B, query, key]
+        h = torch.bmm(v, weights.transpose(1, 2)).view(B, C, H, W)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, with attention after each at the lowest one."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(num_blocks if attention else 0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Image `[B, in_channels, H, W]` -> features `[B, z_channels, H / f, W / f]`, `f = 2^(levels - 1)`."""
+
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, in_channels: int, z_channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
+        widths, last = [ch] + [ch * m for m in ch_mult], len(ch_mult) - 1
+        self.down = nn.ModuleList()
+        for i in range(len(ch_mult)):
+            level = Level(widths[i], widths[i + 1], num_res_blocks, attention=i == last)
+            if i != last:
+                level.downsample = Downsample(widths[i + 1])
+            self.down.append(level)
+        self.mid = Middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], z_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """Features `[B, z_channels, h, w]` -> image `[B, in_channels, h * f, w * f]`."""
+
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, in_channels: int, z_channels: int):
+        super().__init__()
+        widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], kernel_size=3, padding=1)
+        self.mid = Middle(widths[-1])
+        levels = []
+        for i in range(len(ch_mult)):
+            level = Level(widths[min(i + 1, last)], widths[i], num_res_blocks + 1, attention=i == last)
+            if i != 0:
+                level.upsample = Upsample(widths[i])
+            levels.append(level)
+        self.up = nn.ModuleList(levels)
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], in_channels, kernel_size=3, padding=1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class VQVAE(nn.Module):
+    """Autoencoder with a multi-scale residual quantizer; images are in [-1, 1] inside.
+
+    Args:
+        vocab_size: codes in the codebook `V`.
+        z_channels: code dimension `Cvae`.
+        ch, ch_mult, num_res_blocks, in_channels: convolution width, its multiplier per resolution, residual blocks
+            per resolution, image channels. The defaults are those of the official checkpoint.
+        share_quant_resi: see `VectorQuantizer`.
+        patch_nums: token map sides per scale.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        z_channels: int,
+        ch: int,
+        patch_nums: Sequence[int],
+        share_quant_resi: int = 4,
+        ch_mult: Sequence[int] = OFFICIAL_CHANNEL_MULTIPLIERS,
+        num_res_blocks: int = 2,
+        in_channels: int = 3,
+    ):
+        super().__init__()
+        self.vocab_size, self.Cvae, self.ch = vocab_size, z_channels, ch
+        self.ch_mult, self.num_res_blocks, self.in_channels = tuple(ch_mult), num_res_blocks, in_channels
+        self.downsample = 2 ** (len(ch_mult) - 1)
+        sizes = dict(ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks)
+        self.encoder = Encoder(**sizes, in_channels=in_channels, z_channels=z_channels)
+        self.decoder = Decoder(**sizes, in_channels=in_channels, z_channels=z_channels)
+        self.quantize = VectorQuantizer(vocab_size, z_channels, patch_nums, share_quant_resi)
+        self.quant_conv = nn.Conv2d(z_channels, z_channels, kernel_size=3, padding=1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, kernel_size=3, padding=1)
+
+    def fhat_to_img(self, f_hat: torch.Tensor) -> torch.Tensor:
+        """Decode quantized features `[B, Cvae, P, P]` to an image `[B, in_channels, H, W]` in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(f_hat)).clamp_(-1, 1)
+
+    @torch.no_grad()
+    def img_to_idxBl(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """Token maps of an image `[B, in_channels, H, W]` in [-1, 1]: one `[B, p * p]` int64 tensor per scale."""
+        return self.quantize.tokens(self.quant_conv(self.encoder(image)))
+
+    @torch.no_grad()
+    def idxBl_to_img(self, token_maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Image `[B, in_channels, H, W]` in [-1, 1] of token maps, one `[B, p * p]` per scale."""
+        return self.fhat_to_img(self.quantize.features(token_maps))
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Training pass: reconstruction (not clamped), token maps, quantization loss."""
+        f_hat, token_maps, loss = self.quantize(self.quant_conv(self.encoder(image)))
+        return self.decoder(self.post_quant_conv(f_hat)), token_maps, loss
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Initialise every parameter and buffer from `generator` alone."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=5**0.5, generator=generator)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.GroupNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.quantize.embedding.weight, std=0.5, generator=generator)
+        self.quantize.ema_vocab_hit_SV.zero_()

@@ -1,0 +1,85 @@
+"""Results as PNG files: grids of images, differences, and which tokens each block updated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from actvar.recording import BlockRecord
+
+GAP = 2
+UPDATED_COLOUR = np.array([1.0, 0.55, 0.1])
+
+
+def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
+    """Write images `[B, C, H, W]` in [0, 1] (C 1 or 3) as one PNG, row by row, enlarged to 64 pixels a side or more."""
+    factor = max(1, -(-64 // images.shape[-1]))
+    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3).expand(-1, 3, -1, -1)
+    _, _, height, width = pixels.shape
+    rows = -(-len(pixels) // columns)
+    canvas = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), 255, np.uint8)
+    for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        top, left = GAP + (i // columns) * (height + GAP), GAP + (i % columns) * (width + GAP)
+        canvas[top : top + height, left : left + width] = image
+    _replace(path, lambda temporary: Image.fromarray(canvas).save(temporary, format="PNG"))
+
+
+def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], path: Path, titles: Sequence[str]) -> None:
+    """For each image a row per active scale: the image, then one panel per block with its updated tokens in colour.
+
+    Args:
+        images: `[n, C, H, W]` in [0, 1], the first n of the sampled batch.
+        records: of one sampling run (`actvar.record`); only conditional rows are shown.
+        titles: a label per image.
+    """
+    selecting = [r for r in records if r.index is not None]
+    if not selecting:
+        raise ValueError("expected records of a run that selects tokens, got none")
+    scales = sorted({r.scale.index for r in selecting})
+    blocks = sorted({r.block for r in selecting})
+    panels = {(r.block, r.scale.index): r for r in selecting}
+    rows = len(images) * len(scales)
+    figure = Figure(figsize=(1.1 * (len(blocks) + 1), 1.15 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, len(blocks) + 1, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
+        picture = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
+        for j, scale in enumerate(scales):
+            row = axes[i * len(scales) + j]
+            record = panels[blocks[0], scale]
+            side = int(record.scale.tokens**0.5)
+            row[0].imshow(picture)
+            row[0].set_title(f"{titles[i]}, {side}x{side}", fontsize=7)
+            for axis, block in zip(row[1:], blocks, strict=True):
+                axis.imshow(_tinted(picture, panels[block, scale].index[i], side))
+                if i == 0 and j == 0:
+                    axis.set_title(f"block {block + 1}", fontsize=7)
+    _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def _tinted(picture: np.ndarray, index: torch.Tensor, side: int) -> np.ndarray:
+    """`picture` `[H, W, 3]` with the tokens `index` of a `side` x `side` map tinted."""
+    updated = torch.zeros(side * side, dtype=torch.bool)
+    updated[index.cpu()] = True
+    height, width, _ = picture.shape
+    rows = np.arange(height) * side // height
+    columns = np.arange(width) * side // width
+    mask = updated.view(side, side).numpy()[rows[:, None], columns[None, :], None]
+    return np.where(mask, 0.55 * picture + 0.45 * UPDATED_COLOUR, picture)
+
+
+def _replace(path: Path, write) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

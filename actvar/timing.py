@@ -1,0 +1,73 @@
+"""Wall-clock time of sampling: interleaved medians, and the share of the blocks at chosen scales."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved_medians(
+    runs: Mapping[str, Callable[[], float]], repeats: int, describe: str = "timing"
+) -> dict[str, float]:
+    """Run each of `runs` once to warm up, then all of them in turn `repeats` times.
+
+    Args:
+        runs: functions that return their own measurement in seconds.
+
+    Returns:
+        the median per name, in seconds.
+    """
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(repeats), desc=describe, leave=False):
+        for name, run in runs.items():
+            seconds[name].append(run())
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `run()` takes, device work included."""
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def block_seconds(var: nn.Module) -> Iterator[dict[int, float]]:
+    """Collect the seconds spent in the blocks by token count of the scale, over all blocks."""
+    seconds: dict[int, float] = {}
+    started: list[float] = []
+    device = var.head.weight.device
+
+    def before(_block, _args, _kwargs):
+        _synchronize(device)
+        started.append(time.perf_counter())
+
+    def after(_block, _args, _kwargs, output):
+        _synchronize(device)
+        tokens = output.shape[1]
+        seconds[tokens] = seconds.get(tokens, 0.0) + time.perf_counter() - started.pop()
+
+    handles = []
+    for block in var.blocks:
+        handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(block.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()

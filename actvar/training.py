@@ -1,0 +1,202 @@
+"""A training loop that several processes share and that a kill cannot hurt.
+
+Every step's examples and random numbers follow from (seed, step, rank) alone, so a run that was interrupted and resumed
+ends with the same weights as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how to train.
+
+    Args:
+        folder: where `<name>.checkpoint.pt` and the loss log `<name>.csv` live.
+        steps, batch: optimizer steps, and examples per step over all processes together.
+        lr: peak learning rate; linear warm-up over `warmup` steps, then a cosine to zero.
+        checkpoint_seconds: time between checkpoints.
+    """
+
+    name: str
+    folder: Path
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 200
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    seed: int = 0
+    bf16: bool = True
+    checkpoint_seconds: float = 60.0
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / f"{self.name}.checkpoint.pt"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.csv"
+
+    def lr_at(self, step: int) -> float:
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def run_in_processes(worker: Callable[..., None], processes: int, *args) -> None:
+    """Run `worker(*args)` in `processes` processes of one thread each, joined by gloo; one process runs in place."""
+    if processes == 1:
+        worker(*args)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _process, args=(processes, port, worker, args), nprocs=processes, start_method="spawn"
+    )
+
+
+def _process(index: int, processes: int, port: int, worker: Callable[..., None], args: tuple) -> None:
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=processes)
+    try:
+        worker(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def save_atomically(payload: object, path: Path) -> None:
+    """`torch.save` under a temporary name, then rename: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(payload, temporary)
+    temporary.replace(path)
+
+
+def batch_indices(num_examples: int, step: int, batch: int, seed: int) -> torch.Tensor:
+    """Indices `[batch / world_size]` of this process at `step`: a fresh permutation per pass over the data."""
+    per_epoch = num_examples // batch
+    epoch, position = divmod(step, per_epoch)
+    order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+    return order[position * batch : (position + 1) * batch][rank() :: world_size()]
+
+
+def fit(
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, torch.Tensor], dict[str, torch.Tensor]],
+    plan: Plan,
+    num_examples: int,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """Train `model` in place, resuming from the plan's checkpoint when there is one.
+
+    Args:
+        loss_of: maps (model, example indices) to named scalar losses; `"loss"` is minimised, all are logged.
+        num_examples: size of the data set that indices point into.
+        after_step: called with the step number after each optimizer step.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)
+    start = _resume(model, optimizer, plan)
+    parallel = DistributedDataParallel(model) if world_size() > 1 else model
+    model.train()
+    saved = time.monotonic()
+    steps = range(start, plan.steps)
+    bar = tqdm(steps, desc=plan.name, initial=start, total=plan.steps, disable=rank() != 0, mininterval=5)
+    autocast = torch.autocast("cpu", torch.bfloat16) if plan.bf16 else nullcontext()
+    for step in bar:
+        torch.manual_seed(((plan.seed * 1_000_003) + step) * world_size() + rank())
+        for group in optimizer.param_groups:
+            group["lr"] = plan.lr_at(step)
+        with autocast:
+            losses = loss_of(parallel, batch_indices(num_examples, step, plan.batch, plan.seed))
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(trainable, plan.clip)
+        optimizer.step()
+        if after_step is not None:
+            after_step(step)
+        if rank() == 0:
+            done = step + 1
+            if done % 20 == 0 or done == plan.steps:
+                values = {name: float(value.detach()) for name, value in losses.items()}
+                _log(plan.log, done, values)
+                bar.set_postfix(values, refresh=False)
+            if time.monotonic() - saved > plan.checkpoint_seconds or done == plan.steps:
+                state = {"step": done, "model": trained_tensors(model), "optimizer": optimizer.state_dict()}
+                save_atomically(state, plan.checkpoint)
+                saved = time.monotonic()
+    model.eval()
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: parameters that require a gradient, and buffers."""
+    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return trainable | dict(model.named_buffers())
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, plan: Plan) -> dict:
+    """Copy the tensors of the plan's checkpoint into `model`; returns the whole checkpoint.
+
+    Raises:
+        KeyError: the checkpoint lacks a tensor that `model` trains.
+    """
+    state = torch.load(plan.checkpoint, weights_only=True)
+    for name, tensor in trained_tensors(model).items():
+        tensor.copy_(state["model"][name])
+    return state
+
+
+def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan) -> int:
+    """Load the checkpoint if there is one; the step to go on from."""
+    if not plan.checkpoint.exists():
+        plan.log.unlink(missing_ok=True)
+        return 0
+    state = load_trained(model, plan)
+    optimizer.load_state_dict(state["optimizer"])
+    if rank() == 0 and plan.log.exists():
+        header, *rows = plan.log.read_text().splitlines()
+        kept = [row for row in rows if int(row.split(",")[0]) <= state["step"]]
+        plan.log.write_text("\n".join([header, *kept]) + "\n")
+    logger.info("%s: resuming at step %d of %d", plan.name, state["step"], plan.steps)
+    return state["step"]
+
+
+def _log(path: Path, step: int, values: dict[str, float]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["step", *values])
+        writer.writerow([step, *(f"{value:.5g}" for value in values.values())])

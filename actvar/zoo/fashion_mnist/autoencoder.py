@@ -1,0 +1,59 @@
+"""Training of the bundled autoencoder: reconstruction, quantization loss, and new life for dead codes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from actvar.models.vqvae import VQVAE
+from actvar.training import rank, world_size
+
+
+class AutoencoderTraining:
+    """Loss of a batch, and the restart of codes that no token used over the last `window` steps."""
+
+    window = 100
+
+    def __init__(self, vae: VQVAE, images: torch.Tensor):
+        self.vae, self.images = vae, images
+        self.hits = torch.zeros(vae.vocab_size)
+        self.latest = images[:1]
+
+    def loss(self, model: nn.Module, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        image = self.images[indices] * 2 - 1
+        self.latest = image
+        reconstruction, token_maps, quantization = model(image)
+        self.hits += torch.bincount(torch.cat(token_maps, dim=1).flatten(), minlength=len(self.hits))
+        absolute, square = F.l1_loss(reconstruction.float(), image), F.mse_loss(reconstruction.float(), image)
+        return {"loss": absolute + square + quantization, "l1": absolute, "mse": square, "vq": quantization}
+
+    @torch.no_grad()
+    def restart_dead_codes(self, step: int) -> None:
+        """Move unused codes onto residuals of the latest batch; every process gets the same codebook."""
+        if (step + 1) % self.window:
+            return
+        if world_size() > 1:
+            dist.all_reduce(self.hits)
+        dead = (self.hits < 1).nonzero().flatten()
+        self.hits.zero_()
+        weight = self.vae.quantize.embedding.weight
+        if rank() == 0 and len(dead):
+            rows = residual_rows(self.vae, self.latest)
+            weight[dead] = rows[torch.randint(len(rows), (len(dead),))]
+        if world_size() > 1:
+            dist.broadcast(weight, src=0)
+
+
+def residual_rows(vae: VQVAE, image: torch.Tensor) -> torch.Tensor:
+    """What the codebook is asked to represent: pooled residuals of all scales, `[N, Cvae]`."""
+    quantizer = vae.quantize
+    rest = vae.quant_conv(vae.encoder(image)).float()
+    rows = []
+    for scale, side in enumerate(quantizer.v_patch_nums):
+        pooled = quantizer.pooled_rows(rest, scale)
+        rows.append(pooled)
+        index = quantizer.nearest(pooled).view(rest.shape[0], side * side)
+        rest = rest - quantizer.upsampled(quantizer.code_map(index, side), scale)
+    return torch.cat(rows)

@@ -1,0 +1,43 @@
+"""Turn finished training stages into the files that ship with the package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+from actvar.adapter import save_adapter
+from actvar.config import ActVARConfig
+from actvar.distill import Stage1
+from actvar.patch import patch_silently
+from actvar.training import load_trained
+from actvar.zoo.fashion_mnist import architecture
+from actvar.zoo.fashion_mnist.features import FeatureNet
+from actvar.zoo.fashion_mnist.train import Build, restore
+
+
+def export(build: Build, folder: Path) -> None:
+    """Write `var`, `vae`, `features` and `adapter-paper` `.safetensors` in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vae, var = architecture.build()
+    restore(vae, build.autoencoder_plan)
+    restore(var, build.transformer_plan)
+    _save(vae, folder / "vae.safetensors")
+    _save(var, folder / "var.safetensors")
+    _save(restore(FeatureNet(), build.features_plan), folder / "features.safetensors")
+    patch_silently(var, ActVARConfig())
+    load_trained(Stage1(var), build.stage1_plan)
+    var.half()
+    save_adapter(var, folder / "adapter-paper.safetensors")
+
+
+def _save(module: nn.Module, path: Path) -> None:
+    tensors = {
+        name: tensor.half().contiguous() if tensor.is_floating_point() else tensor.contiguous()
+        for name, tensor in module.state_dict().items()
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, temporary)
+    temporary.replace(path)

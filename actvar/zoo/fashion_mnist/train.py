@@ -1,0 +1,156 @@
+"""The stages that rebuild the bundled model, each resumable: features, autoencoder, tokens, transformer, adapter."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from actvar.config import ActVARConfig
+from actvar.distill import Stage1
+from actvar.patch import patch_silently
+from actvar.training import Plan, fit, load_trained, run_in_processes, save_atomically
+from actvar.zoo.fashion_mnist import architecture
+from actvar.zoo.fashion_mnist.autoencoder import AutoencoderTraining
+from actvar.zoo.fashion_mnist.data import load_split
+from actvar.zoo.fashion_mnist.features import FeatureNet, training_loss
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Build:
+    """Where to read and write, and how many steps each stage takes.
+
+    Args:
+        data: folder of the four idx files.
+        work: checkpoints, loss logs and token maps.
+    """
+
+    data: Path
+    work: Path
+    seed: int = 0
+    features_steps: int = 1200
+    autoencoder_steps: int = 2000
+    transformer_steps: int = 4200
+    stage1_steps: int = 600
+
+    @property
+    def features_plan(self) -> Plan:
+        return Plan("features", self.work, self.features_steps, batch=128, lr=2e-3, seed=self.seed)
+
+    @property
+    def autoencoder_plan(self) -> Plan:
+        return Plan("autoencoder", self.work, self.autoencoder_steps, batch=64, lr=8e-4, weight_decay=0, seed=self.seed)
+
+    @property
+    def transformer_plan(self) -> Plan:
+        return Plan("transformer", self.work, self.transformer_steps, batch=64, lr=1e-3, seed=self.seed)
+
+    @property
+    def stage1_plan(self) -> Plan:
+        return Plan("stage1", self.work, self.stage1_steps, batch=64, lr=3e-3, warmup=50, seed=self.seed)
+
+    @property
+    def tokens(self) -> Path:
+        return self.work / "tokens.pt"
+
+
+def finished(plan: Plan) -> bool:
+    return plan.checkpoint.exists() and torch.load(plan.checkpoint, weights_only=True)["step"] == plan.steps
+
+
+def restore(model: nn.Module, plan: Plan) -> nn.Module:
+    """Load a stage's final weights into `model`; eval mode, no gradients."""
+    load_trained(model.requires_grad_(True), plan)
+    return model.eval().requires_grad_(False)
+
+
+def train_features(build: Build) -> None:
+    images, labels = load_split(build.data, "train")
+    torch.manual_seed(build.seed)
+    fit(
+        FeatureNet(),
+        lambda model, index: training_loss(model, images[index], labels[index]),
+        build.features_plan,
+        len(images),
+    )
+
+
+def train_autoencoder(build: Build) -> None:
+    images, _ = load_split(build.data, "train")
+    vae, _ = architecture.build(build.seed)
+    vae.requires_grad_(True)
+    training = AutoencoderTraining(vae, images)
+    fit(vae, training.loss, build.autoencoder_plan, len(images), after_step=training.restart_dead_codes)
+
+
+def encode_tokens(build: Build) -> None:
+    """Token maps of the training images, `[N, L]` int16, computed once."""
+    images, _ = load_split(build.data, "train")
+    vae = restore(architecture.build()[0], build.autoencoder_plan)
+    parts = [
+        torch.cat(vae.img_to_idxBl(batch * 2 - 1), dim=1).to(torch.int16)
+        for batch in tqdm(images.split(500), desc="tokens")
+    ]
+    save_atomically(torch.cat(parts), build.tokens)
+
+
+def split_scales(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`[B, L]` token maps as one `[B, p * p]` int64 tensor per scale."""
+    return tokens.long().split([p * p for p in architecture.PATCH_NUMS], dim=1)
+
+
+def train_transformer(build: Build) -> None:
+    _, labels = load_split(build.data, "train")
+    tokens = torch.load(build.tokens, weights_only=True)
+    vae, var = architecture.build(build.seed)
+    restore(vae, build.autoencoder_plan)
+
+    def loss(model: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            inputs = vae.quantize.teacher_input(split_scales(tokens[index]))
+        logits = model(labels[index], inputs)
+        target = tokens[index].long()
+        last = architecture.PATCH_NUMS[-1] ** 2
+        cross_entropy = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+        return {"loss": cross_entropy.mean(), "last_scale": cross_entropy[:, -last:].mean()}
+
+    fit(var, loss, build.transformer_plan, len(tokens))
+
+
+def train_stage1(build: Build) -> None:
+    """Selectors and routers of the paper's configuration, distilled from the dense model."""
+    _, labels = load_split(build.data, "train")
+    tokens = torch.load(build.tokens, weights_only=True)
+    vae, var = architecture.build()
+    restore(vae, build.autoencoder_plan)
+    restore(var, build.transformer_plan)
+    patch_silently(var, ActVARConfig())
+
+    def loss(model: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            inputs = vae.quantize.teacher_input(split_scales(tokens[index]))
+        return model(labels[index], inputs, tokens[index])
+
+    fit(Stage1(var), loss, build.stage1_plan, len(tokens))
+
+
+def train(build: Build, processes: int) -> None:
+    """Run every stage that is not finished yet."""
+    build.work.mkdir(parents=True, exist_ok=True)
+    for stage, plan in [
+        (train_features, build.features_plan),
+        (train_autoencoder, build.autoencoder_plan),
+        (train_transformer, build.transformer_plan),
+        (train_stage1, build.stage1_plan),
+    ]:
+        if plan == build.transformer_plan and not build.tokens.exists():
+            encode_tokens(build)
+        if not finished(plan):
+            run_in_processes(stage, processes, build)

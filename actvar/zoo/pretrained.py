@@ -1,0 +1,68 @@
+"""Models that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from actvar.adapter import load_adapter, read_adapter_config
+from actvar.checkpoint import load_var
+from actvar.models import VAR, VQVAE
+from actvar.patch import patch_silently
+from actvar.zoo.fashion_mnist.features import FeatureNet
+
+WEIGHTS = {"fashion-mnist": Path(__file__).parent / "fashion_mnist" / "weights"}
+
+
+def load_pretrained(
+    name: str,
+    adapter: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[VQVAE, VAR]:
+    """Load `(vae, var)` of a bundled model, offline.
+
+    Args:
+        name: `"fashion-mnist"`: ten classes of clothes, images `[B, 1, 32, 32]`.
+        adapter: None for the dense model, or a bundled adapter such as `"paper"`, with which `var` is patched.
+        device, dtype: as in `load_var`.
+
+    Raises:
+        ValueError: an unknown model or adapter; lists those that exist.
+    """
+    folder = weights_folder(name)
+    vae, var = load_var(folder / "var.safetensors", folder / "vae.safetensors", device=device, dtype=dtype)
+    if adapter is not None:
+        path = adapter_path(name, adapter)
+        patch_silently(var, read_adapter_config(path))
+        load_adapter(var, path)
+    return vae, var
+
+
+def load_feature_network(name: str = "fashion-mnist") -> FeatureNet:
+    """The frozen CNN by which the bundled model's images are judged, in eval mode."""
+    network = FeatureNet()
+    network.load_state_dict(load_file(weights_folder(name) / "features.safetensors"))
+    return network.eval().requires_grad_(False)
+
+
+def adapter_path(name: str, adapter: str) -> Path:
+    """File of a bundled adapter.
+
+    Raises:
+        ValueError: there is none of that name; lists those that exist.
+    """
+    folder = weights_folder(name)
+    path = folder / f"adapter-{adapter}.safetensors"
+    if not path.is_file():
+        known = sorted(p.stem.removeprefix("adapter-") for p in folder.glob("adapter-*.safetensors"))
+        raise ValueError(f"adapter: {name} comes with {known}, got {adapter!r}")
+    return path
+
+
+def weights_folder(name: str) -> Path:
+    if name not in WEIGHTS:
+        raise ValueError(f"model: expected one of {sorted(WEIGHTS)}, got {name!r}")
+    return WEIGHTS[name]

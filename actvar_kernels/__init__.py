@@ -1,0 +1,21 @@
+"""The operations of the ActVAR block. Each folder has the public function (`op.py`) and the PyTorch code that defines
+its result (`reference.py`)."""
+
+from actvar_kernels.backend import BackendUnavailableError, get_backend, set_backend
+from actvar_kernels.expert_ffn.op import expert_ffn, route_experts
+from actvar_kernels.scatter.op import scatter_rows
+from actvar_kernels.subset_attention.op import subset_attention
+from actvar_kernels.token_select.op import Selection, normalize_modulate, select_tokens
+
+__all__ = [
+    "BackendUnavailableError",
+    "Selection",
+    "expert_ffn",
+    "get_backend",
+    "normalize_modulate",
+    "route_experts",
+    "scatter_rows",
+    "select_tokens",
+    "set_backend",
+    "subset_attention",
+]

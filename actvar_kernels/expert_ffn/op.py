@@ -1,0 +1,98 @@
+"""The FFN as experts: hidden units cut into equal groups, of which each token uses a few."""
+
+from __future__ import annotations
+
+import torch
+
+from actvar_kernels.backend import implementation
+from actvar_kernels.checks import expect_count, expect_shape
+from actvar_kernels.expert_ffn import reference
+
+
+def route_experts(
+    u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the `active` experts with the highest logits for each token, ties to the lower index.
+
+    Args:
+        u: FFN input, `[..., C]`.
+        weight, bias: the router, `[N, C]` and `[N]`; logits are in float32 and outside autocast.
+        active: experts per token, 1 ... N.
+
+    Returns:
+        mask `[..., N]` bool, logits `[..., N]` float32.
+
+    Raises:
+        ValueError: shapes that do not fit, or `active` out of range.
+        BackendUnavailableError: see `actvar_kernels.set_backend`.
+    """
+    expect_shape("weight", weight, (None, u.shape[-1]))
+    expect_shape("bias", bias, (weight.shape[0],))
+    expect_count("active", active, weight.shape[0])
+    return implementation("route_experts", {"reference": reference.route_experts})(u, weight, bias, active)
+
+
+def expert_ffn(
+    u: torch.Tensor,
+    mask: torch.Tensor,
+    active: int,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+) -> torch.Tensor:
+    """Sum of the chosen experts' outputs (Eq. 4): `fc2_bias + sum_e mask_e gelu_tanh(u W1_e^T + b1_e) W2_e^T`.
+
+    Expert e owns the e-th of N equal groups of the D hidden units. With every expert on it is the dense FFN.
+
+    Args:
+        u: `[..., C]`.
+        mask: `[..., N]`: bool, or float gates that multiply the experts' outputs (training).
+        active: experts that are on per token; what the FLOP count of a call is based on.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`.
+
+    Raises:
+        ValueError: shapes that do not fit, or N that does not divide D.
+        BackendUnavailableError: see `actvar_kernels.set_backend`.
+    """
+    D, C = fc1_weight.shape
+    expect_shape("u", u.flatten(0, -2), (None, C))
+    expect_shape("fc2_weight", fc2_weight, (C, D))
+    expect_shape("mask", mask.flatten(0, -2), (u[..., 0].numel(), None))
+    if D % mask.shape[-1]:
+        raise ValueError(f"mask: the number of experts must divide the hidden size {D}, got {mask.shape[-1]} experts")
+    expect_count("active", active, mask.shape[-1])
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (u, mask, *weights)):
+        return reference.expert_ffn(u, mask, *weights)
+    return torch.ops.actvar_kernels.expert_ffn(u, mask, active, *weights)
+
+
+@torch.library.custom_op("actvar_kernels::expert_ffn", mutates_args=())
+def _expert_ffn(
+    u: torch.Tensor,
+    mask: torch.Tensor,
+    active: int,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+) -> torch.Tensor:
+    run = implementation("expert_ffn", {"reference": reference.expert_ffn})
+    return run(u, mask, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+
+
+@_expert_ffn.register_fake
+def _(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+    device = u.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else u.dtype
+    return torch.empty_like(u, dtype=dtype)
+
+
+def expert_ffn_flops(u_shape, mask_shape, active, fc1_shape, *_shapes, **_kwargs) -> int:
+    """FLOPs of one `expert_ffn` call, 2 a multiply-add: only the chosen experts' rows and columns count."""
+    tokens = 1
+    for size in u_shape[:-1]:
+        tokens *= size
+    D, C = fc1_shape
+    return 2 * 2 * tokens * C * (D // mask_shape[-1]) * active

@@ -1,0 +1,15 @@
+"""Scatter in plain PyTorch: what the operation computes."""
+
+from __future__ import annotations
+
+import torch
+
+from actvar_kernels.token_select.reference import flat_index
+
+
+def scatter_rows(
+    x: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor
+) -> torch.Tensor:
+    R, L, C = x.shape
+    updated = torch.addcmul(rows, gamma.to(update.dtype), update).to(x.dtype)
+    return x.reshape(R * L, C).index_put((flat_index(index, L),), updated).view(R, L, C)

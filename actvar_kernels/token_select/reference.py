@@ -1,0 +1,50 @@
+"""Token selection in plain PyTorch: what the operation computes."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+NORM_EPS = 1e-6
+
+
+def top_indices(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Indices `[..., keep]` of the highest scores `[..., L]`, ties to the lower index, in ascending order."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :keep].sort(dim=-1).values
+
+
+def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `index` `[R, K]` of `x` `[R, L, C]` as `[R, K, C]`."""
+    R, L, C = x.shape
+    return x.reshape(R * L, C)[flat_index(index, L)]
+
+
+def flat_index(index: torch.Tensor, length: int) -> torch.Tensor:
+    """Per-row indices `[R, K]` into sequences of `length` as indices into all rows at once."""
+    return index + torch.arange(index.shape[0], device=index.device).unsqueeze(1) * length
+
+
+def select_tokens(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    keep: int,
+    share_guidance: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    normalized = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
+    with torch.autocast(x.device.type, enabled=False):
+        scores = F.linear(normalized, weight.float(), bias.float()).squeeze(-1)
+    deciding = scores[: x.shape[0] // 2] if share_guidance else scores
+    index = top_indices(deciding, keep)
+    if share_guidance:
+        index = index.repeat(2, 1)
+    modulated = gather_rows(normalized, index) * (scale.float() + 1) + shift.float()
+    return index, gather_rows(x, index), modulated.to(x.dtype), scores
+
+
+def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    normalized = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
+    return torch.addcmul(shift.float(), normalized, scale.float() + 1).to(x.dtype)

@@ -1,0 +1,46 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "actvar" / "__init__.py").read_text("utf-8"), re.MULTILINE)[1]
+
+BENCH = ["pytest-benchmark>=4.0", "matplotlib>=3.7"]
+EVAL = ["torchmetrics>=1.3", "scipy>=1.10"]
+HUB = ["huggingface_hub>=0.23"]
+DEV = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", *BENCH, *EVAL]
+
+setup(
+    name="actvar",
+    version=VERSION,
+    description="Faster sampling for pretrained VAR image generators: token selection and FFN experts, in Triton",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    author="ActVAR contributors",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["actvar", "actvar.*", "actvar_kernels", "actvar_kernels.*"]),
+    package_data={"actvar": [f"zoo/**/*.{suffix}" for suffix in ("safetensors", "json", "md", "csv")]},
+    install_requires=[
+        "torch>=2.6",
+        'triton>=3.0; platform_system == "Linux"',
+        "numpy>=1.26",
+        "einops>=0.7",
+        "safetensors>=0.4",
+        "tqdm>=4.64",
+        "matplotlib>=3.7",
+        "pillow>=10.0",
+    ],
+    extras_require={"dev": DEV, "bench": BENCH, "eval": EVAL, "hub": HUB},
+    entry_points={"console_scripts": ["actvar=actvar.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
