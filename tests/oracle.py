@@ -16,7 +16,7 @@ from torch import Tensor
 HEAD_DIM = 64
 Weights = Mapping[str, Tensor]
 KeyValue = tuple[Tensor, Tensor]
-"""Key and value of one token, each `[H, 64]`; the key is already normalised."""
+"""Key and value of one token, each `[H, 64]`, or of several, `[T, H, 64]`; keys are already normalised."""
 Cache = list[list[KeyValue]]
 """Per row, the keys and values that later queries see, in the order of the sequence."""
 
@@ -46,14 +46,13 @@ class Chosen:
     """What a block chose at one scale, row by row.
 
     `tokens[r]`: kept tokens, ascending; `scores[r]`: score per token; `experts[r][j]`: experts of the j-th kept
-    token, ascending; `logits[r][j]`: the router's logits; `ffn_input[r][j]`: u.
+    token, ascending; `logits[r][j]`: the router's logits.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
     experts: list[list[list[int]]] = field(default_factory=list)
     logits: list[list[list[float]]] = field(default_factory=list)
-    ffn_input: list[list[Tensor]] = field(default_factory=list)
 
 
 def in_float64(tensors: Weights) -> Weights:
@@ -118,16 +117,23 @@ def query_key_value(weights: Weights, u: Tensor) -> tuple[Tensor, Tensor, Tensor
     return torch.stack(queries), torch.stack(keys), v
 
 
-def attend(query: Tensor, seen: Sequence[KeyValue]) -> Tensor:
-    """Attention output `[C]` of one query `[H, 64]` over the keys and values it sees."""
+def attend(query: Tensor, seen: KeyValue) -> Tensor:
+    """Attention output `[C]` of one query `[H, 64]` over the keys and values it sees, each `[T, H, 64]`."""
+    keys, values = seen
     outputs = []
     for head in range(query.shape[0]):
-        keys = torch.stack([key[head] for key, _ in seen])
-        values = torch.stack([value[head] for _, value in seen])
-        logits = keys @ query[head]
+        logits = keys[:, head] @ query[head]
         weights = torch.exp(logits - logits.max())
-        outputs.append((weights / weights.sum()) @ values)
+        outputs.append((weights / weights.sum()) @ values[:, head])
     return torch.cat(outputs)
+
+
+def stacked(tokens: Sequence[KeyValue]) -> KeyValue:
+    return torch.stack([key for key, _ in tokens]), torch.stack([value for _, value in tokens])
+
+
+def attention(weights: Weights, query: Tensor, seen: KeyValue) -> Tensor:
+    return linear(weights["attn.proj.weight"], weights["attn.proj.bias"], attend(query, seen))
 
 
 def dense_ffn(weights: Weights, u: Tensor) -> Tensor:
@@ -155,8 +161,9 @@ def dense_block(weights: Weights, x: Tensor, cond: Tensor, cache: Cache | None =
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation(weights, cond[row])
         projected = [query_key_value(weights, modulate(token, scale1, shift1)) for token in x[row]]
         cache[row].extend((k, v) for _, k, v in projected)
+        seen = stacked(cache[row])
         for i, (q, _, _) in enumerate(projected):
-            token = x[row, i] + gamma1 * _attention_output(weights, q, cache[row])
+            token = x[row, i] + gamma1 * attention(weights, q, seen)
             out[row, i] = token + gamma2 * dense_ffn(weights, modulate(token, scale2, shift2))
     return out
 
@@ -201,16 +208,17 @@ def actvar_block(
         projected = [query_key_value(weights, modulate(token, scale1, shift1)) for token in x[row]]
         attended = kept if active.kv == "compact" else range(x.shape[1])
         cache[row].extend(projected[i][1:] for i in attended)
+        seen = stacked(cache[row])
         routed = _RoutedRow(gates, active, chosen, fixed)
         for i in kept:
-            token = x[row, i] + gamma1 * _attention_output(weights, projected[i][0], cache[row])
+            token = x[row, i] + gamma1 * attention(weights, projected[i][0], seen)
             out[row, i] = token + gamma2 * routed.ffn(weights, modulate(token, scale2, shift2))
     return out, chosen
 
 
 def teacher_forced_block(
     weights: Weights,
-    gates: Gates,
+    gates: Gates | None,
     lengths: Sequence[int],
     actives: Mapping[int, Active],
     x: Tensor,
@@ -221,12 +229,12 @@ def teacher_forced_block(
     that an active scale dropped is no part.
 
     Args:
+        gates: None where no scale is active.
         lengths: tokens of every scale.
         actives: by scale, the active ones.
         fixed: by active scale, tokens and experts to take instead of the highest ones.
     """
     weights, x, cond = in_float64(weights), x.double(), cond.double()
-    scale_of = [scale for scale, length in enumerate(lengths) for _ in range(length)]
     starts = [sum(lengths[:scale]) for scale in range(len(lengths))]
     chosen = {scale: Chosen() for scale in actives}
     for scale, active in actives.items():
@@ -236,23 +244,20 @@ def teacher_forced_block(
     out = x.clone()
     for row in range(x.shape[0]):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation(weights, cond[row])
-        updated, attended, routed = [], [], {}
-        for position, scale in enumerate(scale_of):
-            kept = scale not in actives or position - starts[scale] in chosen[scale].tokens[row]
-            if kept:
-                updated.append(position)
-            if kept or actives[scale].kv == "all":
-                attended.append(position)
-        for scale, active in actives.items():
-            routed[scale] = _RoutedRow(gates, active, chosen[scale], fixed and fixed[scale])
         projected = [query_key_value(weights, modulate(token, scale1, shift1)) for token in x[row]]
-        for position in updated:
-            scale = scale_of[position]
-            seen = [projected[other][1:] for other in attended if scale_of[other] <= scale]
-            token = x[row, position] + gamma1 * _attention_output(weights, projected[position][0], seen)
-            u = modulate(token, scale2, shift2)
-            y = routed[scale].ffn(weights, u) if scale in actives else dense_ffn(weights, u)
-            out[row, position] = token + gamma2 * y
+        attended: list[KeyValue] = []
+        for scale, length in enumerate(lengths):
+            start, active = starts[scale], actives.get(scale)
+            kept = range(length) if active is None else chosen[scale].tokens[row]
+            visible = range(length) if active is None or active.kv == "all" else kept
+            attended.extend(projected[start + i][1:] for i in visible)
+            seen = stacked(attended)
+            routed = None if active is None else _RoutedRow(gates, active, chosen[scale], fixed and fixed[scale])
+            for i in kept:
+                token = x[row, start + i] + gamma1 * attention(weights, projected[start + i][0], seen)
+                u = modulate(token, scale2, shift2)
+                y = dense_ffn(weights, u) if routed is None else routed.ffn(weights, u)
+                out[row, start + i] = token + gamma2 * y
     return out, chosen
 
 
@@ -262,8 +267,8 @@ class _RoutedRow:
     def __init__(self, gates: Gates, active: Active, chosen: Chosen, fixed: Chosen | None):
         self.gates, self.active, self.chosen = gates, active, chosen
         self.fixed = None if fixed is None else fixed.experts[len(chosen.experts)]
-        for record in (chosen.experts, chosen.logits, chosen.ffn_input):
-            record.append([])
+        chosen.experts.append([])
+        chosen.logits.append([])
 
     def ffn(self, weights: Weights, u: Tensor) -> Tensor:
         logits = linear(self.gates.router_weight.double(), self.gates.router_bias.double(), u).tolist()
@@ -272,9 +277,4 @@ class _RoutedRow:
             experts = self.fixed[len(self.chosen.experts[-1])]
         self.chosen.experts[-1].append(experts)
         self.chosen.logits[-1].append(logits)
-        self.chosen.ffn_input[-1].append(u)
         return expert_ffn(weights, u, experts, len(logits))
-
-
-def _attention_output(weights: Weights, query: Tensor, seen: Sequence[KeyValue]) -> Tensor:
-    return linear(weights["attn.proj.weight"], weights["attn.proj.bias"], attend(query, seen))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import struct
@@ -519,13 +520,17 @@ BAD_TRANSFORMERS = {
     "an empty tensor": (put("class_emb.weight", lambda s: torch.zeros(0, 128)), ["`class_emb.weight`", "(0, 128)"]),
     "a scale that is not a square": (put("lvl_1L", lambda s: s["lvl_1L"].clamp(max=1)), ["[0, 1]", "[1, 13]"]),
     "scales in another order": (put("lvl_1L", lambda s: s["lvl_1L"].flip(1)), ["[2, 1, 0]"]),
-    "a scale index that is not a number": (put("lvl_1L", lambda s: s["lvl_1L"] * float("nan")), ["nan"]),
+    "a scale index that is not a number": (put("lvl_1L", lambda s: s["lvl_1L"] * math.nan), ["nan"]),
     "integers in place of weights": (
         put("head.weight", lambda s: s["head.weight"].to(torch.int8)),
         ["`head.weight`", "torch.int8"],
     ),
-    "a weight that is not a number": (put("head.bias", lambda s: s["head.bias"] * float("nan")), ["nan"]),
-    "an infinite weight": (put("head.bias", lambda s: s["head.bias"] + float("inf")), ["`head.bias`", "inf"]),
+    "a weight that is not a number": (put("head.bias", lambda s: s["head.bias"] * math.nan), ["nan"]),
+    "a weight of infinity": (put("head.bias", lambda s: torch.tensor([math.inf] + [0.0] * 15)), ["`head.bias`", "inf"]),
+    "a weight of minus infinity": (
+        put("head.bias", lambda s: torch.tensor([-math.inf] + [0.0] * 15)),
+        ["`head.bias`", "-inf"],
+    ),
 }
 
 
@@ -556,7 +561,7 @@ BAD_AUTOENCODERS = {
         put("encoder.conv_in.weight", lambda s: torch.zeros(16, 3, 3, 3)),
         ["multiple of 32", "found 16"],
     ),
-    "a weight that is not a number": (put("quant_conv.bias", lambda s: s["quant_conv.bias"] * float("nan")), ["nan"]),
+    "a weight that is not a number": (put("quant_conv.bias", lambda s: s["quant_conv.bias"] * math.nan), ["nan"]),
 }
 
 

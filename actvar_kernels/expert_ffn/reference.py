@@ -25,5 +25,9 @@ def expert_ffn(
     fc2_bias: torch.Tensor,
 ) -> torch.Tensor:
     hidden = F.gelu(F.linear(u, fc1_weight, fc1_bias), approximate="tanh")
-    chosen = hidden.unflatten(-1, (mask.shape[-1], -1)) * mask.unsqueeze(-1).to(hidden.dtype)
-    return F.linear(chosen.flatten(-2), fc2_weight, fc2_bias)
+    by_expert = hidden.unflatten(-1, (mask.shape[-1], -1))
+    if mask.dtype == torch.bool:
+        by_expert.masked_fill_(~mask.unsqueeze(-1), 0)
+    else:
+        by_expert = by_expert * mask.unsqueeze(-1).to(hidden.dtype)
+    return F.linear(by_expert.flatten(-2), fc2_weight, fc2_bias)

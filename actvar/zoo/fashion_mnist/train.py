@@ -14,7 +14,16 @@ from tqdm import tqdm
 from actvar.config import ActVARConfig
 from actvar.distill import Stage1
 from actvar.patch import patch_silently
-from actvar.training import Plan, fit, load_trained, run_in_processes, save_atomically
+from actvar.training import (
+    Plan,
+    all_gather_rows,
+    fit,
+    load_trained,
+    rank,
+    run_in_processes,
+    save_atomically,
+    world_size,
+)
 from actvar.zoo.fashion_mnist import architecture
 from actvar.zoo.fashion_mnist.autoencoder import AutoencoderTraining
 from actvar.zoo.fashion_mnist.data import load_split
@@ -90,15 +99,19 @@ def train_autoencoder(build: Build) -> None:
     fit(vae, training.loss, build.autoencoder_plan, len(images), after_step=training.restart_dead_codes)
 
 
+@torch.no_grad()
 def encode_tokens(build: Build) -> None:
-    """Token maps of the training images, `[N, L]` int16, computed once."""
+    """Token maps of the training images, `[N, L]` int16, computed once, each process a part."""
     images, _ = load_split(build.data, "train")
     vae = restore(architecture.build()[0], build.autoencoder_plan)
-    parts = [
-        torch.cat(vae.img_to_idxBl(batch * 2 - 1), dim=1).to(torch.int16)
-        for batch in tqdm(images.split(500), desc="tokens")
-    ]
-    save_atomically(torch.cat(parts), build.tokens)
+    parts = []
+    for batch in tqdm(images.tensor_split(world_size())[rank()].split(200), desc="tokens", disable=rank() != 0):
+        with torch.autocast("cpu", torch.bfloat16):
+            features = vae.quant_conv(vae.encoder(batch * 2 - 1))
+        parts.append(torch.cat(vae.quantize.tokens(features.float()), dim=1).int())
+    gathered = all_gather_rows(torch.cat(parts))
+    if rank() == 0:
+        save_atomically(gathered.to(torch.int16), build.tokens)
 
 
 def split_scales(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -151,6 +164,6 @@ def train(build: Build, processes: int) -> None:
         (train_stage1, build.stage1_plan),
     ]:
         if plan == build.transformer_plan and not build.tokens.exists():
-            encode_tokens(build)
+            run_in_processes(encode_tokens, processes, build)
         if not finished(plan):
             run_in_processes(stage, processes, build)

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from helpers import sample
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from actvar import (
+    ActVARConfig,
+    AdapterError,
+    apply_patch,
+    load_adapter,
+    patched,
+    read_adapter_config,
+    save_adapter,
+)
+from actvar.adapter import describe_adapter, gate_parameters
+
+CONFIG = ActVARConfig(token_rates=(0.5, 0.75), ffn_rate=0.5, num_experts=8)
+
+
+@pytest.fixture
+def trained(make_var):
+    """A patched model whose gates are not the initial ones."""
+    var = apply_patch(make_var(), CONFIG)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in gate_parameters(var).values():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return var
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(trained, path)
+    return path
+
+
+def rewritten(path, tensors=None, **metadata):
+    """The adapter at `path` with other tensors or metadata."""
+    with safe_open(path, "pt") as file:
+        old = file.metadata()
+    save_file(load_file(path) if tensors is None else tensors, path, {**old, **metadata})
+    return path
+
+
+def gates(var):
+    return {name: parameter.clone() for name, parameter in gate_parameters(var).items()}
+
+
+def assert_refused(var, path, message):
+    before = gates(var)
+    with pytest.raises(AdapterError, match=message) as caught:
+        load_adapter(var, path)
+    assert path.name in str(caught.value)
+    assert all(torch.equal(before[name], value) for name, value in gates(var).items())
+
+
+def test_a_loaded_adapter_gives_the_images_it_was_saved_from(trained, adapter, tiny_var):
+    apply_patch(tiny_var, CONFIG)
+    assert not torch.equal(sample(tiny_var), sample(trained))
+    assert load_adapter(tiny_var, adapter) is tiny_var
+    assert torch.equal(sample(tiny_var), sample(trained))
+
+
+def test_the_context_loads_an_adapter_without_the_warning(trained, adapter, tiny_var, caplog):
+    image = sample(trained)
+    with caplog.at_level(logging.WARNING), patched(tiny_var, CONFIG, adapter=adapter):
+        assert torch.equal(sample(tiny_var), image)
+    assert caplog.records == []
+
+
+def test_the_file_describes_itself(adapter):
+    assert read_adapter_config(adapter) == CONFIG
+    facts = describe_adapter(adapter)
+    assert facts["kind"] == "adapter"
+    assert (facts["depth"], facts["width"], facts["patch_nums"]) == (2, 128, [1, 2, 3, 5])
+    assert facts["parameters"] == 2 * (128 + 1 + 8 * 128 + 8)
+    assert sorted(load_file(adapter))[:2] == ["blocks.0.router.bias", "blocks.0.router.weight"]
+
+
+def test_other_rates_than_trained_ones_are_allowed_and_announced(adapter, tiny_var, caplog):
+    apply_patch(tiny_var, ActVARConfig(num_experts=8))
+    caplog.clear()
+    load_adapter(tiny_var, adapter)
+    assert "was trained with" in caplog.text
+
+
+def test_a_half_precision_adapter_loads_into_float32_gates(trained, tmp_path, tiny_var):
+    path = tmp_path / "half.safetensors"
+    save_adapter(trained.half(), path)
+    apply_patch(tiny_var, CONFIG)
+    load_adapter(tiny_var, path)
+    weight = tiny_var.blocks[0].actvar.router.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, trained.blocks[0].actvar.router.weight.float())
+
+
+def test_saving_replaces_the_old_file_only_when_complete(trained, adapter, monkeypatch):
+    before = adapter.read_bytes()
+
+    def broken(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("actvar.adapter.save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(trained, adapter)
+    assert adapter.read_bytes() == before
+    assert [p.name for p in adapter.parent.iterdir()] == [adapter.name]
+
+
+@pytest.mark.parametrize("function", [save_adapter, load_adapter])
+def test_an_unpatched_model_is_refused(function, tiny_var, adapter):
+    with pytest.raises(ValueError, match=r"patched by actvar.apply_patch"):
+        function(tiny_var, adapter)
+
+
+def test_a_missing_file_is_named(tiny_var, tmp_path):
+    apply_patch(tiny_var, CONFIG)
+    with pytest.raises(FileNotFoundError, match=r"none.safetensors"):
+        load_adapter(tiny_var, tmp_path / "none.safetensors")
+
+
+def test_an_adapter_of_another_model_is_refused(adapter, make_var):
+    assert_refused(apply_patch(make_var(depth=3), CONFIG), adapter, "'depth': 2.*'depth': 3")
+    assert_refused(apply_patch(make_var(patch_nums=(1, 2, 3, 4)), CONFIG), adapter, "patch_nums")
+
+
+def test_another_number_of_experts_is_refused(adapter, tiny_var):
+    assert_refused(apply_patch(tiny_var, ActVARConfig()), adapter, "num_experts=8.*patched with 16")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("blocks.1.router.bias"), "blocks.1.router.bias"),
+        (lambda t: t.update(extra=torch.zeros(1)), "extra"),
+        (lambda t: t.update({"blocks.0.selector.weight": torch.zeros(1, 64)}), r"expected shape \[1, 128\], got"),
+        (lambda t: t["blocks.0.router.weight"].fill_(float("nan")), "finite"),
+        (lambda t: t["blocks.1.selector.bias"].fill_(float("inf")), "finite"),
+        (lambda t: t.update({"blocks.0.router.bias": torch.zeros(8, dtype=torch.int64)}), "floating-point"),
+    ],
+)
+def test_wrong_tensors_are_refused(adapter, tiny_var, change, message):
+    tensors = load_file(adapter)
+    change(tensors)
+    assert_refused(apply_patch(tiny_var, CONFIG), rewritten(adapter, tensors), message)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"format": "other"},
+        {"version": "99"},
+        {"config": "{"},
+        {"config": '{"kv": "x"}'},
+        {"config": '{"new": 1}'},
+        {"model": "["},
+        {"model": json.dumps({"depth": 2})},
+    ],
+)
+def test_wrong_metadata_is_refused(adapter, tiny_var, metadata):
+    assert_refused(apply_patch(tiny_var, CONFIG), rewritten(adapter, **metadata), "expected|damaged|made for")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 10, b"\xff" * 8])
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path, tiny_var, content):
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(content)
+    assert_refused(apply_patch(tiny_var, CONFIG), path, "expected a safetensors file")
+
+
+def test_a_truncated_file_is_refused(adapter, tiny_var):
+    adapter.write_bytes(adapter.read_bytes()[:-100])
+    assert_refused(apply_patch(tiny_var, CONFIG), adapter, "expected a safetensors file")

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from actvar.training import Plan, batch_indices, fit, run_in_processes
+
+DATA = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+
+
+def plan(folder, **changes) -> Plan:
+    return Plan("line", folder, **({"steps": 12, "batch": 8, "lr": 0.1, "warmup": 2, "bf16": False} | changes))
+
+
+def model() -> nn.Module:
+    net = nn.Sequential(nn.Linear(3, 1, bias=False))
+    nn.init.ones_(net[0].weight)
+    return net
+
+
+def loss(net: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
+    noise = torch.rand(len(index), 1)
+    return {"loss": (net(DATA[index]) - DATA[index].sum(1, keepdim=True) * 2 + 0.1 * noise).square().mean()}
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
+    whole, part = model(), model()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    fit(whole, loss, plan(tmp_path / "a"), len(DATA))
+
+    class Killed(Exception):
+        pass
+
+    def kill(step):
+        if step == 7:
+            raise Killed
+
+    interrupted = plan(tmp_path / "b", checkpoint_seconds=0)
+    with pytest.raises(Killed):
+        fit(part, loss, interrupted, len(DATA), after_step=kill)
+    resumed = model()
+    fit(resumed, loss, interrupted, len(DATA))
+    assert torch.equal(resumed[0].weight, whole[0].weight)
+    assert interrupted.log.read_text() == plan(tmp_path / "a").log.read_text()
+
+
+def test_training_lowers_the_loss_and_logs_it(tmp_path):
+    net = model()
+    before = loss(net, torch.arange(40))["loss"].item()
+    fit(net, loss, plan(tmp_path, steps=60), len(DATA))
+    assert loss(net, torch.arange(40))["loss"].item() < before / 4
+    rows = plan(tmp_path).log.read_text().splitlines()
+    assert rows[0] == "step,loss"
+    assert [int(row.split(",")[0]) for row in rows[1:]] == [20, 40, 60]
+
+
+def test_every_example_is_used_once_per_pass():
+    steps = [batch_indices(40, step, 8, seed=3) for step in range(5)]
+    assert torch.equal(torch.cat(steps).sort().values, torch.arange(40))
+    assert not torch.equal(steps[0], batch_indices(40, 5, 8, seed=3))
+
+
+def _train(folder) -> None:
+    fit(model(), deterministic_loss, plan(folder, steps=10), len(DATA))
+
+
+def deterministic_loss(net: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"loss": (net(DATA[index]) - DATA[index].sum(1, keepdim=True) * 2).square().mean()}
+
+
+def test_two_processes_train_to_the_weights_of_one(tmp_path):
+    weights = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        run_in_processes(_train, processes, folder)
+        weights.append(torch.load(plan(folder, steps=10).checkpoint, weights_only=True)["model"]["0.weight"])
+    torch.testing.assert_close(*weights)
