@@ -12,9 +12,8 @@ from torch import Tensor
 
 from actvar.models.build import skeleton
 from actvar.models.var import HEAD_DIM, VAR
-from actvar.models.vqvae import VQVAE
+from actvar.models.vqvae import NORM_GROUPS, VQVAE
 
-NORM_GROUPS = 32
 VAR_KIND, AUTOENCODER_KIND = "var", "autoencoder"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import repeat
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -20,12 +21,12 @@ UPDATED_COLOUR = np.array([1.0, 0.55, 0.1])
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
     """Write images `[B, C, H, W]` in [0, 1] (C 1 or 3) as one PNG, row by row, enlarged to 64 pixels a side or more."""
     factor = max(1, -(-64 // images.shape[-1]))
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3).expand(-1, 3, -1, -1)
-    _, _, height, width = pixels.shape
+    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    pixels = repeat(pixels, "b c h w -> b (h down) (w right) c", down=factor, right=factor)
+    _, height, width, _ = pixels.shape
     rows = -(-len(pixels) // columns)
     canvas = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), 255, np.uint8)
-    for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+    for i, image in enumerate(pixels.numpy()):
         top, left = GAP + (i // columns) * (height + GAP), GAP + (i % columns) * (width + GAP)
         canvas[top : top + height, left : left + width] = image
     _replace(path, lambda temporary: Image.fromarray(canvas).save(temporary, format="PNG"))

@@ -1,6 +1,6 @@
 """The patched block against the float64 oracle: block by block, over sequences with the K/V cache, teacher forced.
 
-Tolerances are twice the error of the *dense* model against the oracle, on the same weights and inputs and in the same
+Tolerances are three times the largest error of the *dense* model against the oracle, with the same weights and in the same
 dtype. In float64 models LayerNorm, scores and logits of an active scale are still in float32, so these are held to the
 error of the float32 dense model. Seen errors: outputs (up to 9 in size) 2e-6 to 6e-6 in float32, less than 2e-6 in
 float64. Scores and logits have to agree within the tolerance and every choice of the oracle to be clear by more than
@@ -30,6 +30,7 @@ from actvar.recording import BlockRecord
 PATCH_NUMS = (1, 2, 3, 4, 5)
 LENGTHS = [side * side for side in PATCH_NUMS]
 WIDTH, DEPTH = 128, 2
+GATE_SEED = 1
 ALONE, IN_A_ROW, TEACHER_FORCED = MODES = ("each block alone", "the blocks in a row", "teacher forced")
 KINDS = {
     f"{adaln} AdaLN, {norm} QK norm": {"shared_aln": adaln == "shared", "attn_l2_norm": norm == "with"}
@@ -151,7 +152,7 @@ def model_of(case: Case, dtype: torch.dtype = torch.float32) -> nn.Module:
     var = copy.deepcopy(dense_model(case.shared_aln, case.attn_l2_norm))
     if case.config is not None:
         actvar.apply_patch(var, case.config)
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(GATE_SEED)
         for block in var.blocks:
             for gate in (block.actvar.selector, block.actvar.router):
                 gate.weight.copy_(torch.randn(gate.weight.shape, generator=generator) / WIDTH**0.5)
@@ -259,18 +260,18 @@ def oracle_results(case: Case, mode: str) -> tuple[Results, Choices]:
 
 @functools.cache
 def tolerances(kind: Case, mode: str, dtype: torch.dtype) -> dict[str, float]:
-    """Twice the largest error of the dense model in `dtype`, for outputs, keys and values."""
+    """Three times the largest error of the dense model in `dtype`, for outputs, keys and values."""
     assert kind.config is None
     var, (xs, cond) = model_of(kind, dtype), inputs_of(kind, dtype)
     actual, _ = run(kind, mode, var, xs, cond)
     expected, _ = run_oracle(kind, mode, var, xs, cond)
     errors = largest_errors(actual, expected)
-    return {part: 2 * error for part, error in errors.items()}
+    return {part: 3 * error for part, error in errors.items()}
 
 
 def tolerances_of(case: Case, mode: str, dtype: torch.dtype) -> dict[str, float]:
     held_to = torch.float32 if dtype == torch.float64 else dtype
-    return tolerances(replace(case, config=None, guided=False), mode, held_to)
+    return tolerances(Case(None, case.shared_aln, case.attn_l2_norm, rows=4), mode, held_to)
 
 
 def largest_errors(actual: Results, expected: Results) -> dict[str, float]:
@@ -627,7 +628,7 @@ def test_a_query_scale_above_100_counts_as_100(mode: str) -> None:
         block.attn.scale_mul_1H11[:, 1] = 6.0
     expected, _ = run_oracle(replace(case, config=None), mode, plain, xs, cond)
     dense, _ = run(replace(case, config=None), mode, plain, xs, cond)
-    tolerance = {part: 2 * error for part, error in largest_errors(dense, expected).items()}
+    tolerance = {part: 3 * error for part, error in largest_errors(dense, expected).items()}
     expected, choices = run_oracle(case, mode, var, xs, cond)
     actual, records = run(case, mode, var, xs, cond)
     assert_same_choices(records, choices, tolerance["output"])

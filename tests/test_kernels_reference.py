@@ -1,12 +1,13 @@
 """The operations of the block one by one, values and gradients, against loops in float64.
 
-Where an operation works in float64 throughout, it is held to 1e-12. Elsewhere the tolerance is twice the error of the
-loops themselves when they run in the lower precision (`loops_in`).
+Where an operation works in float64 throughout, it is held to 1e-12. Elsewhere the tolerance is four times the error of
+the loops themselves when they run in the lower precision (`loops_in`): the order of a sum is not the same there, and a
+few numbers do not show its largest error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import oracle
 import pytest
@@ -38,10 +39,9 @@ SHAPES = [(1, 1, 64, 1), (2, 16, 128, 12), (3, 25, 65, 19), (2, 7, 5, 1), (4, 9,
 
 
 @pytest.fixture(autouse=True)
-def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACTVAR_BACKEND", raising=False)
     monkeypatch.setattr(actvar_kernels.backend, "_chosen", "reference")
-    yield
 
 
 def normal(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
@@ -49,10 +49,10 @@ def normal(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
 
 
 def loops_in(dtype: torch.dtype, loops: Callable[..., Tensor], *tensors: Tensor | None) -> tuple[Tensor, float]:
-    """The loops in float64, and twice the error they have in `dtype`; the tensors are those of `dtype`."""
+    """The loops in float64, and four times the error they have in `dtype`; the tensors are those of `dtype`."""
     exact = loops(*(None if t is None else t.double() for t in tensors))
     rough = loops(*(None if t is None else t.to(dtype) for t in tensors))
-    return exact, 2 * (rough.double() - exact).abs().max().item()
+    return exact, 4 * (rough.double() - exact).abs().max().item()
 
 
 def assert_close(actual: Tensor, exact: Tensor, tolerance: float) -> None:
@@ -110,7 +110,7 @@ def test_select_tokens_keeps_and_modulates_the_rows_that_the_loops_do(R: int, L:
     assert_close(selection.modulated, *loops_in(torch.float32, looped_modulation, picked(x, index), scale, shift))
 
 
-@pytest.mark.parametrize("dtype", LOW_DTYPES)
+@pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
 def test_select_tokens_scores_low_precision_rows_in_float32_and_returns_them_in_their_dtype(
     dtype: torch.dtype,
 ) -> None:
@@ -230,7 +230,7 @@ def test_the_gradients_of_scores_and_modulated_rows_are_those_of_the_loops() -> 
         assert_close(gradient, exact, tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW_DTYPES])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_DTYPES], ids=str)
 @pytest.mark.parametrize(("R", "L", "C"), [(1, 1, 64), (3, 19, 65), (2, 5, 128)])
 def test_normalize_modulate_is_the_loops(R: int, L: int, C: int, dtype: torch.dtype) -> None:
     x, _, _, scale, shift = selection_inputs(R, L, C, dtype)
@@ -336,7 +336,7 @@ def test_subset_attention_in_float64_is_the_loops(name: str) -> None:
     assert_close(actual, looped_attention(*tensors, softmax_scale=softmax_scale), EXACT)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW_DTYPES])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_DTYPES], ids=str)
 @pytest.mark.parametrize("name", ATTENTION)
 def test_subset_attention_in_lower_precision_has_no_more_than_its_rounding(name: str, dtype: torch.dtype) -> None:
     tensors, softmax_scale = attention_inputs(**ATTENTION[name], head_dim=64, dtype=dtype)
@@ -374,7 +374,7 @@ def looped_logits(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.stack([oracle.linear(weight, bias, token) for token in u.flatten(0, -2)]).unflatten(0, u.shape[:-1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW_DTYPES])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_DTYPES], ids=str)
 @pytest.mark.parametrize(("experts", "active"), [(1, 1), (4, 3), (16, 12), (16, 1), (32, 32), (32, 24)])
 def test_route_experts_turns_on_the_experts_that_the_loops_do(experts: int, active: int, dtype: torch.dtype) -> None:
     u = normal(3, 19, 64).to(dtype)
@@ -457,7 +457,7 @@ def test_expert_ffn_takes_any_leading_shape(shape: tuple[int, ...]) -> None:
     assert_close(expert_ffn(u, mask, 2, *weights), looped_experts(u, mask.double(), *weights), EXACT)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW_DTYPES])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_DTYPES], ids=str)
 @pytest.mark.parametrize(("experts", "active"), EXPERTS)
 def test_expert_ffn_in_lower_precision_has_no_more_error_than_the_dense_ffn(
     experts: int, active: int, dtype: torch.dtype
@@ -526,7 +526,7 @@ def scatter_inputs(R: int, L: int, C: int, keep: int, dtype: torch.dtype) -> tup
     return tensors, normal(R, L, seed=9).argsort(dim=1)[:, :keep].tolist()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW_DTYPES])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW_DTYPES], ids=str)
 @pytest.mark.parametrize(("R", "L", "C", "keep"), SHAPES)
 def test_scatter_rows_updates_the_kept_rows_of_a_copy(R: int, L: int, C: int, keep: int, dtype: torch.dtype) -> None:
     (x, rows, update, gamma), index = scatter_inputs(R, L, C, keep, dtype)
@@ -670,7 +670,7 @@ def test_an_argument_that_does_not_fit_is_named_in_a_value_error(name: str, argu
 
 def test_shared_guidance_needs_an_even_number_of_rows() -> None:
     x, weight, bias, scale, shift = selection_inputs(3, 9, 64)
-    with pytest.raises(ValueError, match="^share_guidance: .* 3 rows"):
+    with pytest.raises(ValueError, match=r"^share_guidance: .* 3 rows"):
         select_tokens(x, weight, bias, scale, shift, 5, share_guidance=True)
 
 

@@ -7,6 +7,7 @@ every model.
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch.nn import functional as F
 
 
@@ -24,15 +25,16 @@ def expert_distances(
     Returns:
         `[T, N]` in u's dtype.
     """
-    T, C = u.shape
     hidden = F.gelu(F.linear(u, fc1_weight, fc1_bias), approximate="tanh")
     output = F.linear(hidden, fc2_weight)
-    by_expert = hidden.view(T, num_experts, -1).transpose(0, 1)  # [N, T, D/N]
-    down = fc2_weight.view(C, num_experts, -1).transpose(0, 1)  # [N, C, D/N]
-    gram = down.transpose(1, 2) @ down  # [N, D/N, D/N]
-    own = ((by_expert @ gram) * by_expert).sum(-1)  # |E_e|^2, [N, T]
-    cross = ((output @ fc2_weight).view(T, num_experts, -1).transpose(0, 1) * by_expert).sum(-1)  # E_e . FFN
-    return ((own - 2 * cross).T + output.square().sum(-1, keepdim=True)).clamp_min(0) / C
+    by_expert = rearrange(hidden, "t (n d) -> n t d", n=num_experts)
+    down = rearrange(fc2_weight, "c (n d) -> n c d", n=num_experts)
+    gram = down.transpose(1, 2) @ down
+    own = ((by_expert @ gram) * by_expert).sum(-1)  # |E_e|^2
+    projected = rearrange(output @ fc2_weight, "t (n d) -> n t d", n=num_experts)
+    cross = (projected * by_expert).sum(-1)  # E_e . FFN
+    squares = rearrange(own - 2 * cross, "n t -> t n") + output.square().sum(-1, keepdim=True)
+    return squares.clamp_min(0) / u.shape[1]
 
 
 def router_target(distances: torch.Tensor, active: int, temperature: float = 1.0) -> torch.Tensor:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import nn
 
 from actvar.families import var
 
-FAMILIES = (var,)
 
-
-def family_of(model: nn.Module):
+def family_of(model: nn.Module) -> ModuleType:
     """The family module of `model`.
 
     Raises:
-        TypeError: no family supports it; says what each one expects and what is missing.
+        TypeError: it is of no supported family; lists those there are, and what is missing.
     """
-    problems = []
-    for family in FAMILIES:
-        problem = family.mismatch(model)
-        if problem is None:
-            return family
-        problems.append(f"{family.NAME}: {problem}")
-    raise TypeError(f"{type(model).__name__} cannot be patched. Supported: " + "; ".join(problems))
+    problem = var.mismatch(model)
+    if problem is not None:
+        raise TypeError(f"{type(model).__name__} cannot be patched. Supported: {var.NAME}: {problem}")
+    return var

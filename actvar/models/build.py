@@ -42,7 +42,7 @@ def build_vae_var(
         seed: of the generator that initialises the weights; torch's global generators are not touched.
 
     Raises:
-        ValueError: a width that is not a multiple of 64.
+        ValueError: a width that is not a multiple of 64, or patch_nums that are not two or more ascending sides.
     """
     vae, var = skeleton(
         V=V,
@@ -87,6 +87,8 @@ def skeleton(
     width = HEAD_DIM * depth if width is None else width
     if width % HEAD_DIM:
         raise ValueError(f"width must be a multiple of the head size {HEAD_DIM}, got {width}")
+    if len(patch_nums) < 2 or any(a >= b for a, b in zip(patch_nums, patch_nums[1:], strict=False)):
+        raise ValueError(f"patch_nums must be at least two ascending sides, got {tuple(patch_nums)}")
     with torch.device("meta"):
         vae = VQVAE(V, Cvae, ch, patch_nums, share_quant_resi, ch_mult, num_res_blocks, image_channels)
         var = VAR(vae, num_classes, depth, width, width // HEAD_DIM, patch_nums, shared_aln, attn_l2_norm)

@@ -59,6 +59,11 @@ class SeparateConvs(nn.ModuleList):
         return self[int(np.abs(_ticks(len(self)) - position).argmin())]
 
 
+def uninitialised_embedding(count: int, size: int) -> nn.Embedding:
+    """`nn.Embedding` without its initialisation, which on the meta device would import all of torch's compiler."""
+    return nn.Embedding.from_pretrained(torch.empty(count, size), freeze=False)
+
+
 class VectorQuantizer(nn.Module):
     """Codebook `[V, Cvae]` and the residual convolutions.
 
@@ -82,7 +87,7 @@ class VectorQuantizer(nn.Module):
         else:
             self.quant_resi = PartiallySharedConvs(convs)
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.v_patch_nums), vocab_size))
-        self.embedding = nn.Embedding(vocab_size, channels)
+        self.embedding = uninitialised_embedding(vocab_size, channels)
 
     def upsampled(self, codes: torch.Tensor, scale: int) -> torch.Tensor:
         """Codes `[B, Cvae, p, p]` of one scale as their share of the feature grid `[B, Cvae, P, P]`."""

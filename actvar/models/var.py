@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from actvar.models.quantizer import uninitialised_embedding
 from actvar.models.sampling import gumbel_softmax, sample_top_k_top_p
 from actvar.models.vqvae import VQVAE
 from actvar_kernels.subset_attention.reference import attend
@@ -150,10 +151,10 @@ class VAR(nn.Module):
         self.vae_proxy = (vae,)
 
         self.word_embed = nn.Linear(self.Cvae, width)
-        self.class_emb = nn.Embedding(num_classes + 1, width)
+        self.class_emb = uninitialised_embedding(num_classes + 1, width)
         self.pos_start = nn.Parameter(torch.empty(1, self.first_l, width))
         self.pos_1LC = nn.Parameter(torch.empty(1, self.L, width))
-        self.lvl_embed = nn.Embedding(len(patch_nums), width)
+        self.lvl_embed = uninitialised_embedding(len(patch_nums), width)
         self.shared_ada_lin = nn.Sequential(nn.SiLU(), SharedAdaLin(width, 6 * width)) if shared_aln else nn.Identity()
         self.blocks = nn.ModuleList(TransformerBlock(width, num_heads, shared_aln, attn_l2_norm) for _ in range(depth))
         self.register_buffer("lvl_1L", torch.empty(1, self.L, dtype=torch.int64))

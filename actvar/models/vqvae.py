@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from actvar.models.quantizer import VectorQuantizer
 
 OFFICIAL_CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
+NORM_GROUPS = 32
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+    return nn.GroupNorm(num_groups=NORM_GROUPS, num_channels=channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):

@@ -1,0 +1,109 @@
+"""The ActVAR block over all scales at once, as training sees it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from actvar.families import var as family
+from actvar.recording import BlockRecord
+from actvar.schedule import Scale
+from actvar_kernels import expert_ffn, normalize_modulate, route_experts, select_tokens, subset_attention
+
+
+class KeptTokens(NamedTuple):
+    """Per scale: `index` `[R, K]` within the scale; `scores` `[R, L]`, or None where nothing is selected."""
+
+    scale: Scale
+    index: torch.Tensor
+    scores: torch.Tensor | None
+
+
+def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    """All scales `x` `[R, L, C]`: rows that a scale dropped are invisible to every later query, as in sampling.
+
+    Where scores or logits need a gradient, the kept tokens' updates and the chosen experts' outputs are multiplied by
+    `1 + p - stopgrad(p)` (straight-through), p their softmax; the values do not change.
+    """
+    shared = block.actvar.shared
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = family.modulation(block, cond)
+
+    kept = [_select(block, x, scale1, shift1, scale) for scale in shared.schedule]
+    index = torch.cat([k.index + k.scale.start for k in kept], dim=1)
+    index = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    before = x.gather(1, index)
+
+    u = normalize_modulate(before, scale1, shift1)
+    keys_from = normalize_modulate(x, scale1, shift1) if shared.config.kv == "all" else u
+    q, k, v = family.project(block, u, keys_from)
+    visible = block_causal_mask(shared.schedule, shared.config.kv, q)
+    out, _, _ = subset_attention(q, k, v, None, family.head_scale(block), block.attn.scale, visible)
+    rows = before + gamma1 * block.attn.proj(out)
+
+    u = normalize_modulate(rows, scale2, shift2)
+    of_scales = u.split([scale.keep for scale in shared.schedule], dim=1)
+    updates = [_ffn(block, segment, k, x, cond) for segment, k in zip(of_scales, kept, strict=True)]
+    rows = rows + gamma2 * torch.cat(updates, dim=1)
+
+    if any(k.scores is not None and k.scores.requires_grad for k in kept):
+        rows = before + (rows - before) * torch.cat([_token_gate(k) for k in kept], dim=1).unsqueeze(-1)
+    return x.scatter(1, index, rows.to(x.dtype))
+
+
+def _select(block: nn.Module, x: torch.Tensor, scale1: torch.Tensor, shift1: torch.Tensor, scale: Scale) -> KeptTokens:
+    if not scale.select:
+        return KeptTokens(scale, torch.arange(scale.tokens, device=x.device).expand(x.shape[0], -1), None)
+    selector, shared = block.actvar.selector, block.actvar.shared
+    selection = select_tokens(
+        x[:, scale.start : scale.start + scale.tokens],
+        selector.weight,
+        selector.bias,
+        scale1,
+        shift1,
+        scale.keep,
+        share_guidance=shared.selection_is_shared,
+    )
+    return KeptTokens(scale, selection.index, selection.scores)
+
+
+def _ffn(block: nn.Module, u: torch.Tensor, kept: KeptTokens, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    """The FFN of one scale's kept rows `u` `[R, K, C]`; recorded where the scale is active."""
+    router, scale, records = block.actvar.router, kept.scale, block.actvar.shared.records
+    mask = logits = None
+    if scale.route:
+        mask, logits = route_experts(u, router.weight, router.bias, scale.experts)
+        gate = mask * straight_through(logits) if logits.requires_grad else mask
+        update = expert_ffn(u, gate, scale.experts, *family.ffn_weights(block))
+    else:
+        update = block.ffn(u)
+    if records is not None and scale.active:
+        index = kept.index if scale.select else None
+        records.append(BlockRecord(block.actvar.block_index, scale, index, kept.scores, u, mask, logits, x, cond))
+    return update
+
+
+def _token_gate(kept: KeptTokens) -> torch.Tensor:
+    """`[R, K]`: 1 in value, with the gradient of the kept tokens' probabilities where they were selected."""
+    if kept.scores is None:
+        return torch.ones_like(kept.index, dtype=torch.float32)
+    return straight_through(kept.scores).gather(1, kept.index)
+
+
+def straight_through(scores: torch.Tensor) -> torch.Tensor:
+    """`1 + p - stopgrad(p)`, p = softmax over the last axis: exactly 1 in value, the gradient of p."""
+    p = scores.softmax(dim=-1)
+    return 1 + (p - p.detach())
+
+
+def block_causal_mask(schedule: tuple[Scale, ...], kv: str, q: torch.Tensor) -> torch.Tensor:
+    """Additive mask `[queries, keys]` in q's dtype: a row sees its own scale and earlier ones."""
+
+    def levels(counts: list[int]) -> torch.Tensor:
+        return torch.arange(len(counts), device=q.device).repeat_interleave(torch.tensor(counts, device=q.device))
+
+    queries = levels([scale.keep for scale in schedule])
+    keys = queries if kv == "compact" else levels([scale.tokens for scale in schedule])
+    hidden = queries.unsqueeze(1) < keys.unsqueeze(0)
+    return torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
