@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from actvar.config import ActVARConfig
+from actvar.families import unwrapped
 from actvar.recording import shared_state
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def save_adapter(var: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: the model is not patched.
     """
-    var = getattr(var, "_orig_mod", var)
+    var = unwrapped(var)
     config = shared_state(var).config
     metadata = {"format": FORMAT, "version": VERSION, "model": json.dumps(_sizes(var)), "config": config.to_json()}
     tensors = {name: parameter.detach().contiguous() for name, parameter in gate_parameters(var).items()}
@@ -59,7 +60,7 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
         AdapterError: not an adapter, or one for another model; names the file, what was expected and what came.
         ValueError: the model is not patched.
     """
-    model = getattr(var, "_orig_mod", var)
+    model = unwrapped(var)
     config = shared_state(model).config
     metadata, tensors = _read(Path(path))
     if metadata["model"] != _sizes(model):

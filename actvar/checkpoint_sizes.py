@@ -154,7 +154,7 @@ def autoencoder_skeleton(sizes: AutoencoderSizes) -> VQVAE:
         num_classes=1,
         V=sizes.V,
         Cvae=sizes.Cvae,
-        patch_nums=(1,) * sizes.scales,
+        patch_nums=tuple(range(1, max(sizes.scales, 2) + 1)),
         shared_aln=False,
         attn_l2_norm=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import actvar
 from actvar.adapter import describe_adapter, read_adapter_config
 from actvar.checkpoint import describe_checkpoint
 from actvar.compare import Sampling, compare, save_pictures
-from actvar.patch import patched
+from actvar.patch import patched_silently, warn_untrained
 from actvar.pictures import save_grid
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import adapter_path
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         parser.exit(2, f"actvar {options.command}: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted\n")
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=_sample)
 
     info = commands.add_parser("info", help="describe a checkpoint or adapter, or, without a file, this installation")
-    info.add_argument("file", nargs="?", type=Path)
+    info.add_argument("file", nargs="?", help="a file, or owner/repo:file on the hub")
     info.set_defaults(run=_info)
     return parser
 
@@ -76,40 +77,51 @@ def _parser() -> argparse.ArgumentParser:
 def _sample(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.var is None):
         raise ValueError("give either --model, or --var with --vae")
-    if options.var is not None and options.vae is None:
-        raise ValueError("--var needs --vae, the checkpoint of its autoencoder")
+    if (options.var is None) != (options.vae is None):
+        raise ValueError("--var needs --vae, the checkpoint of its autoencoder, and the other way round")
     if options.dense and options.compare:
         raise ValueError("--dense samples without ActVAR; leave it out for --compare")
+    labels = tuple(label for label in options.labels for _ in range(options.per_class))
+    sampling = Sampling(labels, options.cfg, options.top_k, options.top_p, options.seed)
     _, var = _load(options)
+    if options.top_k > var.V:
+        raise ValueError(f"--top-k: the model has {var.V} tokens to choose from, got {options.top_k}")
     bad = [label for label in options.labels if label >= var.num_classes]
     if bad:
         raise ValueError(f"--labels: the model has classes 0-{var.num_classes - 1}, got {bad[0]}")
-    labels = tuple(label for label in options.labels for _ in range(options.per_class))
-    sampling = Sampling(labels, options.cfg, options.top_k, options.top_p, options.seed)
     adapter = _adapter(options)
     config = actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter)
+    if adapter is None and not options.dense:
+        warn_untrained(config)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.compare:
         result = compare(var, config, adapter, sampling, options.repeats)
         names = CLASSES if options.model else None
         titles = [names[label] if names else f"class {label}" for label in labels]
-        save_pictures(var, config, adapter, sampling, options.out, options.per_class, titles)
+        written = save_pictures(var, config, adapter, sampling, options.out, options.per_class, titles)
         print(f"{len(labels)} images, cfg {options.cfg}, {options.dtype}, {torch.get_num_threads()} threads,", end=" ")
         print(f"median of {options.repeats}; {_describe(config)}")
         print(result.table())
     elif options.dense:
-        save_grid(sampling.run(var), options.out / "dense.png", options.per_class)
+        written = [save_grid(sampling.run(var), options.out / "dense.png", options.per_class)]
     else:
-        with patched(var, config, adapter):
-            save_grid(sampling.run(var), options.out / "actvar.png", options.per_class)
-    print("wrote " + ", ".join(str(path) for path in sorted(options.out.glob("*.png"))))
+        with patched_silently(var, config, adapter):
+            written = [save_grid(sampling.run(var), options.out / "actvar.png", options.per_class)]
+    print("wrote " + ", ".join(str(path) for path in written))
 
 
 def _load(options: argparse.Namespace):
-    placement = dict(device=options.device, dtype=DTYPES[options.dtype])
+    placement = dict(device=_device(options.device), dtype=DTYPES[options.dtype])
     if options.model:
         return actvar.load_pretrained(options.model, **placement)
     return actvar.load_var(options.var, options.vae, **placement)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: expected a device this torch can use, got {name!r}: {error}") from error
 
 
 def _adapter(options: argparse.Namespace) -> Path | None:
@@ -143,12 +155,12 @@ def _info(options: argparse.Namespace) -> None:
         print(f"{name:<16}{value}")
 
 
-def _describe_file(path: Path) -> dict[str, object]:
+def _describe_file(path: str) -> dict[str, object]:
     """An adapter or a checkpoint; when it is neither, the checkpoint reader's error."""
-    try:
-        return describe_adapter(path)
-    except actvar.AdapterError:
-        return describe_checkpoint(path)
+    if Path(path).is_file():
+        with contextlib.suppress(actvar.AdapterError):
+            return describe_adapter(path)
+    return describe_checkpoint(path)
 
 
 def _labels(text: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +12,34 @@ from torch import nn
 
 from actvar.config import ActVARConfig
 from actvar.flops import counted_flops, model_flops
-from actvar.patch import patched
+from actvar.patch import patched_silently
 from actvar.pictures import save_grid, save_token_overlay
 from actvar.recording import record, shared_state
+from actvar.schedule import build_schedule
 from actvar.timing import block_seconds, interleaved_medians, seconds_of
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What to sample: arguments of `autoregressive_infer_cfg`."""
+    """What to sample: arguments of `autoregressive_infer_cfg`.
+
+    Raises:
+        ValueError: a cfg that is not finite, a negative top_k, a top_p outside [0, 1].
+    """
 
     labels: tuple[int, ...]
     cfg: float = 1.5
     top_k: int = 0
     top_p: float = 0.0
     seed: int = 0
+
+    def __post_init__(self):
+        if not math.isfinite(self.cfg):
+            raise ValueError(f"cfg: expected a finite number, got {self.cfg}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: expected 0 or more, got {self.top_k}")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number from 0 to 1, got {self.top_p}")
 
     def run(self, var: nn.Module) -> torch.Tensor:
         """Images `[B, C, H, W]` in [0, 1]."""
@@ -75,9 +89,13 @@ class Comparison:
 def compare(
     var: nn.Module, config: ActVARConfig, adapter: str | Path | None, sampling: Sampling, repeats: int
 ) -> Comparison:
-    """Measure an unpatched `var` and the same with ActVAR, in turn, medians of `repeats`."""
+    """Measure an unpatched `var` and the same with ActVAR, in turn, medians of `repeats`.
+
+    Raises:
+        ValueError: a configuration or adapter that does not fit the model.
+    """
     device = var.head.weight.device
-    active_tokens = {var.patch_nums[scale] ** 2 for scale in config.scales}
+    active_tokens = {scale.tokens for scale in build_schedule(config, var.patch_nums) if scale.active}
 
     def blocks() -> float:
         with block_seconds(var) as seconds:
@@ -86,7 +104,7 @@ def compare(
 
     def with_patch(measure):
         def run() -> float:
-            with patched(var, config, adapter):
+            with patched_silently(var, config, adapter):
                 return measure()
 
         return run
@@ -99,7 +117,7 @@ def compare(
     batch = len(sampling.labels)
     formula = {"dense": sum(step.total for step in model_flops(var, batch))}
     counted = {"dense": counted_flops(var, batch)}
-    with patched(var, config, adapter):
+    with patched_silently(var, config, adapter):
         formula["actvar"] = sum(step.total for step in model_flops(var, batch))
         counted["actvar"] = counted_flops(var, batch)
     return Comparison(batch, seconds, block_times, formula, counted)
@@ -113,22 +131,21 @@ def save_pictures(
     folder: Path,
     columns: int,
     titles: Sequence[str],
-) -> None:
-    """Write `dense.png`, `actvar.png`, `difference.png` and, where tokens are selected, `tokens.png`.
+) -> list[Path]:
+    """Write `dense.png`, `actvar.png`, `difference.png` and, where tokens are selected, `tokens.png`; returns them.
 
     Args:
         columns: images per row of the grids.
         titles: a label per image, for the token overlay, which shows the first image of up to ten rows.
     """
     dense = sampling.run(var)
-    with patched(var, config, adapter), record(var) as records:
+    with patched_silently(var, config, adapter), record(var) as records:
         sparse = sampling.run(var)
         selects = any(scale.select for scale in shared_state(var).schedule)
-    save_grid(dense, folder / "dense.png", columns)
-    save_grid(sparse, folder / "actvar.png", columns)
-    save_grid((dense - sparse).abs(), folder / "difference.png", columns)
+    grids = {"dense": dense, "actvar": sparse, "difference": (dense - sparse).abs()}
+    written = [save_grid(images, folder / f"{name}.png", columns) for name, images in grids.items()]
     if selects:
         shown = list(range(0, len(sparse), columns))[:10]
-        save_token_overlay(
-            sparse[shown], [r.only(shown) for r in records], folder / "tokens.png", [titles[i] for i in shown]
-        )
+        of_shown, names = [r.only(shown) for r in records], [titles[i] for i in shown]
+        written.append(save_token_overlay(sparse[shown], of_shown, folder / "tokens.png", names))
+    return written

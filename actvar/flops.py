@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from actvar.config import ActVARConfig
-from actvar.families import family_of
+from actvar.families import family_of, unwrapped
 from actvar.recording import Shared
 from actvar.schedule import build_schedule
 from actvar_kernels.expert_ffn.op import expert_ffn_flops
@@ -79,6 +79,7 @@ def formula_flops(
 
 def model_flops(var: nn.Module, batch: int) -> list[StepFlops]:
     """`formula_flops` of a model, patched or not."""
+    var = unwrapped(var)
     family = family_of(var)
     shared = var.__dict__.get("actvar")
     return formula_flops(

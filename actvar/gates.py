@@ -17,10 +17,10 @@ class Gate(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, seed: int, device: torch.device):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
+        generator = torch.Generator("cpu").manual_seed(seed)
+        weight = torch.randn(outputs, inputs, generator=generator, device="cpu", dtype=torch.float32) * inputs**-0.5
         self.weight = nn.Parameter(weight.to(device), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(outputs, device=device), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=torch.float32), requires_grad=False)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """Adapter tensors are saved apart, by `save_adapter`."""

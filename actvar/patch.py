@@ -13,10 +13,10 @@ from torch import nn
 from actvar.adapter import load_adapter
 from actvar.block import ActVARBlock
 from actvar.config import ActVARConfig
-from actvar.families import family_of
+from actvar.families import family_of, unwrapped
 from actvar.gates import Gates
 from actvar.recording import Shared, guided_rows
-from actvar.schedule import Scale, build_schedule
+from actvar.schedule import build_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class _PatchedInstance:
     """Pickles and copies by the original class, since patched classes are made at run time."""
 
     def __reduce_ex__(self, protocol):
-        return _bare_instance, (self.original_class, self.mixin), self.__dict__
+        return _bare_instance, (self.original_class, self.mixin), self.__getstate__()
 
 
 @functools.cache
@@ -53,24 +53,33 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module
 
     The classes of `var` and its blocks are swapped for subclasses, and each block gets a selector and a router.
     Parameters and `state_dict` stay as they are. A model that is patched already is re-patched with fresh gates.
+    Active scales are computed as in eval mode: without dropout and stochastic depth.
 
     Args:
-        var: `actvar.models.VAR`, or an instance of the public VAR class; also inside `torch.compile`'s wrapper.
+        var: `actvar.models.VAR`, or an instance of the public VAR class; the model or its blocks may be inside
+            `torch.compile`'s wrapper.
         config: the default is the paper's.
 
     Raises:
         TypeError: a model of an unsupported kind.
-        ValueError: a configuration that does not fit the model. The model is unchanged in both cases.
+        ValueError: a configuration that does not fit the model, or a block whose `forward` was replaced on the
+            instance, which the patch could not reach. The model is unchanged in every case.
     """
-    schedule = patch_silently(var, ActVARConfig() if config is None else config)
-    if any(scale.active for scale in schedule):
-        logger.warning("selectors and routers are untrained: load trained ones with actvar.load_adapter(var, path)")
+    config = ActVARConfig() if config is None else config
+    patch_silently(var, config)
+    warn_untrained(config)
     return var
 
 
-def patch_silently(var: nn.Module, config: ActVARConfig) -> tuple[Scale, ...]:
-    """`apply_patch` without the warning, for callers that load an adapter next; returns the schedule."""
-    model = _unwrapped(var)
+def warn_untrained(config: ActVARConfig) -> None:
+    """Say that a model is used without an adapter, unless every rate is 1."""
+    if min(*config.token_rates, *config.ffn_rates) < 1:
+        logger.warning("selectors and routers are untrained: load trained ones with actvar.load_adapter(var, path)")
+
+
+def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
+    """`apply_patch` without the warning, for callers that load an adapter next."""
+    model = unwrapped(var)
     family = family_of(model)
     if not isinstance(config, ActVARConfig):
         raise TypeError(f"config: expected an ActVARConfig, got {type(config).__name__}")
@@ -80,16 +89,24 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> tuple[Scale, ...]:
             f"num_experts: expected a divisor of the FFN's hidden size {family.hidden_size(model)}, "
             f"got {config.num_experts}"
         )
+    for index, block in enumerate(_blocks(model)):
+        if "forward" in block.__dict__:
+            raise ValueError(f"expected blocks[{index}] with its class's forward, got one replaced on the instance")
+    shared, width = Shared(config, schedule), family.width(model)
+    gates = [
+        Gates(width, config.num_experts, index, shared, block.ffn.fc1.weight.device)
+        for index, block in enumerate(_blocks(model))
+    ]
     remove_patch(model)
-    shared = Shared(config, schedule)
-    for index, block in enumerate(model.blocks):
-        device = block.ffn.fc1.weight.device
-        gates = Gates(family.width(model), config.num_experts, index, shared, device)
-        block.actvar = gates.train(block.training)
+    _install(model, shared, gates)
+
+
+def _install(model: nn.Module, shared: Shared, gates: list[Gates]) -> None:
+    for block, of_block in zip(_blocks(model), gates, strict=True):
+        block.actvar = of_block.train(block.training)
         block.__class__ = _patched_class(type(block), ActVARBlock)
     model.actvar = shared
     model.__class__ = _patched_class(type(model), ActVARModel)
-    return schedule
 
 
 def remove_patch(var: nn.Module) -> nn.Module:
@@ -98,15 +115,12 @@ def remove_patch(var: nn.Module) -> nn.Module:
     Raises:
         TypeError: a model of an unsupported kind.
     """
-    model = _unwrapped(var)
+    model = unwrapped(var)
     family_of(model)
-    if isinstance(model, _PatchedInstance):
-        model.__class__ = type(model).original_class
-        del model.actvar
-    for block in model.blocks:
-        if isinstance(block, _PatchedInstance):
-            block.__class__ = type(block).original_class
-            del block.actvar
+    for module in (model, *_blocks(model)):
+        if isinstance(module, _PatchedInstance):
+            module.__class__ = type(module).original_class
+            del module.actvar
     return var
 
 
@@ -114,19 +128,33 @@ def remove_patch(var: nn.Module) -> nn.Module:
 def patched(
     var: nn.Module, config: ActVARConfig | None = None, adapter: str | Path | None = None
 ) -> Iterator[nn.Module]:
-    """`apply_patch` (and `load_adapter`, if one is given) for the duration of the context."""
-    if adapter is None:
-        apply_patch(var, config)
-    else:
-        patch_silently(var, ActVARConfig() if config is None else config)
+    """`apply_patch` (and `load_adapter`, if one is given) for the duration of the context.
+
+    A patch that was there before is put back afterwards, with its gates. Errors as in `apply_patch` and `load_adapter`.
+    """
+    config = ActVARConfig() if config is None else config
+    with patched_silently(var, config, adapter):
+        if adapter is None:
+            warn_untrained(config)
+        yield var
+
+
+@contextmanager
+def patched_silently(var: nn.Module, config: ActVARConfig, adapter: str | Path | None) -> Iterator[nn.Module]:
+    """`patched` without the warning, for callers that have given it."""
+    model = unwrapped(var)
+    before = model.actvar if isinstance(model, _PatchedInstance) else None
+    gates = [block.actvar for block in _blocks(model)] if before is not None else []
+    patch_silently(model, config)
     try:
         if adapter is not None:
-            load_adapter(var, adapter)
+            load_adapter(model, adapter)
         yield var
     finally:
-        remove_patch(var)
+        remove_patch(model)
+        if before is not None:
+            _install(model, before, gates)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`'s wrapper, or the model itself."""
-    return getattr(model, "_orig_mod", model)
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [unwrapped(block) for block in model.blocks]

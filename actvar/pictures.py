@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ GAP = 2
 UPDATED_COLOUR = np.array([1.0, 0.55, 0.1])
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
+def save_grid(images: torch.Tensor, path: Path, columns: int) -> Path:
     """Write images `[B, C, H, W]` in [0, 1] (C 1 or 3) as one PNG, row by row, enlarged to 64 pixels a side or more."""
     factor = max(1, -(-64 // images.shape[-1]))
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
@@ -29,10 +29,10 @@ def save_grid(images: torch.Tensor, path: Path, columns: int) -> None:
     for i, image in enumerate(pixels.numpy()):
         top, left = GAP + (i // columns) * (height + GAP), GAP + (i % columns) * (width + GAP)
         canvas[top : top + height, left : left + width] = image
-    _replace(path, lambda temporary: Image.fromarray(canvas).save(temporary, format="PNG"))
+    return _replace(path, lambda temporary: Image.fromarray(canvas).save(temporary, format="PNG"))
 
 
-def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], path: Path, titles: Sequence[str]) -> None:
+def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], path: Path, titles: Sequence[str]) -> Path:
     """For each image a row per active scale: the image, then one panel per block with its updated tokens in colour.
 
     Args:
@@ -63,7 +63,7 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
                 axis.imshow(_tinted(picture, panels[block, scale].index[i], side))
                 if i == 0 and j == 0:
                     axis.set_title(f"block {block + 1}", fontsize=7)
-    _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    return _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def _tinted(picture: np.ndarray, index: torch.Tensor, side: int) -> np.ndarray:
@@ -77,10 +77,11 @@ def _tinted(picture: np.ndarray, index: torch.Tensor, side: int) -> np.ndarray:
     return np.where(mask, 0.55 * picture + 0.45 * UPDATED_COLOUR, picture)
 
 
-def _replace(path: Path, write) -> None:
+def _replace(path: Path, write: Callable[[Path], object]) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    return path

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from actvar.config import ActVARConfig
+from actvar.families import unwrapped
 from actvar.schedule import Scale
 
 
@@ -33,8 +34,9 @@ class BlockRecord:
     cond: torch.Tensor | None = None
 
     def only(self, rows: list[int]) -> BlockRecord:
-        """The same record with the tokens of some rows."""
-        return replace(self, index=None if self.index is None else self.index[rows])
+        """The same record of some rows."""
+        tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass
@@ -109,6 +111,7 @@ def shared_state(model: nn.Module) -> Shared:
     Raises:
         ValueError: the model is not patched.
     """
+    model = unwrapped(model)
     shared = model.__dict__.get("actvar")
     if not isinstance(shared, Shared):
         raise ValueError(f"expected a model patched by actvar.apply_patch, got an unpatched {type(model).__name__}")

@@ -24,13 +24,17 @@ class KeptTokens(NamedTuple):
 def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
     """All scales `x` `[R, L, C]`: rows that a scale dropped are invisible to every later query, as in sampling.
 
-    Where scores or logits need a gradient, the kept tokens' updates and the chosen experts' outputs are multiplied by
-    `1 + p - stopgrad(p)` (straight-through), p their softmax; the values do not change.
+    While a gate is being trained, the kept tokens' updates or the chosen experts' outputs are multiplied by
+    `1 + p - stopgrad(p)` (straight-through), p the softmax of its scores; values change by rounding only.
+
+    Raises:
+        ValueError: the tokens are not those of all scales, or of the first few.
     """
     shared = block.actvar.shared
+    schedule = _scales_of(shared.schedule, x.shape[1])
     gamma1, gamma2, scale1, scale2, shift1, shift2 = family.modulation(block, cond)
 
-    kept = [_select(block, x, scale1, shift1, scale) for scale in shared.schedule]
+    kept = [_select(block, x, scale1, shift1, scale) for scale in schedule]
     index = torch.cat([k.index + k.scale.start for k in kept], dim=1)
     index = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     before = x.gather(1, index)
@@ -38,16 +42,16 @@ def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor) 
     u = normalize_modulate(before, scale1, shift1)
     keys_from = normalize_modulate(x, scale1, shift1) if shared.config.kv == "all" else u
     q, k, v = family.project(block, u, keys_from)
-    visible = block_causal_mask(shared.schedule, shared.config.kv, q)
+    visible = block_causal_mask(schedule, shared.config.kv, q)
     out, _, _ = subset_attention(q, k, v, None, family.head_scale(block), block.attn.scale, visible)
     rows = before + gamma1 * block.attn.proj(out)
 
     u = normalize_modulate(rows, scale2, shift2)
-    of_scales = u.split([scale.keep for scale in shared.schedule], dim=1)
+    of_scales = u.split([scale.keep for scale in schedule], dim=1)
     updates = [_ffn(block, segment, k, x, cond) for segment, k in zip(of_scales, kept, strict=True)]
     rows = rows + gamma2 * torch.cat(updates, dim=1)
 
-    if any(k.scores is not None and k.scores.requires_grad for k in kept):
+    if is_trained(block.actvar.selector):
         rows = before + (rows - before) * torch.cat([_token_gate(k) for k in kept], dim=1).unsqueeze(-1)
     return x.scatter(1, index, rows.to(x.dtype))
 
@@ -74,7 +78,7 @@ def _ffn(block: nn.Module, u: torch.Tensor, kept: KeptTokens, x: torch.Tensor, c
     mask = logits = None
     if scale.route:
         mask, logits = route_experts(u, router.weight, router.bias, scale.experts)
-        gate = mask * straight_through(logits) if logits.requires_grad else mask
+        gate = mask * straight_through(logits) if is_trained(router) else mask
         update = expert_ffn(u, gate, scale.experts, *family.ffn_weights(block))
     else:
         update = block.ffn(u)
@@ -89,6 +93,18 @@ def _token_gate(kept: KeptTokens) -> torch.Tensor:
     if kept.scores is None:
         return torch.ones_like(kept.index, dtype=torch.float32)
     return straight_through(kept.scores).gather(1, kept.index)
+
+
+def _scales_of(schedule: tuple[Scale, ...], tokens: int) -> tuple[Scale, ...]:
+    for count, scale in enumerate(schedule, start=1):
+        if scale.start + scale.tokens == tokens:
+            return schedule[:count]
+    ends = [scale.start + scale.tokens for scale in schedule]
+    raise ValueError(f"expected the tokens of the first scales, one of {ends}, got {tokens}")
+
+
+def is_trained(gate: nn.Module) -> bool:
+    return gate.weight.requires_grad and torch.is_grad_enabled()
 
 
 def straight_through(scores: torch.Tensor) -> torch.Tensor:

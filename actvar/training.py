@@ -1,7 +1,7 @@
 """A training loop that several processes share and that a kill cannot hurt.
 
 Every step's examples and random numbers follow from (seed, step, rank) alone, so a run that was interrupted and resumed
-ends with the same weights as an unbroken one.
+ends with the same weights as an unbroken one, unless the loss keeps a state of its own.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The patched block against the float64 oracle: block by block, over sequences with the K/V cache, teacher forced.
 
-Tolerances are three times the largest error of the *dense* model against the oracle, with the same weights and in the same
-dtype. In float64 models LayerNorm, scores and logits of an active scale are still in float32, so these are held to the
-error of the float32 dense model. Seen errors: outputs (up to 9 in size) 2e-6 to 6e-6 in float32, less than 2e-6 in
-float64. Scores and logits have to agree within the tolerance and every choice of the oracle to be clear by more than
-twice of it, so the chosen tokens and experts have to be exactly the oracle's.
+Tolerances are three times the largest error of the *dense* model against the oracle, with the same weights and in the
+same dtype. In float64 models LayerNorm, scores and logits of an active scale are still in float32, so these are held
+to the error of the float32 dense model. Errors seen, in outputs of up to 9: 5e-6 in float32 (9e-6 to 1.4e-5 allowed)
+and 8e-7 in float64; at fixed choices 0.11 in bfloat16 and 0.015 in float16. Scores and logits have to agree within the
+tolerance, and every choice of the oracle has to be clear by more than twice of it: so the chosen tokens and experts
+have to be exactly the oracle's.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from actvar.recording import BlockRecord
 PATCH_NUMS = (1, 2, 3, 4, 5)
 LENGTHS = [side * side for side in PATCH_NUMS]
 WIDTH, DEPTH = 128, 2
-GATE_SEED = 1
+GATE_SEED = 3  # under which no choice of `CASES` is a close one
 ALONE, IN_A_ROW, TEACHER_FORCED = MODES = ("each block alone", "the blocks in a row", "teacher forced")
 KINDS = {
     f"{adaln} AdaLN, {norm} QK norm": {"shared_aln": adaln == "shared", "attn_l2_norm": norm == "with"}
@@ -43,7 +44,7 @@ LOW_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Choices = dict[tuple[int, int], oracle.Chosen]
 """By block and scale."""
 Results = dict[str, Tensor]
-"""Outputs by "output <blocks> <scale>", caches by "keys <block>" and "values <block>"."""
+"""Outputs by "output <block> <scale>", caches by "keys <block>" and "values <block>"."""
 
 
 @dataclass(frozen=True)
@@ -189,16 +190,14 @@ def run(case: Case, mode: str, var: nn.Module, xs: list[Tensor], cond: Tensor) -
             blocks = [var.blocks[index] for index in group]
             if mode == TEACHER_FORCED:
                 x = torch.cat(xs, dim=1)
-                for block in blocks:
-                    x = block(x=x, cond_BD=cond, attn_bias=var.attn_bias_for_masking)
-                results[f"output {group}"] = x
+                for index, block in zip(group, blocks, strict=True):
+                    x = results[f"output {index}"] = block(x=x, cond_BD=cond, attn_bias=var.attn_bias_for_masking)
                 continue
             for block in blocks:
                 block.attn.kv_caching(True)
             for scale, x in enumerate(xs):
-                for block in blocks:
-                    x = block(x=x, cond_BD=cond, attn_bias=None)
-                results[f"output {group} {scale}"] = x
+                for index, block in zip(group, blocks, strict=True):
+                    x = results[f"output {index} {scale}"] = block(x=x, cond_BD=cond, attn_bias=None)
                 if scale == len(xs) - 2:  # what the last scale finds; what it leaves is never attended to
                     for index in group:
                         results[f"keys {index}"] = var.blocks[index].attn.cached_k
@@ -227,7 +226,7 @@ def run_oracle(
                 gates = gates_of(var.blocks[index]) if case.actives else None
                 x, chosen = oracle.teacher_forced_block(state[index], gates, LENGTHS, case.actives, x, cond, own)
                 choices.update({(index, scale): value for scale, value in chosen.items()})
-            results[f"output {group}"] = x
+                results[f"output {index}"] = x
             continue
         caches = {index: [[] for _ in range(case.rows)] for index in group}
         for scale, x in enumerate(xs):
@@ -244,7 +243,7 @@ def run_oracle(
                     )
                 else:
                     x = oracle.dense_block(state[index], x, cond, caches[index])
-            results[f"output {group} {scale}"] = x
+                results[f"output {index} {scale}"] = x
             if scale == len(xs) - 2:
                 for index in group:
                     for part, name in enumerate(("keys", "values")):
@@ -368,9 +367,15 @@ def test_the_dense_model_in_float64_is_the_oracle_up_to_rounding(kind: str, mode
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_patched_model_chooses_and_computes_what_the_oracle_does(case: Case, mode: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, mode) for name in CASES for mode in (IN_A_ROW, TEACHER_FORCED)),
+        *((name, ALONE) for name in CASES if name.startswith(("the paper's rates", "keys of all", "three"))),
+    ],
+)
+def test_the_patched_model_chooses_and_computes_what_the_oracle_does(name: str, mode: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
     tolerance = tolerances_of(case, mode, dtype)
     expected, choices = oracle_results(case, mode)
     assert smallest_margin(choices, case) > 2 * tolerance["output"]
@@ -656,7 +661,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(config, rows=2, **flags)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(case=cases(), mode=st.sampled_from(MODES))
 def test_any_configuration_gives_what_the_oracle_gives(case: Case, mode: str) -> None:
     with torch.no_grad():

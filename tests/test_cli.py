@@ -91,6 +91,13 @@ def test_info_describes_checkpoints_adapters_and_the_installation(files, capsys)
         (["sample", "--model", "fashion-mnist", "--labels", "0", "--per-class", "0"], "at least 1"),
         (["sample", "--model", "fashion-mnist", "--labels", "0", "--adapter", "none"], "comes with"),
         (["sample", "--model", "fashion-mnist", "--labels", "0", "--dense", "--compare"], "--dense"),
+        (["sample", "--model", "fashion-mnist", "--vae", "y.pth", "--labels", "0"], "--var needs --vae"),
+        (["sample", "--model", "fashion-mnist", "--labels", "0", "--device", "nowhere"], "--device"),
+        (["sample", "--model", "fashion-mnist", "--labels", "0", "--cfg", "nan"], "cfg: expected a finite number"),
+        (["sample", "--model", "fashion-mnist", "--labels", "0", "--top-p", "7"], "top_p: expected"),
+        (["sample", "--model", "fashion-mnist", "--labels", "0", "--top-k", "-3"], "top_k: expected"),
+        (["sample", "--model", "fashion-mnist", "--labels", "0", "--top-k", "9999"], "512 tokens"),
+        (["sample", "--model", "fashion-mnist", "--labels", "0", "--out", __file__], "test_cli.py"),
         (["info", "missing.pth"], "missing.pth"),
         ([], "command"),
     ],
@@ -102,6 +109,11 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, capsys
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_an_untrained_comparison_says_so_once(files, tmp_path, caplog):
+    run(files, "--labels", "0", "--compare", "--repeats", "1", "--out", str(tmp_path))
+    assert len([r for r in caplog.records if "untrained" in r.message]) == 1
 
 
 def test_the_module_runs_as_a_program(files):

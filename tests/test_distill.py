@@ -135,6 +135,29 @@ def test_stage_one_runs_with_one_kind_of_sparsity(tiny_var, batch, config):
     assert losses["loss"].isfinite()
 
 
+def test_stage_one_needs_something_to_train(tiny_var):
+    apply_patch(tiny_var, ActVARConfig(token_rates=(1, 1), ffn_rate=1))
+    with pytest.raises(ValueError, match="no selector or router to train"):
+        Stage1(tiny_var)
+
+
+def test_each_loss_is_averaged_over_the_scales_where_its_gate_runs(tiny_var, batch):
+    """With one scale routed, the router loss is that scale's, not half of it."""
+    only_last = Stage1(apply_patch(tiny_var, ActVARConfig(scales=(-1,), token_rates=(1,), num_experts=8)))
+    expected = only_last(*batch)["router"]
+    both = Stage1(apply_patch(tiny_var, ActVARConfig(token_rates=(1, 1), ffn_rate=(1, 0.75), num_experts=8)))
+    torch.testing.assert_close(both(*batch)["router"], expected)
+
+
+def test_frozen_gates_are_no_straight_through_gates(tiny_var, batch, monkeypatch):
+    calls = []
+    monkeypatch.setattr("actvar.teacher_forcing.straight_through", lambda scores: calls.append(scores) or scores)
+    apply_patch(tiny_var, ActVARConfig(num_experts=8))
+    labels, inputs, _ = batch
+    assert tiny_var(labels, inputs.requires_grad_()).requires_grad
+    assert calls == []
+
+
 def test_stage_one_needs_a_patched_model(tiny_var):
     with pytest.raises(ValueError, match=r"patched by actvar.apply_patch"):
         Stage1(tiny_var)

@@ -158,9 +158,9 @@ def test_select_tokens_keeps_the_first_tokens_under_a_constant_selector(R: int, 
     assert selection.index.tolist() == [list(range(keep))] * R
 
 
-@pytest.mark.parametrize("C", [64, 128, 1024])
-@pytest.mark.parametrize("L", [16, 25, 169, 256])
-@pytest.mark.parametrize("R", [1, 2, 3])
+@pytest.mark.parametrize("C", [64, 1024])
+@pytest.mark.parametrize("L", [16, 25, 169])
+@pytest.mark.parametrize("R", [1, 3])
 def test_equal_tokens_have_equal_scores_wherever_they_stand(R: int, L: int, C: int) -> None:
     x, weight, bias, scale, shift = selection_inputs(R, 1, C)
     selection = select_tokens(x.expand(R, L, C).contiguous(), weight, bias, scale, shift, L // 2)

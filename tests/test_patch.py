@@ -318,6 +318,56 @@ def test_compiled_models_sample_the_same_and_can_be_patched(tiny_var, compiled):
     assert type(tiny_var) is actvar.models.VAR
 
 
+def test_blocks_inside_a_compile_wrapper_are_patched(tiny_var):
+    expected = sample(apply_patch(tiny_var, SPARSE))
+    remove_patch(tiny_var)
+    for index, block in enumerate(tiny_var.blocks):
+        tiny_var.blocks[index] = torch.compile(block, backend="eager")
+    with patched(tiny_var, SPARSE), record(tiny_var) as records:
+        torch.testing.assert_close(sample(tiny_var), expected)
+    assert len(records) == 4
+
+
+def test_a_block_with_a_forward_of_its_own_is_refused_and_unchanged(tiny_var):
+    tiny_var.blocks[1].forward = tiny_var.blocks[1].forward
+    with pytest.raises(ValueError, match=r"blocks\[1\] with its class's forward"):
+        apply_patch(tiny_var, SPARSE)
+    assert type(tiny_var) is actvar.models.VAR
+
+
+def test_a_copy_of_a_compiled_patched_model_has_weights_of_its_own(tiny_var):
+    for block in tiny_var.blocks:
+        block.compile(backend="eager")
+    image = sample(apply_patch(tiny_var, SPARSE))
+    other = copy.deepcopy(tiny_var)
+    tiny_var.head.weight.data.zero_()
+    for block in tiny_var.blocks:
+        block.ffn.fc1.weight.data.zero_()
+    torch.testing.assert_close(sample(other), image)
+
+
+def test_the_context_puts_an_earlier_patch_back(tiny_var):
+    image = sample(apply_patch(tiny_var, SPARSE))
+    gates = [block.actvar for block in tiny_var.blocks]
+    with patched(tiny_var, ActVARConfig(token_rates=(0.25, 0.25))):
+        assert not torch.equal(sample(tiny_var), image)
+    assert [block.actvar for block in tiny_var.blocks] == gates
+    assert torch.equal(sample(tiny_var), image)
+
+
+def test_patching_is_independent_of_the_default_device(tiny_var):
+    expected = apply_patch(tiny_var, SPARSE).blocks[0].actvar.router.weight.clone()
+    with torch.device("meta"):
+        apply_patch(tiny_var, SPARSE)
+    assert torch.equal(tiny_var.blocks[0].actvar.router.weight, expected)
+
+
+def test_another_layer_norm_epsilon_is_refused(tiny_var):
+    tiny_var.blocks[0].ln_wo_grad.eps = 1e-5
+    with pytest.raises(TypeError, match="eps of 1e-06, got 1e-05"):
+        apply_patch(tiny_var, SPARSE)
+
+
 def sampled_tokens(var) -> torch.Tensor:
     """Token maps `[2, L]` of one sampling run."""
     maps = []

@@ -60,8 +60,9 @@ def selector_target(change: torch.Tensor, keep: int, temperature: float = 1.0) -
 
 
 def _softmax_over_largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    top = values.topk(count, dim=-1)
-    return torch.zeros_like(values).scatter_(-1, top.indices, top.values.softmax(dim=-1))
+    ordered = values.sort(dim=-1, descending=True, stable=True)
+    kept, indices = ordered.values[..., :count], ordered.indices[..., :count]
+    return torch.zeros_like(values).scatter_(-1, indices, kept.softmax(dim=-1))
 
 
 def distillation_loss(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -29,12 +29,13 @@ class Stage1(nn.Module):
         var: a patched model; its selectors and routers become the only trainable parameters.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or its rates are all 1.
     """
 
     def __init__(self, var: nn.Module):
         super().__init__()
-        shared_state(var)
+        if not any(scale.active for scale in shared_state(var).schedule):
+            raise ValueError("expected a rate below 1 at some scale: there is no selector or router to train")
         self.var, self.family = var, family_of(var)
         var.requires_grad_(False)
         for parameter in gate_parameters(var).values():
@@ -67,27 +68,26 @@ class Stage1(nn.Module):
         return {"loss": cls + distillation + BALANCE_WEIGHT * means["balance"], "cls": cls, **means}
 
     def _block_losses(self, block: nn.Module, records: list[BlockRecord]) -> dict[str, torch.Tensor]:
-        """Router, selector and balance loss of one block, each averaged over its active scales."""
+        """Router and selector loss of one block, each averaged over the scales where that gate runs, and the sum of
+        both gates' balance losses, averaged likewise."""
         change = self._dense_change(block, records[0])
-        router, selector, balance = [], [], []
+        router, selector, balance_r, balance_s = [], [], [], []
         with torch.autocast(change.device.type, enabled=False):
             for r in records:
                 if r.logits is not None:
                     logits, mask = r.logits.flatten(0, -2), r.mask.flatten(0, -2)
                     router.append(distillation_loss(self._router_target(block, r), logits))
-                    balance.append(balance_loss(logits, mask))
+                    balance_r.append(balance_loss(logits, mask))
                 if r.scores is not None:
                     of_scale = change[:, r.scale.start : r.scale.start + r.scale.tokens]
                     selector.append(distillation_loss(selector_target(of_scale, r.scale.keep), r.scores))
                     kept = torch.zeros_like(r.scores, dtype=torch.bool).scatter_(1, r.index, True)
-                    balance.append(balance_loss(r.scores, kept))
-        zero = change.new_zeros(())
-        scales = len(records)
-        return {
-            "router": sum(router, zero) / scales,
-            "selector": sum(selector, zero) / scales,
-            "balance": sum(balance, zero) / scales,
-        }
+                    balance_s.append(balance_loss(r.scores, kept))
+
+        def mean(losses: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack(losses).mean() if losses else change.new_zeros(())
+
+        return {"router": mean(router), "selector": mean(selector), "balance": mean(balance_r) + mean(balance_s)}
 
     @torch.no_grad()
     def _dense_change(self, block: nn.Module, r: BlockRecord) -> torch.Tensor:

@@ -10,21 +10,28 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 
-def frechet_distance(
-    network: nn.Module, real: Iterable[torch.Tensor], generated: Iterable[torch.Tensor], image_shape: tuple[int, ...]
-) -> float:
-    """FID of two image sets under `network`.
+class FrechetDistance:
+    """FID against one set of real images, whose statistics are computed once.
 
     Args:
         network: maps images to features `[B, network.num_features]`.
-        real, generated: batches `[B, *image_shape]` in [0, 1].
+        real: batches `[B, *image_shape]` in [0, 1].
+        image_shape: channels, height, width.
     """
-    metric = FrechetInceptionDistance(feature=network, normalize=True, input_img_size=image_shape)
-    for images in real:
-        metric.update(images, real=True)
-    for images in generated:
-        metric.update(images, real=False)
-    return metric.compute().item()
+
+    def __init__(self, network: nn.Module, real: Iterable[torch.Tensor], image_shape: tuple[int, int, int]):
+        self.metric = FrechetInceptionDistance(
+            feature=network, normalize=True, input_img_size=image_shape, reset_real_features=False
+        )
+        for images in real:
+            self.metric.update(images, real=True)
+
+    def to(self, generated: Iterable[torch.Tensor]) -> float:
+        """FID of `generated`, batches like the real ones."""
+        self.metric.reset()
+        for images in generated:
+            self.metric.update(images, real=False)
+        return self.metric.compute().item()
 
 
 def sample_classes(

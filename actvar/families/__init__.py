@@ -9,6 +9,11 @@ from torch import nn
 from actvar.families import var
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s wrapper, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def family_of(model: nn.Module) -> ModuleType:
     """The family module of `model`.
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 NAME = "VAR (actvar.models.VAR or the class of the public VAR code)"
+NORM_EPS = 1e-6
 MAX_LOG_SCALE = 4.605170185988092  # log(100)
 
 
@@ -36,6 +37,8 @@ def mismatch(model: nn.Module) -> str | None:
                 part = getattr(part, name, None)
             if part is None:
                 return f"expected blocks[{index}].{path}, which {type(block).__name__} does not have"
+        if block.ln_wo_grad.eps != NORM_EPS:
+            return f"expected blocks[{index}].ln_wo_grad.eps of {NORM_EPS}, got {block.ln_wo_grad.eps}"
     return None
 
 

@@ -56,15 +56,20 @@ def expert_ffn(
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     D, C = fc1_weight.shape
-    expect_shape("u", u.flatten(0, -2), (None, C))
+    expect_shape("u", u, (*u.shape[:-1], C))
+    expect_shape("fc1_bias", fc1_bias, (D,))
     expect_shape("fc2_weight", fc2_weight, (C, D))
-    expect_shape("mask", mask.flatten(0, -2), (u[..., 0].numel(), None))
+    expect_shape("fc2_bias", fc2_bias, (C,))
+    expect_shape("mask", mask, (*u.shape[:-1], None))
     if D % mask.shape[-1]:
         raise ValueError(f"mask: the number of experts must divide the hidden size {D}, got {mask.shape[-1]} experts")
     expect_count("active", active, mask.shape[-1])
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (u, mask, *weights)):
-        return reference.expert_ffn(u, mask, *weights)
+        return implementation("expert_ffn with gradients", {"reference": reference.expert_ffn})(u, mask, *weights)
+    if torch.compiler.is_compiling() and torch.is_autocast_enabled(u.device.type):
+        dtype = torch.get_autocast_dtype(u.device.type)  # the compiler does not look into the operator
+        u, weights = u.to(dtype), [w.to(dtype) for w in weights]
     return torch.ops.actvar_kernels.expert_ffn(u, mask, active, *weights)
 
 
@@ -86,7 +91,7 @@ def _expert_ffn(
 def _(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     device = u.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else u.dtype
-    return torch.empty_like(u, dtype=dtype)
+    return u.new_empty(u.shape, dtype=dtype)
 
 
 def expert_ffn_flops(u_shape, mask_shape, active, fc1_shape, *_shapes, **_kwargs) -> int:

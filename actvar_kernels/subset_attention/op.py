@@ -43,5 +43,13 @@ def subset_attention(
         expect_shape("past values", past[1], tuple(past[0].shape))
     if head_scale is not None:
         expect_shape("head_scale", head_scale, (H,))
+    if mask is not None:
+        _expect_broadcastable(mask, (R, H, q.shape[2], k.shape[2] + (0 if past is None else past[0].shape[2])))
     run = implementation("subset_attention", {"reference": reference.subset_attention})
     return run(q, k, v, past, head_scale, softmax_scale, mask)
+
+
+def _expect_broadcastable(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
+    pairs = zip(reversed(mask.shape), reversed(shape), strict=False)
+    if mask.dim() > len(shape) or any(got not in (1, want) for got, want in pairs):
+        raise ValueError(f"mask: expected a shape that broadcasts to {list(shape)}, got {list(mask.shape)}")

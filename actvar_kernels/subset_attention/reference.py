@@ -35,5 +35,6 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         scores = (q * scale) @ k.transpose(-2, -1)
         if mask is not None:
             scores = scores + mask
-        return scores.softmax(dim=-1).to(v.dtype) @ v
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return scores.softmax(dim=-1, dtype=wide).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

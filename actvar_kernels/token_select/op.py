@@ -49,6 +49,7 @@ def select_tokens(
     expect_shape("x", x, (None, None, None))
     R, L, C = x.shape
     expect_shape("weight", weight, (1, C))
+    expect_shape("bias", bias, (1,))
     expect_shape("scale", scale, (R, 1, C))
     expect_shape("shift", shift, (R, 1, C))
     expect_count("keep", keep, L)
@@ -59,7 +60,7 @@ def select_tokens(
 
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`LN(x) * (1 + scale) + shift` in float32, returned in x's dtype.
+    """`LN(x) * (1 + scale) + shift` in float32 (float64 for a float64 x), returned in x's dtype.
 
     Args:
         x: `[R, K, C]`.
@@ -67,6 +68,7 @@ def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
 
     Raises:
         ValueError: shapes that do not fit.
+        BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     expect_shape("x", x, (None, None, None))
     expect_shape("scale", scale, (x.shape[0], 1, x.shape[2]))

@@ -34,17 +34,26 @@ def select_tokens(
     keep: int,
     share_guidance: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    normalized = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
-    with torch.autocast(x.device.type, enabled=False):
-        scores = F.linear(normalized, weight.float(), bias.float()).squeeze(-1)
+    normalized = _normalized(x)
+    # a sum over each row, since a matrix product may round equal rows differently and so break ties at random
+    scores = (normalized.float() * weight.float()).sum(dim=-1) + bias.float()
     deciding = scores[: x.shape[0] // 2] if share_guidance else scores
     index = top_indices(deciding, keep)
     if share_guidance:
         index = index.repeat(2, 1)
-    modulated = gather_rows(normalized, index) * (scale.float() + 1) + shift.float()
+    modulated = _modulated(gather_rows(normalized, index), scale, shift)
     return index, gather_rows(x, index), modulated.to(x.dtype), scores
 
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    normalized = F.layer_norm(x.float(), x.shape[-1:], eps=NORM_EPS)
-    return torch.addcmul(shift.float(), normalized, scale.float() + 1).to(x.dtype)
+    return _modulated(_normalized(x), scale, shift).to(x.dtype)
+
+
+def _normalized(x: torch.Tensor) -> torch.Tensor:
+    """`LN(x)` without affine part, in float32 or x's dtype if that is wider."""
+    return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=NORM_EPS)
+
+
+def _modulated(normalized: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    dtype = normalized.dtype
+    return torch.addcmul(shift.to(dtype), normalized, scale.to(dtype) + 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -9,10 +11,12 @@ from torch.nn import functional as F
 
 from actvar.models.vqvae import VQVAE
 from actvar.training import rank, world_size
+from actvar.zoo.fashion_mnist.features import FeatureNet
 
 
 class AutoencoderTraining:
-    """Loss of a batch, and the restart of codes that no token used over the last `window` steps."""
+    """Loss of a batch, and the restart of codes that no token used over the last `window` steps (counts start afresh
+    when a run is resumed)."""
 
     window = 100
 
@@ -44,6 +48,41 @@ class AutoencoderTraining:
             weight[dead] = rows[torch.randint(len(rows), (len(dead),))]
         if world_size() > 1:
             dist.broadcast(weight, src=0)
+
+
+class DecoderTraining(nn.Module):
+    """Loss of the decoder alone, on the features of given token maps, so that the tokens keep their meaning.
+
+    Beside the absolute and squared error it has a perceptual term: the distance of channel-normalised activations of a
+    CNN. That CNN is another one than the network FID is measured with.
+    """
+
+    def __init__(self, vae: VQVAE, network: FeatureNet):
+        super().__init__()
+        self.vae, self.network = vae.requires_grad_(False), network.requires_grad_(False)
+        self.vae.decoder.requires_grad_(True)
+        self.vae.post_quant_conv.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> DecoderTraining:
+        """The CNN stays in eval mode."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def forward(self, token_maps: Sequence[torch.Tensor], image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Token maps, one `[B, p * p]` per scale, and their images `[B, 1, 32, 32]` in [0, 1]."""
+        vae = self.vae
+        with torch.no_grad():
+            features = vae.quantize.features(token_maps)
+            wanted = self.network.stages(image)
+        reconstruction = vae.decoder(vae.post_quant_conv(features)).float() * 0.5 + 0.5
+        perceptual = sum(
+            (F.normalize(a.float()) - F.normalize(b.float())).square().sum(1).mean()
+            for a, b in zip(self.network.stages(reconstruction), wanted, strict=True)
+        )
+        absolute, square = F.l1_loss(reconstruction, image), F.mse_loss(reconstruction, image)
+        loss = absolute + square + 0.3 * perceptual
+        return {"loss": loss, "l1": absolute, "mse": square, "perceptual": perceptual}
 
 
 def residual_rows(vae: VQVAE, image: torch.Tensor) -> torch.Tensor:

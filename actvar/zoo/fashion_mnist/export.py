@@ -15,14 +15,14 @@ from actvar.patch import patch_silently
 from actvar.training import load_trained
 from actvar.zoo.fashion_mnist import architecture
 from actvar.zoo.fashion_mnist.features import FeatureNet
-from actvar.zoo.fashion_mnist.train import Build, restore
+from actvar.zoo.fashion_mnist.train import Build, restore, restore_autoencoder
 
 
 def export(build: Build, folder: Path) -> None:
     """Write `var`, `vae`, `features` and `adapter-paper` `.safetensors` in float16."""
     folder.mkdir(parents=True, exist_ok=True)
-    vae, var = architecture.build()
-    restore(vae, build.autoencoder_plan)
+    vae = restore_autoencoder(build)
+    var = architecture.build()[1]
     restore(var, build.transformer_plan)
     _save(vae, folder / "vae.safetensors")
     _save(var, folder / "var.safetensors")

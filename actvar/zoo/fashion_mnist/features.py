@@ -34,6 +34,14 @@ class FeatureNet(nn.Module):
         """`[B, 1, 32, 32]` in [0, 1] -> `[B, 128]`."""
         return F.relu(self.neck(self.trunk(images).flatten(1)))
 
+    def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Activations after each stage, `[B, 24, 16, 16]`, `[B, 48, 8, 8]` and `[B, 96, 4, 4]`."""
+        activations = []
+        for stage in self.trunk:
+            images = stage(images)
+            activations.append(images)
+        return activations
+
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """`[B, 1, 32, 32]` in [0, 1] -> class logits `[B, 10]`."""
         return self.classifier(F.dropout(self.features(images), 0.3, self.training))

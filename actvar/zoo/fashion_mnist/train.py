@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from actvar.config import ActVARConfig
 from actvar.distill import Stage1
+from actvar.models import VQVAE
 from actvar.patch import patch_silently
 from actvar.training import (
     Plan,
@@ -25,7 +26,7 @@ from actvar.training import (
     world_size,
 )
 from actvar.zoo.fashion_mnist import architecture
-from actvar.zoo.fashion_mnist.autoencoder import AutoencoderTraining
+from actvar.zoo.fashion_mnist.autoencoder import AutoencoderTraining, DecoderTraining
 from actvar.zoo.fashion_mnist.data import load_split
 from actvar.zoo.fashion_mnist.features import FeatureNet, training_loss
 
@@ -44,18 +45,30 @@ class Build:
     data: Path
     work: Path
     seed: int = 0
-    features_steps: int = 1200
+    features_steps: int = 2000
+    perceptual_steps: int = 1200
     autoencoder_steps: int = 2000
+    decoder_steps: int = 1300
     transformer_steps: int = 4200
-    stage1_steps: int = 600
+    stage1_steps: int = 360
 
     @property
     def features_plan(self) -> Plan:
-        return Plan("features", self.work, self.features_steps, batch=128, lr=2e-3, seed=self.seed)
+        return Plan("features", self.work, self.features_steps, batch=128, lr=2e-3, seed=self.seed + 1)
+
+    @property
+    def perceptual_plan(self) -> Plan:
+        return Plan("perceptual", self.work, self.perceptual_steps, batch=128, lr=2e-3, seed=self.seed)
 
     @property
     def autoencoder_plan(self) -> Plan:
         return Plan("autoencoder", self.work, self.autoencoder_steps, batch=64, lr=8e-4, weight_decay=0, seed=self.seed)
+
+    @property
+    def decoder_plan(self) -> Plan:
+        return Plan(
+            "decoder", self.work, self.decoder_steps, batch=64, lr=6e-4, warmup=50, weight_decay=0, seed=self.seed
+        )
 
     @property
     def transformer_plan(self) -> Plan:
@@ -81,14 +94,19 @@ def restore(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def train_features(build: Build) -> None:
+    """The network that FID is measured with."""
+    _train_classifier(build, build.features_plan)
+
+
+def train_perceptual(build: Build) -> None:
+    """The network of the decoder's perceptual loss: another seed, so that FID is not what the decoder is trained on."""
+    _train_classifier(build, build.perceptual_plan)
+
+
+def _train_classifier(build: Build, plan: Plan) -> None:
     images, labels = load_split(build.data, "train")
-    torch.manual_seed(build.seed)
-    fit(
-        FeatureNet(),
-        lambda model, index: training_loss(model, images[index], labels[index]),
-        build.features_plan,
-        len(images),
-    )
+    torch.manual_seed(plan.seed)
+    fit(FeatureNet(), lambda model, index: training_loss(model, images[index], labels[index]), plan, len(images))
 
 
 def train_autoencoder(build: Build) -> None:
@@ -117,6 +135,27 @@ def encode_tokens(build: Build) -> None:
 def split_scales(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`[B, L]` token maps as one `[B, p * p]` int64 tensor per scale."""
     return tokens.long().split([p * p for p in architecture.PATCH_NUMS], dim=1)
+
+
+def train_decoder(build: Build) -> None:
+    """Sharpen the decoder; encoder, codebook and tokens stay as they are."""
+    images, _ = load_split(build.data, "train")
+    tokens = torch.load(build.tokens, weights_only=True)
+    vae = restore(architecture.build()[0], build.autoencoder_plan)
+    network = restore(FeatureNet(), build.perceptual_plan)
+    fit(
+        DecoderTraining(vae, network),
+        lambda model, index: model(split_scales(tokens[index]), images[index]),
+        build.decoder_plan,
+        len(images),
+    )
+
+
+def restore_autoencoder(build: Build) -> VQVAE:
+    """The finished autoencoder: encoder and codebook of the first training, the sharpened decoder."""
+    vae = restore(architecture.build()[0], build.autoencoder_plan)
+    load_trained(DecoderTraining(vae, FeatureNet()), build.decoder_plan)
+    return vae.requires_grad_(False)
 
 
 def train_transformer(build: Build) -> None:
@@ -159,11 +198,13 @@ def train(build: Build, processes: int) -> None:
     build.work.mkdir(parents=True, exist_ok=True)
     for stage, plan in [
         (train_features, build.features_plan),
+        (train_perceptual, build.perceptual_plan),
         (train_autoencoder, build.autoencoder_plan),
+        (train_decoder, build.decoder_plan),
         (train_transformer, build.transformer_plan),
         (train_stage1, build.stage1_plan),
     ]:
-        if plan == build.transformer_plan and not build.tokens.exists():
+        if plan == build.decoder_plan and not build.tokens.exists():
             run_in_processes(encode_tokens, processes, build)
         if not finished(plan):
             run_in_processes(stage, processes, build)

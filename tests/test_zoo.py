@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import gzip
+import socket
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import actvar
+from actvar import ActVARConfig, load_pretrained
+from actvar.evaluate.quality import FrechetDistance
+from actvar.zoo import load_feature_network
+from actvar.zoo.fashion_mnist.data import load_split, read_idx
+from actvar.zoo.fashion_mnist.export import export
+from actvar.zoo.fashion_mnist.train import Build, train
+from actvar.zoo.pretrained import weights_folder
+
+
+def agreement(var, seed: int) -> float:
+    """Share of 100 samples that the feature network puts into the wanted class."""
+    labels = torch.arange(10).repeat(10)
+    images = var.autoregressive_infer_cfg(100, labels, g_seed=seed, cfg=1.5)
+    return (load_feature_network().logits(images).argmax(1) == labels).float().mean().item()
+
+
+@pytest.mark.parametrize("adapter", [None, "paper"])
+def test_the_bundled_model_draws_what_it_is_asked_for(adapter, monkeypatch):
+    def no_network(*_args, **_kwargs):
+        raise AssertionError("a bundled model must load offline")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    vae, var = load_pretrained("fashion-mnist", adapter=adapter)
+    assert var.vae_proxy[0] is vae
+    assert agreement(var, seed=0) >= 0.9
+
+
+def test_the_bundled_adapter_is_the_papers_configuration():
+    _, var = load_pretrained("fashion-mnist", adapter="paper")
+    assert var.actvar.config == ActVARConfig()
+    actvar.remove_patch(var)
+    _, dense = load_pretrained("fashion-mnist")
+    assert all(torch.equal(a, b) for a, b in zip(var.state_dict().values(), dense.state_dict().values(), strict=True))
+
+
+def test_what_ships_is_half_precision_and_small():
+    files = list(weights_folder("fashion-mnist").glob("*.safetensors"))
+    assert {f.stem for f in files} == {"var", "vae", "features", "adapter-paper"}
+    assert sum(f.stat().st_size for f in files) < 20e6
+    for file in files:
+        assert {t.dtype for t in load_file(file).values()} <= {torch.float16, torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(name="imagenet"), "expected one of"),
+        (dict(name="fashion-mnist", adapter="best"), r"comes with \['paper'\], got 'best'"),
+    ],
+)
+def test_unknown_names_list_the_known_ones(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(**arguments)
+
+
+def write_idx(path: Path, data: np.ndarray) -> None:
+    header = struct.pack(f">HBB{data.ndim}I", 0, 8, data.ndim, *data.shape)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wb") as file:
+        file.write(header + data.tobytes())
+
+
+@pytest.fixture
+def images_folder(tmp_path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for split in ("train", "t10k"):
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", random.integers(0, 256, (128, 28, 28), dtype=np.uint8))
+        write_idx(folder / f"{split}-labels-idx1-ubyte", (np.arange(128) % 10).astype(np.uint8))
+    return folder
+
+
+def test_images_are_padded_to_32_pixels_and_scaled(images_folder):
+    images, labels = load_split(images_folder, "train")
+    raw = read_idx(images_folder / "train-images-idx3-ubyte.gz")
+    assert images.shape == (128, 1, 32, 32)
+    torch.testing.assert_close(images[:, 0, 2:30, 2:30], raw / 255)
+    assert images[:, :, :2].abs().sum() == 0
+    assert labels.tolist() == [i % 10 for i in range(128)]
+
+
+def test_missing_and_damaged_image_files_are_named(images_folder):
+    with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
+        load_split(images_folder.parent, "train")
+    path = images_folder / "train-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"promises shape \(128,\), the file holds 123 bytes"):
+        load_split(images_folder, "train")
+    path.write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match="expected an idx file"):
+        read_idx(path)
+
+
+def test_every_stage_runs_and_the_exported_files_load(images_folder, tmp_path):
+    steps = dict(features_steps=1, autoencoder_steps=1, transformer_steps=1, stage1_steps=1)
+    build = Build(images_folder, tmp_path / "work", **steps)
+    train(build, processes=1)
+    made = {path.name: path.stat().st_mtime_ns for path in build.work.iterdir()}
+    assert {"features.csv", "autoencoder.csv", "transformer.csv", "stage1.csv", "tokens.pt"} <= made.keys()
+    train(build, processes=1)
+    assert {path.name: path.stat().st_mtime_ns for path in build.work.iterdir()} == made
+
+    export(build, tmp_path / "weights")
+    _, var = actvar.load_var(tmp_path / "weights" / "var.safetensors", tmp_path / "weights" / "vae.safetensors")
+    with actvar.patched(var, ActVARConfig(), tmp_path / "weights" / "adapter-paper.safetensors"):
+        assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()
+
+
+def test_frechet_distance_is_zero_for_equal_sets_and_grows_with_the_difference():
+    network = load_feature_network()
+    images = torch.rand(200, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    to_images = FrechetDistance(network, images.split(50), (1, 32, 32))
+    distances = [to_images.to((images * dim).split(50)) for dim in (1, 0.9, 0.5)]
+    assert distances[0] == pytest.approx(0, abs=1e-2)
+    assert distances[0] < distances[1] < distances[2]
