@@ -136,7 +136,7 @@ def save_pictures(
 
     Args:
         columns: images per row of the grids.
-        titles: a label per image, for the token overlay, which shows the first image of up to ten rows.
+        titles: a label per image, for the token overlay, which shows the first image of up to five rows.
     """
     dense = sampling.run(var)
     with patched_silently(var, config, adapter), record(var) as records:
@@ -145,7 +145,7 @@ def save_pictures(
     grids = {"dense": dense, "actvar": sparse, "difference": (dense - sparse).abs()}
     written = [save_grid(images, folder / f"{name}.png", columns) for name, images in grids.items()]
     if selects:
-        shown = list(range(0, len(sparse), columns))[:10]
+        shown = list(range(0, len(sparse), columns))[:5]
         of_shown, names = [r.only(shown) for r in records], [titles[i] for i in shown]
         written.append(save_token_overlay(sparse[shown], of_shown, folder / "tokens.png", names))
     return written

@@ -74,7 +74,7 @@ def _tinted(picture: np.ndarray, index: torch.Tensor, side: int) -> np.ndarray:
     rows = np.arange(height) * side // height
     columns = np.arange(width) * side // width
     mask = updated.view(side, side).numpy()[rows[:, None], columns[None, :], None]
-    return np.where(mask, 0.55 * picture + 0.45 * UPDATED_COLOUR, picture)
+    return np.where(mask, 0.55 * picture + 0.45 * UPDATED_COLOUR, picture).clip(0, 1)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> Path:
