@@ -133,4 +133,6 @@ def test_flops_of_both_are_the_same(pair):
     public, own = pair
     for var in (public, own):
         apply_patch(var, ActVARConfig())
-    assert counted_flops(public, 2) == counted_flops(own, 2) == sum(step.total for step in model_flops(public, 2))
+    counted = counted_flops(public, 2)
+    assert counted == counted_flops(own, 2)
+    assert sum(step.total for step in model_flops(public, 2)) == pytest.approx(counted, rel=0.01)
