@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from actvar.config import ActVARConfig
 from actvar.families import unwrapped
+from actvar.files import replacing
 from actvar.recording import shared_state
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,8 @@ def save_adapter(var: nn.Module, path: str | Path) -> None:
     config = shared_state(var).config
     metadata = {"format": FORMAT, "version": VERSION, "model": json.dumps(_sizes(var)), "config": config.to_json()}
     tensors = {name: parameter.detach().contiguous() for name, parameter in gate_parameters(var).items()}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from einops import repeat
 from matplotlib.figure import Figure
 from PIL import Image
 
+from actvar.files import replacing
 from actvar.recording import BlockRecord
 
 GAP = 2
@@ -29,7 +29,9 @@ def save_grid(images: torch.Tensor, path: Path, columns: int) -> Path:
     for i, image in enumerate(pixels.numpy()):
         top, left = GAP + (i // columns) * (height + GAP), GAP + (i % columns) * (width + GAP)
         canvas[top : top + height, left : left + width] = image
-    return _replace(path, lambda temporary: Image.fromarray(canvas).save(temporary, format="PNG"))
+    with replacing(path) as temporary:
+        Image.fromarray(canvas).save(temporary, format="PNG")
+    return path
 
 
 def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], path: Path, titles: Sequence[str]) -> Path:
@@ -63,7 +65,9 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
                 axis.imshow(_tinted(picture, panels[block, scale].index[i], side))
                 if i == 0 and j == 0:
                     axis.set_title(f"block {block + 1}", fontsize=7)
-    return _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return path
 
 
 def _tinted(picture: np.ndarray, index: torch.Tensor, side: int) -> np.ndarray:
@@ -75,13 +79,3 @@ def _tinted(picture: np.ndarray, index: torch.Tensor, side: int) -> np.ndarray:
     columns = np.arange(width) * side // width
     mask = updated.view(side, side).numpy()[rows[:, None], columns[None, :], None]
     return np.where(mask, 0.55 * picture + 0.45 * UPDATED_COLOUR, picture).clip(0, 1)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -22,6 +21,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+from actvar.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +108,8 @@ def _process(index: int, processes: int, port: int, worker: Callable[..., None],
 
 def save_atomically(payload: object, path: Path) -> None:
     """`torch.save` under a temporary name, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(payload, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save(payload, temporary)
 
 
 def batch_indices(num_examples: int, step: int, batch: int, seed: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -11,6 +10,7 @@ from torch import nn
 from actvar.adapter import save_adapter
 from actvar.config import ActVARConfig
 from actvar.distill import Stage1
+from actvar.files import replacing
 from actvar.patch import patch_silently
 from actvar.training import load_trained
 from actvar.zoo.fashion_mnist import architecture
@@ -38,6 +38,5 @@ def _save(module: nn.Module, path: Path) -> None:
         name: tensor.half().contiguous() if tensor.is_floating_point() else tensor.contiguous()
         for name, tensor in module.state_dict().items()
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from actvar.evaluate.quality import FrechetDistance, sample_classes
+from actvar.files import replacing
 from actvar.models import VQVAE
 from actvar.zoo.fashion_mnist.data import load_split
 from actvar.zoo.fashion_mnist.features import FeatureNet
@@ -73,4 +74,5 @@ def _reconstructed(vae: VQVAE, batches: Iterable[torch.Tensor]) -> Iterator[torc
 
 
 def save(figures: dict[str, object], path: Path) -> None:
-    path.write_text(json.dumps(figures, indent=2) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(figures, indent=2) + "\n")
