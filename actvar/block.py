@@ -10,9 +10,10 @@ from actvar.recording import BlockRecord, Shared
 from actvar.schedule import Scale
 from actvar.teacher_forcing import teacher_forced_block
 from actvar_kernels import (
-    expert_ffn,
+    add_normalize,
+    add_normalize_route,
+    expert_ffn_scatter,
     normalize_modulate,
-    route_experts,
     scatter_rows,
     select_tokens,
     subset_attention,
@@ -48,11 +49,11 @@ def sparse_block(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale:
     gates, shared = block.actvar, block.actvar.shared
     selector, router = gates.selector, gates.router
     gamma1, gamma2, scale1, scale2, shift1, shift2 = family.modulation(block, cond)
-    index = scores = mask = logits = None
+    index = scores = rest = mask = logits = None
 
     # 1. Select the tokens to update; 2. gather, normalise and modulate their rows
     if scale.select:
-        index, rows, u, scores = select_tokens(
+        index, rows, u, scores, rest = select_tokens(
             x, selector.weight, selector.bias, scale1, shift1, scale.keep, share_guidance=shared.selection_is_shared
         )
     else:
@@ -61,23 +62,25 @@ def sparse_block(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale:
     # attention of the kept tokens over the cache and their own scale
     keys_from = normalize_modulate(x, scale1, shift1) if scale.select and shared.config.kv == "all" else u
     q, k, v = family.project(block, u, keys_from)
-    out, keys, values = subset_attention(q, k, v, family.read_cache(block), family.head_scale(block), block.attn.scale)
+    out, keys, values = subset_attention(
+        q, k, v, family.read_cache(block), family.head_scale(block), block.attn.scale, keep_cache=not scale.is_last
+    )
     if not scale.is_last:
         family.write_cache(block, keys, values)
-    rows = rows + gamma1 * block.attn.proj(out)
+    update = block.attn.proj(out)
 
-    # 3. FFN as experts
-    u = normalize_modulate(rows, scale2, shift2)
+    # 3. FFN as experts; 4. scatter: the other tokens keep their value
     if scale.route:
-        mask, logits = route_experts(u, router.weight, router.bias, scale.experts)
-        update = expert_ffn(u, mask, scale.experts, *family.ffn_weights(block))
+        rows, u, mask, logits = add_normalize_route(
+            rows, update, gamma1, scale2, shift2, router.weight, router.bias, scale.experts
+        )
+        weights = family.ffn_weights(block)
+        x = expert_ffn_scatter(rest, index, rows, u, mask, scale.experts, *weights, gamma2)
     else:
+        rows, u = add_normalize(rows, update, gamma1, scale2, shift2)
         update = block.ffn(u)
+        x = rows + gamma2 * update if index is None else scatter_rows(rest, index, rows, update, gamma2)
 
     if shared.records is not None:
         shared.records.append(BlockRecord(gates.block_index, scale, index, scores, u, mask, logits))
-
-    # 4. Scatter: the other tokens keep their value
-    if index is None:
-        return rows + gamma2 * update
-    return scatter_rows(x, index, rows, update, gamma2)
+    return x

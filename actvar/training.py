@@ -35,6 +35,8 @@ class Plan:
         folder: where `<name>.checkpoint.pt` and the loss log `<name>.csv` live.
         steps, batch: optimizer steps, and examples per step over all processes together.
         lr: peak learning rate; linear warm-up over `warmup` steps, then a cosine to zero.
+        muon: train the weight matrices of the transformer blocks with Muon (Jordan et al. 2024; torch >= 2.9), its
+            updates scaled to the size of AdamW's, and the rest with AdamW. False: AdamW for all.
         checkpoint_seconds: time between checkpoints.
     """
 
@@ -47,6 +49,7 @@ class Plan:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
+    muon: bool = False
     seed: int = 0
     bf16: bool = True
     checkpoint_seconds: float = 60.0
@@ -135,8 +138,8 @@ def fit(
         after_step: called with the step number after each optimizer step.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)
-    start = _resume(model, optimizer, plan)
+    optimizers = _optimizers(model, plan)
+    start = _resume(model, optimizers, plan)
     parallel = DistributedDataParallel(model) if world_size() > 1 else model
     model.train()
     saved = time.monotonic()
@@ -145,14 +148,16 @@ def fit(
     autocast = torch.autocast("cpu", torch.bfloat16) if plan.bf16 else nullcontext()
     for step in bar:
         torch.manual_seed(((plan.seed * 1_000_003) + step) * world_size() + rank())
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = plan.lr_at(step)
         with autocast:
             losses = loss_of(parallel, batch_indices(num_examples, step, plan.batch, plan.seed))
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(trainable, plan.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if after_step is not None:
             after_step(step)
         if rank() == 0:
@@ -162,10 +167,24 @@ def fit(
                 _log(plan.log, done, values)
                 bar.set_postfix(values, refresh=False)
             if time.monotonic() - saved > plan.checkpoint_seconds or done == plan.steps:
-                state = {"step": done, "model": trained_tensors(model), "optimizer": optimizer.state_dict()}
+                states = [optimizer.state_dict() for optimizer in optimizers]
+                state = {"step": done, "model": trained_tensors(model), "optimizers": states}
                 save_atomically(state, plan.checkpoint)
                 saved = time.monotonic()
     model.eval()
+
+
+def _optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in trainable.items() if plan.muon and p.ndim == 2 and name.startswith("blocks.")}
+    rest = [p for name, p in trainable.items() if name not in matrices]
+    optimizers = [torch.optim.AdamW(rest, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)]
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices.values(), lr=plan.lr, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers.append(muon)
+    return optimizers
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -187,13 +206,14 @@ def load_trained(model: nn.Module, plan: Plan) -> dict:
     return state
 
 
-def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan) -> int:
+def _resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], plan: Plan) -> int:
     """Load the checkpoint if there is one; the step to go on from."""
     if not plan.checkpoint.exists():
         plan.log.unlink(missing_ok=True)
         return 0
     state = load_trained(model, plan)
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     if rank() == 0 and plan.log.exists():
         header, *rows = plan.log.read_text().splitlines()
         kept = [row for row in rows if int(row.split(",")[0]) <= state["step"]]

@@ -2,15 +2,20 @@
 its result (`reference.py`)."""
 
 from actvar_kernels.backend import BackendUnavailableError, get_backend, set_backend
-from actvar_kernels.expert_ffn.op import expert_ffn, route_experts
+from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter, route_experts
+from actvar_kernels.residual_norm.op import Routed, add_normalize, add_normalize_route
 from actvar_kernels.scatter.op import scatter_rows
 from actvar_kernels.subset_attention.op import subset_attention
 from actvar_kernels.token_select.op import Selection, normalize_modulate, select_tokens
 
 __all__ = [
     "BackendUnavailableError",
+    "Routed",
     "Selection",
+    "add_normalize",
+    "add_normalize_route",
     "expert_ffn",
+    "expert_ffn_scatter",
     "get_backend",
     "normalize_modulate",
     "route_experts",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
-from collections.abc import Callable, Mapping
+
+import torch
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "ACTVAR_BACKEND"
@@ -36,24 +39,53 @@ def get_backend() -> str:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
-def implementation(operation: str, available: Mapping[str, Callable]) -> Callable:
-    """The function to run for `operation`.
+def backend_of(operation: str, tensor: torch.Tensor, supported: tuple[str, ...] = ("reference", "triton")) -> str:
+    """The backend that runs `operation` on `tensor`: `"reference"` or `"triton"`.
+
+    `auto` takes Triton for CUDA tensors where it is installed. Triton asked for by name also runs on CPU tensors when
+    `TRITON_INTERPRET=1` was set before Triton was imported.
 
     Args:
-        available: implementations by backend name, the one `auto` prefers first.
+        supported: backends that can run this call.
 
     Raises:
-        BackendUnavailableError: the backend was asked for by name and `operation` has no such implementation.
+        BackendUnavailableError: the backend was asked for by name and cannot run this call here.
     """
     name = get_backend()
     if name == "auto":
-        return next(iter(available.values()))
-    if name not in available:
+        return "triton" if tensor.is_cuda and "triton" in supported and triton_installed() else "reference"
+    if name not in supported:
         raise BackendUnavailableError(
-            f"{operation} has no {name!r} backend here; available: {', '.join(available)}. "
+            f"{operation} has no {name!r} backend here; available: {', '.join(supported)}. "
             f"Choose one with actvar_kernels.set_backend or {ENVIRONMENT_VARIABLE}, or use 'auto'."
         )
-    return available[name]
+    if name == "triton":
+        if not triton_installed():
+            raise BackendUnavailableError(f"{operation}: the 'triton' backend needs the triton package (Linux)")
+        if not tensor.is_cuda and not interpreted():
+            raise BackendUnavailableError(
+                f"{operation}: the 'triton' backend needs CUDA tensors, got {tensor.device}; set TRITON_INTERPRET=1 "
+                "before Python starts to run the kernels in Triton's interpreter"
+            )
+    return name
+
+
+@functools.cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def needs_operator(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call must go through its registered operator: under `torch.compile`, where gradients are needed, and
+    where a dispatch mode (a FLOP counter, fake tensors) wants to see it. Otherwise kernels are launched directly."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _checked(name: str, source: str) -> str:

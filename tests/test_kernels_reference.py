@@ -603,7 +603,7 @@ OPERATIONS: dict[str, tuple[Callable, dict[str, object]]] = {
     "scatter_rows": (
         scatter_rows,
         dict(
-            x=torch.ones(R, L, C),
+            rest=torch.ones(R, L, C),
             index=torch.arange(K).repeat(R, 1),
             rows=torch.ones(R, K, C),
             update=torch.ones(R, K, C),
@@ -643,7 +643,7 @@ WRONG = [
     ("expert_ffn", "fc1_bias", torch.ones(1)),
     ("expert_ffn", "fc2_weight", torch.ones(D, C)),
     ("expert_ffn", "fc2_bias", torch.ones(1)),
-    ("scatter_rows", "x", torch.ones(L, C)),
+    ("scatter_rows", "rest", torch.ones(L, C)),
     ("scatter_rows", "index", torch.arange(K)),
     ("scatter_rows", "rows", torch.ones(R, L, C)),
     ("scatter_rows", "update", torch.ones(R, K, 1)),

@@ -31,3 +31,25 @@ def expert_ffn(
     else:
         by_expert = by_expert * mask.unsqueeze(-1).to(hidden.dtype)
     return F.linear(by_expert.flatten(-2), fc2_weight, fc2_bias)
+
+
+SNAP_TILE = 128
+
+
+def sort_key(mask: torch.Tensor) -> torch.Tensor:
+    """Key `[T]` of the tokens with expert masks `[T, N]`, N <= 32: the mask as a number, expert 0 its highest bit, read
+    as a Gray code. Tokens with equal experts get equal keys, and neighbouring keys differ in few experts."""
+    bits = mask.to(torch.int64)
+    return (bits.cumsum(dim=-1) % 2 * 2 ** torch.arange(mask.shape[-1] - 1, -1, -1, device=mask.device)).sum(dim=-1)
+
+
+def snapped(mask: torch.Tensor, active: int) -> torch.Tensor:
+    """Masks `[..., N]` after `"snap"`: tokens in the order of `sort_key` (ties: their own order) are cut into tiles of
+    128, and each token gets the `active` experts that most tokens of its tile want (ties: the lower expert)."""
+    flat = mask.flatten(0, -2)
+    order = sort_key(flat).sort(stable=True).indices
+    snapped = torch.empty_like(flat)
+    for tile in order.split(SNAP_TILE):
+        wanted = flat[tile].sum(dim=0).sort(descending=True, stable=True).indices[:active]
+        snapped[tile] = torch.zeros_like(flat[0]).index_fill_(0, wanted, True)
+    return snapped.view_as(mask)

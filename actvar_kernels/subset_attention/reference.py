@@ -14,15 +14,24 @@ def subset_attention(
     head_scale: torch.Tensor | None,
     softmax_scale: float,
     mask: torch.Tensor | None,
+    room: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if head_scale is not None:
         q = F.normalize(q, dim=-1) * head_scale.view(1, -1, 1, 1)
         k = F.normalize(k, dim=-1)
-    if past is not None:
+    if room is not None:
+        k, v = _append(room[0], past, k), _append(room[1], past, v)
+    elif past is not None:
         k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
     if not torch.is_autocast_enabled(q.device.type):
         q, k = q.to(v.dtype), k.to(v.dtype)
     return attend(q, k, v, mask, softmax_scale).transpose(1, 2).flatten(2), k, v
+
+
+def _append(room: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None, own: torch.Tensor) -> torch.Tensor:
+    start = 0 if past is None else past[0].shape[2]
+    room[:, :, start : start + own.shape[2]] = own
+    return room[:, :, : start + own.shape[2]]
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:

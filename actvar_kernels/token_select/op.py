@@ -6,19 +6,21 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_kernels.backend import implementation
+from actvar_kernels.backend import backend_of
 from actvar_kernels.checks import expect_count, expect_shape
 from actvar_kernels.token_select import reference
 
 
 class Selection(NamedTuple):
     """`index` `[R, K]` int64, ascending; `rows` `[R, K, C]` the kept rows of x; `modulated` `[R, K, C]` the same after
-    LayerNorm and modulation, in x's dtype; `scores` `[R, L]` float32."""
+    LayerNorm and modulation, in x's dtype; `scores` `[R, L]` float32; `rest` `[R, L, C]` x's rows that were not kept,
+    the others undefined: what the scattering operations fill and return."""
 
     index: torch.Tensor
     rows: torch.Tensor
     modulated: torch.Tensor
     scores: torch.Tensor
+    rest: torch.Tensor
 
 
 def select_tokens(
@@ -55,8 +57,8 @@ def select_tokens(
     expect_count("keep", keep, L)
     if share_guidance and R % 2:
         raise ValueError(f"share_guidance: expected conditional and unconditional rows in equal number, got {R} rows")
-    run = implementation("select_tokens", {"reference": reference.select_tokens})
-    return Selection(*run(x, weight, bias, scale, shift, keep, share_guidance))
+    backend_of("select_tokens", x, ("reference",))
+    return Selection(*reference.select_tokens(x, weight, bias, scale, shift, keep, share_guidance))
 
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -73,4 +75,5 @@ def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
     expect_shape("x", x, (None, None, None))
     expect_shape("scale", scale, (x.shape[0], 1, x.shape[2]))
     expect_shape("shift", shift, (x.shape[0], 1, x.shape[2]))
-    return implementation("normalize_modulate", {"reference": reference.normalize_modulate})(x, scale, shift)
+    backend_of("normalize_modulate", x, ("reference",))
+    return reference.normalize_modulate(x, scale, shift)

@@ -33,7 +33,7 @@ def select_tokens(
     shift: torch.Tensor,
     keep: int,
     share_guidance: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     normalized = _normalized(x)
     # a sum over each row, since a matrix product may round equal rows differently and so break ties at random
     scores = (normalized.float() * weight.float()).sum(dim=-1) + bias.float()
@@ -42,7 +42,7 @@ def select_tokens(
     if share_guidance:
         index = index.repeat(2, 1)
     modulated = _modulated(gather_rows(normalized, index), scale, shift)
-    return index, gather_rows(x, index), modulated.to(x.dtype), scores
+    return index, gather_rows(x, index), modulated.to(x.dtype), scores, x
 
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

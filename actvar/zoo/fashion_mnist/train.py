@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,8 @@ class Build:
     autoencoder_steps: int = 2000
     decoder_steps: int = 1300
     transformer_steps: int = 4200
-    stage1_steps: int = 360
+    finish_steps: int = 4000
+    stage1_steps: int = 500
 
     @property
     def features_plan(self) -> Plan:
@@ -73,6 +75,10 @@ class Build:
     @property
     def transformer_plan(self) -> Plan:
         return Plan("transformer", self.work, self.transformer_steps, batch=64, lr=1e-3, seed=self.seed)
+
+    @property
+    def finish_plan(self) -> Plan:
+        return Plan("finish", self.work, self.finish_steps, batch=64, lr=8e-4, muon=True, seed=self.seed + 1)
 
     @property
     def stage1_plan(self) -> Plan:
@@ -159,21 +165,38 @@ def restore_autoencoder(build: Build) -> VQVAE:
 
 
 def train_transformer(build: Build) -> None:
+    """Next-scale prediction; every token weighs the same."""
+    _, var = architecture.build(build.seed)
+    _train_next_scale(build, var, build.transformer_plan, lambda side: 1.0)
+
+
+def finish_transformer(build: Build) -> None:
+    """Go on from `train_transformer`; a scale weighs as its side, so that the few early tokens count for more."""
+    _, var = architecture.build(build.seed)
+    load_trained(var, build.transformer_plan)
+    _train_next_scale(build, var, build.finish_plan, lambda side: 1 / side)
+
+
+def _train_next_scale(build: Build, var: nn.Module, plan: Plan, weight_of_side: Callable[[int], float]) -> None:
     _, labels = load_split(build.data, "train")
     tokens = torch.load(build.tokens, weights_only=True)
-    vae, var = architecture.build(build.seed)
-    restore(vae, build.autoencoder_plan)
+    vae = restore(architecture.build()[0], build.autoencoder_plan)
+    weights = torch.cat([torch.full((side * side,), weight_of_side(side)) for side in architecture.PATCH_NUMS])
+    weights = weights / weights.mean()
 
     def loss(model: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             inputs = vae.quantize.teacher_input(split_scales(tokens[index]))
         logits = model(labels[index], inputs)
-        target = tokens[index].long()
+        cross_entropy = F.cross_entropy(logits.transpose(1, 2), tokens[index].long(), reduction="none")
         last = architecture.PATCH_NUMS[-1] ** 2
-        cross_entropy = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
-        return {"loss": cross_entropy.mean(), "last_scale": cross_entropy[:, -last:].mean()}
+        return {
+            "loss": (weights * cross_entropy).mean(),
+            "cross_entropy": cross_entropy.mean(),
+            "last_scale": cross_entropy[:, -last:].mean(),
+        }
 
-    fit(var, loss, build.transformer_plan, len(tokens))
+    fit(var, loss, plan, len(tokens))
 
 
 def train_stage1(build: Build) -> None:
@@ -182,7 +205,7 @@ def train_stage1(build: Build) -> None:
     tokens = torch.load(build.tokens, weights_only=True)
     vae, var = architecture.build()
     restore(vae, build.autoencoder_plan)
-    restore(var, build.transformer_plan)
+    restore(var, build.finish_plan)
     patch_silently(var, ActVARConfig())
 
     def loss(model: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -202,6 +225,7 @@ def train(build: Build, processes: int) -> None:
         (train_autoencoder, build.autoencoder_plan),
         (train_decoder, build.decoder_plan),
         (train_transformer, build.transformer_plan),
+        (finish_transformer, build.finish_plan),
         (train_stage1, build.stage1_plan),
     ]:
         if plan == build.decoder_plan and not build.tokens.exists():
