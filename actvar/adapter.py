@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
             )
         if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
             raise AdapterError(f"{path}: {name}: expected finite floating-point values")
-    if trained != config:
+    if replace(trained, expert_schedule=config.expert_schedule, sampler=config.sampler) != config:
         logger.warning("%s was trained with %s and is used with %s", path, trained, config)
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])

@@ -6,12 +6,14 @@ import torch
 from torch import nn
 
 from actvar.families import var as family
+from actvar.per_sample import continued, keep
 from actvar.recording import BlockRecord, Shared
 from actvar.schedule import Scale
 from actvar.teacher_forcing import teacher_forced_block
 from actvar_kernels import (
     add_normalize,
     add_normalize_route,
+    backend_of,
     expert_ffn_scatter,
     normalize_modulate,
     scatter_rows,
@@ -35,20 +37,26 @@ class ActVARBlock(nn.Module):
                 return self.dense_forward(x, cond_BD, attn_bias)
             return teacher_forced_block(self, x, cond_BD)
         scale = shared.scale_of(x.shape[1], family.cached_tokens(self))
-        if not scale.active:
-            return self.dense_forward(x, cond_BD, attn_bias)
-        return sparse_block(self, x, cond_BD, scale)
+        if scale.active or fused(x):
+            return block_at_scale(self, x, cond_BD, scale)
+        return self.dense_forward(x, cond_BD, attn_bias)
 
     def dense_forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
         """The block as it was before patching."""
         return super().forward(x, cond_BD, attn_bias)
 
 
-def sparse_block(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale) -> torch.Tensor:
-    """One active scale `x` `[R, L, C]` with the K/V cache; an operation whose rate is 1 is left out."""
+def fused(x: torch.Tensor) -> bool:
+    """Whether dense scales run on the operations too, because their kernels beat the model's own code."""
+    return backend_of("block", x) == "triton"
+
+
+def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """One scale `x` `[R, L, C]` with the K/V cache; an operation whose rate is 1 is left out."""
     gates, shared = block.actvar, block.actvar.shared
     selector, router = gates.selector, gates.router
-    gamma1, gamma2, scale1, scale2, shift1, shift2 = family.modulation(block, cond)
+    state = continued(block, cond)
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = state.modulation
     index = scores = rest = mask = logits = None
 
     # 1. Select the tokens to update; 2. gather, normalise and modulate their rows
@@ -61,12 +69,14 @@ def sparse_block(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale:
 
     # attention of the kept tokens over the cache and their own scale
     keys_from = normalize_modulate(x, scale1, shift1) if scale.select and shared.config.kv == "all" else u
-    q, k, v = family.project(block, u, keys_from)
-    out, keys, values = subset_attention(
-        q, k, v, family.read_cache(block), family.head_scale(block), block.attn.scale, keep_cache=not scale.is_last
-    )
-    if not scale.is_last:
+    q, k, v = family.project(block, u, keys_from, state.qkv_bias)
+    past = family.read_cache(block)
+    grows = block.attn.caching and not scale.is_last
+    room = state.room_after(past, v, shared.schedule[-1].cached_before) if grows and fused(x) else None
+    out, keys, values = subset_attention(q, k, v, past, state.head_scale, block.attn.scale, room=room, keep_cache=grows)
+    if grows:
         family.write_cache(block, keys, values)
+    keep(block, state, scale)
     update = block.attn.proj(out)
 
     # 3. FFN as experts; 4. scatter: the other tokens keep their value
@@ -75,12 +85,16 @@ def sparse_block(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale:
             rows, update, gamma1, scale2, shift2, router.weight, router.bias, scale.experts
         )
         weights = family.ffn_weights(block)
-        x = expert_ffn_scatter(rest, index, rows, u, mask, scale.experts, *weights, gamma2)
+        schedule = shared.config.expert_schedule
+        x = expert_ffn_scatter(rest, index, rows, u, mask, scale.experts, *weights, gamma2, schedule)
     else:
         rows, u = add_normalize(rows, update, gamma1, scale2, shift2)
-        update = block.ffn(u)
-        x = rows + gamma2 * update if index is None else scatter_rows(rest, index, rows, update, gamma2)
+        update = family.dense_ffn(block, u)
+        if index is None:
+            x = torch.addcmul(rows, gamma2.to(update.dtype), update)
+        else:
+            x = scatter_rows(rest, index, rows, update, gamma2)
 
-    if shared.records is not None:
+    if shared.records is not None and scale.active:
         shared.records.append(BlockRecord(gates.block_index, scale, index, scores, u, mask, logits))
     return x

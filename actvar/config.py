@@ -7,7 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
+from actvar_kernels.expert_ffn.op import SCHEDULES
+
 KV_MODES = ("compact", "all")
+SAMPLERS = ("torch", "fast")
 
 
 def share_of(rate: float, count: int) -> int:
@@ -28,6 +31,10 @@ class ActVARConfig:
             an active scale.
         share_cfg_selection: under guidance the conditional row chooses the tokens of both rows.
         always_sparse: run every sparse operation even where a rate is 1, where they change nothing (for checks).
+        expert_schedule: how the Triton backend runs the experts, see `actvar_kernels.expert_ffn_scatter`; only `"snap"`
+            changes results, on every backend.
+        sampler: `"torch"` draws tokens as the public code does, `"fast"` in one kernel and from another random stream
+            (`actvar_kernels.sample_tokens`); for `actvar.models.VAR` only.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -40,6 +47,8 @@ class ActVARConfig:
     kv: str = "compact"
     share_cfg_selection: bool = False
     always_sparse: bool = False
+    expert_schedule: str = "auto"
+    sampler: str = "torch"
 
     def __post_init__(self):
         object.__setattr__(self, "scales", _tuple_of("scales", self.scales, _integer))
@@ -54,8 +63,9 @@ class ActVARConfig:
                 raise ValueError(f"{name}: expected one rate per scale in {self.scales}, got {rates}")
         if _integer("num_experts", self.num_experts) < 1:
             raise ValueError(f"num_experts: expected at least 1, got {self.num_experts}")
-        if self.kv not in KV_MODES:
-            raise ValueError(f"kv: expected one of {KV_MODES}, got {self.kv!r}")
+        for name, choices in (("kv", KV_MODES), ("expert_schedule", SCHEDULES), ("sampler", SAMPLERS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
         for name in ("share_cfg_selection", "always_sparse"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from actvar.per_sample import Kept
+
 
 class Gate(nn.Module):
     """A linear layer that follows its model (`.to`, `parameters`, `deepcopy`) but is no part of its `state_dict`.
@@ -38,3 +40,4 @@ class Gates(nn.Module):
         self.router = Gate(width, num_experts, 2 * block_index + 1, device)
         self.block_index = block_index
         self.shared = shared
+        self.kept = Kept()

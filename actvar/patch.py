@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from actvar.adapter import load_adapter
@@ -27,6 +28,15 @@ class ActVARModel(nn.Module):
     def autoregressive_infer_cfg(self, *args, **kwargs):
         with guided_rows(self):
             return super().autoregressive_infer_cfg(*args, **kwargs)
+
+    def draw(self, logits, guidance, top_k, top_p, rng, scale):
+        """As `actvar.models.VAR.draw`, by the sampler of the configuration."""
+        if self.actvar.config.sampler == "torch":
+            return super().draw(logits, guidance, top_k, top_p, rng, scale)
+        from actvar_kernels import sample_tokens
+
+        seed = torch.randint(2**62, (1,), device=logits.device) if rng is None else rng.initial_seed()
+        return sample_tokens(logits, guidance, top_k, top_p, seed=seed, step=scale)
 
 
 class _PatchedInstance:
@@ -88,6 +98,11 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
         raise ValueError(
             f"num_experts: expected a divisor of the FFN's hidden size {family.hidden_size(model)}, "
             f"got {config.num_experts}"
+        )
+    if config.sampler == "fast" and not family.has_draw(model):
+        raise ValueError(
+            f"sampler: 'fast' needs actvar.models.VAR, whose sampling loop it is part of, got {type(model).__name__}; "
+            "load the checkpoint with actvar.load_var, or use sampler='torch'"
         )
     for index, block in enumerate(_blocks(model)):
         if "forward" in block.__dict__:

@@ -41,9 +41,9 @@ def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor) 
 
     u = normalize_modulate(before, scale1, shift1)
     keys_from = normalize_modulate(x, scale1, shift1) if shared.config.kv == "all" else u
-    q, k, v = family.project(block, u, keys_from)
+    q, k, v = family.project(block, u, keys_from, family.qkv_bias(block))
     visible = block_causal_mask(schedule, shared.config.kv, q)
-    out, _, _ = subset_attention(q, k, v, None, family.head_scale(block), block.attn.scale, visible)
+    out, _, _ = subset_attention(q, k, v, None, family.head_scale(block), block.attn.scale, visible, keep_cache=False)
     rows = before + gamma1 * block.attn.proj(out)
 
     u = normalize_modulate(rows, scale2, shift2)

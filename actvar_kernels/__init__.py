@@ -1,7 +1,7 @@
 """The operations of the ActVAR block. Each folder has the public function (`op.py`) and the PyTorch code that defines
 its result (`reference.py`)."""
 
-from actvar_kernels.backend import BackendUnavailableError, get_backend, set_backend
+from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, set_backend
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter, route_experts
 from actvar_kernels.residual_norm.op import Routed, add_normalize, add_normalize_route
 from actvar_kernels.scatter.op import scatter_rows
@@ -14,6 +14,7 @@ __all__ = [
     "Selection",
     "add_normalize",
     "add_normalize_route",
+    "backend_of",
     "expert_ffn",
     "expert_ffn_scatter",
     "get_backend",

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from actvar.models.var import VAR
+
 NAME = "VAR (actvar.models.VAR or the class of the public VAR code)"
 NORM_EPS = 1e-6
 MAX_LOG_SCALE = 4.605170185988092  # log(100)
@@ -42,6 +44,11 @@ def mismatch(model: nn.Module) -> str | None:
     return None
 
 
+def has_draw(model: nn.Module) -> bool:
+    """Whether the model's sampling loop draws its tokens by a method of ours that a patch can replace."""
+    return isinstance(model, VAR)
+
+
 def width(model: nn.Module) -> int:
     return model.blocks[0].ffn.fc1.in_features
 
@@ -57,16 +64,26 @@ def modulation(block: nn.Module, cond: torch.Tensor) -> tuple[torch.Tensor, ...]
     return block.ada_lin(cond).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
 
 
-def project(block: nn.Module, queries_from: torch.Tensor, keys_from: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """q `[R, H, K, d]` of `queries_from` `[R, K, C]`; k and v `[R, H, T, d]` of `keys_from` `[R, T, C]`."""
+def qkv_bias(block: nn.Module) -> torch.Tensor:
+    """Bias of queries, keys and values, `[3C]`."""
+    attn = block.attn
+    return torch.cat((attn.q_bias, attn.zero_k_bias, attn.v_bias))
+
+
+def project(
+    block: nn.Module, queries_from: torch.Tensor, keys_from: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """q `[R, H, K, d]` of `queries_from` `[R, K, C]`; k and v `[R, H, T, d]` of `keys_from` `[R, T, C]`.
+
+    `bias` `[3C]` is that of `qkv_bias`.
+    """
     attn = block.attn
     weight = attn.mat_qkv.weight
     if queries_from is keys_from:
-        bias = torch.cat((attn.q_bias, attn.zero_k_bias, attn.v_bias))
         return _heads(attn, F.linear(queries_from, weight, bias), 3)
     C = weight.shape[1]
-    q = _heads(attn, F.linear(queries_from, weight[:C], attn.q_bias), 1)
-    kv = _heads(attn, F.linear(keys_from, weight[C:], torch.cat((attn.zero_k_bias, attn.v_bias))), 2)
+    q = _heads(attn, F.linear(queries_from, weight[:C], bias[:C]), 1)
+    kv = _heads(attn, F.linear(keys_from, weight[C:], bias[C:]), 2)
     return *q, *kv
 
 
@@ -111,6 +128,15 @@ def _tokens_first(attn: nn.Module, dtype: torch.dtype) -> bool:
     """Flash-attention and xformers keep `[R, tokens, H, d]`; the public code takes flash only below float32."""
     flash = getattr(attn, "using_flash", False) and dtype != torch.float32
     return flash or getattr(attn, "using_xform", False)
+
+
+def dense_ffn(block: nn.Module, u: torch.Tensor) -> torch.Tensor:
+    """The block's own FFN of `u` `[R, K, C]`; on CUDA without gradients GELU runs in the first product's epilogue."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = ffn_weights(block)
+    if not u.is_cuda or torch.is_grad_enabled() or u.dtype != fc1_weight.dtype or torch.is_autocast_enabled("cuda"):
+        return block.ffn(u)
+    hidden = torch._addmm_activation(fc1_bias, u.flatten(0, 1), fc1_weight.t(), use_gelu=True)
+    return F.linear(hidden, fc2_weight, fc2_bias).view_as(u)
 
 
 def ffn_weights(block: nn.Module) -> tuple[torch.Tensor, ...]:

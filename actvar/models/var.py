@@ -98,6 +98,12 @@ class TransformerBlock(nn.Module):
         return x + self.ffn(self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2)).mul(gamma2)
 
 
+def guided(logits: torch.Tensor, strength: float) -> torch.Tensor:
+    """Classifier-free guidance of logits `[2B, L, V]`, conditional half first: `(1 + t) * cond - t * uncond`."""
+    conditional, unconditional = logits.chunk(2)
+    return (1 + strength) * conditional - strength * unconditional
+
+
 class HeadNorm(nn.Module):
     """Adaptive LayerNorm before the classifier head."""
 
@@ -196,6 +202,7 @@ class VAR(nn.Module):
         label_B = self._labels(B, label_B, rng)
 
         cond_BD = self.class_emb(torch.cat((label_B, torch.full_like(label_B, self.num_classes))))
+        modulation = self.shared_ada_lin(cond_BD)
         position = self.lvl_embed(self.lvl_1L) + self.pos_1LC
         x = cond_BD.unsqueeze(1) + self.pos_start + position[:, : self.first_l]
         side = self.patch_nums[-1]
@@ -207,16 +214,17 @@ class VAR(nn.Module):
         try:
             for scale, pn in enumerate(self.patch_nums):
                 done += pn * pn
-                logits = self._step(x, cond_BD)
-                t = cfg * scale / last
-                logits = (1 + t) * logits[:B] - t * logits[B:]
-                tokens = sample_top_k_top_p(logits, top_k, top_p, rng)
+                for block in self.blocks:
+                    x = block(x=x, cond_BD=modulation, attn_bias=None)
+                logits = self.get_logits(x, cond_BD)
                 if more_smooth:
+                    logits = guided(logits, cfg * scale / last)
+                    sample_top_k_top_p(logits, top_k, top_p, rng)
                     temperature = max(0.27 * (1 - scale / last * 0.95), 0.005)
                     mixture = gumbel_softmax(logits.mul(1 + scale / last), temperature, rng)
                     codes = mixture @ vae.quantize.embedding.weight
                 else:
-                    codes = vae.quantize.embedding(tokens)
+                    codes = vae.quantize.embedding(self.draw(logits, cfg * scale / last, top_k, top_p, rng, scale))
                 codes = codes.transpose(1, 2).reshape(B, self.Cvae, pn, pn)
                 f_hat, following = vae.quantize.add_scale(scale, f_hat, codes)
                 if scale != last:
@@ -228,12 +236,17 @@ class VAR(nn.Module):
                 block.attn.kv_caching(False)
         return vae.fhat_to_img(f_hat).add_(1).mul_(0.5)
 
-    def _step(self, x: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
-        """Logits of one scale, `[R, p * p, V]`; the blocks' caches grow by it."""
-        modulation = self.shared_ada_lin(cond_BD)
-        for block in self.blocks:
-            x = block(x=x, cond_BD=modulation, attn_bias=None)
-        return self.get_logits(x, cond_BD)
+    def draw(
+        self,
+        logits: torch.Tensor,
+        guidance: float,
+        top_k: int,
+        top_p: float,
+        rng: torch.Generator | None,
+        scale: int,
+    ) -> torch.Tensor:
+        """Tokens `[B, L]` of scale number `scale`, drawn from its logits `[2B, L, V]`, conditional half first."""
+        return sample_top_k_top_p(guided(logits, guidance), top_k, top_p, rng)
 
     def _labels(self, B: int, label_B: int | torch.Tensor | None, rng: torch.Generator | None) -> torch.Tensor:
         device = self.lvl_1L.device

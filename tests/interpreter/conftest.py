@@ -1,0 +1,64 @@
+"""Triton kernels on CPU tensors in Triton's interpreter: `TRITON_INTERPRET=1 python -m pytest tests/interpreter`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import actvar_kernels
+from actvar_kernels.backend import interpreted, triton_installed
+
+collect_ignore_glob = [] if triton_installed() else ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip this folder in a process that was not started for the interpreter."""
+    if interpreted():
+        return
+    folder = Path(__file__).parent
+    for item in items:
+        if folder in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 before Python starts"))
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operation runs its Triton kernels, or raises."""
+    monkeypatch.delenv("ACTVAR_BACKEND", raising=False)
+    monkeypatch.setattr(actvar_kernels.backend, "_chosen", "triton")
+
+
+@pytest.fixture(autouse=True)
+def filled_memory() -> Iterator[None]:
+    """`torch.empty` and its relatives return NaN, or the largest integer, so that reads of unwritten memory show."""
+    before = torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["in order", "shuffled"])
+def grid_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The interpreter visits the programs of a grid in order, or in a random order that is the same in every run."""
+    if request.param == "shuffled":
+        from triton.runtime.interpreter import interpreter_builder
+
+        visit = interpreter_builder.set_grid_idx
+        random = np.random.default_rng(0)
+        order = None
+
+        def visit_another(*program: int) -> None:
+            nonlocal order
+            grid = interpreter_builder.grid_dim
+            position = np.ravel_multi_index(program, grid)
+            if position == 0:
+                order = random.permutation(np.prod(grid))
+            visit(*(int(index) for index in np.unravel_index(order[position], grid)))
+
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", visit_another)
+    return request.param

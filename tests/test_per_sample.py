@@ -1,0 +1,91 @@
+"""What blocks keep from scale to scale: used again within a sample, and never beyond it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from helpers import sample
+
+from actvar import ActVARConfig, apply_patch
+from actvar.families import var as family
+from actvar.per_sample import PerSample, continued, keep
+
+SPARSE = ActVARConfig(token_rates=(0.75, 0.75), ffn_rate=0.5, num_experts=8)
+
+
+@pytest.fixture
+def block(tiny_var):
+    return apply_patch(tiny_var, SPARSE).blocks[0]
+
+
+def sampled_up_to_the_last_scale(block) -> torch.Tensor:
+    """Run the block over its next to last scale with a cache of the scales before; the condition it was given."""
+    cond = torch.randn(2, 128)
+    block.attn.kv_caching(True)
+    block.attn.cached_k = block.attn.cached_v = torch.randn(2, 2, 5, 64)
+    with torch.no_grad():
+        block(torch.randn(2, 9, 128), cond, None)
+    return cond
+
+
+def test_adaln_of_two_active_scales_is_computed_once(tiny_var, monkeypatch):
+    apply_patch(tiny_var, SPARSE)
+    calls = []
+    original = family.modulation
+    monkeypatch.setattr(family, "modulation", lambda *args: calls.append(1) or original(*args))
+    sample(tiny_var)
+    assert len(calls) == len(tiny_var.blocks)
+
+
+def test_the_next_scale_goes_on_only_with_the_same_condition_and_cache(block):
+    cond = sampled_up_to_the_last_scale(block)
+    state = block.actvar.kept.state
+    with torch.no_grad():
+        assert continued(block, cond) is state
+        assert continued(block, cond.clone()) is not state
+        block.attn.cached_k = block.attn.cached_k.clone()
+        assert continued(block, cond) is not state
+    assert continued(block, cond) is not state, "with gradients nothing is kept"
+
+
+def test_weights_changed_between_two_samples_count(block):
+    cond = sampled_up_to_the_last_scale(block)
+    old = block.actvar.kept.state
+    with torch.no_grad():
+        block.attn.q_bias.add_(1)
+        block.attn.kv_caching(True)
+        assert not torch.equal(continued(block, cond).qkv_bias, old.qkv_bias)
+
+
+def test_nothing_is_kept_after_the_last_scale(tiny_var):
+    apply_patch(tiny_var, SPARSE)
+    sample(tiny_var)
+    assert all(block.actvar.kept.state is None and block.actvar.kept.cache is None for block in tiny_var.blocks)
+
+
+def test_copies_and_pickles_keep_nothing(block):
+    sampled_up_to_the_last_scale(block)
+    assert block.actvar.kept.state is not None
+    for other in (copy.deepcopy(block.actvar.kept), pickle.loads(pickle.dumps(block.actvar.kept))):
+        assert other.state is None
+        assert other.cache is None
+
+
+def test_the_room_begins_with_the_cache_and_is_made_once(block):
+    state = PerSample(block, torch.randn(2, 128))
+    past = (torch.randn(2, 2, 5, 64), torch.randn(2, 2, 5, 64))
+    keys, values = state.room_after(past, torch.randn(2, 2, 7, 64), capacity=12)
+    assert keys.shape == values.shape == (2, 2, 12, 64)
+    assert torch.equal(keys[:, :, :5], past[0])
+    assert torch.equal(values[:, :, :5], past[1])
+    assert state.room_after(None, torch.randn(2, 2, 1, 64), capacity=12)[0] is keys
+
+
+def test_keeping_outside_sampling_keeps_nothing(block):
+    scale = block.actvar.shared.schedule[-2]
+    with torch.no_grad():
+        keep(block, PerSample(block, torch.randn(2, 128)), scale)
+    assert block.actvar.kept.state is None
