@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from actvar.families import var as family
-from actvar.per_sample import continued, keep
+from actvar.per_sample import PerSample, continued, keep
 from actvar.recording import BlockRecord, Shared
 from actvar.schedule import Scale
 from actvar.teacher_forcing import teacher_forced_block
@@ -37,7 +37,7 @@ class ActVARBlock(nn.Module):
                 return self.dense_forward(x, cond_BD, attn_bias)
             return teacher_forced_block(self, x, cond_BD)
         scale = shared.scale_of(x.shape[1], family.cached_tokens(self))
-        if scale.active or fused(x):
+        if scale.active or kernels_run(x):
             return block_at_scale(self, x, cond_BD, scale)
         return self.dense_forward(x, cond_BD, attn_bias)
 
@@ -46,8 +46,8 @@ class ActVARBlock(nn.Module):
         return super().forward(x, cond_BD, attn_bias)
 
 
-def fused(x: torch.Tensor) -> bool:
-    """Whether dense scales run on the operations too, because their kernels beat the model's own code."""
+def kernels_run(x: torch.Tensor) -> bool:
+    """Whether the operations run as kernels: then dense scales use them too, and what a sample needs once is kept."""
     return backend_of("block", x) == "triton"
 
 
@@ -55,7 +55,8 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
     """One scale `x` `[R, L, C]` with the K/V cache; an operation whose rate is 1 is left out."""
     gates, shared = block.actvar, block.actvar.shared
     selector, router = gates.selector, gates.router
-    state = continued(block, cond)
+    fused = kernels_run(x)
+    state = continued(block, cond) if fused else PerSample(block, cond)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = state.modulation
     index = scores = rest = mask = logits = None
 
@@ -72,11 +73,12 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
     q, k, v = family.project(block, u, keys_from, state.qkv_bias)
     past = family.read_cache(block)
     grows = block.attn.caching and not scale.is_last
-    room = state.room_after(past, v, shared.schedule[-1].cached_before) if grows and fused(x) else None
+    room = state.room_after(past, v, shared.schedule[-1].cached_before) if grows and fused else None
     out, keys, values = subset_attention(q, k, v, past, state.head_scale, block.attn.scale, room=room, keep_cache=grows)
     if grows:
         family.write_cache(block, keys, values)
-    keep(block, state, scale)
+    if fused:
+        keep(block, state, scale)
     update = block.attn.proj(out)
 
     # 3. FFN as experts; 4. scatter: the other tokens keep their value

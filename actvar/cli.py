@@ -1,11 +1,13 @@
-"""The command line: `actvar sample`, `actvar info`."""
+"""The command line: `actvar sample`, `actvar verify`, `actvar info`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,13 +16,17 @@ import actvar
 from actvar.adapter import describe_adapter, read_adapter_config
 from actvar.checkpoint import describe_checkpoint
 from actvar.compare import Sampling, compare, save_pictures
+from actvar.files import replacing
 from actvar.patch import patched_silently, warn_untrained
 from actvar.pictures import save_grid
+from actvar.verify import verify
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import adapter_path
-from actvar_kernels import get_backend
+from actvar_kernels import BackendUnavailableError, get_backend
+from actvar_kernels.backend import BACKENDS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES |= {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, BackendUnavailableError) as error:
         parser.exit(2, f"actvar {options.command}: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted\n")
@@ -48,13 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     sample = commands.add_parser("sample", help="sample images; --compare also times dense against ActVAR")
-    source = sample.add_argument_group("model")
-    source.add_argument("--model", choices=["fashion-mnist"], help="a model that comes with the package")
-    source.add_argument("--var", help="transformer checkpoint: .pth, .safetensors, or owner/repo:file on the hub")
-    source.add_argument("--vae", help="autoencoder checkpoint, likewise")
-    source.add_argument("--adapter", help="adapter file, or the name of a bundled one (default for --model: paper)")
-    source.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
-    source.add_argument("--device", default="cpu")
+    _add_source(sample)
+    sample.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
     what = sample.add_argument_group("images")
     what.add_argument("--labels", "--classes", type=_labels, required=True, help="e.g. 0-9 or 207,980")
     what.add_argument("--per-class", type=_positive, default=1, help="images per class (default 1)")
@@ -68,22 +69,49 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
     sample.set_defaults(run=_sample)
 
+    check = commands.add_parser("verify", help="check a checkpoint with ActVAR; exit code 1 if anything differs")
+    _add_source(check)
+    check.add_argument("--dtype", nargs="+", choices=DTYPES, default=[], help="besides fp32, which is always checked")
+    check.add_argument(
+        "--backend", nargs="+", choices=set(BACKENDS) - {"auto"}, help="default: those that run on the device"
+    )
+    check.add_argument(
+        "--rates", nargs="+", type=float, help="token rates of the last scales, then the FFN's, e.g. 0.75 0.75 0.75"
+    )
+    check.add_argument("--batch", type=_positive, default=1, help="images per sample (default 1)")
+    check.add_argument("--public-var", type=Path, help="clone of the public VAR code: its class must agree as well")
+    check.add_argument("--json", type=Path, help="file to write every comparison to")
+    check.set_defaults(run=_verify)
+
     info = commands.add_parser("info", help="describe a checkpoint or adapter, or, without a file, this installation")
     info.add_argument("file", nargs="?", help="a file, or owner/repo:file on the hub")
     info.set_defaults(run=_info)
     return parser
 
 
-def _sample(options: argparse.Namespace) -> None:
+def _add_source(command: argparse.ArgumentParser) -> None:
+    source = command.add_argument_group("model")
+    source.add_argument("--model", choices=["fashion-mnist"], help="a model that comes with the package")
+    source.add_argument("--var", help="transformer checkpoint: .pth, .safetensors, or owner/repo:file on the hub")
+    source.add_argument("--vae", help="autoencoder checkpoint, likewise")
+    source.add_argument("--adapter", help="adapter file, or the name of a bundled one (default for --model: paper)")
+    source.add_argument("--device", default="cpu")
+
+
+def _check_source(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.var is None):
         raise ValueError("give either --model, or --var with --vae")
     if (options.var is None) != (options.vae is None):
         raise ValueError("--var needs --vae, the checkpoint of its autoencoder, and the other way round")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    _check_source(options)
     if options.dense and options.compare:
         raise ValueError("--dense samples without ActVAR; leave it out for --compare")
     labels = tuple(label for label in options.labels for _ in range(options.per_class))
     sampling = Sampling(labels, options.cfg, options.top_k, options.top_p, options.seed)
-    _, var = _load(options)
+    _, var = _load(options, DTYPES[options.dtype])
     if options.top_k > var.V:
         raise ValueError(f"--top-k: the model has {var.V} tokens to choose from, got {options.top_k}")
     bad = [label for label in options.labels if label >= var.num_classes]
@@ -110,8 +138,8 @@ def _sample(options: argparse.Namespace) -> None:
     print("wrote " + ", ".join(str(path) for path in written))
 
 
-def _load(options: argparse.Namespace):
-    placement = dict(device=_device(options.device), dtype=DTYPES[options.dtype])
+def _load(options: argparse.Namespace, dtype: torch.dtype):
+    placement = dict(device=_device(options.device), dtype=dtype)
     if options.model:
         return actvar.load_pretrained(options.model, **placement)
     return actvar.load_var(options.var, options.vae, **placement)
@@ -138,6 +166,35 @@ def _describe(config: actvar.ActVARConfig) -> str:
     tokens = "/".join(f"{rate:.0%}" for rate in config.token_rates)
     ffn = "/".join(f"{rate:.0%}" for rate in config.ffn_rates)
     return f"tokens {tokens}, FFN {ffn} of {config.num_experts} experts at scales {config.scales}"
+
+
+def _verify(options: argparse.Namespace) -> None:
+    _check_source(options)
+    if options.json and not options.json.parent.is_dir():
+        raise ValueError(f"--json: expected a file in a folder that exists, got {options.json}")
+    adapter = _adapter(options)
+    config = actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter)
+    if options.rates:
+        if len(options.rates) < 2:
+            raise ValueError(f"--rates: expected token rates, then the FFN's, e.g. 0.75 0.75 0.75, got {options.rates}")
+        *token_rates, ffn_rate = options.rates
+        scales = tuple(range(-len(token_rates), 0))
+        config = replace(config, scales=scales, token_rates=tuple(token_rates), ffn_rate=ffn_rate)
+    sampling = Sampling((0,) * options.batch)
+    dtypes = [DTYPES[name] for name in options.dtype]
+    report = verify(
+        lambda dtype: _load(options, dtype)[1], config, adapter, sampling, dtypes, options.backend, options.public_var
+    )
+    print(f"batch {options.batch} on {options.device}; {_describe(config)}")
+    print(report.table())
+    print(report.summary())
+    if options.json:
+        facts = {"actvar": actvar.__version__, "torch": torch.__version__, "device": options.device}
+        facts |= {"batch": options.batch, "config": asdict(config)}
+        with replacing(options.json) as temporary:
+            temporary.write_text(json.dumps(facts | report.as_dict(), indent=1) + "\n")
+    if report.failures:
+        raise SystemExit(1)
 
 
 def _info(options: argparse.Namespace) -> None:

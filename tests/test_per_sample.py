@@ -16,6 +16,12 @@ from actvar.per_sample import PerSample, continued, keep
 SPARSE = ActVARConfig(token_rates=(0.75, 0.75), ffn_rate=0.5, num_experts=8)
 
 
+@pytest.fixture(autouse=True)
+def as_with_kernels(monkeypatch):
+    """The references run where kernels would: over dense scales too, with what blocks keep for kernels."""
+    monkeypatch.setattr("actvar.block.kernels_run", lambda _: True)
+
+
 @pytest.fixture
 def block(tiny_var):
     return apply_patch(tiny_var, SPARSE).blocks[0]
@@ -31,7 +37,14 @@ def sampled_up_to_the_last_scale(block) -> torch.Tensor:
     return cond
 
 
-def test_adaln_of_two_active_scales_is_computed_once(tiny_var, monkeypatch):
+def test_tokens_and_images_are_those_without_anything_kept(tiny_var, monkeypatch):
+    apply_patch(tiny_var, SPARSE)
+    images = sample(tiny_var)
+    monkeypatch.setattr("actvar.block.kernels_run", lambda _: False)
+    assert torch.allclose(images, sample(tiny_var), atol=1e-5)
+
+
+def test_adaln_is_computed_once_per_sample(tiny_var, monkeypatch):
     apply_patch(tiny_var, SPARSE)
     calls = []
     original = family.modulation
