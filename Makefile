@@ -8,17 +8,38 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test compile-check gpu triton-matrix lint format clean
+# Releases of Triton that the kernels are tested with; "triton" alone is the newest.
+TRITONS := triton==3.6.0 triton==3.8.0 triton
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## Draw Fashion-MNIST pictures with the dense and the accelerated model, into demo/
 	$(BIN)/actvar sample --model fashion-mnist --labels 0-9 --per-class 8 --compare --out demo
 	@echo "The pictures are in demo/:" && ls demo
 
 test: $(INSTALLED) ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --benchmark-disable --ignore tests/interpreter
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --benchmark-disable tests/interpreter || [ $$? -eq 5 ] # 5: no Triton here, so no test
+
+compile-check: $(INSTALLED) ## Compile every kernel for every GPU architecture, without a GPU, and check the machine code
+	$(BIN)/python -m actvar_kernels.compile_check
+
+gpu: ## On a machine with a GPU: check and time every kernel there; PYTHON names its Python, nothing is installed
+	$(PYTHON) -m benchmarks.gpu --json gpu.json
+
+triton-matrix: ## Interpreter tests and compile check on other releases of Triton, each in an environment of its own
+	for triton in $(TRITONS); do \
+		environment=.venv-$$triton; \
+		$(PYTHON) -m venv $$environment && \
+		$$environment/bin/python -m pip install --quiet '$(TORCH)' setuptools && \
+		grep -v '^triton' constraints.txt > $$environment/constraints.txt && \
+		$$environment/bin/python -m pip install --quiet -c $$environment/constraints.txt --no-build-isolation -e '.[dev]' && \
+		$$environment/bin/python -m pip install --quiet --upgrade --no-deps "$$triton" && \
+		OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $$environment/bin/python -m pytest -q -n 2 tests/interpreter && \
+		$$environment/bin/python -m actvar_kernels.compile_check --quick || exit 1; \
+	done
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .
@@ -29,7 +50,7 @@ format: $(INSTALLED) ## Mend style and formatting in place
 	$(BIN)/ruff format .
 
 clean: ## Remove .venv, the demo's pictures and every cache
-	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-triton* demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, by its exact version, so that the second call finds it and resolves no other build of it;

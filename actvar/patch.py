@@ -18,6 +18,7 @@ from actvar.families import family_of, unwrapped
 from actvar.gates import Gates
 from actvar.recording import Shared, guided_rows
 from actvar.schedule import build_schedule
+from actvar_kernels import sample_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,6 @@ class ActVARModel(nn.Module):
         """As `actvar.models.VAR.draw`, by the sampler of the configuration."""
         if self.actvar.config.sampler == "torch":
             return super().draw(logits, guidance, top_k, top_p, rng, scale)
-        from actvar_kernels import sample_tokens
-
         seed = torch.randint(2**62, (1,), device=logits.device) if rng is None else rng.initial_seed()
         return sample_tokens(logits, guidance, top_k, top_p, seed=seed, step=scale)
 

@@ -4,6 +4,7 @@ its result (`reference.py`)."""
 from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, set_backend
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter, route_experts
 from actvar_kernels.residual_norm.op import Routed, add_normalize, add_normalize_route
+from actvar_kernels.sampling.op import sample_tokens
 from actvar_kernels.scatter.op import scatter_rows
 from actvar_kernels.subset_attention.op import subset_attention
 from actvar_kernels.token_select.op import Selection, normalize_modulate, select_tokens
@@ -20,6 +21,7 @@ __all__ = [
     "get_backend",
     "normalize_modulate",
     "route_experts",
+    "sample_tokens",
     "scatter_rows",
     "select_tokens",
     "set_backend",

@@ -10,6 +10,7 @@ import torch
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "ACTVAR_BACKEND"
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _chosen: str | None = None
 
@@ -39,7 +40,9 @@ def get_backend() -> str:
     return _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
-def backend_of(operation: str, tensor: torch.Tensor, supported: tuple[str, ...] = ("reference", "triton")) -> str:
+def backend_of(
+    operation: str, tensor: torch.Tensor, supported: tuple[str, ...] = ("reference", "triton"), limits: str = ""
+) -> str:
     """The backend that runs `operation` on `tensor`: `"reference"` or `"triton"`.
 
     `auto` takes Triton for CUDA tensors where it is installed. Triton asked for by name also runs on CPU tensors when
@@ -47,6 +50,7 @@ def backend_of(operation: str, tensor: torch.Tensor, supported: tuple[str, ...] 
 
     Args:
         supported: backends that can run this call.
+        limits: what Triton takes, for the error.
 
     Raises:
         BackendUnavailableError: the backend was asked for by name and cannot run this call here.
@@ -55,8 +59,9 @@ def backend_of(operation: str, tensor: torch.Tensor, supported: tuple[str, ...] 
     if name == "auto":
         return "triton" if tensor.is_cuda and "triton" in supported and triton_installed() else "reference"
     if name not in supported:
+        takes = f" (it takes {limits})" if limits and name == "triton" else ""
         raise BackendUnavailableError(
-            f"{operation} has no {name!r} backend here; available: {', '.join(supported)}. "
+            f"{operation} has no {name!r} backend here{takes}; available: {', '.join(supported)}. "
             f"Choose one with actvar_kernels.set_backend or {ENVIRONMENT_VARIABLE}, or use 'auto'."
         )
     if name == "triton":
@@ -68,6 +73,12 @@ def backend_of(operation: str, tensor: torch.Tensor, supported: tuple[str, ...] 
                 "before Python starts to run the kernels in Triton's interpreter"
             )
     return name
+
+
+def kernel_backends(*tensors: torch.Tensor, fits: bool = True) -> tuple[str, ...]:
+    """What `backend_of` takes as supported: the reference alone where a tensor is of none of `KERNEL_DTYPES`, or where
+    the call does not fit the kernels otherwise."""
+    return ("reference", "triton") if fits and all(t.dtype in KERNEL_DTYPES for t in tensors) else ("reference",)
 
 
 @functools.cache

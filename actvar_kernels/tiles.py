@@ -19,16 +19,167 @@ def architecture(tensor: torch.Tensor) -> int:
     return max((known for known in ARCHITECTURES if known <= capability), default=80)
 
 
+class RowTiles(NamedTuple):
+    """Kernels that hold whole rows in registers: `rows` per program; with a router, `experts` at a time, else 0."""
+
+    rows: int
+    warps: int
+    experts: int = 0
+
+
+def row_tiles(tokens: int, width: int) -> RowTiles:
+    """Without a router: up to 32 numbers a thread, so that many programs hide each other's latency."""
+    return _row_tiles(tokens, width, numbers=32, programs=256)
+
+
+def route_tiles(tokens: int, width: int) -> RowTiles:
+    """With a router, whose weights every program reads: more rows where there are many, else more experts at a time."""
+    experts, numbers = (2, 64) if tokens >= 2048 else (4, 32)
+    return _row_tiles(tokens, width, numbers, programs=128)._replace(experts=experts)
+
+
+def select_steps(tokens: int, rows: int) -> int:
+    """Tiles of `rows` rows that share one ranking of their sequence: more than one where programs are plentiful."""
+    return min(8, max(1, tokens // (512 * rows)))
+
+
+def _row_tiles(tokens: int, width: int, numbers: int, programs: int) -> RowTiles:
+    """At most about `numbers` elements a thread, fewer rows where there would not be so many `programs`."""
+    block = triton.next_power_of_2(width)
+    warps = 4 if block <= 2048 else 8
+    rows = max(1, 32 * warps * numbers // block)
+    while rows > 1 and tokens < programs * rows:
+        rows //= 2
+    return RowTiles(rows, warps)
+
+
 class AttentionTiles(NamedTuple):
-    """`queries` and `keys` per tile."""
+    """Queries, cached keys and own keys per tile; pipeline stages of the two loops."""
 
     queries: int
     keys: int
+    own_keys: int
+    warps: int
+    stages: int
+    own_stages: int
+
+
+def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int) -> AttentionTiles:
+    """Without spilled registers for head sizes up to 64, and up to 128; float32 has no tensor cores."""
+    wide = head_dim > 64
+    if dtype == torch.float32:
+        queries, keys, own_keys = (16, 16, 16) if wide else (32, 32, 16)
+        return AttentionTiles(queries, keys, own_keys, warps=8, stages=2, own_stages=1)
+    if wide:
+        return AttentionTiles(queries=64, keys=32, own_keys=32, warps=8, stages=2, own_stages=1)
+    return AttentionTiles(queries=64, keys=64, own_keys=32, warps=4, stages=3, own_stages=2 if arch == 90 else 1)
+
+
+class SortTiles(NamedTuple):
+    """Tokens per program, and tokens that they are compared with at a time."""
+
+    rows: int
+    chunk: int
+    warps: int
+
+
+def sort_tiles(experts: int) -> SortTiles:
+    if experts != triton.next_power_of_2(experts):  # read byte by byte, which takes registers
+        return SortTiles(rows=256, chunk=512, warps=16)
+    return SortTiles(rows=256, chunk=min(2048, 32768 // experts), warps=16)
+
+
+class ProductTiles(NamedTuple):
+    """A matrix product: columns per tile, more columns beside them or 0 (both powers of two), depth of a step."""
+
+    columns: int
+    tail: int
+    depth: int
     warps: int
     stages: int
 
 
-def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int) -> AttentionTiles:
+class ExpertTiles(NamedTuple):
+    """`rows` tokens per tile, the same for the up and the down projection; `parts` in which the down projection stores
+    a tile; whether matrices are read by tensor descriptors, for which tiles have to divide an expert, or by masked
+    pointers."""
+
+    rows: int
+    up: ProductTiles
+    down: ProductTiles
+    parts: int
+    descriptors: bool
+
+
+MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+SORTED_FROM = {80: 2048, 86: 2048, 89: 2048, 90: 4096, 100: 8192, 120: 2048}
+
+
+def expert_ffn_schedule(arch: int, tokens: int) -> str:
+    """`"tile_list"` for at least `SORTED_FROM` tokens, else `"dense"`: the number from which on the products that are
+    left out should outweigh the sort. It is predicted from the cards' data sheets, not measured."""
+    return "tile_list" if tokens >= SORTED_FROM[arch] else "dense"
+
+
+def expert_ffn_tiles(
+    arch: int, dtype: torch.dtype, tokens: int, channels: int, width: int, rows: int | None, aligned: bool
+) -> ExpertTiles:
+    """The largest tiles that still give every multiprocessor a program of the down projection, which has fewer of them
+    than the up projection; the smallest ones if none do.
+
+    Args:
+        tokens, channels: rows and columns of the input.
+        width: hidden units of an expert.
+        rows: only tiles of 128 rows, where the result depends on it; None: any.
+        aligned: whether tensor descriptors can be made of the matrices.
+    """
+    sizes = _expert_ffn_sizes(arch, dtype, width, aligned)
+    sizes = [size for size in sizes if rows in (None, size.rows)]
+    for size in sizes:
+        programs = triton.cdiv(tokens, size.rows) * triton.cdiv(channels, size.down.columns)
+        if programs >= MULTIPROCESSORS[arch]:
+            return size
+    return sizes[-1]
+
+
+def _expert_ffn_sizes(arch: int, dtype: torch.dtype, width: int, aligned: bool) -> list[ExpertTiles]:
+    """From large to small."""
     if dtype == torch.float32:
-        return AttentionTiles(queries=32, keys=32, warps=4, stages=2)
-    return AttentionTiles(queries=64, keys=64, warps=4, stages=3)
+        up = ProductTiles(*_columns(width, (64, 0)), depth=16, warps=8, stages=2)
+        return [ExpertTiles(128, up, ProductTiles(64, 0, 16, 8, 2), parts=1, descriptors=False)]
+    deep = width % 64 == 0
+    wide = _columns(width, (256, 0), (128, 64), (128, 32), (128, 0), (64, 32), (64, 0))
+    if arch in (90, 100) and aligned and width % 32 == 0 and width % sum(wide) == 0:
+        narrow = _columns(width, (64, 0), (64, 32), (32, 0))
+        up = ProductTiles(*wide, depth=64, warps=8, stages=3)
+        down = ProductTiles(256, 0, depth=64 if deep else 32, warps=8, stages=3 if deep else 5)
+        small_up = ProductTiles(*narrow, depth=64, warps=4, stages=4)
+        small_down = ProductTiles(64, 0, depth=down.depth, warps=4, stages=4 if deep else 6)
+        return [
+            ExpertTiles(128, up, down, parts=4, descriptors=True),
+            ExpertTiles(128, up, down._replace(columns=128), parts=2, descriptors=True),
+            ExpertTiles(64, small_up, small_down, parts=1, descriptors=True),
+        ]
+    wide = _columns(width, (128, 0), (128, 64), (128, 32), (64, 32), (64, 0))
+    narrow = _columns(width, (64, 0), (64, 32))
+    up = ProductTiles(*wide, depth=32, warps=8 if wide[1] else 4, stages=4)
+    down = ProductTiles(128, 0, depth=32, warps=4, stages=4)
+    small_up = ProductTiles(*narrow, depth=32, warps=4, stages=4)
+    small_down = ProductTiles(64, 0, depth=64 if deep else 32, warps=4, stages=3 if deep else 4)
+    return [
+        ExpertTiles(128, up, down, parts=4, descriptors=False),
+        ExpertTiles(64, small_up, small_down, parts=1, descriptors=False),
+    ]
+
+
+def _columns(width: int, *choices: tuple[int, int]) -> tuple[int, int]:
+    """The first choice whose sum divides `width`, else one masked tile size: a power of two up to that of the first."""
+    for columns, tail in choices:
+        if width % (columns + tail) == 0:
+            return columns, tail
+    return max(16, min(triton.next_power_of_2(width), choices[0][0])), 0
+
+
+def sampling_warps(block: int) -> int:
+    """Up to 8 tokens a thread; 16 where a program has its most warps."""
+    return min(32, max(1, block // 256))

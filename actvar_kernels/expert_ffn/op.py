@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels.backend import backend_of
+from actvar_kernels.backend import backend_of, needs_operator
 from actvar_kernels.checks import expect_count, expect_shape
 from actvar_kernels.expert_ffn import reference
+from actvar_kernels.expert_ffn.route import route
+from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.scatter.op import scatter_rows
 
 SCHEDULES = ("auto", "dense", "tile_list", "snap")
+
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TRITON_EXPERTS = 32
 
 
 def route_experts(
@@ -32,8 +37,7 @@ def route_experts(
     expect_shape("weight", weight, (None, u.shape[-1]))
     expect_shape("bias", bias, (weight.shape[0],))
     expect_count("active", active, weight.shape[0])
-    backend_of("route_experts", u, ("reference",))
-    return reference.route_experts(u, weight, bias, active)
+    return route(u, weight, bias, active)
 
 
 def expert_ffn(
@@ -55,26 +59,23 @@ def expert_ffn(
         active: experts that are on per token; what the FLOP count of a call is based on.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`.
 
+    On Triton it is three launches, or two where few tokens make a sort not worth its time, for float32, float16 and
+    bfloat16, bool masks and up to 32 experts.
+
     Raises:
         ValueError: shapes that do not fit, or N that does not divide D.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
-    D, C = fc1_weight.shape
-    expect_shape("u", u, (*u.shape[:-1], C))
-    expect_shape("fc1_bias", fc1_bias, (D,))
-    expect_shape("fc2_weight", fc2_weight, (C, D))
-    expect_shape("fc2_bias", fc2_bias, (C,))
-    expect_shape("mask", mask, (*u.shape[:-1], None))
-    if D % mask.shape[-1]:
-        raise ValueError(f"mask: the number of experts must divide the hidden size {D}, got {mask.shape[-1]} experts")
-    expect_count("active", active, mask.shape[-1])
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (u, mask, *weights)):
+    _expect_ffn(u, mask, active, *weights)
+    backend = _backend("expert_ffn", u, mask, *weights)
+    if backend == "reference" and _wants_gradient(u, mask, *weights):
         return reference.expert_ffn(u, mask, *weights)
-    if torch.compiler.is_compiling() and torch.is_autocast_enabled(u.device.type):
-        dtype = torch.get_autocast_dtype(u.device.type)  # the compiler does not look into the operator
-        u, weights = u.to(dtype), [w.to(dtype) for w in weights]
-    return torch.ops.actvar_kernels.expert_ffn(u, mask, active, *weights)
+    if backend == "triton" or torch.compiler.is_compiling():
+        u, *weights = _as_autocast(u, *weights)
+    if backend == "reference" or needs_operator(u, *weights):
+        return torch.ops.actvar_kernels.expert_ffn(u, mask, active, *weights)
+    return _run_ffn(u, mask, active, *weights)
 
 
 def expert_ffn_scatter(
@@ -99,9 +100,11 @@ def expert_ffn_scatter(
         u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias: as in `expert_ffn`, `[R, K, ...]`.
         gamma: AdaLN gate of the branch, `[R, 1, C]`.
         schedule: one of `SCHEDULES`, for the Triton backend. `"dense"` runs every expert and masks, `"tile_list"` skips
-            experts that no row of a tile wants, `"auto"` takes the measured faster of the two: equal results.
-            `"snap"` changes them: tokens are sorted by their experts, and every tile of 128 runs the `active` experts
-            that most of its rows want (`reference.snapped`).
+            experts that no row of a tile of sorted tokens wants, `"auto"` takes one of the two by the number of tokens:
+            equal results. `"snap"` changes them: tokens are sorted by their experts, and every tile of 128 runs the
+            `active` experts that most of its rows want (`reference.snapped`, for at most 32 experts).
+
+    On Triton it is three launches, two for `"dense"`, and `rest` is written to and returned.
 
     Raises:
         ValueError: shapes that do not fit, N that does not divide D, an unknown schedule.
@@ -109,14 +112,91 @@ def expert_ffn_scatter(
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    expect_shape("rows", rows, tuple(u.shape))
-    expect_shape("gamma", gamma, (u.shape[0], 1, u.shape[-1]))
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    _expect_ffn(u, mask, active, *weights)
+    expect_shape("u", u, (None, None, None))
+    R, K, C = u.shape
+    expect_shape("rows", rows, (R, K, C))
+    expect_shape("gamma", gamma, (R, 1, C))
+    if index is not None:
+        expect_shape("index", index, (R, K))
+        expect_shape("rest", rest, (R, None, C))
+    others = (rows, gamma) if index is None else (rest, rows, gamma)
+    backend = _backend("expert_ffn_scatter", u, mask, *weights, *others)
+    if backend == "reference" or _wants_gradient(u, *weights, *others):  # what writes in place has no gradient
+        return _by_parts(rest, index, rows, u, mask, active, *weights, gamma, schedule)
+    u, *weights = _as_autocast(u, *weights)
+    if index is not None:
+        out = rest if rest.stride(2) == 1 else rest.contiguous()
+    else:
+        dtype = torch.promote_types(rows.dtype, torch.promote_types(gamma.dtype, u.dtype))
+        out = rows.new_empty(R, K, C, dtype=dtype)
+    run = torch.ops.actvar_kernels.expert_ffn_scatter if needs_operator(out) else _run_scatter
+    run(out, index, rows, u, mask, active, *weights, gamma, schedule)
+    return out
+
+
+def _by_parts(
+    rest, index, rows, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule
+) -> torch.Tensor:
     if schedule == "snap":
         mask = reference.snapped(mask, active)
     update = expert_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if index is None:
         return rows + gamma * update
     return scatter_rows(rest, index, rows, update, gamma)
+
+
+def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
+    D, C = fc1_weight.shape
+    expect_shape("u", u, (*u.shape[:-1], C))
+    expect_shape("fc1_bias", fc1_bias, (D,))
+    expect_shape("fc2_weight", fc2_weight, (C, D))
+    expect_shape("fc2_bias", fc2_bias, (C,))
+    expect_shape("mask", mask, (*u.shape[:-1], None))
+    if D % mask.shape[-1]:
+        raise ValueError(f"mask: the number of experts must divide the hidden size {D}, got {mask.shape[-1]} experts")
+    expect_count("active", active, mask.shape[-1])
+
+
+def _backend(operation: str, u: torch.Tensor, mask: torch.Tensor, *others: torch.Tensor) -> str:
+    runs = mask.dtype == torch.bool and mask.shape[-1] <= _TRITON_EXPERTS
+    runs = runs and all(t.dtype in _TRITON_DTYPES for t in (u, *others))
+    return backend_of(operation, u, ("reference", "triton") if runs else ("reference",))
+
+
+def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """What autocast does to the operands of a linear layer; neither the compiler nor a kernel sees autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
+def _run_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> torch.Tensor:
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    if _backend("expert_ffn", u, mask, *weights) == "reference":
+        return reference.expert_ffn(u, mask, *weights)
+    from actvar_kernels.expert_ffn import triton_kernel
+
+    return triton_kernel.expert_ffn(u, mask, active, *weights)
+
+
+def _run_scatter(
+    out, index, rows, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule
+) -> None:
+    arguments = (index, rows, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule)
+    tensors = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, out, rows, gamma)
+    if _backend("expert_ffn_scatter", u, mask, *tensors) == "reference":
+        out.copy_(_by_parts(out, *arguments))
+    else:
+        from actvar_kernels.expert_ffn import triton_kernel
+
+        triton_kernel.expert_ffn_scatter(out, *arguments)
 
 
 @torch.library.custom_op("actvar_kernels::expert_ffn", mutates_args=())
@@ -129,8 +209,7 @@ def _expert_ffn(
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
 ) -> torch.Tensor:
-    backend_of("expert_ffn", u, ("reference",))
-    return reference.expert_ffn(u, mask, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return _run_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
 
 
 @_expert_ffn.register_fake
@@ -140,6 +219,32 @@ def _(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
     return u.new_empty(u.shape, dtype=dtype)
 
 
+register_reference_gradient(_expert_ffn, lambda u, mask, active, *weights: reference.expert_ffn(u, mask, *weights))
+
+
+@torch.library.custom_op("actvar_kernels::expert_ffn_scatter", mutates_args=("out",))
+def _expert_ffn_scatter(
+    out: torch.Tensor,
+    index: torch.Tensor | None,
+    rows: torch.Tensor,
+    u: torch.Tensor,
+    mask: torch.Tensor,
+    active: int,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    gamma: torch.Tensor,
+    schedule: str,
+) -> None:
+    _run_scatter(out, index, rows, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule)
+
+
+@_expert_ffn_scatter.register_fake
+def _(*_):
+    return None
+
+
 def expert_ffn_flops(u_shape, mask_shape, active, fc1_shape, *_shapes, **_kwargs) -> int:
     """FLOPs of one `expert_ffn` call, 2 a multiply-add: only the chosen experts' rows and columns count."""
     tokens = 1
@@ -147,3 +252,8 @@ def expert_ffn_flops(u_shape, mask_shape, active, fc1_shape, *_shapes, **_kwargs
         tokens *= size
     D, C = fc1_shape
     return 2 * 2 * tokens * C * (D // mask_shape[-1]) * active
+
+
+def expert_ffn_scatter_flops(_out_shape, _index_shape, _rows_shape, *ffn, **_kwargs) -> int:
+    """FLOPs of one `expert_ffn_scatter` operator: those of its `expert_ffn`."""
+    return expert_ffn_flops(*ffn)

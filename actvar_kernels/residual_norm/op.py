@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_kernels.backend import backend_of
+from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_shape
+from actvar_kernels.expert_ffn.route import MAX_EXPERTS
+from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm import reference
 
 
@@ -24,7 +26,7 @@ class Routed(NamedTuple):
 def add_normalize(
     rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows + gamma * update`, and the same after `LN(.) * (1 + scale) + shift`.
+    """`rows + gamma * update` in rows' dtype, and the same after `LN(.) * (1 + scale) + shift`.
 
     LN is that of `normalize_modulate`, on the sum as it is stored.
 
@@ -37,8 +39,10 @@ def add_normalize(
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     _expect_rows(rows, update, gamma, scale, shift)
-    backend_of("add_normalize", rows, ("reference",))
-    return reference.add_normalize(rows, update, gamma, scale, shift)
+    tensors = (rows, update, gamma, scale, shift)
+    if _backend("add_normalize", *tensors) == "triton" and needs_operator(*tensors):
+        return torch.ops.actvar_kernels.add_normalize(*tensors)
+    return _add(*tensors)
 
 
 def add_normalize_route(
@@ -51,7 +55,7 @@ def add_normalize_route(
     bias: torch.Tensor,
     active: int,
 ) -> Routed:
-    """`add_normalize`, then `route_experts` on the result.
+    """`add_normalize`, then `route_experts` on the result; one launch on Triton, up to 32 experts.
 
     Args:
         rows, update, gamma, scale, shift: as in `add_normalize`.
@@ -65,8 +69,10 @@ def add_normalize_route(
     expect_shape("weight", weight, (None, rows.shape[2]))
     expect_shape("bias", bias, (weight.shape[0],))
     expect_count("active", active, weight.shape[0])
-    backend_of("add_normalize_route", rows, ("reference",))
-    return Routed(*reference.add_normalize_route(rows, update, gamma, scale, shift, weight, bias, active))
+    tensors = (rows, update, gamma, scale, shift, weight, bias)
+    if _backend("add_normalize_route", *tensors, experts=weight.shape[0]) == "triton" and needs_operator(*tensors):
+        return Routed(*torch.ops.actvar_kernels.add_normalize_route(*tensors, active))
+    return Routed(*_add_and_route(*tensors, active))
 
 
 def _expect_rows(rows, update, gamma, scale, shift) -> None:
@@ -75,3 +81,70 @@ def _expect_rows(rows, update, gamma, scale, shift) -> None:
     expect_shape("update", update, (R, K, C))
     for name, tensor in (("gamma", gamma), ("scale", scale), ("shift", shift)):
         expect_shape(name, tensor, (R, 1, C))
+
+
+def _backend(operation: str, *tensors: torch.Tensor, experts: int = 0) -> str:
+    limits = f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts"
+    return backend_of(operation, tensors[0], kernel_backends(*tensors, fits=experts <= MAX_EXPERTS), limits)
+
+
+def _add(rows, update, gamma, scale, shift) -> tuple[torch.Tensor, torch.Tensor]:
+    if _backend("add_normalize", rows, update, gamma, scale, shift) == "reference":
+        return reference.add_normalize(rows, update, gamma, scale, shift)
+    from actvar_kernels.residual_norm import triton_kernel
+
+    return triton_kernel.add_normalize(rows, update, gamma, scale, shift)
+
+
+def _add_and_route(rows, update, gamma, scale, shift, weight, bias, active) -> tuple[torch.Tensor, ...]:
+    tensors = (rows, update, gamma, scale, shift, weight, bias)
+    if _backend("add_normalize_route", *tensors, experts=weight.shape[0]) == "reference":
+        return reference.add_normalize_route(*tensors, active)
+    from actvar_kernels.residual_norm import triton_kernel
+
+    return triton_kernel.add_normalize_route(*tensors, active)
+
+
+@torch.library.custom_op("actvar_kernels::add_normalize", mutates_args=())
+def _add_normalize(
+    rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _add(rows, update, gamma, scale, shift)
+
+
+@_add_normalize.register_fake
+def _(rows, update, gamma, scale, shift):
+    return rows.new_empty(rows.shape), rows.new_empty(rows.shape)
+
+
+register_reference_gradient(_add_normalize, reference.add_normalize)
+
+
+@torch.library.custom_op("actvar_kernels::add_normalize_route", mutates_args=())
+def _add_normalize_route(
+    rows: torch.Tensor,
+    update: torch.Tensor,
+    gamma: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    active: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _add_and_route(rows, update, gamma, scale, shift, weight, bias, active)
+
+
+@_add_normalize_route.register_fake
+def _(rows, update, gamma, scale, shift, weight, bias, active):
+    mask = rows.new_empty(*rows.shape[:-1], weight.shape[0], dtype=torch.bool)
+    logits = torch.empty_like(mask, dtype=torch.float32)
+    return rows.new_empty(rows.shape), rows.new_empty(rows.shape), mask, logits
+
+
+register_reference_gradient(_add_normalize_route, reference.add_normalize_route)
+
+
+def add_normalize_route_flops(rows_shape, _update, _gamma, _scale, _shift, weight_shape, *_args, **_kwargs) -> int:
+    """FLOPs of the router's product in one `add_normalize_route` operator."""
+    R, K, C = rows_shape
+    return 2 * R * K * C * weight_shape[0]

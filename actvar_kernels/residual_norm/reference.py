@@ -11,7 +11,7 @@ from actvar_kernels.token_select.reference import normalize_modulate
 def add_normalize(
     rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = rows + gamma * update
+    rows = (rows + gamma * update).to(rows.dtype)
     return rows, normalize_modulate(rows, scale, shift)
 
 

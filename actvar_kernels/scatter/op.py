@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels.backend import backend_of
+from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_shape
+from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.scatter import reference
 
 
@@ -15,7 +16,7 @@ def scatter_rows(
     """`rest` with `rest[r, index[r, j]] = rows[r, j] + gamma[r] * update[r, j]`.
 
     Args:
-        rest: `[R, L, C]`, the rows that stay; may be written to and returned, or copied.
+        rest: `[R, L, C]`, the rows that stay; written to and returned on Triton without gradients, else copied.
         index: `[R, K]` int64 without repeats.
         rows, update: `[R, K, C]`.
         gamma: AdaLN gate of the branch, `[R, 1, C]`.
@@ -30,5 +31,48 @@ def scatter_rows(
     expect_shape("rows", rows, (R, index.shape[1], C))
     expect_shape("update", update, (R, index.shape[1], C))
     expect_shape("gamma", gamma, (R, 1, C))
-    backend_of("scatter_rows", rest, ("reference",))
-    return reference.scatter_rows(rest, index, rows, update, gamma)
+    tensors = (rest, rows, update, gamma)
+    if _backend(*tensors) == "reference":
+        return reference.scatter_rows(rest, index, rows, update, gamma)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return torch.ops.actvar_kernels.scatter_rows(rest, index, rows, update, gamma)
+    write = torch.ops.actvar_kernels.scatter_rows_ if needs_operator() else _write
+    write(rest, index, rows, update, gamma)
+    return rest
+
+
+def _backend(*tensors: torch.Tensor) -> str:
+    return backend_of("scatter_rows", tensors[0], kernel_backends(*tensors), "float32, float16 and bfloat16")
+
+
+def _write(rest, index, rows, update, gamma) -> None:
+    if _backend(rest, rows, update, gamma) == "reference":
+        rest.copy_(reference.scatter_rows(rest, index, rows, update, gamma))
+        return
+    from actvar_kernels.scatter import triton_kernel
+
+    triton_kernel.scatter_rows(rest, index, rows, update, gamma)
+
+
+@torch.library.custom_op("actvar_kernels::scatter_rows_", mutates_args=("rest",))
+def _scatter_rows_in_place(
+    rest: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor
+) -> None:
+    _write(rest, index, rows, update, gamma)
+
+
+@torch.library.custom_op("actvar_kernels::scatter_rows", mutates_args=())
+def _scatter_rows(
+    rest: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor
+) -> torch.Tensor:
+    out = rest.clone()
+    _write(out, index, rows, update, gamma)
+    return out
+
+
+@_scatter_rows.register_fake
+def _(rest, index, rows, update, gamma):
+    return torch.empty_like(rest)
+
+
+register_reference_gradient(_scatter_rows, reference.scatter_rows)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels.backend import backend_of
+from actvar_kernels.backend import backend_of, needs_operator
 from actvar_kernels.checks import expect_shape
+from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.subset_attention import reference
+
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TRITON_HEAD_SIZES = (16, 32, 64, 128)
 
 
 def subset_attention(
@@ -27,14 +31,17 @@ def subset_attention(
         k, v: the scale's own keys and values, `[R, H, T, d]`: T = K rows, or all tokens of the scale.
         past: cached keys (already normalised) and values of earlier scales, each `[R, H, P, d]`, or None.
         head_scale: `[H]`; q and k are divided by their norm and q multiplied by it. None: no QK norm.
-        mask: additive, broadcastable to `[R, H, K, P + T]`, or None.
+        mask: additive, broadcastable to `[R, H, K, P + T]`, or None; every query must see at least one key.
         room: preallocated cache, keys and values `[R, H, capacity, d]` with capacity >= P + T, whose first P rows are
             `past`; the scale's own keys and values are appended there, and what is returned are views of it.
         keep_cache: whether the keys and values are needed afterwards.
 
     Returns:
-        output `[R, K, H * d]`, and the keys and values attended to, `[R, H, P + T, d]`: the next cache; None in their
-        place without `keep_cache`.
+        output `[R, K, H * d]` in v's dtype, and the keys and values attended to, `[R, H, P + T, d]`: the next cache;
+        None in their place without `keep_cache`.
+
+    On Triton it is one launch, for float32, float16 and bfloat16 and d of 16, 32, 64 or 128; two more copy the past
+    where the cache is kept and has no room.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -53,9 +60,54 @@ def subset_attention(
         _expect_broadcastable(mask, (R, H, q.shape[2], k.shape[2] + (0 if past is None else past[0].shape[2])))
     if room is not None:
         _expect_room(room, past, k)
-    backend_of("subset_attention", q, ("reference",))
-    out, keys, values = reference.subset_attention(q, k, v, past, head_scale, softmax_scale, mask, room)
-    return (out, keys, values) if keep_cache else (out, None, None)
+    if _backend(q, k, v, past, head_scale, mask) == "reference":
+        out, keys, values = reference.subset_attention(q, k, v, past, head_scale, softmax_scale, mask, room)
+        return (out, keys, values) if keep_cache else (out, None, None)
+    out, cache = _with_kernel(q, k, v, past, head_scale, softmax_scale, mask, room, keep_cache)
+    return out, *(cache if keep_cache else (None, None))
+
+
+def _backend(q, k, v, past, head_scale, mask) -> str:
+    tensors = (q, k, v, *(past or ()), *(t for t in (head_scale, mask) if t is not None))
+    runs = all(t.dtype in _TRITON_DTYPES for t in tensors) and q.shape[3] in _TRITON_HEAD_SIZES
+    return backend_of("subset_attention", q, ("reference", "triton") if runs else ("reference",))
+
+
+def _with_kernel(
+    q, k, v, past, head_scale, softmax_scale, mask, room, keep_cache
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """Output, and the cache with the own keys and values where there is one to extend."""
+    if torch.is_autocast_enabled(q.device.type):  # as the reference's attention does; kernels do not see autocast
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    cached, own = 0 if past is None else past[0].shape[2], k.shape[2]
+    append = keep_cache or room is not None
+    tensors = (q, k, v, *(past or ()), head_scale, mask)
+    cache = None
+    if append and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        # an operator that writes in place has no gradient
+        cache = past = reference.extended_cache(k, v, past, head_scale is not None, room)
+        append = False
+    elif append:
+        past = room or _copied(past, k, v)
+        cache = past[0][:, :, : cached + own], past[1][:, :, : cached + own]
+    arguments = (q, k, v, *(past or (None, None)), cached, head_scale, softmax_scale, mask)
+    if not needs_operator(*tensors):
+        return _run(*arguments, append=append), cache
+    operators = torch.ops.actvar_kernels
+    attention = operators.subset_attention_append if append else operators.subset_attention
+    return attention(*arguments), cache
+
+
+def _copied(past, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A new cache that begins with `past` and ends with room for `k` and `v`."""
+    R, H, own, d = k.shape
+    cached = 0 if past is None else past[0].shape[2]
+    cache = v.new_empty(R, H, cached + own, d), v.new_empty(R, H, cached + own, d)
+    if cached:
+        for part, before in zip(cache, past, strict=True):
+            part[:, :, :cached].copy_(before)
+    return cache
 
 
 def _expect_room(
@@ -73,3 +125,68 @@ def _expect_broadcastable(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
     pairs = zip(reversed(mask.shape), reversed(shape), strict=False)
     if mask.dim() > len(shape) or any(got not in (1, want) for got, want in pairs):
         raise ValueError(f"mask: expected a shape that broadcasts to {list(shape)}, got {list(mask.shape)}")
+
+
+def _run(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append: bool) -> torch.Tensor:
+    """Attention over the first `cached` rows of `keys` and `values`, and over `k` and `v`, which are appended there."""
+    cache = None if keys is None else (keys, values)
+    if _backend(q, k, v, cache, head_scale, mask) == "triton":
+        from actvar_kernels.subset_attention import triton_kernel
+
+        return triton_kernel.subset_attention(
+            q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append=append
+        )
+    past = (keys[:, :, :cached], values[:, :, :cached]) if cached else None
+    room = cache if append else None
+    return reference.subset_attention(q, k, v, past, head_scale, softmax_scale, mask, room)[0]
+
+
+@torch.library.custom_op("actvar_kernels::subset_attention", mutates_args=())
+def _subset_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
+    cached: int,
+    head_scale: torch.Tensor | None,
+    softmax_scale: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    return _run(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append=False)
+
+
+@torch.library.custom_op("actvar_kernels::subset_attention_append", mutates_args=("keys", "values"))
+def _subset_attention_append(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cached: int,
+    head_scale: torch.Tensor | None,
+    softmax_scale: float,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    return _run(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append=True)
+
+
+@_subset_attention.register_fake
+@_subset_attention_append.register_fake
+def _(q, k, v, *_):
+    R, H, K, d = q.shape
+    return v.new_empty(R, K, H * d)
+
+
+def _attention_alone(q, k, v, keys, values, cached, head_scale, softmax_scale, mask) -> torch.Tensor:
+    past = (keys[:, :, :cached], values[:, :, :cached]) if cached else None
+    return reference.subset_attention(q, k, v, past, head_scale, softmax_scale, mask, room=None)[0]
+
+
+register_reference_gradient(_subset_attention, _attention_alone)
+
+
+def subset_attention_flops(q_shape, k_shape, _v_shape, _keys_shape, _values_shape, cached, *_args, **_kwargs) -> int:
+    """FLOPs of one `subset_attention` or `subset_attention_append` operator: every query meets every key."""
+    R, H, K, d = q_shape
+    return 2 * 2 * R * H * K * (cached + k_shape[2]) * d

@@ -18,14 +18,27 @@ def subset_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if head_scale is not None:
         q = F.normalize(q, dim=-1) * head_scale.view(1, -1, 1, 1)
-        k = F.normalize(k, dim=-1)
-    if room is not None:
-        k, v = _append(room[0], past, k), _append(room[1], past, v)
-    elif past is not None:
-        k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    k, v = extended_cache(k, v, past, head_scale is not None, room)
     if not torch.is_autocast_enabled(q.device.type):
         q, k = q.to(v.dtype), k.to(v.dtype)
     return attend(q, k, v, mask, softmax_scale).transpose(1, 2).flatten(2), k, v
+
+
+def extended_cache(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past: tuple[torch.Tensor, torch.Tensor] | None,
+    normed: bool,
+    room: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`past` followed by `k`, normalised if `normed`, and by `v`; in `room` if there is one."""
+    if normed:
+        k = F.normalize(k, dim=-1)
+    if room is not None:
+        return _append(room[0], past, k), _append(room[1], past, v)
+    if past is not None:
+        return torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    return k, v
 
 
 def _append(room: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None, own: torch.Tensor) -> torch.Tensor:

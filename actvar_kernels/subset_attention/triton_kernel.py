@@ -59,6 +59,7 @@ def subset_attention(
         v.stride(),
         keys.stride(),
         values.stride(),
+        None if head_scale is None else head_scale.stride(0),
         None if mask is None else mask.stride(),
         K,
         cached,
@@ -69,6 +70,8 @@ def subset_attention(
         APPEND=append,
         BLOCK_Q=tiles.queries,
         BLOCK_K=tiles.keys,
+        BLOCK_OWN=tiles.own_keys,
+        OWN_STAGES=tiles.own_stages,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -90,6 +93,7 @@ def _attention(
     v_strides,
     keys_strides,
     values_strides,
+    head_scale_stride,
     mask_strides,
     queries,
     cached,
@@ -100,6 +104,8 @@ def _attention(
     APPEND: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    OWN_STAGES: tl.constexpr,
 ):
     """One tile of queries of one head; neighbouring programs share the head's keys. Scores are in units of log 2."""
     query_tiles = tl.cdiv(queries, BLOCK_Q)
@@ -120,7 +126,7 @@ def _attention(
     q_ptr += row * q_strides[0] + head * q_strides[1] + channel[None, :] * q_strides[3]
     q = tl.load(q_ptr + query[:, None] * q_strides[2], mask=query[:, None] < queries, other=0.0).to(tl.float32)
     if head_scale_ptr is not None:
-        q = _normalize(q) * tl.load(head_scale_ptr + head).to(tl.float32)
+        q = _normalize(q) * tl.load(head_scale_ptr + head * head_scale_stride).to(tl.float32)
     q = (q * log2_scale).to(dtype)  # [BLOCK_Q, HEAD_DIM]
 
     out = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
@@ -135,8 +141,9 @@ def _attention(
         scores = _scores(q, k, mask_ptr, mask_strides, query, queries, index, inside)
         out, highest, total = _online_softmax(scores, v, out, highest, total)
 
-    for start in range(0, own, BLOCK_K):
-        index = start + tl.arange(0, BLOCK_K)
+    appended = tl.where(query_tile == 0, own, 0)  # one program of the head writes its keys and values
+    for start in tl.range(0, own, BLOCK_OWN, num_stages=OWN_STAGES):
+        index = start + tl.arange(0, BLOCK_OWN)
         inside = index < own
         k = tl.load(k_ptr + index[:, None] * k_strides[2], mask=inside[:, None], other=0.0)
         v = tl.load(v_ptr + index[:, None] * v_strides[2], mask=inside[:, None], other=0.0)
@@ -144,7 +151,7 @@ def _attention(
             k = _normalize(k.to(tl.float32))
         k = k.to(dtype)
         if APPEND:
-            written = inside[:, None] & (query_tile == 0)
+            written = (index < appended)[:, None]
             tl.store(keys_ptr + (cached + index)[:, None] * keys_strides[2], k, mask=written)
             tl.store(values_ptr + (cached + index)[:, None] * values_strides[2], v, mask=written)
         scores = _scores(q, k, mask_ptr, mask_strides, query, queries, cached + index, inside)
@@ -162,7 +169,7 @@ def _normalize(x):
 
 @triton.jit
 def _scores(q, k, mask_ptr, mask_strides, query, queries, index, inside):
-    """`q k^T + mask` `[BLOCK_Q, BLOCK_K]`, -inf where a key is not `inside`; `index` counts keys from the first."""
+    """`q k^T + mask` `[BLOCK_Q, keys]`, -inf where a key is not `inside`; `index` counts keys from the first."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if mask_ptr is not None:

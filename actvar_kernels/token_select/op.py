@@ -6,9 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_kernels.backend import backend_of
+from actvar_kernels.backend import backend_of, get_backend, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_shape
+from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.token_select import reference
+
+MAX_TOKENS = 1024
+"""Tokens of a sequence that the Triton kernel ranks."""
 
 
 class Selection(NamedTuple):
@@ -44,6 +48,8 @@ def select_tokens(
         keep: rows to keep per sequence, 1 ... L.
         share_guidance: the first half of the R rows (conditional) decides for the second half as well.
 
+    On Triton it is two launches, for L up to 1024.
+
     Raises:
         ValueError: shapes that do not fit, `keep` out of range, an odd R with `share_guidance`.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
@@ -57,8 +63,10 @@ def select_tokens(
     expect_count("keep", keep, L)
     if share_guidance and R % 2:
         raise ValueError(f"share_guidance: expected conditional and unconditional rows in equal number, got {R} rows")
-    backend_of("select_tokens", x, ("reference",))
-    return Selection(*reference.select_tokens(x, weight, bias, scale, shift, keep, share_guidance))
+    tensors = (x, weight, bias, scale, shift)
+    if _selection_backend(*tensors) == "triton" and needs_operator(*tensors):
+        return Selection(*torch.ops.actvar_kernels.select_tokens(*tensors, keep, share_guidance))
+    return Selection(*_select(*tensors, keep, share_guidance))
 
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -75,5 +83,83 @@ def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
     expect_shape("x", x, (None, None, None))
     expect_shape("scale", scale, (x.shape[0], 1, x.shape[2]))
     expect_shape("shift", shift, (x.shape[0], 1, x.shape[2]))
-    backend_of("normalize_modulate", x, ("reference",))
-    return reference.normalize_modulate(x, scale, shift)
+    tensors = (x, scale, shift)
+    if _norm_backend(*tensors) == "triton" and needs_operator(*tensors):
+        return torch.ops.actvar_kernels.normalize_modulate(*tensors)
+    return _normalize(*tensors)
+
+
+def _selection_backend(x, *others) -> str:
+    supported = kernel_backends(x, *others, fits=x.shape[1] <= MAX_TOKENS)
+    limits = f"float32, float16 and bfloat16, up to {MAX_TOKENS} tokens a sequence"
+    return backend_of("select_tokens", x, supported, limits)
+
+
+def _select(x, weight, bias, scale, shift, keep, share_guidance) -> tuple[torch.Tensor, ...]:
+    if _selection_backend(x, weight, bias, scale, shift) == "reference":
+        *selected, rest = reference.select_tokens(x, weight, bias, scale, shift, keep, share_guidance)
+        # kernels that fill `rest` must not fill x
+        return *selected, rest.clone() if x.is_cuda and get_backend() == "auto" else rest
+    from actvar_kernels.token_select import triton_kernel
+
+    return triton_kernel.select_tokens(x, weight, bias, scale, shift, keep, share_guidance)
+
+
+@torch.library.custom_op("actvar_kernels::select_tokens", mutates_args=())
+def _select_tokens(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    keep: int,
+    share_guidance: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    index, rows, modulated, scores, rest = _select(x, weight, bias, scale, shift, keep, share_guidance)
+    return index, rows, modulated, scores, rest.clone() if rest is x else rest
+
+
+@_select_tokens.register_fake
+def _(x, weight, bias, scale, shift, keep, share_guidance):
+    R, L, C = x.shape
+    rows = x.new_empty(R, keep, C)
+    index, scores = x.new_empty(R, keep, dtype=torch.int64), x.new_empty(R, L, dtype=torch.float32)
+    return index, rows, torch.empty_like(rows), scores, x.new_empty(R, L, C)
+
+
+def _at_index(x, weight, bias, scale, shift, keep, share_guidance, index) -> tuple[torch.Tensor, ...]:
+    return index, *reference.at_index(x, weight, bias, scale, shift, index)
+
+
+register_reference_gradient(_select_tokens, _at_index, chosen=(0,))
+
+
+def select_tokens_flops(x_shape, *_shapes, **_kwargs) -> int:
+    """FLOPs of the selector's product in one `select_tokens` operator."""
+    R, L, C = x_shape
+    return 2 * R * L * C
+
+
+def _norm_backend(*tensors) -> str:
+    return backend_of("normalize_modulate", tensors[0], kernel_backends(*tensors), "float32, float16 and bfloat16")
+
+
+def _normalize(x, scale, shift) -> torch.Tensor:
+    if _norm_backend(x, scale, shift) == "reference":
+        return reference.normalize_modulate(x, scale, shift)
+    from actvar_kernels.token_select import triton_kernel
+
+    return triton_kernel.normalize_modulate(x, scale, shift)
+
+
+@torch.library.custom_op("actvar_kernels::normalize_modulate", mutates_args=())
+def _normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    return _normalize(x, scale, shift)
+
+
+@_normalize_modulate.register_fake
+def _(x, scale, shift):
+    return x.new_empty(x.shape)
+
+
+register_reference_gradient(_normalize_modulate, reference.normalize_modulate)

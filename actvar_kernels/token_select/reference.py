@@ -34,15 +34,33 @@ def select_tokens(
     keep: int,
     share_guidance: bool,
 ) -> tuple[torch.Tensor, ...]:
-    normalized = _normalized(x)
-    # a sum over each row, since a matrix product may round equal rows differently and so break ties at random
-    scores = (normalized.float() * weight.float()).sum(dim=-1) + bias.float()
+    normalized, scores = _scored(x, weight, bias)
     deciding = scores[: x.shape[0] // 2] if share_guidance else scores
     index = top_indices(deciding, keep)
     if share_guidance:
         index = index.repeat(2, 1)
     modulated = _modulated(gather_rows(normalized, index), scale, shift)
     return index, gather_rows(x, index), modulated.to(x.dtype), scores, x
+
+
+def at_index(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    index: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """`rows`, `modulated`, `scores` and `rest` of a selection whose index is known."""
+    normalized, scores = _scored(x, weight, bias)
+    modulated = _modulated(gather_rows(normalized, index), scale, shift)
+    return gather_rows(x, index), modulated.to(x.dtype), scores, x
+
+
+def _scored(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    normalized = _normalized(x)
+    # a sum over each row, since a matrix product may round equal rows differently and so break ties at random
+    return normalized, (normalized.float() * weight.float()).sum(dim=-1) + bias.float()
 
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,55 @@
+"""The backends of `route_experts` and its operator."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
+from actvar_kernels.expert_ffn import reference
+from actvar_kernels.gradients import register_reference_gradient
+
+MAX_EXPERTS = 32
+"""Experts that the Triton kernels rank."""
+
+
+def route(u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route_experts` with arguments that fit."""
+    if _backend(u, weight, bias) == "triton" and needs_operator(u, weight, bias):
+        return torch.ops.actvar_kernels.route_experts(u, weight, bias, active)
+    return _run(u, weight, bias, active)
+
+
+def _backend(u, weight, bias) -> str:
+    supported = kernel_backends(u, weight, bias, fits=weight.shape[0] <= MAX_EXPERTS)
+    return backend_of("route_experts", u, supported, f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts")
+
+
+def _run(u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
+    if _backend(u, weight, bias) == "reference":
+        return reference.route_experts(u, weight, bias, active)
+    from actvar_kernels.residual_norm import triton_kernel
+
+    return triton_kernel.route_experts(u, weight, bias, active)
+
+
+@torch.library.custom_op("actvar_kernels::route_experts", mutates_args=())
+def _route_experts(
+    u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _run(u, weight, bias, active)
+
+
+@_route_experts.register_fake
+def _(u, weight, bias, active):
+    mask = u.new_empty(*u.shape[:-1], weight.shape[0], dtype=torch.bool)
+    return mask, torch.empty_like(mask, dtype=torch.float32)
+
+
+register_reference_gradient(_route_experts, reference.route_experts)
+
+
+def route_experts_flops(u_shape, weight_shape, *_args, **_kwargs) -> int:
+    """FLOPs of one `route_experts` operator, 2 a multiply-add."""
+    return 2 * math.prod(u_shape) * weight_shape[0]

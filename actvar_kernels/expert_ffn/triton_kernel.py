@@ -1,0 +1,462 @@
+"""The expert FFN as Triton launches: sort of the tokens by their experts (not for `"dense"`), up and down projection.
+
+`up` writes the hidden units `[T, D]` in sorted order, zero where a row did not choose the expert, and leaves out every
+(tile of rows, expert) block that no row of the tile wants; `down` walks the experts that the tile did run. The order of
+a sum does not depend on the sort, and a block that is left out adds exact zeros: `"dense"` and `"tile_list"` are equal
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from actvar_kernels import tiles
+from actvar_kernels.expert_ffn.reference import SNAP_TILE
+
+
+def expert_ffn(
+    u: torch.Tensor,
+    mask: torch.Tensor,
+    active: int,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+) -> torch.Tensor:
+    """As `reference.expert_ffn`, for bool masks of at most 32 experts; weights in u's dtype."""
+    out = u.new_empty(u.shape)
+    one, u, mask = (t.reshape(1, -1, t.shape[-1]) for t in (out, u, mask))
+    _launch(one, None, None, None, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, "auto")
+    return out
+
+
+def expert_ffn_scatter(
+    out: torch.Tensor,
+    index: torch.Tensor | None,
+    rows: torch.Tensor,
+    u: torch.Tensor,
+    mask: torch.Tensor,
+    active: int,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+    gamma: torch.Tensor,
+    schedule: str,
+) -> None:
+    """Write `rows + gamma * expert_ffn(u)` to `out[r, index[r, j]]`, or to `out[r, j]` without an index.
+
+    Args:
+        out: `[R, L, C]`, any strides with contiguous channels; rows that the index does not name are left alone.
+        index, rows, u, mask, active, gamma, schedule: as in `op.expert_ffn_scatter`; u and the weights in one dtype.
+    """
+    rows, index = rows.contiguous(), None if index is None else index.contiguous()
+    gamma = gamma if gamma.stride(2) == 1 else gamma.contiguous()
+    _launch(out, index, rows, gamma, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, schedule)
+
+
+def _launch(out, index, rows, gamma, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, schedule) -> None:
+    """The launches; `rows` and `gamma` None: no residual."""
+    if not fc1_weight.dtype == fc2_weight.dtype == u.dtype:
+        raise TypeError(f"fc1_weight, fc2_weight: expected u's {u.dtype}, got {fc1_weight.dtype}, {fc2_weight.dtype}")
+    R, tokens, C = u.shape
+    u, mask = u.reshape(-1, C).contiguous(), mask.reshape(R * tokens, -1).contiguous().view(torch.uint8)
+    fc1_weight, fc2_weight = fc1_weight.contiguous(), fc2_weight.contiguous()
+    (T, N), D = mask.shape, fc1_weight.shape[0]
+    arch = tiles.architecture(u)
+    if schedule == "auto":
+        schedule = tiles.expert_ffn_schedule(arch, T)
+    aligned = all(_aligned(t) for t in (u, fc1_weight, fc2_weight))
+    rows_per_tile = SNAP_TILE if schedule == "snap" else None
+    tile = tiles.expert_ffn_tiles(arch, u.dtype, T, C, D // N, rows_per_tile, aligned)
+    up, down = tile.up, tile.down
+    if schedule == "dense":
+        order, choice = None, mask
+    else:
+        order, choice = _sort(mask)
+    hidden = u.new_empty(T, D)
+
+    def matrix(tensor: torch.Tensor, *block: int) -> torch.Tensor | TensorDescriptor | None:
+        if 0 in block:
+            return None
+        return TensorDescriptor.from_tensor(tensor, list(block)) if tile.descriptors else tensor
+
+    shared = dict(
+        C=C,
+        WIDTH=D // N,
+        EXPERTS=N,
+        ACTIVE=active if schedule == "snap" else None,
+        DESCRIPTORS=tile.descriptors,
+        BLOCK_T=tile.rows,
+    )
+    row_tiles = triton.cdiv(T, tile.rows)
+    _up[(N * triton.cdiv(D // N, up.columns + up.tail), row_tiles)](
+        matrix(u, tile.rows, up.depth) if order is None else u,
+        matrix(fc1_weight, up.columns, up.depth),
+        matrix(fc1_weight, up.tail, up.depth),
+        fc1_bias,
+        choice,
+        order,
+        matrix(hidden, tile.rows, up.columns),
+        matrix(hidden, tile.rows, up.tail),
+        T,
+        **shared,
+        BLOCK_H=up.columns,
+        TAIL_H=up.tail,
+        BLOCK_C=up.depth,
+        num_warps=up.warps,
+        num_stages=up.stages,
+    )
+    _down[(triton.cdiv(C, down.columns), row_tiles)](
+        matrix(hidden, tile.rows, down.depth),
+        matrix(fc2_weight, down.columns, down.depth),
+        fc2_bias,
+        choice,
+        order,
+        rows,
+        gamma,
+        index,
+        out,
+        1 if gamma is None else gamma.stride(0),
+        out.stride(),
+        tokens,
+        T,
+        **shared,
+        BLOCK_C=down.columns,
+        BLOCK_H=down.depth,
+        PARTS=tile.parts,
+        num_warps=down.warps,
+        num_stages=down.stages,
+    )
+
+
+def _aligned(tensor: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can be made of a matrix: its rows begin at multiples of 16 bytes."""
+    size = tensor.element_size()
+    return tensor.storage_offset() * size % 16 == 0 and tensor.stride(0) * size % 16 == 0
+
+
+def _sort(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stable order of the tokens by `reference.sort_key`, `[T]` int32, and the experts that each token of it chose,
+    as bits, expert 0 the lowest: `[T]` int32."""
+    T, N = mask.shape
+    order, bits = mask.new_empty(T, dtype=torch.int32), mask.new_empty(T, dtype=torch.int32)
+    tile = tiles.sort_tiles(N)
+    _sort_rows[(triton.cdiv(T, tile.rows),)](
+        mask,
+        order,
+        bits,
+        T,
+        EXPERTS=N,
+        BITS=triton.next_power_of_2(N),
+        BLOCK_T=tile.rows,
+        CHUNK=tile.chunk,
+        num_warps=tile.warps,
+    )
+    return order, bits
+
+
+@triton.jit(do_not_specialize=["T"])
+def _sort_rows(
+    mask_ptr,
+    order_ptr,
+    bits_ptr,
+    T,
+    EXPERTS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One block of rows finds its place among all: puts itself in order, then counts for each of its rows the tokens
+    before the block whose key is not higher and the tokens after it whose key is lower."""
+    first = tl.program_id(0) * BLOCK_T
+    local = tl.arange(0, BLOCK_T)
+    row = first + local
+    inside = row < T
+    keys = tl.where(inside, _keys(mask_ptr, row, T, EXPERTS, BITS), 0xFFFFFFFF).to(tl.uint32)
+    rank = tl.zeros((BLOCK_T,), tl.int32)
+    for start in range(0, BLOCK_T, 16):
+        other = start + tl.arange(0, 16)
+        other_keys = tl.gather(keys, other, 0)[None, :]
+        tie = (other_keys == keys[:, None]) & (other[None, :] < local[:, None])
+        rank += tl.sum(((other_keys < keys[:, None]) | tie).to(tl.int32), 1)
+    own = tl.zeros((BLOCK_T,), tl.uint32)
+    for start in range(0, BLOCK_T, 16):
+        other = start + tl.arange(0, 16)
+        placed = tl.gather(rank, other, 0)[None, :] == local[:, None]
+        own += tl.sum(tl.where(placed, tl.gather(keys, other, 0)[None, :], 0), 1).to(tl.uint32)
+
+    others = tl.zeros((BLOCK_T,), tl.int32)
+    for start in range(0, first, CHUNK):
+        others += _count_others(mask_ptr, own, start, first, False, EXPERTS, BITS, BLOCK_T, CHUNK)
+    for start in range(first + BLOCK_T, T, CHUNK):
+        others += _count_others(mask_ptr, own, start, T, True, EXPERTS, BITS, BLOCK_T, CHUNK)
+    position = tl.gather(tl.cumsum(others, 0), rank, 0) + rank
+
+    expert = tl.arange(0, BITS)
+    chosen = _chosen(mask_ptr, row, T, EXPERTS, BITS)
+    tl.store(order_ptr + position, row, mask=inside)
+    tl.store(bits_ptr + position, tl.sum(chosen.to(tl.int32) << expert[None, :], 1), mask=inside)
+
+
+@triton.jit
+def _chosen(mask_ptr, row, end, EXPERTS: tl.constexpr, BITS: tl.constexpr):
+    """Masks of the rows before `end`, zero for the others, filled up to `BITS` experts."""
+    expert = tl.arange(0, BITS)
+    inside = (row < end)[:, None] & (expert < EXPERTS)[None, :]
+    return tl.load(mask_ptr + row[:, None] * EXPERTS + expert[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def _keys(mask_ptr, row, end, EXPERTS: tl.constexpr, BITS: tl.constexpr):
+    """`reference.sort_key` as uint32, filled up to `BITS` bits; they do not change the order."""
+    chosen = _chosen(mask_ptr, row, end, EXPERTS, BITS)
+    keys = tl.sum(chosen.to(tl.uint32) << (BITS - 1 - tl.arange(0, BITS))[None, :], 1)
+    keys ^= keys >> 1
+    keys ^= keys >> 2
+    keys ^= keys >> 4
+    keys ^= keys >> 8
+    keys ^= keys >> 16
+    return keys
+
+
+@triton.jit
+def _count_others(
+    mask_ptr,
+    own,
+    start,
+    end,
+    AFTER: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """How many tokens of a chunk have their place right before each of the sorted keys `own`, by binary search. Tokens
+    of an equal key come before it, or, where the chunk lies `AFTER` the block, behind."""
+    row = start + tl.arange(0, CHUNK)
+    keys = _keys(mask_ptr, row, end, EXPERTS, BITS)
+    place = tl.zeros((CHUNK,), tl.int32)
+    for halving in tl.static_range(1, BLOCK_T.bit_length()):
+        probe = tl.gather(own, place + ((BLOCK_T >> halving) - 1), 0)
+        place += tl.where((probe <= keys) if AFTER else (probe < keys), BLOCK_T >> halving, 0)
+    probe = tl.gather(own, place, 0)
+    place += ((probe <= keys) if AFTER else (probe < keys)).to(tl.int32)
+    return tl.histogram(place, BLOCK_T, mask=(row < end) & (place < BLOCK_T))
+
+
+@triton.jit(do_not_specialize=["T"])
+def _up(
+    u_ptr,
+    w1_ptr,
+    w1_tail_ptr,
+    b1_ptr,
+    choice_ptr,
+    order_ptr,
+    h_ptr,
+    h_tail_ptr,
+    T,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    TAIL_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One tile of rows and `BLOCK_H + TAIL_H` hidden units of one expert; neighbouring programs share the rows."""
+    per_expert: tl.constexpr = (WIDTH + BLOCK_H + TAIL_H - 1) // (BLOCK_H + TAIL_H)
+    expert = tl.program_id(0) // per_expert
+    unit = tl.program_id(0) % per_expert * (BLOCK_H + TAIL_H)
+    first = tl.program_id(1) * BLOCK_T
+    row = first + tl.arange(0, BLOCK_T)
+    if order_ptr is None:
+        on = tl.load(choice_ptr + row.to(tl.int64) * EXPERTS + expert, mask=row < T, other=0) != 0
+        wanted = True
+    else:
+        bits = tl.load(choice_ptr + row, mask=row < T, other=0)
+        wanted = (_tile_experts(bits, ACTIVE) >> expert) & 1 != 0
+        on = (bits >> expert) & 1 != 0 if ACTIVE is None else row < T
+
+    if wanted:
+        if order_ptr is not None:
+            u_rows = _rows(u_ptr, tl.load(order_ptr + row, mask=row < T, other=0), C, BLOCK_C)
+        elif not DESCRIPTORS:
+            u_rows = _rows(u_ptr, tl.minimum(row, T - 1), C, BLOCK_C)
+        if not DESCRIPTORS:
+            w1_rows = _rows(w1_ptr, expert * WIDTH + tl.minimum(unit + tl.arange(0, BLOCK_H), WIDTH - 1), C, BLOCK_C)
+            if TAIL_H:
+                tail_unit = unit + BLOCK_H + tl.arange(0, TAIL_H)
+                w1_tail_rows = _rows(w1_tail_ptr, expert * WIDTH + tl.minimum(tail_unit, WIDTH - 1), C, BLOCK_C)
+        acc = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+        if TAIL_H:
+            tail = tl.zeros((BLOCK_T, TAIL_H), tl.float32)
+        for k in range(0, C, BLOCK_C):
+            if DESCRIPTORS and order_ptr is None:
+                u = u_ptr.load([first, k])
+            else:
+                u = _load(u_rows, k, C, BLOCK_C)
+            if DESCRIPTORS:
+                w1 = w1_ptr.load([expert * WIDTH + unit, k])
+            else:
+                w1 = _load(w1_rows, k, C, BLOCK_C)
+            acc = tl.dot(u, w1.T, acc, input_precision="ieee")
+            if TAIL_H:
+                if DESCRIPTORS:
+                    w1_tail = w1_tail_ptr.load([expert * WIDTH + unit + BLOCK_H, k])
+                else:
+                    w1_tail = _load(w1_tail_rows, k, C, BLOCK_C)
+                tail = tl.dot(u, w1_tail.T, tail, input_precision="ieee")
+        _store_hidden(h_ptr, acc, b1_ptr, on, first, expert, unit, T, WIDTH, EXPERTS, DESCRIPTORS)
+        if TAIL_H:
+            _store_hidden(h_tail_ptr, tail, b1_ptr, on, first, expert, unit + BLOCK_H, T, WIDTH, EXPERTS, DESCRIPTORS)
+
+
+@triton.jit
+def _tile_experts(bits, ACTIVE: tl.constexpr):
+    """The experts that a tile of rows runs, as bits: those that any row wants, or the `ACTIVE` that most rows want."""
+    if ACTIVE is None:
+        return tl.reduce_or(bits, 0)
+    else:
+        expert = tl.arange(0, 32)
+        votes = tl.sum((bits[:, None] >> expert[None, :]) & 1, 0)
+        tie = (votes[None, :] == votes[:, None]) & (expert[None, :] < expert[:, None])
+        rank = tl.sum(((votes[None, :] > votes[:, None]) | tie).to(tl.int32), 1)
+        return tl.sum(tl.where(rank < ACTIVE, 1 << expert, 0), 0)
+
+
+@triton.jit
+def _rows(ptr, row, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to the first `BLOCK` elements of rows of a matrix."""
+    return ptr + row.to(tl.int64)[:, None] * STRIDE + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def _load(rows, k, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    """`BLOCK` elements from the k-th on of rows that are `LENGTH` long, zero from there on."""
+    if LENGTH % BLOCK == 0:
+        return tl.load(rows + k)
+    else:
+        return tl.load(rows + k, mask=(k + tl.arange(0, BLOCK) < LENGTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_hidden(
+    h_ptr,
+    acc,
+    b1_ptr,
+    on,
+    first,
+    expert,
+    unit,
+    T,
+    WIDTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    column = unit + tl.arange(0, acc.shape[1])
+    x = acc + tl.load(b1_ptr + expert * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
+    # gelu_tanh(x) = x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
+    hidden = x / (1 + tl.exp(-1.5957691216057308 * x * (1 + 0.044715 * x * x)))
+    hidden = tl.where(on[:, None], hidden, 0.0)
+    if DESCRIPTORS:
+        h_ptr.store([first, expert * WIDTH + unit], hidden.to(h_ptr.dtype))
+    else:
+        row = first + tl.arange(0, acc.shape[0])
+        h_ptrs = _rows(h_ptr + expert * WIDTH + unit, row, EXPERTS * WIDTH, acc.shape[1])
+        tl.store(h_ptrs, hidden.to(h_ptr.dtype.element_ty), mask=(row < T)[:, None] & (column < WIDTH)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens", "T"])
+def _down(
+    h_ptr,
+    w2_ptr,
+    b2_ptr,
+    choice_ptr,
+    order_ptr,
+    rows_ptr,
+    gamma_ptr,
+    index_ptr,
+    out_ptr,
+    gamma_stride,
+    out_strides,
+    tokens,
+    T,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One tile of rows and of output channels: a sum over the hidden units of the tile's experts."""
+    steps: tl.constexpr = (WIDTH + BLOCK_H - 1) // BLOCK_H
+    channel = tl.program_id(0) * BLOCK_C
+    first = tl.program_id(1) * BLOCK_T
+    row = first + tl.arange(0, BLOCK_T)
+    if order_ptr is None:
+        experts = EXPERTS
+    else:
+        live = _tile_experts(tl.load(choice_ptr + row, mask=row < T, other=0), ACTIVE)
+        experts = tl.sum((live >> tl.arange(0, 32)) & 1, 0)
+    if not DESCRIPTORS:
+        h_rows = _rows(h_ptr, tl.minimum(row, T - 1), EXPERTS * WIDTH, BLOCK_H)
+        w2_rows = _rows(w2_ptr, tl.minimum(channel + tl.arange(0, BLOCK_C), C - 1), EXPERTS * WIDTH, BLOCK_H)
+
+    acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for i in range(0, experts * steps):
+        step = i % steps
+        if order_ptr is None:
+            expert = i // steps
+        else:
+            expert = _lowest_bit(live)
+            live = tl.where(step == steps - 1, live & (live - 1), live)
+        if DESCRIPTORS:
+            h = h_ptr.load([first, expert * WIDTH + step * BLOCK_H])
+            w2 = w2_ptr.load([channel, expert * WIDTH + step * BLOCK_H])
+        else:
+            h = _load(h_rows + expert * WIDTH, step * BLOCK_H, WIDTH, BLOCK_H)
+            w2 = _load(w2_rows + expert * WIDTH, step * BLOCK_H, WIDTH, BLOCK_H)
+        acc = tl.dot(h, w2.T, acc, input_precision="ieee")
+
+    row = tl.minimum(row, T) if order_ptr is None else tl.load(order_ptr + row, mask=row < T, other=T)
+    sequence, token = (row // tokens).to(tl.int64), row % tokens
+    if index_ptr is not None:
+        token = tl.load(index_ptr + row, mask=row < T, other=0)
+    out_rows = out_ptr + sequence * out_strides[0] + token.to(tl.int64) * out_strides[1]
+    residual = None if rows_ptr is None else rows_ptr + row.to(tl.int64) * C
+    gamma = None if gamma_ptr is None else gamma_ptr + sequence * gamma_stride
+    _store_rows(out_rows, acc, channel, b2_ptr, residual, gamma, row < T, C, PARTS)
+
+
+@triton.jit
+def _lowest_bit(bits):
+    """Position of the lowest bit that is set: the exponent of that bit as a float."""
+    lowest = (bits & -bits).to(tl.uint32, bitcast=True).to(tl.float32)
+    return (lowest.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def _store_rows(out_rows, acc, channel, b2_ptr, residual, gamma, inside, C: tl.constexpr, PARTS: tl.constexpr):
+    """Bias and residual of rows given by pointers, in `PARTS` parts one after the other for the sake of registers."""
+    if PARTS > 1:
+        half: tl.constexpr = acc.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, half)), (0, 2, 1)))
+        _store_rows(out_rows, left, channel, b2_ptr, residual, gamma, inside, C, PARTS // 2)
+        _store_rows(out_rows, right, channel + half, b2_ptr, residual, gamma, inside, C, PARTS // 2)
+    else:
+        channels = channel + tl.arange(0, acc.shape[1])
+        valid = inside[:, None] & (channels < C)[None, :]
+        y = acc + tl.load(b2_ptr + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+        if residual is not None:
+            g = tl.load(gamma[:, None] + channels[None, :], mask=valid, other=0.0).to(tl.float32)
+            y = tl.load(residual[:, None] + channels[None, :], mask=valid, other=0.0).to(tl.float32) + g * y
+        tl.store(out_rows[:, None] + channels[None, :], y.to(out_rows.dtype.element_ty), mask=valid)

@@ -1,0 +1,233 @@
+"""Residual, LayerNorm, modulation and the choice of experts in one Triton launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from actvar_kernels.tiles import route_tiles, row_tiles
+from actvar_kernels.token_select.triton_kernel import (
+    channels_last,
+    descending_key,
+    load_rows,
+    load_vector,
+    normalized,
+)
+
+_LOWEST = tl.constexpr(-(2**31))
+
+
+def add_normalize(
+    rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference.add_normalize`, with one rounding of the sum."""
+    out, u, _, _ = _launch(rows, update, gamma, scale, shift, None, None, 0)
+    return out, u
+
+
+def add_normalize_route(
+    rows: torch.Tensor,
+    update: torch.Tensor,
+    gamma: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    active: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `reference.add_normalize_route`, with one rounding of the sum."""
+    return _launch(rows, update, gamma, scale, shift, weight.contiguous(), bias, active)
+
+
+def _launch(rows, update, gamma, scale, shift, weight, bias, active):
+    R, K, C = rows.shape
+    rows, update, gamma, scale, shift = channels_last(rows, update, gamma, scale, shift)
+    out, u = rows.new_empty(R, K, C), rows.new_empty(R, K, C)
+    mask = logits = None
+    experts = 0 if weight is None else weight.shape[0]
+    if experts:
+        mask = rows.new_empty(R, K, experts, dtype=torch.bool)
+        logits = rows.new_empty(R, K, experts, dtype=torch.float32)
+    tiles = route_tiles(R * K, C) if experts else row_tiles(R * K, C)
+    _add_normalize_route[(triton.cdiv(K, tiles.rows), R)](
+        rows,
+        update,
+        gamma,
+        scale,
+        shift,
+        weight,
+        bias,
+        out,
+        u,
+        mask,
+        logits,
+        rows.stride(),
+        update.stride(),
+        gamma.stride(),
+        scale.stride(),
+        shift.stride(),
+        K,
+        active,
+        EXPERTS=experts,
+        C=C,
+        BLOCK_C=triton.next_power_of_2(C),
+        ROWS=tiles.rows,
+        GROUP=tiles.experts,
+        num_warps=tiles.warps,
+    )
+    return out, u, mask, logits
+
+
+def route_experts(
+    u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `route_experts` of the expert FFN's reference."""
+    C, experts = u.shape[-1], weight.shape[0]
+    mask = u.new_empty(*u.shape[:-1], experts, dtype=torch.bool)
+    logits = u.new_empty(mask.shape, dtype=torch.float32)
+    u = u.reshape(-1, C).contiguous()
+    tokens = u.shape[0]
+    tiles = route_tiles(tokens, C)
+    _route_experts[(triton.cdiv(tokens, tiles.rows),)](
+        u,
+        weight.contiguous(),
+        bias,
+        mask,
+        logits,
+        tokens,
+        active,
+        EXPERTS=experts,
+        C=C,
+        BLOCK_C=triton.next_power_of_2(C),
+        ROWS=tiles.rows,
+        GROUP=tiles.experts,
+        num_warps=tiles.warps,
+    )
+    return mask, logits
+
+
+@triton.jit(do_not_specialize=["length", "active"])
+def _add_normalize_route(
+    rows_ptr,
+    update_ptr,
+    gamma_ptr,
+    scale_ptr,
+    shift_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    u_ptr,
+    mask_ptr,
+    logits_ptr,
+    rows_strides,
+    update_strides,
+    gamma_strides,
+    scale_strides,
+    shift_strides,
+    length,
+    active,
+    EXPERTS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Some rows of a sequence; without experts there is no routing."""
+    sequence = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK_C)
+    inside = channel < C
+    rows = load_rows(rows_ptr, rows_strides, sequence, row, length, channel, inside).to(tl.float32)
+    update = load_rows(update_ptr, update_strides, sequence, row, length, channel, inside).to(tl.float32)
+    gamma = load_vector(gamma_ptr, gamma_strides, sequence, channel, inside)
+    scale = load_vector(scale_ptr, scale_strides, sequence, channel, inside)
+    shift = load_vector(shift_ptr, shift_strides, sequence, channel, inside)
+
+    # both results are used as they are stored
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    flat = sequence.to(tl.int64) * length + row
+    target = flat[:, None] * C + channel[None, :]
+    written = (row < length)[:, None] & inside[None, :]
+    out = (rows + gamma[None, :] * update).to(dtype)
+    tl.store(out_ptr + target, out, mask=written)
+    u = normalized(out.to(tl.float32), inside, C) * (1.0 + scale)[None, :] + shift[None, :]
+    u = u.to(dtype)
+    tl.store(u_ptr + target, u, mask=written)
+    if EXPERTS:
+        _route(
+            u.to(tl.float32),
+            weight_ptr,
+            bias_ptr,
+            mask_ptr,
+            logits_ptr,
+            flat,
+            row < length,
+            active,
+            EXPERTS,
+            C,
+            BLOCK_C,
+            GROUP,
+        )
+
+
+@triton.jit(do_not_specialize=["tokens", "active"])
+def _route_experts(
+    u_ptr,
+    weight_ptr,
+    bias_ptr,
+    mask_ptr,
+    logits_ptr,
+    tokens,
+    active,
+    EXPERTS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    channel = tl.arange(0, BLOCK_C)
+    inside = (token < tokens)[:, None] & (channel < C)[None, :]
+    u = tl.load(u_ptr + token[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    _route(u, weight_ptr, bias_ptr, mask_ptr, logits_ptr, token, token < tokens, active, EXPERTS, C, BLOCK_C, GROUP)
+
+
+@triton.jit
+def _route(
+    u,
+    weight_ptr,
+    bias_ptr,
+    mask_ptr,
+    logits_ptr,
+    token,
+    written,
+    active,
+    EXPERTS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Logits of the rows `u` `[ROWS, BLOCK_C]` float32, 0 outside C, each summed in the same order, `GROUP` experts at
+    a time; and the `active` experts of each, by counting those that go before."""
+    BLOCK_N: tl.constexpr = triton.next_power_of_2(EXPERTS)
+    channel = tl.arange(0, BLOCK_C)
+    expert = tl.arange(0, BLOCK_N)
+    logits = tl.zeros((u.shape[0], BLOCK_N), tl.float32)
+    for first in range(0, EXPERTS, GROUP):
+        some = first + tl.arange(0, GROUP)
+        inside = (some < EXPERTS)[:, None] & (channel < C)[None, :]
+        weight = tl.load(weight_ptr + some[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        products = tl.sum(u[:, None, :] * weight[None, :, :], axis=2)  # [ROWS, GROUP]
+        placed = some[None, :, None] == expert[None, None, :]
+        logits += tl.sum(tl.where(placed, products[:, :, None], 0.0), axis=1)
+    logits += tl.load(bias_ptr + expert, mask=expert < EXPERTS, other=0.0).to(tl.float32)[None, :]
+
+    key = tl.where(expert[None, :] < EXPERTS, descending_key(logits), _LOWEST)
+    mine, other = key[:, :, None], key[:, None, :]
+    before = (other > mine) | ((other == mine) & (expert[None, None, :] < expert[None, :, None]))
+    chosen = tl.sum(before.to(tl.int32), axis=2) < active
+    target = token[:, None] * EXPERTS + expert[None, :]
+    written = written[:, None] & (expert[None, :] < EXPERTS)
+    tl.store(logits_ptr + target, logits, mask=written)
+    tl.store(mask_ptr + target, chosen, mask=written)

@@ -1,0 +1,119 @@
+"""Drawing tokens: classifier-free guidance, top-k, top-p and the draw in one operation."""
+
+from __future__ import annotations
+
+import torch
+
+from actvar_kernels.backend import backend_of, needs_operator
+from actvar_kernels.checks import expect_shape
+from actvar_kernels.sampling import reference
+
+MOST_TOKENS = 16384
+"""Vocabulary that one program of the Triton kernel holds."""
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    seed: int | torch.Tensor | None = None,
+    step: int = 0,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Draw one token per position from `softmax((1 + guidance) * cond - guidance * uncond)`, filtered.
+
+    Both filters are those of `actvar.models.sampling`, with a rule for equal logits, which stay or go together:
+
+    - top-k keeps the logits that reach the k-th largest;
+    - top-p then removes a token if those whose logit is at most its own, itself included, have no more than `1 - top_p`
+      of the probability that top-k left; the largest logits always stay.
+
+    The draw is `argmax(p / e)` with `e = -log(u)` and independent uniform `u`, which has the distribution `p`.
+    A token with a conditional logit of -inf is never drawn; no other logit may be infinite.
+
+    On Triton it is one launch that reads the logits once. There `u` of row `r = b * L + l` and token `v` is made, as
+    `tl.rand` does it, of output `v % 4` of Philox 4x32-10 with the key `seed` and the counter `(v // 4, r, step, 0)`,
+    so it depends on nothing else. The reference takes its noise from a `torch.Generator`. The two draw other tokens
+    unless `noise` is given; with it they differ only where rounding decides.
+
+    Args:
+        logits: `[2B, L, V]` float32, float16 or bfloat16, conditional rows first; calculated with in float32.
+        guidance: strength t of classifier-free guidance.
+        top_k: 0 ... V; 0 keeps all.
+        top_p: 0 ... 1; 0 keeps all.
+        seed: int, taken modulo 2^64, or an int64 tensor with one element on the logits' device, which a CUDA graph
+            reads anew at every replay. The reference has to wait for the device to read a tensor.
+        step: another one gives another stream from the same seed: the scale's index, say.
+        noise: `[B, L, V]` uniform in (0, 1), in place of a seed; numbers that round to 0 or 1 are clipped.
+
+    Returns:
+        tokens `[B, L]` int64.
+
+    Raises:
+        ValueError: shapes, `top_k` or `top_p` that do not fit, or not exactly one of `seed` and `noise`.
+        BackendUnavailableError: see `actvar_kernels.set_backend`; Triton takes up to 16384 tokens.
+    """
+    expect_shape("logits", logits, (None, None, None))
+    rows, L, V = logits.shape
+    if rows % 2:
+        raise ValueError(f"logits: expected conditional and unconditional rows, got an odd number of rows, {rows}")
+    if not 0 <= top_k <= V:
+        raise ValueError(f"top_k: expected between 0 and {V}, got {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p: expected between 0 and 1, got {top_p}")
+    if (seed is None) == (noise is None):
+        raise ValueError(f"seed, noise: expected exactly one of them, got {'neither' if seed is None else 'both'}")
+    if noise is not None:
+        expect_shape("noise", noise, (rows // 2, L, V))
+    seed_tensor, seed_number = None, 0
+    if isinstance(seed, torch.Tensor):
+        _expect_seed(seed, logits.device)
+        seed_tensor = seed
+    elif seed is not None:
+        seed_number = (seed + 2**63) % 2**64 - 2**63
+    arguments = (logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise)
+    if needs_operator(logits):
+        return torch.ops.actvar_kernels.sample_tokens(*arguments)
+    return _run(*arguments)
+
+
+def _expect_seed(seed: torch.Tensor, device: torch.device) -> None:
+    if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device:
+        raise ValueError(
+            f"seed: expected one int64 number on {device}, got {seed.numel()} of {seed.dtype} on {seed.device}"
+        )
+
+
+def _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) -> torch.Tensor:
+    supported = ("reference", "triton") if logits.shape[2] <= MOST_TOKENS else ("reference",)
+    if backend_of("sample_tokens", logits, supported) == "triton":
+        from actvar_kernels.sampling import triton_kernel
+
+        seed = seed_number if seed_tensor is None else seed_tensor
+        return triton_kernel.sample_tokens(logits, guidance, top_k, top_p, seed, step, noise)
+    if noise is None:
+        rows, L, V = logits.shape
+        seed = seed_number if seed_tensor is None else int(seed_tensor)
+        noise = reference.uniform_noise((rows // 2, L, V), logits.device, seed, step)
+    return reference.sample_tokens(logits, guidance, top_k, top_p, noise)
+
+
+@torch.library.custom_op("actvar_kernels::sample_tokens", mutates_args=())
+def _sample_tokens(
+    logits: torch.Tensor,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    seed_tensor: torch.Tensor | None,
+    seed_number: int,
+    step: int,
+    noise: torch.Tensor | None,
+) -> torch.Tensor:
+    return _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise)
+
+
+@_sample_tokens.register_fake
+def _(logits, *_):
+    rows, L, _ = logits.shape
+    return logits.new_empty(rows // 2, L, dtype=torch.int64)

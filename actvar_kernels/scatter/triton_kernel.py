@@ -1,0 +1,70 @@
+"""Scatter in one Triton launch, in place."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from actvar_kernels.tiles import row_tiles
+from actvar_kernels.token_select.triton_kernel import channels_last, load_rows, load_vector
+
+
+def scatter_rows(
+    rest: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor
+) -> None:
+    """As `reference.scatter_rows`, written to `rest`; the sum is rounded once."""
+    R, K, C = rows.shape
+    rows, update, gamma = channels_last(rows, update, gamma)
+    tiles = row_tiles(R * K, C)
+    _scatter_rows[(triton.cdiv(K, tiles.rows), R)](
+        rest,
+        index,
+        rows,
+        update,
+        gamma,
+        rest.stride(),
+        index.stride(),
+        rows.stride(),
+        update.stride(),
+        gamma.stride(),
+        K,
+        C=C,
+        BLOCK_C=triton.next_power_of_2(C),
+        ROWS=tiles.rows,
+        num_warps=tiles.warps,
+    )
+
+
+@triton.jit(do_not_specialize=["length"])
+def _scatter_rows(
+    rest_ptr,
+    index_ptr,
+    rows_ptr,
+    update_ptr,
+    gamma_ptr,
+    rest_strides,
+    index_strides,
+    rows_strides,
+    update_strides,
+    gamma_strides,
+    length,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    sequence = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK_C)
+    inside = channel < C
+    index = tl.load(
+        index_ptr + sequence.to(tl.int64) * index_strides[0] + row * index_strides[1], mask=row < length, other=0
+    )
+    rows = load_rows(rows_ptr, rows_strides, sequence, row, length, channel, inside).to(tl.float32)
+    update = load_rows(update_ptr, update_strides, sequence, row, length, channel, inside).to(tl.float32)
+    gamma = load_vector(gamma_ptr, gamma_strides, sequence, channel, inside)
+    out = rows + gamma[None, :] * update
+    target = (
+        sequence.to(tl.int64) * rest_strides[0] + index[:, None] * rest_strides[1] + channel[None, :] * rest_strides[2]
+    )
+    tl.store(rest_ptr + target, out.to(rest_ptr.dtype.element_ty), mask=(row < length)[:, None] & inside[None, :])

@@ -1,0 +1,132 @@
+"""What a Triton launch moves and computes, as functions of its arguments: the model behind the predicted times.
+
+A kernel without an entry in `COSTS` reads or writes every tensor argument once and has no matrix product. Bytes are
+those of main memory: what neighbouring programs read again is taken to come from the cache. FLOPs are what is executed,
+tiles that are only partly filled included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from actvar_kernels.virtual.records import TensorInfo
+
+Arguments = Mapping[str, object]
+# Share of the (tile, expert) blocks that run, given the tokens and the rows of a tile.
+Share = Callable[[int, int], float]
+
+# Executed per (token, program) of `_sort_rows` and per pair of logits of `_sample`, with the trips of their loops: read
+# off the machine code for sm_90.
+SORT_INSTRUCTIONS = 200
+SAMPLE_INSTRUCTIONS = 450
+
+
+class Cost(NamedTuple):
+    """Work of one launch.
+
+    Args:
+        bytes: through memory.
+        flops: executed, 2 a multiply-add, on operands of `dtype`.
+        running: share of the programs that have anything to do.
+        attention: products wait for a softmax, so they run at a lower rate.
+        instructions: executed, summed over threads; 0: every thread executes the machine code once, as it does where
+            there is no loop.
+    """
+
+    bytes: int
+    flops: int = 0
+    dtype: torch.dtype | None = None
+    running: float = 1.0
+    attention: bool = False
+    instructions: int = 0
+
+
+def triton_cost(name: str, arguments: Arguments, share: Share = lambda tokens, rows: 1.0) -> Cost:
+    """Cost of one launch of the kernel `name`; `share` as above."""
+    if name in COSTS:
+        return COSTS[name](arguments, share)
+    return Cost(_bytes(arguments))
+
+
+def _bytes(arguments: Arguments, *without: str) -> int:
+    """Of every tensor argument, once."""
+    tensors = (value for name, value in arguments.items() if name not in without)
+    return sum(value.bytes for value in tensors if isinstance(value, TensorInfo))
+
+
+def _select(a: Arguments, _share: Share) -> Cost:
+    dropped = 1 - a["keep"] / a["length"]
+    return Cost(_bytes(a, "rest_ptr") + round(dropped * a["rest_ptr"].bytes))
+
+
+def _route(a: Arguments, _share: Share) -> Cost:
+    tokens = math.prod(a["u_ptr"].shape[:-1])
+    return Cost(_bytes(a), 2 * tokens * a["C"] * a["EXPERTS"], torch.float32)
+
+
+def _scatter(a: Arguments, _share: Share) -> Cost:
+    return Cost(_bytes(a, "rest_ptr") + a["rows_ptr"].bytes)
+
+
+def _attention(a: Arguments, _share: Share) -> Cost:
+    q, v = a["q_ptr"], a["v_ptr"]
+    R, H, _, d = q.shape
+    row = R * H * d * v.dtype.itemsize
+    own = 2 * a["own"] * row
+    queries = math.ceil(a["queries"] / a["BLOCK_Q"]) * a["BLOCK_Q"]
+    keys = math.ceil(a["cached"] / a["BLOCK_K"]) * a["BLOCK_K"] + math.ceil(a["own"] / a["BLOCK_OWN"]) * a["BLOCK_OWN"]
+    mask = a["mask_ptr"].bytes if a["mask_ptr"] is not None else 0
+    bytes_moved = q.bytes + a["out_ptr"].bytes + 2 * a["cached"] * row + own * (2 if a["APPEND"] else 1) + mask
+    return Cost(bytes_moved, 4 * R * H * d * queries * keys, v.dtype, attention=True)
+
+
+def _sort(a: Arguments, _share: Share) -> Cost:
+    programs = math.ceil(a["T"] / a["BLOCK_T"])
+    return Cost(_bytes(a), instructions=SORT_INSTRUCTIONS * a["T"] * programs)
+
+
+def _sample(a: Arguments, _share: Share) -> Cost:
+    return Cost(_bytes(a), instructions=SAMPLE_INSTRUCTIONS * math.prod(a["logits_ptr"].shape) // 2)
+
+
+def _up(a: Arguments, share: Share) -> Cost:
+    run, rows = _run(a, share)
+    hidden, weight = a["h_ptr"], a["w1_ptr"]
+    unwritten = round((1 - run) * hidden.bytes)
+    flops = round(2 * rows * weight.shape[0] * weight.shape[1] * run)
+    return Cost(_bytes(a, "h_tail_ptr", "w1_tail_ptr") - unwritten, flops, weight.dtype, running=run)
+
+
+def _down(a: Arguments, share: Share) -> Cost:
+    run, rows = _run(a, share)
+    hidden, weight, out = a["h_ptr"], a["w2_ptr"], a["out_ptr"]
+    written = a["T"] * a["C"] * out.dtype.itemsize
+    moved = _bytes(a, "h_ptr", "out_ptr") + round(run * hidden.bytes) + written
+    return Cost(moved, round(2 * rows * weight.shape[0] * weight.shape[1] * run), weight.dtype)
+
+
+def _run(a: Arguments, share: Share) -> tuple[float, int]:
+    """Share of the (tile, expert) blocks that run, and rows of all tiles."""
+    rows = math.ceil(a["T"] / a["BLOCK_T"]) * a["BLOCK_T"]
+    if a["order_ptr"] is None:
+        return 1.0, rows
+    if a["ACTIVE"] is not None:
+        return a["ACTIVE"] / a["EXPERTS"], rows
+    return share(a["T"], a["BLOCK_T"]), rows
+
+
+COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
+    "_select": _select,
+    "_add_normalize_route": _route,
+    "_route_experts": _route,
+    "_scatter_rows": _scatter,
+    "_attention": _attention,
+    "_sort_rows": _sort,
+    "_sample": _sample,
+    "_up": _up,
+    "_down": _down,
+}

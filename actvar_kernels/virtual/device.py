@@ -1,0 +1,85 @@
+"""Tensors on a CUDA device that is not there: shapes without memory, also in a build of torch without CUDA."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import cpp_extension
+
+# Slicing, `copy_` and others switch to the tensor's device first; without CUDA there is nothing that could.
+_GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
+"""
+
+
+class VirtualGPUUnavailableError(RuntimeError):
+    """A virtual GPU cannot be set up here."""
+
+
+@contextmanager
+def fake_cuda_tensors() -> Iterator[None]:
+    """`device="cuda"` makes fake tensors, whose `data_ptr()` is their offset in their storage, as if that began at 0.
+
+    Raises:
+        VirtualGPUUnavailableError: torch has no usable CUDA and there is no C++ compiler, or no ninja.
+    """
+    if not torch.cuda.is_available():
+        _install_device_guard()
+    pointer = FakeTensor.__dict__.get("data_ptr")
+    FakeTensor.data_ptr = lambda tensor: tensor.storage_offset() * tensor.element_size()
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        if pointer is None:
+            del FakeTensor.data_ptr
+        else:
+            FakeTensor.data_ptr = pointer
+
+
+def to_fake_cuda(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Put new fake tensors of the same shapes in place of the parameters and buffers of `module`; returns it.
+
+    Args:
+        module: on any device, such as meta.
+        dtype: of floating-point tensors; None keeps theirs.
+    """
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            fake = nn.Parameter(_fake_like(parameter, dtype), requires_grad=parameter.requires_grad)
+            part.register_parameter(name, fake)
+        for name, buffer in part.named_buffers(recurse=False):
+            part.register_buffer(name, _fake_like(buffer, dtype), name not in part._non_persistent_buffers_set)
+    return module
+
+
+def _fake_like(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype, device="cuda")
+
+
+def why_unavailable() -> str | None:
+    """Why there can be no virtual GPU here, or None if there can."""
+    if torch.cuda.is_available():
+        return None
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        return f"it needs a C++ compiler: {compiler!r} is not there; install g++ or set CXX"
+    if not cpp_extension.is_ninja_available():
+        return "it needs ninja: pip install ninja"
+    return None
+
+
+@functools.cache
+def _install_device_guard() -> None:
+    reason = why_unavailable()
+    if reason is not None:
+        raise VirtualGPUUnavailableError(f"virtual GPU: {reason}")
+    cpp_extension.load_inline("actvar_noop_cuda_guard", _GUARD, is_python_module=False, no_implicit_headers=True)

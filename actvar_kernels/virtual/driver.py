@@ -1,0 +1,116 @@
+"""A Triton driver without a GPU: a launch compiles its kernel and is handed to a function instead of a device.
+
+All that depends on Triton's private interfaces is here. They are the same in Triton 3.6 to 3.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
+from triton.runtime.errors import OutOfResources
+
+from actvar_kernels.virtual.records import CompiledKernel
+
+# Streaming multiprocessors of the largest common card, and KiB of shared memory that one program can get.
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
+SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+Record = Callable[[CompiledKernel, tuple[int, int, int], dict[str, object]], None]
+_UNLIMITED = 2**30
+_LAUNCH_HEADER = 9  # grid x, y, z, stream, function, packed metadata, launch metadata, enter hook, exit hook
+
+
+class VirtualDriver:
+    """What Triton asks of a driver between `kernel[grid](...)` and the launch.
+
+    Args:
+        arch: compute capability, a key of `SHARED_MEMORY_KIB`.
+        record: is called with every launch: kernel, grid, arguments by name.
+        limit_shared_memory: raise Triton's OutOfResources for kernels that the GPU could not hold.
+    """
+
+    def __init__(self, arch: int, record: Record, limit_shared_memory: bool):
+        self.arch, self.record = arch, record
+        self.shared_memory = SHARED_MEMORY_KIB[arch] * 1024 if limit_shared_memory else _UNLIMITED
+        self.utils = self
+        self.launcher_cls = _Launcher
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 1000 + self.arch  # Triton keeps compiled kernels by device, so this must be no real one's index
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        properties = {"max_shared_mem": _UNLIMITED, "multiprocessor_count": MULTIPROCESSORS[self.arch]}
+        return {**properties, "max_num_regs": 65536, "warpSize": 32}
+
+    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[None, bytes, int, int, int]:
+        """No module to unload; the cubin in place of a function handle; registers, spills, most threads."""
+        return None, cubin, 0, 0, 1024
+
+
+class _Launcher:
+    """One compiled kernel; Triton keeps it beyond the driver that made it."""
+
+    def __init__(self, source, metadata):
+        self.function, self.metadata, self.kernel = source.fn, metadata, None
+
+    def __call__(self, *launch):
+        driver = triton.runtime.driver.active
+        header, values = launch[:_LAUNCH_HEADER], launch[_LAUNCH_HEADER:]
+        names, cubin = self.function.arg_names, header[4]
+        if not isinstance(driver, VirtualDriver) or not isinstance(cubin, bytes) or len(values) != len(names):
+            raise RuntimeError(_unknown_triton("launches kernels"))
+        needed = self.metadata.shared
+        if needed > driver.shared_memory:
+            raise OutOfResources(needed, driver.shared_memory, f"shared memory ({self.metadata.name})")
+        if self.kernel is None:
+            constants = {names[position]: values[position] for position in self.function.constexprs}
+            self.kernel = _compiled(self.metadata, cubin, constants)
+        driver.record(self.kernel, header[:3], dict(zip(names, values, strict=True)))
+
+
+def _compiled(metadata, cubin: bytes, constants: dict[str, object]) -> CompiledKernel:
+    path = get_cache_manager(metadata.hash).get_file(f"{metadata.name[:150]}.ttir")
+    if path is None:
+        raise RuntimeError(f"no TTIR of {metadata.name} in Triton's cache: unset TRITON_STORE_BINARY_ONLY and clear it")
+    return CompiledKernel(
+        name=metadata.name,
+        arch=metadata.target.arch,
+        num_warps=metadata.num_warps,
+        num_stages=metadata.num_stages,
+        shared=metadata.shared,
+        cubin=cubin,
+        ttir=Path(path).read_text(),
+        constants=constants,
+    )
+
+
+def _unknown_triton(what: str) -> str:
+    return (
+        f"Triton {triton.__version__} {what} in a way that {__name__} does not know: "
+        "use a release from 3.6 to 3.9, or adapt that file"
+    )
+
+
+@contextmanager
+def active_driver(driver: VirtualDriver) -> Iterator[None]:
+    """Make `driver` Triton's driver while the context is open."""
+    config = triton.runtime.driver
+    if not hasattr(config, "_active"):
+        raise RuntimeError(_unknown_triton("keeps its driver"))
+    previous = config._active
+    config.set_active(driver)
+    try:
+        yield
+    finally:
+        config.set_active(previous)

@@ -1,0 +1,69 @@
+"""Read off machine code: registers, spills, and what the innermost loop with a matrix product consists of."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import re
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+import triton
+
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*)")
+
+
+class Resources(NamedTuple):
+    """Per thread: `registers`, bytes of `stack` and `local` memory, which hold what was spilled.
+
+    `instructions` counts all by name; `loops` does so for each innermost loop that has a matrix product, `MMA`.
+    """
+
+    registers: int
+    stack: int
+    local: int
+    instructions: collections.Counter
+    loops: tuple[collections.Counter, ...]
+
+
+@functools.cache
+def resources(cubin: bytes) -> Resources:
+    """What `cuobjdump` and `nvdisasm`, which come with Triton, say about a kernel's machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        lines = _output(triton.knobs.nvidia.nvdisasm.path, "-c", file.name).splitlines()
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    loops = tuple(_count(lines[start:end]) for start, end in _product_loops(lines))
+    return Resources(registers, stack, local, _count(lines), loops)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _product_loops(lines: list[str]) -> list[tuple[int, int]]:
+    """First and last line of every innermost loop that has a matrix product in it.
+
+    Code that was moved behind the kernel, such as waits, jumps back too: of overlapping spans the shortest is the loop.
+    """
+    labels = {match[1]: number for number, line in enumerate(lines) if (match := _LABEL.match(line.strip()))}
+    spans = []
+    for number, line in enumerate(lines):
+        branch = _BRANCH.search(line)
+        start = labels.get(branch[1], number) if branch else number
+        if start < number and any("MMA" in name for name in _count(lines[start:number])):
+            spans.append((start, number + 1))
+    loops: list[tuple[int, int]] = []
+    for start, end in sorted(spans, key=lambda span: span[1] - span[0]):
+        if all(end <= other[0] or other[1] <= start for other in loops):
+            loops.append((start, end))
+    return loops
+
+
+def _count(lines: list[str]) -> collections.Counter:
+    return collections.Counter(match[1] for line in lines if (match := _INSTRUCTION.search(line)))

@@ -1,0 +1,182 @@
+"""Everything that needs a GPU, in one command and one file: `python -m benchmarks.gpu --json gpu.json`.
+
+Numerics of every operation against a float64 run, in three types; CUDA graphs against eager; times of the operations
+and of whole models. Operations need only torch and Triton; models also what the package depends on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from actvar_kernels import set_backend
+from benchmarks.operations import BlockShape, block_inputs, operations
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ODD = BlockShape(rows=2, tokens=77, keep=53, cached=19, width=192, num_experts=8, active=5)
+# A kernel may err this many times as much as PyTorch does in the same type.
+ERROR_FACTOR = 4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="the one file to keep")
+    parser.add_argument("--models", nargs="+", default=["d16", "d30"], help="sizes to time")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--skip-times", action="store_true", help="numerics and graphs only")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none; without one use make test and make compile-check")
+
+    report: dict[str, object] = {"machine": machine(), "numerics": [], "graphs": [], "times": [], "models": []}
+    sections: dict[str, Callable[[], list]] = {"numerics": numerics, "graphs": graphs}
+    if not options.skip_times:
+        sections["times"] = lambda: times(options.models, options.batches)
+        sections["models"] = lambda: models(options.models, options.batches)
+    for name, section in sections.items():
+        print(f"== {name}", flush=True)
+        report[name] = section()
+        save(report, options.json)
+    failures = [row for name in ("numerics", "graphs") for row in report[name] if not row["passed"]]
+    print(f"{len(failures)} failures; everything is in {options.json}")
+    return 1 if failures else 0
+
+
+def machine() -> dict[str, object]:
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": revision,
+    }
+
+
+def on(backend: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The result of `run` on a backend, cloned."""
+    set_backend(backend)
+    try:
+        return run().clone()
+    finally:
+        set_backend("auto")
+
+
+@torch.no_grad()
+def numerics() -> list[dict]:
+    """Largest error of each operation against the reference in float64, beside the reference's own."""
+    rows = []
+    for label, shape in {"odd": ODD, "d16": BlockShape.last_scale("d16", 2)}.items():
+        for dtype in DTYPES:
+            inputs = block_inputs(shape, dtype, "cuda")
+            exact = operations(shape, inputs.to(torch.float64))
+            for name, run in operations(shape, inputs).items():
+                truth = on("reference", exact[name])
+                error, allowed = (
+                    (on(backend, run).double() - truth).abs().max().item() for backend in ("triton", "reference")
+                )
+                limit = ERROR_FACTOR * allowed + torch.finfo(dtype).eps
+                row = {
+                    "shape": label,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "operation": name,
+                    "error": error,
+                    "reference_error": allowed,
+                    "passed": error <= limit,
+                }
+                rows.append(show(row))
+    return rows
+
+
+@torch.no_grad()
+def graphs() -> list[dict]:
+    """Every operation captured in a CUDA graph and replayed: bit for bit what the eager call gives."""
+    rows = []
+    shape = BlockShape.last_scale("d16", 2)
+    for name, run in operations(shape, block_inputs(shape, torch.bfloat16, "cuda")).items():
+        expected = on("triton", run)
+        replay, captured = captured_call(run)
+        replay()
+        rows.append(show({"operation": name, "passed": torch.equal(captured, expected)}))
+    return rows
+
+
+def captured_call(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    """A function that replays `run` on the Triton backend as a CUDA graph, and the tensor its result is in."""
+    set_backend("triton")
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+    finally:
+        set_backend("auto")
+    return graph.replay, captured
+
+
+@torch.no_grad()
+def times(names: list[str], batches: list[int]) -> list[dict]:
+    """Milliseconds of each operation in bfloat16: percentiles 20, 50 and 80, on kernels and reference."""
+    rows = []
+    for model in names:
+        for batch in batches:
+            shape = BlockShape.last_scale(model, batch)
+            for name, run in operations(shape, block_inputs(shape, torch.bfloat16, "cuda")).items():
+                row = {"model": model, "batch": batch, "operation": name}
+                for backend in ("triton", "reference"):
+                    row[f"{backend}_ms"] = milliseconds(backend, run)
+                rows.append(show(row))
+    return rows
+
+
+def milliseconds(backend: str, run: Callable[[], torch.Tensor]) -> list[float]:
+    from triton.testing import do_bench
+
+    set_backend(backend)
+    try:
+        return do_bench(run, quantiles=[0.2, 0.5, 0.8])
+    finally:
+        set_backend("auto")
+
+
+@torch.no_grad()
+def models(names: list[str], batches: list[int]) -> list[dict]:
+    """The last scale's block of a model with random weights: dense and ActVAR, both on the kernels, as CUDA graphs."""
+    try:
+        from benchmarks.gpu_blocks import block_times
+    except ImportError as error:
+        return [show({"skipped": f"{type(error).__name__}: {error}"})]
+    return [show(row) for model in names for batch in batches for row in block_times(model, batch)]
+
+
+def show(row: dict) -> dict:
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def save(report: dict, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

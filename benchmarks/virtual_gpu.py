@@ -1,0 +1,258 @@
+"""Predicted sampling time of a model on a card that is not there, dense against ActVAR.
+
+    python -m benchmarks.virtual_gpu --model d16 --batch 8 --gpu h100
+
+runs the real sampling code on a virtual GPU: every Triton kernel is compiled for the card, every launch is counted, and
+an operation that makes the host wait is an error. Times are *predicted* by `benchmarks/roofline.py`, not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from actvar import ActVARConfig
+from actvar.models.build import OFFICIAL_CHANNEL_MULTIPLIERS, skeleton
+from actvar.patch import patch_silently
+from actvar_kernels import get_backend, set_backend
+from actvar_kernels.compile_cases import MODELS
+from actvar_kernels.compile_check import LineParser
+from actvar_kernels.expert_ffn.op import SCHEDULES
+from actvar_kernels.virtual import HostSyncError, Launch, VirtualGPU, to_fake_cuda, virtual_gpu, why_unavailable
+from actvar_kernels.virtual.cost import Share
+from benchmarks.roofline import CARDS, Card, launch_cost, seconds
+from benchmarks.routing import SKIPS, share_function
+
+ACTVAR = ActVARConfig(sampler="fast")
+DENSE = replace(ACTVAR, token_rates=(1.0, 1.0), ffn_rate=1.0)
+MOST_LAUNCHES = 9  # of an active block
+
+
+@dataclass
+class Step:
+    """One scale of a sampling run: the launches of every block, and those between its last block and the next scale."""
+
+    tokens: int
+    blocks: list[list[Launch]]
+    rest: list[Launch]
+
+
+@dataclass
+class Run:
+    """A whole sampling run; `before` the first block; `decoder`: from features to images."""
+
+    before: list[Launch]
+    steps: list[Step]
+    decoder: list[Launch]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    reason = why_unavailable()
+    if reason is not None:
+        parser.error(reason)
+    card, schedule = CARDS[options.gpu], options.schedule
+    skip = options.skip if options.skip is not None else ("snap" if schedule == "snap" else "measured")
+    share = share_function(skip)
+    report = {"predicted": True, "model": options.model, "batch": options.batch, "gpu": options.gpu}
+    report |= {"schedule": schedule, "skip": skip}
+    try:
+        for name, config in (("dense", DENSE), ("actvar", replace(ACTVAR, expert_schedule=schedule))):
+            report[name] = summary(sampling_run(options.model, options.batch, card.arch, config), card, share)
+    except HostSyncError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    print(text(report))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = LineParser("python -m benchmarks.virtual_gpu", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="d16")
+    parser.add_argument("--batch", type=_positive, default=8, help="images (default 8)")
+    parser.add_argument("--gpu", choices=CARDS, default="h100")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="auto", help="of the experts (default auto)")
+    help_skip = "routing that decides which blocks a tile list leaves out, or their share (default measured)"
+    parser.add_argument("--skip", type=_skip, metavar="{" + ",".join(SKIPS) + "} or NUMBER", help=help_skip)
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    return parser
+
+
+def _positive(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer above 0, got {value!r}")
+    return int(value)
+
+
+def _skip(value: str) -> str | float:
+    if value in SKIPS:
+        return value
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(SKIPS)} or a number in [0, 1), got {value!r}")
+    return share
+
+
+def sampling_run(model: str, batch: int, arch: int, config: ActVARConfig) -> Run:
+    """Sample once with a model of an official size on a virtual GPU: transformer in bfloat16, autoencoder in float32.
+
+    Raises:
+        HostSyncError: the host would wait for the GPU.
+    """
+    width, sides = MODELS[model]
+    sizes = dict(V=4096, Cvae=32, ch=160, share_quant_resi=4, num_classes=1000, attn_l2_norm=True, num_res_blocks=2)
+    vae, var = skeleton(
+        **sizes,
+        patch_nums=sides,
+        depth=width // 64,
+        width=width,
+        shared_aln=model == "d36",
+        ch_mult=OFFICIAL_CHANNEL_MULTIPLIERS,
+        image_channels=3,
+    )
+    backend = get_backend()
+    set_backend("triton")
+    try:
+        with virtual_gpu(arch) as gpu:
+            to_fake_cuda(vae)
+            to_fake_cuda(var, torch.bfloat16)
+            patch_silently(var, config)
+            labels = torch.empty(batch, dtype=torch.int64, device="cuda")
+            _mark_regions(gpu, vae, var)
+            gpu.launches.clear()
+            var.autoregressive_infer_cfg(batch, labels, cfg=1.5, top_k=900, top_p=0.96)
+    finally:
+        set_backend(backend)
+    return _split(gpu.launches, sides)
+
+
+def _mark_regions(gpu: VirtualGPU, vae: torch.nn.Module, var: torch.nn.Module) -> None:
+    """Launches get the number of their block as region, "decoder" in the autoencoder, "" elsewhere."""
+
+    def enter(region: str) -> None:
+        gpu.region = region
+
+    for number, block in enumerate(var.blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: enter(str(number)))
+        block.register_forward_hook(lambda *_: enter(""))
+    decode = vae.fhat_to_img
+    vae.fhat_to_img = lambda features: enter("decoder") or decode(features)
+
+
+def _split(launches: list[Launch], sides: tuple[int, ...]) -> Run:
+    run = Run([], [], [])
+    current, region = run.before, ""
+    for launch in launches:
+        if launch.region != region:
+            region = launch.region
+            if region == "decoder":
+                current = run.decoder
+            elif region == "":
+                current = run.steps[-1].rest
+            else:
+                if region == "0":
+                    run.steps.append(Step(sides[len(run.steps)] ** 2, [], []))
+                run.steps[-1].blocks.append([])
+                current = run.steps[-1].blocks[-1]
+        current.append(launch)
+    return run
+
+
+def summary(run: Run, card: Card, share: Share) -> dict[str, object]:
+    """Launches, bytes and predicted milliseconds of a run."""
+
+    def milliseconds(launches: list[Launch]) -> float:
+        return 1e3 * sum(seconds(launch, card, share) for launch in launches)
+
+    steps = []
+    for step in run.steps:
+        counts = [sum(launch.launches for launch in block) for block in step.blocks]
+        traffic = [sum(launch_cost(launch, share).bytes for launch in block) for block in step.blocks]
+        steps.append(
+            {
+                "tokens": step.tokens,
+                "launches_per_block": max(counts),
+                "megabytes_per_block": max(traffic) / 1e6,
+                "blocks_ms": sum(map(milliseconds, step.blocks)),
+                "rest_ms": milliseconds(step.rest),
+                "block": _block_table(step.blocks[-1], card, share),
+            }
+        )
+    last_two = sum(step["blocks_ms"] + step["rest_ms"] for step in steps[-2:])
+    whole = milliseconds(run.before) + sum(step["blocks_ms"] + step["rest_ms"] for step in steps)
+    everything = [run.before, *(launches for step in run.steps for launches in (*step.blocks, step.rest))]
+    return {
+        "steps": steps,
+        "last_two_steps_ms": last_two,
+        "whole_run_ms": whole,
+        "launches": sum(launch.launches for launches in everything for launch in launches),
+        "decoder_ms": milliseconds(run.decoder),
+    }
+
+
+def _block_table(block: list[Launch], card: Card, share: Share) -> list[dict[str, object]]:
+    rows = []
+    for launch in block:
+        cost = launch_cost(launch, share)
+        rows.append(
+            {
+                "name": launch.name,
+                "launches": launch.launches,
+                "megabytes": cost.bytes / 1e6,
+                "gigaflops": cost.flops / 1e9,
+                "microseconds": 1e6 * seconds(launch, card, share),
+            }
+        )
+    return rows
+
+
+def text(report: dict) -> str:
+    """The report to read."""
+    title = f"{report['model']}, batch {report['batch']}, {report['gpu']}, bfloat16, schedule {report['schedule']}"
+    lines = [f"{title}, skip {report['skip']}: every time is predicted, none is measured", ""]
+    for name in ("dense", "actvar"):
+        steps = report[name]["steps"]
+        lines.append(f"{name}: launches and predicted time of one block at the last scale")
+        for row in steps[-1]["block"]:
+            lines.append(
+                f"  {row['name']:28s} {row['launches']:2d} {row['megabytes']:9.2f} MB {row['gigaflops']:9.2f} GFLOP "
+                f"{row['microseconds']:9.2f} us"
+            )
+        active = max(step["launches_per_block"] for step in steps[-2:])
+        verdict = "" if active <= MOST_LAUNCHES else f", more than {MOST_LAUNCHES}"
+        counts = Counter(step["launches_per_block"] for step in steps)
+        spread = ", ".join(f"{count} at {times} scales" for count, times in sorted(counts.items()))
+        lines.append(f"  {active} launches per block at the last two scales{verdict} (all scales: {spread})")
+        lines.append(f"  {report[name]['launches']} launches in the whole run")
+        lines.append("")
+    lines.append(f"{'predicted ms':22s} {'dense':>9s} {'ActVAR':>9s} {'speed-up':>9s}")
+    dense, actvar = report["dense"], report["actvar"]
+    for number, (a, b) in enumerate(zip(dense["steps"], actvar["steps"], strict=True), 1):
+        label = f"step {number:2d} ({a['tokens']} tokens)"
+        lines.append(_row(label, a["blocks_ms"] + a["rest_ms"], b["blocks_ms"] + b["rest_ms"]))
+    lines.append(_row("blocks, last two", *(sum(s["blocks_ms"] for s in r["steps"][-2:]) for r in (dense, actvar))))
+    lines.append(_row("last two steps", dense["last_two_steps_ms"], actvar["last_two_steps_ms"]))
+    lines.append(_row("whole run", dense["whole_run_ms"], actvar["whole_run_ms"]))
+    lines.append(_row("decoder, not included", dense["decoder_ms"], actvar["decoder_ms"]))
+    return "\n".join(lines)
+
+
+def _row(label: str, dense: float, actvar: float) -> str:
+    return f"{label:22s} {dense:9.3f} {actvar:9.3f} {dense / actvar:9.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Whole models on the Triton backend: the same tokens as on the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import make_tiny_var
+
+from actvar import ActVARConfig, apply_patch, load_pretrained, remove_patch
+from actvar.models import VAR
+from actvar_kernels import set_backend
+
+
+def sampled_tokens(var: VAR, monkeypatch: pytest.MonkeyPatch, backend: str, labels: torch.Tensor) -> list[torch.Tensor]:
+    """Tokens of every scale."""
+    tokens = []
+    original = type(var).draw
+    with monkeypatch.context() as patch:
+        patch.setattr(type(var), "draw", lambda *args: tokens.append(original(*args)) or tokens[-1])
+        set_backend(backend)
+        try:
+            var.autoregressive_infer_cfg(len(labels), labels, g_seed=0, cfg=1.5)
+        finally:
+            set_backend("auto")
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ActVARConfig(num_experts=8),
+        ActVARConfig(num_experts=8, kv="all", share_cfg_selection=True),
+        ActVARConfig(token_rates=(1, 1), ffn_rate=1),
+        ActVARConfig(token_rates=(1, 1), ffn_rate=1, num_experts=8, always_sparse=True),
+        ActVARConfig(token_rates=(0.5, 0.5), ffn_rate=1),
+        ActVARConfig(token_rates=(1, 1), ffn_rate=0.5, num_experts=4, expert_schedule="tile_list"),
+    ],
+    ids=["paper", "all keys, shared selection", "dense", "forced", "no experts", "no selection"],
+)
+@pytest.mark.parametrize(
+    "layout", [{}, {"shared_aln": True, "attn_l2_norm": False}], ids=["", "shared AdaLN, no QK norm"]
+)
+def test_a_small_model_draws_the_reference_tokens(config, layout, monkeypatch):
+    var = apply_patch(make_tiny_var(depth=1, **layout), config)
+    labels = torch.tensor([1, 2])
+    expected = sampled_tokens(var, monkeypatch, "reference", labels)
+    assert all(map(torch.equal, sampled_tokens(var, monkeypatch, "triton", labels), expected))
+
+
+def test_the_bundled_model_draws_the_reference_tokens(monkeypatch):
+    _, var = load_pretrained("fashion-mnist", adapter="paper")
+    labels = torch.tensor([7])
+    expected = sampled_tokens(var, monkeypatch, "reference", labels)
+    assert all(map(torch.equal, sampled_tokens(var, monkeypatch, "triton", labels), expected))
+
+
+def test_dense_scales_too_run_on_the_kernels_and_removal_is_exact(monkeypatch):
+    var = make_tiny_var(depth=1)
+    before = var.autoregressive_infer_cfg(1, 3, g_seed=0)
+    apply_patch(var, ActVARConfig(num_experts=8))
+    cache = []
+    var.blocks[0].register_forward_hook(lambda block, *_: cache.append(block.attn.cached_k))
+    sampled_tokens(var, monkeypatch, "triton", torch.tensor([3]))
+    assert len({keys.data_ptr() for keys in cache}) == 1, "the cache is one preallocated buffer from the first scale on"
+    var.blocks[0]._forward_hooks.clear()
+    remove_patch(var)
+    assert torch.equal(var.autoregressive_infer_cfg(1, 3, g_seed=0), before)
+
+
+def test_the_fast_sampler_is_reproducible_and_stays_in_the_vocabulary(monkeypatch):
+    var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8, sampler="fast"))
+    labels = torch.tensor([1, 2])
+    first, second = (sampled_tokens(var, monkeypatch, "triton", labels) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert all(int(tokens.min()) >= 0 and int(tokens.max()) < var.V for tokens in first)

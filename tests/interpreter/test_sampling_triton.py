@@ -1,0 +1,158 @@
+"""The sampling kernel against the reference with equal noise, its support token by token, and its random stream."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from comparison import normal
+from torch import Tensor
+
+from actvar_kernels import BackendUnavailableError, sample_tokens
+from actvar_kernels.sampling import reference
+
+FILTERS = [(0, 0.0), (1, 0.0), (4, 0.0), (10, 0.0), (0, 1e-6), (0, 0.5), (0, 1.0), (7, 0.8), (3, 0.999)]
+"""top_k and top_p."""
+
+
+def uniform(*shape: int, seed: int = 1) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(B: int, L: int, V: int, std: float = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    return normal(2 * B, L, V, std=std, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("V", "top_k", "top_p"),
+    [(1, 0, 0.0), (1, 1, 0.5), (100, 0, 0.0), (100, 100, 0.7), (512, 90, 0.96), (4096, 900, 0.96)],
+)
+def test_with_equal_noise_it_draws_the_reference_tokens(V: int, top_k: int, top_p: float, grid_order: str) -> None:
+    logits, noise = logits_of(2, 2, V), uniform(2, 2, V)
+    tokens = sample_tokens(logits, 1.3, top_k, top_p, noise=noise)
+    assert tokens.dtype == torch.int64
+    assert torch.equal(tokens, reference.sample_tokens(logits, 1.3, top_k, top_p, noise))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_low_precision_logits_are_guided_in_float32(dtype: torch.dtype) -> None:
+    logits, noise = logits_of(1, 3, 100, dtype=dtype), uniform(1, 3, 100)
+    tokens = sample_tokens(logits, 3.0, 20, 0.9, noise=noise)
+    assert torch.equal(tokens, reference.sample_tokens(logits.float(), 3.0, 20, 0.9, noise))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 40.0, 1e4])
+def test_any_strength_of_guidance(guidance: float) -> None:
+    logits, noise = logits_of(1, 3, 100), uniform(1, 3, 100)
+    tokens = sample_tokens(logits, guidance, 20, 0.9, noise=noise)
+    assert torch.equal(tokens, reference.sample_tokens(logits, guidance, 20, 0.9, noise))
+
+
+def test_logits_and_noise_may_have_any_strides() -> None:
+    logits, noise = logits_of(2, 3, 40).transpose(0, 1)[:, :, ::2], uniform(3, 20, 2).permute(2, 0, 1)[..., :20]
+    logits, noise = logits.transpose(0, 1), noise
+    tokens = sample_tokens(logits, 1.0, 9, 0.9, noise=noise)
+    assert torch.equal(tokens, reference.sample_tokens(logits.contiguous(), 1.0, 9, 0.9, noise.contiguous()))
+
+
+def kept(logits: Tensor, top_k: int, top_p: float) -> list[bool]:
+    """Which of the V tokens of `logits` `[V]` the kernel can draw: each is given, once, noise that makes it win."""
+    V = len(logits)
+    rows = torch.stack((logits, torch.zeros(V))).unsqueeze(1).expand(2, V, V)
+    noise = torch.full((V, V), 1e-10).fill_diagonal_(1).unsqueeze(0)
+    return (sample_tokens(rows, 0.0, top_k, top_p, noise=noise)[0] == torch.arange(V)).tolist()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
+def test_every_token_is_kept_or_filtered_as_by_the_reference(top_k: int, top_p: float) -> None:
+    logits = normal(10, seed=3, std=1.5).float()
+    rows = torch.stack((logits, torch.zeros(10))).unsqueeze(1)
+    assert kept(logits, top_k, top_p) == (reference.token_weights(rows, 0.0, top_k, top_p)[0, 0] > 0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "expected"),
+    [
+        (3, 0.0, [1, 1, 1, 1, 0, 0, 0]),
+        (5, 0.0, [1, 1, 1, 1, 1, 1, 0]),
+        (0, 0.5, [1, 1, 0, 0, 0, 0, 0]),
+        (0, 0.75, [1, 1, 1, 1, 0, 0, 0]),
+        (3, 0.8, [1, 1, 1, 1, 0, 0, 0]),
+        (3, 0.7, [1, 1, 0, 0, 0, 0, 0]),
+        (1, 1e-6, [1, 1, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_equal_logits_stay_or_go_together(top_k: int, top_p: float, expected: list[int]) -> None:
+    # probabilities 12, 12, 4, 4, 1, 1 and 0 of 34
+    logits = torch.tensor([12.0, 12, 4, 4, 1, 1, 0]).log()
+    assert kept(logits, top_k, top_p) == [bool(k) for k in expected]
+
+
+def test_zero_and_minus_zero_are_equal_logits() -> None:
+    assert kept(torch.tensor([0.0, -0.0, -1.0]), 1, 0.0) == [True, True, False]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (10, 0.0), (10, 0.999)])
+def test_tokens_of_logit_minus_infinity_are_never_drawn(top_k: int, top_p: float) -> None:
+    logits = normal(10, seed=3).float()
+    logits[[0, 4, 9]] = -torch.inf
+    assert kept(logits, top_k, top_p) == logits.isfinite().tolist()
+    both = logits.expand(2, 1, 10)  # minus infinity under both conditions
+    favoured = torch.full((1, 1, 10), 1e-10).index_fill(-1, torch.tensor([0, 4, 9]), 1)
+    assert logits[sample_tokens(both, 2.0, top_k, top_p, noise=favoured)].isfinite().all()
+
+
+def philox_uniform(seed: int, rows: int, V: int, step: int) -> Tensor:
+    """The documented noise `[rows, V]`, V a multiple of 4."""
+    counter = [np.arange(V // 4)[None, :], np.arange(rows)[:, None], np.array([[step]]), np.array([[0]])]
+    counter = [c.astype(np.uint64) + np.zeros((rows, V // 4), np.uint64) for c in counter]
+    keys, low, half = [seed % 2**32, seed // 2**32 % 2**32], np.uint64(2**32 - 1), np.uint64(32)
+    for _ in range(10):
+        first, second = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
+        counter = [
+            (second >> half) ^ counter[1] ^ np.uint64(keys[0]),
+            second & low,
+            (first >> half) ^ counter[3] ^ np.uint64(keys[1]),
+            first & low,
+        ]
+        keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
+    bits = np.stack(counter, axis=-1).reshape(rows, V).astype(np.uint32).view(np.int32)
+    return torch.from_numpy(np.where(bits < 0, ~bits, bits).astype(np.float32) * np.float32(4.6566127342e-10))
+
+
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (7, 9), (-3, 1), (2**62 + 5, 2)])
+def test_the_noise_is_the_documented_stream(seed: int, step: int, grid_order: str) -> None:
+    logits = logits_of(2, 3, 100)
+    noise = philox_uniform(seed, 6, 100, step).view(2, 3, 100)
+    expected = reference.sample_tokens(logits, 1.0, 0, 0.0, noise)
+    assert torch.equal(sample_tokens(logits, 1.0, 0, 0.0, seed=seed, step=step), expected)
+    assert torch.equal(sample_tokens(logits, 1.0, 0, 0.0, seed=torch.tensor([seed]), step=step), expected)
+
+
+def test_the_draws_have_the_probabilities_of_the_logits() -> None:
+    probabilities = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1, 0.0])
+    draws = 250
+    logits = torch.stack((probabilities.log(), torch.zeros(6))).unsqueeze(1).expand(2, draws, 6)
+    counts = sample_tokens(logits, 0.0, 0, 0.0, seed=0).flatten().bincount(minlength=6)
+    assert counts[5] == 0
+    expected = draws * probabilities[:5]
+    chi_square = ((counts[:5] - expected).square() / expected).sum()
+    assert chi_square < 23.5  # 4 degrees of freedom: 1 in 10^4 above
+
+
+def test_compiled_it_draws_what_it_draws_eagerly() -> None:
+    def draw(logits: Tensor, seed: Tensor) -> Tensor:
+        return sample_tokens(logits, 1.0, 0, 0.0, seed=seed, step=1)
+
+    arguments = logits_of(1, 2, 20), torch.tensor([3])
+    assert torch.equal(torch.compile(draw, backend="eager", fullgraph=True)(*arguments), draw(*arguments))
+
+
+def test_the_operator_passes_the_checks_of_torch() -> None:
+    arguments = (logits_of(1, 1, 9), 1.0, 0, 0.0, torch.tensor([3]), 0, 1, None)
+    torch.library.opcheck(torch.ops.actvar_kernels.sample_tokens.default, arguments)
+
+
+def test_a_vocabulary_beyond_the_kernel_is_refused() -> None:
+    with pytest.raises(BackendUnavailableError, match="sample_tokens"):
+        sample_tokens(torch.zeros(2, 1, 16385), 1.0, 0, 0.0, seed=0)

@@ -1,0 +1,316 @@
+"""The virtual GPU and the times that are predicted from it: what is recorded, what is refused, what is left behind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensor
+from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from actvar_kernels.backend import interpreted
+from actvar_kernels.compile_cases import Model
+from actvar_kernels.virtual import (
+    CompiledKernel,
+    HostSyncError,
+    Launch,
+    TensorInfo,
+    VirtualGPUUnavailableError,
+    to_fake_cuda,
+    virtual_gpu,
+    why_unavailable,
+)
+from actvar_kernels.virtual.cost import COSTS, Cost
+from actvar_kernels.virtual.resources import resources
+from benchmarks import roofline, routing
+from benchmarks import virtual_gpu as benchmark
+
+if interpreted():
+    pytest.skip("kernels are compiled here, not interpreted", allow_module_level=True)
+if why_unavailable() is not None:
+    pytest.skip(why_unavailable(), allow_module_level=True)
+
+
+@triton.jit
+def scale_kernel(x_ptr, out_ptr, count, factor, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + index, tl.load(x_ptr + index, mask=index < count) * factor, mask=index < count)
+
+
+@triton.jit
+def product_kernel(a_desc, b_desc, c_ptr, K, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    acc = tl.zeros((M, N), tl.float32)
+    for k in range(0, K, BLOCK):
+        acc = tl.dot(a_desc.load([0, k]), b_desc.load([0, k]).T, acc)
+    tl.store(c_ptr + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :], acc)
+
+
+def launch_scale(x: torch.Tensor, block: int = 256) -> torch.Tensor:
+    out = torch.empty_like(x)
+    scale_kernel[(triton.cdiv(x.numel(), block),)](x, out, x.numel(), 2.0, BLOCK=block, num_warps=2)
+    return out
+
+
+def cuda(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def recorded(arch: int, run) -> list:
+    with virtual_gpu(arch) as gpu, torch.no_grad():
+        run(gpu)
+    return gpu.launches
+
+
+def test_a_triton_launch_is_compiled_and_recorded_with_its_arguments():
+    (launch,) = recorded(90, lambda gpu: launch_scale(cuda(1000)))
+    assert (launch.name, launch.grid, launch.launches) == ("scale_kernel", (4, 1, 1), 1)
+    assert launch.bytes == 2 * 1000 * 4
+    x = launch.arguments["x_ptr"]
+    assert (x.shape, x.dtype, launch.arguments["count"]) == ((1000,), torch.float32, 1000)
+    kernel = launch.kernel
+    assert (kernel.arch, kernel.num_warps, kernel.constants) == (90, 2, {"BLOCK": 256})
+    found = resources(kernel.cubin)
+    assert 0 < found.registers <= 255
+    assert found.stack == found.local == 0
+    assert found.instructions["LDG"] > 0
+    assert found.loops == ()
+
+
+def test_tensor_descriptors_and_loops_are_understood():
+    def run(gpu):
+        a, b = cuda(64, 256, dtype=torch.bfloat16), cuda(64, 256, dtype=torch.bfloat16)
+        blocks = (TensorDescriptor.from_tensor(matrix, [64, 64]) for matrix in (a, b))
+        product_kernel[(1,)](*blocks, cuda(64, 64), 256, M=64, N=64, BLOCK=64, num_stages=3)
+
+    (launch,) = recorded(90, run)
+    assert launch.arguments["a_desc"].shape == (64, 256)
+    assert launch.bytes == 2 * 64 * 256 * 2 + 64 * 64 * 4
+    (loop,) = resources(launch.kernel.cubin).loops
+    assert loop["HGMMA"] > 0
+    assert loop["UTMALDG"] > 0
+
+
+def test_a_view_has_the_alignment_of_its_offset():
+    def run(gpu):
+        x = cuda(1009)
+        launch_scale(x[:1008])
+        launch_scale(x[1:])
+
+    aligned, shifted = recorded(80, run)
+    assert aligned.kernel.cubin != shifted.kernel.cubin, "loads of 16 bytes are only possible where pointers allow it"
+
+
+def test_architectures_are_compiled_apart_in_one_process():
+    assert [recorded(arch, lambda gpu: launch_scale(cuda(64)))[0].kernel.arch for arch in (80, 120, 80)] == [
+        80,
+        120,
+        80,
+    ]
+
+
+def test_kernels_that_a_gpu_could_not_hold_are_not_launched():
+    def run(gpu):
+        a, b = cuda(128, 1024, dtype=torch.bfloat16), cuda(128, 1024, dtype=torch.bfloat16)
+        blocks = (TensorDescriptor.from_tensor(matrix, [128, 128]) for matrix in (a, b))
+        product_kernel[(1,)](*blocks, cuda(128, 128), 1024, M=128, N=128, BLOCK=128, num_stages=5)
+
+    with pytest.raises(OutOfResources, match=r"shared memory \(product_kernel\)"):
+        recorded(90, run)
+
+
+def test_torch_operations_are_counted_and_views_are_not():
+    def run(gpu):
+        x, weight, bias = cuda(8, 16), cuda(32, 16), cuda(32)
+        y = torch.nn.functional.linear(x, weight, bias).view(2, 4, 32).transpose(0, 1)
+        y.detach()[1:].add_(1)
+        torch.zeros(4, device="cuda")
+
+    product, add, zeros = recorded(90, run)
+    assert (product.name, product.flops, product.dtype) == ("aten.addmm", 2 * 8 * 16 * 32, torch.float32)
+    assert product.bytes == 4 * (8 * 16 + 32 * 16 + 32 + 8 * 32)
+    assert (add.name, add.bytes, add.flops) == ("aten.add_", 2 * 4 * 3 * 2 * 32, 0)
+    assert (zeros.name, zeros.bytes) == ("aten.zeros", 16)
+
+
+def test_rows_that_are_looked_up_count_and_the_rest_of_the_table_does_not():
+    table = torch.nn.functional.embedding
+    (launch,) = recorded(90, lambda gpu: table(cuda(5, dtype=torch.int64), cuda(1000, 64)))
+    assert launch.bytes == 5 * 8 + 2 * 5 * 64 * 4
+
+
+def test_regions_mark_launches():
+    def run(gpu):
+        launch_scale(cuda(64))
+        gpu.region = "block 0"
+        launch_scale(cuda(64))
+
+    assert [launch.region for launch in recorded(90, run)] == ["", "block 0"]
+
+
+@pytest.mark.parametrize(
+    ("wait", "name"),
+    [
+        (lambda x: x.sum().item(), "_local_scalar_dense"),
+        (lambda x: bool(x.sum() > 0), "_local_scalar_dense"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x[x > 0], "index.Tensor"),
+        (lambda x: x.cpu(), "_to_copy"),
+        (lambda x: torch.empty(4).copy_(x), "copy_"),
+        (lambda x: torch.equal(x, x), "equal"),
+    ],
+    ids=["item", "bool", "nonzero", "index by mask", "cpu", "copy to host", "equal"],
+)
+def test_waiting_for_the_gpu_is_an_error_that_names_the_operation(wait, name):
+    with pytest.raises(HostSyncError, match=f"aten.{name}"):
+        recorded(90, lambda gpu: wait(cuda(4)))
+
+
+def test_writing_under_a_mask_does_not_wait():
+    def run(gpu):
+        x = cuda(4)
+        x[x > 0] = 1.0
+
+    assert recorded(90, run)
+
+
+def test_a_module_of_the_meta_device_moves_over():
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4)).eval()
+
+    def run(gpu):
+        to_fake_cuda(model, torch.bfloat16)
+        assert model(cuda(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        assert model[1].num_batches_tracked.dtype == torch.int64
+        assert model[0].weight.is_cuda
+
+    assert [launch.name for launch in recorded(90, run)][:1] == ["aten.addmm"]
+
+
+def test_everything_is_put_back():
+    driver, pointer = triton.runtime.driver._active, FakeTensor.data_ptr
+    with pytest.raises(HostSyncError):
+        recorded(90, lambda gpu: cuda(1).item())
+    assert triton.runtime.driver._active is driver
+    assert FakeTensor.data_ptr is pointer
+    assert type(torch.empty(1)) is torch.Tensor
+
+
+def test_an_unknown_architecture_and_the_interpreter_are_refused(monkeypatch):
+    with (
+        pytest.raises(ValueError, match=r"arch: expected one of \[80, 86, 89, 90, 100, 120\], got 75"),
+        virtual_gpu(75),
+    ):
+        pass
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(VirtualGPUUnavailableError, match="TRITON_INTERPRET"), virtual_gpu(90):
+        pass
+
+
+def a_launch(name: str = "aten.add", **fields) -> Launch:
+    return Launch(**{"name": name, "region": "", "bytes": 0, "flops": 0, "dtype": None} | fields)
+
+
+CARD = roofline.Card(80, 100.0, 10.0, 1000.0, multiprocessors=10, gigahertz=1.0, cache_megabytes=1, cublas=0.5)
+
+
+def full(_tokens: int, _rows: int) -> float:
+    return 1.0
+
+
+def test_memory_bound_time_is_bytes_by_bandwidth_and_the_cost_of_each_launch():
+    launch = a_launch(bytes=900_000, launches=3)
+    assert roofline.seconds(launch, CARD, full) == pytest.approx(3 * 1.2e-6 + 1e-6)
+
+
+def test_time_of_a_cublas_product_counts_whole_tiles_in_whole_waves():
+    # 128 x 1408 in 11 tiles of 128 x 128: two waves of 10, so 20 tiles' time, at half of 100 TFLOP/s
+    flops = 2 * 128 * 1408 * 1000
+    result = TensorInfo((128, 1408), (1408, 1), torch.bfloat16)
+    launch = a_launch("aten.mm", flops=flops, dtype=torch.bfloat16, result=result)
+    assert roofline.seconds(launch, CARD, full) == pytest.approx(1.2e-6 + flops * 20 / 11 / 50e12)
+
+
+def test_time_of_a_triton_product_counts_its_programs(monkeypatch):
+    cost = Cost(bytes=0, flops=10**9, dtype=torch.bfloat16, running=0.5, instructions=1)
+    monkeypatch.setitem(COSTS, "toy", lambda arguments, share: cost)
+    kernel = CompiledKernel("toy", 80, 4, 3, 0, b"", "", {})
+    launch = a_launch("toy", kernel=kernel, grid=(11, 2, 1), arguments={})
+    # 11 of 22 programs run, on 10 multiprocessors; Triton at 0.88 of cuBLAS
+    assert roofline.seconds(launch, CARD, full) == pytest.approx(1.2e-6 + 1e9 * 20 / 11 / (50e12 * 0.88))
+
+
+def test_time_of_a_kernel_without_products_is_that_of_its_instructions():
+    (launch,) = recorded(80, lambda gpu: launch_scale(cuda(256 * 30)))
+    count = resources(launch.kernel.cubin).instructions.total()
+    # 30 programs of 64 threads, 128 threads' instructions per cycle of 1 ns on each of 10 multiprocessors
+    expected = 30 * 64 * count / (10 * 128 * 0.7) * 1e-9
+    assert roofline.seconds(launch, CARD._replace(gigabytes_per_second=1e6), full) == pytest.approx(1.2e-6 + expected)
+
+
+def test_single_precision_does_not_run_at_the_speed_of_tensor_cores():
+    launch = a_launch("aten.sum", flops=7 * 10**6, dtype=torch.float32)
+    assert roofline.seconds(launch, CARD, full) == pytest.approx(1.2e-6 + 1e-6)
+
+
+def test_the_share_of_blocks_of_a_hand_made_routing():
+    mask = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1]], dtype=torch.bool)
+    assert routing.share_of_blocks(mask, rows=2) == 0.5, "sorted by expert every tile needs one of two"
+    assert routing.share_of_blocks(mask, rows=4) == 1.0
+    assert routing.share_function("snap")(100, 128) == 0.75
+    assert routing.share_function(0.1)(100, 128) == pytest.approx(0.9)
+
+
+def test_random_routing_leaves_out_more_with_more_tokens():
+    share = routing.share_function("random")
+    assert 0.75 < share(8192, 128) < share(1024, 128) <= 1
+
+
+def test_a_small_model_samples_on_the_virtual_gpu(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(benchmark.MODELS, "d16", Model(128, (1, 2, 3, 5)))
+    file = tmp_path / "report.json"
+    assert (
+        benchmark.main(["--model", "d16", "--gpu", "a100", "--batch", "1", "--skip", "0.1", "--json", str(file)]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "every time is predicted, none is measured" in out
+    report = json.loads(file.read_text())
+    for name in ("dense", "actvar"):
+        steps = report[name]["steps"]
+        assert [step["tokens"] for step in steps] == [1, 4, 9, 25]
+        assert max(step["launches_per_block"] for step in steps[-2:]) <= 9
+        parts = sum(step["blocks_ms"] + step["rest_ms"] for step in steps)
+        assert 0 < report[name]["last_two_steps_ms"] < parts < report[name]["whole_run_ms"]
+
+
+def test_a_sampling_loop_that_waits_is_reported(monkeypatch, capsys):
+    def waits(*_):
+        raise HostSyncError("aten._local_scalar_dense.default makes the host wait for the GPU")
+
+    monkeypatch.setattr(benchmark, "sampling_run", waits)
+    assert benchmark.main(["--skip", "random"]) == 1
+    assert "_local_scalar_dense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--gpu", "v100"], "v100"),
+        (["--model", "d17"], "d17"),
+        (["--batch", "0"], "expected an integer above 0, got '0'"),
+        (["--skip", "1.5"], "measured, random, snap or a number in [0, 1), got '1.5'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(arguments, text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert text in error
