@@ -15,7 +15,8 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,11 +25,11 @@ import torch
 from tqdm import tqdm
 
 from actvar_kernels.compile_cases import DTYPES, MODELS, cases
-from actvar_kernels.virtual import CompiledKernel, VirtualGPUUnavailableError, virtual_gpu, why_unavailable
+from actvar_kernels.tiles import ARCHITECTURES
+from actvar_kernels.virtual import CompiledKernel, virtual_gpu, why_unavailable
 from actvar_kernels.virtual.driver import SHARED_MEMORY_KIB
 from actvar_kernels.virtual.resources import Resources, resources
 
-ARCHITECTURES = tuple(SHARED_MEMORY_KIB)
 TENSOR_CORES = {90: "HGMMA", 100: "UTC.*MMA"}  # others: HMMA
 # A product with fewer rows than a warp group's 64 runs on the older instruction, which these architectures have too.
 WARP_GROUP_ROWS = 64
@@ -66,12 +67,14 @@ class Row:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    reason = why_unavailable()
-    if reason is not None:
-        print(f"compile_check: {reason}", file=sys.stderr)
-        return 2
-    rows = check(jobs(options.arch, options.models, options.quick), options.processes)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if why_unavailable() is not None:
+        parser.error(f"virtual GPU: {why_unavailable()}")
+    todo = jobs(options.arch, options.models, options.quick)
+    if not todo:
+        parser.error("--quick: covers sm_80 and sm_90 with d16 and d30, of which --arch or --models leave out all")
+    rows = check(todo, options.processes)
     print(table(rows))
     failures = sum(bool(row.faults) for row in rows)
     architectures = ", ".join(f"sm_{arch}" for arch in sorted({row.arch for row in rows}))
@@ -114,19 +117,13 @@ def jobs(architectures: Iterable[int], models: Iterable[str], quick: bool) -> li
 def check(todo: list[Job], processes: int) -> list[Row]:
     """A row for every distinct kernel of the jobs, in the order of architecture and name."""
     rows: dict[object, Row] = {}
-    if processes > 1:
-        with ProcessPoolExecutor(min(processes, len(todo)), mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(compiled, job) for job in todo]
-            results = (future.result() for future in as_completed(futures))
-            _collect(rows, results, len(todo))
-    else:
-        _collect(rows, map(compiled, todo), len(todo))
+    with (
+        ProcessPoolExecutor(min(processes, len(todo)), get_context("spawn")) if processes > 1 else nullcontext() as pool
+    ):
+        results = map(compiled, todo) if pool is None else pool.map(compiled, todo)
+        for found in tqdm(results, total=len(todo), desc="compile", leave=False):
+            rows = found | rows
     return sorted(rows.values(), key=lambda row: (row.arch, row.kernel, row.configuration, row.case))
-
-
-def _collect(rows: dict[object, Row], results: Iterable[dict[object, Row]], count: int) -> None:
-    for found in tqdm(results, total=count, desc="compile", leave=False):
-        rows.update(found)
 
 
 def compiled(job: Job) -> dict[object, Row]:
@@ -209,7 +206,4 @@ def table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except VirtualGPUUnavailableError as error:
-        sys.exit(f"compile_check: {error}")
+    sys.exit(main())

@@ -37,8 +37,9 @@ def register_reference_gradient(
             outputs = reference(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(output, g) for output, g in zip(outputs, gradients, strict=True) if output.requires_grad]
+        outputs, gradients = zip(*pairs, strict=True)
         leaves = [argument for argument, needed in zip(arguments, wanted, strict=False) if needed]
-        found = iter(torch.autograd.grad(*zip(*pairs, strict=True), leaves, allow_unused=True))
+        found = iter(torch.autograd.grad(outputs, leaves, gradients, allow_unused=True))
         return tuple(next(found) if needed else None for needed in wanted)
 
     operator.register_autograd(backward, setup_context=setup_context)

@@ -47,7 +47,10 @@ TRITON = {80: 0.88, 86: 0.88, 89: 0.88, 90: 0.95, 100: 0.88, 120: 0.88}  # of cu
 ATTENTION = {80: 0.55, 86: 0.55, 89: 0.55, 90: 0.35, 100: 0.25, 120: 0.55}
 VECTOR = 0.7  # share of the fp32 rate, and of the instructions that could be issued, without tensor cores; assumed
 INSTRUCTIONS = 4 * 32  # of threads per cycle and multiprocessor: four schedulers, a warp each
-CUBLAS_TILES = ((128, 256), (256, 128), (128, 128))  # cuBLAS is given the best of them; assumed
+# Of these cuBLAS is given the best; assumed.
+CUBLAS_TILES = ((128, 256), (256, 128), (128, 128), (64, 128), (128, 64), (64, 64))
+# Share of the rate that products with tiles of at least so many elements reach, cuBLAS or Triton; assumed.
+TILE_SHARES = ((128 * 128, 1.0), (64 * 128, 0.8), (0, 0.6))
 
 
 def seconds(launch: Launch, card: Card, share: Share) -> float:
@@ -91,18 +94,25 @@ def rate(launch: Launch, cost: Cost, card: Card) -> float:
 
 
 def imbalance(launch: Launch, cost: Cost, card: Card) -> float:
-    """How much longer the busiest multiprocessor works than the average: programs come whole, one after another."""
+    """How much longer products take than at the full rate: programs come whole, the busiest multiprocessor decides,
+    and small tiles are slower."""
     if launch.kernel is not None:
-        return _waves(max(1, round(math.prod(launch.grid) * cost.running)), card)
+        slower = 1 if cost.tile is None else 1 / _tile_share(cost.tile)
+        return slower * _waves(max(1, round(math.prod(launch.grid) * cost.running)), card)
     if launch.name not in ("aten.mm", "aten.addmm", "aten.bmm", "aten._addmm_activation"):
         return 1.0
     *batch, rows, columns = launch.result.shape
 
-    def padded(tile: tuple[int, int]) -> float:
+    def with_tile(tile: tuple[int, int]) -> float:
         tiles = math.ceil(rows / tile[0]) * math.ceil(columns / tile[1])
-        return _waves(math.prod(batch) * tiles, card) * tiles * tile[0] * tile[1] / (rows * columns)
+        padded = tiles * tile[0] * tile[1] / (rows * columns)
+        return padded * _waves(math.prod(batch) * tiles, card) / _tile_share(tile)
 
-    return min(map(padded, CUBLAS_TILES))
+    return min(map(with_tile, CUBLAS_TILES))
+
+
+def _tile_share(tile: tuple[int, int]) -> float:
+    return next(share for elements, share in TILE_SHARES if tile[0] * tile[1] >= elements)
 
 
 def _waves(programs: int, card: Card) -> float:

@@ -56,9 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    reason = why_unavailable()
-    if reason is not None:
-        parser.error(reason)
+    if why_unavailable() is not None:
+        parser.error(f"virtual GPU: {why_unavailable()}")
     card, schedule = CARDS[options.gpu], options.schedule
     skip = options.skip if options.skip is not None else ("snap" if schedule == "snap" else "measured")
     share = share_function(skip)
@@ -234,8 +233,10 @@ def text(report: dict) -> str:
         active = max(step["launches_per_block"] for step in steps[-2:])
         verdict = "" if active <= MOST_LAUNCHES else f", more than {MOST_LAUNCHES}"
         counts = Counter(step["launches_per_block"] for step in steps)
-        spread = ", ".join(f"{count} at {times} scales" for count, times in sorted(counts.items()))
-        lines.append(f"  {active} launches per block at the last two scales{verdict} (all scales: {spread})")
+        spread = ", ".join(f"{count} at {times}" for count, times in sorted(counts.items()))
+        lines.append(f"  {active} launches per block at the last two scales{verdict} (of all scales: {spread})")
+        megabytes = ", ".join(f"{step['megabytes_per_block']:.1f} MB" for step in steps[-2:])
+        lines.append(f"  {megabytes} per block at the last two scales")
         lines.append(f"  {report[name]['launches']} launches in the whole run")
         lines.append("")
     lines.append(f"{'predicted ms':22s} {'dense':>9s} {'ActVAR':>9s} {'speed-up':>9s}")

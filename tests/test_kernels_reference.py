@@ -21,6 +21,7 @@ import actvar_kernels
 from actvar_kernels import (
     BackendUnavailableError,
     expert_ffn,
+    expert_ffn_scatter,
     get_backend,
     normalize_modulate,
     route_experts,
@@ -30,6 +31,7 @@ from actvar_kernels import (
     subset_attention,
 )
 from actvar_kernels.expert_ffn.op import expert_ffn_flops
+from actvar_kernels.expert_ffn.reference import snapped
 from actvar_kernels.token_select.reference import top_indices
 
 LOW_DTYPES = [torch.bfloat16, torch.float16]
@@ -555,6 +557,66 @@ def test_the_gradients_of_scatter_rows_are_those_of_the_loops() -> None:
     assert torch.autograd.gradcheck(scatter, leaves)
 
 
+def gray_decoded(experts: list[bool]) -> int:
+    number = parity = 0
+    for on in experts:
+        parity ^= on
+        number = 2 * number + parity
+    return number
+
+
+def looped_snap(masks: list[list[bool]], active: int) -> list[list[bool]]:
+    order = sorted(range(len(masks)), key=lambda token: gray_decoded(masks[token]))
+    result = {}
+    for start in range(0, len(order), 128):
+        tile = order[start : start + 128]
+        votes = [sum(masks[token][expert] for token in tile) for expert in range(len(masks[0]))]
+        run = oracle.highest(votes, active)
+        result.update({token: [expert in run for expert in range(len(votes))] for token in tile})
+    return [result[token] for token in range(len(masks))]
+
+
+@pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 4, 3), (300, 1, 1), (300, 5, 2), (700, 16, 12)])
+def test_snap_gives_every_tile_of_sorted_tokens_the_experts_of_most_votes(
+    tokens: int, experts: int, active: int
+) -> None:
+    mask = random_mask(tokens, experts, active=active)
+    assert snapped(mask, active).tolist() == looped_snap(mask.tolist(), active)
+    equal = mask[:1].expand(tokens, experts)
+    assert torch.equal(snapped(equal, active), equal)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.data())
+def test_snap_breaks_any_tie_towards_the_lower_expert(data: st.DataObject) -> None:
+    experts = data.draw(st.integers(1, 32))
+    tokens = data.draw(st.lists(st.lists(st.booleans(), min_size=experts, max_size=experts), min_size=1, max_size=9))
+    active = data.draw(st.integers(1, experts))
+    assert snapped(torch.tensor(tokens), active).tolist() == looped_snap(tokens, active)
+
+
+@pytest.mark.parametrize("schedule", ["auto", "dense", "tile_list", "snap"])
+@pytest.mark.parametrize("of_all_tokens", [False, True], ids=["scattered", "of all tokens"])
+def test_expert_ffn_scatter_is_the_loops_one_after_the_other(schedule: str, of_all_tokens: bool) -> None:
+    tokens, keep = (5, 5) if of_all_tokens else (9, 5)
+    (x, rows, u, gamma), index = scatter_inputs(2, tokens, 24, keep, torch.float64)
+    weights, mask = ffn_weights(24, 96), random_mask(2, keep, 4, active=2)
+    run = torch.tensor(looped_snap(mask.flatten(0, 1).tolist(), 2)).view_as(mask) if schedule == "snap" else mask
+    update = looped_experts(u, run.double(), *weights)
+    if of_all_tokens:
+        index = [list(range(keep))] * 2
+        actual = expert_ffn_scatter(None, None, rows, u, mask, 2, *weights, gamma, schedule)
+    else:
+        actual = expert_ffn_scatter(x.clone(), torch.tensor(index), rows, u, mask, 2, *weights, gamma, schedule)
+    assert_close(actual, looped_scatter(x, index, rows, update, gamma), EXACT)
+
+
+def test_an_unknown_schedule_is_a_value_error() -> None:
+    operation, arguments = OPERATIONS["expert_ffn_scatter"]
+    with pytest.raises(ValueError, match=r"^schedule: expected one of auto, .*'fastest'"):
+        operation(**arguments, schedule="fastest")
+
+
 R, L, K, C, N, D = 2, 9, 5, 64, 4, 256
 OPERATIONS: dict[str, tuple[Callable, dict[str, object]]] = {
     "select_tokens": (
@@ -600,6 +662,22 @@ OPERATIONS: dict[str, tuple[Callable, dict[str, object]]] = {
             fc2_bias=torch.ones(C),
         ),
     ),
+    "expert_ffn_scatter": (
+        expert_ffn_scatter,
+        dict(
+            rest=torch.ones(R, L, C),
+            index=torch.arange(K).repeat(R, 1),
+            rows=torch.ones(R, K, C),
+            u=torch.ones(R, K, C),
+            mask=torch.ones(R, K, N, dtype=torch.bool),
+            active=3,
+            fc1_weight=torch.ones(D, C),
+            fc1_bias=torch.ones(D),
+            fc2_weight=torch.ones(C, D),
+            fc2_bias=torch.ones(C),
+            gamma=torch.ones(R, 1, C),
+        ),
+    ),
     "scatter_rows": (
         scatter_rows,
         dict(
@@ -643,6 +721,14 @@ WRONG = [
     ("expert_ffn", "fc1_bias", torch.ones(1)),
     ("expert_ffn", "fc2_weight", torch.ones(D, C)),
     ("expert_ffn", "fc2_bias", torch.ones(1)),
+    ("expert_ffn_scatter", "rest", torch.ones(R, L, C + 1)),
+    ("expert_ffn_scatter", "index", torch.arange(K)),
+    ("expert_ffn_scatter", "rows", torch.ones(R, L, C)),
+    ("expert_ffn_scatter", "u", torch.ones(R, K, C + 1)),
+    ("expert_ffn_scatter", "mask", torch.ones(R, K, 3, dtype=torch.bool)),
+    ("expert_ffn_scatter", "active", N + 1),
+    ("expert_ffn_scatter", "fc1_bias", torch.ones(1)),
+    ("expert_ffn_scatter", "gamma", torch.ones(R, C)),
     ("scatter_rows", "rest", torch.ones(L, C)),
     ("scatter_rows", "index", torch.arange(K)),
     ("scatter_rows", "rows", torch.ones(R, L, C)),
@@ -678,7 +764,7 @@ def test_shared_guidance_needs_an_even_number_of_rows() -> None:
 def test_a_backend_asked_for_by_name_raises_at_the_call_where_it_cannot_run(name: str) -> None:
     operation, arguments = OPERATIONS[name]
     set_backend("triton")
-    with pytest.raises(BackendUnavailableError, match=f"{name} .*'triton'"):
+    with pytest.raises(BackendUnavailableError, match=f"^{name}: the 'triton' backend needs"):
         operation(**arguments)
 
 
@@ -686,7 +772,7 @@ def test_a_backend_asked_for_by_name_raises_also_where_gradients_are_wanted() ->
     _, arguments = OPERATIONS["expert_ffn"]
     arguments = {**arguments, "u": arguments["u"].clone().requires_grad_(True)}
     set_backend("triton")
-    with pytest.raises(BackendUnavailableError, match=r"expert_ffn .*'triton'"):
+    with pytest.raises(BackendUnavailableError, match="^expert_ffn: the 'triton' backend needs"):
         expert_ffn(**arguments)
 
 

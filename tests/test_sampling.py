@@ -11,7 +11,7 @@ from actvar.models.sampling import sample_top_k_top_p
 from actvar_kernels import sample_tokens
 from actvar_kernels.sampling.reference import LARGEST, SMALLEST, token_weights
 
-FILTERS = [(0, 0.0), (1, 0.0), (7, 0.0), (20, 0.0), (0, 1e-6), (0, 0.5), (0, 1.0), (12, 0.8), (3, 0.999), (900, 0.96)]
+FILTERS = [(0, 0.0), (1, 0.0), (7, 0.0), (20, 0.0), (0, 1e-9), (0, 0.5), (0, 1.0), (12, 0.8), (3, 0.999), (900, 0.96)]
 """top_k (at most the vocabulary) and top_p."""
 
 

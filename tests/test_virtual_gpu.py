@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from actvar_kernels.backend import interpreted
 from actvar_kernels.compile_cases import Model
 from actvar_kernels.virtual import (
     CompiledKernel,
@@ -32,8 +31,6 @@ from actvar_kernels.virtual.resources import resources
 from benchmarks import roofline, routing
 from benchmarks import virtual_gpu as benchmark
 
-if interpreted():
-    pytest.skip("kernels are compiled here, not interpreted", allow_module_level=True)
 if why_unavailable() is not None:
     pytest.skip(why_unavailable(), allow_module_level=True)
 
@@ -213,6 +210,13 @@ def test_an_unknown_architecture_and_the_interpreter_are_refused(monkeypatch):
         pass
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA no compiler is needed")
+def test_without_a_compiler_there_is_no_virtual_gpu_and_the_reason_is_given(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(VirtualGPUUnavailableError, match=r"C\+\+ compiler: 'no-such-compiler' is not there"):
+        recorded(90, launch_scale)
+
+
 def a_launch(name: str = "aten.add", **fields) -> Launch:
     return Launch(**{"name": name, "region": "", "bytes": 0, "flops": 0, "dtype": None} | fields)
 
@@ -230,20 +234,27 @@ def test_memory_bound_time_is_bytes_by_bandwidth_and_the_cost_of_each_launch():
 
 
 def test_time_of_a_cublas_product_counts_whole_tiles_in_whole_waves():
-    # 128 x 1408 in 11 tiles of 128 x 128: two waves of 10, so 20 tiles' time, at half of 100 TFLOP/s
-    flops = 2 * 128 * 1408 * 1000
-    result = TensorInfo((128, 1408), (1408, 1), torch.bfloat16)
-    launch = a_launch("aten.mm", flops=flops, dtype=torch.bfloat16, result=result)
-    assert roofline.seconds(launch, CARD, full) == pytest.approx(1.2e-6 + flops * 20 / 11 / 50e12)
+    # 128 x 1280: 10 tiles of 128 x 128 are one wave at half of 100 TFLOP/s; a row more makes it 20 tiles, two waves
+    flops = 2 * 128 * 1280 * 1000
+    even = a_launch(
+        "aten.mm", flops=flops, dtype=torch.bfloat16, result=TensorInfo((128, 1280), (1280, 1), torch.bfloat16)
+    )
+    assert roofline.seconds(even, CARD, full) == pytest.approx(1.2e-6 + flops / 50e12)
+    flops = 2 * 129 * 1280 * 1000
+    odd = a_launch(
+        "aten.mm", flops=flops, dtype=torch.bfloat16, result=TensorInfo((129, 1280), (1280, 1), torch.bfloat16)
+    )
+    # 30 tiles of 64 x 128 at 0.8 of the rate come first: 3 waves of half the time each
+    assert roofline.seconds(odd, CARD, full) == pytest.approx(1.2e-6 + 3 / 2 / 0.8 * 2 * 128 * 1280 * 1000 / 50e12)
 
 
 def test_time_of_a_triton_product_counts_its_programs(monkeypatch):
-    cost = Cost(bytes=0, flops=10**9, dtype=torch.bfloat16, running=0.5, instructions=1)
+    cost = Cost(bytes=0, flops=10**9, dtype=torch.bfloat16, running=0.5, tile=(64, 64), instructions=1)
     monkeypatch.setitem(COSTS, "toy", lambda arguments, share: cost)
     kernel = CompiledKernel("toy", 80, 4, 3, 0, b"", "", {})
     launch = a_launch("toy", kernel=kernel, grid=(11, 2, 1), arguments={})
-    # 11 of 22 programs run, on 10 multiprocessors; Triton at 0.88 of cuBLAS
-    assert roofline.seconds(launch, CARD, full) == pytest.approx(1.2e-6 + 1e9 * 20 / 11 / (50e12 * 0.88))
+    # 11 of 22 programs run, on 10 multiprocessors; Triton at 0.88 of cuBLAS, tiles of 64 x 64 at 0.6
+    assert roofline.seconds(launch, CARD, full) == pytest.approx(1.2e-6 + 1e9 * 20 / 11 / (50e12 * 0.88 * 0.6))
 
 
 def test_time_of_a_kernel_without_products_is_that_of_its_instructions():

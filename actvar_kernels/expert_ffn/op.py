@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels.backend import backend_of, needs_operator
+from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_shape
 from actvar_kernels.expert_ffn import reference
 from actvar_kernels.expert_ffn.route import route
@@ -13,8 +13,8 @@ from actvar_kernels.scatter.op import scatter_rows
 
 SCHEDULES = ("auto", "dense", "tile_list", "snap")
 
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TRITON_EXPERTS = 32
+_MAX_EXPERTS = 32
+"""Of the Triton backend: a token's experts are the bits of an int32."""
 
 
 def route_experts(
@@ -160,9 +160,9 @@ def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> 
 
 
 def _backend(operation: str, u: torch.Tensor, mask: torch.Tensor, *others: torch.Tensor) -> str:
-    runs = mask.dtype == torch.bool and mask.shape[-1] <= _TRITON_EXPERTS
-    runs = runs and all(t.dtype in _TRITON_DTYPES for t in (u, *others))
-    return backend_of(operation, u, ("reference", "triton") if runs else ("reference",))
+    fits = mask.dtype == torch.bool and mask.shape[-1] <= _MAX_EXPERTS
+    limits = f"float32, float16 and bfloat16, and a bool mask of up to {_MAX_EXPERTS} experts"
+    return backend_of(operation, u, kernel_backends(u, *others, fits=fits), limits)
 
 
 def _wants_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -17,7 +17,8 @@ MAX_EXPERTS = 32
 def route(u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`route_experts` with arguments that fit."""
     if _backend(u, weight, bias) == "triton" and needs_operator(u, weight, bias):
-        return torch.ops.actvar_kernels.route_experts(u, weight, bias, active)
+        logits, mask = torch.ops.actvar_kernels.route_experts(u, weight, bias, active)
+        return mask, logits
     return _run(u, weight, bias, active)
 
 
@@ -38,16 +39,22 @@ def _run(u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
 def _route_experts(
     u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _run(u, weight, bias, active)
+    mask, logits = _run(u, weight, bias, active)
+    return logits, mask
 
 
 @_route_experts.register_fake
 def _(u, weight, bias, active):
     mask = u.new_empty(*u.shape[:-1], weight.shape[0], dtype=torch.bool)
-    return mask, torch.empty_like(mask, dtype=torch.float32)
+    return torch.empty_like(mask, dtype=torch.float32), mask
 
 
-register_reference_gradient(_route_experts, reference.route_experts)
+def _logits_first(u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
+    mask, logits = reference.route_experts(u, weight, bias, active)
+    return logits, mask
+
+
+register_reference_gradient(_route_experts, _logits_first)
 
 
 def route_experts_flops(u_shape, weight_shape, *_args, **_kwargs) -> int:

@@ -276,12 +276,10 @@ def _up(
     first = tl.program_id(1) * BLOCK_T
     row = first + tl.arange(0, BLOCK_T)
     if order_ptr is None:
-        on = tl.load(choice_ptr + row.to(tl.int64) * EXPERTS + expert, mask=row < T, other=0) != 0
         wanted = True
     else:
         bits = tl.load(choice_ptr + row, mask=row < T, other=0)
         wanted = (_tile_experts(bits, ACTIVE) >> expert) & 1 != 0
-        on = (bits >> expert) & 1 != 0 if ACTIVE is None else row < T
 
     if wanted:
         if order_ptr is not None:
@@ -312,6 +310,12 @@ def _up(
                 else:
                     w1_tail = _load(w1_tail_rows, k, C, BLOCK_C)
                 tail = tl.dot(u, w1_tail.T, tail, input_precision="ieee")
+        if order_ptr is None:
+            on = tl.load(choice_ptr + row.to(tl.int64) * EXPERTS + expert, mask=row < T, other=0) != 0
+        elif ACTIVE is None:
+            on = (tl.load(choice_ptr + row, mask=row < T, other=0) >> expert) & 1 != 0
+        else:
+            on = None
         _store_hidden(h_ptr, acc, b1_ptr, on, first, expert, unit, T, WIDTH, EXPERTS, DESCRIPTORS)
         if TAIL_H:
             _store_hidden(h_tail_ptr, tail, b1_ptr, on, first, expert, unit + BLOCK_H, T, WIDTH, EXPERTS, DESCRIPTORS)
@@ -363,7 +367,8 @@ def _store_hidden(
     x = acc + tl.load(b1_ptr + expert * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
     # gelu_tanh(x) = x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
     hidden = x / (1 + tl.exp(-1.5957691216057308 * x * (1 + 0.044715 * x * x)))
-    hidden = tl.where(on[:, None], hidden, 0.0)
+    if on is not None:
+        hidden = tl.where(on[:, None], hidden, 0.0)
     if DESCRIPTORS:
         h_ptr.store([first, expert * WIDTH + unit], hidden.to(h_ptr.dtype))
     else:

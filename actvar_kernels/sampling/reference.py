@@ -11,8 +11,7 @@ SMALLEST, LARGEST = 1e-10, 1 - 2**-24
 def sample_tokens(logits: torch.Tensor, guidance: float, top_k: int, top_p: float, noise: torch.Tensor) -> torch.Tensor:
     """One token per position, the winner of `argmax(weight / e)`, `e = -log(noise)`; the lower index on a tie."""
     weights = token_weights(logits, guidance, top_k, top_p)
-    race = weights / -noise.float().clamp(SMALLEST, LARGEST).log()
-    return race.masked_fill(weights == 0, -1).argmax(dim=-1)
+    return (weights / -noise.float().clamp(SMALLEST, LARGEST).log()).argmax(dim=-1)
 
 
 def token_weights(logits: torch.Tensor, guidance: float, top_k: int, top_p: float) -> torch.Tensor:

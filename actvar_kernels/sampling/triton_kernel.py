@@ -103,7 +103,7 @@ def _sample(
         threshold, bit = _bisection_start()
         for _ in range(32):
             trial = threshold | bit
-            kept = tl.sum((real & (key >= trial)).to(tl.int32), axis=0)
+            kept = tl.sum((key >= trial).to(tl.int32), axis=0)
             threshold = tl.where(kept >= top_k, trial, threshold)
             bit = bit >> 1
         weights = tl.where(key >= threshold, weights, 0.0)
@@ -126,8 +126,7 @@ def _sample(
         noise_ptr += image * noise_strides[0] + position * noise_strides[1]
         uniform = tl.load(noise_ptr + token * noise_strides[2], mask=real, other=0.5).to(tl.float32)
     uniform = tl.minimum(tl.maximum(uniform, SMALLEST), LARGEST)
-    race = tl.where(weights > 0, weights / -tl.log(uniform), -1.0)
-    tl.store(tokens_ptr + row, tl.argmax(race, axis=0))
+    tl.store(tokens_ptr + row, tl.argmax(weights / -tl.log(uniform), axis=0))
 
 
 @triton.jit
@@ -142,7 +141,7 @@ def _uniform(seed, row, step, BLOCK: tl.constexpr):
 def _ordered(x):
     """Unsigned integers in the order of the float32 numbers `x`; equal for 0 and -0."""
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 == 0, bits | 0x80000000, ~bits)
+    return bits ^ tl.where(bits >> 31 == 0, 0x80000000, 0xFFFFFFFF)
 
 
 @triton.jit

@@ -65,7 +65,8 @@ def select_tokens(
         raise ValueError(f"share_guidance: expected conditional and unconditional rows in equal number, got {R} rows")
     tensors = (x, weight, bias, scale, shift)
     if _selection_backend(*tensors) == "triton" and needs_operator(*tensors):
-        return Selection(*torch.ops.actvar_kernels.select_tokens(*tensors, keep, share_guidance))
+        rows, modulated, scores, rest, index = torch.ops.actvar_kernels.select_tokens(*tensors, keep, share_guidance)
+        return Selection(index, rows, modulated, scores, rest)
     return Selection(*_select(*tensors, keep, share_guidance))
 
 
@@ -116,7 +117,7 @@ def _select_tokens(
     share_guidance: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     index, rows, modulated, scores, rest = _select(x, weight, bias, scale, shift, keep, share_guidance)
-    return index, rows, modulated, scores, rest.clone() if rest is x else rest
+    return rows, modulated, scores, rest.clone() if rest is x else rest, index
 
 
 @_select_tokens.register_fake
@@ -124,14 +125,14 @@ def _(x, weight, bias, scale, shift, keep, share_guidance):
     R, L, C = x.shape
     rows = x.new_empty(R, keep, C)
     index, scores = x.new_empty(R, keep, dtype=torch.int64), x.new_empty(R, L, dtype=torch.float32)
-    return index, rows, torch.empty_like(rows), scores, x.new_empty(R, L, C)
+    return rows, torch.empty_like(rows), scores, x.new_empty(R, L, C), index
 
 
 def _at_index(x, weight, bias, scale, shift, keep, share_guidance, index) -> tuple[torch.Tensor, ...]:
-    return index, *reference.at_index(x, weight, bias, scale, shift, index)
+    return *reference.at_index(x, weight, bias, scale, shift, index), index
 
 
-register_reference_gradient(_select_tokens, _at_index, chosen=(0,))
+register_reference_gradient(_select_tokens, _at_index, chosen=(4,))
 
 
 def select_tokens_flops(x_shape, *_shapes, **_kwargs) -> int:

@@ -28,9 +28,9 @@ class Composite(NamedTuple):
     passes: float
 
 
-# Read off ATen's sources (torch 2.6 to 2.13).
+# Estimates for torch from 2.6 on.
 COMPOSITES = {
-    aten.multinomial: Composite(14, 8),  # max, min, sum and their checks; exponential, divide, argmax
+    aten.multinomial: Composite(14, 8),  # checks by max, min and sum, which do not wait; exponential, divide, argmax
     aten.sort: Composite(4, 2),
     aten.topk: Composite(2, 2),
     aten.convolution: Composite(2, 1),  # the bias is added on its own
@@ -72,7 +72,7 @@ class Recorder(TorchDispatchMode):
                 return result
         inputs = _tensors((args, kwargs))
         on_gpu = any(tensor.is_cuda for tensor in inputs)
-        if on_gpu and _waits(packet, args, kwargs):
+        if on_gpu and _waits(packet, args):
             raise HostSyncError(f"{func} makes the host wait for the GPU")
         try:
             result = func(*args, **kwargs)
@@ -98,7 +98,8 @@ def _tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def _waits(packet, args, kwargs) -> bool:
+def _waits(packet, args) -> bool:
+    """Whether the call makes the host wait, of those that fake tensors let pass."""
     if packet in WAITING:
         return True
     if packet is aten.copy_:

@@ -22,7 +22,7 @@ Share = Callable[[int, int], float]
 # Executed per (token, program) of `_sort_rows` and per pair of logits of `_sample`, with the trips of their loops: read
 # off the machine code for sm_90.
 SORT_INSTRUCTIONS = 200
-SAMPLE_INSTRUCTIONS = 450
+SAMPLE_INSTRUCTIONS = 500
 
 
 class Cost(NamedTuple):
@@ -32,6 +32,7 @@ class Cost(NamedTuple):
         bytes: through memory.
         flops: executed, 2 a multiply-add, on operands of `dtype`.
         running: share of the programs that have anything to do.
+        tile: rows and columns of the result that a program of a matrix product computes.
         attention: products wait for a softmax, so they run at a lower rate.
         instructions: executed, summed over threads; 0: every thread executes the machine code once, as it does where
             there is no loop.
@@ -41,6 +42,7 @@ class Cost(NamedTuple):
     flops: int = 0
     dtype: torch.dtype | None = None
     running: float = 1.0
+    tile: tuple[int, int] | None = None
     attention: bool = False
     instructions: int = 0
 
@@ -98,7 +100,8 @@ def _up(a: Arguments, share: Share) -> Cost:
     hidden, weight = a["h_ptr"], a["w1_ptr"]
     unwritten = round((1 - run) * hidden.bytes)
     flops = round(2 * rows * weight.shape[0] * weight.shape[1] * run)
-    return Cost(_bytes(a, "h_tail_ptr", "w1_tail_ptr") - unwritten, flops, weight.dtype, running=run)
+    tile = (a["BLOCK_T"], a["BLOCK_H"] + a["TAIL_H"])
+    return Cost(_bytes(a, "h_tail_ptr", "w1_tail_ptr") - unwritten, flops, weight.dtype, run, tile)
 
 
 def _down(a: Arguments, share: Share) -> Cost:
@@ -106,7 +109,8 @@ def _down(a: Arguments, share: Share) -> Cost:
     hidden, weight, out = a["h_ptr"], a["w2_ptr"], a["out_ptr"]
     written = a["T"] * a["C"] * out.dtype.itemsize
     moved = _bytes(a, "h_ptr", "out_ptr") + round(run * hidden.bytes) + written
-    return Cost(moved, round(2 * rows * weight.shape[0] * weight.shape[1] * run), weight.dtype)
+    flops = round(2 * rows * weight.shape[0] * weight.shape[1] * run)
+    return Cost(moved, flops, weight.dtype, tile=(a["BLOCK_T"], a["BLOCK_C"]))
 
 
 def _run(a: Arguments, share: Share) -> tuple[float, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import cpp_extension
+
+from actvar_kernels.backend import interpreted
 
 # Slicing, `copy_` and others switch to the tensor's device first; without CUDA there is nothing that could.
 _GUARD = """
@@ -25,11 +28,7 @@ class VirtualGPUUnavailableError(RuntimeError):
 
 @contextmanager
 def fake_cuda_tensors() -> Iterator[None]:
-    """`device="cuda"` makes fake tensors, whose `data_ptr()` is their offset in their storage, as if that began at 0.
-
-    Raises:
-        VirtualGPUUnavailableError: torch has no usable CUDA and there is no C++ compiler, or no ninja.
-    """
+    """`device="cuda"` makes fake tensors; their `data_ptr()` is the offset in their storage, as if that began at 0."""
     if not torch.cuda.is_available():
         _install_device_guard()
     pointer = FakeTensor.__dict__.get("data_ptr")
@@ -67,9 +66,11 @@ def _fake_like(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 def why_unavailable() -> str | None:
     """Why there can be no virtual GPU here, or None if there can."""
+    if interpreted():
+        return "kernels are compiled on it, so TRITON_INTERPRET must not be set"
     if torch.cuda.is_available():
         return None
-    compiler = cpp_extension.get_cxx_compiler()
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
     if shutil.which(compiler) is None:
         return f"it needs a C++ compiler: {compiler!r} is not there; install g++ or set CXX"
     if not cpp_extension.is_ninja_available():
@@ -79,7 +80,4 @@ def why_unavailable() -> str | None:
 
 @functools.cache
 def _install_device_guard() -> None:
-    reason = why_unavailable()
-    if reason is not None:
-        raise VirtualGPUUnavailableError(f"virtual GPU: {reason}")
     cpp_extension.load_inline("actvar_noop_cuda_guard", _GUARD, is_python_module=False, no_implicit_headers=True)

@@ -1,6 +1,7 @@
 """A Triton driver without a GPU: a launch compiles its kernel and is handed to a function instead of a device.
 
-All that depends on Triton's private interfaces is here. They are the same in Triton 3.6 to 3.9.
+All that depends on Triton's private interfaces is here. It was written with Triton 3.9; `make triton-matrix` runs it on
+other releases.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
 
+from actvar_kernels.tiles import MULTIPROCESSORS
 from actvar_kernels.virtual.records import CompiledKernel
 
-# Streaming multiprocessors of the largest common card, and KiB of shared memory that one program can get.
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
+# KiB that one program can get.
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 Record = Callable[[CompiledKernel, tuple[int, int, int], dict[str, object]], None]
@@ -98,7 +99,7 @@ def _compiled(metadata, cubin: bytes, constants: dict[str, object]) -> CompiledK
 def _unknown_triton(what: str) -> str:
     return (
         f"Triton {triton.__version__} {what} in a way that {__name__} does not know: "
-        "use a release from 3.6 to 3.9, or adapt that file"
+        "use a release that `make triton-matrix` names, or adapt that module"
     )
 
 

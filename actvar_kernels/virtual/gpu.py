@@ -8,10 +8,9 @@ from contextlib import contextmanager
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from actvar_kernels.backend import interpreted
 from actvar_kernels.virtual.aten import Recorder
 from actvar_kernels.virtual.cost import triton_cost
-from actvar_kernels.virtual.device import VirtualGPUUnavailableError, fake_cuda_tensors
+from actvar_kernels.virtual.device import VirtualGPUUnavailableError, fake_cuda_tensors, why_unavailable
 from actvar_kernels.virtual.driver import SHARED_MEMORY_KIB, VirtualDriver, active_driver
 from actvar_kernels.virtual.records import CompiledKernel, Launch, TensorInfo
 
@@ -63,8 +62,9 @@ def virtual_gpu(arch: int, *, limit_shared_memory: bool = True) -> Iterator[Virt
     """
     if arch not in SHARED_MEMORY_KIB:
         raise ValueError(f"arch: expected one of {sorted(SHARED_MEMORY_KIB)}, got {arch!r}")
-    if interpreted():
-        raise VirtualGPUUnavailableError("virtual GPU: kernels are compiled, so TRITON_INTERPRET must not be set")
+    reason = why_unavailable()
+    if reason is not None:
+        raise VirtualGPUUnavailableError(f"virtual GPU: {reason}")
     gpu = VirtualGPU(arch)
     driver = VirtualDriver(arch, gpu.record_triton, limit_shared_memory)
     with active_driver(driver), fake_cuda_tensors(), Recorder(gpu.record):

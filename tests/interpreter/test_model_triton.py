@@ -25,22 +25,23 @@ def sampled_tokens(var: VAR, monkeypatch: pytest.MonkeyPatch, backend: str, labe
     return tokens
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        ActVARConfig(num_experts=8),
-        ActVARConfig(num_experts=8, kv="all", share_cfg_selection=True),
-        ActVARConfig(token_rates=(1, 1), ffn_rate=1),
-        ActVARConfig(token_rates=(1, 1), ffn_rate=1, num_experts=8, always_sparse=True),
-        ActVARConfig(token_rates=(0.5, 0.5), ffn_rate=1),
+CASES = {
+    "paper": (ActVARConfig(num_experts=8), {}),
+    "shared AdaLN, no QK norm": (ActVARConfig(num_experts=8), {"shared_aln": True, "attn_l2_norm": False}),
+    "all keys, shared selection": (ActVARConfig(num_experts=8, kv="all", share_cfg_selection=True), {}),
+    "dense": (ActVARConfig(token_rates=(1, 1), ffn_rate=1), {}),
+    "forced": (ActVARConfig(token_rates=(1, 1), ffn_rate=1, num_experts=8, always_sparse=True), {}),
+    "no experts": (ActVARConfig(token_rates=(0.5, 0.5), ffn_rate=1), {}),
+    "no selection": (
         ActVARConfig(token_rates=(1, 1), ffn_rate=0.5, num_experts=4, expert_schedule="tile_list"),
-    ],
-    ids=["paper", "all keys, shared selection", "dense", "forced", "no experts", "no selection"],
-)
-@pytest.mark.parametrize(
-    "layout", [{}, {"shared_aln": True, "attn_l2_norm": False}], ids=["", "shared AdaLN, no QK norm"]
-)
-def test_a_small_model_draws_the_reference_tokens(config, layout, monkeypatch):
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_small_model_draws_the_reference_tokens(case, monkeypatch):
+    config, layout = CASES[case]
     var = apply_patch(make_tiny_var(depth=1, **layout), config)
     labels = torch.tensor([1, 2])
     expected = sampled_tokens(var, monkeypatch, "reference", labels)

@@ -11,7 +11,7 @@ from torch import Tensor
 from actvar_kernels import BackendUnavailableError, sample_tokens
 from actvar_kernels.sampling import reference
 
-FILTERS = [(0, 0.0), (1, 0.0), (4, 0.0), (10, 0.0), (0, 1e-6), (0, 0.5), (0, 1.0), (7, 0.8), (3, 0.999)]
+FILTERS = [(0, 0.0), (1, 0.0), (4, 0.0), (10, 0.0), (0, 1e-9), (0, 0.5), (0, 1.0), (7, 0.8), (3, 0.999)]
 """top_k and top_p."""
 
 
@@ -55,19 +55,27 @@ def test_logits_and_noise_may_have_any_strides() -> None:
     assert torch.equal(tokens, reference.sample_tokens(logits.contiguous(), 1.0, 9, 0.9, noise.contiguous()))
 
 
-def kept(logits: Tensor, top_k: int, top_p: float) -> list[bool]:
-    """Which of the V tokens of `logits` `[V]` the kernel can draw: each is given, once, noise that makes it win."""
-    V = len(logits)
-    rows = torch.stack((logits, torch.zeros(V))).unsqueeze(1).expand(2, V, V)
+def unguided(logits: Tensor) -> Tensor:
+    """`[2, 1, V]` whose guided logits are `logits` `[V]` at guidance 0."""
+    return torch.stack((logits, torch.zeros_like(logits))).unsqueeze(1)
+
+
+def kept(logits: Tensor, guidance: float, top_k: int, top_p: float) -> list[bool]:
+    """Which tokens of `logits` `[2, 1, V]` the kernel can draw: each is given, once, noise that makes it win."""
+    V = logits.shape[2]
     noise = torch.full((V, V), 1e-10).fill_diagonal_(1).unsqueeze(0)
-    return (sample_tokens(rows, 0.0, top_k, top_p, noise=noise)[0] == torch.arange(V)).tolist()
+    tokens = sample_tokens(logits.expand(2, V, V), guidance, top_k, top_p, noise=noise)
+    return (tokens[0] == torch.arange(V)).tolist()
+
+
+def kept_by_reference(logits: Tensor, guidance: float, top_k: int, top_p: float) -> list[bool]:
+    return (reference.token_weights(logits, guidance, top_k, top_p)[0, 0] > 0).tolist()
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
 def test_every_token_is_kept_or_filtered_as_by_the_reference(top_k: int, top_p: float) -> None:
-    logits = normal(10, seed=3, std=1.5).float()
-    rows = torch.stack((logits, torch.zeros(10))).unsqueeze(1)
-    assert kept(logits, top_k, top_p) == (reference.token_weights(rows, 0.0, top_k, top_p)[0, 0] > 0).tolist()
+    logits = logits_of(1, 1, 10, std=1)
+    assert kept(logits, 1.5, top_k, top_p) == kept_by_reference(logits, 1.5, top_k, top_p)
 
 
 @pytest.mark.parametrize(
@@ -79,27 +87,29 @@ def test_every_token_is_kept_or_filtered_as_by_the_reference(top_k: int, top_p: 
         (0, 0.75, [1, 1, 1, 1, 0, 0, 0]),
         (3, 0.8, [1, 1, 1, 1, 0, 0, 0]),
         (3, 0.7, [1, 1, 0, 0, 0, 0, 0]),
-        (1, 1e-6, [1, 1, 0, 0, 0, 0, 0]),
+        (1, 1e-9, [1, 1, 0, 0, 0, 0, 0]),
     ],
 )
 def test_equal_logits_stay_or_go_together(top_k: int, top_p: float, expected: list[int]) -> None:
     # probabilities 12, 12, 4, 4, 1, 1 and 0 of 34
     logits = torch.tensor([12.0, 12, 4, 4, 1, 1, 0]).log()
-    assert kept(logits, top_k, top_p) == [bool(k) for k in expected]
+    assert kept(unguided(logits), 0.0, top_k, top_p) == [bool(k) for k in expected]
 
 
 def test_zero_and_minus_zero_are_equal_logits() -> None:
-    assert kept(torch.tensor([0.0, -0.0, -1.0]), 1, 0.0) == [True, True, False]
+    assert kept(unguided(torch.tensor([0.0, -0.0, -1.0])), 0.0, 1, 0.0) == [True, True, False]
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (10, 0.0), (10, 0.999)])
-def test_tokens_of_logit_minus_infinity_are_never_drawn(top_k: int, top_p: float) -> None:
-    logits = normal(10, seed=3).float()
-    logits[[0, 4, 9]] = -torch.inf
-    assert kept(logits, top_k, top_p) == logits.isfinite().tolist()
-    both = logits.expand(2, 1, 10)  # minus infinity under both conditions
-    favoured = torch.full((1, 1, 10), 1e-10).index_fill(-1, torch.tensor([0, 4, 9]), 1)
-    assert logits[sample_tokens(both, 2.0, top_k, top_p, noise=favoured)].isfinite().all()
+@pytest.mark.parametrize(("top_k", "top_p", "finite"), [(0, 0.0, 7), (10, 0.0, 7), (10, 0.999, 7), (5, 0.0, 5)])
+def test_tokens_of_logit_minus_infinity_are_never_drawn(top_k: int, top_p: float, finite: int) -> None:
+    logits = logits_of(1, 1, 10, std=1)
+    logits[0, 0, [0, 4, 9]] = -torch.inf
+    for uncond in (logits[1:], logits[:1]):  # finite, and minus infinity under both conditions
+        both = torch.cat((logits[:1], uncond))
+        survivors = kept(both, 0.5, top_k, top_p)
+        assert survivors == kept_by_reference(both, 0.5, top_k, top_p)
+        assert sum(survivors) == finite
+        assert not any(survivors[token] for token in (0, 4, 9))
 
 
 def philox_uniform(seed: int, rows: int, V: int, step: int) -> Tensor:

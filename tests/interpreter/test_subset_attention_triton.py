@@ -15,7 +15,7 @@ from actvar_kernels import BackendUnavailableError, subset_attention
 from actvar_kernels.subset_attention import reference
 from actvar_kernels.subset_attention.op import subset_attention_flops
 
-R, H = 1, 3
+R, H = 2, 2
 SIZES = {
     "one token, nothing cached": dict(K=1, T=1, P=0, d=64),
     "27 tokens, 5 cached": dict(K=27, T=27, P=5, d=64),
@@ -42,7 +42,7 @@ def inputs(
     if P:
         keys = F.normalize(normal(R, H, P, d, seed=2), dim=-1).to(dtype)
         values = normal(R, H, P, d, seed=3, dtype=dtype)
-    head_scale = torch.tensor([1.5, 4.0, 9.0], dtype=dtype) if normed else None
+    head_scale = torch.tensor([1.5, 9.0], dtype=dtype) if normed else None
     return [q, k, v, keys, values, head_scale], 1.0 if normed else 0.25 / d**0.5
 
 
@@ -180,7 +180,7 @@ def test_a_key_of_zeros_stays_zero() -> None:
 
 def test_scores_of_hundreds_do_not_overflow() -> None:
     tensors, softmax_scale = inputs(**SIZES["27 tokens, 5 cached"])
-    tensors[5] = torch.tensor([100.0, 500.0, 1000.0])
+    tensors[5] = torch.tensor([100.0, 1000.0])
     exact, tolerance = exact_and_tolerance(on(reference.subset_attention, softmax_scale, room=None), *tensors)
     assert_close(on(subset_attention, softmax_scale)(*tensors), exact, tolerance)
 

@@ -1,0 +1,316 @@
+"""The expert FFN's kernels: against float64, and bit for bit where schedules and orders must not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from comparison import assert_close, exact_and_tolerance, normal
+from torch import Tensor
+
+from actvar_kernels import BackendUnavailableError, expert_ffn, expert_ffn_scatter, tiles
+from actvar_kernels.expert_ffn import reference, triton_kernel
+from actvar_kernels.expert_ffn.op import expert_ffn_flops, expert_ffn_scatter_flops
+from actvar_kernels.scatter.reference import scatter_rows
+from actvar_kernels.tiles import ExpertTiles, ProductTiles, SortTiles
+
+# Experts of 48 hidden units: 32 and 16 beside them in the first product, three steps of 16 in the second.
+PRODUCTS = dict(up=ProductTiles(32, 16, 64, 4, 1), down=ProductTiles(64, 0, 16, 4, 1), parts=2)
+VARIANTS = {
+    "pointers": ExpertTiles(rows=128, **PRODUCTS, descriptors=False),
+    "descriptors": ExpertTiles(rows=128, **PRODUCTS, descriptors=True),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(tiles, "expert_ffn_tiles", lambda *_: VARIANTS[request.param])
+    return request.param
+
+
+@pytest.fixture
+def small_sort_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "sort_tiles", lambda experts: SortTiles(rows=64, chunk=128, warps=4))
+
+
+def ffn_weights(C: int, D: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """fc1 weight and bias, fc2 weight and bias."""
+    shapes = [((D, C), C**-0.5), ((D,), 0.3), ((C, D), D**-0.5), ((C,), 0.3)]
+    return [normal(*shape, seed=20 + seed, std=std, dtype=dtype) for seed, (shape, std) in enumerate(shapes)]
+
+
+def random_mask(*shape: int, active: int, seed: int = 30) -> Tensor:
+    order = normal(*shape, seed=seed).argsort(dim=-1)
+    return torch.zeros(shape, dtype=torch.bool).scatter_(-1, order[..., :active], True)
+
+
+def block_inputs(R: int, L: int, K: int, C: int, D: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """rest, index, rows, gamma, u and the weights; gamma as a block passes it, one of six in a row."""
+    gamma = normal(R, 1, 6, C, seed=1, dtype=dtype).unbind(2)[2]
+    index = normal(R, L, seed=2).argsort(dim=1)[:, :K]
+    rest, rows, u = (normal(R, size, C, seed=seed, dtype=dtype) for seed, size in ((3, L), (4, K), (5, K)))
+    return [rest, index, rows, gamma, u, *ffn_weights(C, D, dtype)]
+
+
+def scattered(mask: Tensor, active: int, schedule: str = "auto") -> Callable[..., Tensor]:
+    def run(rest, index, rows, gamma, u, *weights) -> Tensor:
+        rest = None if rest is None else rest.clone()
+        return expert_ffn_scatter(rest, index, rows, u, mask, active, *weights, gamma, schedule)
+
+    return run
+
+
+def scattered_by_reference(mask: Tensor) -> Callable[..., Tensor]:
+    def run(rest, index, rows, gamma, u, *weights) -> Tensor:
+        update = reference.expert_ffn(u, mask, *weights)
+        return rows + gamma * update if index is None else scatter_rows(rest, index, rows, update, gamma)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("schedule", ["dense", "tile_list", "snap"])
+@pytest.mark.parametrize("of_all_tokens", [False, True], ids=["scattered", "of all tokens"])
+def test_the_result_is_the_reference_in_float64(variant, dtype, schedule, of_all_tokens):
+    tensors = block_inputs(2, 90, 75, 72, 4 * 48, dtype)
+    mask = random_mask(2, 75, 4, active=3)
+    if of_all_tokens:
+        tensors[:2] = None, None
+    wanted = reference.snapped(mask, 3) if schedule == "snap" else mask
+    exact, tolerance = exact_and_tolerance(scattered_by_reference(wanted), *tensors)
+    actual = scattered(mask, 3, schedule)(*tensors)
+    assert actual.dtype == dtype
+    assert_close(actual, exact, tolerance)
+
+
+@pytest.mark.parametrize("schedule", ["dense", "tile_list", "snap"])
+@pytest.mark.parametrize(
+    ("tokens", "C", "experts", "width", "active"),
+    [
+        (1, 64, 4, 48, 3),
+        (1, 5, 1, 3, 1),
+        (70, 33, 1, 20, 1),
+        (70, 65, 4, 12, 1),
+        (70, 40, 16, 20, 12),
+        (70, 64, 32, 12, 24),
+    ],
+)
+def test_any_number_of_tokens_channels_and_experts(schedule, tokens, C, experts, width, active):
+    tensors = [None, None, *block_inputs(1, tokens, tokens, C, experts * width)[2:]]
+    mask = random_mask(1, tokens, experts, active=active)
+    wanted = reference.snapped(mask, active) if schedule == "snap" else mask
+    exact, tolerance = exact_and_tolerance(scattered_by_reference(wanted), *tensors)
+    assert_close(scattered(mask, active, schedule)(*tensors), exact, tolerance)
+
+
+def test_the_schedules_and_the_order_of_programs_change_no_bit(variant, grid_order):
+    tensors = block_inputs(1, 150, 140, 64, 4 * 48)
+    mask = random_mask(1, 140, 4, active=2)
+    dense = scattered(mask, 2, "dense")(*tensors)
+    assert dense.isfinite().all()
+    assert torch.equal(scattered(mask, 2, "tile_list")(*tensors), dense)
+    assert torch.equal(
+        scattered(mask, 2, "snap")(*tensors), scattered(reference.snapped(mask, 2), 2, "dense")(*tensors)
+    )
+
+
+def test_the_order_of_the_tokens_changes_no_bit(variant):
+    _, _, rows, gamma, u, *weights = block_inputs(1, 200, 200, 64, 4 * 48)
+    mask, order = random_mask(1, 200, 4, active=2), normal(200, seed=9).argsort()
+    expected = scattered(mask, 2, "tile_list")(None, None, rows, gamma, u, *weights)[:, order]
+    mixed = scattered(mask[:, order], 2, "tile_list")(None, None, rows[:, order], gamma, u[:, order], *weights)
+    assert torch.equal(mixed, expected)
+
+
+@pytest.mark.parametrize("schedule", ["tile_list", "snap"])
+def test_an_expert_that_no_token_of_a_tile_wants_is_not_read(variant, schedule):
+    """The first half of the sorted tokens wants experts 0 and 2, the other half 1 and 2, none wants expert 3."""
+    *tensors, fc1_weight, fc1_bias, fc2_weight, fc2_bias = block_inputs(1, 256, 256, 64, 4 * 48)
+    mask = torch.zeros(1, 256, 4, dtype=torch.bool)
+    mask[..., 2] = mask[:, ::2, 0] = mask[:, 1::2, 1] = True
+    expected = scattered(mask, 2, "dense")(*tensors, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    for weight in (fc1_weight, fc1_bias, fc2_weight.T):
+        weight[3 * 48 :] = torch.nan
+    assert torch.equal(scattered(mask, 2, schedule)(*tensors, fc1_weight, fc1_bias, fc2_weight, fc2_bias), expected)
+    for weight in (fc1_weight, fc1_bias, fc2_weight.T):
+        weight[48 : 2 * 48] = torch.nan
+    poisoned = scattered(mask, 2, schedule)(*tensors, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    touched = poisoned.isnan().any(dim=-1)[0, tensors[1][0]]
+    assert torch.equal(touched, mask[0, :, 1])
+    assert torch.equal(poisoned[~poisoned.isnan()], expected[~poisoned.isnan()])
+
+
+def test_tokens_may_want_every_expert_or_none(variant):
+    tensors = block_inputs(1, 150, 140, 64, 4 * 48)
+    for mask in (torch.ones(1, 140, 4, dtype=torch.bool), torch.zeros(1, 140, 4, dtype=torch.bool)):
+        exact, tolerance = exact_and_tolerance(scattered_by_reference(mask), *tensors)
+        assert_close(scattered(mask, 4, "tile_list")(*tensors), exact, max(tolerance, 1e-6))
+        assert torch.equal(scattered(mask, 4, "tile_list")(*tensors), scattered(mask, 4, "dense")(*tensors))
+
+
+MASKS = {
+    "random": lambda T, N: random_mask(T, N, active=max(1, 3 * N // 4)),
+    "any number of experts": lambda T, N: normal(T, N, seed=7) > 0,
+    "few kinds": lambda T, N: random_mask(3, N, active=(N + 1) // 2)[torch.arange(T) % 3],
+    "all equal": lambda T, N: torch.ones(T, N, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (64, 1), (65, 16), (300, 5), (300, 32)])
+def test_the_sort_is_the_stable_sort_by_key(small_sort_blocks, grid_order, kind, tokens, experts):
+    mask = MASKS[kind](tokens, experts)
+    order, bits = triton_kernel._sort(mask.view(torch.uint8))
+    expected = reference.sort_key(mask).sort(stable=True).indices
+    assert torch.equal(order.long(), expected)
+    powers = 2 ** torch.arange(experts)
+    assert torch.equal(bits.long() % 2**32, (mask[expected] * powers).sum(dim=1))
+
+
+@pytest.mark.parametrize(("experts", "active"), [(1, 1), (4, 3), (16, 12), (32, 24)])
+def test_snap_runs_the_experts_of_the_reference(monkeypatch, experts, active):
+    """Every expert adds 10 to a channel of its own."""
+    product = ProductTiles(16, 0, 16, 4, 1)
+    tile = ExpertTiles(128, product, product._replace(columns=32), parts=1, descriptors=False)
+    monkeypatch.setattr(tiles, "expert_ffn_tiles", lambda *_: tile)
+    mask = random_mask(1, 300, experts, active=active)
+    mask[:, :200] = mask[:, :1]  # at least one tile has equal votes only
+    weights = torch.zeros(experts, 32), torch.full((experts,), 10.0), torch.eye(32)[:, :experts], torch.zeros(32)
+    rows, gamma = torch.zeros(1, 300, 32), torch.ones(1, 1, 32)
+    added = expert_ffn_scatter(None, None, rows, rows, mask, active, *weights, gamma, "snap")
+    assert torch.equal(added[..., :experts], 10.0 * reference.snapped(mask, active))
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4)])
+def test_expert_ffn_takes_any_leading_shape(shape):
+    u, weights, mask = normal(*shape, 24, dtype=torch.float32), ffn_weights(24, 96), random_mask(*shape, 4, active=2)
+    exact, tolerance = exact_and_tolerance(lambda u, *w: reference.expert_ffn(u, mask, *w), u, *weights)
+    assert_close(expert_ffn(u, mask, 2, *weights), exact, tolerance)
+
+
+@pytest.mark.parametrize("schedule", ["dense", "tile_list"])
+def test_expert_ffn_runs_on_both_schedules(variant, monkeypatch, schedule):
+    monkeypatch.setattr(tiles, "expert_ffn_schedule", lambda *_: schedule)
+    u, weights, mask = normal(140, 64, dtype=torch.float32), ffn_weights(64, 4 * 48), random_mask(140, 4, active=2)
+    exact, tolerance = exact_and_tolerance(lambda u, *w: reference.expert_ffn(u, mask, *w), u, *weights)
+    assert_close(expert_ffn(u, mask, 2, *weights), exact, tolerance)
+
+
+def test_rows_are_put_into_rest_in_place_whatever_the_strides():
+    rest, index, rows, gamma, u, *weights = block_inputs(2, 9, 5, 24, 48)
+    mask = random_mask(2, 5, 4, active=3)
+    expected = scattered_by_reference(mask)(rest.clone(), index, rows, gamma, u, *weights)
+    longer = torch.cat((rest, rest), dim=1)
+    view = longer[:, :9]
+    strided = (
+        index.repeat_interleave(2, dim=1)[:, ::2],
+        rows.transpose(0, 1).contiguous().transpose(0, 1),
+        u.repeat_interleave(2, dim=2)[..., ::2],
+        mask.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    out = expert_ffn_scatter(view, strided[0], *strided[1:], 3, *weights, gamma.repeat_interleave(2, dim=2)[..., ::2])
+    assert out is view
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(longer[:, 9:], rest)
+    untouched = torch.ones(2, 9, dtype=torch.bool).scatter_(1, index, False)
+    assert torch.equal(out[untouched], rest[untouched])
+
+
+def test_under_autocast_the_products_run_in_its_dtype():
+    rest, index, rows, gamma, u, *weights = block_inputs(2, 9, 5, 24, 48)
+    mask = random_mask(2, 5, 4, active=3)
+    low = [t.half() for t in (u, *weights)]
+    with torch.autocast("cpu", torch.float16):
+        update = expert_ffn(u, mask, 3, *weights)
+        out = scattered(mask, 3)(rest, index, rows, gamma, u, *weights)
+        alone = scattered(mask, 3)(None, None, rows, gamma, u, *weights)
+    assert torch.equal(update, expert_ffn(low[0], mask, 3, *low[1:]))
+    assert out.dtype == alone.dtype == torch.float32
+    assert torch.equal(out, scattered(mask, 3)(rest, index, rows, gamma, *low))
+    assert torch.equal(alone, scattered(mask, 3)(None, None, rows, gamma, *low))
+
+
+def operator_inputs() -> tuple[list[Tensor], Tensor]:
+    """As `block_inputs`, few; and a mask."""
+    return block_inputs(2, 4, 3, 16, 32), random_mask(2, 3, 2, active=1)
+
+
+def test_the_operators_pass_the_checks_of_torch():
+    (rest, index, rows, gamma, u, *weights), mask = operator_inputs()
+    torch.library.opcheck(torch.ops.actvar_kernels.expert_ffn.default, (u, mask, 1, *weights))
+    scatter = torch.ops.actvar_kernels.expert_ffn_scatter.default
+    for out, kept in ((rest, index), (torch.zeros_like(rows), None)):
+        torch.library.opcheck(scatter, (out, kept, rows, u, mask, 1, *weights, gamma, "tile_list"))
+
+
+@pytest.mark.parametrize("schedule", ["dense", "snap"])
+def test_the_operations_compile_without_a_break(schedule):
+    (rest, *tensors), mask = operator_inputs()
+    run = scattered(mask, 1, schedule)
+
+    def both(rest, index, rows, gamma, u, *weights) -> tuple[Tensor, Tensor, Tensor]:
+        ffn = expert_ffn(u, mask, 1, *weights)
+        return run(rest, index, rows, gamma, u, *weights), run(None, None, rows, gamma, u, *weights), ffn
+
+    compiled = torch.compile(both, backend="eager", fullgraph=True)(rest, *tensors)
+    assert all(map(torch.equal, compiled, both(rest, *tensors)))
+
+
+@pytest.mark.parametrize("schedule", ["auto", "snap"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients_are_those_of_the_reference(schedule, compiled):
+    (rest, index, rows, gamma, u, *weights), mask = operator_inputs()
+    wanted = reference.snapped(mask, 1) if schedule == "snap" else mask
+    weighting = normal(*rest.shape, seed=8, dtype=torch.float32)
+
+    def gradients(run: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in (rest, rows, gamma, u, *weights)]
+        output = run(leaves[0], index, *leaves[1:])
+        return [output.detach(), *torch.autograd.grad((output * weighting).sum(), leaves)]
+
+    run = scattered(mask, 1, schedule)
+    actual = gradients(torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run)
+    torch.testing.assert_close(actual, gradients(scattered_by_reference(wanted)))
+
+
+def test_a_call_that_the_kernels_cannot_take_raises():
+    (rest, index, rows, gamma, u, *weights), mask = operator_inputs()
+    for operation, arguments in (
+        ("expert_ffn", lambda u, mask, weights: expert_ffn(u, mask, 1, *weights)),
+        ("expert_ffn_scatter", lambda u, mask, weights: scattered(mask, 1)(rest, index, rows, gamma, u, *weights)),
+    ):
+        for gates in (mask.float(), random_mask(2, 3, 64, active=1)):
+            wide = ffn_weights(16, 64)
+            with pytest.raises(BackendUnavailableError, match=rf"{operation} has no 'triton' .* bool mask of up to 32"):
+                arguments(u, gates, wide)
+        with pytest.raises(BackendUnavailableError, match=f"{operation} has no 'triton' .*float32"):
+            arguments(u.double(), mask, [w.double() for w in weights])
+        with pytest.raises(TypeError, match=r"fc1_weight, fc2_weight: expected u's torch\.float16, got torch\.float32"):
+            arguments(u.half(), mask, weights)
+
+
+def test_flops_of_the_scattering_operator_are_those_of_its_ffn():
+    (rest, index, rows, gamma, u, *weights), mask = operator_inputs()
+    ffn = (u.shape, mask.shape, 1, *(w.shape for w in weights))
+    scatter = (rest.shape, index.shape, rows.shape, *ffn, gamma.shape, "auto")
+    assert expert_ffn_scatter_flops(*scatter, out_shape=None) == expert_ffn_flops(*ffn) == 2 * 2 * 6 * 16 * 16
+
+
+@pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tables_give_tiles_that_fit_any_model(arch, dtype):
+    for C in (64, 192, 1024, 1280, 1536, 1920, 2304):
+        for experts in (1, 4, 16, 32):
+            width = 4 * C // experts
+            for tokens in (1, 384, 3072, 24576):
+                assert tiles.expert_ffn_schedule(arch, tokens) in ("dense", "tile_list")
+                tile = tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, None, True)
+                columns = tile.up.columns + tile.up.tail
+                if tile.descriptors:
+                    assert arch in (90, 100)
+                    assert width % columns == width % tile.down.depth == 0
+                elif width % 32 == 0:
+                    assert columns <= width or columns == 16
+                assert tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, 128, True).rows == reference.SNAP_TILE
+                assert not tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, None, False).descriptors
