@@ -772,7 +772,7 @@ def test_a_backend_asked_for_by_name_raises_also_where_gradients_are_wanted() ->
     _, arguments = OPERATIONS["expert_ffn"]
     arguments = {**arguments, "u": arguments["u"].clone().requires_grad_(True)}
     set_backend("triton")
-    with pytest.raises(BackendUnavailableError, match="^expert_ffn: the 'triton' backend needs"):
+    with pytest.raises(BackendUnavailableError, match=r"^expert_ffn: the 'triton' backend needs"):
         expert_ffn(**arguments)
 
 
@@ -797,7 +797,7 @@ def test_the_environment_chooses_the_backend_until_the_program_does(monkeypatch:
     monkeypatch.setenv("ACTVAR_BACKEND", "triton")
     assert get_backend() == "triton"
     operation, arguments = OPERATIONS["scatter_rows"]
-    with pytest.raises(BackendUnavailableError, match="ACTVAR_BACKEND"):
+    with pytest.raises(BackendUnavailableError, match="^scatter_rows: the 'triton' backend needs"):
         operation(**arguments)
     set_backend("auto")
     assert get_backend() == "auto"
