@@ -797,7 +797,7 @@ def test_the_environment_chooses_the_backend_until_the_program_does(monkeypatch:
     monkeypatch.setenv("ACTVAR_BACKEND", "triton")
     assert get_backend() == "triton"
     operation, arguments = OPERATIONS["scatter_rows"]
-    with pytest.raises(BackendUnavailableError, match="^scatter_rows: the 'triton' backend needs"):
+    with pytest.raises(BackendUnavailableError, match=r"^scatter_rows: the 'triton' backend needs"):
         operation(**arguments)
     set_backend("auto")
     assert get_backend() == "auto"

@@ -141,6 +141,25 @@ def test_an_expert_that_no_token_of_a_tile_wants_is_not_read(variant, schedule):
     assert torch.equal(poisoned[~poisoned.isnan()], expected[~poisoned.isnan()])
 
 
+@pytest.mark.parametrize("schedule", ["tile_list", "snap"])
+def test_the_first_product_leaves_out_what_no_token_of_a_tile_wants(variant, monkeypatch, schedule):
+    tensors = block_inputs(1, 256, 256, 64, 4 * 48)
+    mask = torch.zeros(1, 256, 4, dtype=torch.bool)
+    mask[..., 2] = mask[:, ::2, 0] = mask[:, 1::2, 1] = True
+    hidden = []
+
+    class Capture:
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            return lambda h, *_, **__: hidden.append(h if isinstance(h, Tensor) else h.base)
+
+    monkeypatch.setattr(triton_kernel, "_down", Capture())
+    scattered(mask, 2, schedule)(*tensors)
+    by_expert = hidden[0].unflatten(1, (4, 48))
+    ran = reference.sort_key(mask[0]).sort(stable=True).indices
+    assert torch.equal(by_expert.isnan().all(dim=2), ~mask[0, ran])
+    assert torch.equal(by_expert.isnan().any(dim=2), ~mask[0, ran])
+
+
 def test_tokens_may_want_every_expert_or_none(variant):
     tensors = block_inputs(1, 150, 140, 64, 4 * 48)
     for mask in (torch.ones(1, 140, 4, dtype=torch.bool), torch.zeros(1, 140, 4, dtype=torch.bool)):
