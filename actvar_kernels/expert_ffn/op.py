@@ -30,6 +30,8 @@ def route_experts(
     Returns:
         mask `[..., N]` bool, logits `[..., N]` float32.
 
+    On Triton it is one launch, for N up to 32.
+
     Raises:
         ValueError: shapes that do not fit, or `active` out of range.
         BackendUnavailableError: see `actvar_kernels.set_backend`.

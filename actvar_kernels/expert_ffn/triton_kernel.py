@@ -311,7 +311,7 @@ def _up(
                     w1_tail = _load(w1_tail_rows, k, C, BLOCK_C)
                 tail = tl.dot(u, w1_tail.T, tail, input_precision="ieee")
         if order_ptr is None:
-            on = tl.load(choice_ptr + row.to(tl.int64) * EXPERTS + expert, mask=row < T, other=0) != 0
+            on = tl.load(choice_ptr + row * EXPERTS + expert, mask=row < T, other=0) != 0
         elif ACTIVE is None:
             on = (tl.load(choice_ptr + row, mask=row < T, other=0) >> expert) & 1 != 0
         else:
@@ -432,7 +432,8 @@ def _down(
             w2 = _load(w2_rows + expert * WIDTH, step * BLOCK_H, WIDTH, BLOCK_H)
         acc = tl.dot(h, w2.T, acc, input_precision="ieee")
 
-    row = tl.minimum(row, T) if order_ptr is None else tl.load(order_ptr + row, mask=row < T, other=T)
+    if order_ptr is not None:
+        row = tl.load(order_ptr + row, mask=row < T, other=T)
     sequence, token = (row // tokens).to(tl.int64), row % tokens
     if index_ptr is not None:
         token = tl.load(index_ptr + row, mask=row < T, other=0)
