@@ -9,7 +9,7 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "actvar" / "__init__.py
 BENCH = ["pytest-benchmark>=4.0", "matplotlib>=3.7"]
 EVAL = ["torchmetrics>=1.3", "scipy>=1.10"]
 HUB = ["huggingface_hub>=0.23"]
-DEV = ["pytest>=8.0", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", *BENCH, *EVAL]
+DEV = ["pytest>=8.0", "pytest-xdist>=3.5", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", *BENCH, *EVAL]
 
 setup(
     name="actvar",
