@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from actvar.adapter import load_adapter
-from actvar.block import ActVARBlock
+from actvar.block import ActVARBlock, kernels_run
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.gates import Gates
@@ -29,6 +29,14 @@ class ActVARModel(nn.Module):
     def autoregressive_infer_cfg(self, *args, **kwargs):
         with guided_rows(self):
             return super().autoregressive_infer_cfg(*args, **kwargs)
+
+    def get_logits(self, x, cond_BD):
+        """As the model's own; where kernels run, the norm before the head is one of them."""
+        logits = family_of(self).head_logits(self, x, cond_BD) if kernels_run(x) else None
+        if logits is None:
+            return super().get_logits(x, cond_BD)
+        drawn_in_kernel = self.actvar.rows_are_guided and self.actvar.config.sampler == "fast"
+        return logits if drawn_in_kernel else logits.float()
 
     def draw(self, logits, guidance, top_k, top_p, rng, scale):
         """As `actvar.models.VAR.draw`, by the sampler of the configuration."""

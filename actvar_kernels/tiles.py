@@ -33,8 +33,10 @@ def row_tiles(tokens: int, width: int) -> RowTiles:
 
 
 def route_tiles(tokens: int, width: int) -> RowTiles:
-    """With a router, whose weights every program reads: more rows where there are many, else more experts at a time."""
-    experts, numbers = (2, 64) if tokens >= 2048 else (4, 32)
+    """With a router, whose weights every program reads: more rows where there are many, else more experts at a time
+    as far as registers allow."""
+    numbers = 64 if tokens >= 2048 else 32
+    experts = 4 if tokens < 2048 and width <= 1024 else 2
     return _row_tiles(tokens, width, numbers, programs=128)._replace(experts=experts)
 
 
@@ -83,20 +85,19 @@ class SortTiles(NamedTuple):
     warps: int
 
 
-def sort_tiles(experts: int) -> SortTiles:
-    if experts != triton.next_power_of_2(experts):  # read byte by byte, which takes registers
-        return SortTiles(rows=256, chunk=512, warps=16)
-    return SortTiles(rows=256, chunk=min(2048, 32768 // experts), warps=16)
+SORT = SortTiles(rows=256, chunk=2048, warps=16)
 
 
 class ProductTiles(NamedTuple):
-    """A matrix product: columns per tile, more columns beside them or 0 (both powers of two), depth of a step."""
+    """A matrix product: columns per tile, more columns beside them or 0 (both powers of two), depth of a step;
+    `registers` a thread may have, None: as many as the compiler finds best."""
 
     columns: int
     tail: int
     depth: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class ExpertTiles(NamedTuple):
@@ -163,6 +164,8 @@ def _expert_ffn_sizes(arch: int, dtype: torch.dtype, width: int, aligned: bool) 
     wide = _columns(width, (128, 0), (128, 64), (128, 32), (64, 32), (64, 0))
     narrow = _columns(width, (64, 0), (64, 32))
     up = ProductTiles(*wide, depth=32, warps=8 if wide[1] else 4, stages=4)
+    if arch == 120 and wide[1]:
+        up = up._replace(registers=255)  # the compiler would spill to let two programs share a multiprocessor
     down = ProductTiles(128, 0, depth=32, warps=4, stages=4)
     small_up = ProductTiles(*narrow, depth=32, warps=4, stages=4)
     small_down = ProductTiles(64, 0, depth=64 if deep else 32, warps=4, stages=3 if deep else 4)
@@ -181,5 +184,5 @@ def _columns(width: int, *choices: tuple[int, int]) -> tuple[int, int]:
 
 
 def sampling_warps(block: int) -> int:
-    """Up to 8 tokens a thread; 16 where a program has its most warps."""
-    return min(32, max(1, block // 256))
+    """32 tokens a thread, so that a sum over all of them costs little beside its terms; at most 16 warps."""
+    return min(16, max(1, block // 1024))

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.models.var import VAR
+from actvar_kernels import normalize_modulate
 
 NAME = "VAR (actvar.models.VAR or the class of the public VAR code)"
 NORM_EPS = 1e-6
@@ -15,7 +16,7 @@ MAX_LOG_SCALE = 4.605170185988092  # log(100)
 
 def mismatch(model: nn.Module) -> str | None:
     """Why `model` is not of this family, or None if it is."""
-    for name in ("blocks", "patch_nums", "autoregressive_infer_cfg", "head"):
+    for name in ("blocks", "patch_nums", "autoregressive_infer_cfg", "head", "head_nm"):
         if not hasattr(model, name):
             return f"expected an attribute {name!r}"
     if not len(model.blocks):
@@ -128,6 +129,15 @@ def _tokens_first(attn: nn.Module, dtype: torch.dtype) -> bool:
     """Flash-attention and xformers keep `[R, tokens, H, d]`; the public code takes flash only below float32."""
     flash = getattr(attn, "using_flash", False) and dtype != torch.float32
     return flash or getattr(attn, "using_xform", False)
+
+
+def head_logits(model: nn.Module, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor | None:
+    """Logits `[R, L, V]` of the last block's output, in its dtype; None where the head's own dtype or autocast decides
+    which dtype to compute in."""
+    if x.dtype != model.head.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    scale, shift = model.head_nm.ada_lin(cond).unsqueeze(1).chunk(2, dim=-1)
+    return model.head(normalize_modulate(x, scale, shift))
 
 
 def dense_ffn(block: nn.Module, u: torch.Tensor) -> torch.Tensor:

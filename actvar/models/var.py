@@ -100,7 +100,7 @@ class TransformerBlock(nn.Module):
 
 def guided(logits: torch.Tensor, strength: float) -> torch.Tensor:
     """Classifier-free guidance of logits `[2B, L, V]`, conditional half first: `(1 + t) * cond - t * uncond`."""
-    conditional, unconditional = logits.chunk(2)
+    conditional, unconditional = logits.float().chunk(2)
     return (1 + strength) * conditional - strength * unconditional
 
 

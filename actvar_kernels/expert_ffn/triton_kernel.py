@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from actvar_kernels import tiles
@@ -109,6 +110,7 @@ def _launch(out, index, rows, gamma, u, mask, active, fc1_weight, fc1_bias, fc2_
         BLOCK_C=up.depth,
         num_warps=up.warps,
         num_stages=up.stages,
+        maxnreg=up.registers,
     )
     _down[(triton.cdiv(C, down.columns), row_tiles)](
         matrix(hidden, tile.rows, down.depth),
@@ -144,14 +146,14 @@ def _sort(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     as bits, expert 0 the lowest: `[T]` int32."""
     T, N = mask.shape
     order, bits = mask.new_empty(T, dtype=torch.int32), mask.new_empty(T, dtype=torch.int32)
-    tile = tiles.sort_tiles(N)
+    words = F.pad(mask, (0, -N % 4)).view(torch.int32)
+    tile = tiles.SORT
     _sort_rows[(triton.cdiv(T, tile.rows),)](
-        mask,
+        words,
         order,
         bits,
         T,
-        EXPERTS=N,
-        BITS=triton.next_power_of_2(N),
+        WORDS=words.shape[1],
         BLOCK_T=tile.rows,
         CHUNK=tile.chunk,
         num_warps=tile.warps,
@@ -161,12 +163,11 @@ def _sort(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @triton.jit(do_not_specialize=["T"])
 def _sort_rows(
-    mask_ptr,
+    words_ptr,
     order_ptr,
     bits_ptr,
     T,
-    EXPERTS: tl.constexpr,
-    BITS: tl.constexpr,
+    WORDS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -176,7 +177,7 @@ def _sort_rows(
     local = tl.arange(0, BLOCK_T)
     row = first + local
     inside = row < T
-    keys = tl.where(inside, _keys(mask_ptr, row, T, EXPERTS, BITS), 0xFFFFFFFF).to(tl.uint32)
+    keys = tl.where(inside, _keys(words_ptr, row, T, WORDS), 0xFFFFFFFF).to(tl.uint32)
     rank = tl.zeros((BLOCK_T,), tl.int32)
     for start in range(0, BLOCK_T, 16):
         other = start + tl.arange(0, 16)
@@ -191,30 +192,32 @@ def _sort_rows(
 
     others = tl.zeros((BLOCK_T,), tl.int32)
     for start in range(0, first, CHUNK):
-        others += _count_others(mask_ptr, own, start, first, False, EXPERTS, BITS, BLOCK_T, CHUNK)
+        others += _count_others(words_ptr, own, start, first, False, WORDS, BLOCK_T, CHUNK)
     for start in range(first + BLOCK_T, T, CHUNK):
-        others += _count_others(mask_ptr, own, start, T, True, EXPERTS, BITS, BLOCK_T, CHUNK)
+        others += _count_others(words_ptr, own, start, T, True, WORDS, BLOCK_T, CHUNK)
     position = tl.gather(tl.cumsum(others, 0), rank, 0) + rank
 
-    expert = tl.arange(0, BITS)
-    chosen = _chosen(mask_ptr, row, T, EXPERTS, BITS)
+    bits = tl.zeros((BLOCK_T,), tl.uint32)
+    for word in tl.static_range(WORDS):
+        bits |= _packed(words_ptr + row * WORDS + word, inside, 0x01020408) << (4 * word)
     tl.store(order_ptr + position, row, mask=inside)
-    tl.store(bits_ptr + position, tl.sum(chosen.to(tl.int32) << expert[None, :], 1), mask=inside)
+    tl.store(bits_ptr + position, bits.to(tl.int32, bitcast=True), mask=inside)
 
 
 @triton.jit
-def _chosen(mask_ptr, row, end, EXPERTS: tl.constexpr, BITS: tl.constexpr):
-    """Masks of the rows before `end`, zero for the others, filled up to `BITS` experts."""
-    expert = tl.arange(0, BITS)
-    inside = (row < end)[:, None] & (expert < EXPERTS)[None, :]
-    return tl.load(mask_ptr + row[:, None] * EXPERTS + expert[None, :], mask=inside, other=0)
+def _packed(pointers, inside, FACTOR: tl.constexpr):
+    """Four bytes of 0 or 1 as four bits: the product moves them next to each other, from bit 24 on. 0x08040201 makes
+    the first byte the highest bit, 0x01020408 the lowest."""
+    word = tl.load(pointers, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    return (word * FACTOR) >> 24
 
 
 @triton.jit
-def _keys(mask_ptr, row, end, EXPERTS: tl.constexpr, BITS: tl.constexpr):
-    """`reference.sort_key` as uint32, filled up to `BITS` bits; they do not change the order."""
-    chosen = _chosen(mask_ptr, row, end, EXPERTS, BITS)
-    keys = tl.sum(chosen.to(tl.uint32) << (BITS - 1 - tl.arange(0, BITS))[None, :], 1)
+def _keys(words_ptr, row, end, WORDS: tl.constexpr):
+    """`reference.sort_key` as uint32; experts that were filled up as not chosen do not change the order."""
+    keys = tl.zeros(row.shape, tl.uint32)
+    for word in tl.static_range(WORDS):
+        keys = (keys << 4) | _packed(words_ptr + row * WORDS + word, row < end, 0x08040201)
     keys ^= keys >> 1
     keys ^= keys >> 2
     keys ^= keys >> 4
@@ -225,20 +228,19 @@ def _keys(mask_ptr, row, end, EXPERTS: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _count_others(
-    mask_ptr,
+    words_ptr,
     own,
     start,
     end,
     AFTER: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BITS: tl.constexpr,
+    WORDS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """How many tokens of a chunk have their place right before each of the sorted keys `own`, by binary search. Tokens
     of an equal key come before it, or, where the chunk lies `AFTER` the block, behind."""
     row = start + tl.arange(0, CHUNK)
-    keys = _keys(mask_ptr, row, end, EXPERTS, BITS)
+    keys = _keys(words_ptr, row, end, WORDS)
     place = tl.zeros((CHUNK,), tl.int32)
     for halving in tl.static_range(1, BLOCK_T.bit_length()):
         probe = tl.gather(own, place + ((BLOCK_T >> halving) - 1), 0)

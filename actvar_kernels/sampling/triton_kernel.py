@@ -9,8 +9,6 @@ import triton.language as tl
 from actvar_kernels.sampling.reference import LARGEST, SMALLEST
 from actvar_kernels.tiles import sampling_warps
 
-_NUMBERS = ["seed", "images", "positions", "vocabulary", "cond_factor", "uncond_factor", "top_k", "tail", "step"]
-
 
 def sample_tokens(
     logits: torch.Tensor,
@@ -101,10 +99,12 @@ def _sample(
 
     if TOP_K:
         threshold, bit = _bisection_start()
-        for _ in range(32):
+        kept = vocabulary
+        while (bit != 0) & (kept != top_k):
             trial = threshold | bit
-            kept = tl.sum((key >= trial).to(tl.int32), axis=0)
-            threshold = tl.where(kept >= top_k, trial, threshold)
+            reached = tl.sum((key >= trial).to(tl.int32), axis=0)
+            threshold = tl.where(reached >= top_k, trial, threshold)
+            kept = tl.where(reached >= top_k, reached, kept)
             bit = bit >> 1
         weights = tl.where(key >= threshold, weights, 0.0)
     if TOP_P:

@@ -21,8 +21,8 @@ Share = Callable[[int, int], float]
 
 # Executed per (token, program) of `_sort_rows` and per pair of logits of `_sample`, with the trips of their loops: read
 # off the machine code for sm_90.
-SORT_INSTRUCTIONS = 200
-SAMPLE_INSTRUCTIONS = 500
+SORT_INSTRUCTIONS = 100
+SAMPLE_INSTRUCTIONS = 300
 
 
 class Cost(NamedTuple):

@@ -31,7 +31,7 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def small_sort_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "sort_tiles", lambda experts: SortTiles(rows=64, chunk=128, warps=4))
+    monkeypatch.setattr(tiles, "SORT", SortTiles(rows=64, chunk=128, warps=4))
 
 
 def ffn_weights(C: int, D: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
