@@ -9,7 +9,8 @@ export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test compile-check gpu triton-matrix lint format clean
-# Releases of Triton that the kernels are tested with; "triton" alone is the newest.
+# Releases of Triton that the kernels are tested with; "triton" alone is the newest. The interpreter of 3.6 needs NumPy
+# before 2.4.
 TRITONS := triton==3.6.0 triton==3.8.0 triton
 
 help: ## Show this list
@@ -34,7 +35,7 @@ triton-matrix: ## Interpreter tests and compile check on other releases of Trito
 		environment=.venv-$$triton; \
 		$(PYTHON) -m venv $$environment && \
 		$$environment/bin/python -m pip install --quiet '$(TORCH)' setuptools && \
-		grep -v '^triton' constraints.txt > $$environment/constraints.txt && \
+		(grep -v '^triton\|^numpy' constraints.txt; echo 'numpy<2.4') > $$environment/constraints.txt && \
 		$$environment/bin/python -m pip install --quiet -c $$environment/constraints.txt --no-build-isolation -e '.[dev]' && \
 		$$environment/bin/python -m pip install --quiet --upgrade --no-deps "$$triton" && \
 		OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $$environment/bin/python -m pytest -q -n 2 tests/interpreter && \

@@ -74,3 +74,26 @@ def test_the_fast_sampler_is_reproducible_and_stays_in_the_vocabulary(monkeypatc
     first, second = (sampled_tokens(var, monkeypatch, "triton", labels) for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert all(int(tokens.min()) >= 0 and int(tokens.max()) < var.V for tokens in first)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_patched_block_compiles_without_a_graph_break(backend):
+    var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8))
+    block, schedule = var.blocks[0], var.actvar.schedule
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(2, scale.tokens, var.C, generator=generator) for scale in schedule]
+    cond = torch.randn(2, var.C, generator=generator)
+
+    @torch.no_grad()
+    def outputs(run) -> list[torch.Tensor]:
+        block.attn.kv_caching(True)
+        found = [run(x, cond, None) for x in xs]
+        block.attn.kv_caching(False)
+        return found
+
+    set_backend(backend)
+    try:
+        compiled = outputs(torch.compile(block, backend="eager", fullgraph=True))
+        assert all(map(torch.equal, compiled, outputs(block)))
+    finally:
+        set_backend("auto")
