@@ -21,12 +21,16 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["actvar", "actvar.*", "actvar_kernels", "actvar_kernels.*"]),
-    package_data={"actvar": [f"zoo/**/*.{suffix}" for suffix in ("safetensors", "json", "md", "csv")]},
+    package_data={
+        "actvar": [f"zoo/**/*.{suffix}" for suffix in ("safetensors", "json", "md", "csv")],
+        "actvar_kernels": ["**/*.cpp", "**/*.h"],
+    },
     install_requires=[
         "torch>=2.6",
         'triton>=3.0; platform_system == "Linux"',
         "numpy>=1.26",
         "einops>=0.7",
+        "ninja>=1.10",
         "safetensors>=0.4",
         "tqdm>=4.64",
         "matplotlib>=3.7",

@@ -30,6 +30,7 @@ from actvar.patch import patched_silently
 from actvar.public_code import public_classes, public_twin
 from actvar.verify_operations import OPERATIONS, WRITABLE, wide
 from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, set_backend
+from actvar_kernels.expert_ffn import cpu_kernel
 
 FACTOR = 4
 
@@ -136,7 +137,7 @@ def verify(
     checks: list[Check] = []
     for dtype in dict.fromkeys((torch.float32, *dtypes)):
         var = load(dtype)
-        backends = backends or available_backends(var.head.weight.device)
+        backends = backends or available_backends(var.head.weight.device, dtypes)
         for backend in backends:
             _expect_backend(backend, var.head.weight.device, dtypes)
         if dtype == torch.float32:
@@ -148,12 +149,14 @@ def verify(
     return Report(tuple(checks))
 
 
-def available_backends(device: torch.device) -> tuple[str, ...]:
+def available_backends(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> tuple[str, ...]:
     """Backends that run on `device`, the reference first."""
-    with contextlib.suppress(BackendUnavailableError):
-        _expect_backend("triton", device, ())
-        return "reference", "triton"
-    return ("reference",)
+    found = ["reference"]
+    for name in ("cpu", "triton"):
+        with contextlib.suppress(BackendUnavailableError):
+            _expect_backend(name, device, dtypes)
+            found.append(name)
+    return tuple(found)
 
 
 @contextmanager
@@ -170,6 +173,12 @@ def using_backend(name: str) -> Iterator[None]:
 def _expect_backend(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
     with using_backend(name):
         backend_of("verify", torch.empty(0, device=device))
+    if name == "cpu":
+        reason = cpu_kernel.why_unavailable()
+        if torch.float16 in dtypes:
+            reason = "it does not take float16"
+        if reason is not None:
+            raise BackendUnavailableError(f"the 'cpu' backend: {reason}")
     if name == "triton" and device.type == "cpu" and torch.bfloat16 in dtypes:
         raise ValueError("bfloat16: Triton's interpreter computes it wrongly; leave it out, or use a GPU")
 

@@ -43,10 +43,11 @@ def get_backend() -> str:
 def backend_of(
     operation: str, tensor: torch.Tensor, supported: tuple[str, ...] = ("reference", "triton"), limits: str = ""
 ) -> str:
-    """The backend that runs `operation` on `tensor`: `"reference"` or `"triton"`.
+    """The backend that runs `operation` on `tensor`: `"reference"`, `"cpu"` or `"triton"`.
 
-    `auto` takes Triton for CUDA tensors where it is installed. Triton asked for by name also runs on CPU tensors when
-    `TRITON_INTERPRET=1` was set before Triton was imported.
+    `auto` takes Triton for CUDA tensors where it is installed, and a C++ kernel for CPU tensors where there is one.
+    Triton asked for by name also runs on CPU tensors when `TRITON_INTERPRET=1` was set before Triton was imported. In
+    the backend `"cpu"` the operations without a C++ kernel run PyTorch's, like the reference.
 
     Args:
         supported: backends that can run this call.
@@ -57,7 +58,13 @@ def backend_of(
     """
     name = get_backend()
     if name == "auto":
-        return "triton" if tensor.is_cuda and "triton" in supported and triton_installed() else "reference"
+        if tensor.is_cuda and "triton" in supported and triton_installed():
+            return "triton"
+        return "cpu" if "cpu" in supported and tensor.device.type == "cpu" else "reference"
+    if name == "cpu":
+        if tensor.device.type != "cpu":
+            raise BackendUnavailableError(f"{operation}: the 'cpu' backend needs CPU tensors, got {tensor.device}")
+        return "cpu" if "cpu" in supported else "reference"
     if name not in supported:
         takes = f" (it takes {limits})" if limits and name == "triton" else ""
         raise BackendUnavailableError(

@@ -12,6 +12,7 @@ import torch
 from helpers import make_tiny_var
 
 import actvar.block
+import actvar.families.var
 import actvar.patch
 import actvar_kernels
 from actvar import ActVARConfig, apply_patch, save_adapter
@@ -19,7 +20,8 @@ from actvar.cli import main
 from actvar.compare import Sampling
 from actvar.verify import Check, Report, available_backends, using_backend, verify
 from actvar.verify_operations import OPERATIONS
-from actvar_kernels import BackendUnavailableError, backend, get_backend
+from actvar_kernels import BackendUnavailableError, backend, get_backend, normalize_modulate
+from actvar_kernels.expert_ffn import cpu_kernel
 
 PAPER = ActVARConfig(num_experts=8)
 ONE_IMAGE = Sampling((1,))
@@ -164,6 +166,7 @@ def break_backend(monkeypatch) -> Callable[[str, Callable], Callable]:
 
         for name in OPERATIONS:
             monkeypatch.setattr(actvar.block, name, as_triton(getattr(actvar.block, name)))
+        monkeypatch.setattr(actvar.families.var, "normalize_modulate", as_triton(normalize_modulate))
 
         def load(dtype: torch.dtype) -> torch.nn.Module:
             var = tiny(dtype)
@@ -180,7 +183,8 @@ def break_backend(monkeypatch) -> Callable[[str, Callable], Callable]:
     return install
 
 
-def test_a_backend_without_a_fault_passes_and_is_among_the_defaults(break_backend):
+def test_a_backend_without_a_fault_passes_and_is_among_the_defaults(break_backend, monkeypatch):
+    monkeypatch.setattr(cpu_kernel, "why_unavailable", lambda: "no compiler")
     report = report_of(load=break_backend("none", lambda r, a: r))
     assert report.failures == []
     compared = {(c.backend, c.block, c.scale) for c in report.checks if c.check == "subset_attention"}
@@ -293,7 +297,10 @@ def test_numbers_that_are_not_finite_fail_and_are_strings_in_json(error, toleran
 
 def test_wrong_rates_dtypes_and_backends_are_errors(monkeypatch):
     monkeypatch.setattr(backend, "interpreted", lambda: False)
+    monkeypatch.setattr(cpu_kernel, "why_unavailable", lambda: "no compiler")
     assert available_backends(torch.device("cpu")) == ("reference",)
+    with pytest.raises(BackendUnavailableError, match="no compiler"):
+        report_of(backends=["cpu"])
     with pytest.raises(BackendUnavailableError, match="needs CUDA tensors"):
         report_of(backends=["triton"])
     monkeypatch.setattr(backend, "interpreted", lambda: True)
@@ -311,7 +318,7 @@ def test_wrong_rates_dtypes_and_backends_are_errors(monkeypatch):
         ([], "--model, or --var"),
         (["--var", "x.pth"], "--var needs --vae"),
         (["--var", "x.pth", "--vae", "y.pth"], "x.pth"),
-        (["--model", "fashion-mnist", "--backend", "cpu"], "no 'cpu' backend"),
+        (["--model", "fashion-mnist", "--backend", "cpu", "--dtype", "fp16"], "does not take float16"),
         (["--model", "fashion-mnist", "--backend", "cuda"], "invalid choice"),
         (["--model", "fashion-mnist", "--dtype", "fp64"], "invalid choice"),
         (["--model", "fashion-mnist", "--rates", "0.5"], "--rates: expected"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
+from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_shape
-from actvar_kernels.expert_ffn import reference
+from actvar_kernels.expert_ffn import cpu_kernel, reference
 from actvar_kernels.expert_ffn.route import route
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.scatter.op import scatter_rows
@@ -62,7 +62,8 @@ def expert_ffn(
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`.
 
     On Triton it is three launches, or two where few tokens make a sort not worth its time, for float32, float16 and
-    bfloat16, bool masks and up to 32 experts.
+    bfloat16, bool masks and up to 32 experts. On the CPU a C++ kernel runs the chosen experts only, for float32 and
+    bfloat16, bool masks and even C; it keeps a packed copy of the weights.
 
     Raises:
         ValueError: shapes that do not fit, or N that does not divide D.
@@ -75,6 +76,8 @@ def expert_ffn(
         return reference.expert_ffn(u, mask, *weights)
     if backend == "triton" or torch.compiler.is_compiling():
         u, *weights = _as_autocast(u, *weights)
+    elif backend == "cpu":
+        (u,) = _as_autocast(u)  # the kernel converts weights when it packs them
     if backend == "reference" or needs_operator(u, *weights):
         return torch.ops.actvar_kernels.expert_ffn(u, mask, active, *weights)
     return _run_ffn(u, mask, active, *weights)
@@ -125,7 +128,7 @@ def expert_ffn_scatter(
         expect_shape("rest", rest, (R, None, C))
     others = (rows, gamma) if index is None else (rest, rows, gamma)
     backend = _backend("expert_ffn_scatter", u, mask, *weights, *others)
-    if backend == "reference" or _wants_gradient(u, *weights, *others):  # what writes in place has no gradient
+    if backend != "triton" or _wants_gradient(u, *weights, *others):  # what writes in place has no gradient
         return _by_parts(rest, index, rows, u, mask, active, *weights, gamma, schedule)
     u, *weights = _as_autocast(u, *weights)
     if index is not None:
@@ -163,8 +166,30 @@ def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> 
 
 def _backend(operation: str, u: torch.Tensor, mask: torch.Tensor, *others: torch.Tensor) -> str:
     fits = mask.dtype == torch.bool and mask.shape[-1] <= _MAX_EXPERTS
+    supported = kernel_backends(u, *others, fits=fits)
     limits = f"float32, float16 and bfloat16, and a bool mask of up to {_MAX_EXPERTS} experts"
-    return backend_of(operation, u, kernel_backends(u, *others, fits=fits), limits)
+    if u.device.type == "cpu" and get_backend() in ("auto", "cpu"):
+        reason = _why_not_on_cpu(u, mask, *others)
+        if reason is None:
+            supported = (*supported, "cpu")
+        elif get_backend() == "cpu":
+            raise BackendUnavailableError(f"{operation}: the 'cpu' backend cannot run this call: {reason}")
+    return backend_of(operation, u, supported, limits)
+
+
+def _why_not_on_cpu(u: torch.Tensor, mask: torch.Tensor, fc1_weight: torch.Tensor, *others: torch.Tensor) -> str | None:
+    """Why the C++ kernel does not run a call, or None; under `auto` it leaves gradients to the reference."""
+    cast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if cast else u.dtype
+    same = cast or fc1_weight.dtype == dtype
+    if dtype not in cpu_kernel.DTYPES or not same or mask.dtype != torch.bool or u.shape[-1] % 2:
+        found = f"{dtype}, weights in {fc1_weight.dtype}, a mask in {mask.dtype} and width {u.shape[-1]}"
+        return f"it takes float32 and bfloat16, weights alike, a bool mask and an even width, got {found}"
+    if get_backend() == "cpu":
+        return cpu_kernel.why_unavailable()
+    if _wants_gradient(u, mask, fc1_weight, *others):
+        return "a gradient is wanted"
+    return None if cpu_kernel.available() else cpu_kernel.why_unavailable()
 
 
 def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -181,8 +206,11 @@ def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 def _run_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> torch.Tensor:
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if _backend("expert_ffn", u, mask, *weights) == "reference":
+    backend = _backend("expert_ffn", u, mask, *weights)
+    if backend == "reference":
         return reference.expert_ffn(u, mask, *weights)
+    if backend == "cpu":
+        return cpu_kernel.expert_ffn(u, mask, *weights)
     from actvar_kernels.expert_ffn import triton_kernel
 
     return triton_kernel.expert_ffn(u, mask, active, *weights)
@@ -193,7 +221,7 @@ def _run_scatter(
 ) -> None:
     arguments = (index, rows, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule)
     tensors = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, out, rows, gamma)
-    if _backend("expert_ffn_scatter", u, mask, *tensors) == "reference":
+    if _backend("expert_ffn_scatter", u, mask, *tensors) != "triton":
         out.copy_(_by_parts(out, *arguments))
     else:
         from actvar_kernels.expert_ffn import triton_kernel

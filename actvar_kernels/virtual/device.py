@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shlex
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import cpp_extension
 
 from actvar_kernels.backend import interpreted
+from actvar_kernels.building import ninja_on_path, why_no_compiler
 
 # Slicing, `copy_` and others switch to the tensor's device first; without CUDA there is nothing that could.
 _GUARD = """
@@ -70,14 +69,10 @@ def why_unavailable() -> str | None:
         return "kernels are compiled on it, so TRITON_INTERPRET must not be set"
     if torch.cuda.is_available():
         return None
-    compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
-    if shutil.which(compiler) is None:
-        return f"it needs a C++ compiler: {compiler!r} is not there; install g++ or set CXX"
-    if not cpp_extension.is_ninja_available():
-        return "it needs ninja: pip install ninja"
-    return None
+    return why_no_compiler()
 
 
 @functools.cache
 def _install_device_guard() -> None:
-    cpp_extension.load_inline("actvar_noop_cuda_guard", _GUARD, is_python_module=False, no_implicit_headers=True)
+    with ninja_on_path():
+        cpp_extension.load_inline("actvar_noop_cuda_guard", _GUARD, is_python_module=False, no_implicit_headers=True)
