@@ -14,6 +14,7 @@ from actvar_kernels import (
     add_normalize,
     add_normalize_route,
     backend_of,
+    cpp_runs,
     expert_ffn_scatter,
     normalize_modulate,
     scatter_rows,
@@ -47,8 +48,10 @@ class ActVARBlock(nn.Module):
 
 
 def kernels_run(x: torch.Tensor) -> bool:
-    """Whether the operations run as kernels: then dense scales use them too, and what a sample needs once is kept."""
-    return backend_of("block", x) == "triton"
+    """Whether operations run as kernels, Triton's or in C++: then dense scales use them too, and what a sample needs
+    once is kept."""
+    supported = ("reference", "triton", "cpu") if cpp_runs(x) else ("reference", "triton")
+    return backend_of("block", x, supported) != "reference"
 
 
 def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale) -> torch.Tensor:
@@ -91,7 +94,7 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
         x = expert_ffn_scatter(rest, index, rows, u, mask, scale.experts, *weights, gamma2, schedule)
     else:
         rows, u = add_normalize(rows, update, gamma1, scale2, shift2)
-        update = family.dense_ffn(block, u)
+        update = family.dense_ffn(block, u, shared.config.num_experts)
         if index is None:
             x = torch.addcmul(rows, gamma2.to(update.dtype), update)
         else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from actvar.config import ActVARConfig
 from actvar.flops import counted_flops, model_flops
-from actvar.patch import patched_silently
+from actvar.patch import DENSE, patched_silently
 from actvar.pictures import save_grid, save_token_overlay
 from actvar.recording import record, shared_state
 from actvar.schedule import build_schedule
@@ -52,7 +53,8 @@ class Sampling:
 @dataclass(frozen=True)
 class Comparison:
     """Seconds of a whole sample, seconds of the blocks at the active scales, and FLOPs of the transformer, by formula
-    and by torch's counter; each by name, `dense` and `actvar`."""
+    and by torch's counter; each by name: `dense`, `actvar`, and seconds also of `accelerated`, the dense model on the
+    kernels (`actvar.accelerate`)."""
 
     images: int
     seconds: dict[str, float]
@@ -63,22 +65,23 @@ class Comparison:
     def table(self) -> str:
         """The comparison as aligned text."""
 
-        def row(label: str, values: dict[str, float], unit: float, digits: int, better: str) -> str:
-            dense, actvar = values["dense"] / unit, values["actvar"] / unit
-            return f"{label:<34}{dense:>12.{digits}f}{actvar:>12.{digits}f}  {better}"
+        def row(label: str, values: dict[str, float], unit: float, digits: int, gain: Sequence[str] = ()) -> str:
+            columns = (values.get(name, values["dense"]) / unit for name in ("dense", "accelerated", "actvar"))
+            return f"{label:<34}" + "".join(f"{value:>13.{digits}f}" for value in columns) + "".join(gain)
 
-        def speedup(values: dict[str, float]) -> str:
-            return f"{values['dense'] / values['actvar']:.2f}x"
+        def speedup(values: dict[str, float]) -> list[str]:
+            return [f"{values[name] / values['actvar']:>12.2f}x" for name in ("dense", "accelerated")]
 
-        def saving(values: dict[str, int]) -> str:
-            return f"{1 - values['actvar'] / values['dense']:.1%} saved"
+        def saving(values: dict[str, int]) -> list[str]:
+            return [f"{1 - values['actvar'] / values['dense']:>12.1%} saved"]
 
         rate = {name: self.images / seconds for name, seconds in self.seconds.items()}
+        titles = ("dense", "accelerated", "ActVAR", "vs dense", "vs accel.")
         return "\n".join(
             [
-                f"{'':<34}{'dense':>12}{'ActVAR':>12}",
+                f"{'':<34}" + "".join(f"{title:>13}" for title in titles),
                 row("whole sample, ms", self.seconds, 1e-3, 1, speedup(self.seconds)),
-                row("images per second", rate, 1, 1, ""),
+                row("images per second", rate, 1, 1),
                 row("blocks of the active scales, ms", self.block_seconds, 1e-3, 1, speedup(self.block_seconds)),
                 row("transformer GFLOP, formula", self.formula_flops, 1e9, 2, saving(self.formula_flops)),
                 row("transformer GFLOP, counted", self.counted_flops, 1e9, 2, saving(self.counted_flops)),
@@ -89,7 +92,7 @@ class Comparison:
 def compare(
     var: nn.Module, config: ActVARConfig, adapter: str | Path | None, sampling: Sampling, repeats: int
 ) -> Comparison:
-    """Measure an unpatched `var` and the same with ActVAR, in turn, medians of `repeats`.
+    """Measure an unpatched `var`, the same accelerated, and with ActVAR, in turn, medians of `repeats`.
 
     Raises:
         ValueError: a configuration or adapter that does not fit the model.
@@ -102,18 +105,22 @@ def compare(
             sampling.run(var)
         return sum(seconds[tokens] for tokens in active_tokens)
 
-    def with_patch(measure):
-        def run() -> float:
-            with patched_silently(var, config, adapter):
-                return measure()
+    def accelerated(measure) -> float:
+        with patched_silently(var, DENSE, None):
+            return measure()
 
-        return run
+    def sparse(measure) -> float:
+        with patched_silently(var, config, adapter):
+            return measure()
 
     def whole() -> float:
         return seconds_of(lambda: sampling.run(var), device)
 
-    seconds = interleaved_medians({"dense": whole, "actvar": with_patch(whole)}, repeats, "whole samples")
-    block_times = interleaved_medians({"dense": blocks, "actvar": with_patch(blocks)}, repeats, "blocks")
+    def all_ways(measure) -> dict[str, Callable[[], float]]:
+        return {"dense": measure, "accelerated": partial(accelerated, measure), "actvar": partial(sparse, measure)}
+
+    seconds = interleaved_medians(all_ways(whole), repeats, "whole samples")
+    block_times = interleaved_medians(all_ways(blocks), repeats, "blocks")
     batch = len(sampling.labels)
     formula = {"dense": sum(step.total for step in model_flops(var, batch))}
     counted = {"dense": counted_flops(var, batch)}

@@ -14,6 +14,7 @@ from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.recording import Shared
 from actvar.schedule import build_schedule
+from actvar_kernels.backend import using_backend
 from actvar_kernels.expert_ffn.op import expert_ffn_flops
 
 DENSE = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=1.0)
@@ -99,7 +100,8 @@ def model_flops(var: nn.Module, batch: int) -> list[StepFlops]:
 def counted_flops(var: nn.Module, batch: int) -> int:
     """FLOPs of the same run counted by `torch.utils.flop_counter` on the model itself, with fake tensors.
 
-    An expert FFN counts the experts that are on, whatever the backend does with the others.
+    The reference runs, so AdaLN counts at every scale. An expert FFN counts the experts that are on, whatever is done
+    with the others.
     """
     formulas = {
         torch.ops.actvar_kernels.expert_ffn: expert_ffn_flops,
@@ -107,7 +109,7 @@ def counted_flops(var: nn.Module, batch: int) -> int:
     }
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     weight = var.head.weight
-    with FakeTensorMode(allow_non_fake_inputs=True), counter:
+    with using_backend("reference"), FakeTensorMode(allow_non_fake_inputs=True), counter:
         cond = torch.empty(2 * batch, var.blocks[0].ffn.fc1.in_features, dtype=weight.dtype, device=weight.device)
         for block in var.blocks:
             block.attn.kv_caching(True)

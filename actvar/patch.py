@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from actvar.adapter import load_adapter
-from actvar.block import ActVARBlock, kernels_run
+from actvar.block import ActVARBlock
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.gates import Gates
 from actvar.recording import Shared, guided_rows
 from actvar.schedule import build_schedule
-from actvar_kernels import sample_tokens
+from actvar_kernels import backend_of, sample_tokens
 
 logger = logging.getLogger(__name__)
+
+DENSE = ActVARConfig(token_rates=(1, 1), ffn_rate=1)
 
 
 class ActVARModel(nn.Module):
@@ -31,8 +33,8 @@ class ActVARModel(nn.Module):
             return super().autoregressive_infer_cfg(*args, **kwargs)
 
     def get_logits(self, x, cond_BD):
-        """As the model's own; where kernels run, the norm before the head is one of them."""
-        logits = family_of(self).head_logits(self, x, cond_BD) if kernels_run(x) else None
+        """As the model's own; on Triton the norm before the head is one launch."""
+        logits = family_of(self).head_logits(self, x, cond_BD) if backend_of("get_logits", x) == "triton" else None
         if logits is None:
             return super().get_logits(x, cond_BD)
         drawn_in_kernel = self.actvar.rows_are_guided and self.actvar.config.sampler == "fast"
@@ -86,6 +88,17 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module
     patch_silently(var, config)
     warn_untrained(config)
     return var
+
+
+def accelerate(var: nn.Module) -> nn.Module:
+    """The dense model on the kernels, in place; returns `var`. `remove_patch` undoes it.
+
+    Results are the dense model's to rounding. It is `apply_patch` with rates of 1.
+
+    Raises:
+        TypeError: a model of an unsupported kind.
+    """
+    return apply_patch(var, DENSE)
 
 
 def warn_untrained(config: ActVARConfig) -> None:

@@ -29,7 +29,7 @@ from actvar.config import ActVARConfig
 from actvar.patch import patched_silently
 from actvar.public_code import public_classes, public_twin
 from actvar.verify_operations import OPERATIONS, WRITABLE, wide
-from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, set_backend
+from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, using_backend
 from actvar_kernels.expert_ffn import cpu_kernel
 
 FACTOR = 4
@@ -157,17 +157,6 @@ def available_backends(device: torch.device, dtypes: Sequence[torch.dtype] = ())
             _expect_backend(name, device, dtypes)
             found.append(name)
     return tuple(found)
-
-
-@contextmanager
-def using_backend(name: str) -> Iterator[None]:
-    """`set_backend` for the duration of the context."""
-    before = get_backend()
-    set_backend(name)
-    try:
-        yield
-    finally:
-        set_backend(before)
 
 
 def _expect_backend(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:

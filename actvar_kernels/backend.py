@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -27,6 +29,17 @@ def set_backend(name: str) -> None:
     """
     global _chosen
     _chosen = _checked(name, "set_backend")
+
+
+@contextmanager
+def using_backend(name: str) -> Iterator[None]:
+    """`set_backend` for the duration of the context."""
+    global _chosen
+    before, _chosen = _chosen, _checked(name, "using_backend")
+    try:
+        yield
+    finally:
+        _chosen = before
 
 
 def get_backend() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from helpers import make_tiny_var, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actvar import ActVARConfig, apply_patch, load_pretrained
+from actvar import ActVARConfig, accelerate, apply_patch, load_pretrained, remove_patch
+from actvar.patch import DENSE
 from actvar_kernels import BackendUnavailableError, expert_ffn, select_tokens, set_backend
 from actvar_kernels.expert_ffn import cpu_kernel, reference
 
@@ -200,6 +202,19 @@ def test_the_bundled_model_draws_the_reference_tokens():
         finally:
             set_backend("auto")
     torch.testing.assert_close(images["cpu"], images["reference"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_rates_of_1_and_acceleration_draw_the_tokens_of_the_dense_model(forced):
+    _, var = load_pretrained("fashion-mnist")
+    dense = var.autoregressive_infer_cfg(10, torch.arange(10), g_seed=0)
+    for patch in (accelerate, lambda var: apply_patch(var, replace(DENSE, always_sparse=forced))):
+        patch(var)
+        torch.testing.assert_close(
+            var.autoregressive_infer_cfg(10, torch.arange(10), g_seed=0), dense, atol=1e-4, rtol=0
+        )
+        remove_patch(var)
+    assert torch.equal(var.autoregressive_infer_cfg(10, torch.arange(10), g_seed=0), dense)
 
 
 def test_a_copied_and_a_saved_model_carry_no_packed_weights(tmp_path):

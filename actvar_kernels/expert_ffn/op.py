@@ -185,11 +185,23 @@ def _why_not_on_cpu(u: torch.Tensor, mask: torch.Tensor, fc1_weight: torch.Tenso
     if dtype not in cpu_kernel.DTYPES or not same or mask.dtype != torch.bool or u.shape[-1] % 2:
         found = f"{dtype}, weights in {fc1_weight.dtype}, a mask in {mask.dtype} and width {u.shape[-1]}"
         return f"it takes float32 and bfloat16, weights alike, a bool mask and an even width, got {found}"
+    if torch.compiler.is_compiling():  # the operator decides when it runs
+        return None if get_backend() == "cpu" else "the call is being compiled"
     if get_backend() == "cpu":
         return cpu_kernel.why_unavailable()
     if _wants_gradient(u, mask, fc1_weight, *others):
         return "a gradient is wanted"
     return None if cpu_kernel.available() else cpu_kernel.why_unavailable()
+
+
+def cpp_runs(x: torch.Tensor) -> bool:
+    """Whether `expert_ffn` runs in C++ for inputs like `x`, a tensor without gradient, under the chosen backend."""
+    if x.device.type != "cpu" or get_backend() not in ("auto", "cpu"):
+        return False
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return dtype in cpu_kernel.DTYPES and cpu_kernel.available()
 
 
 def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
