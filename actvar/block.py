@@ -82,7 +82,7 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
         family.write_cache(block, keys, values)
     if fused:
         keep(block, state, scale)
-    update = block.attn.proj(out)
+    update = family.attention_output(block, out)
 
     # 3. FFN as experts; 4. scatter: the other tokens keep their value
     if scale.route:

@@ -18,7 +18,7 @@ from actvar.families import family_of, unwrapped
 from actvar.gates import Gates
 from actvar.recording import Shared, guided_rows
 from actvar.schedule import build_schedule
-from actvar_kernels import backend_of, sample_tokens
+from actvar_kernels import sample_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class ActVARModel(nn.Module):
             return super().autoregressive_infer_cfg(*args, **kwargs)
 
     def get_logits(self, x, cond_BD):
-        """As the model's own; on Triton the norm before the head is one launch."""
-        logits = family_of(self).head_logits(self, x, cond_BD) if backend_of("get_logits", x) == "triton" else None
+        """As the model's own, where kernels run by them."""
+        logits = family_of(self).head_logits(self, x, cond_BD)
         if logits is None:
             return super().get_logits(x, cond_BD)
         drawn_in_kernel = self.actvar.rows_are_guided and self.actvar.config.sampler == "fast"

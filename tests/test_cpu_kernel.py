@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from actvar import ActVARConfig, accelerate, apply_patch, load_pretrained, remove_patch
 from actvar.patch import DENSE
-from actvar_kernels import BackendUnavailableError, expert_ffn, select_tokens, set_backend
+from actvar_kernels import BackendUnavailableError, expert_ffn, linear, packing, select_tokens, set_backend
 from actvar_kernels.expert_ffn import cpu_kernel, reference
 
 pytestmark = pytest.mark.skipif(
@@ -122,17 +122,35 @@ def test_a_token_without_experts_gets_the_bias_and_no_token_gives_none():
 
 def test_weights_are_packed_anew_when_they_change_and_freed_with_the_layer():
     gc.collect()
-    before = len(cpu_kernel._cache)
+    before = len(packing._cache)
     u, mask, *weights = ffn(9, 64, 16, 4, torch.float32)
     first = cpu_kernel.expert_ffn(u, mask, *weights)
     assert torch.equal(cpu_kernel.expert_ffn(u, mask, *weights), first)
-    assert len(cpu_kernel._cache) == before + 1
+    assert len(packing._cache) == before + 1
     with torch.no_grad():
         weights[2].mul_(2)
     assert_as_exact(cpu_kernel.expert_ffn(u, mask, *weights), (u, mask, *weights))
     del weights
     gc.collect()
-    assert len(cpu_kernel._cache) == before
+    assert len(packing._cache) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 13), (2, 33, 64)])
+def test_a_packed_linear_layer_is_the_plain_one_to_rounding(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in (shape, (24, shape[-1]), (24,)))
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    plain = (torch.nn.functional.linear(x, weight, bias).double() - exact).abs().max()
+    with torch.no_grad():
+        before = len(packing._cache)
+        results = [linear(x, weight, bias) for _ in range(2)]
+        assert len(packing._cache) == before + 1
+        weight.mul_(2)
+        torch.testing.assert_close(linear(x, weight, bias) - bias, 2 * (results[0] - bias), atol=0.05, rtol=0.02)
+    for result in results:
+        assert result.dtype == dtype
+        assert (result.double() - exact).abs().max() <= 4 * plain + 2 * torch.finfo(dtype).eps
 
 
 def test_the_operation_takes_it_by_default_and_leaves_gradients_and_other_types_to_the_reference(monkeypatch):
@@ -151,10 +169,10 @@ def test_the_operation_takes_it_by_default_and_leaves_gradients_and_other_types_
 
 def test_under_autocast_it_computes_in_the_lower_type_with_weights_packed_once():
     u, mask, *weights = ffn(9, 64, 16, 4, torch.float32)
-    before = len(cpu_kernel._cache)
+    before = len(packing._cache)
     with torch.autocast("cpu", torch.bfloat16):
         found = [expert_ffn(u, mask, 3, *weights) for _ in range(3)]
-    assert len(cpu_kernel._cache) == before + 1
+    assert len(packing._cache) == before + 1
     assert_as_exact(found[2], (u.bfloat16(), mask, *(w.bfloat16() for w in weights)))
 
 

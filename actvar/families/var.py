@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.models.var import VAR
-from actvar_kernels import cpp_runs, expert_ffn, normalize_modulate
+from actvar_kernels import backend_of, cpp_runs, expert_ffn, linear, normalize_modulate
 
 NAME = "VAR (actvar.models.VAR or the class of the public VAR code)"
 NORM_EPS = 1e-6
@@ -81,7 +81,7 @@ def project(
     attn = block.attn
     weight = attn.mat_qkv.weight
     if queries_from is keys_from:
-        return _heads(attn, F.linear(queries_from, weight, bias), 3)
+        return _heads(attn, linear(queries_from, weight, bias), 3)
     C = weight.shape[1]
     q = _heads(attn, F.linear(queries_from, weight[:C], bias[:C]), 1)
     kv = _heads(attn, F.linear(keys_from, weight[C:], bias[C:]), 2)
@@ -131,10 +131,24 @@ def _tokens_first(attn: nn.Module, dtype: torch.dtype) -> bool:
     return flash or getattr(attn, "using_xform", False)
 
 
+def attention_output(block: nn.Module, out: torch.Tensor) -> torch.Tensor:
+    """The projection after attention, `[R, K, C]`."""
+    return linear(out, block.attn.proj.weight, block.attn.proj.bias)
+
+
 def head_logits(model: nn.Module, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor | None:
-    """Logits `[R, L, V]` of the last block's output, in its dtype; None where the head's own dtype or autocast decides
+    """Logits `[R, L, V]` of the last block's output as kernels compute them, in the head's dtype, or None: the model's
+    own way. On Triton the norm before the head is one launch, if neither the head's dtype nor autocast has a say in
     which dtype to compute in."""
-    if x.dtype != model.head.weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if cpp_runs(x):
+        h = model.head_nm(x.float(), cond)
+        h = h if torch.is_autocast_enabled("cpu") else h.to(model.head.weight.dtype)
+        return linear(h, model.head.weight, model.head.bias)
+    if (
+        backend_of("head", x) != "triton"
+        or x.dtype != model.head.weight.dtype
+        or torch.is_autocast_enabled(x.device.type)
+    ):
         return None
     scale, shift = model.head_nm.ada_lin(cond).unsqueeze(1).chunk(2, dim=-1)
     return model.head(normalize_modulate(x, scale, shift))

@@ -6,12 +6,13 @@ import ctypes
 import functools
 import hashlib
 import logging
-import weakref
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+from actvar_kernels.packing import packed
 
 logger = logging.getLogger(__name__)
 
@@ -115,31 +116,18 @@ def expert_ffn(
         MemoryError: there is none left for the intermediate results.
     """
     level = best_level() if level is None else level
-    packed = _packed((fc1_weight, fc1_bias, fc2_weight, fc2_bias), mask.shape[-1], u.dtype, level)
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    C, experts = u.shape[-1], mask.shape[-1]
+    layout = experts, u.dtype, level
+    copies = packed(weights, layout, lambda: pack(*weights, experts, u.dtype, layout_of(level)))
     u, mask = u.contiguous(), mask.contiguous()
     out = torch.empty_like(u)
-    C, experts = u.shape[-1], mask.shape[-1]
-    tensors = (u, mask, *packed, out)
+    tensors = (u, mask, *copies, out)
     sizes = (u.numel() // C, C, experts, fc1_weight.shape[0] // experts, torch.get_num_threads())
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     if _library().expert_ffn(level, int(u.dtype == torch.bfloat16), *pointers, *sizes):
         raise MemoryError(f"expert_ffn: no memory for {sizes[0]} tokens of width {C}")
     return out
-
-
-_cache: dict[tuple, tuple[tuple, Packed]] = {}
-
-
-def _packed(weights: tuple[torch.Tensor, ...], experts: int, dtype: torch.dtype, level: int) -> Packed:
-    """The packed weights, from the cache as long as the tensors are the same and unchanged."""
-    key = (id(weights[0]), experts, dtype, level)
-    state = tuple((t.data_ptr(), t._version, t.dtype) for t in weights)
-    found = _cache.get(key)
-    if found is None or found[0] != state:
-        if found is None:
-            weakref.finalize(weights[0], _cache.pop, key, None)
-        found = _cache[key] = state, pack(*weights, experts, dtype, layout_of(level))
-    return found[1]
 
 
 @torch.no_grad()
