@@ -13,8 +13,8 @@ from actvar_kernels.packing import packed
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`x @ weight.T + bias`.
 
-    Where the C++ kernel of `expert_ffn` runs, oneDNN multiplies with a packed copy of the weight, which saves packing it
-    in every call.
+    Where the C++ kernel of `expert_ffn` runs, oneDNN multiplies with a packed copy of the weight, which saves packing
+    it in every call.
 
     Args:
         x: `[..., C]`.
@@ -23,7 +23,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     """
     if not cpp_runs(x) or needs_operator(x, weight, bias) or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu"):
-        x = x.to(torch.get_autocast_dtype("cpu"))
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return F.linear(x, weight, bias)
+    x = x.to(dtype)
     copy = packed((weight,), x.dtype, lambda: weight.detach().to(x.dtype).to_mkldnn())
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), copy, bias.to(x.dtype), "none", [], "")
