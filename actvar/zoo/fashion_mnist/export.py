@@ -23,7 +23,7 @@ def export(build: Build, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     vae = restore_autoencoder(build)
     var = architecture.build()[1]
-    restore(var, build.correct_plan)
+    restore(var, build.finish_plan)
     _save(vae, folder / "vae.safetensors")
     _save(var, folder / "var.safetensors")
     _save(restore(FeatureNet(), build.features_plan), folder / "features.safetensors")

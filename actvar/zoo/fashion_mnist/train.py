@@ -30,12 +30,8 @@ from actvar.zoo.fashion_mnist import architecture
 from actvar.zoo.fashion_mnist.autoencoder import AutoencoderTraining, DecoderTraining
 from actvar.zoo.fashion_mnist.data import load_split
 from actvar.zoo.fashion_mnist.features import FeatureNet, training_loss
-from actvar.zoo.fashion_mnist.self_correction import corrected, draw_tokens
 
 logger = logging.getLogger(__name__)
-
-# The largest share of an image's tokens that is replaced; the share is drawn anew for every image.
-MISTAKES = 0.6
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,6 @@ class Build:
     decoder_steps: int = 1300
     transformer_steps: int = 4200
     finish_steps: int = 4000
-    correct_steps: int = 3000
     stage1_steps: int = 500
 
     @property
@@ -86,20 +81,12 @@ class Build:
         return Plan("finish", self.work, self.finish_steps, batch=64, lr=8e-4, muon=True, seed=self.seed + 1)
 
     @property
-    def correct_plan(self) -> Plan:
-        return Plan("correct", self.work, self.correct_steps, batch=64, lr=5e-4, muon=True, seed=self.seed + 2)
-
-    @property
     def stage1_plan(self) -> Plan:
         return Plan("stage1", self.work, self.stage1_steps, batch=64, lr=3e-3, warmup=50, seed=self.seed)
 
     @property
     def tokens(self) -> Path:
         return self.work / "tokens.pt"
-
-    @property
-    def encoded(self) -> Path:
-        return self.work / "encoded.pt"
 
 
 def finished(plan: Plan) -> bool:
@@ -138,25 +125,22 @@ def train_autoencoder(build: Build) -> None:
 
 @torch.no_grad()
 def encode_tokens(build: Build) -> None:
-    """Token maps `[N, L]` int16 and features `[N, Cvae, P, P]` float16 of the training images, computed once, each
-    process a part."""
+    """Token maps of the training images, `[N, L]` int16, computed once, each process a part."""
     images, _ = load_split(build.data, "train")
     vae = restore(architecture.build()[0], build.autoencoder_plan)
-    tokens, encoded = [], []
+    parts = []
     for batch in tqdm(images.tensor_split(world_size())[rank()].split(200), desc="tokens", disable=rank() != 0):
         with torch.autocast("cpu", torch.bfloat16):
-            features = vae.quant_conv(vae.encoder(batch * 2 - 1)).float()
-        tokens.append(torch.cat(vae.quantize.tokens(features), dim=1).int())
-        encoded.append(features.half())
-    tokens, encoded = all_gather_rows(torch.cat(tokens)), all_gather_rows(torch.cat(encoded))
+            features = vae.quant_conv(vae.encoder(batch * 2 - 1))
+        parts.append(torch.cat(vae.quantize.tokens(features.float()), dim=1).int())
+    gathered = all_gather_rows(torch.cat(parts))
     if rank() == 0:
-        save_atomically(encoded, build.encoded)
-        save_atomically(tokens.to(torch.int16), build.tokens)
+        save_atomically(gathered.to(torch.int16), build.tokens)
 
 
 def split_scales(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """`[B, L]` token maps as one `[B, p * p]` tensor per scale."""
-    return tokens.split([p * p for p in architecture.PATCH_NUMS], dim=1)
+    """`[B, L]` token maps as one `[B, p * p]` int64 tensor per scale."""
+    return tokens.long().split([p * p for p in architecture.PATCH_NUMS], dim=1)
 
 
 def train_decoder(build: Build) -> None:
@@ -167,7 +151,7 @@ def train_decoder(build: Build) -> None:
     network = restore(FeatureNet(), build.perceptual_plan)
     fit(
         DecoderTraining(vae, network),
-        lambda model, index: model(split_scales(tokens[index].long()), images[index]),
+        lambda model, index: model(split_scales(tokens[index]), images[index]),
         build.decoder_plan,
         len(images),
     )
@@ -193,26 +177,7 @@ def finish_transformer(build: Build) -> None:
     _train_next_scale(build, var, build.finish_plan, lambda side: 1 / side)
 
 
-def correct_transformer(build: Build) -> None:
-    """Go on from `finish_transformer` and learn to make up for wrong tokens in the coarser scales."""
-    _, var = architecture.build(build.seed)
-    load_trained(var, build.finish_plan)
-    encoded = torch.load(build.encoded, weights_only=True)
-    vae = restore(architecture.build()[0], build.autoencoder_plan)
-
-    def with_mistakes(model: nn.Module, index: torch.Tensor, labels: torch.Tensor, tokens: torch.Tensor):
-        with torch.no_grad():
-            drawn = draw_tokens(model(labels, vae.quantize.teacher_input(split_scales(tokens))))
-            wrong = torch.rand(tokens.shape) < MISTAKES * torch.rand(len(tokens), 1)
-            return corrected(vae.quantize, encoded[index].float(), split_scales(drawn), split_scales(wrong))
-
-    _train_next_scale(build, var, build.correct_plan, lambda side: 1 / side, with_mistakes)
-
-
-def _train_next_scale(
-    build: Build, var: nn.Module, plan: Plan, weight_of_side: Callable[[int], float], examples: Callable | None = None
-) -> None:
-    """`examples(model, index, labels, tokens)` gives token maps and inputs to train on; None: those of the images."""
+def _train_next_scale(build: Build, var: nn.Module, plan: Plan, weight_of_side: Callable[[int], float]) -> None:
     _, labels = load_split(build.data, "train")
     tokens = torch.load(build.tokens, weights_only=True)
     vae = restore(architecture.build()[0], build.autoencoder_plan)
@@ -220,13 +185,10 @@ def _train_next_scale(
     weights = weights / weights.mean()
 
     def loss(model: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        targets = tokens[index].long()
-        if examples is None:
-            inputs = vae.quantize.teacher_input(split_scales(targets))
-        else:
-            targets, inputs = examples(model, index, labels[index], targets)
+        with torch.no_grad():
+            inputs = vae.quantize.teacher_input(split_scales(tokens[index]))
         logits = model(labels[index], inputs)
-        cross_entropy = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        cross_entropy = F.cross_entropy(logits.transpose(1, 2), tokens[index].long(), reduction="none")
         last = architecture.PATCH_NUMS[-1] ** 2
         return {
             "loss": (weights * cross_entropy).mean(),
@@ -243,12 +205,12 @@ def train_stage1(build: Build) -> None:
     tokens = torch.load(build.tokens, weights_only=True)
     vae, var = architecture.build()
     restore(vae, build.autoencoder_plan)
-    restore(var, build.correct_plan)
+    restore(var, build.finish_plan)
     patch_silently(var, ActVARConfig())
 
     def loss(model: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            inputs = vae.quantize.teacher_input(split_scales(tokens[index].long()))
+            inputs = vae.quantize.teacher_input(split_scales(tokens[index]))
         return model(labels[index], inputs, tokens[index])
 
     fit(Stage1(var), loss, build.stage1_plan, len(tokens))
@@ -264,10 +226,9 @@ def train(build: Build, processes: int) -> None:
         (train_decoder, build.decoder_plan),
         (train_transformer, build.transformer_plan),
         (finish_transformer, build.finish_plan),
-        (correct_transformer, build.correct_plan),
         (train_stage1, build.stage1_plan),
     ]:
-        if plan == build.decoder_plan and not (build.tokens.exists() and build.encoded.exists()):
+        if plan == build.decoder_plan and not build.tokens.exists():
             run_in_processes(encode_tokens, processes, build)
         if not finished(plan):
             run_in_processes(stage, processes, build)
