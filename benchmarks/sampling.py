@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     ways = {}
     if options.public_var is not None:
         public = public_twin(var, public_classes(options.public_var))
+        public.vae_proxy[0].fhat_to_img = partial(public_decode, var.vae_proxy[0])
         ways["public code"] = lambda: autocast(public, dtype)
     var.to(dtype)
     ways["dense"] = lambda: contextlib.nullcontext(var)
@@ -99,6 +101,11 @@ def model(name: str) -> tuple[nn.Module, Path | None]:
             gammas = block.ada_gss[:, :, :2] if block.shared_aln else block.ada_lin[-1].weight[: 2 * var.C]
             gammas.mul_(0.5e5)
     return var, None
+
+
+def public_decode(vae: nn.Module, f_hat: torch.Tensor) -> torch.Tensor:
+    """`fhat_to_img` as the public code has it."""
+    return vae.decoder(vae.post_quant_conv(f_hat)).clamp_(-1, 1)
 
 
 @contextmanager
