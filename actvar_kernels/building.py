@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import torch
 from torch.utils import cpp_extension
+
+LONGEST_BUILD = 300  # seconds
 
 
 def why_no_compiler() -> str | None:
@@ -20,6 +26,34 @@ def why_no_compiler() -> str | None:
         if not cpp_extension.is_ninja_available():
             return "it needs ninja: pip install ninja"
     return None
+
+
+def built(name: str, sources: Sequence[Path], compiler_flags: list[str], linker_flags: list[str]) -> Path:
+    """The shared library of C++ `sources`, the first of which includes the others: from torch's extension cache, or
+    compiled into it.
+
+    Raises:
+        RuntimeError, OSError: it does not compile, or the cache cannot be written.
+    """
+    contents = b"".join(source.read_bytes() for source in sources)
+    digest = hashlib.sha256(contents + torch.__version__.encode()).hexdigest()[:12]
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = Path(root) / f"{name}_{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / "lock"  # torch waits for it for ever, also when the process that made it was killed
+    with suppress(FileNotFoundError):
+        if time.time() - lock.stat().st_mtime > LONGEST_BUILD:
+            lock.unlink()
+    with ninja_on_path():
+        path = cpp_extension.load(
+            folder.name,
+            [str(sources[0])],
+            extra_cflags=compiler_flags,
+            extra_ldflags=linker_flags,
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+    return Path(path)
 
 
 @contextmanager

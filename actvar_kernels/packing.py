@@ -20,7 +20,8 @@ def packed(tensors: Sequence[torch.Tensor], layout: Hashable, pack: Callable[[],
         tensors: what `pack` reads; the copy is freed with the first of them.
     """
     key = id(tensors[0]), layout
-    state = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
+    # tensors made in inference mode count no versions
+    state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)
     found = _cache.get(key)
     if found is None or found[0] != state:
         if found is None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,6 +156,30 @@ def test_a_packed_linear_layer_is_the_plain_one_to_rounding(shape, dtype):
     for result in results:
         assert result.dtype == dtype
         assert (result.double() - exact).abs().max() <= 4 * plain + 2 * torch.finfo(dtype).eps
+
+
+def test_a_killed_build_does_not_stop_the_next_one(monkeypatch, tmp_path):
+    """In a process of its own with an empty cache, where a lock was left behind."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    source = tmp_path / "probe.cpp"
+    source.write_text('extern "C" int answer() { return 42; }')
+    run = "import pathlib, sys; from actvar_kernels.building import built; "
+    run += "print(built('probe', [pathlib.Path(sys.argv[1])], [], []))"
+    first = subprocess.run(
+        [sys.executable, "-c", run, source], capture_output=True, text=True, check=True
+    ).stdout.split()[-1]
+    assert ctypes.CDLL(first).answer() == 42
+    lock = Path(first).with_name("lock")
+    lock.touch()
+    os.utime(lock, (0, 0))
+    again = subprocess.run([sys.executable, "-c", run, source], capture_output=True, text=True, check=True, timeout=120)
+    assert again.stdout.split()[-1] == first
+
+
+def test_weights_made_in_inference_mode_are_packed():
+    with torch.inference_mode():
+        arguments = ffn(9, 64, 16, 4, torch.float32)
+        assert_as_exact(expert_ffn(*arguments[:2], 3, *arguments[2:]), arguments)
 
 
 def test_the_operation_takes_it_by_default_and_leaves_gradients_and_other_types_to_the_reference(monkeypatch):

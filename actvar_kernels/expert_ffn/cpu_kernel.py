@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -63,19 +62,11 @@ def available() -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    from torch.utils import cpp_extension
+    from actvar_kernels.building import built
 
-    from actvar_kernels.building import ninja_on_path
-
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:12]
-    with ninja_on_path():
-        path = cpp_extension.load(
-            f"actvar_expert_ffn_{digest}",
-            [str(SOURCES[0])],
-            extra_cflags=["-O3", "-fopenmp", "-Wno-psabi", "-Wno-ignored-attributes"],
-            extra_ldflags=["-fopenmp"],
-            is_python_module=False,
-        )
+    path = built(
+        "actvar_expert_ffn", SOURCES, ["-O3", "-fopenmp", "-Wno-psabi", "-Wno-ignored-attributes"], ["-fopenmp"]
+    )
     library = ctypes.CDLL(str(path))
     library.level_name.restype = ctypes.c_char_p
     return library
