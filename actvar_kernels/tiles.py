@@ -20,11 +20,10 @@ def architecture(tensor: torch.Tensor) -> int:
 
 
 class RowTiles(NamedTuple):
-    """Kernels that hold whole rows in registers: `rows` per program; with a router, `experts` at a time, else 0."""
+    """Kernels that hold whole rows in registers: `rows` per program."""
 
     rows: int
     warps: int
-    experts: int = 0
 
 
 def row_tiles(tokens: int, width: int) -> RowTiles:
@@ -33,11 +32,8 @@ def row_tiles(tokens: int, width: int) -> RowTiles:
 
 
 def route_tiles(tokens: int, width: int) -> RowTiles:
-    """With a router, whose weights every program reads: more rows where there are many, else more experts at a time
-    as far as registers allow."""
-    numbers = 64 if tokens >= 2048 else 32
-    experts = 4 if tokens < 2048 and width <= 1024 else 2
-    return _row_tiles(tokens, width, numbers, programs=128)._replace(experts=experts)
+    """With a router, whose weights every program reads: more rows where there are many."""
+    return _row_tiles(tokens, width, numbers=64 if tokens >= 2048 else 32, programs=128)
 
 
 def select_steps(tokens: int, rows: int) -> int:

@@ -73,7 +73,6 @@ def _launch(rows, update, gamma, scale, shift, weight, bias, active):
         C=C,
         BLOCK_C=triton.next_power_of_2(C),
         ROWS=tiles.rows,
-        GROUP=tiles.experts,
         num_warps=tiles.warps,
     )
     return out, u, mask, logits
@@ -101,7 +100,6 @@ def route_experts(
         C=C,
         BLOCK_C=triton.next_power_of_2(C),
         ROWS=tiles.rows,
-        GROUP=tiles.experts,
         num_warps=tiles.warps,
     )
     return mask, logits
@@ -131,7 +129,6 @@ def _add_normalize_route(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """Some rows of a sequence; without experts there is no routing."""
     sequence = tl.program_id(1)
@@ -167,7 +164,6 @@ def _add_normalize_route(
             EXPERTS,
             C,
             BLOCK_C,
-            GROUP,
         )
 
 
@@ -184,13 +180,12 @@ def _route_experts(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
     inside = (token < tokens)[:, None] & (channel < C)[None, :]
     u = tl.load(u_ptr + token[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    _route(u, weight_ptr, bias_ptr, mask_ptr, logits_ptr, token, token < tokens, active, EXPERTS, C, BLOCK_C, GROUP)
+    _route(u, weight_ptr, bias_ptr, mask_ptr, logits_ptr, token, token < tokens, active, EXPERTS, C, BLOCK_C)
 
 
 @triton.jit
@@ -206,21 +201,17 @@ def _route(
     EXPERTS: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    """Logits of the rows `u` `[ROWS, BLOCK_C]` float32, 0 outside C, each summed in the same order, `GROUP` experts at
-    a time; and the `active` experts of each, by counting those that go before."""
+    """Logits of the rows `u` `[ROWS, BLOCK_C]` float32, 0 outside C, each summed in the same order, one after the
+    other; and the `active` experts of each, by counting those that go before."""
     BLOCK_N: tl.constexpr = triton.next_power_of_2(EXPERTS)
     channel = tl.arange(0, BLOCK_C)
     expert = tl.arange(0, BLOCK_N)
     logits = tl.zeros((u.shape[0], BLOCK_N), tl.float32)
-    for first in range(0, EXPERTS, GROUP):
-        some = first + tl.arange(0, GROUP)
-        inside = (some < EXPERTS)[:, None] & (channel < C)[None, :]
-        weight = tl.load(weight_ptr + some[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        products = tl.sum(u[:, None, :] * weight[None, :, :], axis=2)  # [ROWS, GROUP]
-        placed = some[None, :, None] == expert[None, None, :]
-        logits += tl.sum(tl.where(placed, products[:, :, None], 0.0), axis=1)
+    for e in range(0, EXPERTS):
+        weight = tl.load(weight_ptr + e * C + channel, mask=channel < C, other=0.0).to(tl.float32)
+        product = tl.sum(u * weight[None, :], axis=1)  # [ROWS]
+        logits += tl.where(expert[None, :] == e, product[:, None], 0.0)
     logits += tl.load(bias_ptr + expert, mask=expert < EXPERTS, other=0.0).to(tl.float32)[None, :]
 
     key = tl.where(expert[None, :] < EXPERTS, descending_key(logits), _LOWEST)

@@ -25,14 +25,14 @@ EXPERTS = [(1, 1), (5, 2), (16, 12), (32, 32)]
 
 
 @pytest.fixture(autouse=True)
-def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Four rows a program and two experts at a time; a test may set other numbers."""
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Four rows a program; a test may set another number."""
 
-    def choose(rows: int, experts: int) -> None:
+    def choose(rows: int) -> None:
         monkeypatch.setattr(triton_kernel, "row_tiles", lambda tokens, width: RowTiles(rows, warps=4))
-        monkeypatch.setattr(triton_kernel, "route_tiles", lambda tokens, width: RowTiles(rows, 4, experts))
+        monkeypatch.setattr(triton_kernel, "route_tiles", lambda tokens, width: RowTiles(rows, warps=4))
 
-    choose(4, 2)
+    choose(4)
     return choose
 
 
@@ -99,12 +99,9 @@ def test_the_sum_is_normalised_as_it_is_stored() -> None:
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 4, 16])
-@pytest.mark.parametrize("experts_at_once", [1, 4])
-def test_the_tiles_do_not_change_the_experts(
-    rows_at_once: int, experts_at_once: int, tiles: Callable[[int, int], None]
-) -> None:
+def test_the_tiles_do_not_change_the_experts(rows_at_once: int, tiles: Callable[[int], None]) -> None:
     u, gate = normal(1, 6, 20, dtype=torch.float32), router(20, 6)
-    tiles(rows_at_once, experts_at_once)
+    tiles(rows_at_once)
     assert_routes(*route_experts(u, *gate, 3), u, *gate, 3)
 
 
