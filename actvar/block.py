@@ -50,8 +50,7 @@ class ActVARBlock(nn.Module):
 def kernels_run(x: torch.Tensor) -> bool:
     """Whether operations run as kernels, Triton's or in C++: then dense scales use them too, and what a sample needs
     once is kept."""
-    supported = ("reference", "triton", "cpu") if cpp_runs(x) else ("reference", "triton")
-    return backend_of("block", x, supported) != "reference"
+    return cpp_runs(x) or backend_of("block", x) == "triton"
 
 
 def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from actvar_kernels.backend import needs_operator
-from actvar_kernels.expert_ffn.op import cpp_runs
+from actvar_kernels.expert_ffn.op import computed_dtype, cpp_runs
 from actvar_kernels.packing import packed
 
 
@@ -23,7 +23,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     """
     if not cpp_runs(x) or needs_operator(x, weight, bias) or not torch.backends.mkldnn.is_available():
         return F.linear(x, weight, bias)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    dtype = computed_dtype(x)
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return F.linear(x, weight, bias)
     x = x.to(dtype)

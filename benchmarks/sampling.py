@@ -27,12 +27,13 @@ from torch import nn
 from tqdm import tqdm
 
 from actvar import ActVARConfig, load_pretrained
+from actvar.compare import Sampling
 from actvar.models import build_vae_var
 from actvar.patch import DENSE, patched_silently
 from actvar.public_code import public_classes, public_twin
 from actvar.timing import block_seconds
 from actvar.zoo.pretrained import adapter_path
-from actvar_kernels.compile_cases import MODELS
+from actvar_kernels.compile_cases import HEAD_DIM, MODELS
 from actvar_kernels.compile_check import LineParser
 from actvar_kernels.expert_ffn import cpu_kernel
 
@@ -54,15 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
     ways["dense"] = lambda: contextlib.nullcontext(var)
     ways["accelerated"] = lambda: patched_silently(var, DENSE, None)
     ways["ActVAR"] = lambda: patched_silently(var, ActVARConfig(), adapter)
-    labels = torch.arange(options.batch) % var.num_classes
+    labels = tuple(number % var.num_classes for number in range(options.batch))
+    sampling = Sampling(labels, cfg=4.0, top_k=min(900, var.V), top_p=0.95)
 
     if dtype == torch.float32:
-        expect_equal_images({name: way for name, way in ways.items() if name != "ActVAR"}, labels)
+        expect_equal_images({name: way for name, way in ways.items() if name != "ActVAR"}, sampling)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for repeat in tqdm(range(options.repeats + 1), desc="sampling", leave=False):
         for name, way in ways.items():
             with way() as used:
-                figures = timed(used, labels)
+                figures = timed(used, sampling)
             if repeat:  # the first one warms up
                 runs[name].append(figures)
     report = {
@@ -95,7 +97,7 @@ def model(name: str) -> tuple[nn.Module, Path | None]:
     if name == "fashion-mnist":
         return load_pretrained(name)[1], adapter_path(name, "paper")
     width, sides = MODELS[name]
-    _, var = build_vae_var(depth=width // 64, width=width, patch_nums=sides, shared_aln=name == "d36")
+    _, var = build_vae_var(depth=width // HEAD_DIM, width=width, patch_nums=sides, shared_aln=name == "d36")
     with torch.no_grad():  # gates start at almost 0, where a wrong block would go unnoticed
         for block in var.blocks:
             gammas = block.ada_gss[:, :, :2] if block.shared_aln else block.ada_lin[-1].weight[: 2 * var.C]
@@ -115,11 +117,7 @@ def autocast(var: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
         yield var
 
 
-def sample(var: nn.Module, labels: torch.Tensor) -> torch.Tensor:
-    return var.autoregressive_infer_cfg(len(labels), labels, g_seed=0, cfg=4.0, top_k=min(900, var.V), top_p=0.95)
-
-
-def expect_equal_images(ways: dict[str, Callable], labels: torch.Tensor) -> None:
+def expect_equal_images(ways: dict[str, Callable], sampling: Sampling) -> None:
     """
     Raises:
         RuntimeError: two of the ways draw images that differ by more than 1e-4.
@@ -127,14 +125,14 @@ def expect_equal_images(ways: dict[str, Callable], labels: torch.Tensor) -> None
     expected = None
     for name, way in ways.items():
         with way() as var:
-            images = sample(var, labels)
+            images = sampling.run(var)
         expected = images if expected is None else expected
         difference = (images - expected).abs().max().item()
         if difference > 1e-4:
             raise RuntimeError(f"{name}: images differ from those of {next(iter(ways))} by {difference:.2g}; not timed")
 
 
-def timed(var: nn.Module, labels: torch.Tensor) -> dict[str, float]:
+def timed(var: nn.Module, sampling: Sampling) -> dict[str, float]:
     """Seconds of one sample and of its parts, and of the blocks at every scale."""
     vae = var.vae_proxy[0]
     decode, decoder = vae.fhat_to_img, []
@@ -149,7 +147,7 @@ def timed(var: nn.Module, labels: torch.Tensor) -> dict[str, float]:
     try:
         with block_seconds(var) as blocks:
             start = time.perf_counter()
-            sample(var, labels)
+            sampling.run(var)
             whole = time.perf_counter() - start
     finally:
         vae.fhat_to_img = decode

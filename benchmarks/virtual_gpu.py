@@ -20,7 +20,7 @@ import torch
 from actvar import ActVARConfig
 from actvar.models.build import OFFICIAL_CHANNEL_MULTIPLIERS, skeleton
 from actvar.patch import patch_silently
-from actvar_kernels import get_backend, set_backend
+from actvar_kernels.backend import using_backend
 from actvar_kernels.compile_cases import MODELS
 from actvar_kernels.compile_check import LineParser
 from actvar_kernels.expert_ffn.op import SCHEDULES
@@ -122,19 +122,14 @@ def sampling_run(model: str, batch: int, arch: int, config: ActVARConfig) -> Run
         ch_mult=OFFICIAL_CHANNEL_MULTIPLIERS,
         image_channels=3,
     )
-    backend = get_backend()
-    set_backend("triton")
-    try:
-        with virtual_gpu(arch) as gpu:
-            to_fake_cuda(vae)
-            to_fake_cuda(var, torch.bfloat16)
-            patch_silently(var, config)
-            labels = torch.empty(batch, dtype=torch.int64, device="cuda")
-            _mark_regions(gpu, vae, var)
-            gpu.launches.clear()
-            var.autoregressive_infer_cfg(batch, labels, cfg=1.5, top_k=900, top_p=0.96)
-    finally:
-        set_backend(backend)
+    with using_backend("triton"), virtual_gpu(arch) as gpu:
+        to_fake_cuda(vae)
+        to_fake_cuda(var, torch.bfloat16)
+        patch_silently(var, config)
+        labels = torch.empty(batch, dtype=torch.int64, device="cuda")
+        _mark_regions(gpu, vae, var)
+        gpu.launches.clear()
+        var.autoregressive_infer_cfg(batch, labels, cfg=1.5, top_k=900, top_p=0.96)
     return _split(gpu.launches, sides)
 
 

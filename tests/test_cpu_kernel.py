@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from actvar import ActVARConfig, accelerate, apply_patch, load_pretrained, remove_patch
 from actvar.patch import DENSE
-from actvar_kernels import BackendUnavailableError, expert_ffn, linear, packing, select_tokens, set_backend
+from actvar_kernels import BackendUnavailableError, expert_ffn, linear, packing, select_tokens
+from actvar_kernels.backend import using_backend
 from actvar_kernels.expert_ffn import cpu_kernel, reference
 
 pytestmark = pytest.mark.skipif(
@@ -32,9 +33,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @pytest.fixture
 def cpu_backend() -> Iterator[None]:
-    set_backend("cpu")
-    yield
-    set_backend("auto")
+    with using_backend("cpu"):
+        yield
 
 
 def ffn(T: int, C: int, width: int, experts: int, dtype: torch.dtype, seed: int = 0) -> tuple:
@@ -242,12 +242,9 @@ def test_without_a_compiler_the_default_is_the_reference_and_says_so_once(monkey
 def test_the_bundled_model_draws_the_reference_tokens():
     images = {}
     for backend in ("reference", "cpu"):
-        set_backend(backend)
-        try:
+        with using_backend(backend):
             _, var = load_pretrained("fashion-mnist", adapter="paper")
             images[backend] = var.autoregressive_infer_cfg(10, torch.arange(10), g_seed=0)
-        finally:
-            set_backend("auto")
     torch.testing.assert_close(images["cpu"], images["reference"], atol=1e-4, rtol=0)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from actvar import ActVARConfig, apply_patch, load_pretrained
-from actvar_kernels import set_backend
+from actvar_kernels.backend import using_backend
 from benchmarks.gpu import graphs, numerics
 
 pytestmark = [
@@ -40,8 +40,5 @@ def test_the_bundled_model_gives_the_reference_logits_on_the_gpu(schedule):
 
 
 def logits_on(backend: str, var: torch.nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    set_backend(backend)
-    try:
+    with using_backend(backend):
         return var(labels, inputs).double()
-    finally:
-        set_backend("auto")

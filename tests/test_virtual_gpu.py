@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from actvar_kernels import expert_ffn_scatter
+from actvar_kernels.backend import using_backend
 from actvar_kernels.compile_cases import Model
 from actvar_kernels.virtual import (
     CompiledKernel,
@@ -63,6 +65,20 @@ def recorded(arch: int, run) -> list:
     with virtual_gpu(arch) as gpu, torch.no_grad():
         run(gpu)
     return gpu.launches
+
+
+def test_experts_in_a_tile_list_are_three_launches_without_copies():
+    weights = cuda(256, 64), cuda(256), cuda(64, 256), cuda(64)
+    mask = (2, 5, 16)
+
+    def run(gpu):
+        rows = cuda(2, 5, 64)
+        arguments = rows, rows, torch.empty(mask, dtype=torch.bool, device="cuda"), 12, *weights, cuda(2, 1, 64)
+        with using_backend("triton"):
+            expert_ffn_scatter(None, None, *arguments, "tile_list")
+
+    names = [launch.name for launch in recorded(90, run) if launch.launches]
+    assert names == ["_sort_rows", "_up", "_down"]
 
 
 def test_a_triton_launch_is_compiled_and_recorded_with_its_arguments():

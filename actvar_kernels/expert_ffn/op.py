@@ -179,9 +179,8 @@ def _backend(operation: str, u: torch.Tensor, mask: torch.Tensor, *others: torch
 
 def _why_not_on_cpu(u: torch.Tensor, mask: torch.Tensor, fc1_weight: torch.Tensor, *others: torch.Tensor) -> str | None:
     """Why the C++ kernel does not run a call, or None; under `auto` it leaves gradients to the reference."""
-    cast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if cast else u.dtype
-    same = cast or fc1_weight.dtype == dtype
+    dtype = computed_dtype(u)
+    same = torch.is_autocast_enabled("cpu") or fc1_weight.dtype == dtype
     if dtype not in cpu_kernel.DTYPES or not same or mask.dtype != torch.bool or u.shape[-1] % 2:
         found = f"{dtype}, weights in {fc1_weight.dtype}, a mask in {mask.dtype} and width {u.shape[-1]}"
         return f"it takes float32 and bfloat16, weights alike, a bool mask and an even width, got {found}"
@@ -200,8 +199,13 @@ def cpp_runs(x: torch.Tensor) -> bool:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return dtype in cpu_kernel.DTYPES and cpu_kernel.available()
+    return computed_dtype(x) in cpu_kernel.DTYPES and cpu_kernel.available()
+
+
+def computed_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a linear layer computes `x` in: its dtype, or autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -256,9 +260,7 @@ def _expert_ffn(
 
 @_expert_ffn.register_fake
 def _(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    device = u.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else u.dtype
-    return u.new_empty(u.shape, dtype=dtype)
+    return u.new_empty(u.shape, dtype=computed_dtype(u))
 
 
 register_reference_gradient(_expert_ffn, lambda u, mask, active, *weights: reference.expert_ffn(u, mask, *weights))

@@ -146,7 +146,7 @@ def _sort(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     as bits, expert 0 the lowest: `[T]` int32."""
     T, N = mask.shape
     order, bits = mask.new_empty(T, dtype=torch.int32), mask.new_empty(T, dtype=torch.int32)
-    words = F.pad(mask, (0, -N % 4)).view(torch.int32)
+    words = (F.pad(mask, (0, -N % 4)) if N % 4 else mask).view(torch.int32)
     tile = tiles.SORT
     _sort_rows[(triton.cdiv(T, tile.rows),)](
         words,

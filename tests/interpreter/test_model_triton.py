@@ -8,7 +8,7 @@ from helpers import make_tiny_var
 
 from actvar import ActVARConfig, apply_patch, load_pretrained, remove_patch
 from actvar.models import VAR
-from actvar_kernels import set_backend
+from actvar_kernels.backend import using_backend
 
 
 def sampled_tokens(var: VAR, monkeypatch: pytest.MonkeyPatch, backend: str, labels: torch.Tensor) -> list[torch.Tensor]:
@@ -17,11 +17,8 @@ def sampled_tokens(var: VAR, monkeypatch: pytest.MonkeyPatch, backend: str, labe
     original = type(var).draw
     with monkeypatch.context() as patch:
         patch.setattr(type(var), "draw", lambda *args: tokens.append(original(*args)) or tokens[-1])
-        set_backend(backend)
-        try:
+        with using_backend(backend):
             var.autoregressive_infer_cfg(len(labels), labels, g_seed=0, cfg=1.5)
-        finally:
-            set_backend("auto")
     return tokens
 
 
@@ -91,9 +88,6 @@ def test_a_patched_block_compiles_without_a_graph_break(backend):
         block.attn.kv_caching(False)
         return found
 
-    set_backend(backend)
-    try:
+    with using_backend(backend):
         compiled = outputs(torch.compile(block, backend="eager", fullgraph=True))
         assert all(map(torch.equal, compiled, outputs(block)))
-    finally:
-        set_backend("auto")
