@@ -68,14 +68,11 @@ def recorded(arch: int, run) -> list:
 
 
 def test_experts_in_a_tile_list_are_three_launches_without_copies():
-    weights = cuda(256, 64), cuda(256), cuda(64, 256), cuda(64)
-    mask = (2, 5, 16)
-
     def run(gpu):
-        rows = cuda(2, 5, 64)
-        arguments = rows, rows, torch.empty(mask, dtype=torch.bool, device="cuda"), 12, *weights, cuda(2, 1, 64)
+        rows, weights = cuda(2, 5, 64), (cuda(256, 64), cuda(256), cuda(64, 256), cuda(64))
+        mask = torch.empty(2, 5, 16, dtype=torch.bool, device="cuda")
         with using_backend("triton"):
-            expert_ffn_scatter(None, None, *arguments, "tile_list")
+            expert_ffn_scatter(None, None, rows, rows, mask, 12, *weights, cuda(2, 1, 64), "tile_list")
 
     names = [launch.name for launch in recorded(90, run) if launch.launches]
     assert names == ["_sort_rows", "_up", "_down"]
