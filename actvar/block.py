@@ -64,11 +64,18 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
 
     # 1. Select the tokens to update; 2. gather, normalise and modulate their rows
     if scale.select:
-        index, rows, u, scores, rest = select_tokens(
-            x, selector.weight, selector.bias, scale1, shift1, scale.keep, share_guidance=shared.selection_is_shared
+        index, u, scores, rest = select_tokens(
+            x,
+            selector.weight,
+            selector.bias,
+            scale1,
+            shift1,
+            scale.keep,
+            share_guidance=shared.selection_is_shared,
+            in_place=shared.writes_in_place and fused,
         )
     else:
-        rows, u = x, normalize_modulate(x, scale1, shift1)
+        u = normalize_modulate(x, scale1, shift1)
 
     # attention of the kept tokens over the cache and their own scale
     keys_from = normalize_modulate(x, scale1, shift1) if scale.select and shared.config.kv == "all" else u
@@ -86,13 +93,13 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
     # 3. FFN as experts; 4. scatter: the other tokens keep their value
     if scale.route:
         rows, u, mask, logits = add_normalize_route(
-            rows, update, gamma1, scale2, shift2, router.weight, router.bias, scale.experts
+            x, index, update, gamma1, scale2, shift2, router.weight, router.bias, scale.experts
         )
         weights = family.ffn_weights(block)
         schedule = shared.config.expert_schedule
         x = expert_ffn_scatter(rest, index, rows, u, mask, scale.experts, *weights, gamma2, schedule)
     else:
-        rows, u = add_normalize(rows, update, gamma1, scale2, shift2)
+        rows, u = add_normalize(x, index, update, gamma1, scale2, shift2)
         update = family.dense_ffn(block, u, shared.config.num_experts)
         if index is None:
             x = torch.addcmul(rows, gamma2.to(update.dtype), update)

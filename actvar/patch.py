@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from actvar.block import ActVARBlock
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.gates import Gates
-from actvar.recording import Shared, guided_rows
+from actvar.recording import Shared, guided_rows, writing_in_place
 from actvar.schedule import build_schedule
 from actvar_kernels import sample_tokens
 
@@ -29,7 +29,9 @@ class ActVARModel(nn.Module):
     """Mixed into the class of a patched model, in front of it."""
 
     def autoregressive_infer_cfg(self, *args, **kwargs):
-        with guided_rows(self):
+        # a sampling loop of another make may still need a block's input when the block has run
+        in_place = writing_in_place(self) if family_of(self).loop_is_ours(self) else nullcontext()
+        with guided_rows(self), in_place:
             return super().autoregressive_infer_cfg(*args, **kwargs)
 
     def get_logits(self, x, cond_BD):

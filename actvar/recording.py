@@ -46,6 +46,7 @@ class Shared:
     config: ActVARConfig
     schedule: tuple[Scale, ...]
     rows_are_guided: bool = False
+    writes_in_place: bool = False
     records: list[BlockRecord] | None = None
     by_shape: dict[tuple[int, int], Scale] = field(init=False)
 
@@ -103,6 +104,20 @@ def guided_rows(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         shared.rows_are_guided = previous
+
+
+@contextmanager
+def writing_in_place(model: nn.Module) -> Iterator[None]:
+    """Let the kernels of a patched model's blocks write their result into their input, unless a hook might keep it."""
+    shared, blocks = shared_state(model), [unwrapped(block) for block in model.blocks]
+    previous = shared.writes_in_place
+    shared.writes_in_place = not any(
+        block._forward_hooks or block._forward_pre_hooks for block in (*model.blocks, *blocks)
+    )
+    try:
+        yield
+    finally:
+        shared.writes_in_place = previous
 
 
 def shared_state(model: nn.Module) -> Shared:

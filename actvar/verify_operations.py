@@ -28,7 +28,7 @@ def wide(value):
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def select_tokens(x, weight, bias, scale, shift, keep, share_guidance) -> Callable[..., Parts]:
+def select_tokens(x, weight, bias, scale, shift, keep, share_guidance, in_place) -> Callable[..., Parts]:
     normalized = F.layer_norm(x.double(), x.shape[-1:], eps=NORM_EPS)
     scores = (normalized * weight.double()).sum(dim=-1) + bias.double()
 
@@ -38,7 +38,6 @@ def select_tokens(x, weight, bias, scale, shift, keep, share_guidance) -> Callab
         index = top_indices(deciding, keep).repeat(2 if share_guidance else 1, 1)
         left = _left_alone(index, x)
         yield "index", result.index, index
-        yield "rows", result.rows, gather_rows(x, index)
         modulated = actvar_kernels.normalize_modulate(gather_rows(x, index).double(), scale.double(), shift.double())
         yield "modulated rows", result.modulated, modulated
         yield "rest", result.rest[left], x[left]
@@ -62,7 +61,8 @@ def subset_attention(**arguments) -> Callable[..., Parts]:
     return parts
 
 
-def add_normalize(rows, update, gamma, scale, shift) -> Callable[..., Parts]:
+def add_normalize(x, index, update, gamma, scale, shift) -> Callable[..., Parts]:
+    rows = x if index is None else gather_rows(x, index)
     exact = rows.double() + gamma.double() * update.double()
 
     def parts(result) -> Parts:
@@ -74,8 +74,8 @@ def add_normalize(rows, update, gamma, scale, shift) -> Callable[..., Parts]:
     return parts
 
 
-def add_normalize_route(rows, update, gamma, scale, shift, weight, bias, active) -> Callable[..., Parts]:
-    before_routing = add_normalize(rows, update, gamma, scale, shift)
+def add_normalize_route(x, index, update, gamma, scale, shift, weight, bias, active) -> Callable[..., Parts]:
+    before_routing = add_normalize(x, index, update, gamma, scale, shift)
 
     def parts(result) -> Parts:
         yield from before_routing(result)

@@ -80,6 +80,7 @@ def _block_cases(R: int, C: int, scale: Scale, dtype: torch.dtype, is_last: bool
     scales = empty(H)
 
     yield "select_tokens", lambda: ops.select_tokens(x, *selector, a, b, K)
+    yield "select_tokens in place", lambda: ops.select_tokens(x, *selector, a, b, K, in_place=True)
     yield "normalize_modulate", lambda: ops.normalize_modulate(x, a, b)
     if is_last:
         yield "subset_attention", lambda: ops.subset_attention(q, k, v, past, scales, 1.0, keep_cache=False)
@@ -89,10 +90,14 @@ def _block_cases(R: int, C: int, scale: Scale, dtype: torch.dtype, is_last: bool
     else:
         yield "subset_attention with room", lambda: ops.subset_attention(q, k, v, past, scales, 1.0, room=room)
         yield "subset_attention of the first scale", lambda: ops.subset_attention(q, k, v, None, scales, 1.0)
-    yield "add_normalize", lambda: ops.add_normalize(rows, update, gamma, a, b)
+    yield "add_normalize", lambda: ops.add_normalize(rows, None, update, gamma, a, b)
     yield (
         "add_normalize_route",
-        lambda: ops.add_normalize_route(rows, update, gamma, a, b, *router, ACTIVE_EXPERTS),
+        lambda: ops.add_normalize_route(x, index, update, gamma, a, b, *router, ACTIVE_EXPERTS),
+    )
+    yield (
+        "add_normalize_route of all tokens",
+        lambda: ops.add_normalize_route(rows, None, update, gamma, a, b, *router, ACTIVE_EXPERTS),
     )
     yield "route_experts", lambda: ops.route_experts(u, *router, ACTIVE_EXPERTS)
     yield "expert_ffn", lambda: ops.expert_ffn(u, mask, ACTIVE_EXPERTS, *ffn)

@@ -111,7 +111,15 @@ def operations(shape: BlockShape, inputs: BlockInputs) -> dict[str, Callable[[],
 
     def routed() -> torch.Tensor:
         return add_normalize_route(
-            rows, inputs.update, gamma1, scale2, shift2, inputs.router, inputs.router_bias, shape.active
+            inputs.x,
+            inputs.index,
+            inputs.update,
+            gamma1,
+            scale2,
+            shift2,
+            inputs.router,
+            inputs.router_bias,
+            shape.active,
         ).u
 
     def experts(schedule: str) -> Callable[[], torch.Tensor]:

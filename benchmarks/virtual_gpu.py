@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -136,14 +137,18 @@ def sampling_run(model: str, batch: int, arch: int, config: ActVARConfig) -> Run
 def _mark_regions(gpu: VirtualGPU, vae: torch.nn.Module, var: torch.nn.Module) -> None:
     """Launches get the number of their block as region, "decoder" in the autoencoder, "" elsewhere."""
 
-    def enter(region: str) -> None:
-        gpu.region = region
+    def within(region: str, function: Callable, then: str = "") -> Callable:
+        def call(*args, **kwargs):
+            gpu.region = region
+            result = function(*args, **kwargs)
+            gpu.region = then
+            return result
+
+        return call
 
     for number, block in enumerate(var.blocks):
-        block.register_forward_pre_hook(lambda *_, number=number: enter(str(number)))
-        block.register_forward_hook(lambda *_: enter(""))
-    decode = vae.fhat_to_img
-    vae.fhat_to_img = lambda features: enter("decoder") or decode(features)
+        block.forward = within(str(number), block.forward)
+    vae.fhat_to_img = within("decoder", vae.fhat_to_img, then="decoder")
 
 
 def _split(launches: list[Launch], sides: tuple[int, ...]) -> Run:

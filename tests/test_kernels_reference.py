@@ -20,6 +20,8 @@ from torch.nn import functional as F
 import actvar_kernels
 from actvar_kernels import (
     BackendUnavailableError,
+    add_normalize,
+    add_normalize_route,
     expert_ffn,
     expert_ffn_scatter,
     get_backend,
@@ -108,7 +110,6 @@ def test_select_tokens_keeps_and_modulates_the_rows_that_the_loops_do(R: int, L:
     assert selection.index.tolist() == index
     assert selection.scores.dtype == torch.float32
     assert_close(selection.scores, scores, tolerance)
-    assert torch.equal(selection.rows, picked(x, index))
     assert_close(selection.modulated, *loops_in(torch.float32, looped_modulation, picked(x, index), scale, shift))
 
 
@@ -121,9 +122,8 @@ def test_select_tokens_scores_low_precision_rows_in_float32_and_returns_them_in_
     assert selection.scores.dtype == torch.float32
     assert_close(selection.scores, *loops_in(torch.float32, looped_scores, x, weight, bias))
     assert selection.index.tolist() == [oracle.highest(row, 19) for row in selection.scores.tolist()]
-    assert selection.rows.dtype == selection.modulated.dtype == dtype
+    assert selection.modulated.dtype == dtype
     rows = picked(x, selection.index.tolist())
-    assert torch.equal(selection.rows, rows)
     assert_close(selection.modulated, *loops_in(dtype, looped_modulation, rows, scale, shift))
 
 
@@ -177,8 +177,8 @@ def test_under_shared_guidance_the_first_half_of_the_rows_decides() -> None:
     assert not torch.equal(alone.index[2:], alone.index[:2])
     assert torch.equal(shared.index, alone.index[:2].repeat(2, 1))
     assert torch.equal(shared.scores, alone.scores)
-    assert torch.equal(shared.rows, picked(x, shared.index.tolist()))
-    modulated = loops_in(torch.float32, looped_modulation, shared.rows, scale, shift)
+    rows = picked(x, shared.index.tolist())
+    modulated = loops_in(torch.float32, looped_modulation, rows, scale, shift)
     assert_close(shared.modulated, *modulated)
 
 
@@ -198,20 +198,42 @@ def test_select_tokens_and_scatter_rows_take_tensors_that_are_not_contiguous() -
     expected = select_tokens(x, weight, bias, scale, shift, 19)
     actual = select_tokens(strided, weight, bias, scale, shift, 19)
     assert torch.equal(actual.index, expected.index)
-    assert torch.equal(actual.rows, expected.rows)
-    update = normal(2, 19, 64, seed=9).float()
-    scattered = scatter_rows(strided, actual.index, actual.rows, update, scale)
-    assert torch.equal(scattered, scatter_rows(x, expected.index, expected.rows, update, scale))
+    assert torch.equal(actual.modulated, expected.modulated)
+    rows, update = normal(2, 19, 64, seed=8).float(), normal(2, 19, 64, seed=9).float()
+    scattered = scatter_rows(strided, actual.index, rows, update, scale)
+    assert torch.equal(scattered, scatter_rows(x, expected.index, rows, update, scale))
 
 
-def test_the_gradient_of_the_kept_rows_goes_to_where_they_came_from() -> None:
-    x, weight, bias, scale, shift = selection_inputs(2, 5, 6, torch.float64)
-    index = select_tokens(x, weight, bias, scale, shift, 3).index.tolist()
+@pytest.mark.parametrize("experts", [0, 4])
+def test_add_normalize_takes_the_rows_of_the_index(experts: int) -> None:
+    x, update = normal(2, 9, 64), normal(2, 5, 64, seed=1)
+    gamma, scale, shift = (normal(2, 1, 64, seed=seed) for seed in (2, 3, 4))
+    index = [[8, 0, 3, 5, 1], [2, 7, 6, 4, 0]]
+    router = normal(experts, 64, seed=5), normal(experts, seed=6)
+    if experts:
+        rows, u, mask, _ = add_normalize_route(x, torch.tensor(index), update, gamma, scale, shift, *router, 3)
+        assert torch.equal(mask, route_experts(u, *router, 3)[0])
+    else:
+        rows, u = add_normalize(x, torch.tensor(index), update, gamma, scale, shift)
+    for row in range(2):
+        for place, token in enumerate(index[row]):
+            exact = x[row, token] + gamma[row, 0] * update[row, place]
+            assert_close(rows[row, place], exact, EXACT)
+            assert_close(u[row, place], oracle.modulate(exact, scale[row, 0], shift[row, 0]), EXACT)
+
+
+def test_the_gradient_of_the_rows_of_an_index_goes_to_where_they_came_from() -> None:
+    x, update, zeros = normal(2, 5, 6), normal(2, 3, 6, seed=1), torch.zeros(2, 1, 6, dtype=torch.float64)
+    index = torch.tensor([[4, 0, 2], [1, 2, 3]])
+
+    def rows(x: Tensor) -> Tensor:
+        return add_normalize(x, index, update, zeros, zeros, zeros)[0]
+
     (leaf,) = leaves_of(x)
-    (gradient,) = gradients(select_tokens(leaf, weight, bias, scale, shift, 3).rows, [leaf])
-    (expected,) = gradients(picked(leaf, index), [leaf])
+    (gradient,) = gradients(rows(leaf), [leaf])
+    (expected,) = gradients(picked(leaf, index.tolist()), [leaf])
     assert torch.equal(gradient, expected)
-    assert torch.autograd.gradcheck(lambda x: select_tokens(x, weight, bias, scale, shift, 3).rows, [leaf])
+    assert torch.autograd.gradcheck(rows, [leaf])
 
 
 def test_the_gradients_of_scores_and_modulated_rows_are_those_of_the_loops() -> None:
@@ -634,6 +656,17 @@ OPERATIONS: dict[str, tuple[Callable, dict[str, object]]] = {
         normalize_modulate,
         dict(x=torch.ones(R, L, C), scale=torch.ones(R, 1, C), shift=torch.ones(R, 1, C)),
     ),
+    "add_normalize": (
+        add_normalize,
+        dict(
+            x=torch.ones(R, L, C),
+            index=torch.arange(K).repeat(R, 1),
+            update=torch.ones(R, K, C),
+            gamma=torch.ones(R, 1, C),
+            scale=torch.ones(R, 1, C),
+            shift=torch.ones(R, 1, C),
+        ),
+    ),
     "subset_attention": (
         subset_attention,
         dict(
@@ -698,6 +731,10 @@ WRONG = [
     ("select_tokens", "shift", torch.ones(1, 1, C)),
     ("select_tokens", "keep", 0),
     ("select_tokens", "keep", L + 1),
+    ("add_normalize", "x", torch.ones(L, C)),
+    ("add_normalize", "index", torch.arange(K)),
+    ("add_normalize", "update", torch.ones(R, L, C)),
+    ("add_normalize", "gamma", torch.ones(R, C)),
     ("normalize_modulate", "x", torch.ones(L, C)),
     ("normalize_modulate", "scale", torch.ones(R, 1, C + 1)),
     ("normalize_modulate", "shift", torch.ones(R, 2, C)),

@@ -109,7 +109,7 @@ def fail(_result, _arguments):
 
 
 def write_to_rows(result, arguments):
-    arguments["rows"].view(-1)[0] += 1
+    arguments["update"].view(-1)[0] += 1
     return result
 
 

@@ -50,6 +50,11 @@ def has_draw(model: nn.Module) -> bool:
     return isinstance(model, VAR)
 
 
+def loop_is_ours(model: nn.Module) -> bool:
+    """Whether `autoregressive_infer_cfg` of the unpatched class is that of `actvar.models.VAR`."""
+    return getattr(type(model), "original_class", type(model)).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg
+
+
 def width(model: nn.Module) -> int:
     return model.blocks[0].ffn.fc1.in_features
 

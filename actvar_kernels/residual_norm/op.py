@@ -24,29 +24,37 @@ class Routed(NamedTuple):
 
 
 def add_normalize(
-    rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    update: torch.Tensor,
+    gamma: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows + gamma * update` in rows' dtype, and the same after `LN(.) * (1 + scale) + shift`.
+    """`x[r, index[r, j]] + gamma[r] * update[r, j]` in x's dtype, and the same after `LN(.) * (1 + scale) + shift`.
 
     LN is that of `normalize_modulate`, on the sum as it is stored.
 
     Args:
-        rows, update: `[R, K, C]`; the update of the attention branch is in rows' dtype or, under autocast, lower.
+        x: `[R, L, C]`.
+        index: `[R, K]` int64, the rows that the update is of; None: all, K = L.
+        update: `[R, K, C]`, of the attention branch; in x's dtype or, under autocast, lower.
         gamma, scale, shift: `[R, 1, C]`: the gate of the branch that ends, scale and shift of the one that begins.
 
     Raises:
         ValueError: shapes that do not fit.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
-    _expect_rows(rows, update, gamma, scale, shift)
-    tensors = (rows, update, gamma, scale, shift)
+    _expect_rows(x, index, update, gamma, scale, shift)
+    tensors = (x, index, update, gamma, scale, shift)
     if _backend("add_normalize", *tensors) == "triton" and needs_operator(*tensors):
         return torch.ops.actvar_kernels.add_normalize(*tensors)
     return _add(*tensors)
 
 
 def add_normalize_route(
-    rows: torch.Tensor,
+    x: torch.Tensor,
+    index: torch.Tensor | None,
     update: torch.Tensor,
     gamma: torch.Tensor,
     scale: torch.Tensor,
@@ -58,46 +66,48 @@ def add_normalize_route(
     """`add_normalize`, then `route_experts` on the result; one launch on Triton, up to 32 experts.
 
     Args:
-        rows, update, gamma, scale, shift: as in `add_normalize`.
+        x, index, update, gamma, scale, shift: as in `add_normalize`.
         weight, bias, active: as in `route_experts`.
 
     Raises:
         ValueError: shapes that do not fit, or `active` out of range.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
-    _expect_rows(rows, update, gamma, scale, shift)
-    expect_shape("weight", weight, (None, rows.shape[2]))
+    _expect_rows(x, index, update, gamma, scale, shift)
+    expect_shape("weight", weight, (None, x.shape[2]))
     expect_shape("bias", bias, (weight.shape[0],))
     expect_count("active", active, weight.shape[0])
-    tensors = (rows, update, gamma, scale, shift, weight, bias)
+    tensors = (x, index, update, gamma, scale, shift, weight, bias)
     if _backend("add_normalize_route", *tensors, experts=weight.shape[0]) == "triton" and needs_operator(*tensors):
         return Routed(*torch.ops.actvar_kernels.add_normalize_route(*tensors, active))
     return Routed(*_add_and_route(*tensors, active))
 
 
-def _expect_rows(rows, update, gamma, scale, shift) -> None:
-    expect_shape("rows", rows, (None, None, None))
-    R, K, C = rows.shape
-    expect_shape("update", update, (R, K, C))
+def _expect_rows(x, index, update, gamma, scale, shift) -> None:
+    expect_shape("x", x, (None, None, None))
+    R, L, C = x.shape
+    if index is not None:
+        expect_shape("index", index, (R, None))
+    expect_shape("update", update, (R, L if index is None else index.shape[1], C))
     for name, tensor in (("gamma", gamma), ("scale", scale), ("shift", shift)):
         expect_shape(name, tensor, (R, 1, C))
 
 
-def _backend(operation: str, *tensors: torch.Tensor, experts: int = 0) -> str:
+def _backend(operation: str, x: torch.Tensor, _index, *others: torch.Tensor, experts: int = 0) -> str:
     limits = f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts"
-    return backend_of(operation, tensors[0], kernel_backends(*tensors, fits=experts <= MAX_EXPERTS), limits)
+    return backend_of(operation, x, kernel_backends(x, *others, fits=experts <= MAX_EXPERTS), limits)
 
 
-def _add(rows, update, gamma, scale, shift) -> tuple[torch.Tensor, torch.Tensor]:
-    if _backend("add_normalize", rows, update, gamma, scale, shift) == "reference":
-        return reference.add_normalize(rows, update, gamma, scale, shift)
+def _add(x, index, update, gamma, scale, shift) -> tuple[torch.Tensor, torch.Tensor]:
+    if _backend("add_normalize", x, index, update, gamma, scale, shift) == "reference":
+        return reference.add_normalize(x, index, update, gamma, scale, shift)
     from actvar_kernels.residual_norm import triton_kernel
 
-    return triton_kernel.add_normalize(rows, update, gamma, scale, shift)
+    return triton_kernel.add_normalize(x, index, update, gamma, scale, shift)
 
 
-def _add_and_route(rows, update, gamma, scale, shift, weight, bias, active) -> tuple[torch.Tensor, ...]:
-    tensors = (rows, update, gamma, scale, shift, weight, bias)
+def _add_and_route(x, index, update, gamma, scale, shift, weight, bias, active) -> tuple[torch.Tensor, ...]:
+    tensors = (x, index, update, gamma, scale, shift, weight, bias)
     if _backend("add_normalize_route", *tensors, experts=weight.shape[0]) == "reference":
         return reference.add_normalize_route(*tensors, active)
     from actvar_kernels.residual_norm import triton_kernel
@@ -107,14 +117,19 @@ def _add_and_route(rows, update, gamma, scale, shift, weight, bias, active) -> t
 
 @torch.library.custom_op("actvar_kernels::add_normalize", mutates_args=())
 def _add_normalize(
-    rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    update: torch.Tensor,
+    gamma: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _add(rows, update, gamma, scale, shift)
+    return _add(x, index, update, gamma, scale, shift)
 
 
 @_add_normalize.register_fake
-def _(rows, update, gamma, scale, shift):
-    return rows.new_empty(rows.shape), rows.new_empty(rows.shape)
+def _(x, index, update, gamma, scale, shift):
+    return x.new_empty(update.shape), x.new_empty(update.shape)
 
 
 register_reference_gradient(_add_normalize, reference.add_normalize)
@@ -122,7 +137,8 @@ register_reference_gradient(_add_normalize, reference.add_normalize)
 
 @torch.library.custom_op("actvar_kernels::add_normalize_route", mutates_args=())
 def _add_normalize_route(
-    rows: torch.Tensor,
+    x: torch.Tensor,
+    index: torch.Tensor | None,
     update: torch.Tensor,
     gamma: torch.Tensor,
     scale: torch.Tensor,
@@ -131,20 +147,20 @@ def _add_normalize_route(
     bias: torch.Tensor,
     active: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _add_and_route(rows, update, gamma, scale, shift, weight, bias, active)
+    return _add_and_route(x, index, update, gamma, scale, shift, weight, bias, active)
 
 
 @_add_normalize_route.register_fake
-def _(rows, update, gamma, scale, shift, weight, bias, active):
-    mask = rows.new_empty(*rows.shape[:-1], weight.shape[0], dtype=torch.bool)
+def _(x, index, update, gamma, scale, shift, weight, bias, active):
+    mask = x.new_empty(*update.shape[:-1], weight.shape[0], dtype=torch.bool)
     logits = torch.empty_like(mask, dtype=torch.float32)
-    return rows.new_empty(rows.shape), rows.new_empty(rows.shape), mask, logits
+    return x.new_empty(update.shape), x.new_empty(update.shape), mask, logits
 
 
 register_reference_gradient(_add_normalize_route, reference.add_normalize_route)
 
 
-def add_normalize_route_flops(rows_shape, _update, _gamma, _scale, _shift, weight_shape, *_args, **_kwargs) -> int:
+def add_normalize_route_flops(_x, _index, update_shape, _gamma, _scale, _shift, weight_shape, *_args, **_kwargs) -> int:
     """FLOPs of the router's product in one `add_normalize_route` operator."""
-    R, K, C = rows_shape
+    R, K, C = update_shape
     return 2 * R * K * C * weight_shape[0]

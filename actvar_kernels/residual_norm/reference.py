@@ -5,18 +5,25 @@ from __future__ import annotations
 import torch
 
 from actvar_kernels.expert_ffn.reference import route_experts
-from actvar_kernels.token_select.reference import normalize_modulate
+from actvar_kernels.token_select.reference import gather_rows, normalize_modulate
 
 
 def add_normalize(
-    rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    update: torch.Tensor,
+    gamma: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = (rows + gamma * update).to(rows.dtype)
+    rows = x if index is None else gather_rows(x, index)
+    rows = (rows + gamma * update).to(x.dtype)
     return rows, normalize_modulate(rows, scale, shift)
 
 
 def add_normalize_route(
-    rows: torch.Tensor,
+    x: torch.Tensor,
+    index: torch.Tensor | None,
     update: torch.Tensor,
     gamma: torch.Tensor,
     scale: torch.Tensor,
@@ -25,5 +32,5 @@ def add_normalize_route(
     bias: torch.Tensor,
     active: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, u = add_normalize(rows, update, gamma, scale, shift)
+    rows, u = add_normalize(x, index, update, gamma, scale, shift)
     return rows, u, *route_experts(u, weight, bias, active)

@@ -19,15 +19,21 @@ _LOWEST = tl.constexpr(-(2**31))
 
 
 def add_normalize(
-    rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    update: torch.Tensor,
+    gamma: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.add_normalize`, with one rounding of the sum."""
-    out, u, _, _ = _launch(rows, update, gamma, scale, shift, None, None, 0)
+    out, u, _, _ = _launch(x, index, update, gamma, scale, shift, None, None, 0)
     return out, u
 
 
 def add_normalize_route(
-    rows: torch.Tensor,
+    x: torch.Tensor,
+    index: torch.Tensor | None,
     update: torch.Tensor,
     gamma: torch.Tensor,
     scale: torch.Tensor,
@@ -37,21 +43,22 @@ def add_normalize_route(
     active: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `reference.add_normalize_route`, with one rounding of the sum."""
-    return _launch(rows, update, gamma, scale, shift, weight.contiguous(), bias, active)
+    return _launch(x, index, update, gamma, scale, shift, weight.contiguous(), bias, active)
 
 
-def _launch(rows, update, gamma, scale, shift, weight, bias, active):
-    R, K, C = rows.shape
-    rows, update, gamma, scale, shift = channels_last(rows, update, gamma, scale, shift)
-    out, u = rows.new_empty(R, K, C), rows.new_empty(R, K, C)
+def _launch(x, index, update, gamma, scale, shift, weight, bias, active):
+    R, K, C = update.shape
+    x, update, gamma, scale, shift = channels_last(x, update, gamma, scale, shift)
+    out, u = x.new_empty(R, K, C), x.new_empty(R, K, C)
     mask = logits = None
     experts = 0 if weight is None else weight.shape[0]
     if experts:
-        mask = rows.new_empty(R, K, experts, dtype=torch.bool)
-        logits = rows.new_empty(R, K, experts, dtype=torch.float32)
+        mask = x.new_empty(R, K, experts, dtype=torch.bool)
+        logits = x.new_empty(R, K, experts, dtype=torch.float32)
     tiles = route_tiles(R * K, C) if experts else row_tiles(R * K, C)
     _add_normalize_route[(triton.cdiv(K, tiles.rows), R)](
-        rows,
+        x,
+        None if index is None else index.contiguous(),
         update,
         gamma,
         scale,
@@ -62,7 +69,7 @@ def _launch(rows, update, gamma, scale, shift, weight, bias, active):
         u,
         mask,
         logits,
-        rows.stride(),
+        x.stride(),
         update.stride(),
         gamma.stride(),
         scale.stride(),
@@ -107,7 +114,8 @@ def route_experts(
 
 @triton.jit(do_not_specialize=["length", "active"])
 def _add_normalize_route(
-    rows_ptr,
+    x_ptr,
+    index_ptr,
     update_ptr,
     gamma_ptr,
     scale_ptr,
@@ -118,7 +126,7 @@ def _add_normalize_route(
     u_ptr,
     mask_ptr,
     logits_ptr,
-    rows_strides,
+    x_strides,
     update_strides,
     gamma_strides,
     scale_strides,
@@ -130,13 +138,18 @@ def _add_normalize_route(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Some rows of a sequence; without experts there is no routing."""
+    """Some rows of a sequence, those of x by their index if there is one; without experts there is no routing."""
     sequence = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
     inside = channel < C
-    rows = load_rows(rows_ptr, rows_strides, sequence, row, length, channel, inside).to(tl.float32)
-    update = load_rows(update_ptr, update_strides, sequence, row, length, channel, inside).to(tl.float32)
+    present = row < length
+    if index_ptr is None:
+        source = row
+    else:
+        source = tl.load(index_ptr + sequence.to(tl.int64) * length + row, mask=present, other=0)
+    x = load_rows(x_ptr, x_strides, sequence, source, present, channel, inside).to(tl.float32)
+    update = load_rows(update_ptr, update_strides, sequence, row, present, channel, inside).to(tl.float32)
     gamma = load_vector(gamma_ptr, gamma_strides, sequence, channel, inside)
     scale = load_vector(scale_ptr, scale_strides, sequence, channel, inside)
     shift = load_vector(shift_ptr, shift_strides, sequence, channel, inside)
@@ -145,8 +158,8 @@ def _add_normalize_route(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     flat = sequence.to(tl.int64) * length + row
     target = flat[:, None] * C + channel[None, :]
-    written = (row < length)[:, None] & inside[None, :]
-    out = (rows + gamma[None, :] * update).to(dtype)
+    written = present[:, None] & inside[None, :]
+    out = (x + gamma[None, :] * update).to(dtype)
     tl.store(out_ptr + target, out, mask=written)
     u = normalized(out.to(tl.float32), inside, C) * (1.0 + scale)[None, :] + shift[None, :]
     u = u.to(dtype)
@@ -159,7 +172,7 @@ def _add_normalize_route(
             mask_ptr,
             logits_ptr,
             flat,
-            row < length,
+            present,
             active,
             EXPERTS,
             C,

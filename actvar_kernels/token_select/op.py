@@ -16,12 +16,11 @@ MAX_TOKENS = 1024
 
 
 class Selection(NamedTuple):
-    """`index` `[R, K]` int64, ascending; `rows` `[R, K, C]` the kept rows of x; `modulated` `[R, K, C]` the same after
-    LayerNorm and modulation, in x's dtype; `scores` `[R, L]` float32; `rest` `[R, L, C]` x's rows that were not kept,
-    the others undefined: what the scattering operations fill and return."""
+    """`index` `[R, K]` int64, ascending; `modulated` `[R, K, C]` the kept rows of x after LayerNorm and modulation, in
+    x's dtype; `scores` `[R, L]` float32; `rest` `[R, L, C]` x's rows that were not kept, the others undefined: what the
+    scattering operations fill and return."""
 
     index: torch.Tensor
-    rows: torch.Tensor
     modulated: torch.Tensor
     scores: torch.Tensor
     rest: torch.Tensor
@@ -36,6 +35,7 @@ def select_tokens(
     keep: int,
     *,
     share_guidance: bool = False,
+    in_place: bool = False,
 ) -> Selection:
     """Keep the `keep` rows with the highest `LN(x) @ weight + bias` and modulate them: `LN(x) * (1 + scale) + shift`.
 
@@ -47,6 +47,7 @@ def select_tokens(
         scale, shift: AdaLN of the attention branch, `[R, 1, C]`.
         keep: rows to keep per sequence, 1 ... L.
         share_guidance: the first half of the R rows (conditional) decides for the second half as well.
+        in_place: `rest` may be x itself, which the operation that fills it then overwrites; not where gradients are on.
 
     On Triton it is two launches, for L up to 1024.
 
@@ -63,11 +64,14 @@ def select_tokens(
     expect_count("keep", keep, L)
     if share_guidance and R % 2:
         raise ValueError(f"share_guidance: expected conditional and unconditional rows in equal number, got {R} rows")
+    in_place = in_place and not torch.is_grad_enabled() and x.stride(2) == 1
     tensors = (x, weight, bias, scale, shift)
     if _selection_backend(*tensors) == "triton" and needs_operator(*tensors):
-        rows, modulated, scores, rest, index = torch.ops.actvar_kernels.select_tokens(*tensors, keep, share_guidance)
-        return Selection(index, rows, modulated, scores, rest)
-    return Selection(*_select(*tensors, keep, share_guidance))
+        operator = torch.ops.actvar_kernels.select_tokens
+        modulated, scores, rest, index = operator(*tensors, keep, share_guidance, in_place)
+    else:
+        index, modulated, scores, rest = _select(*tensors, keep, share_guidance, in_place)
+    return Selection(index, modulated, scores, x if in_place else rest)
 
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -96,14 +100,14 @@ def _selection_backend(x, *others) -> str:
     return backend_of("select_tokens", x, supported, limits)
 
 
-def _select(x, weight, bias, scale, shift, keep, share_guidance) -> tuple[torch.Tensor, ...]:
+def _select(x, weight, bias, scale, shift, keep, share_guidance, in_place) -> tuple[torch.Tensor, ...]:
     if _selection_backend(x, weight, bias, scale, shift) == "reference":
         *selected, rest = reference.select_tokens(x, weight, bias, scale, shift, keep, share_guidance)
         # kernels that fill `rest` must not fill x
-        return *selected, rest.clone() if x.is_cuda and get_backend() == "auto" else rest
+        return *selected, rest.clone() if x.is_cuda and get_backend() == "auto" and not in_place else rest
     from actvar_kernels.token_select import triton_kernel
 
-    return triton_kernel.select_tokens(x, weight, bias, scale, shift, keep, share_guidance)
+    return triton_kernel.select_tokens(x, weight, bias, scale, shift, keep, share_guidance, in_place)
 
 
 @torch.library.custom_op("actvar_kernels::select_tokens", mutates_args=())
@@ -115,24 +119,27 @@ def _select_tokens(
     shift: torch.Tensor,
     keep: int,
     share_guidance: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    index, rows, modulated, scores, rest = _select(x, weight, bias, scale, shift, keep, share_guidance)
-    return rows, modulated, scores, rest.clone() if rest is x else rest, index
+    in_place: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`rest` is empty with `in_place`, since an operator must not return its argument."""
+    index, modulated, scores, rest = _select(x, weight, bias, scale, shift, keep, share_guidance, in_place)
+    if in_place:
+        rest = x.new_empty(0)
+    return modulated, scores, rest.clone() if rest is x else rest, index
 
 
 @_select_tokens.register_fake
-def _(x, weight, bias, scale, shift, keep, share_guidance):
+def _(x, weight, bias, scale, shift, keep, share_guidance, in_place):
     R, L, C = x.shape
-    rows = x.new_empty(R, keep, C)
     index, scores = x.new_empty(R, keep, dtype=torch.int64), x.new_empty(R, L, dtype=torch.float32)
-    return rows, torch.empty_like(rows), scores, x.new_empty(R, L, C), index
+    return x.new_empty(R, keep, C), scores, x.new_empty(0) if in_place else x.new_empty(R, L, C), index
 
 
-def _at_index(x, weight, bias, scale, shift, keep, share_guidance, index) -> tuple[torch.Tensor, ...]:
+def _at_index(x, weight, bias, scale, shift, keep, share_guidance, in_place, index) -> tuple[torch.Tensor, ...]:
     return *reference.at_index(x, weight, bias, scale, shift, index), index
 
 
-register_reference_gradient(_select_tokens, _at_index, chosen=(4,))
+register_reference_gradient(_select_tokens, _at_index, chosen=(3,))
 
 
 def select_tokens_flops(x_shape, *_shapes, **_kwargs) -> int:

@@ -40,7 +40,7 @@ def select_tokens(
     if share_guidance:
         index = index.repeat(2, 1)
     modulated = _modulated(gather_rows(normalized, index), scale, shift)
-    return index, gather_rows(x, index), modulated.to(x.dtype), scores, x
+    return index, modulated.to(x.dtype), scores, x
 
 
 def at_index(
@@ -51,10 +51,10 @@ def at_index(
     shift: torch.Tensor,
     index: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """`rows`, `modulated`, `scores` and `rest` of a selection whose index is known."""
+    """`modulated`, `scores` and `rest` of a selection whose index is known."""
     normalized, scores = _scored(x, weight, bias)
     modulated = _modulated(gather_rows(normalized, index), scale, shift)
-    return gather_rows(x, index), modulated.to(x.dtype), scores, x
+    return modulated.to(x.dtype), scores, x
 
 
 def _scored(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

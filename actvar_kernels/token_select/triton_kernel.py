@@ -22,15 +22,16 @@ def select_tokens(
     shift: torch.Tensor,
     keep: int,
     share_guidance: bool,
+    in_place: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """`index`, `rows`, `modulated`, `scores` and `rest` as in `reference.select_tokens`; `rest` is new memory, of which
-    the rows that were kept are not written."""
+    """`index`, `modulated`, `scores` and `rest` as in `reference.select_tokens`; `rest` is x with `in_place`, else new
+    memory, of which the rows that were kept are not written."""
     R, L, C = x.shape
     x, scale, shift = channels_last(x, scale, shift)
     index = x.new_empty(R, keep, dtype=torch.int64)
-    rows, modulated = x.new_empty(R, keep, C), x.new_empty(R, keep, C)
+    modulated = x.new_empty(R, keep, C)
     scores = x.new_empty(R, L, dtype=torch.float32)
-    rest = x.new_empty(R, L, C)
+    rest = None if in_place else x.new_empty(R, L, C)
     tiles = row_tiles(R * L, C)
     steps = select_steps(R * L, tiles.rows)
     sizes = dict(C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tiles.rows, num_warps=tiles.warps)
@@ -41,7 +42,6 @@ def select_tokens(
         scale,
         shift,
         index,
-        rows,
         modulated,
         rest,
         x.stride(),
@@ -54,7 +54,7 @@ def select_tokens(
         STEPS=steps,
         **sizes,
     )
-    return index, rows, modulated, scores, rest
+    return index, modulated, scores, x if in_place else rest
 
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def _score(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
     inside = channel < C
-    x = load_rows(x_ptr, x_strides, sequence, row, length, channel, inside).to(tl.float32)
+    x = load_rows(x_ptr, x_strides, sequence, row, row < length, channel, inside).to(tl.float32)
     weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     scores = tl.sum(normalized(x, inside, C) * weight[None, :], axis=1) + tl.load(bias_ptr).to(tl.float32)
     tl.store(scores_ptr + sequence * length + row, scores, mask=row < length)
@@ -115,7 +115,6 @@ def _select(
     scale_ptr,
     shift_ptr,
     index_ptr,
-    rows_ptr,
     modulated_ptr,
     rest_ptr,
     x_strides,
@@ -130,8 +129,8 @@ def _select(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """`STEPS * ROWS` rows of a sequence: those that are kept go to their places in `rows` and `modulated`, the others
-    to `rest`. `deciding` sequences have a choice of their own, the ones after them take it over."""
+    """`STEPS * ROWS` rows of a sequence: those that are kept go to their places in `modulated`, the others to `rest` if
+    there is one. `deciding` sequences have a choice of their own, the ones after them take it over."""
     sequence = tl.program_id(1)
     row = tl.program_id(0) * STEPS * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
@@ -142,20 +141,19 @@ def _select(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
     for _ in range(STEPS):
-        x = load_rows(x_ptr, x_strides, sequence, row, length, channel, inside)
         mine = tl.arange(0, BLOCK_L)[None, :] == row[:, None]  # [ROWS, BLOCK_L]
         place = tl.sum(tl.where(mine, places[None, :], 0), axis=1)
         kept = (row < length) & (place >= 0)
-        dropped = (row < length) & (place < 0)
+        needed = kept if rest_ptr is None else row < length
+        x = load_rows(x_ptr, x_strides, sequence, row, needed, channel, inside)
         slot = sequence.to(tl.int64) * keep + place
         tl.store(index_ptr + slot, row.to(tl.int64), mask=kept)
         target = slot[:, None] * C + channel[None, :]
-        tl.store(rows_ptr + target, x, mask=kept[:, None] & inside[None, :])
         modulated = normalized(x.to(tl.float32), inside, C) * (1.0 + scale)[None, :] + shift[None, :]
         tl.store(modulated_ptr + target, modulated.to(dtype), mask=kept[:, None] & inside[None, :])
-        source = (sequence.to(tl.int64) * length + row)[:, None] * C + channel[None, :]
-        tl.store(rest_ptr + source, x, mask=dropped[:, None] & inside[None, :])
-
+        if rest_ptr is not None:
+            source = (sequence.to(tl.int64) * length + row)[:, None] * C + channel[None, :]
+            tl.store(rest_ptr + source, x, mask=((row < length) & (place < 0))[:, None] & inside[None, :])
         row += ROWS
 
 
@@ -207,7 +205,7 @@ def _normalize_modulate(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
     inside = channel < C
-    x = load_rows(x_ptr, x_strides, sequence, row, length, channel, inside).to(tl.float32)
+    x = load_rows(x_ptr, x_strides, sequence, row, row < length, channel, inside).to(tl.float32)
     scale = load_vector(scale_ptr, scale_strides, sequence, channel, inside)
     shift = load_vector(shift_ptr, shift_strides, sequence, channel, inside)
     out = normalized(x, inside, C) * (1.0 + scale)[None, :] + shift[None, :]
@@ -225,10 +223,10 @@ def normalized(x, inside, C: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, strides, sequence, row, length, channel, inside):
-    """Rows `[ROWS, BLOCK_C]` of a sequence of a tensor `[R, length, C]`; 0 outside."""
+def load_rows(ptr, strides, sequence, row, present, channel, inside):
+    """Rows `[ROWS, BLOCK_C]` of a sequence of a tensor `[R, length, C]`; 0 where a row is not `present` and outside."""
     offset = sequence.to(tl.int64) * strides[0] + row.to(tl.int64)[:, None] * strides[1] + channel[None, :]
-    return tl.load(ptr + offset, mask=(row < length)[:, None] & inside[None, :], other=0.0)
+    return tl.load(ptr + offset, mask=present[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit

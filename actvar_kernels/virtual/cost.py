@@ -20,8 +20,8 @@ Arguments = Mapping[str, object]
 Share = Callable[[int, int], float]
 
 # Executed per (token, program) of `_sort_rows` and per pair of logits of `_sample`, with the trips of their loops: read
-# off the machine code for sm_90.
-SORT_INSTRUCTIONS = 100
+# off the machine code that Triton 3.7.1 makes for sm_90.
+SORT_INSTRUCTIONS = 160
 SAMPLE_INSTRUCTIONS = 300
 
 
@@ -61,13 +61,19 @@ def _bytes(arguments: Arguments, *without: str) -> int:
 
 
 def _select(a: Arguments, _share: Share) -> Cost:
-    dropped = 1 - a["keep"] / a["length"]
-    return Cost(_bytes(a, "rest_ptr") + round(dropped * a["rest_ptr"].bytes))
+    kept = a["keep"] / a["length"]
+    read_or_written = kept if a["rest_ptr"] is None else 1 + (1 - kept)
+    return Cost(_bytes(a, "x_ptr", "rest_ptr") + round(read_or_written * a["x_ptr"].bytes))
+
+
+def _add_route(a: Arguments, _share: Share) -> Cost:
+    rows = a["u_ptr"]
+    read = a["x_ptr"].bytes * rows.shape[1] // a["x_ptr"].shape[1]
+    return Cost(_bytes(a, "x_ptr") + read, 2 * math.prod(rows.shape) * a["EXPERTS"], torch.float32)
 
 
 def _route(a: Arguments, _share: Share) -> Cost:
-    tokens = math.prod(a["u_ptr"].shape[:-1])
-    return Cost(_bytes(a), 2 * tokens * a["C"] * a["EXPERTS"], torch.float32)
+    return Cost(_bytes(a), 2 * math.prod(a["u_ptr"].shape) * a["EXPERTS"], torch.float32)
 
 
 def _scatter(a: Arguments, _share: Share) -> Cost:
@@ -125,7 +131,7 @@ def _run(a: Arguments, share: Share) -> tuple[float, int]:
 
 COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
     "_select": _select,
-    "_add_normalize_route": _route,
+    "_add_normalize_route": _add_route,
     "_route_experts": _route,
     "_scatter_rows": _scatter,
     "_attention": _attention,

@@ -36,11 +36,11 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return choose
 
 
-def inputs(R: int, K: int, C: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """rows, update; gamma, scale and shift as a block has them, views of one tensor."""
+def inputs(R: int, K: int, C: int, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
+    """x, no index, update; gamma, scale and shift as a block has them, views of one tensor."""
     modulation = normal(R, 1, 6, C, seed=2, dtype=dtype).unbind(2)
-    rows, update = normal(R, K, C, dtype=dtype), normal(R, K, C, seed=1, dtype=dtype)
-    return [rows, update, modulation[0], modulation[3], modulation[5]]
+    x, update = normal(R, K, C, dtype=dtype), normal(R, K, C, seed=1, dtype=dtype)
+    return [x, None, update, modulation[0], modulation[3], modulation[5]]
 
 
 def router(C: int, experts: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -88,9 +88,9 @@ def test_add_normalize_route_of_other_shapes(R: int, K: int, C: int) -> None:
 
 
 def test_the_sum_is_normalised_as_it_is_stored() -> None:
-    rows, update, gamma, scale, shift = inputs(2, 5, 192, torch.float16)
+    rows, _, update, gamma, scale, shift = inputs(2, 5, 192, torch.float16)
     rows, update = rows + 100, update / 100
-    out, u = add_normalize(rows, update, gamma, scale, shift)
+    out, u = add_normalize(rows, None, update, gamma, scale, shift)
     once_rounded = (rows.double() + gamma.double() * update.double()).half()
     assert (out != once_rounded).float().mean() < 0.01, "float32 sums and float64 sums seldom round to another float16"
     normalized = F.layer_norm(out.double(), out.shape[-1:], eps=1e-6)
@@ -113,7 +113,7 @@ def test_equal_tokens_get_equal_logits_and_ties_go_to_the_lower_expert() -> None
     zeros = torch.zeros(2, 1, 192)
     for mask, logits in (
         route_experts(tokens[which], weight, bias, 9),
-        add_normalize_route(tokens[which], torch.zeros(2, 11, 192), zeros, zeros, zeros, weight, bias, 9)[2:],
+        add_normalize_route(tokens[which], None, torch.zeros(2, 11, 192), zeros, zeros, zeros, weight, bias, 9)[2:],
     ):
         for value in range(3):
             of_token = logits[which == value]
@@ -136,8 +136,8 @@ def test_logits_are_ranked_as_by_a_stable_descending_sort(active: int) -> None:
 def test_nan_in_one_sequence_leaves_the_others_alone() -> None:
     tensors, gate = inputs(3, 5, 20), router(20, 5)
     clean = add_normalize_route(*tensors, *gate, 3)
-    tensors[0], tensors[1] = tensors[0].clone(), tensors[1].clone()
-    tensors[0][1], tensors[1][1] = torch.nan, torch.inf
+    tensors[0], tensors[2] = tensors[0].clone(), tensors[2].clone()
+    tensors[0][1], tensors[2][1] = torch.nan, torch.inf
     routed = add_normalize_route(*tensors, *gate, 3)
     assert routed.rows[1].isnan().all()
     for row in (0, 2):
@@ -146,19 +146,34 @@ def test_nan_in_one_sequence_leaves_the_others_alone() -> None:
 
 def test_views_give_what_copies_give() -> None:
     tensors, gate = inputs(2, 5, 20), router(20, 5)
-    rows, update = (torch.cat((t * torch.nan, t, t * torch.nan), dim=1)[:, 5:10] for t in tensors[:2])
-    copied = add_normalize_route(*(t.clone() for t in tensors), *gate, 3)
-    views = add_normalize_route(rows, update, *tensors[2:], *gate, 3)
+    x, _, update, *modulation = tensors
+    rows, updates = (torch.cat((t * torch.nan, t, t * torch.nan), dim=1)[:, 5:10] for t in (x, update))
+    copied = add_normalize_route(x, None, update, *(t.clone() for t in modulation), *gate, 3)
+    views = add_normalize_route(rows, None, updates, *modulation, *gate, 3)
     assert all(map(torch.equal, views, copied))
     assert all(map(torch.equal, route_experts(rows, *gate, 3), route_experts(tensors[0], *gate, 3)))
-    shared = [t[:1].expand(t.shape) for t in tensors[2:]]
-    expected = add_normalize(*tensors[:2], *(t.contiguous() for t in shared))
-    assert all(map(torch.equal, add_normalize(*tensors[:2], *shared), expected))
+    shared = [t[:1].expand(t.shape) for t in modulation]
+    expected = add_normalize(x, None, update, *(t.contiguous() for t in shared))
+    assert all(map(torch.equal, add_normalize(x, None, update, *shared), expected))
+
+
+@pytest.mark.parametrize(("R", "L", "K", "C"), [(1, 1, 1, 20), (2, 9, 5, 65), (3, 6, 6, 20)])
+def test_rows_by_their_index_are_those_that_were_gathered_before(
+    R: int, L: int, K: int, C: int, grid_order: str
+) -> None:
+    x, gate = normal(R, L, C, dtype=torch.float32), router(C, 5)
+    index = torch.stack([torch.randperm(L, generator=torch.Generator().manual_seed(r))[:K] for r in range(R)])
+    _, _, *others = inputs(R, K, C)
+    gathered = torch.stack([x[row, kept] for row, kept in enumerate(index)])
+    x[torch.ones(R, L, dtype=torch.bool).scatter(1, index, False)] = torch.nan  # must not be read
+    expected = add_normalize_route(gathered, None, *others, *gate, 3)
+    assert all(map(torch.equal, add_normalize_route(x, index, *others, *gate, 3), expected))
+    assert all(map(torch.equal, add_normalize(x, index, *others), add_normalize(gathered, None, *others)))
 
 
 def test_under_autocast_the_update_is_of_another_dtype_than_the_rows() -> None:
-    rows, update, gamma, scale, shift = inputs(2, 5, 65)
-    tensors, gate = [rows, update.half(), gamma.half(), scale.half(), shift], router(65, 5)
+    x, _, update, gamma, scale, shift = inputs(2, 5, 65)
+    tensors, gate = [x, None, update.half(), gamma.half(), scale.half(), shift], router(65, 5)
     routed = add_normalize_route(*tensors, *gate, 3)
     assert routed.rows.dtype == routed.u.dtype == torch.float32
     for part, output in enumerate(routed[:2]):
@@ -167,8 +182,8 @@ def test_under_autocast_the_update_is_of_another_dtype_than_the_rows() -> None:
 
 
 def test_rows_keep_their_dtype_also_where_the_gate_is_of_a_wider_one() -> None:
-    rows, update, gamma, scale, shift = inputs(2, 5, 20, torch.float16)
-    tensors = [rows, update, gamma.float(), scale.float(), shift.float()]
+    x, _, update, gamma, scale, shift = inputs(2, 5, 20, torch.float16)
+    tensors = [x, None, update, gamma.float(), scale.float(), shift.float()]
     for actual, expected in zip(add_normalize(*tensors), reference.add_normalize(*tensors), strict=True):
         assert actual.dtype == expected.dtype == torch.float16
 
@@ -176,7 +191,7 @@ def test_rows_keep_their_dtype_also_where_the_gate_is_of_a_wider_one() -> None:
 def test_bfloat16_rows_are_routed_in_float32_as_they_are_stored() -> None:
     tensors, gate = inputs(2, 5, 192, torch.bfloat16), router(192, 16)
     routed = add_normalize_route(*tensors, *gate, 12)
-    rows, update, gamma = (t.double() for t in tensors[:3])
+    rows, update, gamma = (t.double() for t in (tensors[0], *tensors[2:4]))
     # the interpreter cuts bfloat16 off where a GPU rounds it: an error of up to 2^-7 instead of 2^-8
     assert ((routed.rows.double() - rows - gamma * update).abs() <= 2**-7 * (rows + gamma * update).abs() + 1e-6).all()
     assert_routes(routed.mask, routed.logits, routed.u, *gate, 12)
@@ -190,11 +205,13 @@ def test_route_experts_takes_any_leading_shape() -> None:
 
 
 def test_the_operators_pass_the_checks_of_torch() -> None:
-    tensors = [t.detach().requires_grad_() for t in (*inputs(2, 3, 8), *router(8, 3))]
+    x, _, *tensors = inputs(2, 3, 8)
+    x, *tensors, weight, bias = (t.detach().requires_grad_() for t in (x, *tensors, *router(8, 3)))
     operators = torch.ops.actvar_kernels
-    torch.library.opcheck(operators.add_normalize.default, tuple(tensors[:5]))
-    torch.library.opcheck(operators.add_normalize_route.default, (*tensors, 2))
-    torch.library.opcheck(operators.route_experts.default, (tensors[0], *tensors[5:], 2))
+    for index in (None, torch.tensor([[0, 1, 2], [2, 0, 1]])):
+        torch.library.opcheck(operators.add_normalize.default, (x, index, *tensors))
+        torch.library.opcheck(operators.add_normalize_route.default, (x, index, *tensors, weight, bias, 2))
+    torch.library.opcheck(operators.route_experts.default, (x, weight, bias, 2))
 
 
 def test_a_compiled_call_gives_the_same() -> None:
@@ -202,7 +219,7 @@ def test_a_compiled_call_gives_the_same() -> None:
 
     @torch.compile(backend="eager", fullgraph=True)
     def compiled(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return (*add_normalize_route(*tensors, 2), *add_normalize(*tensors[:5]), *route_experts(tensors[0], *gate, 2))
+        return (*add_normalize_route(*tensors, 2), *add_normalize(*tensors[:6]), *route_experts(tensors[0], *gate, 2))
 
     eager = (*add_normalize_route(*tensors, *gate, 2), *add_normalize(*tensors), *route_experts(tensors[0], *gate, 2))
     assert all(map(torch.equal, compiled(*tensors, *gate), eager))
@@ -210,10 +227,12 @@ def test_a_compiled_call_gives_the_same() -> None:
 
 def gradients(function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor]) -> list[Tensor]:
     """Of the outputs that have one, weighted by fixed random numbers."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    leaves = [
+        t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
+    ]
     outputs = [output for output in function(*leaves) if output.requires_grad]
     weights = [normal(*output.shape, seed=99 + i, dtype=output.dtype) for i, output in enumerate(outputs)]
-    return list(torch.autograd.grad(outputs, leaves, weights))
+    return list(torch.autograd.grad(outputs, [t for t in leaves if t is not None and t.requires_grad], weights))
 
 
 def test_the_gradients_are_those_of_the_reference() -> None:
@@ -221,6 +240,11 @@ def test_the_gradients_are_those_of_the_reference() -> None:
     for operation, of_reference, arguments in (
         (lambda *t: add_normalize(*t), reference.add_normalize, tensors),
         (lambda *t: add_normalize_route(*t, 3), lambda *t: reference.add_normalize_route(*t, 3), [*tensors, *gate]),
+        (
+            lambda *t: add_normalize(*t),
+            reference.add_normalize,
+            [normal(2, 7, 20, dtype=torch.float32), torch.tensor([[6, 2, 3], [0, 5, 1]]), *tensors[2:]],
+        ),
         (
             lambda *t: route_experts(*t, 3),
             lambda *t: expert_reference.route_experts(*t, 3),
@@ -234,7 +258,9 @@ def test_the_routers_flops_are_counted_as_those_of_a_matrix_product() -> None:
     rows = torch.Size((2, 9, 192))
     others = [torch.Size((2, 1, 192))] * 3
     assert (
-        add_normalize_route_flops(rows, rows, *others, torch.Size((16, 192)), torch.Size((16,)), 12)
+        add_normalize_route_flops(
+            torch.Size((2, 12, 192)), torch.Size((2, 9)), rows, *others, torch.Size((16, 192)), torch.Size((16,)), 12
+        )
         == 2 * 18 * 192 * 16
     )
     assert route_experts_flops(rows, torch.Size((16, 192)), torch.Size((16,)), 12) == 2 * 18 * 192 * 16
@@ -247,4 +273,4 @@ def test_what_triton_cannot_run_raises_when_it_is_asked_for_by_name() -> None:
     with pytest.raises(BackendUnavailableError, match=r"route_experts .*up to 32 experts"):
         route_experts(tensors[0], *gate, 3)
     with pytest.raises(BackendUnavailableError, match=r"add_normalize .*float32, float16 and bfloat16"):
-        add_normalize(*(t.double() for t in tensors))
+        add_normalize(*(t if t is None else t.double() for t in tensors))

@@ -47,7 +47,7 @@ def exact_scores(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def score_tolerance(x: Tensor, weight: Tensor, bias: Tensor) -> float:
     """Four times the reference's error."""
     nothing = torch.zeros(x.shape[0], 1, x.shape[2])
-    scores = reference.select_tokens(x, weight, bias, nothing, nothing, 1, False)[3]
+    scores = reference.select_tokens(x, weight, bias, nothing, nothing, 1, False)[2]
     return 4 * (scores - exact_scores(x, weight, bias)).abs().max().item()
 
 
@@ -59,8 +59,7 @@ def assert_selects(selection: tuple[Tensor, ...], index: Tensor, x: Tensor, scal
     """The rows of `index` are where they belong, and so are the others."""
     assert selection.index.dtype == torch.int64
     assert selection.index.tolist() == index.tolist()
-    assert selection.rows.dtype == selection.modulated.dtype == x.dtype
-    assert torch.equal(selection.rows, picked(x, index))
+    assert selection.modulated.dtype == x.dtype
     exact = exact_and_tolerance(reference.normalize_modulate, picked(x, index), scale, shift)
     assert_close(selection.modulated, *exact)
     dropped = torch.ones(x.shape[:2], dtype=torch.bool).scatter(1, index, False)
@@ -145,7 +144,7 @@ def test_nan_in_one_sequence_leaves_the_others_alone_and_ranks_first_in_its_own(
     x[1, 6] = NAN
     selection = select_tokens(x, weight, bias, scale, shift, 4)
     for row in (0, 2):
-        assert all(torch.equal(a[row], b[row]) for a, b in zip(selection[:4], clean[:4], strict=True))
+        assert all(torch.equal(a[row], b[row]) for a, b in zip(selection[:3], clean[:3], strict=True))
     assert selection.scores[1].isnan().tolist() == [i == 6 for i in range(9)]
     assert 6 in selection.index[1].tolist()
     assert selection.index.tolist() == reference.top_indices(selection.scores, 4).tolist()
@@ -173,7 +172,7 @@ def test_views_give_what_copies_give(name: str) -> None:
     view = VIEWS[name](x)
     selection = select_tokens(view, weight, bias, scale, shift, 5)
     copied = select_tokens(view.contiguous(), weight, bias, scale.clone(), shift.clone(), 5)
-    assert all(torch.equal(a, b) for a, b in zip(selection[:4], copied[:4], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(selection[:3], copied[:3], strict=True))
     assert torch.equal(normalize_modulate(view, scale, shift), normalize_modulate(view.contiguous(), scale, shift))
 
 
@@ -182,10 +181,28 @@ def test_bfloat16_rows_are_scored_in_float32_and_rounded_once() -> None:
     selection = select_tokens(x, weight, bias, scale, shift, 5)
     assert_close(selection.scores, exact_scores(x, weight, bias), score_tolerance(x, weight, bias))
     index = reference.top_indices(selection.scores, 5)
-    assert torch.equal(selection.rows, picked(x, index))
     modulated = reference.normalize_modulate(picked(x, index).double(), scale.double(), shift.double())
     # the interpreter cuts bfloat16 off where a GPU rounds it: an error of up to 2^-7 instead of 2^-8
     assert ((selection.modulated.double() - modulated).abs() <= 2**-7 * modulated.abs() + 1e-5).all()
+
+
+def test_in_place_nothing_is_copied_and_the_result_is_the_same(grid_order: str) -> None:
+    x, weight, bias, scale, shift = inputs(2, 13, 20)
+    before = x.clone()
+    expected = select_tokens(x, weight, bias, scale, shift, 5)
+    with torch.no_grad():
+        selection = select_tokens(x, weight, bias, scale, shift, 5, in_place=True)
+    assert selection.rest is x
+    assert torch.equal(x, before)
+    assert all(map(torch.equal, selection[:3], expected[:3]))
+
+
+def test_in_place_is_not_for_gradients_nor_for_channels_apart() -> None:
+    x, weight, bias, scale, shift = inputs(2, 13, 20)
+    assert select_tokens(x.requires_grad_(), weight, bias, scale, shift, 5, in_place=True).rest is not x
+    with torch.no_grad():
+        apart = x.transpose(1, 2).contiguous().transpose(1, 2)
+        assert select_tokens(apart, weight, bias, scale, shift, 5, in_place=True).rest is not apart
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -220,7 +237,9 @@ def test_the_operators_pass_the_checks_of_torch(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Tensor, "new_empty", Tensor.new_zeros)
     x, weight, bias, scale, shift = (t.requires_grad_() for t in inputs(2, 4, 8))
     operators = torch.ops.actvar_kernels
-    torch.library.opcheck(operators.select_tokens.default, (x, weight, bias, scale, shift, 3, True))
+    for in_place in (False, True):
+        arguments = (x, weight, bias, scale, shift) if not in_place else inputs(2, 4, 8)
+        torch.library.opcheck(operators.select_tokens.default, (*arguments, 3, True, in_place))
     torch.library.opcheck(operators.normalize_modulate.default, (x, scale, shift))
 
 
@@ -229,9 +248,9 @@ def test_a_compiled_call_gives_the_same() -> None:
 
     @torch.compile(backend="eager", fullgraph=True)
     def compiled(x: Tensor) -> tuple[Tensor, ...]:
-        return (*select_tokens(x, weight, bias, scale, shift, 3)[:4], normalize_modulate(x, scale, shift))
+        return (*select_tokens(x, weight, bias, scale, shift, 3)[:3], normalize_modulate(x, scale, shift))
 
-    eager = (*select_tokens(x, weight, bias, scale, shift, 3)[:4], normalize_modulate(x, scale, shift))
+    eager = (*select_tokens(x, weight, bias, scale, shift, 3)[:3], normalize_modulate(x, scale, shift))
     assert all(map(torch.equal, compiled(x), eager))
 
 
@@ -248,9 +267,9 @@ def test_the_gradients_are_those_of_the_reference_at_the_rows_that_were_kept() -
     tensors[0][:, 3] = tensors[0][:, 1]
 
     def of_dropped_rows(selection: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        index, rows, modulated, scores, rest = selection
+        index, modulated, scores, rest = selection
         dropped = torch.ones(rest.shape[:2], dtype=torch.bool).scatter(1, index, False)
-        return rows, modulated, scores, rest[dropped]
+        return modulated, scores, rest[dropped]
 
     actual = gradients(lambda *t: of_dropped_rows(select_tokens(*t, 4)), tensors)
     expected = gradients(lambda *t: of_dropped_rows(reference.select_tokens(*t, 4, False)), tensors)
