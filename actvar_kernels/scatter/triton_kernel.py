@@ -60,8 +60,8 @@ def _scatter_rows(
     index = tl.load(
         index_ptr + sequence.to(tl.int64) * index_strides[0] + row * index_strides[1], mask=row < length, other=0
     )
-    rows = load_rows(rows_ptr, rows_strides, sequence, row, length, channel, inside).to(tl.float32)
-    update = load_rows(update_ptr, update_strides, sequence, row, length, channel, inside).to(tl.float32)
+    rows = load_rows(rows_ptr, rows_strides, sequence, row, row < length, channel, inside).to(tl.float32)
+    update = load_rows(update_ptr, update_strides, sequence, row, row < length, channel, inside).to(tl.float32)
     gamma = load_vector(gamma_ptr, gamma_strides, sequence, channel, inside)
     out = rows + gamma[None, :] * update
     target = (

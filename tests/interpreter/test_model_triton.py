@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import make_tiny_var
 
-from actvar import ActVARConfig, apply_patch, load_pretrained, remove_patch
+from actvar import ActVARConfig, apply_patch, block, load_pretrained, remove_patch
 from actvar.models import VAR
 from actvar_kernels.backend import using_backend
 
@@ -63,6 +63,27 @@ def test_dense_scales_too_run_on_the_kernels_and_removal_is_exact(monkeypatch):
     var.blocks[0]._forward_hooks.clear()
     remove_patch(var)
     assert torch.equal(var.autoregressive_infer_cfg(1, 3, g_seed=0), before)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_blocks_write_into_their_input_only_where_no_hook_sees_it(hooked, monkeypatch):
+    var = apply_patch(make_tiny_var(depth=2), ActVARConfig(num_experts=8))
+    schedule, seen = var.actvar.schedule, []
+    select = block.select_tokens
+
+    def selecting(x, *args, **kwargs):
+        selection = select(x, *args, **kwargs)
+        seen.append(selection.rest is x)
+        return selection
+
+    monkeypatch.setattr(block, "select_tokens", selecting)
+    outputs = []
+    if hooked:
+        var.blocks[0].register_forward_hook(lambda _, args, output: outputs.append((output, output.clone())))
+    sampled_tokens(var, monkeypatch, "triton", torch.tensor([3]))
+    assert seen == [not hooked] * 2 * sum(scale.select for scale in schedule)
+    assert len(outputs) == hooked * len(schedule)
+    assert all(torch.equal(*pair) for pair in outputs)
 
 
 def test_the_fast_sampler_is_reproducible_and_stays_in_the_vocabulary(monkeypatch):
