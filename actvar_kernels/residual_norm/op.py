@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_shape
@@ -144,6 +145,7 @@ def _(rows, update, gamma, scale, shift, weight, bias, active):
 register_reference_gradient(_add_normalize_route, reference.add_normalize_route)
 
 
+@register_flop_formula(torch.ops.actvar_kernels.add_normalize_route)
 def add_normalize_route_flops(rows_shape, _update, _gamma, _scale, _shift, weight_shape, *_args, **_kwargs) -> int:
     """FLOPs of the router's product in one `add_normalize_route` operator."""
     R, K, C = rows_shape

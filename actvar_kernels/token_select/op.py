@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels.backend import backend_of, get_backend, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_shape
@@ -135,6 +136,7 @@ def _at_index(x, weight, bias, scale, shift, keep, share_guidance, index) -> tup
 register_reference_gradient(_select_tokens, _at_index, chosen=(4,))
 
 
+@register_flop_formula(torch.ops.actvar_kernels.select_tokens)
 def select_tokens_flops(x_shape, *_shapes, **_kwargs) -> int:
     """FLOPs of the selector's product in one `select_tokens` operator."""
     R, L, C = x_shape
