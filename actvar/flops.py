@@ -92,7 +92,7 @@ def formula_flops(
 
 
 def model_flops(var: nn.Module, batch: int, config: ActVARConfig | None = None) -> list[StepFlops]:
-    """`formula_flops` of a model, of which only shapes are read: with `config`, or as it is patched (or not) if None."""
+    """`formula_flops` of a model, of which only shapes are read: with `config`; as it is patched, or not, if None."""
     var = unwrapped(var)
     family = family_of(var)
     if config is None:
@@ -112,9 +112,9 @@ def model_flops(var: nn.Module, batch: int, config: ActVARConfig | None = None) 
 
 
 def equation_12(*, width: int, depth: int, patch_nums: Sequence[int], config: ActVARConfig) -> float:
-    """FLOPs that one row saves by Eq. 12: the sum over active steps and blocks of what a block saves less what its gates
-    cost, as a formula of the step's length L, the width C, the number of experts N, and the saving rates t of tokens
-    and w of FFN weights.
+    """FLOPs that one row saves by Eq. 12: the sum over active steps and blocks of what a block saves less what its
+    gates cost, as a formula of the step's length L, the width C, the number of experts N, and the saving rates t of
+    tokens and w of FFN weights.
 
     The paper's terms were lost with its formulas. Written out here:
 

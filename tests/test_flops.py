@@ -182,10 +182,8 @@ def operator_calls() -> dict[str, tuple]:
     """Arguments of every operator with a registered formula, and its FLOPs by counting."""
     R, L, K, C, N, M, D, H, P = 2, 7, 5, 64, 4, 3, 128, 1, 9
     x, rows, gate = torch.randn(R, L, C), torch.randn(R, K, C), torch.randn(R, 1, C)
-    router, ffn = (
-        (torch.randn(N, C), torch.zeros(N)),
-        (torch.randn(D, C), torch.zeros(D), torch.randn(C, D), gate[0, 0]),
-    )
+    router = torch.randn(N, C), torch.zeros(N)
+    ffn = torch.randn(D, C), torch.zeros(D), torch.randn(C, D), torch.zeros(C)
     mask = torch.zeros(R, K, N, dtype=torch.bool)
     mask[..., :M] = True
     q, cache = torch.randn(R, H, K, C), torch.randn(R, H, P + K, C)
