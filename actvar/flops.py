@@ -62,7 +62,7 @@ def formula_flops(
 ) -> list[StepFlops]:
     """FLOPs of each scale for `batch` images under guidance (2 rows an image); LN, softmax and other element-wise
     work is not counted, selectors and routers are. A block's own AdaLN counts at every scale and a shared one at the
-    first, as the models compute them.
+    first, as the models compute them (kernels: both once).
 
     Args:
         width, hidden, depth, vocab_size, code_size, patch_nums, shared_aln: sizes C, D, blocks, V, Cvae, ... of a VAR.
