@@ -207,9 +207,7 @@ class _CountByModule:
         formulas = {operator: self._summed(formula) for operator, formula in flop_registry.items()}
         formulas[aten._scaled_dot_product_flash_attention_for_cpu] = self._summed(_cpu_attention_flops)
         formulas[aten.mul] = self._summed(self._selector_flops)
-        formulas[aten._to_copy] = self._note_cast
-        for formula in formulas.values():
-            formula.__dict__["_get_raw"] = True  # the counter then passes tensors, not their shapes
+        formulas[aten._to_copy] = self._summed(self._cast_flops)
         return formulas
 
     def _summed(self, formula: Callable[..., int]) -> Callable[..., int]:
@@ -218,6 +216,7 @@ class _CountByModule:
             self.flops[self._module(args) or "attention"] += flops
             return flops
 
+        count._get_raw = True  # the counter then passes tensors, not their shapes
         return count
 
     def _module(self, args: Sequence[object]) -> str | None:
@@ -228,8 +227,8 @@ class _CountByModule:
     def _selector_flops(self, *args, out_val: torch.Tensor, **_kwargs) -> int:
         return 2 * out_val.numel() if self._module(args) == "selector" else 0
 
-    def _note_cast(self, source: torch.Tensor, *_args, out_val: torch.Tensor, **_kwargs) -> int:
-        """A weight in another dtype is still that module's."""
+    def _cast_flops(self, source: torch.Tensor, *_args, out_val: torch.Tensor, **_kwargs) -> int:
+        """None; a weight in another dtype is still that module's."""
         module = self._module((source,))
         if module is not None:
             self.module_of[_storage(out_val)] = module
