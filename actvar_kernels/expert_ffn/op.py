@@ -290,7 +290,6 @@ def _(*_):
     return None
 
 
-@register_flop_formula(torch.ops.actvar_kernels.expert_ffn)
 def expert_ffn_flops(u_shape, mask_shape, active, fc1_shape, *_shapes, **_kwargs) -> int:
     """FLOPs of one `expert_ffn` call, 2 a multiply-add: only the chosen experts' rows and columns count."""
     tokens = 1
@@ -300,7 +299,10 @@ def expert_ffn_flops(u_shape, mask_shape, active, fc1_shape, *_shapes, **_kwargs
     return 2 * 2 * tokens * C * (D // mask_shape[-1]) * active
 
 
-@register_flop_formula(torch.ops.actvar_kernels.expert_ffn_scatter)
 def expert_ffn_scatter_flops(_out_shape, _index_shape, _rows_shape, *ffn, **_kwargs) -> int:
     """FLOPs of one `expert_ffn_scatter` operator: those of its `expert_ffn`."""
     return expert_ffn_flops(*ffn)
+
+
+register_flop_formula(torch.ops.actvar_kernels.expert_ffn)(expert_ffn_flops)
+register_flop_formula(torch.ops.actvar_kernels.expert_ffn_scatter)(expert_ffn_scatter_flops)

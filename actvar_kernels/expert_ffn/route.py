@@ -58,7 +58,9 @@ def _logits_first(u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
 register_reference_gradient(_route_experts, _logits_first)
 
 
-@register_flop_formula(torch.ops.actvar_kernels.route_experts)
 def route_experts_flops(u_shape, weight_shape, *_args, **_kwargs) -> int:
     """FLOPs of one `route_experts` operator, 2 a multiply-add."""
     return 2 * math.prod(u_shape) * weight_shape[0]
+
+
+register_flop_formula(torch.ops.actvar_kernels.route_experts)(route_experts_flops)

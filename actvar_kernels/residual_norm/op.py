@@ -145,8 +145,10 @@ def _(rows, update, gamma, scale, shift, weight, bias, active):
 register_reference_gradient(_add_normalize_route, reference.add_normalize_route)
 
 
-@register_flop_formula(torch.ops.actvar_kernels.add_normalize_route)
 def add_normalize_route_flops(rows_shape, _update, _gamma, _scale, _shift, weight_shape, *_args, **_kwargs) -> int:
     """FLOPs of the router's product in one `add_normalize_route` operator."""
     R, K, C = rows_shape
     return 2 * R * K * C * weight_shape[0]
+
+
+register_flop_formula(torch.ops.actvar_kernels.add_normalize_route)(add_normalize_route_flops)

@@ -187,8 +187,12 @@ def _attention_alone(q, k, v, keys, values, cached, head_scale, softmax_scale, m
 register_reference_gradient(_subset_attention, _attention_alone)
 
 
-@register_flop_formula([torch.ops.actvar_kernels.subset_attention, torch.ops.actvar_kernels.subset_attention_append])
 def subset_attention_flops(q_shape, k_shape, _v_shape, _keys_shape, _values_shape, cached, *_args, **_kwargs) -> int:
     """FLOPs of one `subset_attention` or `subset_attention_append` operator: every query meets every key."""
     R, H, K, d = q_shape
     return 2 * 2 * R * H * K * (cached + k_shape[2]) * d
+
+
+register_flop_formula([torch.ops.actvar_kernels.subset_attention, torch.ops.actvar_kernels.subset_attention_append])(
+    subset_attention_flops
+)

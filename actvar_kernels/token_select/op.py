@@ -136,11 +136,13 @@ def _at_index(x, weight, bias, scale, shift, keep, share_guidance, index) -> tup
 register_reference_gradient(_select_tokens, _at_index, chosen=(4,))
 
 
-@register_flop_formula(torch.ops.actvar_kernels.select_tokens)
 def select_tokens_flops(x_shape, *_shapes, **_kwargs) -> int:
     """FLOPs of the selector's product in one `select_tokens` operator."""
     R, L, C = x_shape
     return 2 * R * L * C
+
+
+register_flop_formula(torch.ops.actvar_kernels.select_tokens)(select_tokens_flops)
 
 
 def _norm_backend(*tensors) -> str:
