@@ -116,7 +116,7 @@ def equation_12(*, width: int, depth: int, patch_nums: Sequence[int], config: Ac
     gates cost, as a formula of the step's length L, the width C, the number of experts N, and the saving rates t of
     tokens and w of FFN weights.
 
-    The paper's terms were lost with its formulas. Written out here:
+    The terms are our reading of the paper's words; the text they were read from lacks the formulas:
 
         saved = t * 8 L C^2  +  (1 - (1 - t)^2) * 4 L^2 C  +  (1 - (1 - t) (1 - w)) * 16 L C^2
         cost  = 2 L C (selector, where t > 0)  +  2 (1 - t) L C N (router, where w > 0)
