@@ -1,4 +1,4 @@
-"""The command line: `actvar sample`, `actvar verify`, `actvar info`."""
+"""The command line: `actvar sample`, `actvar verify`, `actvar flops`, `actvar info`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from actvar.adapter import describe_adapter, read_adapter_config
 from actvar.checkpoint import describe_checkpoint
 from actvar.compare import Sampling, compare, save_pictures
 from actvar.files import replacing
+from actvar.flops_report import AGREEMENT, MODEL_NAMES, flops_report, save_plot
 from actvar.patch import patched_silently, warn_untrained
 from actvar.pictures import save_grid
 from actvar.verify import verify
@@ -76,13 +77,20 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--backend", nargs="+", choices=set(BACKENDS) - {"auto"}, help="default: those that run on the device"
     )
-    check.add_argument(
-        "--rates", nargs="+", type=float, help="token rates of the last scales, then the FFN's, e.g. 0.75 0.75 0.75"
-    )
+    _add_rates(check)
     check.add_argument("--batch", type=_positive, default=1, help="images per sample (default 1)")
     check.add_argument("--public-var", type=Path, help="clone of the public VAR code: its class must agree as well")
     check.add_argument("--json", type=Path, help="file to write every comparison to")
     check.set_defaults(run=_verify)
+
+    count = commands.add_parser("flops", help="FLOPs by module and step; exit code 1 if torch counts other ones")
+    count.add_argument("--model", choices=MODEL_NAMES, required=True, help="an official size, or the bundled model")
+    _add_rates(count)
+    count.add_argument("--batch", type=_positive, default=1, help="images (default 1)")
+    count.add_argument("--paper", action="store_true", help="also the savings of the paper's tables, row by row")
+    count.add_argument("--json", type=Path, help="file to write every figure to")
+    count.add_argument("--plot", type=Path, help="PNG file to draw FLOPs by module and step to")
+    count.set_defaults(run=_flops)
 
     info = commands.add_parser("info", help="describe a checkpoint or adapter, or, without a file, this installation")
     info.add_argument("file", nargs="?", help="a file, or owner/repo:file on the hub")
@@ -97,6 +105,12 @@ def _add_source(command: argparse.ArgumentParser) -> None:
     source.add_argument("--vae", help="autoencoder checkpoint, likewise")
     source.add_argument("--adapter", help="adapter file, or the name of a bundled one (default for --model: paper)")
     source.add_argument("--device", default="cpu")
+
+
+def _add_rates(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--rates", nargs="+", type=float, help="token rates of the last scales, then the FFN's, e.g. 0.75 0.75 0.75"
+    )
 
 
 def _check_source(options: argparse.Namespace) -> None:
@@ -171,16 +185,9 @@ def _describe(config: actvar.ActVARConfig) -> str:
 
 def _verify(options: argparse.Namespace) -> None:
     _check_source(options)
-    if options.json and not options.json.parent.is_dir():
-        raise ValueError(f"--json: expected a file in a folder that exists, got {options.json}")
+    _expect_folder("--json", options.json)
     adapter = _adapter(options)
-    config = actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter)
-    if options.rates:
-        if len(options.rates) < 2:
-            raise ValueError(f"--rates: expected token rates, then the FFN's, e.g. 0.75 0.75 0.75, got {options.rates}")
-        *token_rates, ffn_rate = options.rates
-        scales = tuple(range(-len(token_rates), 0))
-        config = replace(config, scales=scales, token_rates=tuple(token_rates), ffn_rate=ffn_rate)
+    config = _with_rates(actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter), options.rates)
     sampling = Sampling((0,) * options.batch)
     dtypes = [DTYPES[name] for name in options.dtype]
     report = verify(
@@ -195,6 +202,39 @@ def _verify(options: argparse.Namespace) -> None:
         with replacing(options.json) as temporary:
             temporary.write_text(json.dumps(facts | report.as_dict(), indent=1) + "\n")
     if report.failures:
+        raise SystemExit(1)
+
+
+def _expect_folder(option: str, file: Path | None) -> None:
+    if file is not None and not file.parent.is_dir():
+        raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
+
+
+def _with_rates(config: actvar.ActVARConfig, rates: list[float] | None) -> actvar.ActVARConfig:
+    """`config` at the rates of `--rates`, if there are any."""
+    if not rates:
+        return config
+    if len(rates) < 2:
+        raise ValueError(f"--rates: expected token rates, then the FFN's, e.g. 0.75 0.75 0.75, got {rates}")
+    *token_rates, ffn_rate = rates
+    scales = tuple(range(-len(token_rates), 0))
+    return replace(config, scales=scales, token_rates=tuple(token_rates), ffn_rate=ffn_rate)
+
+
+def _flops(options: argparse.Namespace) -> None:
+    _expect_folder("--json", options.json)
+    _expect_folder("--plot", options.plot)
+    config = _with_rates(actvar.ActVARConfig(), options.rates)
+    report = flops_report(options.model, config, options.batch, options.paper)
+    print(f"{options.model}, batch {options.batch}; {_describe(config)}")
+    print(report.text())
+    if options.json:
+        facts = {"actvar": actvar.__version__, "torch": torch.__version__}
+        with replacing(options.json) as temporary:
+            temporary.write_text(json.dumps(facts | report.as_dict(), indent=1) + "\n")
+    if options.plot:
+        save_plot(report, options.plot)
+    if report.worst_difference > AGREEMENT:
         raise SystemExit(1)
 
 

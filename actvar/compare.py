@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from actvar.config import ActVARConfig
-from actvar.flops import counted_flops, model_flops
+from actvar.flops import counted_flops, model_flops, total_flops
 from actvar.patch import DENSE, patched_silently
 from actvar.pictures import save_grid, save_token_overlay
 from actvar.recording import record, shared_state
@@ -122,11 +122,11 @@ def compare(
     seconds = interleaved_medians(all_ways(whole), repeats, "whole samples")
     block_times = interleaved_medians(all_ways(blocks), repeats, "blocks")
     batch = len(sampling.labels)
-    formula = {"dense": sum(step.total for step in model_flops(var, batch))}
-    counted = {"dense": counted_flops(var, batch)}
+    formula = {"dense": total_flops(model_flops(var, batch))}
+    counted = {"dense": total_flops(counted_flops(var, batch))}
     with patched_silently(var, config, adapter):
-        formula["actvar"] = sum(step.total for step in model_flops(var, batch))
-        counted["actvar"] = counted_flops(var, batch)
+        formula["actvar"] = total_flops(model_flops(var, batch))
+        counted["actvar"] = total_flops(counted_flops(var, batch))
     return Comparison(batch, seconds, block_times, formula, counted)
 
 

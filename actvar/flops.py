@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.recording import Shared
 from actvar.schedule import build_schedule
 from actvar_kernels.backend import using_backend
-from actvar_kernels.expert_ffn.op import expert_ffn_flops
 
 DENSE = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=1.0)
 
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one scale, over all rows and blocks, by component."""
+    """FLOPs of one scale, over all rows and blocks, by module; `head` with the embedding of the tokens before it."""
 
     qkv: int
     attention: int
     proj: int
     ffn: int
-    gates: int
+    selector: int
+    router: int
     adaln: int
     head: int
 
     @property
     def total(self) -> int:
-        return self.qkv + self.attention + self.proj + self.ffn + self.gates + self.adaln + self.head
+        return sum(getattr(self, module) for module in MODULES)
+
+
+MODULES = tuple(field.name for field in fields(StepFlops))
+
+
+def total_flops(steps: Sequence[StepFlops]) -> int:
+    """FLOPs of all scales."""
+    return sum(step.total for step in steps)
 
 
 def formula_flops(
@@ -50,7 +61,8 @@ def formula_flops(
     config: ActVARConfig = DENSE,
 ) -> list[StepFlops]:
     """FLOPs of each scale for `batch` images under guidance (2 rows an image); LN, softmax and other element-wise
-    work is not counted, selectors and routers are. AdaLN counts at every scale, as the models compute it.
+    work is not counted, selectors and routers are. A block's own AdaLN counts at every scale and a shared one at the
+    first, as the models compute them (kernels: both once).
 
     Args:
         width, hidden, depth, vocab_size, code_size, patch_nums, shared_aln: sizes C, D, blocks, V, Cvae, ... of a VAR.
@@ -62,7 +74,7 @@ def formula_flops(
         projected = kept if config.kv == "compact" else scale.tokens
         visible = scale.cached_before + projected
         share = scale.experts / config.num_experts if scale.route else 1.0
-        adaln_blocks = 1 if shared_aln else depth
+        adaln_blocks = (scale.index == 0) if shared_aln else depth
         embedded = 0 if scale.index == 0 else batch * scale.tokens
         steps.append(
             StepFlops(
@@ -70,7 +82,8 @@ def formula_flops(
                 attention=depth * rows * 4 * C * kept * visible,
                 proj=depth * rows * 2 * C * C * kept,
                 ffn=round(depth * rows * 4 * C * hidden * kept * share),
-                gates=depth * rows * 2 * C * (scale.tokens * scale.select + config.num_experts * kept * scale.route),
+                selector=depth * rows * 2 * C * scale.tokens * scale.select,
+                router=depth * rows * 2 * C * config.num_experts * kept * scale.route,
                 adaln=rows * 2 * C * (6 * C * adaln_blocks + 2 * C),
                 head=rows * 2 * C * vocab_size * scale.tokens + 2 * C * code_size * embedded,
             )
@@ -78,11 +91,13 @@ def formula_flops(
     return steps
 
 
-def model_flops(var: nn.Module, batch: int) -> list[StepFlops]:
-    """`formula_flops` of a model, patched or not."""
+def model_flops(var: nn.Module, batch: int, config: ActVARConfig | None = None) -> list[StepFlops]:
+    """`formula_flops` of a model, of which only shapes are read: with `config`; as it is patched, or not, if None."""
     var = unwrapped(var)
     family = family_of(var)
-    shared = var.__dict__.get("actvar")
+    if config is None:
+        shared = var.__dict__.get("actvar")
+        config = shared.config if isinstance(shared, Shared) else DENSE
     return formula_flops(
         width=family.width(var),
         hidden=family.hidden_size(var),
@@ -92,43 +107,137 @@ def model_flops(var: nn.Module, batch: int) -> list[StepFlops]:
         patch_nums=var.patch_nums,
         shared_aln=var.blocks[0].shared_aln,
         batch=batch,
-        config=shared.config if isinstance(shared, Shared) else DENSE,
+        config=config,
     )
 
 
-@torch.no_grad()
-def counted_flops(var: nn.Module, batch: int) -> int:
-    """FLOPs of the same run counted by `torch.utils.flop_counter` on the model itself, with fake tensors.
+def equation_12(*, width: int, depth: int, patch_nums: Sequence[int], config: ActVARConfig) -> float:
+    """FLOPs that one row saves by Eq. 12: the sum over active steps and blocks of what a block saves less what its
+    gates cost, as a formula of the step's length L, the width C, the number of experts N, and the saving rates t of
+    tokens and w of FFN weights.
 
-    The reference runs, so AdaLN counts at every scale. An expert FFN counts the experts that are on, whatever is done
-    with the others.
+    The terms are our reading of the paper's words; the text they were read from lacks the formulas:
+
+        saved = t * 8 L C^2  +  (1 - (1 - t)^2) * 4 L^2 C  +  (1 - (1 - t) (1 - w)) * 16 L C^2
+        cost  = 2 L C (selector, where t > 0)  +  2 (1 - t) L C N (router, where w > 0)
+
+    for projections, attention and an FFN of 4 C hidden units. Attention is that of the step's own tokens: with the K/V
+    cache, which L and C do not describe, a step has more of it, and the next step finds fewer keys.
     """
-    formulas = {
-        torch.ops.actvar_kernels.expert_ffn: expert_ffn_flops,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
-    }
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    weight = var.head.weight
-    with using_backend("reference"), FakeTensorMode(allow_non_fake_inputs=True), counter:
-        cond = torch.empty(2 * batch, var.blocks[0].ffn.fc1.in_features, dtype=weight.dtype, device=weight.device)
+    saved = 0.0
+    for scale, token_rate, ffn_rate in zip(config.scales, config.token_rates, config.ffn_rates, strict=True):
+        L, C, t, w = patch_nums[scale] ** 2, width, 1 - token_rate, 1 - ffn_rate
+        block = t * 8 * L * C**2 + (1 - (1 - t) ** 2) * 4 * L**2 * C + (1 - (1 - t) * (1 - w)) * 16 * L * C**2
+        gates = 2 * L * C * (t > 0) + 2 * (1 - t) * L * C * config.num_experts * (w > 0)
+        saved += depth * (block - gates)
+    return saved
+
+
+@torch.no_grad()
+def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
+    """FLOPs of each scale of the same run, counted by `torch.utils.flop_counter` on the operations of the model itself.
+
+    The model runs as a copy with fake tensors for weights, so that a model on the meta device will do; on the reference
+    backend. An expert FFN counts the experts that are on, whatever is done with the others. A product belongs to the
+    module whose weight is in it, one without a weight to attention.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    var = _without_weights(unwrapped(var), mode)
+    counts = _CountByModule(var)
+    counter = FlopCounterMode(display=False, custom_mapping=counts.formulas())
+    steps = []
+    with using_backend("reference"), mode, counter:
+        cond = torch.empty(2 * batch, family_of(var).width(var), dtype=var.head.weight.dtype)
         for block in var.blocks:
             block.attn.kv_caching(True)
-        try:
-            for index, side in enumerate(var.patch_nums):
-                if index:
-                    codes = var.word_embed.weight.new_empty(batch, side * side, var.word_embed.in_features)
-                    x = var.word_embed(codes).repeat(2, 1, 1)
-                else:
-                    x = cond.unsqueeze(1).expand(-1, side * side, -1)
-                modulation = var.shared_ada_lin(cond)
-                for block in var.blocks:
-                    x = block(x=x, cond_BD=modulation, attn_bias=None)
-                var.get_logits(x, cond)
-        finally:
+        modulation = var.shared_ada_lin(cond)
+        for index, side in enumerate(var.patch_nums):
+            if index:
+                codes = var.word_embed.weight.new_empty(batch, side * side, var.word_embed.in_features)
+                x = var.word_embed(codes).repeat(2, 1, 1)
+            else:
+                x = cond.unsqueeze(1).expand(-1, side * side, -1)
             for block in var.blocks:
-                block.attn.kv_caching(False)
-    return counter.get_total_flops()
+                x = block(x=x, cond_BD=modulation, attn_bias=None)
+            var.get_logits(x, cond)
+            steps.append(counts.take())
+    return steps
 
 
-def _cpu_attention_flops(query_shape, key_shape, value_shape, *_args, out_shape=None, **_kwargs) -> int:
-    return sdpa_flop_count(query_shape, key_shape, value_shape)
+def _without_weights(var: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of `var` on the CPU whose parameters and buffers are fake tensors."""
+    with mode:
+        copies = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in var.parameters()}
+        copies |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in var.buffers()}
+    return copy.deepcopy(var, copies | {id(var.vae_proxy): var.vae_proxy})
+
+
+class _CountByModule:
+    """FLOP formulas for a counter that also sum what they return by the module of `StepFlops`."""
+
+    PLACES = (
+        (".attn.mat_qkv.", "qkv"),
+        (".attn.proj.", "proj"),
+        (".ffn.", "ffn"),
+        (".selector.", "selector"),
+        (".router.", "router"),
+        ("ada_lin.", "adaln"),
+        ("head.", "head"),
+        ("word_embed.", "head"),
+    )
+
+    def __init__(self, var: nn.Module):
+        self.flops: Counter[str] = Counter()
+        self.module_of: dict[StorageWeakRef, str] = {}
+        for name, parameter in var.named_parameters():
+            module = next((module for place, module in self.PLACES if place in name), None)
+            if module is not None and name.endswith(".weight"):
+                self.module_of[_storage(parameter)] = module
+
+    def take(self) -> StepFlops:
+        """What was counted since the last call."""
+        step = StepFlops(**{module: self.flops[module] for module in MODULES})
+        self.flops.clear()
+        return step
+
+    def formulas(self) -> dict[object, Callable]:
+        """The registered formulas, torch's and those of `actvar_kernels`, and of the selector on the reference backend:
+        a product written as a multiplication and a sum."""
+        aten = torch.ops.aten
+        formulas = {operator: self._summed(formula) for operator, formula in flop_registry.items()}
+        formulas[aten._scaled_dot_product_flash_attention_for_cpu] = self._summed(_cpu_attention_flops)
+        formulas[aten.mul] = self._summed(self._selector_flops)
+        formulas[aten._to_copy] = self._summed(self._cast_flops)
+        return formulas
+
+    def _summed(self, formula: Callable[..., int]) -> Callable[..., int]:
+        def count(*args, **kwargs) -> int:
+            flops = formula(*args, **kwargs)
+            self.flops[self._module(args) or "attention"] += flops
+            return flops
+
+        count._get_raw = True  # the counter then passes tensors, not their shapes
+        return count
+
+    def _module(self, args: Sequence[object]) -> str | None:
+        """Module of the first weight among `args`."""
+        found = (self.module_of.get(_storage(arg)) for arg in args if isinstance(arg, torch.Tensor))
+        return next((module for module in found if module is not None), None)
+
+    def _selector_flops(self, *args, out_val: torch.Tensor, **_kwargs) -> int:
+        return 2 * out_val.numel() if self._module(args) == "selector" else 0
+
+    def _cast_flops(self, source: torch.Tensor, *_args, out_val: torch.Tensor, **_kwargs) -> int:
+        """None; a weight in another dtype is still that module's."""
+        module = self._module((source,))
+        if module is not None:
+            self.module_of[_storage(out_val)] = module
+        return 0
+
+
+def _storage(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def _cpu_attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_args, **_kwargs) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)

@@ -11,10 +11,15 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from helpers import make_tiny_var
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from actvar import ActVARConfig
+from actvar.flops import model_flops
+from actvar.patch import patch_silently
 from actvar_kernels import expert_ffn_scatter
 from actvar_kernels.backend import using_backend
 from actvar_kernels.compile_cases import Model
@@ -311,6 +316,23 @@ def test_a_small_model_samples_on_the_virtual_gpu(monkeypatch, capsys, tmp_path)
         assert max(step["launches_per_block"] for step in steps[-2:]) <= 9
         parts = sum(step["blocks_ms"] + step["rest_ms"] for step in steps)
         assert 0 < report[name]["last_two_steps_ms"] < parts < report[name]["whole_run_ms"]
+
+
+def test_torchs_counter_sees_the_operators_of_a_patched_model():
+    var = make_tiny_var()
+    steps = model_flops(var, 2, ActVARConfig())
+    with torch.no_grad(), using_backend("triton"), virtual_gpu(80):
+        for module in (var, var.vae_proxy[0]):
+            to_fake_cuda(module)
+        patch_silently(var, ActVARConfig())
+        with FlopCounterMode(display=False) as counter:
+            var.autoregressive_infer_cfg(2, torch.empty(2, dtype=torch.int64, device="cuda"))
+    counted, ops = counter.get_flop_counts()["Global"], torch.ops.actvar_kernels
+    assert counted[ops.select_tokens] == sum(step.selector for step in steps)
+    assert counted[ops.add_normalize_route] == sum(step.router for step in steps)
+    assert counted[ops.expert_ffn_scatter] == sum(step.ffn for step in steps[-2:])
+    attention = counted[ops.subset_attention] + counted[ops.subset_attention_append]
+    assert attention == sum(step.attention for step in steps)
 
 
 def test_a_sampling_loop_that_waits_is_reported(monkeypatch, capsys):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import shutil
 import socket
 import struct
 from dataclasses import fields
@@ -13,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 import actvar
-from actvar import ActVARConfig, load_pretrained
+from actvar import ActVARConfig, CheckpointError, load_pretrained
 from actvar.evaluate.quality import FrechetDistance
 from actvar.zoo import load_feature_network
+from actvar.zoo.checksums import checked, save_checksums
 from actvar.zoo.fashion_mnist.data import load_split, read_idx
 from actvar.zoo.fashion_mnist.export import export
 from actvar.zoo.fashion_mnist.train import Build, train
@@ -70,6 +73,39 @@ def test_unknown_names_list_the_known_ones(arguments, message):
         load_pretrained(**arguments)
 
 
+@pytest.fixture
+def copied_weights(tmp_path, monkeypatch) -> Path:
+    folder = shutil.copytree(WEIGHTS["fashion-mnist"], tmp_path / "weights")
+    monkeypatch.setitem(WEIGHTS, "fashion-mnist", folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["var", "vae", "adapter-paper", "features"])
+def test_a_flipped_byte_is_refused_until_the_table_is_made_anew(copied_weights, name):
+    def load():
+        load_pretrained("fashion-mnist", adapter="paper")
+        load_feature_network()
+
+    load()
+    path = copied_weights / f"{name}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1  # the last bit of a weight: the file is still a good one
+    path.write_bytes(content)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{name}.safetensors: expected SHA-256 \w{{64}}.*found {hashlib.sha256(content).hexdigest()}",
+    ):
+        load()
+    save_checksums(copied_weights)
+    load()
+
+
+def test_a_file_that_the_table_does_not_name_is_refused(copied_weights):
+    shutil.copy(copied_weights / "adapter-paper.safetensors", copied_weights / "adapter-other.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter-other.safetensors: expected SHA-256 None"):
+        load_pretrained("fashion-mnist", adapter="other")
+
+
 def write_idx(path: Path, data: np.ndarray) -> None:
     header = struct.pack(f">HBB{data.ndim}I", 0, 8, data.ndim, *data.shape)
     opener = gzip.open if path.suffix == ".gz" else open
@@ -119,6 +155,9 @@ def test_every_stage_runs_and_the_exported_files_load(images_folder, tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in build.work.iterdir()} == made
 
     export(build, tmp_path / "weights")
+    assert {path.name for path in map(checked, (tmp_path / "weights").glob("*.safetensors"))} == {
+        f"{name}.safetensors" for name in ("var", "vae", "features", "adapter-paper")
+    }
     _, var = actvar.load_var(tmp_path / "weights" / "var.safetensors", tmp_path / "weights" / "vae.safetensors")
     with actvar.patched(var, ActVARConfig(), tmp_path / "weights" / "adapter-paper.safetensors"):
         assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()

@@ -38,6 +38,7 @@ def build_vae_var(
         share_quant_resi: see `VectorQuantizer`.
         patch_nums: token map side of every scale.
         num_classes, depth, shared_aln, attn_l2_norm: see `VAR`.
+        device: where both models go; on `"meta"` they have shapes and no weights.
         width: transformer channels, a multiple of 64; `64 * depth` if None, as in the official models.
         seed: of the generator that initialises the weights; torch's global generators are not touched.
 
@@ -59,6 +60,8 @@ def build_vae_var(
         num_res_blocks=num_res_blocks,
         image_channels=image_channels,
     )
+    if torch.device(device).type == "meta":
+        return vae, var
     generator = torch.Generator().manual_seed(seed)
     for module in (vae, var):
         module.to_empty(device="cpu")

@@ -11,6 +11,7 @@ from actvar.adapter import load_adapter, read_adapter_config
 from actvar.checkpoint import load_var
 from actvar.models import VAR, VQVAE
 from actvar.patch import patch_silently
+from actvar.zoo.checksums import checked
 from actvar.zoo.fashion_mnist.features import FeatureNet
 
 WEIGHTS = {"fashion-mnist": Path(__file__).parent / "fashion_mnist" / "weights"}
@@ -31,9 +32,11 @@ def load_pretrained(
 
     Raises:
         ValueError: an unknown model or adapter; lists those that exist.
+        CheckpointError: a file that is not the one that was shipped (`actvar.zoo.checksums`).
     """
     folder = weights_folder(name)
-    vae, var = load_var(folder / "var.safetensors", folder / "vae.safetensors", device=device, dtype=dtype)
+    var_file, vae_file = checked(folder / "var.safetensors"), checked(folder / "vae.safetensors")
+    vae, var = load_var(var_file, vae_file, device=device, dtype=dtype)
     if adapter is not None:
         path = adapter_path(name, adapter)
         patch_silently(var, read_adapter_config(path))
@@ -42,9 +45,9 @@ def load_pretrained(
 
 
 def load_feature_network(name: str = "fashion-mnist") -> FeatureNet:
-    """The frozen CNN by which the bundled model's images are judged, in eval mode."""
+    """The frozen CNN by which the bundled model's images are judged, in eval mode; errors as in `load_pretrained`."""
     network = FeatureNet()
-    network.load_state_dict(load_file(weights_folder(name) / "features.safetensors"))
+    network.load_state_dict(load_file(checked(weights_folder(name) / "features.safetensors")))
     return network.eval().requires_grad_(False)
 
 
@@ -53,13 +56,14 @@ def adapter_path(name: str, adapter: str) -> Path:
 
     Raises:
         ValueError: there is none of that name; lists those that exist.
+        CheckpointError: it is not the one that was shipped.
     """
     folder = weights_folder(name)
     path = folder / f"adapter-{adapter}.safetensors"
     if not path.is_file():
         known = sorted(p.stem.removeprefix("adapter-") for p in folder.glob("adapter-*.safetensors"))
         raise ValueError(f"adapter: {name} comes with {known}, got {adapter!r}")
-    return path
+    return checked(path)
 
 
 def weights_folder(name: str) -> Path:

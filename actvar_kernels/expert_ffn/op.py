@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_shape
@@ -301,3 +302,7 @@ def expert_ffn_flops(u_shape, mask_shape, active, fc1_shape, *_shapes, **_kwargs
 def expert_ffn_scatter_flops(_out_shape, _index_shape, _rows_shape, *ffn, **_kwargs) -> int:
     """FLOPs of one `expert_ffn_scatter` operator: those of its `expert_ffn`."""
     return expert_ffn_flops(*ffn)
+
+
+register_flop_formula(torch.ops.actvar_kernels.expert_ffn)(expert_ffn_flops)
+register_flop_formula(torch.ops.actvar_kernels.expert_ffn_scatter)(expert_ffn_scatter_flops)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
 from actvar_kernels.expert_ffn import reference
@@ -60,3 +61,6 @@ register_reference_gradient(_route_experts, _logits_first)
 def route_experts_flops(u_shape, weight_shape, *_args, **_kwargs) -> int:
     """FLOPs of one `route_experts` operator, 2 a multiply-add."""
     return 2 * math.prod(u_shape) * weight_shape[0]
+
+
+register_flop_formula(torch.ops.actvar_kernels.route_experts)(route_experts_flops)

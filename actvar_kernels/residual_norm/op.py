@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_shape
@@ -164,3 +165,6 @@ def add_normalize_route_flops(_x, _index, update_shape, _gamma, _scale, _shift, 
     """FLOPs of the router's product in one `add_normalize_route` operator."""
     R, K, C = update_shape
     return 2 * R * K * C * weight_shape[0]
+
+
+register_flop_formula(torch.ops.actvar_kernels.add_normalize_route)(add_normalize_route_flops)

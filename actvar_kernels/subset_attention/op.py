@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels.backend import backend_of, needs_operator
 from actvar_kernels.checks import expect_shape
@@ -190,3 +191,8 @@ def subset_attention_flops(q_shape, k_shape, _v_shape, _keys_shape, _values_shap
     """FLOPs of one `subset_attention` or `subset_attention_append` operator: every query meets every key."""
     R, H, K, d = q_shape
     return 2 * 2 * R * H * K * (cached + k_shape[2]) * d
+
+
+register_flop_formula([torch.ops.actvar_kernels.subset_attention, torch.ops.actvar_kernels.subset_attention_append])(
+    subset_attention_flops
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels.backend import backend_of, get_backend, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_shape
@@ -146,6 +147,9 @@ def select_tokens_flops(x_shape, *_shapes, **_kwargs) -> int:
     """FLOPs of the selector's product in one `select_tokens` operator."""
     R, L, C = x_shape
     return 2 * R * L * C
+
+
+register_flop_formula(torch.ops.actvar_kernels.select_tokens)(select_tokens_flops)
 
 
 def _norm_backend(*tensors) -> str:

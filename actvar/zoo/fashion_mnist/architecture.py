@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from actvar.models import VAR, VQVAE, build_vae_var
 
 PATCH_NUMS = (1, 2, 3, 4, 6, 8)
 
 
-def build(seed: int = 0) -> tuple[VQVAE, VAR]:
-    """Freshly initialised autoencoder (32x32 grey images, 4x downsampling) and transformer."""
+def build(seed: int = 0, device: str | torch.device = "cpu") -> tuple[VQVAE, VAR]:
+    """Freshly initialised autoencoder (32x32 grey images, 4x downsampling) and transformer; see `build_vae_var`."""
     return build_vae_var(
         V=512,
         Cvae=16,
@@ -21,5 +23,6 @@ def build(seed: int = 0) -> tuple[VQVAE, VAR]:
         depth=6,
         width=192,
         shared_aln=True,
+        device=device,
         seed=seed,
     )

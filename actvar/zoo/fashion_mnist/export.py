@@ -13,13 +13,14 @@ from actvar.distill import Stage1
 from actvar.files import replacing
 from actvar.patch import patch_silently
 from actvar.training import load_trained
+from actvar.zoo.checksums import save_checksums
 from actvar.zoo.fashion_mnist import architecture
 from actvar.zoo.fashion_mnist.features import FeatureNet
 from actvar.zoo.fashion_mnist.train import Build, restore, restore_autoencoder
 
 
 def export(build: Build, folder: Path) -> None:
-    """Write `var`, `vae`, `features` and `adapter-paper` `.safetensors` in float16."""
+    """Write `var`, `vae`, `features` and `adapter-paper` `.safetensors` in float16, then the table of their SHA-256."""
     folder.mkdir(parents=True, exist_ok=True)
     vae = restore_autoencoder(build)
     var = architecture.build()[1]
@@ -31,6 +32,7 @@ def export(build: Build, folder: Path) -> None:
     load_trained(Stage1(var), build.stage1_plan)
     var.half()
     save_adapter(var, folder / "adapter-paper.safetensors")
+    save_checksums(folder)
 
 
 def _save(module: nn.Module, path: Path) -> None:

@@ -1,0 +1,40 @@
+"""SHA-256 of the weights that come with the package, in a table beside them: a file that differs is not used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from actvar.checkpoint import CheckpointError
+from actvar.files import replacing
+
+TABLE = "sha256.json"
+
+
+def checked(path: Path) -> Path:
+    """`path`, a file of a folder with a table, when its contents are those the table was made from.
+
+    Raises:
+        CheckpointError: they are not, or the table does not name the file.
+        FileNotFoundError: no such file, or no table beside it.
+    """
+    expected = json.loads((path.parent / TABLE).read_text("utf-8")).get(path.name)
+    found = _sha256(path)
+    if found != expected:
+        raise CheckpointError(
+            f"{path}: expected SHA-256 {expected}, as {TABLE} beside it has it, found {found}; the file is damaged or "
+            "was changed: install the package again, or rebuild its weights (python -m actvar.zoo.fashion_mnist)"
+        )
+    return path
+
+
+def save_checksums(folder: Path) -> None:
+    """Write the table of every `.safetensors` file in `folder`."""
+    table = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    with replacing(folder / TABLE) as temporary:
+        temporary.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
