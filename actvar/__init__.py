@@ -3,7 +3,7 @@
 from actvar.adapter import AdapterError, load_adapter, read_adapter_config, save_adapter
 from actvar.checkpoint import CheckpointError, load_var
 from actvar.config import ActVARConfig
-from actvar.patch import accelerate, apply_patch, patched, remove_patch
+from actvar.patch import accelerate, apply_patch, patched, release_cache, remove_patch
 from actvar.recording import guided_rows, record
 from actvar.zoo import load_pretrained
 
@@ -22,6 +22,7 @@ __all__ = [
     "patched",
     "read_adapter_config",
     "record",
+    "release_cache",
     "remove_patch",
     "save_adapter",
 ]

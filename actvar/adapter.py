@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from actvar.config import ActVARConfig
+from actvar.config import EXECUTION_FIELDS, ActVARConfig
 from actvar.families import unwrapped
 from actvar.files import replacing
 from actvar.recording import shared_state
@@ -78,7 +78,7 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
             )
         if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
             raise AdapterError(f"{path}: {name}: expected finite floating-point values")
-    if replace(trained, expert_schedule=config.expert_schedule, sampler=config.sampler) != config:
+    if replace(trained, **{name: getattr(config, name) for name in EXECUTION_FIELDS}) != config:
         logger.warning("%s was trained with %s and is used with %s", path, trained, config)
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])

@@ -82,7 +82,7 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
     q, k, v = family.project(block, u, keys_from, state.qkv_bias)
     past = family.read_cache(block)
     grows = block.attn.caching and not scale.is_last
-    room = state.room_after(past, v, shared.schedule[-1].cached_before) if grows and fused else None
+    room = state.room_after(past, v, shared.schedule[-1].cached_before, gates.kept) if grows and fused else None
     out, keys, values = subset_attention(q, k, v, past, state.head_scale, block.attn.scale, room=room, keep_cache=grows)
     if grows:
         family.write_cache(block, keys, values)

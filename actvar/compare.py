@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def compare(
         return sum(seconds[tokens] for tokens in active_tokens)
 
     def accelerated(measure) -> float:
-        with patched_silently(var, DENSE, None):
+        with patched_silently(var, replace(DENSE, sampler=config.sampler, decoder_dtype=config.decoder_dtype), None):
             return measure()
 
     def sparse(measure) -> float:

@@ -11,6 +11,9 @@ from actvar_kernels.expert_ffn.op import SCHEDULES
 
 KV_MODES = ("compact", "all")
 SAMPLERS = ("torch", "fast")
+DECODER_DTYPES = (None, "bfloat16", "float16")
+# How to compute, not what: an adapter is as good with other values than it was trained with.
+EXECUTION_FIELDS = ("expert_schedule", "sampler", "decoder_dtype")
 
 
 def share_of(rate: float, count: int) -> int:
@@ -35,6 +38,8 @@ class ActVARConfig:
             changes results, on every backend.
         sampler: `"torch"` draws tokens as the public code does, `"fast"` in one kernel and from another random stream
             (`actvar_kernels.sample_tokens`); for `actvar.models.VAR` only.
+        decoder_dtype: `"bfloat16"` or `"float16"` decodes images under autocast to it, which changes them slightly;
+            None leaves the autoencoder as it is. For `actvar.models.VAR` only.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -49,6 +54,7 @@ class ActVARConfig:
     always_sparse: bool = False
     expert_schedule: str = "auto"
     sampler: str = "torch"
+    decoder_dtype: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "scales", _tuple_of("scales", self.scales, _integer))
@@ -63,7 +69,12 @@ class ActVARConfig:
                 raise ValueError(f"{name}: expected one rate per scale in {self.scales}, got {rates}")
         if _integer("num_experts", self.num_experts) < 1:
             raise ValueError(f"num_experts: expected at least 1, got {self.num_experts}")
-        for name, choices in (("kv", KV_MODES), ("expert_schedule", SCHEDULES), ("sampler", SAMPLERS)):
+        for name, choices in (
+            ("kv", KV_MODES),
+            ("expert_schedule", SCHEDULES),
+            ("sampler", SAMPLERS),
+            ("decoder_dtype", DECODER_DTYPES),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
         for name in ("share_cfg_selection", "always_sparse"):

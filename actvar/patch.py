@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from actvar.block import ActVARBlock
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.gates import Gates
-from actvar.recording import Shared, guided_rows, writing_in_place
+from actvar.recording import Shared, shared_state
 from actvar.schedule import build_schedule
 from actvar_kernels import sample_tokens
 
@@ -29,10 +29,19 @@ class ActVARModel(nn.Module):
     """Mixed into the class of a patched model, in front of it."""
 
     def autoregressive_infer_cfg(self, *args, **kwargs):
-        # a sampling loop of another make may still need a block's input when the block has run
-        in_place = writing_in_place(self) if family_of(self).loop_is_ours(self) else nullcontext()
-        with guided_rows(self), in_place:
+        # a sampling loop of another make, or a hook, may still need a block's input when the block has run
+        watched = any(b._forward_hooks or b._forward_pre_hooks for b in (*self.blocks, *_blocks(self)))
+        in_place = family_of(self).loop_is_ours(self) and not watched
+        with self.actvar.during(rows_are_guided=True, reuses_room=True, writes_in_place=in_place):
             return super().autoregressive_infer_cfg(*args, **kwargs)
+
+    def decode(self, f_hat):
+        """As `actvar.models.VAR.decode`, in the precision of the configuration."""
+        dtype = self.actvar.config.decoder_dtype
+        if dtype is None:
+            return super().decode(f_hat)
+        with torch.autocast(f_hat.device.type, getattr(torch, dtype)):
+            return super().decode(f_hat).float()
 
     def get_logits(self, x, cond_BD):
         """As the model's own, where kernels run by them."""
@@ -95,7 +104,8 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module
 def accelerate(var: nn.Module) -> nn.Module:
     """The dense model on the kernels, in place; returns `var`. `remove_patch` undoes it.
 
-    Results are the dense model's to rounding. It is `apply_patch` with rates of 1.
+    Results are the dense model's to rounding. It is `apply_patch` with rates of 1; to change other fields of the
+    configuration too, call that.
 
     Raises:
         TypeError: a model of an unsupported kind.
@@ -121,11 +131,12 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
             f"num_experts: expected a divisor of the FFN's hidden size {family.hidden_size(model)}, "
             f"got {config.num_experts}"
         )
-    if config.sampler == "fast" and not family.has_draw(model):
-        raise ValueError(
-            f"sampler: 'fast' needs actvar.models.VAR, whose sampling loop it is part of, got {type(model).__name__}; "
-            "load the checkpoint with actvar.load_var, or use sampler='torch'"
-        )
+    for name, value, default in (("sampler", config.sampler, "torch"), ("decoder_dtype", config.decoder_dtype, None)):
+        if value != default and not family.has_draw_and_decode(model):
+            raise ValueError(
+                f"{name}: {value!r} needs actvar.models.VAR, whose sampling loop it is part of, got "
+                f"{type(model).__name__}; load the checkpoint with actvar.load_var, or use {name}={default!r}"
+            )
     for index, block in enumerate(_blocks(model)):
         if "forward" in block.__dict__:
             raise ValueError(f"expected blocks[{index}] with its class's forward, got one replaced on the instance")
@@ -159,6 +170,17 @@ def remove_patch(var: nn.Module) -> nn.Module:
             module.__class__ = type(module).original_class
             del module.actvar
     return var
+
+
+def release_cache(var: nn.Module) -> None:
+    """Give back the memory of the K/V cache that a patched model keeps from one sample for the next.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    shared_state(var)
+    for block in _blocks(unwrapped(var)):
+        block.actvar.kept.room = None
 
 
 @contextmanager

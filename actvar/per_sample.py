@@ -24,11 +24,12 @@ class PerSample:
         self.room: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def room_after(
-        self, past: tuple[torch.Tensor, torch.Tensor] | None, v: torch.Tensor, capacity: int
+        self, past: tuple[torch.Tensor, torch.Tensor] | None, v: torch.Tensor, capacity: int, kept: Kept
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The room, which begins with the cache `past`; made on first use, for values like `v` `[R, H, T, d]`."""
+        """The room, which begins with the cache `past`; on first use the one that was kept, or a new one if that does
+        not fit values like `v` `[R, H, T, d]`."""
         if self.room is None:
-            self.room = tuple(v.new_empty(*v.shape[:2], capacity, v.shape[3]) for _ in range(2))
+            self.room = kept.take_room((*v.shape[:2], capacity, v.shape[3]), v)
             if past is not None:
                 for buffer, cached in zip(self.room, past, strict=True):
                     buffer[:, :, : cached.shape[2]] = cached
@@ -36,11 +37,23 @@ class PerSample:
 
 
 class Kept:
-    """A block's `PerSample` between two scales, and the cache that it goes with; empty in copies and pickles."""
+    """A block's `PerSample` between two scales, the cache that it goes with, and between two samples the cache's room;
+    empty in copies and pickles."""
 
     def __init__(self):
         self.state: PerSample | None = None
         self.cache: torch.Tensor | None = None
+        self.room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def take_room(self, shape: tuple[int, ...], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of `shape`: those kept if they fit, which are kept no longer, otherwise new ones."""
+        room, self.room = self.room, None
+        if room is not None:
+            wanted = (shape, like.dtype, like.device, torch.is_inference_mode_enabled())
+            if (room[0].shape, room[0].dtype, room[0].device, room[0].is_inference()) == wanted:
+                return room
+            del room
+        return like.new_empty(shape), like.new_empty(shape)
 
     def __deepcopy__(self, _memo) -> Kept:
         return Kept()
@@ -62,6 +75,8 @@ def keep(block: nn.Module, state: PerSample, scale: Scale) -> None:
     goes_on = _is_sampling(block) and not scale.is_last
     block.actvar.kept.state = state if goes_on else None
     block.actvar.kept.cache = block.attn.cached_k if goes_on else None
+    if scale.is_last and block.actvar.shared.reuses_room:
+        block.actvar.kept.room = state.room
 
 
 def _is_sampling(block: nn.Module) -> bool:

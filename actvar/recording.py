@@ -41,17 +41,32 @@ class BlockRecord:
 
 @dataclass
 class Shared:
-    """One per patched model: configuration, schedule, and what holds during a call."""
+    """One per patched model: configuration, schedule, and what holds during a call.
+
+    `rows_are_guided`: conditional rows, then as many unconditional ones; `reuses_room`: the K/V cache may stay in the
+    memory that the last sample left; `writes_in_place`: a block may write its result into its input.
+    """
 
     config: ActVARConfig
     schedule: tuple[Scale, ...]
     rows_are_guided: bool = False
+    reuses_room: bool = False
     writes_in_place: bool = False
     records: list[BlockRecord] | None = None
     by_shape: dict[tuple[int, int], Scale] = field(init=False)
 
     def __post_init__(self):
         self.by_shape = {(scale.tokens, scale.cached_before): scale for scale in self.schedule}
+
+    @contextmanager
+    def during(self, **flags: bool) -> Iterator[None]:
+        """Set `rows_are_guided`, `reuses_room` or `writes_in_place` while the context is open."""
+        previous = {name: getattr(self, name) for name in flags}
+        vars(self).update(flags)
+        try:
+            yield
+        finally:
+            vars(self).update(previous)
 
     @property
     def selection_is_shared(self) -> bool:
@@ -98,26 +113,8 @@ def guided_rows(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model is not patched.
     """
-    shared = shared_state(model)
-    previous, shared.rows_are_guided = shared.rows_are_guided, True
-    try:
+    with shared_state(model).during(rows_are_guided=True):
         yield
-    finally:
-        shared.rows_are_guided = previous
-
-
-@contextmanager
-def writing_in_place(model: nn.Module) -> Iterator[None]:
-    """Let the kernels of a patched model's blocks write their result into their input, unless a hook might keep it."""
-    shared, blocks = shared_state(model), [unwrapped(block) for block in model.blocks]
-    previous = shared.writes_in_place
-    shared.writes_in_place = not any(
-        block._forward_hooks or block._forward_pre_hooks for block in (*model.blocks, *blocks)
-    )
-    try:
-        yield
-    finally:
-        shared.writes_in_place = previous
 
 
 def shared_state(model: nn.Module) -> Shared:

@@ -378,3 +378,16 @@ def sampled_tokens(var) -> torch.Tensor:
     finally:
         handle.remove()
     return torch.cat(maps, dim=1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_decoder_in_another_dtype_changes_pixels_a_little_and_nothing_else(tiny_var, dtype):
+    apply_patch(tiny_var, ActVARConfig(num_experts=8))
+    exact = sample(tiny_var)
+    apply_patch(tiny_var, ActVARConfig(num_experts=8, decoder_dtype=dtype))
+    images = sample(tiny_var)
+    assert images.dtype == exact.dtype == torch.float32
+    assert not torch.equal(images, exact)
+    assert (images - exact).abs().max() < 0.05
+    remove_patch(tiny_var)
+    assert not torch.is_autocast_enabled("cpu")

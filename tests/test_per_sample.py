@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import sample
 
-from actvar import ActVARConfig, apply_patch
+from actvar import ActVARConfig, apply_patch, release_cache
 from actvar.families import var as family
 from actvar.per_sample import PerSample, continued, keep
 
@@ -90,11 +90,54 @@ def test_copies_and_pickles_keep_nothing(block):
 def test_the_room_begins_with_the_cache_and_is_made_once(block):
     state = PerSample(block, torch.randn(2, 128))
     past = (torch.randn(2, 2, 5, 64), torch.randn(2, 2, 5, 64))
-    keys, values = state.room_after(past, torch.randn(2, 2, 7, 64), capacity=12)
+    kept = block.actvar.kept
+    keys, values = state.room_after(past, torch.randn(2, 2, 7, 64), capacity=12, kept=kept)
     assert keys.shape == values.shape == (2, 2, 12, 64)
     assert torch.equal(keys[:, :, :5], past[0])
     assert torch.equal(values[:, :, :5], past[1])
-    assert state.room_after(None, torch.randn(2, 2, 1, 64), capacity=12)[0] is keys
+    assert state.room_after(None, torch.randn(2, 2, 1, 64), capacity=12, kept=kept)[0] is keys
+
+
+def rooms(var) -> list[int]:
+    return [block.actvar.kept.room[0].data_ptr() for block in var.blocks]
+
+
+def test_the_next_sample_of_the_same_size_uses_the_same_room_until_it_is_released(tiny_var):
+    apply_patch(tiny_var, SPARSE)
+    images = sample(tiny_var)
+    first = rooms(tiny_var)
+    for block in tiny_var.blocks:
+        for part in block.actvar.kept.room:
+            part.fill_(torch.nan)  # nothing of the last sample may be read
+    assert torch.equal(sample(tiny_var), images)
+    assert rooms(tiny_var) == first
+    release_cache(tiny_var)
+    assert all(block.actvar.kept.room is None for block in tiny_var.blocks)
+    assert torch.equal(sample(tiny_var), images)
+
+
+def test_a_room_of_another_size_or_dtype_is_not_used(tiny_var):
+    apply_patch(tiny_var, SPARSE)
+    for change in (lambda: tiny_var.autoregressive_infer_cfg(3, 1, g_seed=0), lambda: sample(tiny_var.double())):
+        images = sample(tiny_var)
+        change()
+        tiny_var.float()
+        assert torch.equal(sample(tiny_var), images)
+    with torch.inference_mode():
+        assert torch.equal(sample(tiny_var), images)
+    assert torch.equal(sample(tiny_var), images), "memory made in inference mode cannot be written to outside of it"
+
+
+def test_a_loop_of_the_users_own_leaves_no_room_behind(block):
+    cond = sampled_up_to_the_last_scale(block)
+    with torch.no_grad():
+        block(torch.randn(2, 25, 128), cond, None)
+    assert block.actvar.kept.room is None
+
+
+def test_only_patched_models_have_a_cache_to_release(tiny_var):
+    with pytest.raises(ValueError, match="unpatched"):
+        release_cache(tiny_var)
 
 
 def test_keeping_outside_sampling_keeps_nothing(block):

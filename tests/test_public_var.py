@@ -136,3 +136,12 @@ def test_flops_of_both_are_the_same(pair):
     counted = counted_flops(public, 2)
     assert counted == counted_flops(own, 2)
     assert sum(step.total for step in model_flops(public, 2)) == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("field", ["sampler", "decoder_dtype"])
+def test_what_needs_our_sampling_loop_is_refused(pair, field):
+    public, _ = pair
+    value = {"sampler": "fast", "decoder_dtype": "bfloat16"}[field]
+    with pytest.raises(ValueError, match=rf"^{field}: '{value}' needs actvar\.models\.VAR"):
+        apply_patch(public, ActVARConfig(**{field: value}))
+    assert type(public).__name__ == "VAR"

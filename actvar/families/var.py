@@ -45,8 +45,8 @@ def mismatch(model: nn.Module) -> str | None:
     return None
 
 
-def has_draw(model: nn.Module) -> bool:
-    """Whether the model's sampling loop draws its tokens by a method of ours that a patch can replace."""
+def has_draw_and_decode(model: nn.Module) -> bool:
+    """Whether the model's sampling loop draws its tokens and decodes images by methods that a patch can replace."""
     return isinstance(model, VAR)
 
 

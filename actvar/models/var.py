@@ -234,7 +234,11 @@ class VAR(nn.Module):
         finally:
             for block in self.blocks:
                 block.attn.kv_caching(False)
-        return vae.fhat_to_img(f_hat).add_(1).mul_(0.5)
+        return self.decode(f_hat).add_(1).mul_(0.5)
+
+    def decode(self, f_hat: torch.Tensor) -> torch.Tensor:
+        """Images `[B, channels, H, W]` in [-1, 1] of features `[B, Cvae, side, side]`."""
+        return self.vae_proxy[0].fhat_to_img(f_hat)
 
     def draw(
         self,
