@@ -3,6 +3,7 @@
 from actvar.adapter import AdapterError, load_adapter, read_adapter_config, save_adapter
 from actvar.checkpoint import CheckpointError, load_var
 from actvar.config import ActVARConfig
+from actvar.graphs import GraphedSampling
 from actvar.patch import accelerate, apply_patch, patched, release_cache, remove_patch
 from actvar.recording import guided_rows, record
 from actvar.zoo import load_pretrained
@@ -13,6 +14,7 @@ __all__ = [
     "ActVARConfig",
     "AdapterError",
     "CheckpointError",
+    "GraphedSampling",
     "accelerate",
     "apply_patch",
     "guided_rows",

@@ -55,7 +55,12 @@ class ActVARModel(nn.Module):
         """As `actvar.models.VAR.draw`, by the sampler of the configuration."""
         if self.actvar.config.sampler == "torch":
             return super().draw(logits, guidance, top_k, top_p, rng, scale)
-        seed = torch.randint(2**62, (1,), device=logits.device) if rng is None else rng.initial_seed()
+        if rng is not None:
+            seed = rng.initial_seed()
+        elif self.actvar.seed is not None:
+            seed = self.actvar.seed
+        else:
+            seed = torch.randint(2**62, (1,), device=logits.device)
         return sample_tokens(logits, guidance, top_k, top_p, seed=seed, step=scale)
 
 

@@ -44,7 +44,8 @@ class Shared:
     """One per patched model: configuration, schedule, and what holds during a call.
 
     `rows_are_guided`: conditional rows, then as many unconditional ones; `reuses_room`: the K/V cache may stay in the
-    memory that the last sample left; `writes_in_place`: a block may write its result into its input.
+    memory that the last sample left; `writes_in_place`: a block may write its result into its input; `seed` `[1]`
+    int64: of the fast sampler, for samples without a seed of their own.
     """
 
     config: ActVARConfig
@@ -52,6 +53,7 @@ class Shared:
     rows_are_guided: bool = False
     reuses_room: bool = False
     writes_in_place: bool = False
+    seed: torch.Tensor | None = None
     records: list[BlockRecord] | None = None
     by_shape: dict[tuple[int, int], Scale] = field(init=False)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actvar import ActVARConfig, apply_patch, load_pretrained
+from actvar import ActVARConfig, GraphedSampling, apply_patch, load_adapter, load_pretrained
+from actvar.zoo.pretrained import adapter_path
 from actvar_kernels.backend import using_backend
 from benchmarks.gpu import graphs, numerics
 
@@ -37,6 +38,18 @@ def test_the_bundled_model_gives_the_reference_logits_on_the_gpu(schedule):
         var.float()
         reference = (logits_on("reference", var, labels, inputs) - exact).abs().max()
         assert (logits_on("triton", var, labels, inputs) - exact).abs().max() <= 4 * reference
+
+
+def test_a_graph_of_a_whole_sample_gives_the_images_of_eager_sampling():
+    _, var = load_pretrained("fashion-mnist", device="cuda")
+    apply_patch(var, ActVARConfig(sampler="fast"))
+    load_adapter(var, adapter_path("fashion-mnist", "paper"))
+    sampled = GraphedSampling(var, top_k=100, top_p=0.95)
+    for labels, seed in ((torch.arange(10), 0), (torch.arange(10).flip(0), 1), (torch.arange(4), 2)):
+        labels = labels.cuda()
+        eager = var.autoregressive_infer_cfg(len(labels), labels, g_seed=seed, top_k=100, top_p=0.95)
+        assert torch.equal(sampled(labels, seed), eager)
+        assert torch.equal(sampled(labels, seed), eager), "a replay leaves nothing behind"
 
 
 def logits_on(backend: str, var: torch.nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
