@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from actvar_kernels import cpu_rows
 from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_shape
+from actvar_kernels.expert_ffn.reference import route_experts
 from actvar_kernels.expert_ffn.route import MAX_EXPERTS
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm import reference
@@ -96,11 +98,15 @@ def _expect_rows(x, index, update, gamma, scale, shift) -> None:
 
 def _backend(operation: str, x: torch.Tensor, _index, *others: torch.Tensor, experts: int = 0) -> str:
     limits = f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts"
-    return backend_of(operation, x, kernel_backends(x, *others, fits=experts <= MAX_EXPERTS), limits)
+    supported = kernel_backends(x, *others, fits=experts <= MAX_EXPERTS)
+    return backend_of(operation, x, supported + (("cpu",) if cpu_rows.runs(x, *others) else ()), limits)
 
 
 def _add(x, index, update, gamma, scale, shift) -> tuple[torch.Tensor, torch.Tensor]:
-    if _backend("add_normalize", x, index, update, gamma, scale, shift) == "reference":
+    backend = _backend("add_normalize", x, index, update, gamma, scale, shift)
+    if backend == "cpu":
+        return cpu_rows.add_normalize(x, index, update, gamma, scale, shift)
+    if backend == "reference":
         return reference.add_normalize(x, index, update, gamma, scale, shift)
     from actvar_kernels.residual_norm import triton_kernel
 
@@ -109,7 +115,11 @@ def _add(x, index, update, gamma, scale, shift) -> tuple[torch.Tensor, torch.Ten
 
 def _add_and_route(x, index, update, gamma, scale, shift, weight, bias, active) -> tuple[torch.Tensor, ...]:
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
-    if _backend("add_normalize_route", *tensors, experts=weight.shape[0]) == "reference":
+    backend = _backend("add_normalize_route", *tensors, experts=weight.shape[0])
+    if backend == "cpu":
+        rows, u = cpu_rows.add_normalize(x, index, update, gamma, scale, shift)
+        return rows, u, *route_experts(u, weight, bias, active)
+    if backend == "reference":
         return reference.add_normalize_route(*tensors, active)
     from actvar_kernels.residual_norm import triton_kernel
 

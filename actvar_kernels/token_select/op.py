@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from actvar_kernels import cpu_rows
 from actvar_kernels.backend import backend_of, get_backend, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
@@ -153,11 +154,15 @@ register_flop_formula(torch.ops.actvar_kernels.select_tokens)(select_tokens_flop
 
 
 def _norm_backend(*tensors) -> str:
-    return backend_of("normalize_modulate", tensors[0], kernel_backends(*tensors), "float32, float16 and bfloat16")
+    supported = kernel_backends(*tensors) + (("cpu",) if cpu_rows.runs(*tensors) else ())
+    return backend_of("normalize_modulate", tensors[0], supported, "float32, float16 and bfloat16")
 
 
 def _normalize(x, scale, shift) -> torch.Tensor:
-    if _norm_backend(x, scale, shift) == "reference":
+    backend = _norm_backend(x, scale, shift)
+    if backend == "cpu":
+        return cpu_rows.normalize_modulate(x, scale, shift)
+    if backend == "reference":
         return reference.normalize_modulate(x, scale, shift)
     from actvar_kernels.token_select import triton_kernel
 

@@ -1,0 +1,74 @@
+"""LayerNorm, modulation and residual in C++ on the CPU: one pass over memory in place of PyTorch's several."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from actvar_kernels.expert_ffn import cpu_kernel
+from actvar_kernels.token_select.reference import NORM_EPS
+
+SOURCE = Path(__file__).with_name("cpu_rows.cpp")
+DTYPES = cpu_kernel.DTYPES
+
+
+def runs(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the C++ code takes these tensors: on the CPU in float32 or bfloat16, of which no gradient is needed and
+    no dispatch mode (a FLOP counter, fake tensors) wants to see the operators; and whether it can be built."""
+    tensors = [x, *(t for t in others if t is not None)]
+    return (
+        all(t.device.type == "cpu" and t.dtype in DTYPES for t in tensors)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and cpu_kernel.available()
+    )
+
+
+def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """As `token_select.reference.normalize_modulate`, with sums in float32."""
+    return _launch(x, None, None, None, scale, shift)[1]
+
+
+def add_normalize(
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    update: torch.Tensor,
+    gamma: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `residual_norm.reference.add_normalize`, with one rounding of the sum."""
+    return _launch(x, index, update.to(x.dtype), gamma, scale, shift)
+
+
+def _launch(x, index, update, gamma, scale, shift) -> tuple[torch.Tensor | None, torch.Tensor]:
+    R, L, C = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    kept = L if index is None else index.shape[1]
+    out = x.new_empty(R, kept, C)
+    total = None if update is None else x.new_empty(R, kept, C)
+    # float32 copies of small tensors, which live as long as the call
+    gamma, scale, shift = (None if t is None else t.float().contiguous() for t in (gamma, scale, shift))
+    update, index = (None if t is None else t.contiguous() for t in (update, index))
+    pointers = [None if t is None else t.data_ptr() for t in (x, index, update, gamma, scale, shift, total, out)]
+    sizes = (R, kept, C, x.stride(0), x.stride(1))
+    if _library().add_normalize(
+        int(x.dtype == torch.bfloat16),
+        *map(ctypes.c_void_p, pointers),
+        *map(ctypes.c_int64, sizes),
+        ctypes.c_float(NORM_EPS),
+        torch.get_num_threads(),
+    ):
+        raise MemoryError(f"no memory for a row of {C} channels")
+    return total, out
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    from actvar_kernels.building import built
+
+    return ctypes.CDLL(str(built("actvar_rows", [SOURCE], ["-O3", "-fopenmp", "-fno-math-errno"], ["-fopenmp"])))
