@@ -71,6 +71,14 @@ class Plan:
     def log(self) -> Path:
         return self.folder / f"{self.name}.csv"
 
+    def check(self, num_examples: int) -> None:
+        """Raise a ValueError unless batches of so many examples can be cut into equal parts."""
+        if self.batch > num_examples or self.batch % (world_size() * self.accumulate):
+            raise ValueError(
+                f"batch: expected a multiple of {world_size()} processes x {self.accumulate} parts, at most the "
+                f"{num_examples} examples, got {self.batch}"
+            )
+
     def lr_at(self, step: int) -> float:
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
@@ -205,11 +213,7 @@ def fit(
         ValueError: a batch that is larger than the data or cannot be cut into equal parts.
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written.
     """
-    if plan.batch > num_examples or plan.batch % (world_size() * plan.accumulate):
-        raise ValueError(
-            f"batch: expected a multiple of {world_size()} processes x {plan.accumulate} parts, at most the "
-            f"{num_examples} examples, got {plan.batch}"
-        )
+    plan.check(num_examples)
     trainable = [p for p in model.parameters() if p.requires_grad]
     device = trainable[0].device
     optimizers = _optimizers(model, plan)

@@ -121,6 +121,16 @@ def test_a_training_begun_with_other_arguments_is_not_gone_on_with(files, tmp_pa
     assert "holds a training with lr 0.001, not 0.0001" in capsys.readouterr().err
 
 
+def test_arguments_can_be_corrected_before_the_first_checkpoint(files, tmp_path):
+    out = tmp_path / "a.safetensors"
+    with pytest.raises(SystemExit):
+        distilled(files, out, batch=15, accumulate=2)
+    with pytest.raises(SystemExit):
+        distilled(files, out, adapter="missing.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    assert len(distilled(files, out, epochs=1)) > 0
+
+
 def test_accumulated_parts_give_the_adapter_of_the_whole_batch(files, tmp_path):
     def adapter(parts):
         vae_var = make_tiny_var()

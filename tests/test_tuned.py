@@ -150,6 +150,8 @@ def test_contexts_put_changed_weights_back(make_var, adapter):
     dense = sample(make_var())
     with unpatched(var):
         assert torch.equal(sample(var), dense)
+    with pytest.raises(TypeError, match="Linear cannot be patched"), unpatched(nn.Linear(2, 2)):
+        pass
     with patched(var, ActVARConfig(token_rates=(1, 1), ffn_rate=1)):
         torch.testing.assert_close(sample(var), dense, atol=1e-4, rtol=0)
     with pytest.raises(AdapterError), patched(var, ActVARConfig(num_experts=16), adapter):
@@ -201,3 +203,26 @@ def test_restoring_an_untouched_model_changes_nothing(tiny_var):
     own = dict(tiny_var.named_parameters())
     restore_parameters(tiny_var)
     assert all(p is own[name] for name, p in tiny_var.named_parameters())
+
+
+class CompilersWrapper(nn.Module):
+    """What torch.compile puts around a block, as far as names go, without the time its import takes."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._orig_mod = module
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "_orig_mod" else getattr(self._orig_mod, name)
+
+
+def test_changed_weights_reach_blocks_inside_the_compilers_wrapper(make_var, adapter):
+    var = make_var()
+    before = state_of(var)
+    for i, block in enumerate(var.blocks):
+        var.blocks[i] = CompilersWrapper(block)
+    load_adapter(apply_patch(var, CONFIG), adapter)
+    assert sorted(tuned_parameters(var)) == sorted(CHANGED)
+    assert torch.equal(var.blocks[1].ffn.fc2.weight, before["blocks.1.ffn.fc2.weight"] / 2)
+    remove_patch(var)
+    assert all(torch.equal(t, before[name.replace("_orig_mod.", "")]) for name, t in var.state_dict().items())

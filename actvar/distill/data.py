@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 from actvar.files import replacing
@@ -76,8 +75,8 @@ def sampled_source(var: VAR, samples: int, seed: int) -> Source:
     def tokens_of(start: int, stop: int) -> torch.Tensor:
         return sample_token_maps(var, labels[start:stop].to(var.lvl_1L.device), seed * 1_000_003 + start)
 
-    weights = _digest(var.head.weight, var.blocks[-1].ffn.fc2.weight)
-    return Source(labels, tokens_of, {"data": "none", "guidance": GUIDANCE, "seed": seed, "model": weights})
+    facts = {"data": "none", "guidance": GUIDANCE, "seed": seed, "model": digest(var.head.weight)}
+    return Source(labels, tokens_of, facts)
 
 
 def fashion_mnist_source(folder: Path, vae: VQVAE) -> Source:
@@ -87,7 +86,7 @@ def fashion_mnist_source(folder: Path, vae: VQVAE) -> Source:
     def tokens_of(start: int, stop: int) -> torch.Tensor:
         return _encoded(vae, images[start:stop])
 
-    return Source(labels, tokens_of, {"data": str(folder.resolve()), "autoencoder": _digest_of(vae)})
+    return Source(labels, tokens_of, {"data": str(folder.resolve()), "autoencoder": digest(vae.quant_conv.weight)})
 
 
 def folder_source(folder: Path, vae: VQVAE, num_classes: int) -> Source:
@@ -114,7 +113,7 @@ def folder_source(folder: Path, vae: VQVAE, num_classes: int) -> Source:
             return _encoded(vae, torch.stack(list(loaded)))
 
     names = hashlib.sha256("\n".join(str(path.relative_to(folder)) for path in files).encode()).hexdigest()[:16]
-    facts = {"data": str(folder.resolve()), "files": names, "autoencoder": _digest_of(vae)}
+    facts = {"data": str(folder.resolve()), "files": names, "autoencoder": digest(vae.quant_conv.weight)}
     return Source(torch.tensor(labels), tokens_of, facts)
 
 
@@ -195,12 +194,7 @@ def teacher_inputs(vae: VQVAE, tokens: torch.Tensor) -> torch.Tensor:
         return vae.quantize.teacher_input(tokens.long().split([side * side for side in sides], dim=1))
 
 
-def _digest_of(vae: nn.Module) -> str:
-    return _digest(vae.quantize.embedding.weight, vae.quant_conv.weight)
-
-
-def _digest(*tensors: torch.Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def digest(weight: torch.Tensor) -> str:
+    """A few hexadecimal digits by which a model's weight is known again."""
+    values = weight.detach().float().cpu().contiguous().numpy()
+    return hashlib.sha256(values.tobytes()).hexdigest()[:16]

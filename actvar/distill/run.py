@@ -12,12 +12,12 @@ from torch import nn
 import actvar
 from actvar.adapter import load_adapter, save_adapter
 from actvar.config import ActVARConfig
-from actvar.distill.data import Source, cached_tokens, teacher_inputs
+from actvar.distill.data import Source, cached_tokens, digest, teacher_inputs
 from actvar.distill.stage1 import Stage1
 from actvar.distill.stage2 import Stage2
 from actvar.files import replacing
 from actvar.models import VAR, VQVAE
-from actvar.patch import patch_silently
+from actvar.patch import patch_silently, unpatched
 from actvar.pictures import save_loss_plot
 from actvar.training import Plan, barrier, fit, rank
 
@@ -118,14 +118,16 @@ def distill(
         raise ValueError("stage 2 trains the weights for given selectors and routers: give the adapter of stage 1")
     folder = out.with_suffix(".training")
     plan = how.plan(len(source.labels), folder)
+    plan.check(len(source.labels))
     settings = {"stage": how.stage, "config": asdict(config), "adapter": adapter and str(adapter.resolve())}
-    settings |= {**asdict(how), **source.facts, "examples": len(source.labels)}
+    settings |= {**asdict(how), **source.facts, "examples": len(source.labels), "model": digest(var.head.weight)}
+    module = prepared(var, config, adapter, how.stage)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        _begin(folder / "settings.json", settings)
+        _begin(folder / "settings.json", settings, goes_on=plan.checkpoint.exists())
     barrier()
-    tokens = cached_tokens(source, var, out.parent)
-    module = prepared(var, config, adapter, how.stage)
+    with unpatched(var):
+        tokens = cached_tokens(source, var, out.parent)
     device = var.head.weight.device
 
     def loss(model: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -153,10 +155,11 @@ def prepared(var: VAR, config: ActVARConfig, adapter: Path | None, stage: int) -
     return Stage1(var) if stage == 1 else Stage2(var)
 
 
-def _begin(path: Path, settings: dict[str, object]) -> None:
-    """Write down the settings of a training, or check that they are those it was begun with."""
+def _begin(path: Path, settings: dict[str, object], goes_on: bool) -> None:
+    """Write down the settings of a training, or check, where there is a checkpoint to go on from, that they are those
+    it was begun with."""
     settings = json.loads(json.dumps(settings))
-    if not path.exists():
+    if not goes_on:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
         return
