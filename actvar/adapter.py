@@ -1,9 +1,10 @@
-"""Adapter files: selectors and routers in safetensors, the configuration as JSON in the metadata."""
+"""Adapter files: selectors, routers and changed weights in safetensors, the configuration as JSON in the metadata."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,25 +14,31 @@ from safetensors.torch import save_file
 from torch import nn
 
 from actvar.config import EXECUTION_FIELDS, ActVARConfig
-from actvar.families import unwrapped
+from actvar.families import family_of, unwrapped
 from actvar.files import replacing
 from actvar.recording import shared_state
+from actvar.tuned import replace_parameters, restore_parameters, tuned_parameters
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "actvar-adapter"
 VERSION = "1"
+WEIGHTS = "weights."
 
 
 class AdapterError(ValueError):
     """An adapter file that cannot be read, or does not fit the model; the model is unchanged."""
 
 
-def save_adapter(var: nn.Module, path: str | Path) -> None:
-    """Write selectors and routers of a patched model, under a temporary name first.
+def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object] | None = None) -> None:
+    """Write selectors, routers and changed weights of a patched model, under a temporary name first.
 
     Tensors `blocks.<i>.selector.weight` `[1, C]`, `.selector.bias` `[1]`, `.router.weight` `[N, C]`, `.router.bias`
-    `[N]` in their own dtype; metadata: format, version, the model's sizes, the configuration.
+    `[N]`, and `weights.<name>` for each changed weight under its name in the model's `state_dict`, all in their own
+    dtype; metadata: format, version, the model's sizes, the configuration, and `training`.
+
+    Args:
+        training: how the adapter was made, JSON-compatible; for `describe_adapter`.
 
     Raises:
         ValueError: the model is not patched.
@@ -39,17 +46,22 @@ def save_adapter(var: nn.Module, path: str | Path) -> None:
     var = unwrapped(var)
     config = shared_state(var).config
     metadata = {"format": FORMAT, "version": VERSION, "model": json.dumps(_sizes(var)), "config": config.to_json()}
-    tensors = {name: parameter.detach().contiguous() for name, parameter in gate_parameters(var).items()}
+    metadata["training"] = json.dumps(dict(training or {}))
+    parameters = gate_parameters(var) | {WEIGHTS + name: weight for name, weight in tuned_parameters(var).items()}
+    tensors = {name: parameter.detach().contiguous() for name, parameter in parameters.items()}
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata)
 
 
 @torch.no_grad()
 def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
-    """Load selectors and routers into a patched model; returns `var`. Everything is checked before anything changes.
+    """Load selectors, routers and changed weights into a patched model; returns `var`. Everything is checked before
+    anything changes.
 
     The adapter must have been made for the model's sizes and number of experts. Other rates, scales or K/V mode than
-    it was trained for are allowed, with a logged warning.
+    it was trained for are allowed, with a logged warning. Changed weights, those of an adapter from stage 2 of the
+    distillation, take the place of the model's own, which are kept in memory until `remove_patch` puts them back; on
+    the CPU and in the model's dtype they stay mapped from the file, which must not be overwritten in place meanwhile.
 
     Raises:
         FileNotFoundError: no such file.
@@ -67,22 +79,38 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
             f"{path}: made for num_experts={trained.num_experts}, the model is patched with "
             f"{config.num_experts}; patch it with ActVARConfig(num_experts={trained.num_experts})"
         )
-    parameters = gate_parameters(model)
-    if tensors.keys() != parameters.keys():
-        differing = sorted(tensors.keys() ^ parameters.keys())
-        raise AdapterError(f"{path}: expected the tensors of {len(model.blocks)} blocks, differing: {differing[:4]}")
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            raise AdapterError(
-                f"{path}: {name}: expected shape {list(parameter.shape)}, got {list(tensors[name].shape)}"
-            )
-        if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
-            raise AdapterError(f"{path}: {name}: expected finite floating-point values")
+    gates = gate_parameters(model)
+    missing = sorted(gates.keys() - tensors.keys())
+    if missing:
+        raise AdapterError(f"{path}: expected the gates of {len(model.blocks)} blocks, missing: {missing[:4]}")
+    changeable = {WEIGHTS + name: name for name in family_of(model).finetuned_names(model)}
+    unknown = sorted(tensors.keys() - gates.keys() - changeable.keys())
+    if unknown:
+        raise AdapterError(f"{path}: expected gates and weights of attention, FFN and head, got also: {unknown[:4]}")
+    for name, gate in gates.items():
+        _check(path, name, tensors[name], gate)
+    weights = {}
+    for stored in tensors.keys() & changeable.keys():
+        own = model.get_parameter(changeable[stored])
+        _check(path, stored, tensors[stored], own)
+        weight = tensors[stored].to(own.device, own.dtype)
+        if weight.dtype != tensors[stored].dtype and not weight.isfinite().all():
+            raise AdapterError(f"{path}: {stored}: expected values that are finite in {own.dtype}")
+        weights[changeable[stored]] = nn.Parameter(weight, requires_grad=False)
     if replace(trained, **{name: getattr(config, name) for name in EXECUTION_FIELDS}) != config:
         logger.warning("%s was trained with %s and is used with %s", path, trained, config)
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+    for name, gate in gates.items():
+        gate.copy_(tensors[name])
+    restore_parameters(model)
+    replace_parameters(model, weights)
     return var
+
+
+def _check(path: str | Path, name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    if found.shape != expected.shape:
+        raise AdapterError(f"{path}: {name}: expected shape {list(expected.shape)}, got {list(found.shape)}")
+    if not found.is_floating_point() or not found.isfinite().all():
+        raise AdapterError(f"{path}: {name}: expected finite floating-point values")
 
 
 def read_adapter_config(path: str | Path) -> ActVARConfig:
@@ -95,13 +123,18 @@ def read_adapter_config(path: str | Path) -> ActVARConfig:
 
 
 def describe_adapter(path: str | Path) -> dict[str, object]:
-    """Model sizes, configuration, parameter count and dtypes of an adapter file; errors as in `load_adapter`."""
+    """Model sizes, configuration, training, parameter counts and dtypes of an adapter file; errors as `load_adapter`.
+
+    `parameters` counts gates and changed weights, `changed weights` the latter alone.
+    """
     metadata, tensors = _read(Path(path))
     return {
         "kind": "adapter",
         **metadata["model"],
         "config": metadata["config"],
+        "training": metadata["training"],
         "parameters": sum(t.numel() for t in tensors.values()),
+        "changed weights": sum(t.numel() for name, t in tensors.items() if name.startswith(WEIGHTS)),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
     }
 
@@ -139,7 +172,11 @@ def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         found = f"format {metadata.get('format')!r} version {metadata.get('version')!r}"
         raise AdapterError(f"{path}: expected an ActVAR adapter ({FORMAT!r} version {VERSION!r}), got {found}")
     try:
-        parsed = {"model": json.loads(metadata["model"]), "config": ActVARConfig.from_json(metadata["config"])}
+        parsed = {
+            "model": json.loads(metadata["model"]),
+            "config": ActVARConfig.from_json(metadata["config"]),
+            "training": json.loads(metadata.get("training", "{}")),
+        }
     except (KeyError, ValueError, TypeError) as error:
         raise AdapterError(f"{path}: its metadata is damaged: {error}") from error
     return parsed, tensors

@@ -1,4 +1,4 @@
-"""The command line: `actvar sample`, `actvar verify`, `actvar flops`, `actvar info`."""
+"""The command line: `actvar sample`, `actvar distill`, `actvar verify`, `actvar flops`, `actvar info`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ import actvar
 from actvar.adapter import describe_adapter, read_adapter_config
 from actvar.checkpoint import describe_checkpoint
 from actvar.compare import Sampling, compare, save_pictures
+from actvar.distill.data import source_of
+from actvar.distill.run import Distillation, distill
 from actvar.files import replacing
 from actvar.flops_report import AGREEMENT, MODEL_NAMES, flops_report, save_plot
 from actvar.patch import patched_silently, warn_untrained
 from actvar.pictures import save_grid
+from actvar.training import launched_processes, rank
 from actvar.verify import verify
-from actvar.zoo.fashion_mnist.data import CLASSES
+from actvar.zoo.fashion_mnist.data import CLASSES, DEBIAN_FOLDER
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels import BackendUnavailableError, get_backend
 from actvar_kernels.backend import BACKENDS
@@ -70,6 +73,27 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--repeats", type=_positive, default=5, help="timed runs of each (default 5)")
     sample.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
     sample.set_defaults(run=_sample)
+
+    train = commands.add_parser("distill", help="train an adapter; run the same command again to go on with it")
+    _add_source(train)
+    train.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast (default fp32)")
+    train.add_argument("--stage", type=int, choices=[1, 2], required=True, help="1: selectors, routers; 2: weights")
+    train.add_argument("--out", type=Path, required=True, help="adapter file; checkpoints and losses go beside it")
+    train.add_argument("--data", help="folder of images in a subfolder per class, of Fashion-MNIST's files, or none")
+    train.add_argument("--samples", type=_positive, default=10_000, help="token maps for --data none (default 10000)")
+    what = train.add_argument_group("what is sparse (default: as in --adapter, else the paper's)")
+    what.add_argument("--scales", nargs="+", type=int, help="e.g. -2 -1 for the last two")
+    what.add_argument("--rates", nargs="+", type=float, help="token rate of each scale, then the FFN's")
+    what.add_argument("--experts", type=_positive, help="experts the FFN is cut into")
+    how = train.add_argument_group("training")
+    how.add_argument("--epochs", type=float, help="passes over the data (default 2 for stage 1, 10 for stage 2)")
+    how.add_argument("--batch", type=_positive, default=256, help="over all processes (default 256)")
+    how.add_argument("--lr", type=float, help="peak learning rate (default 1e-4 per 256 of the batch)")
+    how.add_argument("--accumulate", type=_positive, default=1, help="parts a batch is computed in (default 1)")
+    how.add_argument("--ema", type=float, default=0.0, help="decay of the average of the weights, e.g. 0.999")
+    how.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
+    how.add_argument("--seed", type=int, default=0)
+    train.set_defaults(run=_distill)
 
     check = commands.add_parser("verify", help="check a checkpoint with ActVAR; exit code 1 if anything differs")
     _add_source(check)
@@ -183,6 +207,31 @@ def _describe(config: actvar.ActVARConfig) -> str:
     return f"tokens {tokens}, FFN {ffn} of {config.num_experts} experts at scales {config.scales}"
 
 
+def _distill(options: argparse.Namespace) -> None:
+    _check_source(options)
+    data = options.data or (str(DEBIAN_FOLDER) if options.model else None)
+    if data is None:
+        raise ValueError("--data: expected a folder, or none to sample token maps from the model itself")
+    if options.out.suffix != ".safetensors" or not options.out.parent.is_dir():
+        raise ValueError(f"--out: expected a .safetensors file in a folder that exists, got {options.out}")
+    adapter = _adapter(options) if options.stage == 2 or options.adapter else None
+    config = actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter)
+    if options.scales and not options.rates:
+        raise ValueError("--scales: give --rates as well, a token rate for each scale, then the FFN's")
+    config = _with_rates(config, options.rates, options.scales)
+    if options.experts:
+        config = replace(config, num_experts=options.experts)
+    names = ("stage", "epochs", "batch", "lr", "accumulate", "ema", "clip", "seed")
+    how = Distillation(**{name: getattr(options, name) for name in names}, bf16=options.dtype == "bf16")
+    with launched_processes(_device(options.device)) as device:
+        options.device = str(device)
+        vae, var = _load(options, torch.float32)
+        source = source_of(data, vae, var, options.samples, options.seed)
+        written = distill(vae, var, config, adapter, source, how, options.out)
+        if rank() == 0:
+            print(f"wrote {written}; {_describe(config)}")
+
+
 def _verify(options: argparse.Namespace) -> None:
     _check_source(options)
     _expect_folder("--json", options.json)
@@ -210,14 +259,16 @@ def _expect_folder(option: str, file: Path | None) -> None:
         raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
 
 
-def _with_rates(config: actvar.ActVARConfig, rates: list[float] | None) -> actvar.ActVARConfig:
-    """`config` at the rates of `--rates`, if there are any."""
+def _with_rates(
+    config: actvar.ActVARConfig, rates: list[float] | None, scales: list[int] | None = None
+) -> actvar.ActVARConfig:
+    """`config` at the rates of `--rates`, if there are any: of the last scales unless `scales` are given."""
     if not rates:
         return config
     if len(rates) < 2:
         raise ValueError(f"--rates: expected token rates, then the FFN's, e.g. 0.75 0.75 0.75, got {rates}")
     *token_rates, ffn_rate = rates
-    scales = tuple(range(-len(token_rates), 0))
+    scales = tuple(range(-len(token_rates), 0)) if scales is None else tuple(scales)
     return replace(config, scales=scales, token_rates=tuple(token_rates), ffn_rate=ffn_rate)
 
 

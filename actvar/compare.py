@@ -13,7 +13,7 @@ from torch import nn
 
 from actvar.config import ActVARConfig
 from actvar.flops import counted_flops, model_flops, total_flops
-from actvar.patch import DENSE, patched_silently
+from actvar.patch import DENSE, patched_silently, unpatched
 from actvar.pictures import save_grid, save_token_overlay
 from actvar.recording import record, shared_state
 from actvar.schedule import build_schedule
@@ -109,22 +109,22 @@ def compare(
         with patched_silently(var, replace(DENSE, sampler=config.sampler, decoder_dtype=config.decoder_dtype), None):
             return measure()
 
-    def sparse(measure) -> float:
-        with patched_silently(var, config, adapter):
+    def dense(measure) -> float:
+        with unpatched(var):
             return measure()
 
     def whole() -> float:
         return seconds_of(lambda: sampling.run(var), device)
 
     def all_ways(measure) -> dict[str, Callable[[], float]]:
-        return {"dense": measure, "accelerated": partial(accelerated, measure), "actvar": partial(sparse, measure)}
+        return {"dense": partial(dense, measure), "accelerated": partial(accelerated, measure), "actvar": measure}
 
-    seconds = interleaved_medians(all_ways(whole), repeats, "whole samples")
-    block_times = interleaved_medians(all_ways(blocks), repeats, "blocks")
     batch = len(sampling.labels)
     formula = {"dense": total_flops(model_flops(var, batch))}
     counted = {"dense": total_flops(counted_flops(var, batch))}
-    with patched_silently(var, config, adapter):
+    with patched_silently(var, config, adapter):  # once, so that what is packed of an adapter's weights stays
+        seconds = interleaved_medians(all_ways(whole), repeats, "whole samples")
+        block_times = interleaved_medians(all_ways(blocks), repeats, "blocks")
         formula["actvar"] = total_flops(model_flops(var, batch))
         counted["actvar"] = total_flops(counted_flops(var, batch))
     return Comparison(batch, seconds, block_times, formula, counted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +15,10 @@ from actvar.block import ActVARBlock
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.gates import Gates
+from actvar.mixing import Mixed, mix_in, unmix
 from actvar.recording import Shared, shared_state
 from actvar.schedule import build_schedule
+from actvar.tuned import replace_parameters, restore_parameters, tuned_parameters
 from actvar_kernels import sample_tokens
 
 logger = logging.getLogger(__name__)
@@ -62,25 +63,6 @@ class ActVARModel(nn.Module):
         else:
             seed = torch.randint(2**62, (1,), device=logits.device)
         return sample_tokens(logits, guidance, top_k, top_p, seed=seed, step=scale)
-
-
-class _PatchedInstance:
-    """Pickles and copies by the original class, since patched classes are made at run time."""
-
-    def __reduce_ex__(self, protocol):
-        return _bare_instance, (self.original_class, self.mixin), self.__getstate__()
-
-
-@functools.cache
-def _patched_class(original: type, mixin: type) -> type:
-    """The one class that puts `mixin` in front of `original`."""
-    attributes = {"original_class": original, "mixin": mixin, "__module__": original.__module__}
-    return type(f"ActVAR{original.__name__}", (_PatchedInstance, mixin, original), attributes)
-
-
-def _bare_instance(original: type, mixin: type) -> nn.Module:
-    cls = _patched_class(original, mixin)
-    return cls.__new__(cls)
 
 
 def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module:
@@ -157,9 +139,9 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
 def _install(model: nn.Module, shared: Shared, gates: list[Gates]) -> None:
     for block, of_block in zip(_blocks(model), gates, strict=True):
         block.actvar = of_block.train(block.training)
-        block.__class__ = _patched_class(type(block), ActVARBlock)
+        mix_in(block, ActVARBlock)
     model.actvar = shared
-    model.__class__ = _patched_class(type(model), ActVARModel)
+    mix_in(model, ActVARModel)
 
 
 def remove_patch(var: nn.Module) -> nn.Module:
@@ -170,9 +152,10 @@ def remove_patch(var: nn.Module) -> nn.Module:
     """
     model = unwrapped(var)
     family_of(model)
+    restore_parameters(model)
     for module in (model, *_blocks(model)):
-        if isinstance(module, _PatchedInstance):
-            module.__class__ = type(module).original_class
+        if isinstance(module, Mixed):
+            unmix(module)
             del module.actvar
     return var
 
@@ -189,12 +172,37 @@ def release_cache(var: nn.Module) -> None:
 
 
 @contextmanager
+def unpatched(var: nn.Module) -> Iterator[nn.Module]:
+    """The dense model with its own weights for the duration of the context.
+
+    A patch that was there before is put back afterwards, with its gates and weights: the same objects.
+
+    Raises:
+        TypeError: a model of an unsupported kind.
+    """
+    model = unwrapped(var)
+    family_of(model)
+    before = model.actvar if isinstance(model, Mixed) else None
+    gates = [block.actvar for block in _blocks(model)] if before is not None else []
+    weights = tuned_parameters(model)
+    remove_patch(model)
+    try:
+        yield var
+    finally:
+        remove_patch(model)
+        if before is not None:
+            _install(model, before, gates)
+            replace_parameters(model, weights)
+
+
+@contextmanager
 def patched(
     var: nn.Module, config: ActVARConfig | None = None, adapter: str | Path | None = None
 ) -> Iterator[nn.Module]:
     """`apply_patch` (and `load_adapter`, if one is given) for the duration of the context.
 
-    A patch that was there before is put back afterwards, with its gates. Errors as in `apply_patch` and `load_adapter`.
+    A patch that was there before is put back afterwards, with its gates and weights. Errors as in `apply_patch` and
+    `load_adapter`.
     """
     config = ActVARConfig() if config is None else config
     with patched_silently(var, config, adapter):
@@ -206,18 +214,11 @@ def patched(
 @contextmanager
 def patched_silently(var: nn.Module, config: ActVARConfig, adapter: str | Path | None) -> Iterator[nn.Module]:
     """`patched` without the warning, for callers that have given it."""
-    model = unwrapped(var)
-    before = model.actvar if isinstance(model, _PatchedInstance) else None
-    gates = [block.actvar for block in _blocks(model)] if before is not None else []
-    patch_silently(model, config)
-    try:
+    with unpatched(var):
+        patch_silently(var, config)
         if adapter is not None:
-            load_adapter(model, adapter)
+            load_adapter(var, adapter)
         yield var
-    finally:
-        remove_patch(model)
-        if before is not None:
-            _install(model, before, gates)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -79,3 +79,20 @@ def _tinted(picture: np.ndarray, index: torch.Tensor, side: int) -> np.ndarray:
     columns = np.arange(width) * side // width
     mask = updated.view(side, side).numpy()[rows[:, None], columns[None, :], None]
     return np.where(mask, 0.55 * picture + 0.45 * UPDATED_COLOUR, picture).clip(0, 1)
+
+
+def save_loss_plot(log: Path, path: Path) -> Path:
+    """Plot the losses of a training's CSV over its steps, one panel per loss.
+
+    Args:
+        log: columns `step` and one per loss, as `actvar.training.fit` writes it.
+    """
+    names = log.read_text().splitlines()[0].split(",")[1:]
+    columns = np.loadtxt(log, delimiter=",", skiprows=1, ndmin=2).T
+    figure = Figure(figsize=(3.2 * len(names), 2.6), layout="constrained")
+    for axis, name, values in zip(figure.subplots(1, len(names), squeeze=False)[0], names, columns[1:], strict=True):
+        axis.plot(columns[0], values, linewidth=1)
+        axis.set(title=name, xlabel="step")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path

@@ -1,4 +1,4 @@
-"""A training loop that several processes share and that a kill cannot hurt.
+"""A training loop that several processes share, that a kill cannot hurt and that Ctrl-C stops between two steps.
 
 Every step's examples and random numbers follow from (seed, step, rank) alone, so a run that was interrupted and resumed
 ends with the same weights as an unbroken one, unless the loss keeps a state of its own.
@@ -9,10 +9,13 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +37,11 @@ class Plan:
     Args:
         folder: where `<name>.checkpoint.pt` and the loss log `<name>.csv` live.
         steps, batch: optimizer steps, and examples per step over all processes together.
+        accumulate: parts, equally long, into which each process cuts its share of the batch to save memory.
         lr: peak learning rate; linear warm-up over `warmup` steps, then a cosine to zero.
+        ema: decay of the exponential moving average of the weights, which the model ends with; 0 switches it off. At
+            step `i` it is at most `(1 + i) / (10 + i)`.
+        clip: largest norm of the gradient over all parameters.
         muon: train the weight matrices of the transformer blocks with Muon (Jordan et al. 2024; torch >= 2.9), its
             updates scaled to the size of AdamW's, and the rest with AdamW. False: AdamW for all.
         checkpoint_seconds: time between checkpoints.
@@ -49,6 +56,8 @@ class Plan:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
+    accumulate: int = 1
+    ema: float = 0.0
     muon: bool = False
     seed: int = 0
     bf16: bool = True
@@ -61,6 +70,14 @@ class Plan:
     @property
     def log(self) -> Path:
         return self.folder / f"{self.name}.csv"
+
+    def check(self, num_examples: int) -> None:
+        """Raise a ValueError unless batches of so many examples can be cut into equal parts."""
+        if self.batch > num_examples or self.batch % (world_size() * self.accumulate):
+            raise ValueError(
+                f"batch: expected a multiple of {world_size()} processes x {self.accumulate} parts, at most the "
+                f"{num_examples} examples, got {self.batch}"
+            )
 
     def lr_at(self, step: int) -> float:
         if step < self.warmup:
@@ -84,6 +101,61 @@ def all_gather_rows(part: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(part) for _ in range(world_size())]
     dist.all_gather(parts, part)
     return torch.cat(parts)
+
+
+@contextmanager
+def launched_processes(device: torch.device) -> Iterator[torch.device]:
+    """Join the processes that `torchrun` started, if it did: by NCCL on GPUs, by gloo on CPUs.
+
+    Yields this process's device: its own GPU where `device` is CUDA, else `device`.
+    """
+    if not dist.is_torchelastic_launched():
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values / world_size()
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[torch.device], bool]]:
+    """Let Ctrl-C and SIGTERM wait for a good moment: yields a function that says whether one of them came.
+
+    The function is called by every process at the same point, with the device of the processes' messages, and tells
+    all the same. A second signal acts at once. In a thread that cannot receive signals nothing is changed.
+    """
+    asked = threading.Event()
+
+    def ask(number: int, _frame) -> None:
+        asked.set()
+        signal.signal(number, previous[number])
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda device: mean_over_processes(torch.tensor(float(asked.is_set()), device=device)).item() > 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def run_in_processes(worker: Callable[..., None], processes: int, *args) -> None:
@@ -136,42 +208,80 @@ def fit(
         loss_of: maps (model, example indices) to named scalar losses; `"loss"` is minimised, all are logged.
         num_examples: size of the data set that indices point into.
         after_step: called with the step number after each optimizer step.
+
+    Raises:
+        ValueError: a batch that is larger than the data or cannot be cut into equal parts.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written.
     """
+    plan.check(num_examples)
     trainable = [p for p in model.parameters() if p.requires_grad]
+    device = trainable[0].device
     optimizers = _optimizers(model, plan)
-    start = _resume(model, optimizers, plan)
+    average = [p.detach().clone() for p in trainable] if plan.ema else []
+    start = _resume(model, optimizers, average, plan)
     parallel = DistributedDataParallel(model) if world_size() > 1 else model
     model.train()
     saved = time.monotonic()
     steps = range(start, plan.steps)
     bar = tqdm(steps, desc=plan.name, initial=start, total=plan.steps, disable=rank() != 0, mininterval=5)
-    autocast = torch.autocast("cpu", torch.bfloat16) if plan.bf16 else nullcontext()
-    for step in bar:
-        torch.manual_seed(((plan.seed * 1_000_003) + step) * world_size() + rank())
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = plan.lr_at(step)
-        with autocast:
-            losses = loss_of(parallel, batch_indices(num_examples, step, plan.batch, plan.seed))
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(trainable, plan.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-        if after_step is not None:
-            after_step(step)
-        if rank() == 0:
+    with stop_requests() as stop_requested:
+        for step in bar:
+            torch.manual_seed(((plan.seed * 1_000_003) + step) * world_size() + rank())
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = plan.lr_at(step)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            losses = _accumulate_gradients(
+                parallel, loss_of, plan, batch_indices(num_examples, step, plan.batch, plan.seed)
+            )
+            torch.nn.utils.clip_grad_norm_(trainable, plan.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+            if average:
+                decay = min(plan.ema, (1 + step) / (10 + step))
+                torch._foreach_lerp_(average, [p.detach() for p in trainable], 1 - decay)
+            if after_step is not None:
+                after_step(step)
             done = step + 1
+            stopping = stop_requested(device)
             if done % 20 == 0 or done == plan.steps:
-                values = {name: float(value.detach()) for name, value in losses.items()}
-                _log(plan.log, done, values)
-                bar.set_postfix(values, refresh=False)
-            if time.monotonic() - saved > plan.checkpoint_seconds or done == plan.steps:
+                means = mean_over_processes(torch.stack([value.float() for value in losses.values()])).tolist()
+                values = dict(zip(losses, means, strict=True))
+                if rank() == 0:
+                    _log(plan.log, done, values)
+                    bar.set_postfix(values, refresh=False)
+            due = time.monotonic() - saved > plan.checkpoint_seconds or done == plan.steps
+            if rank() == 0 and (due or stopping):
                 states = [optimizer.state_dict() for optimizer in optimizers]
-                state = {"step": done, "model": trained_tensors(model), "optimizers": states}
+                state = {"step": done, "model": trained_tensors(model), "optimizers": states, "average": average}
                 save_atomically(state, plan.checkpoint)
                 saved = time.monotonic()
+            if stopping and done < plan.steps:
+                logger.info("%s: stopped after step %d of %d", plan.name, done, plan.steps)
+                raise KeyboardInterrupt
+    with torch.no_grad():
+        for parameter, mean in zip(trainable, average, strict=False):
+            parameter.copy_(mean)
     model.eval()
+
+
+def _accumulate_gradients(
+    parallel: nn.Module, loss_of: Callable, plan: Plan, indices: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Gradients of the mean loss over this process's share of the batch, averaged over processes with the last part;
+    returns the losses."""
+    parts = indices.chunk(plan.accumulate)
+    device = next(parallel.parameters()).device
+    means: dict[str, torch.Tensor] = {}
+    for number, part in enumerate(parts, start=1):
+        waits = number < len(parts) and isinstance(parallel, DistributedDataParallel)
+        with parallel.no_sync() if waits else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16):
+                losses = loss_of(parallel, part)
+            (losses["loss"] / len(parts)).backward()
+        for name, value in losses.items():
+            means[name] = means.get(name, 0) + value.detach() / len(parts)
+    return means
 
 
 def _optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
@@ -200,13 +310,13 @@ def load_trained(model: nn.Module, plan: Plan) -> dict:
     Raises:
         KeyError: the checkpoint lacks a tensor that `model` trains.
     """
-    state = torch.load(plan.checkpoint, weights_only=True)
+    state = torch.load(plan.checkpoint, map_location="cpu", weights_only=True)
     for name, tensor in trained_tensors(model).items():
         tensor.copy_(state["model"][name])
     return state
 
 
-def _resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], plan: Plan) -> int:
+def _resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], average: list[torch.Tensor], plan: Plan) -> int:
     """Load the checkpoint if there is one; the step to go on from."""
     if not plan.checkpoint.exists():
         plan.log.unlink(missing_ok=True)
@@ -214,6 +324,8 @@ def _resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], plan: Pla
     state = load_trained(model, plan)
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
+    for mean, saved in zip(average, state["average"], strict=True):
+        mean.copy_(saved)
     if rank() == 0 and plan.log.exists():
         header, *rows = plan.log.read_text().splitlines()
         kept = [row for row in rows if int(row.split(",")[0]) <= state["step"]]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 from torch import nn
@@ -78,3 +81,59 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
         run_in_processes(_train, processes, folder)
         weights.append(torch.load(plan(folder, steps=10).checkpoint, weights_only=True)["model"]["0.weight"])
     torch.testing.assert_close(*weights)
+
+
+def test_the_model_ends_with_the_average_of_its_weights(tmp_path):
+    seen, net = [], model()
+    fit(
+        net,
+        loss,
+        plan(tmp_path, steps=15, ema=0.6),
+        len(DATA),
+        after_step=lambda _: seen.append(net[0].weight.detach().clone()),
+    )
+    expected = torch.ones(1, 3)
+    for step, weights in enumerate(seen):
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weights
+    torch.testing.assert_close(net[0].weight.detach(), expected)
+    assert not torch.allclose(net[0].weight, seen[-1])
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(tmp_path):
+    weights = []
+    for parts in (1, 4):
+        folder = tmp_path / str(parts)
+        folder.mkdir()
+        net = model()
+        fit(net, deterministic_loss, plan(folder, accumulate=parts), len(DATA))
+        weights.append(net[0].weight.detach())
+    torch.testing.assert_close(*weights)
+    logs = [plan(tmp_path / part).log.read_text().splitlines()[-1].split(",")[1] for part in ("1", "4")]
+    assert float(logs[0]) == pytest.approx(float(logs[1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_lets_the_step_end_and_saves(tmp_path, number):
+    before = signal.getsignal(number)
+    steps = []
+
+    def ask(step):
+        steps.append(step)
+        if step == 4:
+            os.kill(os.getpid(), number)
+
+    net = model()
+    with pytest.raises(KeyboardInterrupt):
+        fit(net, loss, plan(tmp_path), len(DATA), after_step=ask)
+    assert steps == [0, 1, 2, 3, 4]
+    state = torch.load(plan(tmp_path).checkpoint, weights_only=True)
+    assert state["step"] == 5
+    assert torch.equal(state["model"]["0.weight"], net[0].weight)
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("changes", [{"batch": 41}, {"batch": 9, "accumulate": 2}])
+def test_a_batch_that_cannot_be_cut_is_refused(tmp_path, changes):
+    with pytest.raises(ValueError, match=r"batch: expected a multiple of 1 processes x \d parts, at most the 40"):
+        fit(model(), loss, plan(tmp_path, **changes), len(DATA))

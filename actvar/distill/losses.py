@@ -1,10 +1,12 @@
-"""The losses of ActVAR's first training stage, each a small function. Source: the paper's 3.2, 3.3 and supplement 6.
+"""The losses of ActVAR's two training stages, each a small function. Source: the paper's 3.2, 3.3 and supplement 6.
 
 Where the paper leaves a choice open, distances and changes are divided by their mean so that a temperature of 1 fits
 every model.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
@@ -81,3 +83,14 @@ def balance_loss(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     share = chosen.to(logits.dtype).mean(dim=0)
     probability = logits.softmax(dim=-1).mean(dim=0)
     return logits.shape[-1] * (share * probability).sum()
+
+
+def block_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean over blocks of the mean squared difference of block outputs, each `[B, L, C]` (Eq. 20), in float32."""
+    pairs = zip(student, teacher, strict=True)
+    return torch.stack([F.mse_loss(ours.float(), theirs.float()) for ours, theirs in pairs]).mean()
+
+
+def output_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """`KL(softmax(teacher) || softmax(student))` of logits `[B, L, V]`, averaged over tokens (Eq. 21)."""
+    return distillation_loss(teacher_logits.softmax(dim=-1), logits)

@@ -26,7 +26,8 @@ class Stage1(nn.Module):
     """Loss of a batch as a module, so that it can be trained in several processes.
 
     Args:
-        var: a patched model; its selectors and routers become the only trainable parameters.
+        var: a patched model; its selectors and routers, as far as the rates use them, become the only trainable
+            parameters.
 
     Raises:
         ValueError: the model is not patched, or its rates are all 1.
@@ -34,12 +35,14 @@ class Stage1(nn.Module):
 
     def __init__(self, var: nn.Module):
         super().__init__()
-        if not any(scale.active for scale in shared_state(var).schedule):
+        schedule = shared_state(var).schedule
+        used = {"selector": any(s.select for s in schedule), "router": any(s.route for s in schedule)}
+        if not any(used.values()):
             raise ValueError("expected a rate below 1 at some scale: there is no selector or router to train")
         self.var, self.family = var, family_of(var)
         var.requires_grad_(False)
-        for parameter in gate_parameters(var).values():
-            parameter.requires_grad_(True)
+        for name, parameter in gate_parameters(var).items():
+            parameter.requires_grad_(used[name.split(".")[2]])
 
     def train(self, mode: bool = True) -> Stage1:
         """Only labels are dropped in training; the blocks stay in eval mode."""

@@ -63,6 +63,17 @@ def hidden_size(model: nn.Module) -> int:
     return model.blocks[0].ffn.fc1.out_features
 
 
+def finetuned_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that stage 2 trains: attention, FFN and head; not AdaLN, norms and embeddings."""
+    of_blocks = [
+        f"blocks.{index}.{part}.{name}"
+        for index, block in enumerate(model.blocks)
+        for part in ("attn", "ffn")
+        for name, _ in getattr(block, part).named_parameters()
+    ]
+    return [*of_blocks, *(f"head.{name}" for name, _ in model.head.named_parameters())]
+
+
 def modulation(block: nn.Module, cond: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`, of the block's condition."""
     if block.shared_aln:

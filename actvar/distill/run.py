@@ -1,0 +1,173 @@
+"""One stage of the distillation from start to finish: token maps, training, the adapter file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import actvar
+from actvar.adapter import load_adapter, save_adapter
+from actvar.config import ActVARConfig
+from actvar.distill.data import Source, cached_tokens, digest, teacher_inputs
+from actvar.distill.stage1 import Stage1
+from actvar.distill.stage2 import Stage2
+from actvar.files import replacing
+from actvar.models import VAR, VQVAE
+from actvar.patch import patch_silently, unpatched
+from actvar.pictures import save_loss_plot
+from actvar.training import Plan, barrier, fit, rank
+
+EPOCHS = {1: 2.0, 2: 10.0}
+LR_PER_256 = 1e-4
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How to train.
+
+    Args:
+        stage: 1 trains selectors and routers, 2 attention, FFN and head.
+        epochs: passes over the token maps; None for the paper's 2 and 10.
+        batch: token maps per step, over all processes.
+        lr: peak learning rate, after a warm-up over 2 % of the steps; None for 1e-4 per 256 token maps of a batch.
+        accumulate, ema, clip, seed: see `actvar.training.Plan`.
+        bf16: compute in bfloat16 by autocast; weights stay float32.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
+    """
+
+    stage: int
+    epochs: float | None = None
+    batch: int = 256
+    lr: float | None = None
+    accumulate: int = 1
+    bf16: bool = False
+    ema: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.stage not in EPOCHS:
+            raise ValueError(f"stage: expected 1 or 2, got {self.stage}")
+        for name in ("epochs", "lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected a number from 0 to below 1, got {self.ema}")
+
+    def plan(self, examples: int, folder: Path) -> Plan:
+        """The training plan for so many token maps, with its files in `folder`.
+
+        Raises:
+            ValueError: fewer token maps than a batch, or no step at all.
+        """
+        epochs = EPOCHS[self.stage] if self.epochs is None else self.epochs
+        steps = round(epochs * (examples // self.batch))
+        if steps < 1:
+            raise ValueError(
+                f"epochs: expected a step or more, got {epochs} passes over {examples} token maps in batches of "
+                f"{self.batch}"
+            )
+        return Plan(
+            f"stage{self.stage}",
+            folder,
+            steps,
+            self.batch,
+            lr=LR_PER_256 * self.batch / 256 if self.lr is None else self.lr,
+            warmup=max(1, steps // 50),
+            clip=self.clip,
+            accumulate=self.accumulate,
+            ema=self.ema,
+            seed=self.seed,
+            bf16=self.bf16,
+            checkpoint_seconds=300.0,
+        )
+
+
+def distill(
+    vae: VQVAE,
+    var: VAR,
+    config: ActVARConfig,
+    adapter: Path | None,
+    source: Source,
+    how: Distillation,
+    out: Path,
+) -> Path:
+    """Train `var`, which ends patched, and write the adapter to `out`; called by every process alike.
+
+    Checkpoints, the losses as CSV and their plot go to a folder named as `out` with `.training` for its suffix; token
+    maps are kept beside it. After an interruption the same call goes on and ends with the same adapter.
+
+    Args:
+        vae, var: the dense model, in float32, and its autoencoder.
+        adapter: file to start from; stage 2 needs one.
+        source: of the token maps.
+
+    Raises:
+        ValueError: arguments that do not fit each other, or that differ from those with which the training in the
+            folder was begun.
+        KeyboardInterrupt: Ctrl-C; a checkpoint is written.
+    """
+    if how.stage == 2 and adapter is None:
+        raise ValueError("stage 2 trains the weights for given selectors and routers: give the adapter of stage 1")
+    folder = out.with_suffix(".training")
+    plan = how.plan(len(source.labels), folder)
+    plan.check(len(source.labels))
+    settings = {"stage": how.stage, "config": asdict(config), "adapter": adapter and str(adapter.resolve())}
+    settings |= {**asdict(how), **source.facts, "examples": len(source.labels), "model": digest(var.head.weight)}
+    module = prepared(var, config, adapter, how.stage)
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _begin(folder / "settings.json", settings, goes_on=plan.checkpoint.exists())
+    barrier()
+    with unpatched(var):
+        tokens = cached_tokens(source, var, out.parent)
+    device = var.head.weight.device
+
+    def loss(model: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        of_batch = tokens[index].to(device)
+        return model(source.labels[index].to(device), teacher_inputs(vae, of_batch), of_batch)
+
+    try:
+        fit(module, loss, plan, len(tokens))
+    finally:
+        if rank() == 0 and plan.log.exists():
+            save_loss_plot(plan.log, plan.log.with_suffix(".png"))
+    if rank() == 0:
+        names = {name: settings[name] and Path(settings[name]).name for name in ("adapter", "data")}
+        facts = settings | names | {"steps": plan.steps, "lr": plan.lr, "actvar": actvar.__version__}
+        save_adapter(var, out, facts)
+    barrier()
+    return out
+
+
+def prepared(var: VAR, config: ActVARConfig, adapter: Path | None, stage: int) -> Stage1 | Stage2:
+    """Patch `var` and make the stage's trainable module of it."""
+    patch_silently(var, config)
+    if adapter is not None:
+        load_adapter(var, adapter)
+    return Stage1(var) if stage == 1 else Stage2(var)
+
+
+def _begin(path: Path, settings: dict[str, object], goes_on: bool) -> None:
+    """Write down the settings of a training, or check, where there is a checkpoint to go on from, that they are those
+    it was begun with."""
+    settings = json.loads(json.dumps(settings))
+    if not goes_on:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        return
+    begun = json.loads(path.read_text())
+    differing = [name for name in settings if begun.get(name) != settings[name]]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{path.parent} holds a training with {name} {begun.get(name)}, not {settings[name]}: go on with the same "
+            "arguments, give another --out, or remove the folder"
+        )

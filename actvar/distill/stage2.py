@@ -1,0 +1,86 @@
+"""Stage 2: train attention, FFN and head for the gates of stage 1, which stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from actvar.distill.losses import block_loss, output_loss
+from actvar.families import family_of
+from actvar.patch import unpatched
+from actvar.recording import shared_state
+from actvar.tuned import replace_parameters, tuned_parameters
+
+
+class Stage2(nn.Module):
+    """Loss of a batch as a module, so that it can be trained in several processes.
+
+    The teacher is the same model without the patch: only what is trained is held twice.
+
+    Args:
+        var: a patched model; its attention, FFN and head get trainable copies of their weights, the only trainable
+            parameters, or go on from those that an adapter brought. `remove_patch` puts the originals back.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+
+    def __init__(self, var: nn.Module):
+        super().__init__()
+        shared_state(var)
+        self.var = var
+        var.requires_grad_(False)
+        names = family_of(var).finetuned_names(var)
+        done = tuned_parameters(var).keys()
+        replace_parameters(
+            var, {name: nn.Parameter(var.get_parameter(name).detach().clone()) for name in names if name not in done}
+        )
+        for parameter in tuned_parameters(var).values():
+            parameter.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Stage2:
+        """Only labels are dropped in training; the blocks stay in eval mode."""
+        super().train(mode)
+        for child in self.var.children():
+            child.eval()
+        return self
+
+    def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Scalar losses over all scales: `loss` (Eq. 22) and its parts `cls`, `block`, `output`.
+
+        Args:
+            labels: classes `[B]`.
+            inputs: `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`.
+            tokens: the true token maps `[B, L]`.
+        """
+        teacher_outputs, teacher_logits = self._teacher(labels, inputs)
+        with _block_outputs(self.var) as outputs:
+            logits = self.var(labels, inputs)
+        with torch.autocast(logits.device.type, enabled=False):
+            cls = F.cross_entropy(logits.flatten(0, 1), tokens.flatten().long())
+            block, output = block_loss(outputs, teacher_outputs), output_loss(logits, teacher_logits)
+        return {"loss": cls + block + output, "cls": cls, "block": block, "output": output}
+
+    @torch.no_grad()
+    def _teacher(self, labels: torch.Tensor, inputs: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Block outputs and logits of the dense model, which drops the labels that the student is going to drop."""
+        devices = [labels.device] if labels.is_cuda else []
+        with torch.random.fork_rng(devices), unpatched(self.var), _block_outputs(self.var) as outputs:
+            logits = self.var(labels, inputs)
+        return outputs, logits
+
+
+@contextmanager
+def _block_outputs(var: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The output of every block, in order, of calls within the context."""
+    outputs: list[torch.Tensor] = []
+    handles = [block.register_forward_hook(lambda _, __, output: outputs.append(output)) for block in var.blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
