@@ -15,6 +15,7 @@ from torch import nn
 from actvar.config import ActVARConfig
 from actvar.families import unwrapped
 from actvar.files import replacing
+from actvar.gates import set_order
 from actvar.recording import shared_state
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ def save_adapter(var: nn.Module, path: str | Path) -> None:
     """Write selectors and routers of a patched model, under a temporary name first.
 
     Tensors `blocks.<i>.selector.weight` `[1, C]`, `.selector.bias` `[1]`, `.router.weight` `[N, C]`, `.router.bias`
-    `[N]` in their own dtype; metadata: format, version, the model's sizes, the configuration.
+    `[N]` in their own dtype, and where hidden units were reordered for the experts `.order` `[D]` int32; metadata:
+    format, version, the model's sizes, the configuration.
 
     Raises:
         ValueError: the model is not patched.
@@ -40,13 +42,17 @@ def save_adapter(var: nn.Module, path: str | Path) -> None:
     config = shared_state(var).config
     metadata = {"format": FORMAT, "version": VERSION, "model": json.dumps(_sizes(var)), "config": config.to_json()}
     tensors = {name: parameter.detach().contiguous() for name, parameter in gate_parameters(var).items()}
+    for index, block in enumerate(var.blocks):
+        if block.actvar.order is not None:
+            tensors[f"blocks.{index}.order"] = block.actvar.order.int().contiguous()
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata)
 
 
 @torch.no_grad()
 def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
-    """Load selectors and routers into a patched model; returns `var`. Everything is checked before anything changes.
+    """Load selectors and routers into a patched model, and bring the FFN's hidden units into the adapter's order, in
+    place (`remove_patch` takes them back); returns `var`. Everything is checked before anything changes.
 
     The adapter must have been made for the model's sizes and number of experts. Other rates, scales or K/V mode than
     it was trained for are allowed, with a logged warning.
@@ -67,6 +73,8 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
             f"{path}: made for num_experts={trained.num_experts}, the model is patched with "
             f"{config.num_experts}; patch it with ActVARConfig(num_experts={trained.num_experts})"
         )
+    orders = [tensors.pop(f"blocks.{index}.order", None) for index in range(len(model.blocks))]
+    _check_orders(path, model, orders)
     parameters = gate_parameters(model)
     if tensors.keys() != parameters.keys():
         differing = sorted(tensors.keys() ^ parameters.keys())
@@ -82,7 +90,26 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
         logger.warning("%s was trained with %s and is used with %s", path, trained, config)
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
+    for block, order in zip(model.blocks, orders, strict=True):
+        set_order(unwrapped(block), order)
     return var
+
+
+def _check_orders(path: str | Path, model: nn.Module, orders: list[torch.Tensor | None]) -> None:
+    for index, (block, order) in enumerate(zip(model.blocks, orders, strict=True)):
+        if order is None:
+            continue
+        hidden = block.ffn.fc1.out_features
+        if order.shape != (hidden,) or order.is_floating_point():
+            found = f"shape {list(order.shape)} in {order.dtype}"
+            raise AdapterError(f"{path}: blocks.{index}.order: expected {hidden} integers, got {found}")
+        if not torch.equal(order.long().sort().values, torch.arange(hidden)):
+            raise AdapterError(f"{path}: blocks.{index}.order: expected each of 0 ... {hidden - 1} once")
+        if block.ffn.fc1.weight.is_inference():
+            raise AdapterError(
+                f"{path}: it reorders hidden units, which weights made under torch.inference_mode do not allow; build "
+                "or load the model outside of it"
+            )
 
 
 def read_adapter_config(path: str | Path) -> ActVARConfig:

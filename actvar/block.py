@@ -42,9 +42,30 @@ class ActVARBlock(nn.Module):
             return block_at_scale(self, x, cond_BD, scale)
         return self.dense_forward(x, cond_BD, attn_bias)
 
+    def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, torch.Tensor]:
+        """With hidden units in their original order, as the block's own."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if self.actvar.order is not None:
+            _reorder_state(state, prefix, self.actvar.order.argsort())
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Takes a `state_dict` in the original order; runs before the parts of the block load theirs."""
+        if self.actvar.order is not None:
+            _reorder_state(state_dict, prefix, self.actvar.order)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def dense_forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
         """The block as it was before patching."""
         return super().forward(x, cond_BD, attn_bias)
+
+
+def _reorder_state(state: dict[str, torch.Tensor], prefix: str, order: torch.Tensor) -> None:
+    """Hidden units of the FFN's tensors in a `state_dict`, those that are there, in another order."""
+    for name, axis in family.HIDDEN_AXES.items():
+        tensor = state.get(prefix + name)
+        if tensor is not None and tensor.shape[axis] == len(order):  # a wrong shape is reported by its own layer
+            state[prefix + name] = tensor.index_select(axis, order.to(tensor.device))
 
 
 def kernels_run(x: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from actvar.adapter import load_adapter
 from actvar.block import ActVARBlock
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
-from actvar.gates import Gates
+from actvar.gates import Gates, apply_order, undo_order
 from actvar.recording import Shared, guided_rows
 from actvar.schedule import build_schedule
 from actvar_kernels import sample_tokens
@@ -71,7 +71,7 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module
     """Make the last scales of a VAR sparse, in place; returns `var`.
 
     The classes of `var` and its blocks are swapped for subclasses, and each block gets a selector and a router.
-    Parameters and `state_dict` stay as they are. A model that is patched already is re-patched with fresh gates.
+    Parameters and `state_dict` stay as they are; an adapter may reorder hidden units of the FFN, in place. A model that is patched already is re-patched with fresh gates.
     Active scales are computed as in eval mode: without dropout and stochastic depth.
 
     Args:
@@ -140,6 +140,7 @@ def _install(model: nn.Module, shared: Shared, gates: list[Gates]) -> None:
     for block, of_block in zip(_blocks(model), gates, strict=True):
         block.actvar = of_block.train(block.training)
         block.__class__ = _patched_class(type(block), ActVARBlock)
+        apply_order(block)
     model.actvar = shared
     model.__class__ = _patched_class(type(model), ActVARModel)
 
@@ -154,6 +155,8 @@ def remove_patch(var: nn.Module) -> nn.Module:
     family_of(model)
     for module in (model, *_blocks(model)):
         if isinstance(module, _PatchedInstance):
+            if module is not model:
+                undo_order(module)
             module.__class__ = type(module).original_class
             del module.actvar
     return var

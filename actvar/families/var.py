@@ -12,6 +12,8 @@ from actvar_kernels import backend_of, cpp_runs, expert_ffn, linear, normalize_m
 NAME = "VAR (actvar.models.VAR or the class of the public VAR code)"
 NORM_EPS = 1e-6
 MAX_LOG_SCALE = 4.605170185988092  # log(100)
+HIDDEN_AXES = {"ffn.fc1.weight": 0, "ffn.fc1.bias": 0, "ffn.fc2.weight": 1}
+"""The axis of hidden units in a block's tensors."""
 
 
 def mismatch(model: nn.Module) -> str | None:
@@ -165,6 +167,17 @@ def dense_ffn(block: nn.Module, u: torch.Tensor, num_experts: int) -> torch.Tens
         return block.ffn(u)
     hidden = torch._addmm_activation(fc1_bias, u.flatten(0, 1), fc1_weight.t(), use_gelu=True)
     return F.linear(hidden, fc2_weight, fc2_bias).view_as(u)
+
+
+@torch.no_grad()
+def reorder_hidden(block: nn.Module, order: torch.Tensor) -> None:
+    """Put the FFN's hidden unit `order[i]` in place `i`, in place, for a permutation `order` `[D]`.
+
+    The FFN computes the same sum in another order; `order.argsort()` takes every weight back, bit for bit.
+    """
+    for name, axis in HIDDEN_AXES.items():
+        weight = block.get_parameter(name)
+        weight.copy_(weight.index_select(axis, order))
 
 
 def ffn_weights(block: nn.Module) -> tuple[torch.Tensor, ...]:
