@@ -7,7 +7,7 @@ from torch import nn
 
 from actvar.families import var as family
 from actvar.per_sample import PerSample, continued, keep
-from actvar.recording import BlockRecord, Shared
+from actvar.recording import BlockRecord
 from actvar.schedule import Scale
 from actvar.teacher_forcing import teacher_forced_block
 from actvar_kernels import (
@@ -32,12 +32,12 @@ class ActVARBlock(nn.Module):
         Raises:
             ValueError: the token count and cache length fit no scale of the model.
         """
-        shared: Shared = self.actvar.shared
+        gates = self.actvar
         if attn_bias is not None:
-            if not any(scale.active for scale in shared.schedule):
+            if not any(scale.active for scale in gates.schedule):
                 return self.dense_forward(x, cond_BD, attn_bias)
             return teacher_forced_block(self, x, cond_BD)
-        scale = shared.scale_of(x.shape[1], family.cached_tokens(self))
+        scale = gates.shared.scale_of(gates.block_index, x.shape[1], family.cached_tokens(self))
         if scale.active or kernels_run(x):
             return block_at_scale(self, x, cond_BD, scale)
         return self.dense_forward(x, cond_BD, attn_bias)
@@ -96,7 +96,7 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
     q, k, v = family.project(block, u, keys_from, state.qkv_bias)
     past = family.read_cache(block)
     grows = block.attn.caching and not scale.is_last
-    room = state.room_after(past, v, shared.schedule[-1].cached_before) if grows and fused else None
+    room = state.room_after(past, v, gates.schedule[-1].cached_before) if grows and fused else None
     out, keys, values = subset_attention(q, k, v, past, state.head_scale, block.attn.scale, room=room, keep_cache=grows)
     if grows:
         family.write_cache(block, keys, values)

@@ -164,8 +164,11 @@ def _adapter(options: argparse.Namespace) -> Path | None:
 
 
 def _describe(config: actvar.ActVARConfig) -> str:
-    tokens = "/".join(f"{rate:.0%}" for rate in config.token_rates)
-    ffn = "/".join(f"{rate:.0%}" for rate in config.ffn_rates)
+    def text(rate: float | tuple[float, ...]) -> str:
+        return f"{min(rate):.0%}-{max(rate):.0%}" if isinstance(rate, tuple) else f"{rate:.0%}"
+
+    tokens = "/".join(text(rate) for rate in config.token_rates)
+    ffn = "/".join(text(rate) for rate in config.ffn_rates)
     return f"tokens {tokens}, FFN {ffn} of {config.num_experts} experts at scales {config.scales}"
 
 

@@ -43,6 +43,7 @@ class Gates(nn.Module):
         self.selector = Gate(width, 1, 2 * block_index, device)
         self.router = Gate(width, num_experts, 2 * block_index + 1, device)
         self.block_index = block_index
+        self.schedule = shared.schedules[block_index]
         self.shared = shared
         self.kept = Kept()
         self.register_buffer("order", None, persistent=False)

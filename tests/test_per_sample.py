@@ -98,7 +98,7 @@ def test_the_room_begins_with_the_cache_and_is_made_once(block):
 
 
 def test_keeping_outside_sampling_keeps_nothing(block):
-    scale = block.actvar.shared.schedule[-2]
+    scale = block.actvar.schedule[-2]
     with torch.no_grad():
         keep(block, PerSample(block, torch.randn(2, 128)), scale)
     assert block.actvar.kept.state is None

@@ -60,6 +60,19 @@ def hidden_size(model: nn.Module) -> int:
     return model.blocks[0].ffn.fc1.out_features
 
 
+def embedded(model: nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the first block gets under teacher forcing, `[R, L, C]`, and the condition that every block gets.
+
+    Args:
+        labels: classes `[R]`, `model.num_classes` for rows without one.
+        inputs: `[R, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`.
+    """
+    cond = model.class_emb(labels)
+    rest = model.word_embed(inputs.to(model.word_embed.weight.dtype))
+    x = torch.cat((cond.unsqueeze(1) + model.pos_start, rest), dim=1)
+    return x + model.lvl_embed(model.lvl_1L) + model.pos_1LC, model.shared_ada_lin(cond)
+
+
 def modulation(block: nn.Module, cond: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`, of the block's condition."""
     if block.shared_aln:
