@@ -72,7 +72,8 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module
 
     The classes of `var` and its blocks are swapped for subclasses, and each block gets a selector and a router.
     Parameters and `state_dict` stay as they are; an adapter may reorder hidden units of the FFN, in place. A model that
-    is patched already is re-patched with fresh gates. Active scales are computed as in eval mode: without dropout and stochastic depth.
+    is patched already is re-patched with fresh gates. Active scales are computed as in eval mode: without dropout and
+    stochastic depth.
 
     Args:
         var: `actvar.models.VAR`, or an instance of the public VAR class; the model or its blocks may be inside

@@ -1,5 +1,5 @@
 """Selectors, routers and experts without data and without gradients."""
 
-from actvar.calibrate.calibrate import calibrate
+from actvar.calibrate.calibration import calibrate
 
 __all__ = ["calibrate"]

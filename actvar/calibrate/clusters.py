@@ -48,7 +48,7 @@ def balanced_kmeans(profiles: torch.Tensor, count: int) -> torch.Tensor:
 
 def raise_kept_energy(energy: torch.Tensor, cluster: torch.Tensor, count: int, active: int) -> torch.Tensor:
     """Better clusters `[D]`: by turns choose the best experts of every token, and move units to the experts that are on
-    for the tokens where they matter. Neither step lowers the energy in the chosen experts; stops when it no longer grows.
+    for the tokens where they matter. Neither step lowers the energy in the chosen experts; stops when it stays.
     """
     kept = -torch.inf
     for _ in range(ROUNDS):

@@ -16,14 +16,11 @@ class Curves:
 
     `update_lost` and `update_lost_by_oracle` `[L + 1]`: energy `|block(x) - x|^2` of the tokens that are not kept;
     `output_lost` `[N + 1]`: energy `|gamma * sum of E_e|^2` of the experts that are off; `norm_kept` and
-    `norm_kept_by_oracle` `[N + 1]`: sum of `|gamma * E_e|` over the experts that are on; `stream`: energy `|block(x)|^2`.
+    `norm_kept_by_oracle` `[N + 1]`: sum of `|gamma * E_e|` over the experts that are on.
     """
 
     tokens: int
     num_experts: int
-    rows: int = 0
-    routed: int = 0
-    stream: float = 0.0
     update_lost: torch.Tensor = field(init=False)
     update_lost_by_oracle: torch.Tensor = field(init=False)
     output_lost: torch.Tensor = field(init=False)
@@ -35,13 +32,11 @@ class Curves:
         of_experts = torch.zeros(3, self.num_experts + 1, dtype=torch.float64)
         self.output_lost, self.norm_kept, self.norm_kept_by_oracle = of_experts
 
-    def add_rows(self, scores: torch.Tensor, change: torch.Tensor, stream: torch.Tensor) -> None:
-        """Count the selector's `scores`, `|block(x) - x|` and `|block(x)|` of whole rows, each `[R, L]`."""
+    def add_rows(self, scores: torch.Tensor, change: torch.Tensor) -> None:
+        """Count the selector's `scores` and `|block(x) - x|` of whole rows, each `[R, L]`."""
         energy = change.square()
         self.update_lost += _lost(energy.gather(1, scores.argsort(dim=1, descending=True, stable=True)))
         self.update_lost_by_oracle += _lost(energy.sort(dim=1, descending=True).values)
-        self.rows += len(scores)
-        self.stream += stream.square().sum().item()
 
     def add_routed(
         self, logits: torch.Tensor, hidden: torch.Tensor, fc2_weight: torch.Tensor, gamma: torch.Tensor
@@ -57,13 +52,6 @@ class Curves:
             self.norm_kept[1:] += norms.gather(1, order).sum(dim=0).double().cumsum(0).cpu()
             best = norms.sort(dim=1, descending=True).values
             self.norm_kept_by_oracle[1:] += best.sum(dim=0).double().cumsum(0).cpu()
-            self.routed += len(scores)
-
-    def relative_error(self, keep: int, experts: int) -> float:
-        """Energy lost with `keep` tokens a row and `experts` experts, over the energy of the block's output."""
-        by_tokens = self.update_lost[keep].item()
-        by_experts = self.output_lost[experts].item() / self.routed * keep * self.rows
-        return (by_tokens + by_experts) / self.stream
 
 
 def expert_outputs(

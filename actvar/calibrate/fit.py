@@ -54,7 +54,7 @@ def fit_block(
     """Fit one unpatched block in closed form.
 
     Selector: ridge regression from `LN(x)` to `|block(x) - x|`, divided by its mean over the row, both centred over the
-    row, since tokens compete within it. Router: from the FFN's input to `|gamma * E_e|`, divided by its mean over experts.
+    row, since tokens compete within it. Router: from the FFN's input to `|gamma * E_e|`, divided by its mean over e.
 
     Args:
         stream: batches before the block; every fourth, from the last one on, is held out.
@@ -167,7 +167,7 @@ def _measure(
     weights: list[torch.Tensor],
 ) -> None:
     x, y = _of(scale, batch.x), _of(scale, of_dense.y)
-    curves.add_rows((_normalized(x) * selector[0]).sum(dim=-1), (y - x).norm(dim=-1), y.norm(dim=-1))
+    curves.add_rows((_normalized(x) * selector[0]).sum(dim=-1), (y - x).norm(dim=-1))
     u, gamma = _ffn_inputs(block, batch, of_dense, scale)
     step = -(-len(u) // MEASURED_TOKENS)
     u, gamma = u[::step], gamma[::step]

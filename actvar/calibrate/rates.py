@@ -1,4 +1,4 @@
-"""Rates of every block and scale that lose the least under a budget of FLOPs."""
+"""Rates of every block that lose the least under a budget of FLOPs, scale by scale."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from actvar.calibrate.curves import Curves
+from actvar.calibrate.sensitivity import FFN_RATE, TOKEN_RATE
 from actvar.config import ActVARConfig, share_of
 from actvar.families import family_of
 from actvar.flops import block_flops
@@ -17,35 +18,47 @@ LEAST_FFN_RATE = 0.25
 BISECTIONS = 40
 
 
-def rates_under_budget(var: nn.Module, config: ActVARConfig, curves: list[dict[int, Curves]]) -> ActVARConfig:
-    """`config` with rates per block and scale: the least sum of relative errors (`Curves.relative_error`, by tokens) at
-    no more FLOPs than `config` has.
+def rates_under_budget(
+    var: nn.Module,
+    config: ActVARConfig,
+    curves: list[dict[int, Curves]],
+    sensitivity: list[dict[int, tuple[float, float]]],
+) -> ActVARConfig:
+    """`config` with the rates per block that lose the least at no more FLOPs of a scale than `config` has there.
 
-    Every choice minimises `error + price * FLOPs`; the price is found by bisection.
+    Divergences of blocks are added up, each in proportion to the energy that is lost in it: of K tokens and M experts,
+    `d_tokens * lost(K) / lost(K of the probe) + K / L * d_experts * lost(M) / lost(M of the probe)`. Every choice
+    minimises `divergence + price * FLOPs`; the price of a scale is found by bisection.
 
     Args:
         curves: per block, by scale index.
+        sensitivity: likewise, see `divergence_per_block`.
 
     Raises:
         ValueError: a budget below the least rates that are tried.
     """
-    budget = blocks_flops(var, config)
-    least = replace(config, token_rates=(TOKEN_RATES[0],) * len(config.scales), ffn_rate=LEAST_FFN_RATE)
-    if blocks_flops(var, least) > budget:
-        raise ValueError(
-            f"rates: expected a budget of at least token rates {TOKEN_RATES[0]} and an FFN rate of {LEAST_FFN_RATE}, got "
-            f"{config.token_rates} and {config.ffn_rate}; lower rates are possible where all blocks have the same"
-        )
-    low, high = 0.0, 1.0
-    while blocks_flops(var, _priced(var, config, curves, high)) > budget:
-        low, high = high, high * 2
-    for _ in range(BISECTIONS):
-        price = (low + high) / 2
-        if blocks_flops(var, _priced(var, config, curves, price)) > budget:
-            low = price
-        else:
-            high = price
-    return _priced(var, config, curves, high)
+    C, hidden = family_of(var).width(var), family_of(var).hidden_size(var)
+
+    def flops(scale: Scale) -> int:
+        return sum(block_flops(scale, config, C, hidden).values())
+
+    token_rates, ffn_rates = [], []
+    for of_budget in (build_schedule(config, var.patch_nums)[scale] for scale in config.scales):
+        losses = [
+            _losses(of_block[of_budget.index], *of_probes[of_budget.index])
+            for of_block, of_probes in zip(curves, sensitivity, strict=True)
+        ]
+        options = {kept: flops(_with(of_budget, *kept, config.num_experts)) for kept in losses[0]}
+        budget = flops(of_budget) * len(losses)
+        if min(options.values()) * len(losses) > budget:
+            raise ValueError(
+                f"rates: {config.token_rates} and {config.ffn_rate} are less than the least that is tried in a block, "
+                f"{TOKEN_RATES[0]} of the tokens and {LEAST_FFN_RATE} of the experts; ask for uniform rates"
+            )
+        chosen = _cheapest(losses, options, budget)
+        token_rates.append(tuple(keep / of_budget.tokens for keep, _ in chosen))
+        ffn_rates.append(tuple(experts / config.num_experts for _, experts in chosen))
+    return replace(config, token_rates=tuple(token_rates), ffn_rate=tuple(ffn_rates))
 
 
 def blocks_flops(var: nn.Module, config: ActVARConfig) -> int:
@@ -58,35 +71,39 @@ def blocks_flops(var: nn.Module, config: ActVARConfig) -> int:
     )
 
 
-def _priced(var: nn.Module, config: ActVARConfig, curves: list[dict[int, Curves]], price: float) -> ActVARConfig:
-    """Rates that minimise `error + price * FLOPs`, these as a share of the dense scale's in the same block."""
-    family, count = family_of(var), len(var.patch_nums)
-    dense = build_schedule(replace(config, token_rates=(1.0,) * len(config.scales), ffn_rate=1.0), var.patch_nums)
+Kept = tuple[int, int]
+"""Tokens and experts."""
 
-    def flops(scale: Scale) -> int:
-        return sum(block_flops(scale, config, family.width(var), family.hidden_size(var)).values())
 
-    def best(of_scale: Scale, of_block: Curves) -> tuple[float, float]:
-        options = []
-        for token_rate in TOKEN_RATES:
-            keep = share_of(token_rate, of_scale.tokens)
-            for experts in range(share_of(LEAST_FFN_RATE, config.num_experts), config.num_experts + 1):
-                sparse = replace(
-                    of_scale,
-                    keep=keep,
-                    experts=experts,
-                    select=keep < of_scale.tokens,
-                    route=experts < config.num_experts,
-                )
-                error = of_block.relative_error(keep, experts) * of_scale.tokens
-                options.append((error + price * flops(sparse) / all_flops, keep / of_scale.tokens, experts))
-        _, token_rate, experts = min(options)
-        return token_rate, experts / config.num_experts
+def _losses(curves: Curves, of_tokens: float, of_experts: float) -> dict[Kept, float]:
+    """Divergence of one block, mean over the tokens of a scale, by what is kept."""
+    L, N = curves.tokens, curves.num_experts
+    by_tokens = of_tokens * curves.update_lost / curves.update_lost[share_of(TOKEN_RATE, L)]
+    by_experts = of_experts * curves.output_lost / curves.output_lost[share_of(FFN_RATE, N)]
+    return {
+        (keep, experts): (by_tokens[keep] + keep / L * by_experts[experts]).item()
+        for keep in {share_of(rate, L) for rate in TOKEN_RATES}
+        for experts in range(share_of(LEAST_FFN_RATE, N), N + 1)
+    }
 
-    all_flops = sum(flops(scale) for scale in dense)
-    token_rates, ffn_rates = [], []
-    for index in (scale % count for scale in config.scales):
-        rates = [best(dense[index], of_block[index]) for of_block in curves]
-        token_rates.append(tuple(token_rate for token_rate, _ in rates))
-        ffn_rates.append(tuple(ffn_rate for _, ffn_rate in rates))
-    return replace(config, token_rates=tuple(token_rates), ffn_rate=tuple(ffn_rates))
+
+def _with(scale: Scale, keep: int, experts: int, num_experts: int) -> Scale:
+    return replace(scale, keep=keep, experts=experts, select=keep < scale.tokens, route=experts < num_experts)
+
+
+def _cheapest(losses: list[dict[Kept, float]], flops: dict[Kept, int], budget: int) -> list[Kept]:
+    """What to keep in each block: the least loss at no more than `budget` FLOPs, on the convex hull."""
+
+    def at(price: float) -> list[Kept]:
+        return [min(of_block, key=lambda kept: of_block[kept] + price * flops[kept]) for of_block in losses]
+
+    def fits(chosen: list[Kept]) -> bool:
+        return sum(flops[kept] for kept in chosen) <= budget
+
+    low, high = 0.0, 1.0 / budget
+    while not fits(at(high)):
+        low, high = high, 2 * high
+    for _ in range(BISECTIONS):
+        price = (low + high) / 2
+        low, high = (low, price) if fits(at(price)) else (price, high)
+    return at(high)

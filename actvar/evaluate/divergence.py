@@ -27,12 +27,18 @@ def divergence_by_scale(var: nn.Module, batches: Iterable[tuple[torch.Tensor, to
     sizes = [scale.tokens for scale in shared_state(var).schedule]
     total, images = torch.zeros(len(sizes), dtype=torch.float64), 0
     for labels, inputs in batches:
-        patched = var(labels, inputs).log_softmax(dim=-1)
+        patched = var(labels, inputs)
         with patched_silently(var, DENSE, None):
-            dense = var(labels, inputs).log_softmax(dim=-1)
-        of_tokens = (dense.exp() * (dense - patched)).sum(dim=-1).sum(dim=0)
+            dense = var(labels, inputs)
+        of_tokens = token_divergence(dense, patched).sum(dim=0)
         total += torch.stack([part.sum() for part in of_tokens.split(sizes)]).double().cpu()
         images += len(labels)
     if not images:
         raise ValueError("expected at least one batch")
     return [(sum_ / (images * size)).item() for sum_, size in zip(total, sizes, strict=True)]
+
+
+def token_divergence(expected: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """`KL(softmax(expected) || softmax(logits))` in nats, `[...]` of two tensors `[..., V]`."""
+    expected, logits = expected.float().log_softmax(dim=-1), logits.float().log_softmax(dim=-1)
+    return (expected.exp() * (expected - logits)).sum(dim=-1)

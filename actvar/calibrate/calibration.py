@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +14,7 @@ from actvar.calibrate.fit import HELD_OUT, Batch, BlockFit, fit_block
 from actvar.calibrate.rates import rates_under_budget
 from actvar.calibrate.report import Report, report_of
 from actvar.calibrate.samples import sampled_inputs
+from actvar.calibrate.sensitivity import divergence_per_block
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.gates import set_order
@@ -26,7 +29,7 @@ def calibrate(
     var: nn.Module,
     config: ActVARConfig | None = None,
     *,
-    images: int = 32,
+    images: int = 16,
     seed: int = 0,
     cfg: float = 1.5,
     uniform: bool = False,
@@ -50,13 +53,14 @@ def calibrate(
     Raises:
         TypeError: a model of an unsupported kind.
         ValueError: a configuration that does not fit the model, rates of 1, a budget that is too low, fewer than 4
-            images, or a model in train mode.
+            images, a cfg that is not finite, or a model in train mode.
     """
     model = unwrapped(var)
     config = ActVARConfig() if config is None else config
-    family = family_of(model)
     if images < HELD_OUT:
         raise ValueError(f"images: expected at least {HELD_OUT}, got {images}")
+    if not math.isfinite(cfg):
+        raise ValueError(f"cfg: expected a finite number, got {cfg}")
     if model.training:
         raise ValueError("expected a model in eval mode: call var.eval()")
     if not config.is_sparse:
@@ -69,27 +73,35 @@ def calibrate(
     batches = sampled_inputs(model, images, max(1, min(BATCH, images // HELD_OUT)), seed, cfg)
     stream = [_embedded(model, *batch) for batch in batches]
     fits: list[BlockFit] = []
+    scales = _active_scales(config, model.patch_nums)
+    bias = model.attn_bias_for_masking.to(stream[0].x.dtype)
     for block in tqdm(model.blocks, desc="blocks"):
-        scales = [scale for scale in _all_active(config, model.patch_nums) if scale.active]
-        bias = model.attn_bias_for_masking.to(stream[0].x.dtype)
         fit = fit_block(unwrapped(block), stream, bias, scales, config.num_experts, cluster)
         stream = fit.after
         fits.append(fit._replace(after=[]))
     curves = [fit.curves for fit in fits]
-    chosen = config if uniform else rates_under_budget(model, config, curves)
-    patch_silently(model, chosen)
+    chosen = config
+    if not uniform:
+        _install(model, config, fits)
+        labels, inputs = (tensor[-max(1, images // 8) :] for tensor in batches[-1])
+        chosen = rates_under_budget(model, config, curves, divergence_per_block(model, config, labels, inputs))
+    _install(model, chosen, fits)
+    return report_of(model, config, chosen, curves)
+
+
+def _install(model: nn.Module, config: ActVARConfig, fits: list[BlockFit]) -> None:
+    patch_silently(model, config)
     for block, fit in zip(model.blocks, fits, strict=True):
         gates = unwrapped(block).actvar
         gates.selector.weight.copy_(fit.selector)
         gates.router.weight.copy_(fit.router[0])
         gates.router.bias.copy_(fit.router[1])
         set_order(unwrapped(block), fit.order)
-    return report_of(model, config, chosen, curves)
 
 
-def _all_active(config: ActVARConfig, patch_nums) -> tuple[Scale, ...]:
-    """The schedule with every scale of the configuration active, whatever its rates."""
-    return build_schedule(replace(config, always_sparse=True), patch_nums)
+def _active_scales(config: ActVARConfig, patch_nums: Sequence[int]) -> list[Scale]:
+    """Every scale of the configuration, whatever its rates."""
+    return [scale for scale in build_schedule(replace(config, always_sparse=True), patch_nums) if scale.active]
 
 
 def _embedded(model: nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> Batch:
