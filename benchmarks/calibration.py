@@ -2,8 +2,8 @@
 
     python -m benchmarks.calibration
 
-KL to the dense logits at the last two scales on token maps of test images: with tokens and experts left out, with tokens
-alone, and with experts alone.
+KL to the dense logits at the last two scales on token maps of test images: with tokens and experts left out, with
+tokens alone, and with experts alone.
 """
 
 from __future__ import annotations
