@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from actvar.calibrate.fit import HELD_OUT, Batch, BlockFit, fit_block
-from actvar.calibrate.rates import rates_under_budget
+from actvar.calibrate.rates import expect_budget, rates_under_budget
 from actvar.calibrate.report import Report, report_of
 from actvar.calibrate.samples import sampled_inputs
 from actvar.calibrate.sensitivity import divergence_per_block
@@ -69,6 +69,8 @@ def calibrate(
         raise ValueError("expected one rate per scale as the budget, got one per block")
     patch_silently(model, config)
     remove_patch(model)
+    if not uniform:
+        expect_budget(model, config)
 
     batches = sampled_inputs(model, images, max(1, min(BATCH, images // HELD_OUT)), seed, cfg)
     stream = [_embedded(model, *batch) for batch in batches]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -16,6 +17,10 @@ from actvar.schedule import Scale, build_schedule
 TOKEN_RATES = tuple(sixteenths / 16 for sixteenths in range(8, 17))
 LEAST_FFN_RATE = 0.25
 BISECTIONS = 40
+
+
+Kept = tuple[int, int]
+"""Tokens and experts."""
 
 
 def rates_under_budget(
@@ -33,32 +38,53 @@ def rates_under_budget(
     Args:
         curves: per block, by scale index.
         sensitivity: likewise, see `divergence_per_block`.
-
-    Raises:
-        ValueError: a budget below the least rates that are tried.
     """
-    C, hidden = family_of(var).width(var), family_of(var).hidden_size(var)
-
-    def flops(scale: Scale) -> int:
-        return sum(block_flops(scale, config, C, hidden).values())
-
     token_rates, ffn_rates = [], []
-    for of_budget in (build_schedule(config, var.patch_nums)[scale] for scale in config.scales):
+    for index, options, budget in _choices(var, config):
         losses = [
-            _losses(of_block[of_budget.index], *of_probes[of_budget.index])
-            for of_block, of_probes in zip(curves, sensitivity, strict=True)
+            _losses(of_block[index], *of_probes[index]) for of_block, of_probes in zip(curves, sensitivity, strict=True)
         ]
-        options = {kept: flops(_with(of_budget, *kept, config.num_experts)) for kept in losses[0]}
-        budget = flops(of_budget) * len(losses)
-        if min(options.values()) * len(losses) > budget:
+        chosen = _cheapest(losses, options, budget * len(losses))
+        tokens = var.patch_nums[index] ** 2
+        token_rates.append(tuple(keep / tokens for keep, _ in chosen))
+        ffn_rates.append(tuple(experts / config.num_experts for _, experts in chosen))
+    return replace(config, token_rates=tuple(token_rates), ffn_rate=tuple(ffn_rates))
+
+
+def expect_budget(var: nn.Module, config: ActVARConfig) -> None:
+    """
+    Raises:
+        ValueError: rates whose FLOPs are less than those of the least rates that are tried in a block.
+    """
+    for _, options, budget in _choices(var, config):
+        if min(options.values()) > budget:
             raise ValueError(
                 f"rates: {config.token_rates} and {config.ffn_rate} are less than the least that is tried in a block, "
                 f"{TOKEN_RATES[0]} of the tokens and {LEAST_FFN_RATE} of the experts; ask for uniform rates"
             )
-        chosen = _cheapest(losses, options, budget)
-        token_rates.append(tuple(keep / of_budget.tokens for keep, _ in chosen))
-        ffn_rates.append(tuple(experts / config.num_experts for _, experts in chosen))
-    return replace(config, token_rates=tuple(token_rates), ffn_rate=tuple(ffn_rates))
+
+
+def _choices(var: nn.Module, config: ActVARConfig) -> Iterator[tuple[int, dict[Kept, int], int]]:
+    """Index of each active scale, a block's FLOPs by what is kept, and its share of the budget.
+
+    A choice is counted as if the cache held all tokens of earlier scales, so that it costs no more than that.
+    """
+    family, N = family_of(var), config.num_experts
+
+    def flops(scale: Scale) -> int:
+        return sum(block_flops(scale, config, family.width(var), family.hidden_size(var)).values())
+
+    dense = build_schedule(replace(config, token_rates=(1.0,) * len(config.scales), ffn_rate=1.0), var.patch_nums)
+    of_budget = build_schedule(config, var.patch_nums)
+    for scale in (dense[index] for index in config.scales):
+        options = {
+            (keep, experts): flops(
+                replace(scale, keep=keep, experts=experts, select=keep < scale.tokens, route=experts < N)
+            )
+            for keep in sorted({share_of(rate, scale.tokens) for rate in TOKEN_RATES})
+            for experts in range(share_of(LEAST_FFN_RATE, N), N + 1)
+        }
+        yield scale.index, options, flops(of_budget[scale.index])
 
 
 def blocks_flops(var: nn.Module, config: ActVARConfig) -> int:
@@ -71,10 +97,6 @@ def blocks_flops(var: nn.Module, config: ActVARConfig) -> int:
     )
 
 
-Kept = tuple[int, int]
-"""Tokens and experts."""
-
-
 def _losses(curves: Curves, of_tokens: float, of_experts: float) -> dict[Kept, float]:
     """Divergence of one block, mean over the tokens of a scale, by what is kept."""
     L, N = curves.tokens, curves.num_experts
@@ -85,10 +107,6 @@ def _losses(curves: Curves, of_tokens: float, of_experts: float) -> dict[Kept, f
         for keep in {share_of(rate, L) for rate in TOKEN_RATES}
         for experts in range(share_of(LEAST_FFN_RATE, N), N + 1)
     }
-
-
-def _with(scale: Scale, keep: int, experts: int, num_experts: int) -> Scale:
-    return replace(scale, keep=keep, experts=experts, select=keep < scale.tokens, route=experts < num_experts)
 
 
 def _cheapest(losses: list[dict[Kept, float]], flops: dict[Kept, int], budget: int) -> list[Kept]:
