@@ -128,7 +128,7 @@ def describe_adapter(path: str | Path) -> dict[str, object]:
         "kind": "adapter",
         **metadata["model"],
         "config": metadata["config"],
-        "parameters": sum(t.numel() for t in tensors.values()),
+        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
     }
 
