@@ -16,6 +16,7 @@ from torch import nn
 from actvar.config import EXECUTION_FIELDS, ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.files import replacing
+from actvar.gates import set_order
 from actvar.recording import shared_state
 from actvar.tuned import replace_parameters, restore_parameters, tuned_parameters
 
@@ -34,8 +35,9 @@ def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object
     """Write selectors, routers and changed weights of a patched model, under a temporary name first.
 
     Tensors `blocks.<i>.selector.weight` `[1, C]`, `.selector.bias` `[1]`, `.router.weight` `[N, C]`, `.router.bias`
-    `[N]`, and `weights.<name>` for each changed weight under its name in the model's `state_dict`, all in their own
-    dtype; metadata: format, version, the model's sizes, the configuration, and `training`.
+    `[N]`, where hidden units were reordered for the experts `.order` `[D]` int32, and `weights.<name>` for each changed
+    weight under its name in the model's `state_dict`, hidden units in that order; all in their own dtype; metadata:
+    format, version, the model's sizes, the configuration, and `training`.
 
     Args:
         training: how the adapter was made, JSON-compatible; for `describe_adapter`.
@@ -49,14 +51,18 @@ def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object
     metadata["training"] = json.dumps(dict(training or {}))
     parameters = gate_parameters(var) | {WEIGHTS + name: weight for name, weight in tuned_parameters(var).items()}
     tensors = {name: parameter.detach().contiguous() for name, parameter in parameters.items()}
+    for index, block in enumerate(var.blocks):
+        if block.actvar.order is not None:
+            tensors[f"blocks.{index}.order"] = block.actvar.order.int().contiguous()
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata)
 
 
 @torch.no_grad()
 def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
-    """Load selectors, routers and changed weights into a patched model; returns `var`. Everything is checked before
-    anything changes.
+    """Load selectors, routers and changed weights into a patched model, and bring the FFN's hidden units into the
+    adapter's order, in place (`remove_patch` takes them back); returns `var`. Everything is checked before anything
+    changes.
 
     The adapter must have been made for the model's sizes and number of experts. Other rates, scales or K/V mode than
     it was trained for are allowed, with a logged warning. Changed weights, those of an adapter from stage 2 of the
@@ -79,6 +85,8 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
             f"{path}: made for num_experts={trained.num_experts}, the model is patched with "
             f"{config.num_experts}; patch it with ActVARConfig(num_experts={trained.num_experts})"
         )
+    orders = [tensors.pop(f"blocks.{index}.order", None) for index in range(len(model.blocks))]
+    _check_orders(path, model, orders)
     gates = gate_parameters(model)
     missing = sorted(gates.keys() - tensors.keys())
     if missing:
@@ -102,6 +110,8 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
     for name, gate in gates.items():
         gate.copy_(tensors[name])
     restore_parameters(model)
+    for block, order in zip(model.blocks, orders, strict=True):
+        set_order(unwrapped(block), order)
     replace_parameters(model, weights)
     return var
 
@@ -111,6 +121,23 @@ def _check(path: str | Path, name: str, found: torch.Tensor, expected: torch.Ten
         raise AdapterError(f"{path}: {name}: expected shape {list(expected.shape)}, got {list(found.shape)}")
     if not found.is_floating_point() or not found.isfinite().all():
         raise AdapterError(f"{path}: {name}: expected finite floating-point values")
+
+
+def _check_orders(path: str | Path, model: nn.Module, orders: list[torch.Tensor | None]) -> None:
+    for index, (block, order) in enumerate(zip(model.blocks, orders, strict=True)):
+        if order is None:
+            continue
+        hidden = block.ffn.fc1.out_features
+        if order.shape != (hidden,) or order.is_floating_point():
+            found = f"shape {list(order.shape)} in {order.dtype}"
+            raise AdapterError(f"{path}: blocks.{index}.order: expected {hidden} integers, got {found}")
+        if not torch.equal(order.long().sort().values, torch.arange(hidden)):
+            raise AdapterError(f"{path}: blocks.{index}.order: expected each of 0 ... {hidden - 1} once")
+        if block.ffn.fc1.weight.is_inference():
+            raise AdapterError(
+                f"{path}: it reorders hidden units, which weights made under torch.inference_mode do not allow; build "
+                "or load the model outside of it"
+            )
 
 
 def read_adapter_config(path: str | Path) -> ActVARConfig:
@@ -133,7 +160,7 @@ def describe_adapter(path: str | Path) -> dict[str, object]:
         **metadata["model"],
         "config": metadata["config"],
         "training": metadata["training"],
-        "parameters": sum(t.numel() for t in tensors.values()),
+        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
         "changed weights": sum(t.numel() for name, t in tensors.items() if name.startswith(WEIGHTS)),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
     }

@@ -7,7 +7,7 @@ from torch import nn
 
 from actvar.families import var as family
 from actvar.per_sample import PerSample, continued, keep
-from actvar.recording import BlockRecord, Shared
+from actvar.recording import BlockRecord
 from actvar.schedule import Scale
 from actvar.teacher_forcing import teacher_forced_block
 from actvar_kernels import (
@@ -32,19 +32,40 @@ class ActVARBlock(nn.Module):
         Raises:
             ValueError: the token count and cache length fit no scale of the model.
         """
-        shared: Shared = self.actvar.shared
+        gates = self.actvar
         if attn_bias is not None:
-            if not any(scale.active for scale in shared.schedule):
+            if not any(scale.active for scale in gates.schedule):
                 return self.dense_forward(x, cond_BD, attn_bias)
             return teacher_forced_block(self, x, cond_BD)
-        scale = shared.scale_of(x.shape[1], family.cached_tokens(self))
+        scale = gates.shared.scale_of(gates.block_index, x.shape[1], family.cached_tokens(self))
         if scale.active or kernels_run(x):
             return block_at_scale(self, x, cond_BD, scale)
         return self.dense_forward(x, cond_BD, attn_bias)
 
+    def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, torch.Tensor]:
+        """With hidden units in their original order, as the block's own."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        if self.actvar.order is not None:
+            _reorder_state(state, prefix, self.actvar.order.argsort())
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Takes a `state_dict` in the original order; runs before the parts of the block load theirs."""
+        if self.actvar.order is not None:
+            _reorder_state(state_dict, prefix, self.actvar.order)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def dense_forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
         """The block as it was before patching."""
         return super().forward(x, cond_BD, attn_bias)
+
+
+def _reorder_state(state: dict[str, torch.Tensor], prefix: str, order: torch.Tensor) -> None:
+    """Hidden units of the FFN's tensors in a `state_dict`, those that are there, in another order."""
+    for name, axis in family.HIDDEN_AXES.items():
+        tensor = state.get(prefix + name)
+        if tensor is not None and tensor.shape[axis] == len(order):  # a wrong shape is reported by its own layer
+            state[prefix + name] = tensor.index_select(axis, order.to(tensor.device))
 
 
 def kernels_run(x: torch.Tensor) -> bool:
@@ -82,7 +103,7 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
     q, k, v = family.project(block, u, keys_from, state.qkv_bias)
     past = family.read_cache(block)
     grows = block.attn.caching and not scale.is_last
-    room = state.room_after(past, v, shared.schedule[-1].cached_before, gates.kept) if grows and fused else None
+    room = state.room_after(past, v, gates.schedule[-1].cached_before, gates.kept) if grows and fused else None
     out, keys, values = subset_attention(q, k, v, past, state.head_scale, block.attn.scale, room=room, keep_cache=grows)
     if grows:
         family.write_cache(block, keys, values)

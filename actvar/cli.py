@@ -1,4 +1,4 @@
-"""The command line: `actvar sample`, `actvar distill`, `actvar verify`, `actvar flops`, `actvar info`."""
+"""The command line: `actvar sample`, `distill`, `calibrate`, `verify`, `flops`, `info`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 import actvar
 from actvar.adapter import describe_adapter, read_adapter_config
+from actvar.calibrate import calibrate
 from actvar.checkpoint import describe_checkpoint
 from actvar.compare import Sampling, compare, save_pictures
 from actvar.distill.data import source_of
@@ -94,6 +96,21 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
     how.add_argument("--seed", type=int, default=0)
     train.set_defaults(run=_distill)
+    fit = commands.add_parser("calibrate", help="make an adapter without data or training, in minutes")
+    _add_source(fit, adapter=False)
+    fit.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    fit.add_argument(
+        "--out", type=Path, required=True, help="adapter file to write; the report goes beside it as .json"
+    )
+    fit.add_argument(
+        "--rates", nargs="+", type=float, help="token rates of the last scales, then the FFN's (default 0.75 0.75 0.75)"
+    )
+    fit.add_argument("--uniform", action="store_true", help="these rates in every block, not the best at their FLOPs")
+    fit.add_argument("--experts", type=_positive, default=16, help="groups of hidden units (default 16)")
+    fit.add_argument("--images", type=_positive, default=16, help="samples to fit to (default 16)")
+    fit.add_argument("--cfg", type=float, default=1.5, help="guidance strength of the samples (default 1.5)")
+    fit.add_argument("--seed", type=int, default=0)
+    fit.set_defaults(run=_calibrate)
 
     check = commands.add_parser("verify", help="check a checkpoint with ActVAR; exit code 1 if anything differs")
     _add_source(check)
@@ -122,12 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_source(command: argparse.ArgumentParser) -> None:
+def _add_source(command: argparse.ArgumentParser, adapter: bool = True) -> None:
     source = command.add_argument_group("model")
     source.add_argument("--model", choices=["fashion-mnist"], help="a model that comes with the package")
     source.add_argument("--var", help="transformer checkpoint: .pth, .safetensors, or owner/repo:file on the hub")
     source.add_argument("--vae", help="autoencoder checkpoint, likewise")
-    source.add_argument("--adapter", help="adapter file, or the name of a bundled one (default for --model: paper)")
+    if adapter:
+        source.add_argument("--adapter", help="adapter file, or the name of a bundled one (default for --model: paper)")
     source.add_argument("--device", default="cpu")
 
 
@@ -202,8 +220,11 @@ def _adapter(options: argparse.Namespace) -> Path | None:
 
 
 def _describe(config: actvar.ActVARConfig) -> str:
-    tokens = "/".join(f"{rate:.0%}" for rate in config.token_rates)
-    ffn = "/".join(f"{rate:.0%}" for rate in config.ffn_rates)
+    def text(rate: float | tuple[float, ...]) -> str:
+        return f"{min(rate):.0%}-{max(rate):.0%}" if isinstance(rate, tuple) else f"{rate:.0%}"
+
+    tokens = "/".join(text(rate) for rate in config.token_rates)
+    ffn = "/".join(text(rate) for rate in config.ffn_rates)
     return f"tokens {tokens}, FFN {ffn} of {config.num_experts} experts at scales {config.scales}"
 
 
@@ -230,6 +251,27 @@ def _distill(options: argparse.Namespace) -> None:
         written = distill(vae, var, config, adapter, source, how, options.out)
         if rank() == 0:
             print(f"wrote {written}; {_describe(config)}")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    _check_source(options)
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that exists, got {options.out}")
+    if options.out.suffix == ".json":
+        raise ValueError(f"--out: expected the adapter's name, such as adapter.safetensors, got {options.out}")
+    config = _with_rates(actvar.ActVARConfig(num_experts=options.experts), options.rates)
+    _, var = _load(options, DTYPES[options.dtype])
+    begin = time.perf_counter()
+    report = calibrate(var, config, images=options.images, seed=options.seed, cfg=options.cfg, uniform=options.uniform)
+    seconds = time.perf_counter() - begin
+    actvar.save_adapter(var, options.out)
+    facts = {"actvar": actvar.__version__, "torch": torch.__version__, "device": options.device}
+    facts |= {"images": options.images, "cfg": options.cfg, "seed": options.seed, "seconds": round(seconds, 1)}
+    written = options.out.with_suffix(".json")
+    with replacing(written) as temporary:
+        temporary.write_text(json.dumps(facts | report.as_dict(), indent=1) + "\n")
+    print(report.table())
+    print(f"wrote {options.out}, {written}; {options.images} samples, {seconds:.0f} s")
 
 
 def _verify(options: argparse.Namespace) -> None:

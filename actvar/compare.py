@@ -98,7 +98,8 @@ def compare(
         ValueError: a configuration or adapter that does not fit the model.
     """
     device = var.head.weight.device
-    active_tokens = {scale.tokens for scale in build_schedule(config, var.patch_nums) if scale.active}
+    schedules = [build_schedule(config, var.patch_nums, block) for block in range(len(var.blocks))]
+    active_tokens = {scale.tokens for schedule in schedules for scale in schedule if scale.active}
 
     def blocks() -> float:
         with block_seconds(var) as seconds:

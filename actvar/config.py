@@ -16,6 +16,10 @@ DECODER_DTYPES = (None, "bfloat16", "float16")
 EXECUTION_FIELDS = ("expert_schedule", "sampler", "decoder_dtype")
 
 
+Rate = float | tuple[float, ...]
+"""Of one scale: for all blocks, or one per block."""
+
+
 def share_of(rate: float, count: int) -> int:
     """`floor(rate * count + 0.5)`, at least 1."""
     return max(1, math.floor(rate * count + 0.5))
@@ -27,8 +31,9 @@ class ActVARConfig:
 
     Args:
         scales: active scales as indices into `patch_nums`, negative ones from the end.
-        token_rates: share of tokens each active scale updates, in (0, 1].
-        ffn_rate: share of experts per token, in (0, 1]; one number for all active scales or one per scale.
+        token_rates: share of tokens each active scale updates, in (0, 1]; a scale's may be a tuple with one per block.
+        ffn_rate: share of experts per token, in (0, 1]; one number for all active scales or one per scale, which may be
+            a tuple with one per block.
         num_experts: groups the FFN's hidden units are cut into; must divide the hidden size.
         kv: `"compact"` caches keys and values of kept tokens only (Eq. 8); `"all"` projects and caches all tokens of
             an active scale.
@@ -46,8 +51,8 @@ class ActVARConfig:
     """
 
     scales: tuple[int, ...] = (-2, -1)
-    token_rates: tuple[float, ...] = (0.75, 0.75)
-    ffn_rate: float | tuple[float, ...] = 0.75
+    token_rates: tuple[Rate, ...] = (0.75, 0.75)
+    ffn_rate: float | tuple[Rate, ...] = 0.75
     num_experts: int = 16
     kv: str = "compact"
     share_cfg_selection: bool = False
@@ -58,15 +63,18 @@ class ActVARConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "scales", _tuple_of("scales", self.scales, _integer))
-        object.__setattr__(self, "token_rates", _tuple_of("token_rates", self.token_rates, _rate))
+        object.__setattr__(self, "token_rates", _tuple_of("token_rates", self.token_rates, _of_blocks))
         if isinstance(self.ffn_rate, Sequence):
-            object.__setattr__(self, "ffn_rate", _tuple_of("ffn_rate", self.ffn_rate, _rate))
+            object.__setattr__(self, "ffn_rate", _tuple_of("ffn_rate", self.ffn_rate, _of_blocks))
         else:
             object.__setattr__(self, "ffn_rate", _rate("ffn_rate", self.ffn_rate))
         for name in ("token_rates", "ffn_rate"):
             rates = getattr(self, name)
             if isinstance(rates, tuple) and len(rates) != len(self.scales):
                 raise ValueError(f"{name}: expected one rate per scale in {self.scales}, got {rates}")
+        counts = {len(rate) for rate in (*self.token_rates, *self.ffn_rates) if isinstance(rate, tuple)}
+        if len(counts) > 1:
+            raise ValueError(f"token_rates, ffn_rate: expected rates for equally many blocks, got {sorted(counts)}")
         if _integer("num_experts", self.num_experts) < 1:
             raise ValueError(f"num_experts: expected at least 1, got {self.num_experts}")
         for name, choices in (
@@ -82,9 +90,21 @@ class ActVARConfig:
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
 
     @property
-    def ffn_rates(self) -> tuple[float, ...]:
+    def ffn_rates(self) -> tuple[Rate, ...]:
         """FFN rate of each active scale."""
         return self.ffn_rate if isinstance(self.ffn_rate, tuple) else (self.ffn_rate,) * len(self.scales)
+
+    @property
+    def blocks(self) -> int | None:
+        """Blocks that rates are given for, or None where every rate holds for all."""
+        counts = {len(rate) for rate in (*self.token_rates, *self.ffn_rates) if isinstance(rate, tuple)}
+        return counts.pop() if counts else None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether any rate is below 1."""
+        rates = (*self.token_rates, *self.ffn_rates)
+        return any(min(rate) < 1 if isinstance(rate, tuple) else rate < 1 for rate in rates)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -115,6 +135,11 @@ def _rate(name: str, value: object) -> float:
     if not 0 < value <= 1:
         raise ValueError(f"{name}: expected a number in (0, 1], got {value!r}")
     return float(value)
+
+
+def _of_blocks(name: str, value: object) -> Rate:
+    """One rate, or a tuple of them."""
+    return _tuple_of(name, value, _rate) if isinstance(value, Sequence) else _rate(name, value)
 
 
 def _tuple_of(name: str, values: object, check) -> tuple:

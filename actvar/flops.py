@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_c
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.recording import Shared
-from actvar.schedule import build_schedule
+from actvar.schedule import Scale, build_schedule
 from actvar_kernels.backend import using_backend
 
 DENSE = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=1.0)
@@ -69,26 +69,35 @@ def formula_flops(
     """
     rows, C = 2 * batch, width
     steps = []
-    for scale in build_schedule(config, patch_nums):
-        kept = scale.keep if scale.select else scale.tokens
-        projected = kept if config.kv == "compact" else scale.tokens
-        visible = scale.cached_before + projected
-        share = scale.experts / config.num_experts if scale.route else 1.0
-        adaln_blocks = (scale.index == 0) if shared_aln else depth
-        embedded = 0 if scale.index == 0 else batch * scale.tokens
+    for of_blocks in zip(*(build_schedule(config, patch_nums, block) for block in range(depth)), strict=True):
+        tokens, index = of_blocks[0].tokens, of_blocks[0].index
+        blocks = [block_flops(scale, config, C, hidden) for scale in of_blocks]
+        adaln_blocks = (index == 0) if shared_aln else depth
+        embedded = 0 if index == 0 else batch * tokens
         steps.append(
             StepFlops(
-                qkv=depth * rows * 2 * C * C * (kept + 2 * projected),
-                attention=depth * rows * 4 * C * kept * visible,
-                proj=depth * rows * 2 * C * C * kept,
-                ffn=round(depth * rows * 4 * C * hidden * kept * share),
-                selector=depth * rows * 2 * C * scale.tokens * scale.select,
-                router=depth * rows * 2 * C * config.num_experts * kept * scale.route,
+                **{module: rows * sum(block[module] for block in blocks) for module in blocks[0]},
                 adaln=rows * 2 * C * (6 * C * adaln_blocks + 2 * C),
-                head=rows * 2 * C * vocab_size * scale.tokens + 2 * C * code_size * embedded,
+                head=rows * 2 * C * vocab_size * tokens + 2 * C * code_size * embedded,
             )
         )
     return steps
+
+
+def block_flops(scale: Scale, config: ActVARConfig, width: int, hidden: int) -> dict[str, int]:
+    """FLOPs of one row in one block at `scale`, by module: `qkv`, `attention`, `proj`, `ffn`, `selector`, `router`."""
+    C = width
+    kept = scale.keep if scale.select else scale.tokens
+    projected = kept if config.kv == "compact" else scale.tokens
+    share = scale.experts / config.num_experts if scale.route else 1.0
+    return {
+        "qkv": 2 * C * C * (kept + 2 * projected),
+        "attention": 4 * C * kept * (scale.cached_before + projected),
+        "proj": 2 * C * C * kept,
+        "ffn": round(4 * C * hidden * kept * share),
+        "selector": 2 * C * scale.tokens * scale.select,
+        "router": 2 * C * config.num_experts * kept * scale.route,
+    }
 
 
 def model_flops(var: nn.Module, batch: int, config: ActVARConfig | None = None) -> list[StepFlops]:

@@ -1,10 +1,11 @@
-"""The two learned parts of ActVAR: the token selector and the expert router of a block."""
+"""What ActVAR adds to a block: the token selector, the expert router, and the order of the FFN's hidden units."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from actvar.families import var as family
 from actvar.per_sample import Kept
 
 
@@ -32,12 +33,37 @@ class Gate(nn.Module):
 
 
 class Gates(nn.Module):
-    """Selector and router of one block, with the schedule they work by and the state shared with the other blocks."""
+    """Selector and router of one block, with the schedule they work by and the state shared with the other blocks.
+
+    `order` `[D]` int64 is the order of the FFN's hidden units while the block is patched, or None: as they were.
+    """
 
     def __init__(self, width: int, num_experts: int, block_index: int, shared, device: torch.device):
         super().__init__()
         self.selector = Gate(width, 1, 2 * block_index, device)
         self.router = Gate(width, num_experts, 2 * block_index + 1, device)
         self.block_index = block_index
+        self.schedule = shared.schedules[block_index]
         self.shared = shared
         self.kept = Kept()
+        self.register_buffer("order", None, persistent=False)
+
+
+def set_order(block: nn.Module, order: torch.Tensor | None) -> None:
+    """Bring the hidden units of a patched block into `order` `[D]` int64, counted from the original one; None: into
+    that."""
+    undo_order(block)
+    block.actvar.order = None if order is None else order.to(block.ffn.fc1.weight.device, torch.int64)
+    apply_order(block)
+
+
+def apply_order(block: nn.Module) -> None:
+    """Bring the weights of a block that has just got its gates into their order."""
+    if block.actvar.order is not None:
+        family.reorder_hidden(block, block.actvar.order)
+
+
+def undo_order(block: nn.Module) -> None:
+    """Bring the weights of a block that is about to lose its gates into the original order."""
+    if block.actvar.order is not None:
+        family.reorder_hidden(block, block.actvar.order.argsort())

@@ -14,7 +14,7 @@ from actvar.adapter import load_adapter
 from actvar.block import ActVARBlock
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
-from actvar.gates import Gates
+from actvar.gates import Gates, apply_order, undo_order
 from actvar.mixing import Mixed, mix_in, unmix
 from actvar.recording import Shared, shared_state
 from actvar.schedule import build_schedule
@@ -69,8 +69,9 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module
     """Make the last scales of a VAR sparse, in place; returns `var`.
 
     The classes of `var` and its blocks are swapped for subclasses, and each block gets a selector and a router.
-    Parameters and `state_dict` stay as they are. A model that is patched already is re-patched with fresh gates.
-    Active scales are computed as in eval mode: without dropout and stochastic depth.
+    Parameters and `state_dict` stay as they are; an adapter may reorder hidden units of the FFN, in place. A model that
+    is patched already is re-patched with fresh gates. Active scales are computed as in eval mode: without dropout and
+    stochastic depth.
 
     Args:
         var: `actvar.models.VAR`, or an instance of the public VAR class; the model or its blocks may be inside
@@ -102,7 +103,7 @@ def accelerate(var: nn.Module) -> nn.Module:
 
 def warn_untrained(config: ActVARConfig) -> None:
     """Say that a model is used without an adapter, unless every rate is 1."""
-    if min(*config.token_rates, *config.ffn_rates) < 1:
+    if config.is_sparse:
         logger.warning("selectors and routers are untrained: load trained ones with actvar.load_adapter(var, path)")
 
 
@@ -112,7 +113,9 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
     family = family_of(model)
     if not isinstance(config, ActVARConfig):
         raise TypeError(f"config: expected an ActVARConfig, got {type(config).__name__}")
-    schedule = build_schedule(config, model.patch_nums)
+    if config.blocks not in (None, len(model.blocks)):
+        raise ValueError(f"token_rates, ffn_rate: the model has {len(model.blocks)} blocks, got {config.blocks} rates")
+    schedules = tuple(build_schedule(config, model.patch_nums, block) for block in range(len(model.blocks)))
     if family.hidden_size(model) % config.num_experts:
         raise ValueError(
             f"num_experts: expected a divisor of the FFN's hidden size {family.hidden_size(model)}, "
@@ -127,7 +130,7 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
     for index, block in enumerate(_blocks(model)):
         if "forward" in block.__dict__:
             raise ValueError(f"expected blocks[{index}] with its class's forward, got one replaced on the instance")
-    shared, width = Shared(config, schedule), family.width(model)
+    shared, width = Shared(config, schedules), family.width(model)
     gates = [
         Gates(width, config.num_experts, index, shared, block.ffn.fc1.weight.device)
         for index, block in enumerate(_blocks(model))
@@ -140,6 +143,7 @@ def _install(model: nn.Module, shared: Shared, gates: list[Gates]) -> None:
     for block, of_block in zip(_blocks(model), gates, strict=True):
         block.actvar = of_block.train(block.training)
         mix_in(block, ActVARBlock)
+        apply_order(block)
     model.actvar = shared
     mix_in(model, ActVARModel)
 
@@ -155,6 +159,8 @@ def remove_patch(var: nn.Module) -> nn.Module:
     restore_parameters(model)
     for module in (model, *_blocks(model)):
         if isinstance(module, Mixed):
+            if module is not model:
+                undo_order(module)
             unmix(module)
             del module.actvar
     return var

@@ -41,24 +41,30 @@ class BlockRecord:
 
 @dataclass
 class Shared:
-    """One per patched model: configuration, schedule, and what holds during a call.
+    """One per patched model: configuration, the schedule of every block, and what holds during a call.
 
+    `schedule` is that of the first block, except that a scale is selected or routed where it is in any block.
     `rows_are_guided`: conditional rows, then as many unconditional ones; `reuses_room`: the K/V cache may stay in the
     memory that the last sample left; `writes_in_place`: a block may write its result into its input; `seed` `[1]`
     int64: of the fast sampler, for samples without a seed of their own.
     """
 
     config: ActVARConfig
-    schedule: tuple[Scale, ...]
+    schedules: tuple[tuple[Scale, ...], ...]
     rows_are_guided: bool = False
     reuses_room: bool = False
     writes_in_place: bool = False
     seed: torch.Tensor | None = None
     records: list[BlockRecord] | None = None
-    by_shape: dict[tuple[int, int], Scale] = field(init=False)
+    schedule: tuple[Scale, ...] = field(init=False)
+    by_shape: tuple[dict[tuple[int, int], Scale], ...] = field(init=False)
 
     def __post_init__(self):
-        self.by_shape = {(scale.tokens, scale.cached_before): scale for scale in self.schedule}
+        self.schedule = tuple(
+            replace(of_blocks[0], select=any(s.select for s in of_blocks), route=any(s.route for s in of_blocks))
+            for of_blocks in zip(*self.schedules, strict=True)
+        )
+        self.by_shape = tuple({(s.tokens, s.cached_before): s for s in schedule} for schedule in self.schedules)
 
     @contextmanager
     def during(self, **flags: bool) -> Iterator[None]:
@@ -74,15 +80,15 @@ class Shared:
     def selection_is_shared(self) -> bool:
         return self.config.share_cfg_selection and self.rows_are_guided
 
-    def scale_of(self, tokens: int, cached: int) -> Scale:
-        """The scale that has `tokens` tokens and finds `cached` rows in the K/V cache.
+    def scale_of(self, block: int, tokens: int, cached: int) -> Scale:
+        """The scale that has `tokens` tokens and finds `cached` rows in the K/V cache of block number `block`.
 
         Raises:
             ValueError: there is none.
         """
-        scale = self.by_shape.get((tokens, cached))
+        scale = self.by_shape[block].get((tokens, cached))
         if scale is None:
-            known = ", ".join(f"{t} after {c}" for t, c in self.by_shape)
+            known = ", ".join(f"{t} after {c}" for t, c in self.by_shape[block])
             raise ValueError(
                 f"expected the tokens of one scale with the K/V cache of the scales before it ({known} cached rows), "
                 f"got {tokens} tokens after {cached}. Enable caching with block.attn.kv_caching(True) before the first "

@@ -39,8 +39,8 @@ class Scale:
         return self.select or self.route
 
 
-def build_schedule(config: ActVARConfig, patch_nums: Sequence[int]) -> tuple[Scale, ...]:
-    """One `Scale` per entry of `patch_nums`.
+def build_schedule(config: ActVARConfig, patch_nums: Sequence[int], block: int = 0) -> tuple[Scale, ...]:
+    """One `Scale` per entry of `patch_nums`, as block number `block` has it.
 
     Raises:
         ValueError: a scale outside the model, or named twice.
@@ -52,7 +52,9 @@ def build_schedule(config: ActVARConfig, patch_nums: Sequence[int]) -> tuple[Sca
             raise ValueError(f"scales: the model has {count} scales, got index {scale}")
         if scale % count in rates:
             raise ValueError(f"scales: scale {scale % count} is named twice in {config.scales}")
-        rates[scale % count] = (token_rate, ffn_rate)
+        rates[scale % count] = tuple(
+            rate[block] if isinstance(rate, tuple) else rate for rate in (token_rate, ffn_rate)
+        )
 
     schedule, start, cached = [], 0, 0
     for index, side in enumerate(patch_nums):

@@ -31,7 +31,7 @@ def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor) 
         ValueError: the tokens are not those of all scales, or of the first few.
     """
     shared = block.actvar.shared
-    schedule = _scales_of(shared.schedule, x.shape[1])
+    schedule = _scales_of(block.actvar.schedule, x.shape[1])
     gamma1, gamma2, scale1, scale2, shift1, shift2 = family.modulation(block, cond)
 
     kept = [_select(block, x, scale1, shift1, scale) for scale in schedule]

@@ -141,7 +141,7 @@ def test_only_patched_models_have_a_cache_to_release(tiny_var):
 
 
 def test_keeping_outside_sampling_keeps_nothing(block):
-    scale = block.actvar.shared.schedule[-2]
+    scale = block.actvar.schedule[-2]
     with torch.no_grad():
         keep(block, PerSample(block, torch.randn(2, 128)), scale)
     assert block.actvar.kept.state is None

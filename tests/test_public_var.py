@@ -16,6 +16,7 @@ from torch import nn
 
 import actvar
 from actvar import ActVARConfig, apply_patch, guided_rows, load_adapter, patched, remove_patch, save_adapter
+from actvar.calibrate import calibrate
 from actvar.flops import counted_flops, model_flops, total_flops
 
 pytestmark = pytest.mark.public_var
@@ -145,3 +146,13 @@ def test_what_needs_our_sampling_loop_is_refused(pair, field):
     with pytest.raises(ValueError, match=rf"^{field}: '{value}' needs actvar\.models\.VAR"):
         apply_patch(public, ActVARConfig(**{field: value}))
     assert type(public).__name__ == "VAR"
+
+
+def test_calibration_of_both_is_the_same(pair):
+    public, own = pair
+    reports = [calibrate(var, ActVARConfig(num_experts=8), images=4) for var in (public, own)]
+    assert reports[0].config == reports[1].config
+    for left, right in zip(public.blocks, own.blocks, strict=True):
+        assert torch.equal(left.actvar.order, right.actvar.order)
+        torch.testing.assert_close(left.actvar.router.weight, right.actvar.router.weight, atol=1e-3, rtol=1e-3)
+    assert torch.equal(sampled_tokens(public), sampled_tokens(own))

@@ -12,6 +12,8 @@ from actvar_kernels import backend_of, cpp_runs, expert_ffn, linear, normalize_m
 NAME = "VAR (actvar.models.VAR or the class of the public VAR code)"
 NORM_EPS = 1e-6
 MAX_LOG_SCALE = 4.605170185988092  # log(100)
+HIDDEN_AXES = {"ffn.fc1.weight": 0, "ffn.fc1.bias": 0, "ffn.fc2.weight": 1}
+"""The axis of hidden units in a block's tensors."""
 
 
 def mismatch(model: nn.Module) -> str | None:
@@ -72,6 +74,19 @@ def finetuned_names(model: nn.Module) -> list[str]:
         for name, _ in getattr(block, part).named_parameters()
     ]
     return [*of_blocks, *(f"head.{name}" for name, _ in model.head.named_parameters())]
+
+
+def embedded(model: nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the first block gets under teacher forcing, `[R, L, C]`, and the condition that every block gets.
+
+    Args:
+        labels: classes `[R]`, `model.num_classes` for rows without one.
+        inputs: `[R, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`.
+    """
+    cond = model.class_emb(labels)
+    rest = model.word_embed(inputs.to(model.word_embed.weight.dtype))
+    x = torch.cat((cond.unsqueeze(1) + model.pos_start, rest), dim=1)
+    return x + model.lvl_embed(model.lvl_1L) + model.pos_1LC, model.shared_ada_lin(cond)
 
 
 def modulation(block: nn.Module, cond: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -181,6 +196,17 @@ def dense_ffn(block: nn.Module, u: torch.Tensor, num_experts: int) -> torch.Tens
         return block.ffn(u)
     hidden = torch._addmm_activation(fc1_bias, u.flatten(0, 1), fc1_weight.t(), use_gelu=True)
     return F.linear(hidden, fc2_weight, fc2_bias).view_as(u)
+
+
+@torch.no_grad()
+def reorder_hidden(block: nn.Module, order: torch.Tensor) -> None:
+    """Put the FFN's hidden unit `order[i]` in place `i`, in place, for a permutation `order` `[D]`.
+
+    The FFN computes the same sum in another order; `order.argsort()` takes every weight back, bit for bit.
+    """
+    for name, axis in HIDDEN_AXES.items():
+        weight = block.get_parameter(name)
+        weight.copy_(weight.index_select(axis, order))
 
 
 def ffn_weights(block: nn.Module) -> tuple[torch.Tensor, ...]:

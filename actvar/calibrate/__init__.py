@@ -1,0 +1,5 @@
+"""Selectors, routers and experts without data and without gradients."""
+
+from actvar.calibrate.calibration import calibrate
+
+__all__ = ["calibrate"]

@@ -1,0 +1,112 @@
+"""An adapter without training: fitted in closed form to token maps that the dense model draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from actvar.calibrate.fit import HELD_OUT, Batch, BlockFit, fit_block
+from actvar.calibrate.rates import expect_budget, rates_under_budget
+from actvar.calibrate.report import Report, report_of
+from actvar.calibrate.samples import sampled_inputs
+from actvar.calibrate.sensitivity import divergence_per_block
+from actvar.config import ActVARConfig
+from actvar.families import family_of, unwrapped
+from actvar.gates import set_order
+from actvar.patch import patch_silently, remove_patch
+from actvar.schedule import Scale, build_schedule
+
+BATCH = 8
+
+
+@torch.no_grad()
+def calibrate(
+    var: nn.Module,
+    config: ActVARConfig | None = None,
+    *,
+    images: int = 16,
+    seed: int = 0,
+    cfg: float = 1.5,
+    uniform: bool = False,
+    cluster: bool = True,
+) -> Report:
+    """Patch `var` with selectors and routers fitted without data or gradients; `save_adapter` writes them.
+
+    The dense model samples token maps. Going through its blocks, each on the dense residual stream, hidden units are
+    clustered into experts, selector and router are fitted by ridge regression (`fit_block`), and what every rate would
+    lose is measured on every fourth batch, which is not fitted to. Memory: three residual streams of the samples,
+    `2 * images * L * C` numbers each, besides the model.
+
+    Args:
+        var: a VAR in eval mode; a patch that it has is removed.
+        config: the rates whose FLOPs are the budget, the number of experts and other variants.
+        images: samples, at least 4; each gives a row with and one without its class, as under guidance.
+        seed, cfg: of the sampling.
+        uniform: use the rates of `config` in every block instead of the best ones under its budget.
+        cluster: experts of hidden units that matter for the same tokens, instead of contiguous ones.
+
+    Raises:
+        TypeError: a model of an unsupported kind.
+        ValueError: a configuration that does not fit the model, rates of 1, a budget that is too low, fewer than 4
+            images, a cfg that is not finite, or a model in train mode.
+    """
+    model = unwrapped(var)
+    config = ActVARConfig() if config is None else config
+    if images < HELD_OUT:
+        raise ValueError(f"images: expected at least {HELD_OUT}, got {images}")
+    if not math.isfinite(cfg):
+        raise ValueError(f"cfg: expected a finite number, got {cfg}")
+    if model.training:
+        raise ValueError("expected a model in eval mode: call var.eval()")
+    if not config.is_sparse:
+        raise ValueError("expected a rate below 1 at some scale: there is no selector or router to fit")
+    if config.blocks is not None and not uniform:
+        raise ValueError("expected one rate per scale as the budget, got one per block")
+    patch_silently(model, config)
+    remove_patch(model)
+    if not uniform:
+        expect_budget(model, config)
+
+    batches = sampled_inputs(model, images, max(1, min(BATCH, images // HELD_OUT)), seed, cfg)
+    stream = [_embedded(model, *batch) for batch in batches]
+    fits: list[BlockFit] = []
+    scales = _active_scales(config, model.patch_nums)
+    bias = model.attn_bias_for_masking.to(stream[0].x.dtype)
+    for block in tqdm(model.blocks, desc="blocks"):
+        fit = fit_block(unwrapped(block), stream, bias, scales, config.num_experts, cluster)
+        stream = fit.after
+        fits.append(fit._replace(after=[]))
+    curves = [fit.curves for fit in fits]
+    chosen = config
+    if not uniform:
+        _install(model, config, fits)
+        labels, inputs = (tensor[-max(1, images // 8) :] for tensor in batches[-1])
+        chosen = rates_under_budget(model, config, curves, divergence_per_block(model, config, labels, inputs))
+    _install(model, chosen, fits)
+    return report_of(model, config, chosen, curves)
+
+
+def _install(model: nn.Module, config: ActVARConfig, fits: list[BlockFit]) -> None:
+    patch_silently(model, config)
+    for block, fit in zip(model.blocks, fits, strict=True):
+        gates = unwrapped(block).actvar
+        gates.selector.weight.copy_(fit.selector)
+        gates.router.weight.copy_(fit.router[0])
+        gates.router.bias.copy_(fit.router[1])
+        set_order(unwrapped(block), fit.order)
+
+
+def _active_scales(config: ActVARConfig, patch_nums: Sequence[int]) -> list[Scale]:
+    """Every scale of the configuration, whatever its rates."""
+    return [scale for scale in build_schedule(replace(config, always_sparse=True), patch_nums) if scale.active]
+
+
+def _embedded(model: nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> Batch:
+    """Rows of a batch with and without its classes."""
+    labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
+    return Batch(*family_of(model).embedded(model, labels, inputs.repeat(2, 1, 1)))

@@ -1,0 +1,72 @@
+"""What one block loses at one scale, for every number of tokens and of experts that could be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+CHUNK = 256
+
+
+@dataclass
+class Curves:
+    """Sums over tokens that were not fitted to, as functions of how many are kept, each float64.
+
+    `update_lost` and `update_lost_by_oracle` `[L + 1]`: energy `|block(x) - x|^2` of the tokens that are not kept;
+    `output_lost` `[N + 1]`: energy `|gamma * sum of E_e|^2` of the experts that are off; `norm_kept` and
+    `norm_kept_by_oracle` `[N + 1]`: sum of `|gamma * E_e|` over the experts that are on.
+    """
+
+    tokens: int
+    num_experts: int
+    update_lost: torch.Tensor = field(init=False)
+    update_lost_by_oracle: torch.Tensor = field(init=False)
+    output_lost: torch.Tensor = field(init=False)
+    norm_kept: torch.Tensor = field(init=False)
+    norm_kept_by_oracle: torch.Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.update_lost, self.update_lost_by_oracle = torch.zeros(2, self.tokens + 1, dtype=torch.float64)
+        of_experts = torch.zeros(3, self.num_experts + 1, dtype=torch.float64)
+        self.output_lost, self.norm_kept, self.norm_kept_by_oracle = of_experts
+
+    def add_rows(self, scores: torch.Tensor, change: torch.Tensor) -> None:
+        """Count the selector's `scores` and `|block(x) - x|` of whole rows, each `[R, L]`."""
+        energy = change.square()
+        self.update_lost += _lost(energy.gather(1, scores.argsort(dim=1, descending=True, stable=True)))
+        self.update_lost_by_oracle += _lost(energy.sort(dim=1, descending=True).values)
+
+    def add_routed(
+        self, logits: torch.Tensor, hidden: torch.Tensor, fc2_weight: torch.Tensor, gamma: torch.Tensor
+    ) -> None:
+        """Count router `logits` `[T, N]` of tokens with hidden activations `[T, D]` and AdaLN gates `[T, C]`."""
+        for scores, h, gate in zip(*(t.split(CHUNK) for t in (logits, hidden, gamma)), strict=True):
+            outputs = torch.stack(list(expert_outputs(h, fc2_weight, gate, self.num_experts)), dim=1)  # [t, N, C]
+            order = scores.argsort(dim=1, descending=True, stable=True)
+            ranked = outputs.gather(1, order.unsqueeze(-1).expand_as(outputs))
+            lost = ranked.flip(1).cumsum(dim=1).flip(1).square().sum(dim=(0, 2))
+            self.output_lost[:-1] += lost.double().cpu()
+            norms = outputs.norm(dim=-1)
+            self.norm_kept[1:] += norms.gather(1, order).sum(dim=0).double().cumsum(0).cpu()
+            best = norms.sort(dim=1, descending=True).values
+            self.norm_kept_by_oracle[1:] += best.sum(dim=0).double().cumsum(0).cpu()
+
+
+def expert_outputs(
+    hidden: torch.Tensor, fc2_weight: torch.Tensor, gamma: torch.Tensor, num_experts: int
+) -> Iterator[torch.Tensor]:
+    """`gamma * hidden_e W2_e^T` `[T, C]` of one expert after the other, without `fc2`'s bias.
+
+    Args:
+        hidden: `[T, D]`; fc2_weight: `[C, D]`; gamma: `[T, C]`.
+    """
+    for h, weight in zip(hidden.chunk(num_experts, dim=1), fc2_weight.chunk(num_experts, dim=1), strict=True):
+        yield h @ weight.T * gamma
+
+
+def _lost(energy: torch.Tensor) -> torch.Tensor:
+    """Of `[R, L]` in order of preference: the sum of what comes after the first k, for k in 0 ... L."""
+    total = energy.sum(dim=0).double().cpu()
+    return torch.cat((total.flip(0).cumsum(0).flip(0), total.new_zeros(1)))

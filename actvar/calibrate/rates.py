@@ -1,0 +1,127 @@
+"""Rates of every block that lose the least under a budget of FLOPs, scale by scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import nn
+
+from actvar.calibrate.curves import Curves
+from actvar.calibrate.sensitivity import FFN_RATE, TOKEN_RATE
+from actvar.config import ActVARConfig, share_of
+from actvar.families import family_of
+from actvar.flops import block_flops
+from actvar.schedule import Scale, build_schedule
+
+TOKEN_RATES = tuple(sixteenths / 16 for sixteenths in range(8, 17))
+LEAST_FFN_RATE = 0.25
+BISECTIONS = 40
+
+
+Kept = tuple[int, int]
+"""Tokens and experts."""
+
+
+def rates_under_budget(
+    var: nn.Module,
+    config: ActVARConfig,
+    curves: list[dict[int, Curves]],
+    sensitivity: list[dict[int, tuple[float, float]]],
+) -> ActVARConfig:
+    """`config` with the rates per block that lose the least at no more FLOPs of a scale than `config` has there.
+
+    Divergences of blocks are added up, each in proportion to the energy that is lost in it: of K tokens and M experts,
+    `d_tokens * lost(K) / lost(K of the probe) + K / L * d_experts * lost(M) / lost(M of the probe)`. Every choice
+    minimises `divergence + price * FLOPs`; the price of a scale is found by bisection.
+
+    Args:
+        curves: per block, by scale index.
+        sensitivity: likewise, see `divergence_per_block`.
+    """
+    token_rates, ffn_rates = [], []
+    for index, options, budget in _choices(var, config):
+        losses = [
+            _losses(of_block[index], *of_probes[index]) for of_block, of_probes in zip(curves, sensitivity, strict=True)
+        ]
+        chosen = _cheapest(losses, options, budget * len(losses))
+        tokens = var.patch_nums[index] ** 2
+        token_rates.append(tuple(keep / tokens for keep, _ in chosen))
+        ffn_rates.append(tuple(experts / config.num_experts for _, experts in chosen))
+    return replace(config, token_rates=tuple(token_rates), ffn_rate=tuple(ffn_rates))
+
+
+def expect_budget(var: nn.Module, config: ActVARConfig) -> None:
+    """
+    Raises:
+        ValueError: rates whose FLOPs are less than those of the least rates that are tried in a block.
+    """
+    for _, options, budget in _choices(var, config):
+        if min(options.values()) > budget:
+            raise ValueError(
+                f"rates: {config.token_rates} and {config.ffn_rate} are less than the least that is tried in a block, "
+                f"{TOKEN_RATES[0]} of the tokens and {LEAST_FFN_RATE} of the experts; ask for uniform rates"
+            )
+
+
+def _choices(var: nn.Module, config: ActVARConfig) -> Iterator[tuple[int, dict[Kept, int], int]]:
+    """Index of each active scale, a block's FLOPs by what is kept, and its share of the budget.
+
+    A choice is counted as if the cache held all tokens of earlier scales, so that it costs no more than that.
+    """
+    family, N = family_of(var), config.num_experts
+
+    def flops(scale: Scale) -> int:
+        return sum(block_flops(scale, config, family.width(var), family.hidden_size(var)).values())
+
+    dense = build_schedule(replace(config, token_rates=(1.0,) * len(config.scales), ffn_rate=1.0), var.patch_nums)
+    of_budget = build_schedule(config, var.patch_nums)
+    for scale in (dense[index] for index in config.scales):
+        options = {
+            (keep, experts): flops(
+                replace(scale, keep=keep, experts=experts, select=keep < scale.tokens, route=experts < N)
+            )
+            for keep in sorted({share_of(rate, scale.tokens) for rate in TOKEN_RATES})
+            for experts in range(share_of(LEAST_FFN_RATE, N), N + 1)
+        }
+        yield scale.index, options, flops(of_budget[scale.index])
+
+
+def blocks_flops(var: nn.Module, config: ActVARConfig) -> int:
+    """FLOPs of one row in all blocks and scales."""
+    family = family_of(var)
+    return sum(
+        sum(block_flops(scale, config, family.width(var), family.hidden_size(var)).values())
+        for block in range(len(var.blocks))
+        for scale in build_schedule(config, var.patch_nums, block)
+    )
+
+
+def _losses(curves: Curves, of_tokens: float, of_experts: float) -> dict[Kept, float]:
+    """Divergence of one block, mean over the tokens of a scale, by what is kept."""
+    L, N = curves.tokens, curves.num_experts
+    by_tokens = of_tokens * curves.update_lost / curves.update_lost[share_of(TOKEN_RATE, L)]
+    by_experts = of_experts * curves.output_lost / curves.output_lost[share_of(FFN_RATE, N)]
+    return {
+        (keep, experts): (by_tokens[keep] + keep / L * by_experts[experts]).item()
+        for keep in {share_of(rate, L) for rate in TOKEN_RATES}
+        for experts in range(share_of(LEAST_FFN_RATE, N), N + 1)
+    }
+
+
+def _cheapest(losses: list[dict[Kept, float]], flops: dict[Kept, int], budget: int) -> list[Kept]:
+    """What to keep in each block: the least loss at no more than `budget` FLOPs, on the convex hull."""
+
+    def at(price: float) -> list[Kept]:
+        return [min(of_block, key=lambda kept: of_block[kept] + price * flops[kept]) for of_block in losses]
+
+    def fits(chosen: list[Kept]) -> bool:
+        return sum(flops[kept] for kept in chosen) <= budget
+
+    low, high = 0.0, 1.0 / budget
+    while not fits(at(high)):
+        low, high = high, 2 * high
+    for _ in range(BISECTIONS):
+        price = (low + high) / 2
+        low, high = (low, price) if fits(at(price)) else (price, high)
+    return at(high)

@@ -1,0 +1,85 @@
+"""How much the fitted selectors and routers keep, beside the best and a random choice."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from actvar.calibrate.curves import Curves
+from actvar.calibrate.rates import blocks_flops
+from actvar.config import ActVARConfig
+from actvar.patch import DENSE
+from actvar.schedule import Scale
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Shares kept in one block at one scale, of token maps that nothing was fitted to.
+
+    `update`: of the energy `|block(x) - x|^2`, by the tokens kept; `norm`: of the experts' output norms, by those that
+    are on; each also by an oracle that sees them. A random choice keeps `token_rate` and `ffn_rate`.
+    """
+
+    block: int
+    scale: int
+    token_rate: float
+    ffn_rate: float
+    update: float
+    update_by_oracle: float
+    norm: float
+    norm_by_oracle: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """`flops`: of all blocks for one row: `dense`, `budget` and `chosen`."""
+
+    config: ActVARConfig
+    flops: dict[str, int]
+    kept: tuple[Kept, ...]
+
+    def table(self) -> str:
+        """A line per block and scale, as aligned text."""
+        titles = ("block", "side", "tokens", "update", "oracle", "random", "experts", "norm", "oracle", "random")
+        lines = ["".join(f"{title:>9}" for title in titles)]
+        for k in self.kept:
+            shares = (k.token_rate, k.update, k.update_by_oracle, k.token_rate)
+            shares += (k.ffn_rate, k.norm, k.norm_by_oracle, k.ffn_rate)
+            lines.append(f"{k.block:>9}{k.scale:>9}" + "".join(f"{share:>9.1%}" for share in shares))
+        saved = 1 - self.flops["chosen"] / self.flops["dense"]
+        lines.append(f"FLOPs of the blocks: {saved:.1%} saved")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def report_of(var: nn.Module, budget: ActVARConfig, chosen: ActVARConfig, curves: list[dict[int, Curves]]) -> Report:
+    """The report of a patched model.
+
+    Args:
+        budget, chosen: the configuration asked for, and the one the model is patched with.
+        curves: per block, by scale index.
+    """
+    flops = {name: blocks_flops(var, c) for name, c in {"dense": DENSE, "budget": budget, "chosen": chosen}.items()}
+    schedules = var.actvar.schedules
+    kept = [
+        _kept(block, var.patch_nums[index], schedules[block][index], of_scale)
+        for block, of_block in enumerate(curves)
+        for index, of_scale in sorted(of_block.items())
+    ]
+    return Report(chosen, flops, tuple(kept))
+
+
+def _kept(block: int, side: int, scale: Scale, curves: Curves) -> Kept:
+    return Kept(
+        block=block,
+        scale=side,
+        token_rate=scale.keep / scale.tokens,
+        ffn_rate=scale.experts / curves.num_experts,
+        update=1 - (curves.update_lost[scale.keep] / curves.update_lost[0]).item(),
+        update_by_oracle=1 - (curves.update_lost_by_oracle[scale.keep] / curves.update_lost[0]).item(),
+        norm=(curves.norm_kept[scale.experts] / curves.norm_kept[-1]).item(),
+        norm_by_oracle=(curves.norm_kept_by_oracle[scale.experts] / curves.norm_kept[-1]).item(),
+    )

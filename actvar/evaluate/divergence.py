@@ -1,0 +1,44 @@
+"""How far a patched model's predictions are from the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from actvar.patch import DENSE, patched_silently
+from actvar.recording import shared_state
+
+
+@torch.no_grad()
+def divergence_by_scale(var: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """Mean over tokens of `KL(dense || patched)` of the predicted tokens, in nats, for every scale.
+
+    Teacher-forced: both see the same token maps. The model stays patched as it is.
+
+    Args:
+        var: a patched model in eval mode.
+        batches: labels `[B]` and inputs `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`.
+
+    Raises:
+        ValueError: the model is not patched, or there is no batch.
+    """
+    sizes = [scale.tokens for scale in shared_state(var).schedule]
+    total, images = torch.zeros(len(sizes), dtype=torch.float64), 0
+    for labels, inputs in batches:
+        patched = var(labels, inputs)
+        with patched_silently(var, DENSE, None):
+            dense = var(labels, inputs)
+        of_tokens = token_divergence(dense, patched).sum(dim=0)
+        total += torch.stack([part.sum() for part in of_tokens.split(sizes)]).double().cpu()
+        images += len(labels)
+    if not images:
+        raise ValueError("expected at least one batch")
+    return [(sum_ / (images * size)).item() for sum_, size in zip(total, sizes, strict=True)]
+
+
+def token_divergence(expected: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """`KL(softmax(expected) || softmax(logits))` in nats, `[...]` of two tensors `[..., V]`."""
+    expected, logits = expected.float().log_softmax(dim=-1), logits.float().log_softmax(dim=-1)
+    return (expected.exp() * (expected - logits)).sum(dim=-1)
