@@ -22,7 +22,7 @@ from actvar.timing import block_seconds, interleaved_medians, seconds_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """What to sample: arguments of `autoregressive_infer_cfg`.
+    """What to sample: arguments of `autoregressive_infer_cfg`; `seed` may be one per image.
 
     Raises:
         ValueError: a cfg that is not finite, a negative top_k, a top_p outside [0, 1].
@@ -32,7 +32,7 @@ class Sampling:
     cfg: float = 1.5
     top_k: int = 0
     top_p: float = 0.0
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
 
     def __post_init__(self):
         if not math.isfinite(self.cfg):

@@ -46,8 +46,16 @@ class ActVARModel(nn.Module):
         """As `actvar.models.VAR.draw`, by the sampler of the configuration."""
         if self.actvar.config.sampler == "torch":
             return super().draw(logits, guidance, top_k, top_p, rng, scale)
-        seed = torch.randint(2**62, (1,), device=logits.device) if rng is None else rng.initial_seed()
-        return sample_tokens(logits, guidance, top_k, top_p, seed=seed, step=scale)
+
+        def drawn(logits, seed):
+            return sample_tokens(logits, guidance, top_k, top_p, seed=seed, step=scale)
+
+        if rng is None:
+            return drawn(logits, torch.randint(2**62, (1,), device=logits.device))
+        if isinstance(rng, torch.Generator):
+            return drawn(logits, rng.initial_seed())
+        B = len(rng)
+        return torch.cat([drawn(logits[b::B], generator.initial_seed()) for b, generator in enumerate(rng)])
 
 
 class _PatchedInstance:
