@@ -103,16 +103,16 @@ def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, process
     total, left = (sum(len(bulk.images_of(shard)) for shard in shards) for shards in (mine, missing))
     with tqdm(total=total, initial=total - left, desc="sampling", unit="image", disable=rank != 0) as bar:
         for shard in missing:
-            images, path = bulk.run(var, shard), _path(folder, shard)
-            for left_by_a_kill in folder.glob(f".{path.name}.*"):
-                left_by_a_kill.unlink()
-            with replacing(path) as temporary:
+            images = bulk.run(var, shard)
+            with replacing(_path(folder, shard)) as temporary:
                 save_file({"images": images, "labels": np.array(bulk.labels_of(shard))}, temporary)
             bar.update(len(images))
     if rank == 0:
         for shard in range(bulk.shards):
             while not _is_complete(folder, bulk, shard):
                 time.sleep(0.2)
+        for left_by_a_kill in (*folder.glob(f".{MANIFEST}.*"), *folder.glob(".shard-*")):
+            left_by_a_kill.unlink(missing_ok=True)
 
 
 def write_npz(folder: Path, bulk: Bulk, file: Path) -> None:

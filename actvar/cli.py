@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--compare", action="store_true", help="dense and ActVAR with the same seed, side by side")
     sample.add_argument("--repeats", type=_positive, default=5, help="timed runs of each (default 5)")
     sample.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files, or the shards")
-    many = sample.add_argument_group("many images, also with torchrun -m actvar sample")
+    many = sample.add_argument_group("many images; by 2 processes: torchrun --nproc-per-node 2 -m -- actvar sample ...")
     many.add_argument("--num", type=_positive, help="so many images of all classes together, as shards; resumes")
     many.add_argument("--batch", type=_positive, help="images per batch and shard (default 50)")
     many.add_argument("--npz", type=Path, help="file to write all of them to, shuffled, for OpenAI's evaluator")
