@@ -196,6 +196,8 @@ def _of_process(variable: str, default: int) -> int:
 
 
 def _load(options: argparse.Namespace, dtype: torch.dtype):
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_of_process("LOCAL_RANK", 0) % torch.cuda.device_count())
     placement = dict(device=_device(options.device), dtype=dtype)
     if options.model:
         return actvar.load_pretrained(options.model, **placement)
@@ -203,10 +205,7 @@ def _load(options: argparse.Namespace, dtype: torch.dtype):
 
 
 def _device(name: str) -> torch.device:
-    """The device; of several GPUs each process of torchrun takes its own."""
     try:
-        if name == "cuda":
-            torch.cuda.set_device(_of_process("LOCAL_RANK", 0) % max(torch.cuda.device_count(), 1))
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: expected a device this torch can use, got {name!r}: {error}") from error
