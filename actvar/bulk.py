@@ -38,6 +38,7 @@ class Bulk:
     """`num` images in batches of `batch`; image `i` is of class `sampling.labels[i % len(sampling.labels)]`.
 
     Raises:
+        TypeError: a seed that is not one int.
         ValueError: a number of images or a batch below 1, or images that the classes cannot share equally.
     """
 
@@ -46,6 +47,8 @@ class Bulk:
     batch: int = 50
 
     def __post_init__(self):
+        if not isinstance(self.sampling.seed, int):
+            raise TypeError(f"seed: expected an int, from which every image's follows, got {self.sampling.seed!r}")
         if self.batch < 1:
             raise ValueError(f"batch: expected at least 1, got {self.batch}")
         classes = len(self.sampling.labels)

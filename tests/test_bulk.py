@@ -166,6 +166,11 @@ def test_numbers_that_do_not_fit_are_refused(num, batch):
         Bulk(SAMPLING, num, batch)
 
 
+def test_the_seed_of_many_images_is_one():
+    with pytest.raises(TypeError, match=r"seed: expected an int.*got \(1, 2\)"):
+        Bulk(replace(SAMPLING, seed=(1, 2)), 10)
+
+
 def evaluators_arrays(file) -> dict[str, tuple[tuple[int, ...], bytes]]:
     """Shape and pixels the way guided-diffusion's evaluator reads an npz: header 1.0, C order, then a stream."""
     arrays = {}

@@ -11,7 +11,9 @@ import signal
 import tempfile
 import threading
 import time
+from contextlib import redirect_stderr
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -100,7 +102,8 @@ def _run(bulk: Bulk, folder: Path, kill_after: float | None = None) -> int:
 def _draw(bulk: Bulk, folder: Path) -> None:
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its default one leaves a semaphore behind when its process is killed
-    sample_many(load_pretrained("fashion-mnist", "paper")[1], bulk, folder)
+    with redirect_stderr(StringIO()):  # no progress bar
+        sample_many(load_pretrained("fashion-mnist", "paper")[1], bulk, folder)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
