@@ -34,7 +34,8 @@ def built(name: str, sources: Sequence[Path], compiler_flags: list[str], linker_
         RuntimeError, OSError: it does not compile, or the cache cannot be written.
     """
     contents = b"".join(source.read_bytes() for source in sources)
-    digest = hashlib.sha256(contents + torch.__version__.encode()).hexdigest()[:12]
+    # with the path, which is in ninja's file: installations that share a folder would build it anew in turn
+    digest = hashlib.sha256(contents + f"{torch.__version__} {sources[0]}".encode()).hexdigest()[:12]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = Path(root) / f"{name}_{digest}"
     folder.mkdir(parents=True, exist_ok=True)

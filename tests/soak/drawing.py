@@ -70,24 +70,27 @@ def run_bulk_kills(count: int, seed: int = 0) -> dict[str, int]:
     bulk = Bulk(replace(CLASSES, seed=seed), 40, 4)
     with tempfile.TemporaryDirectory() as folder:
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-        start = time.monotonic()
-        assert _run(bulk, whole) == 0
-        seconds, expected = time.monotonic() - start, _files(whole)
+        ended, seconds = _run(bulk, whole)
+        assert ended == 0
+        expected = _files(whole)
         while kills < count:
-            ended = _run(bulk, broken, kill_after=rng.uniform(0, seconds))
+            fresh = not broken.exists()
+            ended, lasted = _run(bulk, broken, kill_after=rng.uniform(0, seconds))
             assert ended in (0, -signal.SIGKILL)
             kills += ended != 0
             found = {name: data for name, data in _files(broken).items() if not name.startswith(".")}
             assert found.items() <= expected.items(), f"after kill {kills}"
-            if ended == 0:
-                shutil.rmtree(broken)  # begin again: it was through before it could be killed
-        assert _run(bulk, broken) == 0
+            if ended == 0:  # it was through before it could be killed: begin again, with less time
+                shutil.rmtree(broken)
+                seconds = min(seconds, lasted) if fresh else seconds
+        assert _run(bulk, broken)[0] == 0
         assert _files(broken) == expected
     return {"kills survived": kills, "samples drawn": 2 * bulk.num}
 
 
-def _run(bulk: Bulk, folder: Path, kill_after: float | None = None) -> int:
-    """Exit code of a process that draws the images, forked from one that has imported torch already."""
+def _run(bulk: Bulk, folder: Path, kill_after: float | None = None) -> tuple[int, float]:
+    """Exit code and seconds of a process that draws the images, forked from one that has imported torch already."""
+    start = time.monotonic()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["actvar.bulk"])
     process = context.Process(target=_draw, args=(bulk, folder))
@@ -96,7 +99,7 @@ def _run(bulk: Bulk, folder: Path, kill_after: float | None = None) -> int:
     if process.is_alive():
         process.kill()
         process.join()
-    return process.exitcode
+    return process.exitcode, time.monotonic() - start
 
 
 def _draw(bulk: Bulk, folder: Path) -> None:
