@@ -130,6 +130,11 @@ def write_cache(block: nn.Module, keys: torch.Tensor, values: torch.Tensor) -> N
         attn.cached_v = values.transpose(1, 2) if swap else values
 
 
+def drop_cache(block: nn.Module) -> None:
+    """Empty the block's K/V cache and stop caching."""
+    block.attn.kv_caching(False)
+
+
 def _tokens_first(attn: nn.Module, dtype: torch.dtype) -> bool:
     """Flash-attention and xformers keep `[R, tokens, H, d]`; the public code takes flash only below float32."""
     flash = getattr(attn, "using_flash", False) and dtype != torch.float32

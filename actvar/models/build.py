@@ -12,6 +12,7 @@ from actvar.models.vqvae import OFFICIAL_CHANNEL_MULTIPLIERS, VQVAE
 OFFICIAL_PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
+@torch.inference_mode(False)
 def build_vae_var(
     V: int = 4096,
     Cvae: int = 32,
