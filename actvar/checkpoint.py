@@ -243,7 +243,9 @@ def _is_zip_of_stored_records(file: Path) -> bool:
             return False
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-    if any(record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size for record in records):
+    if any(
+        record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size for record in records
+    ):
         raise ValueError("its records are compressed")
     if sum(record.file_size for record in records) > file.stat().st_size:
         raise ValueError("its records claim more bytes than the file has")

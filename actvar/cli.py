@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 import actvar
 from actvar.adapter import describe_adapter, read_adapter_config
-from actvar.checkpoint import describe_checkpoint
+from actvar.checkpoint import describe_checkpoint, usable_device
 from actvar.compare import Sampling, compare, save_pictures
 from actvar.files import replacing
 from actvar.flops_report import AGREEMENT, MODEL_NAMES, flops_report, save_plot
@@ -28,6 +29,7 @@ from actvar_kernels.backend import BACKENDS
 from actvar_kernels.expert_ffn import cpu_kernel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MOST_LABELS = 1_000_000
 DTYPES |= {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -162,9 +164,9 @@ def _load(options: argparse.Namespace, dtype: torch.dtype):
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: expected a device this torch can use, got {name!r}: {error}") from error
+        return usable_device(name)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
 
 
 def _adapter(options: argparse.Namespace) -> Path | None:
@@ -206,8 +208,10 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _expect_folder(option: str, file: Path | None) -> None:
-    if file is not None and not file.parent.is_dir():
+    if file is not None and (not file.parent.is_dir() or file.is_dir()):
         raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
+    if file is not None and not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{option}: expected a file in a folder that can be written to, got {file}")
 
 
 def _with_rates(config: actvar.ActVARConfig, rates: list[float] | None) -> actvar.ActVARConfig:
@@ -268,9 +272,10 @@ def _labels(text: str) -> tuple[int, ...]:
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise argparse.ArgumentTypeError(f"expected class numbers such as 0-9 or 207,980, got {text!r}")
-        labels.extend(range(int(first), int(last if dash else first) + 1))
-    if not labels:
-        raise argparse.ArgumentTypeError(f"expected at least one class, got {text!r}")
+        numbers = range(int(first), int(last if dash else first) + 1)
+        if not 1 <= len(numbers) <= MOST_LABELS:
+            raise argparse.ArgumentTypeError(f"expected a range of 1 to {MOST_LABELS} classes, got {part!r}")
+        labels.extend(numbers)
     return tuple(labels)
 
 

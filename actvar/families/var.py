@@ -40,6 +40,13 @@ def mismatch(model: nn.Module) -> str | None:
                 part = getattr(part, name, None)
             if part is None:
                 return f"expected blocks[{index}].{path}, which {type(block).__name__} does not have"
+        for name in ("fc1", "fc2"):
+            linear = getattr(block.ffn, name)
+            if not isinstance(linear, nn.Linear) or linear.bias is None:
+                return f"expected blocks[{index}].ffn.{name} as nn.Linear with a bias, got {type(linear).__name__}"
+        sizes, first = tuple(block.ffn.fc1.weight.shape), tuple(model.blocks[0].ffn.fc1.weight.shape)
+        if sizes != first:
+            return f"expected blocks[{index}].ffn of the first block's sizes {first}, got {sizes}"
         if block.ln_wo_grad.eps != NORM_EPS:
             return f"expected blocks[{index}].ln_wo_grad.eps of {NORM_EPS}, got {block.ln_wo_grad.eps}"
     return None

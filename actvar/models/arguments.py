@@ -29,9 +29,7 @@ def expect_integer(name: str, value: object, least: int, most: int | None = None
         raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
-def expect_sampling(
-    g_seed: int | None, cfg: float, top_k: int, top_p: float, vocabulary: int | None = None
-) -> None:
+def expect_sampling(g_seed: int | None, cfg: float, top_k: int, top_p: float, vocabulary: int | None = None) -> None:
     """Check the arguments of `VAR.autoregressive_infer_cfg` but for the labels.
 
     Args:
