@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -16,8 +15,8 @@ from torch import nn
 SEEDS = range(-(2**63), 2**64)
 """What `torch.Generator.manual_seed` takes."""
 
-_threads: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-_threads_lock = threading.Lock()
+_threads: dict[int, int] = {}
+"""The thread that uses a model, by the model's id; `dict.setdefault` is atomic, and no lock can be left locked."""
 
 
 def expect_integer(name: str, value: object, least: int, most: int | None = None) -> None:
@@ -100,19 +99,18 @@ def one_thread(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: another thread is in such a context of this model.
     """
-    me = threading.get_ident()
-    with _threads_lock:
-        outermost = model not in _threads
-        if _threads.setdefault(model, me) != me:
+    key, me = id(model), threading.get_ident()
+    is_nested = _threads.get(key) == me
+    try:
+        if _threads.setdefault(key, me) != me:
             raise RuntimeError(
                 f"this {type(model).__name__} is in use by another thread, and its blocks hold the K/V cache of one "
                 "sample: give each thread a copy (copy.deepcopy), or let them take turns"
             )
-    try:
         yield
     finally:
-        if outermost:
-            _threads.pop(model, None)
+        if not is_nested and _threads.get(key) == me:
+            del _threads[key]
 
 
 def by_one_thread(method: Callable) -> Callable:
