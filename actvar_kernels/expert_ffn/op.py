@@ -13,7 +13,7 @@ from actvar_kernels.backend import (
     kernel_backends,
     needs_operator,
 )
-from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape
+from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape, expect_tensor
 from actvar_kernels.expert_ffn import cpu_kernel, reference
 from actvar_kernels.expert_ffn.route import route
 from actvar_kernels.gradients import register_reference_gradient
@@ -46,6 +46,7 @@ def route_experts(
         ValueError: shapes or devices that do not fit, or `active` out of range.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
+    expect_tensor("u", u)
     expect_shape("weight", weight, (None, u.shape[-1]))
     expect_shape("bias", bias, (weight.shape[0],))
     expect_count("active", active, weight.shape[0])
@@ -166,6 +167,7 @@ def _by_parts(
 
 
 def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
+    expect_tensor("u", u)
     expect_shape("fc1_weight", fc1_weight, (None, None))
     D, C = fc1_weight.shape
     expect_shape("u", u, (*u.shape[:-1], C))
@@ -174,7 +176,7 @@ def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> 
     expect_shape("fc2_bias", fc2_bias, (C,))
     expect_shape("mask", mask, (*u.shape[:-1], None))
     if D % mask.shape[-1]:
-        raise ValueError(f"mask: the number of experts must divide the hidden size {D}, got {mask.shape[-1]} experts")
+        raise ValueError(f"mask: expected a number of experts that divides the hidden size {D}, got {mask.shape[-1]}")
     expect_count("active", active, mask.shape[-1])
     expect_one_device(u, mask, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
 
