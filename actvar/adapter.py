@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "actvar-adapter"
 VERSION = "1"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class AdapterError(ValueError):
@@ -34,14 +35,21 @@ def save_adapter(var: nn.Module, path: str | Path) -> None:
     `[N]` in their own dtype; metadata: format, version, the model's sizes, the configuration.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or its selectors and routers have values that are not finite.
+        OSError: the file cannot be written; an older one is as it was.
     """
     var = unwrapped(var)
     config = shared_state(var).config
+    for name, parameter in gate_parameters(var).items():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name}: expected finite values, got some that are not; nothing was written to {path}")
     metadata = {"format": FORMAT, "version": VERSION, "model": json.dumps(_sizes(var)), "config": config.to_json()}
     tensors = {name: parameter.detach().contiguous() for name, parameter in gate_parameters(var).items()}
-    with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata)
+    try:
+        with replacing(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 @torch.no_grad()
@@ -72,16 +80,24 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
         differing = sorted(tensors.keys() ^ parameters.keys())
         raise AdapterError(f"{path}: expected the tensors of {len(model.blocks)} blocks, differing: {differing[:4]}")
     for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            raise AdapterError(
-                f"{path}: {name}: expected shape {list(parameter.shape)}, got {list(tensors[name].shape)}"
-            )
-        if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
-            raise AdapterError(f"{path}: {name}: expected finite floating-point values")
+        tensor = tensors[name]
+        if tensor.shape != parameter.shape:
+            raise AdapterError(f"{path}: {name}: expected shape {list(parameter.shape)}, got {list(tensor.shape)}")
+        if tensor.dtype not in DTYPES:
+            raise AdapterError(f"{path}: {name}: expected floating-point values of {DTYPES}, got {tensor.dtype}")
+        tensors[name] = tensor.to(parameter.dtype)
+        if not tensors[name].isfinite().all():
+            raise AdapterError(f"{path}: {name}: expected finite values in {parameter.dtype}")
     if replace(trained, expert_schedule=config.expert_schedule, sampler=config.sampler) != config:
         logger.warning("%s was trained with %s and is used with %s", path, trained, config)
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+    before = {name: parameter.clone() for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+    except BaseException:
+        for name, parameter in parameters.items():
+            parameter.copy_(before[name])
+        raise
     return var
 
 
@@ -133,13 +149,24 @@ def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # of any kind, since the header is untrusted
         raise AdapterError(f"{path}: expected a safetensors file: {error}") from error
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         found = f"format {metadata.get('format')!r} version {metadata.get('version')!r}"
         raise AdapterError(f"{path}: expected an ActVAR adapter ({FORMAT!r} version {VERSION!r}), got {found}")
     try:
-        parsed = {"model": json.loads(metadata["model"]), "config": ActVARConfig.from_json(metadata["config"])}
-    except (KeyError, ValueError, TypeError) as error:
+        parsed = {"model": _sizes_from(metadata["model"]), "config": ActVARConfig.from_json(metadata["config"])}
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path}: its metadata is damaged: {error}") from error
     return parsed, tensors
+
+
+def _sizes_from(text: str) -> dict[str, object]:
+    """The model's sizes as `_sizes` gives them, from JSON."""
+    sizes = json.loads(text)
+    if not isinstance(sizes, dict) or sorted(sizes) != ["depth", "hidden", "patch_nums", "width"]:
+        raise ValueError(f"expected the sizes of a model, got {text[:200]!r}")
+    sides = sizes["patch_nums"] if isinstance(sizes["patch_nums"], list) else [None]
+    if not all(type(number) is int for number in (sizes["depth"], sizes["width"], sizes["hidden"], *sides)):
+        raise ValueError(f"expected sizes that are integers, got {text[:200]!r}")
+    return sizes

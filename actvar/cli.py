@@ -16,7 +16,7 @@ import torch
 import actvar
 from actvar.adapter import describe_adapter, read_adapter_config
 from actvar.bulk import Bulk, sample_many, write_npz
-from actvar.checkpoint import describe_checkpoint
+from actvar.checkpoint import describe_checkpoint, usable_device
 from actvar.compare import Sampling, compare, save_pictures
 from actvar.files import replacing
 from actvar.flops_report import AGREEMENT, MODEL_NAMES, flops_report, save_plot
@@ -30,6 +30,7 @@ from actvar_kernels.backend import BACKENDS
 from actvar_kernels.expert_ffn import cpu_kernel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MOST_LABELS = 1_000_000
 DTYPES |= {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -206,9 +207,9 @@ def _load(options: argparse.Namespace, dtype: torch.dtype):
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: expected a device this torch can use, got {name!r}: {error}") from error
+        return usable_device(name)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
 
 
 def _adapter(options: argparse.Namespace) -> Path | None:
@@ -250,8 +251,10 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _expect_folder(option: str, file: Path | None) -> None:
-    if file is not None and not file.parent.is_dir():
+    if file is not None and (not file.parent.is_dir() or file.is_dir()):
         raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
+    if file is not None and not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{option}: expected a file in a folder that can be written to, got {file}")
 
 
 def _with_rates(config: actvar.ActVARConfig, rates: list[float] | None) -> actvar.ActVARConfig:
@@ -312,9 +315,10 @@ def _labels(text: str) -> tuple[int, ...]:
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise argparse.ArgumentTypeError(f"expected class numbers such as 0-9 or 207,980, got {text!r}")
-        labels.extend(range(int(first), int(last if dash else first) + 1))
-    if not labels:
-        raise argparse.ArgumentTypeError(f"expected at least one class, got {text!r}")
+        numbers = range(int(first), int(last if dash else first) + 1)
+        if not 1 <= len(numbers) <= MOST_LABELS:
+            raise argparse.ArgumentTypeError(f"expected a range of 1 to {MOST_LABELS} classes, got {part!r}")
+        labels.extend(numbers)
     return tuple(labels)
 
 

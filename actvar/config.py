@@ -11,6 +11,7 @@ from actvar_kernels.expert_ffn.op import SCHEDULES
 
 KV_MODES = ("compact", "all")
 SAMPLERS = ("torch", "fast")
+MOST_EXPERTS = 2**20
 
 
 def share_of(rate: float, count: int) -> int:
@@ -61,11 +62,14 @@ class ActVARConfig:
             rates = getattr(self, name)
             if isinstance(rates, tuple) and len(rates) != len(self.scales):
                 raise ValueError(f"{name}: expected one rate per scale in {self.scales}, got {rates}")
-        if _integer("num_experts", self.num_experts) < 1:
-            raise ValueError(f"num_experts: expected at least 1, got {self.num_experts}")
+        if not 1 <= _integer("num_experts", self.num_experts) <= MOST_EXPERTS:
+            raise ValueError(f"num_experts: expected between 1 and {MOST_EXPERTS}, got {self.num_experts}")
         for name, choices in (("kv", KV_MODES), ("expert_schedule", SCHEDULES), ("sampler", SAMPLERS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name}: expected one of {choices}, got {value!r}")
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
         for name in ("share_cfg_selection", "always_sparse"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
@@ -83,9 +87,12 @@ class ActVARConfig:
         """The inverse of `to_json`.
 
         Raises:
-            ValueError: not a JSON object, or one with unknown fields.
+            TypeError, ValueError: not a JSON object, one with unknown fields, or a field that is wrong.
         """
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("expected a JSON object, got one that is nested too deeply") from error
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not values.keys() <= known:
             raise ValueError(f"expected a JSON object with fields among {sorted(known)}, got {text[:200]!r}")

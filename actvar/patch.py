@@ -16,6 +16,8 @@ from actvar.block import ActVARBlock
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.gates import Gates
+from actvar.models.arguments import checked_labels, one_thread
+from actvar.per_sample import forget
 from actvar.recording import Shared, guided_rows, writing_in_place
 from actvar.schedule import build_schedule
 from actvar_kernels import sample_tokens
@@ -28,11 +30,22 @@ DENSE = ActVARConfig(token_rates=(1, 1), ffn_rate=1)
 class ActVARModel(nn.Module):
     """Mixed into the class of a patched model, in front of it."""
 
-    def autoregressive_infer_cfg(self, *args, **kwargs):
-        # a sampling loop of another make may still need a block's input when the block has run
-        in_place = writing_in_place(self) if family_of(self).loop_is_ours(self) else nullcontext()
-        with guided_rows(self), in_place:
-            return super().autoregressive_infer_cfg(*args, **kwargs)
+    def autoregressive_infer_cfg(self, B, label_B, *args, **kwargs):
+        """As the model's own, with labels as `actvar.models.VAR.autoregressive_infer_cfg` takes them and its errors for
+        them. When it ends, also by an exception, the K/V caches are empty."""
+        family = family_of(self)
+        in_place = nullcontext()
+        if family.loop_is_ours(self):
+            in_place = writing_in_place(self)
+        else:  # a sampling loop of another make may still need a block's input when the block has run
+            label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
+        with one_thread(self), guided_rows(self), in_place:
+            try:
+                return super().autoregressive_infer_cfg(B, label_B, *args, **kwargs)
+            finally:
+                for block in _blocks(self):
+                    family.drop_cache(block)
+                    forget(block)
 
     def get_logits(self, x, cond_BD):
         """As the model's own, where kernels run by them."""
@@ -93,6 +106,9 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module
         TypeError: a model of an unsupported kind.
         ValueError: a configuration that does not fit the model, or a block whose `forward` was replaced on the
             instance, which the patch could not reach. The model is unchanged in every case.
+        RuntimeError: another thread is sampling from the model.
+
+    An interruption (Ctrl-C) on the way leaves the model unpatched.
     """
     config = ActVARConfig() if config is None else config
     patch_silently(var, config)
@@ -142,30 +158,41 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
         Gates(width, config.num_experts, index, shared, block.ffn.fc1.weight.device)
         for index, block in enumerate(_blocks(model))
     ]
-    remove_patch(model)
-    _install(model, shared, gates)
+    with one_thread(model):
+        _install(model, shared, gates)
 
 
 def _install(model: nn.Module, shared: Shared, gates: list[Gates]) -> None:
-    for block, of_block in zip(_blocks(model), gates, strict=True):
-        block.actvar = of_block.train(block.training)
-        block.__class__ = _patched_class(type(block), ActVARBlock)
-    model.actvar = shared
-    model.__class__ = _patched_class(type(model), ActVARModel)
+    """Put a patch in the place of any other."""
+    try:
+        remove_patch(model)
+        for block, of_block in zip(_blocks(model), gates, strict=True):
+            block.actvar = of_block.train(block.training)
+            block.__class__ = _patched_class(type(block), ActVARBlock)
+        model.actvar = shared
+        model.__class__ = _patched_class(type(model), ActVARModel)
+    except BaseException:
+        remove_patch(model)
+        raise
 
 
 def remove_patch(var: nn.Module) -> nn.Module:
     """Undo `apply_patch`, bit for bit; returns `var`. An unpatched VAR is left as it is.
 
+    Also takes off what an interrupted `apply_patch` or `remove_patch` left behind.
+
     Raises:
         TypeError: a model of an unsupported kind.
+        RuntimeError: another thread is sampling from the model.
     """
     model = unwrapped(var)
     family_of(model)
-    for module in (model, *_blocks(model)):
-        if isinstance(module, _PatchedInstance):
-            module.__class__ = type(module).original_class
-            del module.actvar
+    with one_thread(model):
+        for module in (model, *_blocks(model)):
+            if isinstance(module, _PatchedInstance):
+                module.__class__ = type(module).original_class
+            if "actvar" in module.__dict__ or "actvar" in module._modules:
+                del module.actvar
     return var
 
 
@@ -196,8 +223,9 @@ def patched_silently(var: nn.Module, config: ActVARConfig, adapter: str | Path |
             load_adapter(model, adapter)
         yield var
     finally:
-        remove_patch(model)
-        if before is not None:
+        if before is None:
+            remove_patch(model)
+        else:
             _install(model, before, gates)
 
 

@@ -7,6 +7,7 @@ ends with the same weights as an unbroken one, unless the loss keeps a state of 
 from __future__ import annotations
 
 import csv
+import glob
 import logging
 import math
 import socket
@@ -136,7 +137,16 @@ def fit(
         loss_of: maps (model, example indices) to named scalar losses; `"loss"` is minimised, all are logged.
         num_examples: size of the data set that indices point into.
         after_step: called with the step number after each optimizer step.
+
+    Raises:
+        ValueError: a batch that is larger than the data set or cannot be split evenly over the processes, or a
+            checkpoint that is damaged or of another model; the model is unchanged.
     """
+    if not 1 <= plan.batch <= num_examples or plan.batch % world_size():
+        raise ValueError(
+            f"batch: expected from 1 to the {num_examples} examples, a multiple of the {world_size()} processes, "
+            f"got {plan.batch}"
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizers = _optimizers(model, plan)
     start = _resume(model, optimizers, plan)
@@ -198,32 +208,60 @@ def load_trained(model: nn.Module, plan: Plan) -> dict:
     """Copy the tensors of the plan's checkpoint into `model`; returns the whole checkpoint.
 
     Raises:
-        KeyError: the checkpoint lacks a tensor that `model` trains.
+        ValueError: the file is damaged, or of another model; `model` is unchanged.
     """
-    state = torch.load(plan.checkpoint, weights_only=True)
-    for name, tensor in trained_tensors(model).items():
+    state, tensors = _read_checkpoint(plan.checkpoint), trained_tensors(model)
+    for name, tensor in tensors.items():
+        found = state["model"].get(name)
+        if not isinstance(found, torch.Tensor) or found.shape != tensor.shape:
+            got = list(found.shape) if isinstance(found, torch.Tensor) else "none"
+            raise ValueError(f"{plan.checkpoint}: {name}: expected a tensor of shape {list(tensor.shape)}, got {got}")
+    for name, tensor in tensors.items():
         tensor.copy_(state["model"][name])
+    return state
+
+
+def _read_checkpoint(path: Path) -> dict:
+    try:
+        state = torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: expected a training checkpoint, it cannot be read: {error}") from error
+    kinds = {"step": int, "model": dict, "optimizers": list}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(f"{path}: expected a training checkpoint with {', '.join(kinds)}, found something else")
     return state
 
 
 def _resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], plan: Plan) -> int:
     """Load the checkpoint if there is one; the step to go on from."""
+    if rank() == 0:
+        for left_behind in plan.folder.glob(f".{glob.escape(plan.name)}.*"):  # by a process that was killed
+            left_behind.unlink(missing_ok=True)
     if not plan.checkpoint.exists():
-        plan.log.unlink(missing_ok=True)
+        if rank() == 0:
+            plan.log.unlink(missing_ok=True)
         return 0
     state = load_trained(model, plan)
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     if rank() == 0 and plan.log.exists():
-        header, *rows = plan.log.read_text().splitlines()
-        kept = [row for row in rows if int(row.split(",")[0]) <= state["step"]]
-        plan.log.write_text("\n".join([header, *kept]) + "\n")
+        _shorten(plan.log, state["step"])
     logger.info("%s: resuming at step %d of %d", plan.name, state["step"], plan.steps)
     return state["step"]
 
 
+def _shorten(log: Path, step: int) -> None:
+    """Keep the header and the rows up to `step`; a row without its line end was being written when the process died."""
+    with log.open(newline="") as file:
+        header, *rows = [line for line in file if line.endswith("\n")] or [""]
+    with replacing(log) as temporary, temporary.open("w", newline="") as file:
+        file.writelines([header, *(row for row in rows if int(row.split(",")[0]) <= step)])
+
+
 def _log(path: Path, step: int, values: dict[str, float]) -> None:
-    new = not path.exists()
+    new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if new:

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import faults
+import fuzz
 from tqdm import tqdm
 
 from soak.drawing import run_bulk_kills, run_samples
@@ -39,23 +41,15 @@ class Part:
 PARTS = [
     Part("samples", lambda seed: run_samples(1000, seed), watches_memory=True),
     Part("killed bulk sampling", lambda seed: run_bulk_kills(3, seed)),
+    Part("damaged files", lambda seed: fuzz.run_fuzz(2000, seed)),
+    Part("faults in sampling", lambda seed: faults.run_sampling_faults(5, seed)),
+    Part("faults in patching", lambda seed: faults.run_patching_faults(5, seed)),
+    Part("faults in loading", lambda seed: faults.run_adapter_faults(5, seed)),
+    Part("full disk", lambda _: faults.run_full_disk()),
+    Part("killed training", lambda seed: faults.run_kills(5, seed)),
+    Part("threads", lambda seed: faults.run_threads(5, seed)),
+    Part("patching", lambda _: faults.run_patching(100), watches_memory=True),
 ]
-try:
-    import faults
-    import fuzz
-except ImportError:
-    pass
-else:
-    PARTS += [
-        Part("damaged files", lambda seed: fuzz.run_fuzz(2000, seed)),
-        Part("faults in sampling", lambda seed: faults.run_sampling_faults(5, seed)),
-        Part("faults in patching", lambda seed: faults.run_patching_faults(5, seed)),
-        Part("faults in loading", lambda seed: faults.run_adapter_faults(5, seed)),
-        Part("full disk", lambda _: faults.run_full_disk()),
-        Part("killed training", lambda seed: faults.run_kills(5, seed)),
-        Part("threads", lambda seed: faults.run_threads(5, seed)),
-        Part("patching", lambda _: faults.run_patching(100), watches_memory=True),
-    ]
 
 
 def soak(parts: Sequence[Part], seconds: float, seed: int = 0) -> bool:
