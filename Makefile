@@ -8,7 +8,8 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile-check gpu triton-matrix lint format clean
+SOAK_SECONDS ?= 600
+.PHONY: help demo test soak compile-check gpu triton-matrix lint format clean
 # Releases of Triton that the kernels are tested with; "triton" alone is the newest. The interpreter of 3.6 needs NumPy
 # before 2.4.
 TRITONS := triton==3.6.0 triton==3.8.0 triton
@@ -23,6 +24,9 @@ demo: $(INSTALLED) ## Draw Fashion-MNIST pictures with the dense and the acceler
 test: $(INSTALLED) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --benchmark-disable --ignore tests/interpreter
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --benchmark-disable tests/interpreter || [ $$? -eq 5 ] # 5: no Triton here, so no test
+
+soak: $(INSTALLED) ## Damaged files, faults, kills and long runs for SOAK_SECONDS (600); one line of counts
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m soak --seconds $(SOAK_SECONDS)
 
 compile-check: $(INSTALLED) ## Compile every kernel for every GPU architecture, without a GPU, and check the machine code
 	$(BIN)/python -m actvar_kernels.compile_check

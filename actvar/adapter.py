@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "actvar-adapter"
 VERSION = "1"
 WEIGHTS = "weights."
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class AdapterError(ValueError):
@@ -43,10 +44,14 @@ def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object
         training: how the adapter was made, JSON-compatible; for `describe_adapter`.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or its selectors and routers have values that are not finite.
+        OSError: the file cannot be written; an older one is as it was.
     """
     var = unwrapped(var)
     config = shared_state(var).config
+    for name, parameter in gate_parameters(var).items():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name}: expected finite values, got some that are not; nothing was written to {path}")
     metadata = {"format": FORMAT, "version": VERSION, "model": json.dumps(_sizes(var)), "config": config.to_json()}
     metadata["training"] = json.dumps(dict(training or {}))
     parameters = gate_parameters(var) | {WEIGHTS + name: weight for name, weight in tuned_parameters(var).items()}
@@ -54,8 +59,11 @@ def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object
     for index, block in enumerate(var.blocks):
         if block.actvar.order is not None:
             tensors[f"blocks.{index}.order"] = block.actvar.order.int().contiguous()
-    with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata)
+    try:
+        with replacing(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 @torch.no_grad()
@@ -96,31 +104,39 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
     if unknown:
         raise AdapterError(f"{path}: expected gates and weights of attention, FFN and head, got also: {unknown[:4]}")
     for name, gate in gates.items():
-        _check(path, name, tensors[name], gate)
+        tensors[name] = _checked(path, name, tensors[name], gate)
     weights = {}
     for stored in tensors.keys() & changeable.keys():
         own = model.get_parameter(changeable[stored])
-        _check(path, stored, tensors[stored], own)
-        weight = tensors[stored].to(own.device, own.dtype)
-        if weight.dtype != tensors[stored].dtype and not weight.isfinite().all():
-            raise AdapterError(f"{path}: {stored}: expected values that are finite in {own.dtype}")
+        weight = _checked(path, stored, tensors[stored], own).to(own.device)
         weights[changeable[stored]] = nn.Parameter(weight, requires_grad=False)
     if replace(trained, **{name: getattr(config, name) for name in EXECUTION_FIELDS}) != config:
         logger.warning("%s was trained with %s and is used with %s", path, trained, config)
-    for name, gate in gates.items():
-        gate.copy_(tensors[name])
-    restore_parameters(model)
-    for block, order in zip(model.blocks, orders, strict=True):
-        set_order(unwrapped(block), order)
-    replace_parameters(model, weights)
+    before = {name: gate.clone() for name, gate in gates.items()}
+    try:
+        for name, gate in gates.items():
+            gate.copy_(tensors[name])
+        restore_parameters(model)
+        for block, order in zip(model.blocks, orders, strict=True):
+            set_order(unwrapped(block), order)
+        replace_parameters(model, weights)
+    except BaseException:
+        for name, gate in gates.items():
+            gate.copy_(before[name])
+        raise
     return var
 
 
-def _check(path: str | Path, name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+def _checked(path: str | Path, name: str, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """`found` in the dtype of `expected`."""
     if found.shape != expected.shape:
         raise AdapterError(f"{path}: {name}: expected shape {list(expected.shape)}, got {list(found.shape)}")
-    if not found.is_floating_point() or not found.isfinite().all():
-        raise AdapterError(f"{path}: {name}: expected finite floating-point values")
+    if found.dtype not in DTYPES:
+        raise AdapterError(f"{path}: {name}: expected floating-point values of {DTYPES}, got {found.dtype}")
+    converted = found.to(expected.dtype)
+    if not converted.isfinite().all():
+        raise AdapterError(f"{path}: {name}: expected finite values in {expected.dtype}")
+    return converted
 
 
 def _check_orders(path: str | Path, model: nn.Module, orders: list[torch.Tensor | None]) -> None:
@@ -193,17 +209,28 @@ def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # of any kind, since the header is untrusted
         raise AdapterError(f"{path}: expected a safetensors file: {error}") from error
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         found = f"format {metadata.get('format')!r} version {metadata.get('version')!r}"
         raise AdapterError(f"{path}: expected an ActVAR adapter ({FORMAT!r} version {VERSION!r}), got {found}")
     try:
         parsed = {
-            "model": json.loads(metadata["model"]),
+            "model": _sizes_from(metadata["model"]),
             "config": ActVARConfig.from_json(metadata["config"]),
             "training": json.loads(metadata.get("training", "{}")),
         }
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path}: its metadata is damaged: {error}") from error
     return parsed, tensors
+
+
+def _sizes_from(text: str) -> dict[str, object]:
+    """The model's sizes as `_sizes` gives them, from JSON."""
+    sizes = json.loads(text)
+    if not isinstance(sizes, dict) or sorted(sizes) != ["depth", "hidden", "patch_nums", "width"]:
+        raise ValueError(f"expected the sizes of a model, got {text[:200]!r}")
+    sides = sizes["patch_nums"] if isinstance(sizes["patch_nums"], list) else [None]
+    if not all(type(number) is int for number in (sizes["depth"], sizes["width"], sizes["hidden"], *sides)):
+        raise ValueError(f"expected sizes that are integers, got {text[:200]!r}")
+    return sizes

@@ -41,6 +41,7 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names the file, what was expected and what was found."""
 
 
+@torch.inference_mode(False)  # weights of an inference tensor's kind could not be trained, nor checked for changes
 def load_var(
     var_checkpoint: PathLike,
     vae_checkpoint: PathLike,
@@ -68,10 +69,12 @@ def load_var(
             that are not finite in `dtype`; or two files that do not belong together.
         FileNotFoundError: no such file, here or on the hub.
         ImportError: a hub id without `huggingface_hub` installed.
+        ValueError: a `device` that this torch cannot use.
         TypeError: a `dtype` that is not a floating one of 16 to 64 bits.
     """
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    device = usable_device(device)
     var_tensors = _read_kind(var_checkpoint, sizes_of.VAR_KIND)
     vae_tensors = _read_kind(vae_checkpoint, sizes_of.AUTOENCODER_KIND)
     var_sizes = _sizes(var_checkpoint, var_tensors)
@@ -87,6 +90,21 @@ def load_var(
     _assign(var_checkpoint, var, var_tensors, device, dtype)
     logger.info("loaded %s (%s) and %s (%s)", var_checkpoint, var_sizes, vae_checkpoint, vae_sizes)
     return vae, var
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: this torch cannot put tensors with values there.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: expected one that this torch can use, got {device!r}: {error}") from error
+    if found.type == "meta":
+        raise ValueError("device: expected one with memory, got 'meta'")
+    return found
 
 
 def describe_checkpoint(path: PathLike) -> dict[str, object]:
@@ -150,6 +168,9 @@ def read_tensors(path: PathLike) -> dict[str, Tensor]:
         _fail(path, f"a file name that ends in {', '.join(PICKLE_SUFFIXES)} or .safetensors", repr(file.suffix))
     for name, tensor in tensors.items():
         _check_plain(path, name, tensor)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if total > file.stat().st_size:
+        _fail(path, f"{total} bytes for its tensors together", f"{file.stat().st_size} bytes")
     return tensors
 
 
@@ -193,7 +214,8 @@ def _read_safetensors(path: PathLike, file: Path) -> dict[str, Tensor]:
 def _read_pickle(path: PathLike, file: Path) -> dict[str, Tensor]:
     expected = "a complete file from `torch.save(module.state_dict())`, without Python objects other than tensors"
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        is_zip = _is_zip_of_stored_records(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
         _fail(path, expected, _start_of(file), error)
     if not isinstance(state, Mapping):
@@ -206,6 +228,28 @@ def _read_pickle(path: PathLike, file: Path) -> dict[str, Tensor]:
                 f"{name!r} with a value of type {type(value).__name__}",
             )
     return {name: value.detach() for name, value in state.items()}
+
+
+def _is_zip_of_stored_records(file: Path) -> bool:
+    """Whether it is a zip file, as `torch.save` has written them since 1.6, with every record stored as it is: a
+    compressed one could unfold to any size.
+
+    Raises:
+        ValueError: a zip file with other records, or with more than it has room for.
+        zipfile.BadZipFile: one that is damaged.
+    """
+    with file.open("rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":
+            return False
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+    if any(
+        record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size for record in records
+    ):
+        raise ValueError("its records are compressed")
+    if sum(record.file_size for record in records) > file.stat().st_size:
+        raise ValueError("its records claim more bytes than the file has")
+    return True
 
 
 def _check_plain(path: PathLike, name: str, tensor: Tensor) -> None:

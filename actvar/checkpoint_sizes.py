@@ -67,11 +67,14 @@ def var_sizes(tensors: Mapping[str, Tensor]) -> VarSizes:
     heads = _shape(tensors, scale_mul, 4)[1] if attn_l2_norm else width // HEAD_DIM
     if heads * HEAD_DIM != width:
         raise ValueError(f"expected heads of size {HEAD_DIM}, found {heads} heads for width {width}")
+    classes = _shape(tensors, "class_emb.weight", 2)[0] - 1
+    if classes < 1:
+        raise ValueError("expected `class_emb.weight` of one class or more and the unconditional one, found one row")
     return VarSizes(
         depth=_count(tensors, "blocks."),
         width=width,
         heads=heads,
-        num_classes=_shape(tensors, "class_emb.weight", 2)[0] - 1,
+        num_classes=classes,
         V=_shape(tensors, "head.weight", 2)[0],
         Cvae=Cvae,
         patch_nums=_patch_nums(tensors),
@@ -154,7 +157,7 @@ def autoencoder_skeleton(sizes: AutoencoderSizes) -> VQVAE:
         num_classes=1,
         V=sizes.V,
         Cvae=sizes.Cvae,
-        patch_nums=tuple(range(1, max(sizes.scales, 2) + 1)),
+        patch_nums=tuple(range(1, (max(sizes.scales, 2) if sizes.share_quant_resi == 0 else 2) + 1)),
         shared_aln=False,
         attn_l2_norm=False,
     )

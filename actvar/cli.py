@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -15,8 +16,9 @@ import torch
 
 import actvar
 from actvar.adapter import describe_adapter, read_adapter_config
+from actvar.bulk import Bulk, sample_many, write_npz
 from actvar.calibrate import calibrate
-from actvar.checkpoint import describe_checkpoint
+from actvar.checkpoint import describe_checkpoint, usable_device
 from actvar.compare import Sampling, compare, save_pictures
 from actvar.distill.data import source_of
 from actvar.distill.run import Distillation, distill
@@ -33,6 +35,7 @@ from actvar_kernels.backend import BACKENDS
 from actvar_kernels.expert_ffn import cpu_kernel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MOST_LABELS = 1_000_000
 DTYPES |= {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -64,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_source(sample)
     sample.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
     what = sample.add_argument_group("images")
-    what.add_argument("--labels", "--classes", type=_labels, required=True, help="e.g. 0-9 or 207,980")
-    what.add_argument("--per-class", type=_positive, default=1, help="images per class (default 1)")
+    what.add_argument("--labels", "--classes", type=_labels, help="e.g. 0-9 or 207,980 (default for --num: all)")
+    what.add_argument("--per-class", type=_positive, help="images per class (default 1)")
     what.add_argument("--cfg", type=float, default=1.5, help="guidance strength (default 1.5)")
     what.add_argument("--top-k", type=int, default=0)
     what.add_argument("--top-p", type=float, default=0.0)
@@ -73,7 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--dense", action="store_true", help="sample without ActVAR")
     sample.add_argument("--compare", action="store_true", help="dense and ActVAR with the same seed, side by side")
     sample.add_argument("--repeats", type=_positive, default=5, help="timed runs of each (default 5)")
-    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
+    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files, or the shards")
+    many = sample.add_argument_group("many images; by 2 processes: torchrun --nproc-per-node 2 -m -- actvar sample ...")
+    many.add_argument("--num", type=_positive, help="so many images of all classes together, as shards; resumes")
+    many.add_argument("--batch", type=_positive, help="images per batch and shard (default 50)")
+    many.add_argument("--npz", type=Path, help="file to write all of them to, shuffled, for OpenAI's evaluator")
     sample.set_defaults(run=_sample)
 
     train = commands.add_parser("distill", help="train an adapter; run the same command again to go on with it")
@@ -164,38 +171,76 @@ def _check_source(options: argparse.Namespace) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     _check_source(options)
-    if options.dense and options.compare:
-        raise ValueError("--dense samples without ActVAR; leave it out for --compare")
-    labels = tuple(label for label in options.labels for _ in range(options.per_class))
-    sampling = Sampling(labels, options.cfg, options.top_k, options.top_p, options.seed)
+    _check_images(options)
+    sampling = Sampling(options.labels or (), options.cfg, options.top_k, options.top_p, options.seed)
     _, var = _load(options, DTYPES[options.dtype])
     if options.top_k > var.V:
         raise ValueError(f"--top-k: the model has {var.V} tokens to choose from, got {options.top_k}")
-    bad = [label for label in options.labels if label >= var.num_classes]
+    bad = [label for label in sampling.labels if label >= var.num_classes]
     if bad:
         raise ValueError(f"--labels: the model has classes 0-{var.num_classes - 1}, got {bad[0]}")
     adapter = _adapter(options)
     config = actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter)
     if adapter is None and not options.dense:
         warn_untrained(config)
+    if options.num:
+        with contextlib.nullcontext() if options.dense else patched_silently(var, config, adapter):
+            _sample_many(var, sampling, options)
+        return
+    per_class = options.per_class or 1
+    labels = tuple(label for label in sampling.labels for _ in range(per_class))
+    sampling = replace(sampling, labels=labels)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.compare:
         result = compare(var, config, adapter, sampling, options.repeats)
         names = CLASSES if options.model else None
         titles = [names[label] if names else f"class {label}" for label in labels]
-        written = save_pictures(var, config, adapter, sampling, options.out, options.per_class, titles)
+        written = save_pictures(var, config, adapter, sampling, options.out, per_class, titles)
         print(f"{len(labels)} images, cfg {options.cfg}, {options.dtype}, {torch.get_num_threads()} threads,", end=" ")
         print(f"median of {options.repeats}; {_describe(config)}")
         print(result.table())
     elif options.dense:
-        written = [save_grid(sampling.run(var), options.out / "dense.png", options.per_class)]
+        written = [save_grid(sampling.run(var), options.out / "dense.png", per_class)]
     else:
         with patched_silently(var, config, adapter):
-            written = [save_grid(sampling.run(var), options.out / "actvar.png", options.per_class)]
+            written = [save_grid(sampling.run(var), options.out / "actvar.png", per_class)]
     print("wrote " + ", ".join(str(path) for path in written))
 
 
+def _check_images(options: argparse.Namespace) -> None:
+    """Options of a few images and of many do not mix."""
+    if options.dense and options.compare:
+        raise ValueError("--dense samples without ActVAR; leave it out for --compare")
+    if options.num:
+        if options.compare or options.per_class:
+            raise ValueError("--num draws shards; leave out --compare and --per-class")
+        _expect_folder("--npz", options.npz)
+    elif options.batch or options.npz:
+        raise ValueError("--batch and --npz belong to --num, which draws many images")
+    elif options.labels is None:
+        raise ValueError("--labels: say which classes to draw, e.g. 0-9, or how many images of all of them with --num")
+
+
+def _sample_many(var: torch.nn.Module, sampling: Sampling, options: argparse.Namespace) -> None:
+    rank, processes = _of_process("RANK", 0), _of_process("WORLD_SIZE", 1)
+    sampling = replace(sampling, labels=sampling.labels or tuple(range(var.num_classes)))
+    bulk = Bulk(sampling, options.num, options.batch or 50)
+    sample_many(var, bulk, options.out, rank, processes)
+    if rank == 0:
+        print(f"{options.num} images in {options.out}")
+        if options.npz:
+            write_npz(options.out, bulk, options.npz)
+            print(f"wrote {options.npz}")
+
+
+def _of_process(variable: str, default: int) -> int:
+    """What torchrun tells its processes."""
+    return int(os.environ.get(variable, default))
+
+
 def _load(options: argparse.Namespace, dtype: torch.dtype):
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_of_process("LOCAL_RANK", 0) % torch.cuda.device_count())
     placement = dict(device=_device(options.device), dtype=dtype)
     if options.model:
         return actvar.load_pretrained(options.model, **placement)
@@ -204,9 +249,9 @@ def _load(options: argparse.Namespace, dtype: torch.dtype):
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: expected a device this torch can use, got {name!r}: {error}") from error
+        return usable_device(name)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
 
 
 def _adapter(options: argparse.Namespace) -> Path | None:
@@ -297,8 +342,10 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _expect_folder(option: str, file: Path | None) -> None:
-    if file is not None and not file.parent.is_dir():
+    if file is not None and (not file.parent.is_dir() or file.is_dir()):
         raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
+    if file is not None and not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{option}: expected a file in a folder that can be written to, got {file}")
 
 
 def _with_rates(
@@ -361,9 +408,10 @@ def _labels(text: str) -> tuple[int, ...]:
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise argparse.ArgumentTypeError(f"expected class numbers such as 0-9 or 207,980, got {text!r}")
-        labels.extend(range(int(first), int(last if dash else first) + 1))
-    if not labels:
-        raise argparse.ArgumentTypeError(f"expected at least one class, got {text!r}")
+        numbers = range(int(first), int(last if dash else first) + 1)
+        if not 1 <= len(numbers) <= MOST_LABELS:
+            raise argparse.ArgumentTypeError(f"expected a range of 1 to {MOST_LABELS} classes, got {part!r}")
+        labels.extend(numbers)
     return tuple(labels)
 
 

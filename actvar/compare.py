@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +12,7 @@ from torch import nn
 
 from actvar.config import ActVARConfig
 from actvar.flops import counted_flops, model_flops, total_flops
+from actvar.models.arguments import expect_sampling
 from actvar.patch import DENSE, patched_silently, unpatched
 from actvar.pictures import save_grid, save_token_overlay
 from actvar.recording import record, shared_state
@@ -22,25 +22,20 @@ from actvar.timing import block_seconds, interleaved_medians, seconds_of
 
 @dataclass(frozen=True)
 class Sampling:
-    """What to sample: arguments of `autoregressive_infer_cfg`.
+    """What to sample: arguments of `autoregressive_infer_cfg`; `seed` may be one per image.
 
     Raises:
-        ValueError: a cfg that is not finite, a negative top_k, a top_p outside [0, 1].
+        TypeError, ValueError: as `expect_sampling`.
     """
 
     labels: tuple[int, ...]
     cfg: float = 1.5
     top_k: int = 0
     top_p: float = 0.0
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
 
     def __post_init__(self):
-        if not math.isfinite(self.cfg):
-            raise ValueError(f"cfg: expected a finite number, got {self.cfg}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: expected 0 or more, got {self.top_k}")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p: expected a number from 0 to 1, got {self.top_p}")
+        expect_sampling(self.seed, self.cfg, self.top_k, self.top_p)
 
     def run(self, var: nn.Module) -> torch.Tensor:
         """Images `[B, C, H, W]` in [0, 1]."""

@@ -11,6 +11,7 @@ from actvar_kernels.expert_ffn.op import SCHEDULES
 
 KV_MODES = ("compact", "all")
 SAMPLERS = ("torch", "fast")
+MOST_EXPERTS = 2**20
 DECODER_DTYPES = (None, "bfloat16", "float16")
 # How to compute, not what: an adapter is as good with other values than it was trained with.
 EXECUTION_FIELDS = ("expert_schedule", "sampler", "decoder_dtype")
@@ -75,16 +76,19 @@ class ActVARConfig:
         counts = {len(rate) for rate in (*self.token_rates, *self.ffn_rates) if isinstance(rate, tuple)}
         if len(counts) > 1:
             raise ValueError(f"token_rates, ffn_rate: expected rates for equally many blocks, got {sorted(counts)}")
-        if _integer("num_experts", self.num_experts) < 1:
-            raise ValueError(f"num_experts: expected at least 1, got {self.num_experts}")
+        if not 1 <= _integer("num_experts", self.num_experts) <= MOST_EXPERTS:
+            raise ValueError(f"num_experts: expected between 1 and {MOST_EXPERTS}, got {self.num_experts}")
         for name, choices in (
             ("kv", KV_MODES),
             ("expert_schedule", SCHEDULES),
             ("sampler", SAMPLERS),
             ("decoder_dtype", DECODER_DTYPES),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                raise TypeError(f"{name}: expected one of {choices}, got {value!r}")
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
         for name in ("share_cfg_selection", "always_sparse"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
@@ -114,9 +118,12 @@ class ActVARConfig:
         """The inverse of `to_json`.
 
         Raises:
-            ValueError: not a JSON object, or one with unknown fields.
+            TypeError, ValueError: not a JSON object, one with unknown fields, or a field that is wrong.
         """
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("expected a JSON object, got one that is nested too deeply") from error
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not values.keys() <= known:
             raise ValueError(f"expected a JSON object with fields among {sorted(known)}, got {text[:200]!r}")

@@ -18,6 +18,7 @@ class Gate(nn.Module):
         seed: of the generator that draws the untrained weight.
     """
 
+    @torch.inference_mode(False)  # for a patch that is put on in inference mode and trained or loaded into outside
     def __init__(self, inputs: int, outputs: int, seed: int, device: torch.device):
         super().__init__()
         generator = torch.Generator("cpu").manual_seed(seed)

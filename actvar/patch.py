@@ -16,6 +16,8 @@ from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.gates import Gates, apply_order, undo_order
 from actvar.mixing import Mixed, mix_in, unmix
+from actvar.models.arguments import checked_labels, one_thread
+from actvar.per_sample import forget
 from actvar.recording import Shared, shared_state
 from actvar.schedule import build_schedule
 from actvar.tuned import replace_parameters, restore_parameters, tuned_parameters
@@ -29,12 +31,23 @@ DENSE = ActVARConfig(token_rates=(1, 1), ffn_rate=1)
 class ActVARModel(nn.Module):
     """Mixed into the class of a patched model, in front of it."""
 
-    def autoregressive_infer_cfg(self, *args, **kwargs):
+    def autoregressive_infer_cfg(self, B, label_B, *args, **kwargs):
+        """As the model's own, with labels as `actvar.models.VAR.autoregressive_infer_cfg` takes them and its errors for
+        them. When it ends, also by an exception, the K/V caches are empty."""
+        family = family_of(self)
+        loop_is_ours = family.loop_is_ours(self)
+        if not loop_is_ours:
+            label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
         # a sampling loop of another make, or a hook, may still need a block's input when the block has run
         watched = any(b._forward_hooks or b._forward_pre_hooks for b in (*self.blocks, *_blocks(self)))
-        in_place = family_of(self).loop_is_ours(self) and not watched
-        with self.actvar.during(rows_are_guided=True, reuses_room=True, writes_in_place=in_place):
-            return super().autoregressive_infer_cfg(*args, **kwargs)
+        in_place = loop_is_ours and not watched
+        with one_thread(self), self.actvar.during(rows_are_guided=True, reuses_room=True, writes_in_place=in_place):
+            try:
+                return super().autoregressive_infer_cfg(B, label_B, *args, **kwargs)
+            finally:
+                for block in _blocks(self):
+                    family.drop_cache(block)
+                    forget(block)
 
     def decode(self, f_hat):
         """As `actvar.models.VAR.decode`, in the precision of the configuration."""
@@ -56,13 +69,17 @@ class ActVARModel(nn.Module):
         """As `actvar.models.VAR.draw`, by the sampler of the configuration."""
         if self.actvar.config.sampler == "torch":
             return super().draw(logits, guidance, top_k, top_p, rng, scale)
-        if rng is not None:
-            seed = rng.initial_seed()
-        elif self.actvar.seed is not None:
+
+        def drawn(logits, seed):
+            return sample_tokens(logits, guidance, top_k, top_p, seed=seed, step=scale)
+
+        if rng is None:
             seed = self.actvar.seed
-        else:
-            seed = torch.randint(2**62, (1,), device=logits.device)
-        return sample_tokens(logits, guidance, top_k, top_p, seed=seed, step=scale)
+            return drawn(logits, torch.randint(2**62, (1,), device=logits.device) if seed is None else seed)
+        if isinstance(rng, torch.Generator):
+            return drawn(logits, rng.initial_seed())
+        B = len(rng)
+        return torch.cat([drawn(logits[b::B], generator.initial_seed()) for b, generator in enumerate(rng)])
 
 
 def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module:
@@ -82,6 +99,9 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module
         TypeError: a model of an unsupported kind.
         ValueError: a configuration that does not fit the model, or a block whose `forward` was replaced on the
             instance, which the patch could not reach. The model is unchanged in every case.
+        RuntimeError: another thread is sampling from the model.
+
+    An interruption (Ctrl-C) on the way leaves the model unpatched.
     """
     config = ActVARConfig() if config is None else config
     patch_silently(var, config)
@@ -135,34 +155,45 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
         Gates(width, config.num_experts, index, shared, block.ffn.fc1.weight.device)
         for index, block in enumerate(_blocks(model))
     ]
-    remove_patch(model)
-    _install(model, shared, gates)
+    with one_thread(model):
+        _install(model, shared, gates)
 
 
 def _install(model: nn.Module, shared: Shared, gates: list[Gates]) -> None:
-    for block, of_block in zip(_blocks(model), gates, strict=True):
-        block.actvar = of_block.train(block.training)
-        mix_in(block, ActVARBlock)
-        apply_order(block)
-    model.actvar = shared
-    mix_in(model, ActVARModel)
+    """Put a patch in the place of any other."""
+    try:
+        remove_patch(model)
+        for block, of_block in zip(_blocks(model), gates, strict=True):
+            block.actvar = of_block.train(block.training)
+            mix_in(block, ActVARBlock)
+            apply_order(block)
+        model.actvar = shared
+        mix_in(model, ActVARModel)
+    except BaseException:
+        remove_patch(model)
+        raise
 
 
 def remove_patch(var: nn.Module) -> nn.Module:
     """Undo `apply_patch`, bit for bit; returns `var`. An unpatched VAR is left as it is.
 
+    Also takes off what an interrupted `apply_patch` or `remove_patch` left behind.
+
     Raises:
         TypeError: a model of an unsupported kind.
+        RuntimeError: another thread is sampling from the model.
     """
     model = unwrapped(var)
     family_of(model)
-    restore_parameters(model)
-    for module in (model, *_blocks(model)):
-        if isinstance(module, Mixed):
-            if module is not model:
-                undo_order(module)
-            unmix(module)
-            del module.actvar
+    with one_thread(model):
+        restore_parameters(model)
+        for module in (model, *_blocks(model)):
+            if isinstance(module, Mixed):
+                if module is not model:
+                    undo_order(module)
+                unmix(module)
+            if "actvar" in module.__dict__ or "actvar" in module._modules:
+                del module.actvar
     return var
 
 

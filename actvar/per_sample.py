@@ -79,5 +79,10 @@ def keep(block: nn.Module, state: PerSample, scale: Scale) -> None:
         block.actvar.kept.room = state.room
 
 
+def forget(block: nn.Module) -> None:
+    """Free what the block keeps between two scales."""
+    block.actvar.kept.state = block.actvar.kept.cache = None
+
+
 def _is_sampling(block: nn.Module) -> bool:
     return block.attn.caching and not torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -18,11 +18,17 @@ GAP = 2
 UPDATED_COLOUR = np.array([1.0, 0.55, 0.1])
 
 
+def pixel_values(images: torch.Tensor) -> torch.Tensor:
+    """uint8, like `images` in shape: values of [0, 1] as 0 ... 255, rounded."""
+    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> Path:
     """Write images `[B, C, H, W]` in [0, 1] (C 1 or 3) as one PNG, row by row, enlarged to 64 pixels a side or more."""
     factor = max(1, -(-64 // images.shape[-1]))
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-    pixels = repeat(pixels, "b c h w -> b (h down) (w right) c", down=factor, right=factor)
+    pixels = repeat(
+        pixel_values(images).cpu().expand(-1, 3, -1, -1), "b c h w -> b (h down) (w right) c", down=factor, right=factor
+    )
     _, height, width, _ = pixels.shape
     rows = -(-len(pixels) // columns)
     canvas = np.full((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3), 255, np.uint8)

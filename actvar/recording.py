@@ -132,7 +132,7 @@ def shared_state(model: nn.Module) -> Shared:
         ValueError: the model is not patched.
     """
     model = unwrapped(model)
-    shared = model.__dict__.get("actvar")
+    shared = getattr(model, "__dict__", {}).get("actvar")
     if not isinstance(shared, Shared):
         raise ValueError(f"expected a model patched by actvar.apply_patch, got an unpatched {type(model).__name__}")
     return shared

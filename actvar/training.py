@@ -7,6 +7,7 @@ ends with the same weights as an unbroken one, unless the loss keeps a state of 
 from __future__ import annotations
 
 import csv
+import glob
 import logging
 import math
 import os
@@ -210,7 +211,8 @@ def fit(
         after_step: called with the step number after each optimizer step.
 
     Raises:
-        ValueError: a batch that is larger than the data or cannot be cut into equal parts.
+        ValueError: a batch that is larger than the data or cannot be cut into equal parts, or a checkpoint that is
+            damaged or of another model; the model is unchanged.
         KeyboardInterrupt: Ctrl-C or SIGTERM came; the step was finished and a checkpoint written.
     """
     plan.check(num_examples)
@@ -308,18 +310,40 @@ def load_trained(model: nn.Module, plan: Plan) -> dict:
     """Copy the tensors of the plan's checkpoint into `model`; returns the whole checkpoint.
 
     Raises:
-        KeyError: the checkpoint lacks a tensor that `model` trains.
+        ValueError: the file is damaged, or of another model; `model` is unchanged.
     """
-    state = torch.load(plan.checkpoint, map_location="cpu", weights_only=True)
-    for name, tensor in trained_tensors(model).items():
+    state, tensors = _read_checkpoint(plan.checkpoint), trained_tensors(model)
+    for name, tensor in tensors.items():
+        found = state["model"].get(name)
+        if not isinstance(found, torch.Tensor) or found.shape != tensor.shape:
+            got = list(found.shape) if isinstance(found, torch.Tensor) else "none"
+            raise ValueError(f"{plan.checkpoint}: {name}: expected a tensor of shape {list(tensor.shape)}, got {got}")
+    for name, tensor in tensors.items():
         tensor.copy_(state["model"][name])
+    return state
+
+
+def _read_checkpoint(path: Path) -> dict:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: expected a training checkpoint, it cannot be read: {error}") from error
+    kinds = {"step": int, "model": dict, "optimizers": list}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise ValueError(f"{path}: expected a training checkpoint with {', '.join(kinds)}, found something else")
     return state
 
 
 def _resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], average: list[torch.Tensor], plan: Plan) -> int:
     """Load the checkpoint if there is one; the step to go on from."""
+    if rank() == 0:
+        for left_behind in plan.folder.glob(f".{glob.escape(plan.name)}.*"):  # by a process that was killed
+            left_behind.unlink(missing_ok=True)
     if not plan.checkpoint.exists():
-        plan.log.unlink(missing_ok=True)
+        if rank() == 0:
+            plan.log.unlink(missing_ok=True)
         return 0
     state = load_trained(model, plan)
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -327,15 +351,21 @@ def _resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], average: 
     for mean, saved in zip(average, state["average"], strict=True):
         mean.copy_(saved)
     if rank() == 0 and plan.log.exists():
-        header, *rows = plan.log.read_text().splitlines()
-        kept = [row for row in rows if int(row.split(",")[0]) <= state["step"]]
-        plan.log.write_text("\n".join([header, *kept]) + "\n")
+        _shorten(plan.log, state["step"])
     logger.info("%s: resuming at step %d of %d", plan.name, state["step"], plan.steps)
     return state["step"]
 
 
+def _shorten(log: Path, step: int) -> None:
+    """Keep the header and the rows up to `step`; a row without its line end was being written when the process died."""
+    with log.open(newline="") as file:
+        header, *rows = [line for line in file if line.endswith("\n")] or [""]
+    with replacing(log) as temporary, temporary.open("w", newline="") as file:
+        file.writelines([header, *(row for row in rows if int(row.split(",")[0]) <= step)])
+
+
 def _log(path: Path, step: int, values: dict[str, float]) -> None:
-    new = not path.exists()
+    new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if new:

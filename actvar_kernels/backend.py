@@ -12,6 +12,8 @@ import torch
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "ACTVAR_BACKEND"
+MOST_SEQUENCES = 65535
+"""Programs along the second axis of a CUDA grid, where kernels have the rows R, or tiles of 64 or more tokens."""
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _chosen: str | None = None
@@ -24,6 +26,8 @@ class BackendUnavailableError(RuntimeError):
 def set_backend(name: str) -> None:
     """Choose the backend of every operation in this process, over the environment variable `ACTVAR_BACKEND`.
 
+    It holds for all threads, also those that are at work.
+
     Raises:
         ValueError: a name that is not one of `BACKENDS`.
     """
@@ -33,7 +37,7 @@ def set_backend(name: str) -> None:
 
 @contextmanager
 def using_backend(name: str) -> Iterator[None]:
-    """`set_backend` for the duration of the context."""
+    """`set_backend` for the duration of the context. It holds for all threads, so only one at a time may be in it."""
     global _chosen
     before, _chosen = _chosen, _checked(name, "using_backend")
     try:

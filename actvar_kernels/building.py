@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shlex
 import shutil
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
-
-LONGEST_BUILD = 300  # seconds
 
 
 def why_no_compiler() -> str | None:
@@ -36,15 +34,14 @@ def built(name: str, sources: Sequence[Path], compiler_flags: list[str], linker_
         RuntimeError, OSError: it does not compile, or the cache cannot be written.
     """
     contents = b"".join(source.read_bytes() for source in sources)
-    digest = hashlib.sha256(contents + torch.__version__.encode()).hexdigest()[:12]
+    # with the path, which is in ninja's file: installations that share a folder would build it anew in turn
+    digest = hashlib.sha256(contents + f"{torch.__version__} {sources[0]}".encode()).hexdigest()[:12]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     folder = Path(root) / f"{name}_{digest}"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / "lock"  # torch waits for it for ever, also when the process that made it was killed
-    with suppress(FileNotFoundError):
-        if time.time() - lock.stat().st_mtime > LONGEST_BUILD:
-            lock.unlink()
-    with ninja_on_path():
+    with _alone(folder), ninja_on_path():
+        # torch's own lock, for which it waits for ever, can only be that of a process that was killed
+        (folder / "lock").unlink(missing_ok=True)
         path = cpp_extension.load(
             folder.name,
             [str(sources[0])],
@@ -54,6 +51,14 @@ def built(name: str, sources: Sequence[Path], compiler_flags: list[str], linker_
             is_python_module=False,
         )
     return Path(path)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with its process, also when that is killed."""
+    with (folder / "actvar.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -156,3 +156,38 @@ def test_calibration_of_both_is_the_same(pair):
         assert torch.equal(left.actvar.order, right.actvar.order)
         torch.testing.assert_close(left.actvar.router.weight, right.actvar.router.weight, atol=1e-3, rtol=1e-3)
     assert torch.equal(sampled_tokens(public), sampled_tokens(own))
+
+
+@pytest.mark.parametrize("labels", [10, torch.tensor([0, 10]), torch.tensor([0, 2**40])], ids=str)
+def test_a_label_out_of_range_is_refused_before_a_patched_model_samples(pair, labels):
+    public, _ = pair
+    image = sample(apply_patch(public, ActVARConfig()))
+    with pytest.raises(ValueError, match="labels from 0 to 9, or negative for unconditional images"):
+        public.autoregressive_infer_cfg(2, labels)
+    assert torch.equal(sample(public), image)
+
+
+def test_negative_labels_in_a_tensor_are_unconditional_as_alone(pair):
+    public, _ = pair
+    apply_patch(public, ActVARConfig())
+    alone = public.autoregressive_infer_cfg(2, -1, g_seed=0)
+    assert torch.equal(public.autoregressive_infer_cfg(B=2, label_B=torch.tensor([-1, -3]), g_seed=0), alone)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_in_a_patched_model_frees_the_caches(pair, error):
+    public, _ = pair
+    image = sample(apply_patch(public, ActVARConfig()))
+
+    def fail(*_):
+        raise error("stop")
+
+    handle = public.blocks[1].register_forward_hook(fail)
+    with pytest.raises(error, match="stop"):
+        sample(public)
+    handle.remove()
+    for block in public.blocks:
+        assert not block.attn.caching
+        assert block.attn.cached_k is None
+        assert block.actvar.kept.state is None
+    assert torch.equal(sample(public), image)

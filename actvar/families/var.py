@@ -42,6 +42,13 @@ def mismatch(model: nn.Module) -> str | None:
                 part = getattr(part, name, None)
             if part is None:
                 return f"expected blocks[{index}].{path}, which {type(block).__name__} does not have"
+        for name in ("fc1", "fc2"):
+            linear = getattr(block.ffn, name)
+            if not isinstance(linear, nn.Linear) or linear.bias is None:
+                return f"expected blocks[{index}].ffn.{name} as nn.Linear with a bias, got {type(linear).__name__}"
+        sizes, first = tuple(block.ffn.fc1.weight.shape), tuple(model.blocks[0].ffn.fc1.weight.shape)
+        if sizes != first:
+            return f"expected blocks[{index}].ffn of the first block's sizes {first}, got {sizes}"
         if block.ln_wo_grad.eps != NORM_EPS:
             return f"expected blocks[{index}].ln_wo_grad.eps of {NORM_EPS}, got {block.ln_wo_grad.eps}"
     return None
@@ -154,6 +161,11 @@ def write_cache(block: nn.Module, keys: torch.Tensor, values: torch.Tensor) -> N
         swap = _tokens_first(attn, values.dtype)
         attn.cached_k = keys.transpose(1, 2) if swap else keys
         attn.cached_v = values.transpose(1, 2) if swap else values
+
+
+def drop_cache(block: nn.Module) -> None:
+    """Empty the block's K/V cache and stop caching."""
+    block.attn.kv_caching(False)
 
 
 def _tokens_first(attn: nn.Module, dtype: torch.dtype) -> bool:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from actvar.models.arguments import expect_integer
 from actvar.models.var import HEAD_DIM, VAR
 from actvar.models.vqvae import OFFICIAL_CHANNEL_MULTIPLIERS, VQVAE
 
 OFFICIAL_PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
+@torch.inference_mode(False)
 def build_vae_var(
     V: int = 4096,
     Cvae: int = 32,
@@ -43,7 +45,8 @@ def build_vae_var(
         seed: of the generator that initialises the weights; torch's global generators are not touched.
 
     Raises:
-        ValueError: a width that is not a multiple of 64, or patch_nums that are not two or more ascending sides.
+        TypeError, ValueError: a size that is not an integer of at least 1, a width that is not a multiple of 64, or
+            patch_nums that are not two or more ascending sides.
     """
     vae, var = skeleton(
         V=V,
@@ -87,8 +90,15 @@ def skeleton(
     image_channels: int,
 ) -> tuple[VQVAE, VAR]:
     """The two modules on the meta device, in eval mode: shapes without memory. Arguments as in `build_vae_var`."""
+    counts = dict(V=V, Cvae=Cvae, ch=ch, num_classes=num_classes, depth=depth, num_res_blocks=num_res_blocks)
+    for name, count in (counts | {"image_channels": image_channels}).items():
+        expect_integer(name, count, 1)
+    expect_integer("share_quant_resi", share_quant_resi, 0)
+    for name, numbers in (("patch_nums", patch_nums), ("ch_mult", ch_mult)):
+        for number in numbers:
+            expect_integer(name, number, 1)
     width = HEAD_DIM * depth if width is None else width
-    if width % HEAD_DIM:
+    if width < 1 or width % HEAD_DIM:
         raise ValueError(f"width must be a multiple of the head size {HEAD_DIM}, got {width}")
     if len(patch_nums) < 2 or any(a >= b for a, b in zip(patch_nums, patch_nums[1:], strict=False)):
         raise ValueError(f"patch_nums must be at least two ascending sides, got {tuple(patch_nums)}")

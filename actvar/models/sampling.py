@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
+Randomness = torch.Generator | Sequence[torch.Generator] | None
+"""Where noise comes from: one generator for the batch, one per image, or torch's global one."""
 
-def sample_top_k_top_p(
-    logits: torch.Tensor, top_k: int, top_p: float, rng: torch.Generator | None = None
-) -> torch.Tensor:
+
+def generators(g_seed: int | Sequence[int] | None, B: int, device: torch.device) -> Randomness:
+    """Generators of a seed for the batch, of `B` seeds, one per image, or None.
+
+    Raises:
+        ValueError: another number of seeds.
+    """
+    if g_seed is None:
+        return None
+    if not isinstance(g_seed, Sequence):
+        return torch.Generator(device).manual_seed(g_seed)
+    if len(g_seed) != B:
+        raise ValueError(f"g_seed: expected an int, or one per image, {B} of them, got {len(g_seed)}")
+    return [torch.Generator(device).manual_seed(seed) for seed in g_seed]
+
+
+def sample_top_k_top_p(logits: torch.Tensor, top_k: int, top_p: float, rng: Randomness = None) -> torch.Tensor:
     """Draw one token per position.
 
     Args:
         logits: `[B, L, V]` float32; positions that are filtered out become -inf in place.
         top_k: keep the k largest logits (0: all).
         top_p: then keep the smallest set of tokens whose probability reaches p (0: all).
-        rng: generator on the logits' device, or None for the global one.
+        rng: generator on the logits' device, one per image, or None for the global one.
 
     Returns:
         tokens `[B, L]` int64.
     """
-    B, L, V = logits.shape
+    L, V = logits.shape[1:]
     if top_k > 0:
         threshold = logits.topk(top_k, largest=True, sorted=False, dim=-1)[0].amin(dim=-1, keepdim=True)
         logits.masked_fill_(logits < threshold, -torch.inf)
@@ -28,11 +46,28 @@ def sample_top_k_top_p(
         remove = ascending.softmax(dim=-1).cumsum_(dim=-1) <= (1 - top_p)
         remove[..., -1:] = False
         logits.masked_fill_(remove.scatter(-1, order, remove), -torch.inf)
-    probabilities = logits.softmax(dim=-1).view(-1, V)
-    return torch.multinomial(probabilities, num_samples=1, replacement=True, generator=rng).view(B, L)
+
+    def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        rows = probabilities.view(-1, V)
+        return torch.multinomial(rows, num_samples=1, replacement=True, generator=generator).view(-1, L)
+
+    return by_image(draw, logits.softmax(dim=-1), rng)
 
 
-def gumbel_softmax(logits: torch.Tensor, temperature: float, rng: torch.Generator | None) -> torch.Tensor:
+def gumbel_softmax(logits: torch.Tensor, temperature: float, rng: Randomness) -> torch.Tensor:
     """`softmax((logits + Gumbel noise) / temperature)` over the last axis, same shape as `logits`."""
-    noise = -torch.empty_like(logits).exponential_(generator=rng).log()
-    return ((logits + noise) / temperature).softmax(dim=-1)
+
+    def gumbel(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        return -torch.empty_like(like).exponential_(generator=generator).log()
+
+    return ((logits + by_image(gumbel, logits, rng)) / temperature).softmax(dim=-1)
+
+
+def by_image(
+    random: Callable[[torch.Tensor, torch.Generator | None], torch.Tensor], of_images: torch.Tensor, rng: Randomness
+) -> torch.Tensor:
+    """`random(of_images, rng)`; with a generator per image, of each image `[1, ...]` alone, joined again."""
+    if rng is None or isinstance(rng, torch.Generator):
+        return random(of_images, rng)
+    images = of_images.split(1)
+    return torch.cat([random(image, generator) for image, generator in zip(images, rng, strict=True)])

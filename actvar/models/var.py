@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from actvar.models.arguments import by_one_thread, checked_labels, expect_sampling
 from actvar.models.quantizer import uninitialised_embedding
-from actvar.models.sampling import gumbel_softmax, sample_top_k_top_p
+from actvar.models.sampling import Randomness, by_image, generators, gumbel_softmax, sample_top_k_top_p
 from actvar.models.vqvae import VQVAE
 from actvar_kernels.subset_attention.reference import attend
 
@@ -174,11 +175,12 @@ class VAR(nn.Module):
         return self.head(h.to(self.head.weight.dtype)).float()
 
     @torch.no_grad()
+    @by_one_thread
     def autoregressive_infer_cfg(
         self,
         B: int,
         label_B: int | torch.Tensor | None,
-        g_seed: int | None = None,
+        g_seed: int | Sequence[int] | None = None,
         cfg: float = 1.5,
         top_k: int = 0,
         top_p: float = 0.0,
@@ -187,18 +189,25 @@ class VAR(nn.Module):
         """Sample `B` images with classifier-free guidance.
 
         Args:
-            label_B: class per image `[B]` int64, one class for all, a negative int for unconditional images, or
-                None for random classes.
-            g_seed: seed of the sampling noise; None draws from torch's global generator.
+            label_B: class per image, an integer tensor `[B]` on the model's device; one class for all, an int; or None
+                for random classes. Labels are 0 ... num_classes - 1, or negative for unconditional images.
+            g_seed: seed of the sampling noise, -2^63 ... 2^64 - 1; None draws from torch's global generator.
+                With a sequence of `B` seeds an image's noise is that of a batch of it alone, `g_seed=g_seed[b]`.
             cfg: guidance strength; step `s` of `S` uses `cfg * s / (S - 1)`.
             top_k, top_p: keep the k likeliest tokens, then the smallest set with probability p; 0 switches off.
             more_smooth: mix code vectors by a Gumbel softmax instead of taking the sampled one (for display only).
 
         Returns:
             images `[B, channels, H, W]` in [0, 1].
+
+        Raises:
+            TypeError, ValueError: an argument of another type or out of its range; nothing was sampled.
+            RuntimeError: another thread is sampling from this model.
         """
+        expect_sampling(g_seed, cfg, top_k, top_p, self.V)
+        label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
         device, vae = self.lvl_1L.device, self.vae_proxy[0]
-        rng = None if g_seed is None else torch.Generator(device).manual_seed(g_seed)
+        rng = generators(g_seed, B, device)
         label_B = self._labels(B, label_B, rng)
 
         cond_BD = self.class_emb(torch.cat((label_B, torch.full_like(label_B, self.num_classes))))
@@ -209,9 +218,9 @@ class VAR(nn.Module):
         f_hat = torch.zeros(B, self.Cvae, side, side, device=device, dtype=vae.quantize.embedding.weight.dtype)
         done, last = 0, len(self.patch_nums) - 1
 
-        for block in self.blocks:
-            block.attn.kv_caching(True)
         try:
+            for block in self.blocks:
+                block.attn.kv_caching(True)
             for scale, pn in enumerate(self.patch_nums):
                 done += pn * pn
                 for block in self.blocks:
@@ -246,17 +255,20 @@ class VAR(nn.Module):
         guidance: float,
         top_k: int,
         top_p: float,
-        rng: torch.Generator | None,
+        rng: Randomness,
         scale: int,
     ) -> torch.Tensor:
         """Tokens `[B, L]` of scale number `scale`, drawn from its logits `[2B, L, V]`, conditional half first."""
         return sample_top_k_top_p(guided(logits, guidance), top_k, top_p, rng)
 
-    def _labels(self, B: int, label_B: int | torch.Tensor | None, rng: torch.Generator | None) -> torch.Tensor:
+    def _labels(self, B: int, label_B: int | torch.Tensor | None, rng: Randomness) -> torch.Tensor:
         device = self.lvl_1L.device
         if label_B is None:
-            uniform = torch.full((1, self.num_classes), 1.0 / self.num_classes, device=device)
-            return torch.multinomial(uniform, num_samples=B, replacement=True, generator=rng).reshape(B)
+
+            def draw(uniform: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+                return torch.multinomial(uniform[0], num_samples=len(uniform), replacement=True, generator=generator)
+
+            return by_image(draw, torch.full((B, self.num_classes), 1.0 / self.num_classes, device=device), rng)
         if isinstance(label_B, int):
             return torch.full((B,), self.num_classes if label_B < 0 else label_B, device=device)
         return label_B

@@ -121,11 +121,11 @@ int expert_ffn(int level, int is_bfloat16, const void *u, const void *mask, cons
     int chunks = (tokens + most - 1) / most;
     chunks = padded(chunks < threads ? threads : chunks, threads);
     const size_t longest = (tokens + chunks - 1) / chunks;
-    const size_t bytes = longest * (4 * padded(channels, lanes) + 4 * padded(width, lanes) + 4) + 64;
+    const size_t bytes = longest * ((size_t)4 * padded(channels, lanes) + (size_t)4 * padded(width, lanes) + 4) + 64;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        char *scratch = (char *)aligned_alloc(64, padded((int)bytes, 64));
+        char *scratch = (char *)aligned_alloc(64, (bytes + 63) / 64 * 64);
         if (scratch == nullptr) {
 #pragma omp atomic write
             failed = 1;

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernel.cpp", "cpu_tile.h"))
 DTYPES = (torch.float32, torch.bfloat16)
+MOST = 2**30  # sizes and their sums are 32-bit integers in C++, offsets 64-bit ones
 
 
 class Layout(NamedTuple):
@@ -104,6 +105,7 @@ def expert_ffn(
         level: instruction set; None: the highest.
 
     Raises:
+        ValueError: sizes that the kernel cannot count.
         MemoryError: there is none left for the intermediate results.
     """
     level = best_level() if level is None else level
@@ -115,6 +117,8 @@ def expert_ffn(
     out = torch.empty_like(u)
     tensors = (u, mask, *copies, out)
     sizes = (u.numel() // C, C, experts, fc1_weight.shape[0] // experts, torch.get_num_threads())
+    if max(sizes) > MOST:
+        raise ValueError(f"u: expected at most {MOST} tokens, channels and hidden units an expert, got {sizes[:4]}")
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     if _library().expert_ffn(level, int(u.dtype == torch.bfloat16), *pointers, *sizes):
         raise MemoryError(f"expert_ffn: no memory for {sizes[0]} tokens of width {C}")

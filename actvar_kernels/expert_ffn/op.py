@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, kernel_backends, needs_operator
-from actvar_kernels.checks import expect_count, expect_shape
+from actvar_kernels.backend import (
+    MOST_SEQUENCES,
+    BackendUnavailableError,
+    backend_of,
+    get_backend,
+    kernel_backends,
+    needs_operator,
+)
+from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape, expect_tensor
 from actvar_kernels.expert_ffn import cpu_kernel, reference
 from actvar_kernels.expert_ffn.route import route
 from actvar_kernels.gradients import register_reference_gradient
@@ -16,6 +23,8 @@ SCHEDULES = ("auto", "dense", "tile_list", "snap")
 
 _MAX_EXPERTS = 32
 """Of the Triton backend: a token's experts are the bits of an int32."""
+_MOST_TOKENS = 64 * MOST_SEQUENCES
+"""Of the Triton backend: the smallest tiles have 64."""
 
 
 def route_experts(
@@ -34,12 +43,14 @@ def route_experts(
     On Triton it is one launch, for N up to 32.
 
     Raises:
-        ValueError: shapes that do not fit, or `active` out of range.
+        ValueError: shapes or devices that do not fit, or `active` out of range.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
+    expect_tensor("u", u)
     expect_shape("weight", weight, (None, u.shape[-1]))
     expect_shape("bias", bias, (weight.shape[0],))
     expect_count("active", active, weight.shape[0])
+    expect_one_device(u, weight, bias)
     return route(u, weight, bias, active)
 
 
@@ -67,7 +78,7 @@ def expert_ffn(
     bfloat16, bool masks and even C; it keeps a packed copy of the weights.
 
     Raises:
-        ValueError: shapes that do not fit, or N that does not divide D.
+        ValueError: shapes or devices that do not fit, or N that does not divide D.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -113,7 +124,8 @@ def expert_ffn_scatter(
     On Triton it is three launches, two for `"dense"`, and `rest` is written to and returned.
 
     Raises:
-        ValueError: shapes that do not fit, N that does not divide D, an unknown schedule.
+        TypeError: an index that is not int64.
+        ValueError: shapes or devices that do not fit, N that does not divide D, an unknown schedule.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     if schedule not in SCHEDULES:
@@ -125,9 +137,10 @@ def expert_ffn_scatter(
     expect_shape("rows", rows, (R, K, C))
     expect_shape("gamma", gamma, (R, 1, C))
     if index is not None:
-        expect_shape("index", index, (R, K))
+        expect_index(index, (R, K))
         expect_shape("rest", rest, (R, None, C))
     others = (rows, gamma) if index is None else (rest, rows, gamma)
+    expect_one_device(u, index, *others)
     backend = _backend("expert_ffn_scatter", u, mask, *weights, *others)
     if backend != "triton" or _wants_gradient(u, *weights, *others):  # what writes in place has no gradient
         return _by_parts(rest, index, rows, u, mask, active, *weights, gamma, schedule)
@@ -154,6 +167,8 @@ def _by_parts(
 
 
 def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
+    expect_tensor("u", u)
+    expect_shape("fc1_weight", fc1_weight, (None, None))
     D, C = fc1_weight.shape
     expect_shape("u", u, (*u.shape[:-1], C))
     expect_shape("fc1_bias", fc1_bias, (D,))
@@ -161,14 +176,16 @@ def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> 
     expect_shape("fc2_bias", fc2_bias, (C,))
     expect_shape("mask", mask, (*u.shape[:-1], None))
     if D % mask.shape[-1]:
-        raise ValueError(f"mask: the number of experts must divide the hidden size {D}, got {mask.shape[-1]} experts")
+        raise ValueError(f"mask: expected a number of experts that divides the hidden size {D}, got {mask.shape[-1]}")
     expect_count("active", active, mask.shape[-1])
+    expect_one_device(u, mask, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
 
 
 def _backend(operation: str, u: torch.Tensor, mask: torch.Tensor, *others: torch.Tensor) -> str:
-    fits = mask.dtype == torch.bool and mask.shape[-1] <= _MAX_EXPERTS
+    experts = mask.shape[-1]
+    fits = mask.dtype == torch.bool and experts <= _MAX_EXPERTS and mask.numel() <= experts * _MOST_TOKENS
     supported = kernel_backends(u, *others, fits=fits)
-    limits = f"float32, float16 and bfloat16, and a bool mask of up to {_MAX_EXPERTS} experts"
+    limits = f"float32, float16 and bfloat16, a bool mask of up to {_MAX_EXPERTS} experts, {_MOST_TOKENS} tokens"
     if u.device.type == "cpu" and get_backend() in ("auto", "cpu"):
         reason = _why_not_on_cpu(u, mask, *others)
         if reason is None:

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels import cpu_rows
-from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
-from actvar_kernels.checks import expect_count, expect_shape
+from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
+from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape
 from actvar_kernels.expert_ffn.reference import route_experts
 from actvar_kernels.expert_ffn.route import MAX_EXPERTS
 from actvar_kernels.gradients import register_reference_gradient
@@ -45,7 +45,8 @@ def add_normalize(
         gamma, scale, shift: `[R, 1, C]`: the gate of the branch that ends, scale and shift of the one that begins.
 
     Raises:
-        ValueError: shapes that do not fit.
+        TypeError: an index that is not int64.
+        ValueError: shapes or devices that do not fit.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     _expect_rows(x, index, update, gamma, scale, shift)
@@ -73,13 +74,15 @@ def add_normalize_route(
         weight, bias, active: as in `route_experts`.
 
     Raises:
-        ValueError: shapes that do not fit, or `active` out of range.
+        TypeError: an index that is not int64.
+        ValueError: shapes or devices that do not fit, or `active` out of range.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     _expect_rows(x, index, update, gamma, scale, shift)
     expect_shape("weight", weight, (None, x.shape[2]))
     expect_shape("bias", bias, (weight.shape[0],))
     expect_count("active", active, weight.shape[0])
+    expect_one_device(x, weight, bias)
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
     if _backend("add_normalize_route", *tensors, experts=weight.shape[0]) == "triton" and needs_operator(*tensors):
         return Routed(*torch.ops.actvar_kernels.add_normalize_route(*tensors, active))
@@ -90,15 +93,16 @@ def _expect_rows(x, index, update, gamma, scale, shift) -> None:
     expect_shape("x", x, (None, None, None))
     R, L, C = x.shape
     if index is not None:
-        expect_shape("index", index, (R, None))
+        expect_index(index, (R, None))
     expect_shape("update", update, (R, L if index is None else index.shape[1], C))
     for name, tensor in (("gamma", gamma), ("scale", scale), ("shift", shift)):
         expect_shape(name, tensor, (R, 1, C))
+    expect_one_device(x, index, update, gamma, scale, shift)
 
 
 def _backend(operation: str, x: torch.Tensor, _index, *others: torch.Tensor, experts: int = 0) -> str:
-    limits = f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts"
-    supported = kernel_backends(x, *others, fits=experts <= MAX_EXPERTS)
+    limits = f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts and {MOST_SEQUENCES} sequences"
+    supported = kernel_backends(x, *others, fits=experts <= MAX_EXPERTS and x.shape[0] <= MOST_SEQUENCES)
     return backend_of(operation, x, supported + (("cpu",) if cpu_rows.runs(x, *others) else ()), limits)
 
 

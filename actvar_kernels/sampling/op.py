@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from actvar_kernels.backend import backend_of, needs_operator
-from actvar_kernels.checks import expect_shape
+from actvar_kernels.checks import expect_one_device, expect_shape
 from actvar_kernels.sampling import reference
 
 MOST_TOKENS = 16384
@@ -66,6 +66,7 @@ def sample_tokens(
         raise ValueError(f"seed, noise: expected exactly one of them, got {'neither' if seed is None else 'both'}")
     if noise is not None:
         expect_shape("noise", noise, (rows // 2, L, V))
+        expect_one_device(logits, noise)
     seed_tensor, seed_number = None, 0
     if isinstance(seed, torch.Tensor):
         _expect_seed(seed, logits.device)

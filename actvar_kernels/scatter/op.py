@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
-from actvar_kernels.checks import expect_shape
+from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
+from actvar_kernels.checks import expect_index, expect_one_device, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.scatter import reference
 
@@ -22,16 +22,18 @@ def scatter_rows(
         gamma: AdaLN gate of the branch, `[R, 1, C]`.
 
     Raises:
-        ValueError: shapes that do not fit.
+        TypeError: an index that is not int64.
+        ValueError: shapes or devices that do not fit.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     expect_shape("rest", rest, (None, None, None))
     R, _, C = rest.shape
-    expect_shape("index", index, (R, None))
+    expect_index(index, (R, None))
     expect_shape("rows", rows, (R, index.shape[1], C))
     expect_shape("update", update, (R, index.shape[1], C))
     expect_shape("gamma", gamma, (R, 1, C))
     tensors = (rest, rows, update, gamma)
+    expect_one_device(*tensors, index)
     if _backend(*tensors) == "reference":
         return reference.scatter_rows(rest, index, rows, update, gamma)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -42,7 +44,9 @@ def scatter_rows(
 
 
 def _backend(*tensors: torch.Tensor) -> str:
-    return backend_of("scatter_rows", tensors[0], kernel_backends(*tensors), "float32, float16 and bfloat16")
+    supported = kernel_backends(*tensors, fits=tensors[0].shape[0] <= MOST_SEQUENCES)
+    limits = f"float32, float16 and bfloat16, up to {MOST_SEQUENCES} sequences"
+    return backend_of("scatter_rows", tensors[0], supported, limits)
 
 
 def _write(rest, index, rows, update, gamma) -> None:

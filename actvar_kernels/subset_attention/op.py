@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels.backend import backend_of, needs_operator
-from actvar_kernels.checks import expect_shape
+from actvar_kernels.checks import expect_one_device, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.subset_attention import reference
 
@@ -45,7 +45,7 @@ def subset_attention(
     where the cache is kept and has no room.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or devices that do not fit.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     expect_shape("q", q, (None, None, None, None))
@@ -61,6 +61,7 @@ def subset_attention(
         _expect_broadcastable(mask, (R, H, q.shape[2], k.shape[2] + (0 if past is None else past[0].shape[2])))
     if room is not None:
         _expect_room(room, past, k)
+    expect_one_device(q, k, v, *(past or ()), head_scale, mask, *(room or ()))
     if _backend(q, k, v, past, head_scale, mask) == "reference":
         out, keys, values = reference.subset_attention(q, k, v, past, head_scale, softmax_scale, mask, room)
         return (out, keys, values) if keep_cache else (out, None, None)

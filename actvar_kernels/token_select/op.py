@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels import cpu_rows
-from actvar_kernels.backend import backend_of, get_backend, kernel_backends, needs_operator
-from actvar_kernels.checks import expect_count, expect_shape
+from actvar_kernels.backend import MOST_SEQUENCES, backend_of, get_backend, kernel_backends, needs_operator
+from actvar_kernels.checks import expect_count, expect_one_device, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.token_select import reference
 
@@ -54,7 +54,7 @@ def select_tokens(
     On Triton it is two launches, for L up to 1024.
 
     Raises:
-        ValueError: shapes that do not fit, `keep` out of range, an odd R with `share_guidance`.
+        ValueError: shapes or devices that do not fit, `keep` out of range, an odd R with `share_guidance`.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     expect_shape("x", x, (None, None, None))
@@ -68,6 +68,7 @@ def select_tokens(
         raise ValueError(f"share_guidance: expected conditional and unconditional rows in equal number, got {R} rows")
     in_place = in_place and not torch.is_grad_enabled() and x.stride(2) == 1
     tensors = (x, weight, bias, scale, shift)
+    expect_one_device(*tensors)
     if _selection_backend(*tensors) == "triton" and needs_operator(*tensors):
         operator = torch.ops.actvar_kernels.select_tokens
         modulated, scores, rest, index = operator(*tensors, keep, share_guidance, in_place)
@@ -84,21 +85,22 @@ def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
         scale, shift: `[R, 1, C]`.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or devices that do not fit.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     expect_shape("x", x, (None, None, None))
     expect_shape("scale", scale, (x.shape[0], 1, x.shape[2]))
     expect_shape("shift", shift, (x.shape[0], 1, x.shape[2]))
     tensors = (x, scale, shift)
+    expect_one_device(*tensors)
     if _norm_backend(*tensors) == "triton" and needs_operator(*tensors):
         return torch.ops.actvar_kernels.normalize_modulate(*tensors)
     return _normalize(*tensors)
 
 
 def _selection_backend(x, *others) -> str:
-    supported = kernel_backends(x, *others, fits=x.shape[1] <= MAX_TOKENS)
-    limits = f"float32, float16 and bfloat16, up to {MAX_TOKENS} tokens a sequence"
+    supported = kernel_backends(x, *others, fits=x.shape[1] <= MAX_TOKENS and x.shape[0] <= MOST_SEQUENCES)
+    limits = f"float32, float16 and bfloat16, up to {MAX_TOKENS} tokens a sequence and {MOST_SEQUENCES} sequences"
     return backend_of("select_tokens", x, supported, limits)
 
 
@@ -154,8 +156,10 @@ register_flop_formula(torch.ops.actvar_kernels.select_tokens)(select_tokens_flop
 
 
 def _norm_backend(*tensors) -> str:
-    supported = kernel_backends(*tensors) + (("cpu",) if cpu_rows.runs(*tensors) else ())
-    return backend_of("normalize_modulate", tensors[0], supported, "float32, float16 and bfloat16")
+    supported = kernel_backends(*tensors, fits=tensors[0].shape[0] <= MOST_SEQUENCES)
+    supported += ("cpu",) if cpu_rows.runs(*tensors) else ()
+    limits = f"float32, float16 and bfloat16, up to {MOST_SEQUENCES} sequences"
+    return backend_of("normalize_modulate", tensors[0], supported, limits)
 
 
 def _normalize(x, scale, shift) -> torch.Tensor:

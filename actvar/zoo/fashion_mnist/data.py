@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+MOST_BYTES = 2**30
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -18,20 +20,29 @@ def read_idx(path: Path) -> torch.Tensor:
     """A uint8 idx file, plain or gzipped, as a tensor of the shape its header gives.
 
     Raises:
-        ValueError: not a uint8 idx file, or fewer or more bytes than the header promises.
+        ValueError: not a uint8 idx file, fewer or more bytes than the header promises, or more than `MOST_BYTES`.
     """
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        content = file.read()
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(
-            f"{path}: expected an idx file of unsigned bytes, got one that starts with {content[:4].hex()}"
-        )
-    dims = content[3]
-    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", count=dims, offset=4))
-    data = np.frombuffer(content, np.uint8, offset=4 + 4 * dims)
-    if data.size != math.prod(shape):
-        raise ValueError(f"{path}: the header promises shape {shape}, the file holds {data.size} bytes")
+    try:
+        with opener(path, "rb") as file:
+            start = file.read(4)
+            if len(start) < 4 or start[:3] != b"\x00\x00\x08":
+                raise ValueError(
+                    f"{path}: expected an idx file of unsigned bytes, got one that starts with {start.hex()}"
+                )
+            sizes = file.read(4 * start[3])
+            if len(sizes) < 4 * start[3]:
+                raise ValueError(f"{path}: expected {start[3]} sizes in the header, the file ends before")
+            shape = tuple(int(n) for n in np.frombuffer(sizes, ">u4"))
+            promised = math.prod(shape)
+            if promised > MOST_BYTES:
+                raise ValueError(f"{path}: expected at most {MOST_BYTES} bytes, the header promises shape {shape}")
+            data = np.frombuffer(file.read(promised + 1), np.uint8)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected a complete gzip file: {error}") from error
+    if data.size != promised:
+        holds = f"{data.size} bytes" if data.size < promised else "more bytes"
+        raise ValueError(f"{path}: the header promises shape {shape}, the file holds {holds}")
     return torch.from_numpy(data.copy()).view(shape)
 
 
@@ -40,6 +51,7 @@ def load_split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
     Raises:
         FileNotFoundError: the folder lacks a file; says where the data comes from.
+        ValueError: a file that is damaged, or not of 28x28 images or of as many labels of ten classes.
     """
     found = []
     for kind in ("images-idx3", "labels-idx1"):
@@ -52,4 +64,11 @@ def load_split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
             )
         found.append(read_idx(path))
     images, labels = found
+    if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{folder}: expected images [N, 28, 28] and labels [N] of {split!r}, got {list(images.shape)} and "
+            f"{list(labels.shape)}"
+        )
+    if labels.numel() and labels.max() >= len(CLASSES):
+        raise ValueError(f"{folder}: expected labels from 0 to {len(CLASSES) - 1}, got {labels.max()}")
     return F.pad(images.unsqueeze(1).float().div_(255), (2, 2, 2, 2)), labels.long()

@@ -1,0 +1,128 @@
+"""What sampling takes, checked before anything runs: labels, seed, guidance, filters; and one thread per model."""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral, Real
+
+import torch
+from torch import nn
+
+SEEDS = range(-(2**63), 2**64)
+"""What `torch.Generator.manual_seed` takes."""
+
+_threads: dict[int, int] = {}
+"""The thread that uses a model, by the model's id; `dict.setdefault` is atomic, and no lock can be left locked."""
+
+
+def expect_integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise TypeError unless `value` is an integer, ValueError unless it is from `least` to `most`."""
+    wanted = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected {wanted}, got {value!r}")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+
+
+def expect_sampling(
+    g_seed: int | Sequence[int] | None, cfg: float, top_k: int, top_p: float, vocabulary: int | None = None
+) -> None:
+    """Check the arguments of `VAR.autoregressive_infer_cfg` but for the labels.
+
+    Args:
+        vocabulary: tokens to choose from, which bounds `top_k`; None: not known yet.
+
+    Raises:
+        TypeError: an argument that is no number.
+        ValueError: a seed outside `SEEDS`, a cfg that is not finite, a top_k outside 0 ... vocabulary, a top_p outside
+            [0, 1].
+    """
+    if g_seed is not None:
+        for seed in g_seed if isinstance(g_seed, Sequence) else (g_seed,):
+            expect_integer("g_seed", seed, SEEDS[0], SEEDS[-1])
+    for name, value in (("cfg", cfg), ("top_p", top_p)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not math.isfinite(cfg):
+        raise ValueError(f"cfg: expected a finite number, got {cfg}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p: expected a number from 0 to 1, got {top_p}")
+    expect_integer("top_k", top_k, 0)
+    if vocabulary is not None and top_k > vocabulary:
+        raise ValueError(f"top_k: the model has {vocabulary} tokens to choose from, got {top_k}")
+
+
+def checked_labels(
+    B: int, label_B: int | torch.Tensor | None, num_classes: int, device: torch.device
+) -> int | torch.Tensor | None:
+    """`label_B` of `VAR.autoregressive_infer_cfg`, with negative labels in a tensor as `num_classes`, the unconditional
+    one, and a tensor as int64.
+
+    The values of a tensor on the CPU are read. Those of one on a GPU are not, since that would wait for the GPU: there
+    the embedding's own assertion finds a label that is too high.
+
+    Raises:
+        TypeError: a batch size or labels of another type, such as a float tensor.
+        ValueError: a batch of none, a label outside 0 ... num_classes - 1 that is not negative, a tensor that is not
+            `[B]` or on another device.
+    """
+    expect_integer("B", B, 1)
+    classes = f"labels from 0 to {num_classes - 1}, or negative for unconditional images"
+    if label_B is None:
+        return None
+    if not isinstance(label_B, torch.Tensor):
+        if isinstance(label_B, bool) or not isinstance(label_B, Integral):
+            raise TypeError(f"label_B: expected None, an int or an integer tensor [B], got {type(label_B).__name__}")
+        if label_B >= num_classes:
+            raise ValueError(f"label_B: expected {classes}, got {label_B}")
+        return int(label_B)
+    if label_B.dtype == torch.bool or label_B.is_floating_point() or label_B.is_complex():
+        raise TypeError(f"label_B: expected an integer tensor, got {label_B.dtype}")
+    if label_B.shape != (B,) or label_B.device != device:
+        got = f"{list(label_B.shape)} on {label_B.device}"
+        raise ValueError(f"label_B: expected a tensor of shape [{B}] on {device}, got {got}")
+    label_B = label_B.long()
+    if label_B.is_cuda:
+        return torch.where(label_B < 0, num_classes, label_B)
+    if torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling():
+        return label_B
+    lowest, highest = (int(end) for end in label_B.aminmax())
+    if highest >= num_classes:
+        raise ValueError(f"label_B: expected {classes}, got {highest}")
+    return torch.where(label_B < 0, num_classes, label_B) if lowest < 0 else label_B
+
+
+@contextmanager
+def one_thread(model: nn.Module) -> Iterator[None]:
+    """Keep other threads from using `model` while the context is open: its blocks hold the K/V cache of one sample.
+
+    Raises:
+        RuntimeError: another thread is in such a context of this model.
+    """
+    key, me = id(model), threading.get_ident()
+    is_nested = _threads.get(key) == me
+    try:
+        if _threads.setdefault(key, me) != me:
+            raise RuntimeError(
+                f"this {type(model).__name__} is in use by another thread, and its blocks hold the K/V cache of one "
+                "sample: give each thread a copy (copy.deepcopy), or let them take turns"
+            )
+        yield
+    finally:
+        if not is_nested and _threads.get(key) == me:
+            del _threads[key]
+
+
+def by_one_thread(method: Callable) -> Callable:
+    """A method of a model that only one thread at a time can run; errors as in `one_thread`."""
+
+    @functools.wraps(method)
+    def alone(self, *args, **kwargs):
+        with one_thread(self):
+            return method(self, *args, **kwargs)
+
+    return alone
