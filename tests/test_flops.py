@@ -193,11 +193,11 @@ def operator_calls() -> dict[str, tuple]:
     logits = sum(2 * C for _token in range(R * K) for _expert in range(N))
     past = (cache, cache.clone(), P, None, 1.0, None)
     return {
-        "select_tokens": ((x, torch.randn(1, C), torch.zeros(1), gate, gate, K, False), R * L * 2 * C),
+        "select_tokens": ((x, torch.randn(1, C), torch.zeros(1), gate, gate, K, False, False), R * L * 2 * C),
         "subset_attention": ((q, q, q, *past), attention),
         "subset_attention_append": ((q, q, q, *past), attention),
         "route_experts": ((rows, *router, M), logits),
-        "add_normalize_route": ((rows, rows, gate, gate, gate, *router, M), logits),
+        "add_normalize_route": ((rows, None, rows, gate, gate, gate, *router, M), logits),
         "expert_ffn": ((rows, mask, M, *ffn), experts),
         "expert_ffn_scatter": ((x, index, rows, rows, mask, M, *ffn, gate, "auto"), experts),
     }

@@ -83,8 +83,9 @@ def checked_labels(
         got = f"{list(label_B.shape)} on {label_B.device}"
         raise ValueError(f"label_B: expected a tensor of shape [{B}] on {device}, got {got}")
     label_B = label_B.long()
-    capturing = label_B.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling():
+    if torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling():
+        return label_B
+    if label_B.is_cuda and torch.cuda.is_current_stream_capturing():
         return label_B
     lowest, highest = (int(end) for end in label_B.aminmax())
     if highest >= num_classes:
