@@ -86,10 +86,10 @@ def checked_labels(
         got = f"{list(label_B.shape)} on {label_B.device}"
         raise ValueError(f"label_B: expected a tensor of shape [{B}] on {device}, got {got}")
     label_B = label_B.long()
-    if label_B.is_cuda:
-        return torch.where(label_B < 0, num_classes, label_B)
     if torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling():
         return label_B
+    if label_B.is_cuda:
+        return torch.where(label_B < 0, num_classes, label_B)
     lowest, highest = (int(end) for end in label_B.aminmax())
     if highest >= num_classes:
         raise ValueError(f"label_B: expected {classes}, got {highest}")
