@@ -1,0 +1,179 @@
+"""Peak memory of one way of sampling, measured in a process of its own, beside what it cannot do without.
+
+    python -m benchmarks.memory --model d16 --batch 1 --dtype fp32 --way ActVAR
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from actvar.config import ActVARConfig
+from actvar.flops import DENSE
+from actvar.schedule import build_schedule
+from actvar_kernels import cpp_runs
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Bytes that sampling has to hold at once: weights (of transformer and autoencoder; packed ones twice), the K/V
+    cache before the last scale, and activations: those of one dense block at the last scale, or the decoder's if they
+    are more."""
+
+    weights: int
+    packed: int
+    cache: int
+    block: int
+    decoder: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.packed + self.cache + max(self.block, self.decoder)
+
+
+def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kernels: bool) -> Bound:
+    """Of a dense `var` on any device, of which only shapes and dtypes are read.
+
+    Args:
+        kernels: sampling runs on the C++ kernels, which pack the layers of every block and the head.
+    """
+    blocks, dtype = len(var.blocks), var.head.weight.dtype
+    packed = 0
+    if kernels:
+        layers = [var.head]
+        for block in var.blocks:
+            layers += [block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2]
+        packed = sum(_bytes([layer.weight]) for layer in layers)
+    last = build_schedule(config, var.patch_nums)[-1]
+    x = torch.empty(2 * batch, last.tokens, var.C, dtype=dtype, device="meta")
+    side = var.patch_nums[-1]
+    f_hat = torch.empty(batch, var.Cvae, side, side, device="meta", dtype=next(vae.parameters()).dtype)
+    of_block, of_vae = (copy.deepcopy(module).to("meta") for module in (var.blocks[-1], vae))
+    modulation = x.new_empty(2 * batch, 1, 6, var.C) if of_block.shared_aln else x.new_empty(2 * batch, var.C)
+    return Bound(
+        weights=_bytes(var.parameters()) + _bytes(vae.parameters()),
+        packed=packed,
+        cache=blocks * 2 * 2 * batch * last.cached_before * var.C * dtype.itemsize,
+        block=peak_live_bytes(lambda: of_block(x, modulation, None)),
+        decoder=peak_live_bytes(lambda: of_vae.fhat_to_img(f_hat)),
+    )
+
+
+def _bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@torch.no_grad()
+def peak_live_bytes(run: Callable[[], object]) -> int:
+    """Most bytes of tensors made by `run` that are alive at once; meta tensors count as if they were real."""
+    with _LiveBytes() as live:
+        run()
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                self.known.add(leaf.untyped_storage()._cdata)
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.known:
+                storage = leaf.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
+
+
+def peak_of_process(run: Callable[[], object]) -> int:
+    """Peak resident bytes of this process during `run` (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again
+    run()
+    return _status("VmHWM")
+
+
+def resident() -> int:
+    """Resident bytes of this process now (Linux)."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def measured(model: str, batch: int, dtype: str, way: str, public: Path | None = None) -> dict[str, float]:
+    """MiB of `way`, by a process of its own: `peak` while sampling, over what the process had before there was a model;
+    `bound`, and its parts.
+
+    Raises:
+        RuntimeError: the process failed; has its last line.
+    """
+    arguments = ["--model", model, "--batch", str(batch), "--dtype", dtype, "--way", way]
+    if public is not None:
+        arguments += ["--public-var", str(public)]
+    run = subprocess.run([sys.executable, "-m", "benchmarks.memory", *arguments], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"memory of {way}: expected exit code 0, got {run.returncode}: {run.stderr[-300:]}")
+    return json.loads(run.stdout)
+
+
+def table(of_ways: dict[str, dict[str, float]]) -> str:
+    """To read: MiB of every way."""
+    columns = list(next(iter(of_ways.values())))
+    lines = [f"{'memory, MiB':24s}" + "".join(f"{column:>10s}" for column in columns)]
+    for way, figures in of_ways.items():
+        lines.append(f"{way:24s}" + "".join(f"{figures[column]:10.0f}" for column in columns))
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    from benchmarks import sampling
+
+    parser = sampling.shape_parser("python -m benchmarks.memory", __doc__.split("\n\n")[0])
+    parser.add_argument("--way", required=True, choices=sampling.WAYS)
+    options = parser.parse_args(arguments)
+    before = resident()
+    var, adapter = sampling.model(options.model)
+    ways = sampling.ways(var, adapter, sampling.DTYPES[options.dtype], options.public_var)
+    if options.way not in ways:
+        parser.error("--way 'public code' needs --public-var")
+    draw = sampling.sampling_of(var, options.batch)
+    with ways[options.way]() as used:
+        draw.run(used)
+        peak = peak_of_process(lambda: draw.run(used)) - before
+        kernels = options.way in ("accelerated", "ActVAR") and cpp_runs(used.head.weight)
+    config = ActVARConfig() if options.way == "ActVAR" else DENSE
+    parts = bound(var.vae_proxy[0], var, options.batch, config, kernels)
+    figures = {"peak": peak, "bound": parts.total} | asdict(parts)
+    print(json.dumps({name: value / MIB for name, value in figures.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
