@@ -25,7 +25,7 @@ from torch import nn
 
 from actvar.compare import Sampling
 from actvar.config import ActVARConfig
-from actvar.flops import DENSE, model_flops, total_flops
+from actvar.flops import DENSE, StepFlops, model_flops, total_flops
 from actvar.flops_report import shapes_of
 from actvar.models import build_vae_var
 from actvar.patch import patched_silently
@@ -167,16 +167,22 @@ def measured(point: Point, repeats: int) -> dict[str, dict[tuple[str, str], list
     measure = sampling.timed if point.whole else one_block
     drawn = sampling.sampling_of(var, point.batch)
     found = {}
-    for way, runs in sampling.interleaved(ways, lambda used: measure(used, drawn), repeats, str(point.x)).items():
-        scale = 1 if point.whole else point.depth
-        operations = (WHOLE, BLOCKS, LAST_TWO) if point.whole else (BLOCKS, LAST_TWO)
-        found[way] = {(name, "ms"): [1e3 * scale * run[name] for run in runs] for name in operations}
+    for way, runs in sampling.interleaved(ways, lambda used: measure(used, drawn), repeats, f"{point.axis} {point.x:g}").items():
+        blocks, operations = (1, (WHOLE, BLOCKS, LAST_TWO)) if point.whole else (point.depth, (BLOCKS, LAST_TWO))
+        found[way] = {(name, "ms"): [1e3 * blocks * run[name] for run in runs] for name in operations}
         config = point.config if way == "ActVAR" else DENSE
         vae, shapes = _shapes(point)
-        kernels = way != "dense" and cpp_runs(var.head.weight)
+        kernels = way != "dense" and cpp_runs(shapes.head.weight.new_empty(1, device="cpu"))
         found[way]["memory bound", "MiB"] = [bound(vae, shapes, point.batch, config, kernels).total / MIB]
-        found[way]["transformer", "GFLOP"] = [total_flops(model_flops(shapes, point.batch, config)) / 1e9]
+        steps = model_flops(shapes, point.batch, config)
+        found[way]["transformer", "GFLOP"] = [total_flops(steps) / 1e9]
+        found[way][BLOCKS, "GFLOP"] = [_block_flops(steps) / 1e9]
+        found[way][LAST_TWO, "GFLOP"] = [_block_flops(steps[-2:]) / 1e9]
     return found
+
+
+def _block_flops(steps: Sequence[StepFlops]) -> int:
+    return sum(step.total - step.adaln - step.head for step in steps)
 
 
 def _model(point: Point) -> tuple[nn.Module, Path | None]:
@@ -185,7 +191,7 @@ def _model(point: Point) -> tuple[nn.Module, Path | None]:
         var, adapter = sampling.model(point.model)
         return var, adapter if point.config == ActVARConfig() else None
     width = SIZES[point.model].width
-    small = dict(ch=32, ch_mult=(1,), num_res_blocks=1, num_classes=10)
+    small = dict(ch=32, ch_mult=(1,), num_res_blocks=1, num_classes=10, shared_aln=point.model == "d36")
     return build_vae_var(depth=1, width=width, patch_nums=point.sides, **small)[1], None
 
 
@@ -193,7 +199,9 @@ def _shapes(point: Point) -> tuple[nn.Module, nn.Module]:
     """Autoencoder and transformer of the point's full depth, on the meta device."""
     if point.pixels is None:
         return shapes_of(point.model)
-    return build_vae_var(depth=point.depth, patch_nums=point.sides, device="meta")
+    return build_vae_var(
+        depth=point.depth, patch_nums=point.sides, shared_aln=point.model == "d36", device="meta"
+    )
 
 
 @torch.no_grad()
