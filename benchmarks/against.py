@@ -68,9 +68,7 @@ class Change:
         )
 
 
-def changes(
-    cases: Sequence[str], earlier: Timer, present: Timer, repeats: int = REPEATS
-) -> list[Change]:
+def changes(cases: Sequence[str], earlier: Timer, present: Timer, repeats: int = REPEATS) -> list[Change]:
     """Every case in both commits, which take turns in going first; the first repeat warms up."""
     found = []
     for case in tqdm(cases, desc="cases", leave=False):

@@ -1,6 +1,6 @@
 """Peak memory of one way of sampling, measured in a process of its own, beside what it cannot do without.
 
-    python -m benchmarks.memory --model d16 --batch 1 --dtype fp32 --way ActVAR
+python -m benchmarks.memory --model d16 --batch 1 --dtype fp32 --way ActVAR
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,7 +74,13 @@ def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kern
     )
 
 
-def _bytes(tensors) -> int:
+@torch.no_grad()
+def kernels_run(dtype: torch.dtype) -> bool:
+    """Whether sampling in `dtype` on this CPU runs the C++ kernels."""
+    return cpp_runs(torch.empty(1, dtype=dtype))
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -177,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = resident()
     var, peak = sample(options.model, options.batch)
     peak -= before
-    kernels = options.way in ("accelerated", "ActVAR") and cpp_runs(torch.empty(1, dtype=var.head.weight.dtype))
+    kernels = options.way in ("accelerated", "ActVAR") and kernels_run(var.head.weight.dtype)
     config = ActVARConfig() if options.way == "ActVAR" else DENSE
     parts = bound(var.vae_proxy[0], var, options.batch, config, kernels)
     figures = {"peak": peak, "bound": parts.total} | asdict(parts)

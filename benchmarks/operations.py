@@ -49,7 +49,9 @@ class BlockShape:
         16x16 tokens, 32x32 for d36, 8x8 for fashion-mnist."""
         *dense, before, last = (side * side for side in SIZES[model].sides)
         cached = sum(dense) + _share(rate, before)
-        return cls(2 * batch, last, _share(rate, last), cached, SIZES[model].width, active=_share(rate, cls.num_experts))
+        return cls(
+            2 * batch, last, _share(rate, last), cached, SIZES[model].width, active=_share(rate, cls.num_experts)
+        )
 
 
 @dataclass

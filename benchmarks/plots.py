@@ -65,7 +65,9 @@ def throughput(rows: Iterable[Result]) -> Figure | None:
     for axes, ((model, dtype), of_model) in zip(panels, samples.items(), strict=True):
         for provider, of_provider in _grouped(of_model, lambda row: row.provider).items():
             points = sorted(of_provider, key=lambda row: row.batch)
-            low, middle, high = ([1e3 * row.batch / getattr(row, name) for row in points] for name in ("p80", "p50", "p20"))
+            low, middle, high = (
+                [1e3 * row.batch / getattr(row, name) for row in points] for name in ("p80", "p50", "p20")
+            )
             _line(axes, [row.batch for row in points], low, middle, high, provider)
         axes.set(title=f"{model}, {dtype}", xlabel="batch", ylabel="images per second", xscale="log", ylim=(0, None))
         axes.legend(fontsize=7)
@@ -104,9 +106,9 @@ def _model_speedups(rows: Iterable[Result]) -> list[tuple[str, dict, list]]:
         for (name, metric, provider, rate, model, batch), row in scaled.items():
             if (name, metric, provider) == (operation, "ms", "ActVAR"):
                 shape = rate, model, batch
-                dense = scaled[operation, "ms", "accelerated", *shape]
+                dense = scaled[(operation, "ms", "accelerated", *shape)]
                 points.append((rate, *_ratio(dense, row)))
-                flops = [scaled[operation, "GFLOP", way, *shape].p50 for way in ("accelerated", "ActVAR")]
+                flops = [scaled[(operation, "GFLOP", way, *shape)].p50 for way in ("accelerated", "ActVAR")]
                 ceiling.append((rate, flops[0] / flops[1]))
                 title = f"{operation}, {model}, batch {batch}"
         if points:
@@ -146,7 +148,7 @@ def steps(rows: Iterable[Result]) -> Figure | None:
     largest = {(model, dtype): batch for model, dtype, batch in sorted(shapes)}
     if not largest:
         return None
-    width = max(len({row.provider for row in shapes[*of, batch]}) for of, batch in largest.items())
+    width = max(len({row.provider for row in shapes[(*of, batch)]}) for of, batch in largest.items())
     figure = Figure(figsize=(3.2 * width, 3 * len(largest)), layout="constrained")
     grid = figure.subplots(len(largest), width, sharey="row", squeeze=False)
     for line, ((model, dtype), batch) in zip(grid, largest.items(), strict=True):

@@ -251,7 +251,9 @@ def sampling_providers(case: Case, device: str) -> dict[str, dict[str, Call]]:
     truth = ways["reference"]()[:1]
     for provider, run in ways.items():
         if not torch.equal(run()[:1], truth):
-            raise WrongNumbersError(f"{case}, sample_tokens: {provider} draws other tokens than the reference; not timed")
+            raise WrongNumbersError(
+                f"{case}, sample_tokens: {provider} draws other tokens than the reference; not timed"
+            )
     return {"sample_tokens": ways}
 
 

@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -35,8 +35,8 @@ class Result:
 
     `provider`: who computed it. `operation`: an operation of a block, a part of a sample, or "sample". Shape: `model`,
     `batch` images (two rows each), `dtype`, `rate` of tokens and FFN at the last two scales, `experts` the FFN is cut
-    into, `side` of the last token map, `step` of the sample from 1 on, 0 for all of them. `metric` with its unit; `p20`,
-    `p50`, `p80` its percentiles.
+    into, `side` of the last token map; `step` of the sample, from 1 on, or 0 for all. `metric`: a unit; `p20`, `p50`,
+    `p80` its percentiles.
     """
 
     provider: str
@@ -64,7 +64,16 @@ class Result:
 
 
 COLUMNS = tuple(field.name for field in fields(Result))
-_TYPES = {"batch": int, "experts": int, "side": int, "step": int, "rate": float, "p20": float, "p50": float, "p80": float}
+_TYPES = {
+    "batch": int,
+    "experts": int,
+    "side": int,
+    "step": int,
+    "rate": float,
+    "p20": float,
+    "p50": float,
+    "p80": float,
+}
 
 
 @dataclass(frozen=True)
@@ -174,15 +183,20 @@ def gpu_rows(report: dict) -> list[Result]:
     if failed:
         raise ValueError(f"expected numerics that agree, got failures of {', '.join(sorted(failed))}; not reported")
     machine, rows = report["machine"], []
+
+    def add_row(shape: Shape, provider: str, operation: str, percentiles: Sequence[float]) -> None:
+        row = shape.row(provider, operation, "ms", percentiles, **origin)
+        rows.append(replace(row, p20=percentiles[0], p50=percentiles[1], p80=percentiles[2]))
+
     origin = {name: machine[name] for name in ("torch", "triton", "commit", "time")}
     for row in (*report["times"], *(row for row in report["models"] if "skipped" not in row)):
         shape = Shape(row["model"], row["batch"], "bf16", 0.75, SIZES[row["model"]].sides[-1])
         if "operation" in row:
             for backend in ("triton", "reference"):
-                rows.append(shape.row(backend, row["operation"], "ms", row[f"{backend}_ms"], **origin))
+                add_row(shape, backend, row["operation"], row[f"{backend}_ms"])
         else:
             for operation in ("last_scale_graph", "sample_eager"):
-                rows.append(shape.row(row["configuration"], operation, "ms", row[f"{operation}_ms"], **origin))
+                add_row(shape, row["configuration"], operation, row[f"{operation}_ms"])
     return rows
 
 

@@ -30,11 +30,10 @@ from actvar.flops_report import shapes_of
 from actvar.models import build_vae_var
 from actvar.patch import patched_silently
 from actvar.timing import block_seconds
-from actvar_kernels import cpp_runs
 from actvar_kernels.compile_cases import HEAD_DIM
 from actvar_kernels.compile_check import LineParser
 from benchmarks import results, sampling
-from benchmarks.memory import MIB, bound
+from benchmarks.memory import MIB, bound, kernels_run
 from benchmarks.operations import SIZES
 from benchmarks.roofline import CARDS
 
@@ -46,6 +45,9 @@ SIDES = {
 """Token maps by pixels; those of 1024 are Infinity's, no published VAR has them."""
 
 
+PAPER = ActVARConfig()
+
+
 @dataclass(frozen=True)
 class Point:
     """One model and configuration, `x` where it is on its axis."""
@@ -54,7 +56,7 @@ class Point:
     x: float
     model: str
     batch: int
-    config: ActVARConfig = ActVARConfig()
+    config: ActVARConfig = PAPER
     pixels: int | None = None
 
     @property
@@ -83,7 +85,9 @@ def _rate(rate: float) -> ActVARConfig:
 AXES = {
     "batch": [Point("batch", batch, "fashion-mnist", batch) for batch in (1, 2, 4, 8, 16)],
     "resolution": [Point("resolution", side, "d16", 1, pixels=side) for side in SIDES],
-    "depth": [Point("depth", p.width / 64, name, 1, pixels=256) for name, p in SIZES.items() if name != "fashion-mnist"],
+    "depth": [
+        Point("depth", p.width / 64, name, 1, pixels=256) for name, p in SIZES.items() if name != "fashion-mnist"
+    ],
     "experts": [Point("experts", n, "d16", 1, ActVARConfig(num_experts=n)) for n in (4, 8, 16, 32)],
     "rate": [Point("rate", rate, "fashion-mnist", 16, _rate(rate)) for rate in (0.25, 0.5, 0.75, 1.0)],
 }
@@ -167,12 +171,14 @@ def measured(point: Point, repeats: int) -> dict[str, dict[tuple[str, str], list
     measure = sampling.timed if point.whole else one_block
     drawn = sampling.sampling_of(var, point.batch)
     found = {}
-    for way, runs in sampling.interleaved(ways, lambda used: measure(used, drawn), repeats, f"{point.axis} {point.x:g}").items():
+    for way, runs in sampling.interleaved(
+        ways, lambda used: measure(used, drawn), repeats, f"{point.axis} {point.x:g}"
+    ).items():
         blocks, operations = (1, (WHOLE, BLOCKS, LAST_TWO)) if point.whole else (point.depth, (BLOCKS, LAST_TWO))
         found[way] = {(name, "ms"): [1e3 * blocks * run[name] for run in runs] for name in operations}
         config = point.config if way == "ActVAR" else DENSE
         vae, shapes = _shapes(point)
-        kernels = way != "dense" and cpp_runs(shapes.head.weight.new_empty(1, device="cpu"))
+        kernels = way != "dense" and kernels_run(torch.float32)
         found[way]["memory bound", "MiB"] = [bound(vae, shapes, point.batch, config, kernels).total / MIB]
         steps = model_flops(shapes, point.batch, config)
         found[way]["transformer", "GFLOP"] = [total_flops(steps) / 1e9]
@@ -189,7 +195,7 @@ def _model(point: Point) -> tuple[nn.Module, Path | None]:
     """What runs: the bundled model, or one block of an official size with a small autoencoder."""
     if point.whole:
         var, adapter = sampling.model(point.model)
-        return var, adapter if point.config == ActVARConfig() else None
+        return var, adapter if point.config == PAPER else None
     width = SIZES[point.model].width
     small = dict(ch=32, ch_mult=(1,), num_res_blocks=1, num_classes=10, shared_aln=point.model == "d36")
     return build_vae_var(depth=1, width=width, patch_nums=point.sides, **small)[1], None
@@ -199,9 +205,7 @@ def _shapes(point: Point) -> tuple[nn.Module, nn.Module]:
     """Autoencoder and transformer of the point's full depth, on the meta device."""
     if point.pixels is None:
         return shapes_of(point.model)
-    return build_vae_var(
-        depth=point.depth, patch_nums=point.sides, shared_aln=point.model == "d36", device="meta"
-    )
+    return build_vae_var(depth=point.depth, patch_nums=point.sides, shared_aln=point.model == "d36", device="meta")
 
 
 @torch.no_grad()
