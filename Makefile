@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile-check gpu triton-matrix lint format clean
+.PHONY: help demo test bench bench-full bench-against plots compile-check gpu triton-matrix lint format clean
 # Releases of Triton that the kernels are tested with; "triton" alone is the newest. The interpreter of 3.6 needs NumPy
 # before 2.4.
 TRITONS := triton==3.6.0 triton==3.8.0 triton
@@ -23,6 +23,18 @@ demo: $(INSTALLED) ## Draw Fashion-MNIST pictures with the dense and the acceler
 test: $(INSTALLED) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --benchmark-disable --ignore tests/interpreter
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --benchmark-disable tests/interpreter || [ $$? -eq 5 ] # 5: no Triton here, so no test
+
+bench: $(INSTALLED) ## Time operations, samples, memory and scaling on this CPU, into benchmarks/results/
+	$(BIN)/python -m benchmarks --subset cpu
+
+bench-full: $(INSTALLED) ## The same for every model, batch, rate and type; hours on a CPU
+	$(BIN)/python -m benchmarks --subset all
+
+bench-against: $(INSTALLED) ## Compare with an earlier commit, make bench-against REV=main; fails if it got slower
+	$(BIN)/python -m benchmarks --subset cpu --against $(REV)
+
+plots: $(INSTALLED) ## Draw docs/images/bench-*.png from benchmarks/results/
+	$(BIN)/python -m benchmarks.plots
 
 compile-check: $(INSTALLED) ## Compile every kernel for every GPU architecture, without a GPU, and check the machine code
 	$(BIN)/python -m actvar_kernels.compile_check
