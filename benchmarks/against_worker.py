@@ -5,6 +5,7 @@ It takes nothing but what every commit has: the public functions of `actvar` and
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -13,7 +14,7 @@ from functools import partial
 
 import torch
 
-from actvar import ActVARConfig, load_pretrained, patched
+from actvar import accelerate, load_pretrained
 from benchmarks.operations import BlockShape, block_inputs, operations
 
 SHORTEST = 0.01  # seconds that are timed at once
@@ -22,7 +23,6 @@ SHAPES = {
     "cpu": [("fashion-mnist", 16), ("d16", 1)],
     "all": [("fashion-mnist", 16), ("d16", 1), ("d16", 4), ("d30", 1)],
 }
-DENSE = ActVARConfig(token_rates=(1, 1), ffn_rate=1)
 
 
 def main() -> None:
@@ -42,21 +42,22 @@ def cases(subset: str, device: str) -> dict[str, Callable[[], object]]:
         for operation, run in operations(shape, block_inputs(shape, torch.float32, device)).items():
             found[f"{operation}, {model} batch {batch}"] = run
     for batch in (1, 16):
-        found[f"sample, dense, fashion-mnist batch {batch}"] = partial(sample, None, batch, device)
-        found[f"sample, accelerated, fashion-mnist batch {batch}"] = partial(sample, DENSE, batch, device)
-        found[f"sample, ActVAR, fashion-mnist batch {batch}"] = partial(sample, ActVARConfig(), batch, device)
+        for way in ("dense", "accelerated", "ActVAR"):
+            found[f"sample, {way}, fashion-mnist batch {batch}"] = partial(sample, way, batch, device)
     return found
 
 
-_models: dict[ActVARConfig | None, torch.nn.Module] = {}
+def sample(way: str, batch: int, device: str) -> None:
+    """Images of the bundled model."""
+    labels = torch.arange(batch, device=device) % 10
+    loaded(way, device).autoregressive_infer_cfg(batch, labels, g_seed=0)
 
 
-def sample(config: ActVARConfig | None, batch: int, device: str) -> None:
-    """Images of the bundled model, dense or patched with fresh gates."""
-    if config not in _models:
-        _, var = load_pretrained("fashion-mnist", device=device)
-        _models[config] = var if config is None else patched(var, config).__enter__()
-    _models[config].autoregressive_infer_cfg(batch, torch.arange(batch, device=device) % 10, g_seed=0)
+@functools.cache
+def loaded(way: str, device: str) -> torch.nn.Module:
+    """The bundled model, dense, accelerated or with its adapter."""
+    _, var = load_pretrained("fashion-mnist", adapter="paper" if way == "ActVAR" else None, device=device)
+    return accelerate(var) if way == "accelerated" else var
 
 
 @torch.no_grad()
