@@ -109,15 +109,23 @@ def _ours(shape: BlockShape, inputs: BlockInputs) -> dict[str, Call]:
     calls = operations(shape, inputs)
     if not inputs.x.is_cuda:
         del calls["expert_ffn_scatter tile_list"]  # the same as dense there
+        calls |= _linear_layers(inputs)
     C = shape.width
-    fc1, bias, *_ = inputs.ffn
-    for name, width in (("linear qkv", 3 * C), ("linear proj", C)):
-        weight, bias_of = fc1[:width], bias[:width]  # a layer of that size; a tensor that stays
-        calls[name] = lambda weight=weight, bias_of=bias_of: linear(inputs.update, weight, bias_of)
     if shape.keep == shape.tokens and shape.active == shape.num_experts:
         u = F.layer_norm(inputs.x, (C,))
         every = u.new_ones(*u.shape[:-1], shape.num_experts, dtype=torch.bool)
         calls["dense_ffn"] = lambda: expert_ffn(u, every, shape.num_experts, *inputs.ffn)
+    return calls
+
+
+def _linear_layers(inputs: BlockInputs) -> dict[str, Call]:
+    """Layers of the size of attention's projections; on a GPU there is only cuBLAS's."""
+    C = inputs.x.shape[-1]
+    fc1, bias, *_ = inputs.ffn
+    calls = {}
+    for name, width in (("linear qkv", 3 * C), ("linear proj", C)):
+        layer = fc1[:width], bias[:width]
+        calls[name] = lambda layer=layer: linear(inputs.update, *layer)
     return calls
 
 
@@ -313,17 +321,19 @@ def _seconds(ways: dict[str, Call], device: str) -> dict[str, list[float]]:
 
 def interleaved(ways: dict[str, Call], budget: float = SECONDS) -> dict[str, list[float]]:
     """Seconds of each call on the CPU, in turn. A repeat makes as many calls as take `SHORTEST` seconds; as many
-    repeats as fit into `budget` seconds a call, within `REPEATS`."""
+    repeats as fit into `budget` seconds a way, within `REPEATS`."""
     cpu = torch.device("cpu")
-    once = max(seconds_of(run, cpu) and seconds_of(run, cpu) for run in ways.values())
-    calls = max(1, math.ceil(SHORTEST / once))
-    fewest, most = REPEATS
-    repeats = min(most, max(fewest, int(budget / (calls * once))))
 
-    def timed(run: Call) -> Callable[[], float]:
+    def timed(run: Call, calls: int) -> Callable[[], float]:
         return lambda: seconds_of(lambda: [run() for _ in range(calls)], cpu) / calls
 
-    return interleaved_seconds({name: timed(run) for name, run in ways.items()}, repeats, "repeats")
+    for run in ways.values():
+        run()
+    once = {name: seconds_of(run, cpu) for name, run in ways.items()}
+    calls = {name: math.ceil(SHORTEST / seconds) for name, seconds in once.items()}
+    fewest, most = REPEATS
+    repeats = min(most, max(fewest, int(budget / max(calls[name] * once[name] for name in ways))))
+    return interleaved_seconds({name: timed(run, calls[name]) for name, run in ways.items()}, repeats, "repeats")
 
 
 def rows(case: Case, seconds: dict[str, dict[str, list[float]]]) -> list[Result]:
