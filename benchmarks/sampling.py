@@ -45,7 +45,10 @@ FIGURES = ("whole sample", "autoregressive part", "all blocks", "blocks, last tw
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.csv is not None:
+        expect_kernels(parser)
     dtype = DTYPES[options.dtype]
     var, adapter = model(options.model)
     compared = ways(var, adapter, dtype, options.public_var)
@@ -102,6 +105,12 @@ def shape_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--public-var", type=Path, help="clone of the public VAR code, to be measured as well")
     return parser
+
+
+def expect_kernels(parser: argparse.ArgumentParser) -> None:
+    """End the program where "accelerated" and "ActVAR" would run the reference on the CPU."""
+    if cpu_kernel.why_unavailable() is not None:
+        parser.error(f"--csv: rows are of the C++ kernels, which do not run here: {cpu_kernel.why_unavailable()}")
 
 
 def ways(var: nn.Module, adapter: Path | None, dtype: torch.dtype, public_folder: Path | None) -> dict[str, Callable]:

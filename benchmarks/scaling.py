@@ -105,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
         report = projection(options.project, options.price, options.models, options.batches)
         print(projection_text(report))
     else:
+        if options.csv is not None:
+            sampling.expect_kernels(parser)
         rows, report = [], {}
         for axis in options.axes:
             report[axis] = scaled(AXES[axis], options.repeats, rows)
@@ -170,14 +172,14 @@ def measured(point: Point, repeats: int) -> dict[str, dict[tuple[str, str], list
     }
     measure = sampling.timed if point.whole else one_block
     drawn = sampling.sampling_of(var, point.batch)
+    describe = f"{point.axis} {point.x:g}"
+    times = sampling.interleaved(ways, lambda used: measure(used, drawn), repeats, describe)
+    vae, shapes = _shapes(point)
     found = {}
-    for way, runs in sampling.interleaved(
-        ways, lambda used: measure(used, drawn), repeats, f"{point.axis} {point.x:g}"
-    ).items():
+    for way, runs in times.items():
         blocks, operations = (1, (WHOLE, BLOCKS, LAST_TWO)) if point.whole else (point.depth, (BLOCKS, LAST_TWO))
         found[way] = {(name, "ms"): [1e3 * blocks * run[name] for run in runs] for name in operations}
         config = point.config if way == "ActVAR" else DENSE
-        vae, shapes = _shapes(point)
         kernels = way != "dense" and kernels_run(torch.float32)
         found[way]["memory bound", "MiB"] = [bound(vae, shapes, point.batch, config, kernels).total / MIB]
         steps = model_flops(shapes, point.batch, config)

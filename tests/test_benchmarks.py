@@ -17,7 +17,7 @@ import torch
 from actvar.config import ActVARConfig
 from actvar.models import build_vae_var
 from actvar.patch import DENSE, patched_silently
-from benchmarks import against, components, memory, plots, providers, results, scaling
+from benchmarks import against, components, memory, plots, providers, results, sampling, scaling
 from benchmarks.providers import Case, WrongNumbersError
 from benchmarks.results import Shape
 
@@ -201,6 +201,15 @@ def test_the_bound_holds_weights_cache_and_the_larger_activations():
     assert sparse.cache == 3 * 2 * 10 * 3 * 128 * 4
 
 
+@pytest.mark.parametrize("command", [sampling.main, scaling.main])
+def test_no_row_calls_the_reference_accelerated(command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sampling.cpu_kernel, "why_unavailable", lambda: "no compiler")
+    with pytest.raises(SystemExit):
+        command(["--csv", str(tmp_path / "cpu.csv")])
+    assert "rows are of the C++ kernels, which do not run here: no compiler" in capsys.readouterr().err
+    assert not (tmp_path / "cpu.csv").exists()
+
+
 # --- scaling
 
 
@@ -261,10 +270,10 @@ def test_noise_is_the_larger_spread_of_the_two_and_hides_what_is_smaller():
     assert not against.Change.of("case", quiet, [1.02] * 6).slower  # below SMALLEST
 
 
-@pytest.fixture
-def repository(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
     """A git repository of the package as it is here, with one commit."""
-    root = tmp_path / "repository"
+    root = tmp_path_factory.mktemp("repository")
     for package in ("actvar", "actvar_kernels", "benchmarks"):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
