@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -185,9 +186,7 @@ def stacked(axes: Axes, steps: Sequence[Mapping[str, float]]) -> None:
     numbers, bottom = range(1, len(steps) + 1), [0.0] * len(steps)
     for place, name in enumerate(COMPONENTS):
         heights = [1e3 * step.get(name, 0.0) for step in steps]
-        axes.bar(
-            numbers, heights, bottom=bottom, label=name, color=f"C{place}" if place < 10 else str(0.3 * place - 2.8)
-        )
+        axes.bar(numbers, heights, bottom=bottom, label=name, color=colormaps["tab20"](place))
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set_xticks(numbers)
     axes.set_xlabel("step")

@@ -69,7 +69,10 @@ def throughput(rows: Iterable[Result]) -> Figure | None:
                 [1e3 * row.batch / getattr(row, name) for row in points] for name in ("p80", "p50", "p20")
             )
             _line(axes, [row.batch for row in points], low, middle, high, provider)
-        axes.set(title=f"{model}, {dtype}", xlabel="batch", ylabel="images per second", xscale="log", ylim=(0, None))
+        axes.set(xlabel="batch", ylabel="images per second", xscale="log", ylim=(0, None))
+        axes.set_xticks(sorted({row.batch for row in of_model}), sorted({row.batch for row in of_model}))
+        axes.minorticks_off()
+        axes.set_title(f"{model}, {dtype}", fontsize=9)
         axes.legend(fontsize=7)
     return figure
 
@@ -87,8 +90,10 @@ def speedup(rows: Sequence[Result]) -> Figure | None:
         rates, gains = zip(*sorted(ceiling), strict=True)
         axes.plot(rates, gains, "k--", linewidth=1, label="ceiling by FLOPs")
         axes.axhline(1, color="0.8", linewidth=0.8, zorder=0)
-        axes.set(title=title, xlabel="rate of tokens and experts", ylabel="times as fast", yscale="log")
-        axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        axes.set(xlabel="rate of tokens and experts", ylabel="times as fast", yscale="log")
+        axes.set_title(title, fontsize=9)
+        axes.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", "1", "2", "4", "8", "16"])
+        axes.minorticks_off()
         axes.legend(fontsize=7)
     return figure
 
