@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import importlib.metadata
 import json
 import platform
@@ -110,17 +111,18 @@ def _rounded(value: float) -> float:
 
 def versions() -> dict[str, str]:
     """Columns that say what measured a row: torch, triton, commit (with "+" where files differ from it), time."""
+    return _checkout() | {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+@functools.cache
+def _checkout() -> dict[str, str]:
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "none"
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", "actvar", "actvar_kernels", "benchmarks/*.py")
-    return {
-        "torch": torch.__version__,
-        "triton": triton,
-        "commit": (_git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else ""),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
+    return {"torch": torch.__version__, "triton": triton, "commit": commit + ("+" if changed else "")}
 
 
 def _git(*arguments: str) -> str:
