@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from actvar.config import ActVARConfig
-from actvar.flops import DENSE
+from actvar.flops import DENSE, without_weights
 from actvar.schedule import build_schedule
 from actvar_kernels import cpp_runs
 
@@ -60,18 +61,26 @@ def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kern
             layers += [block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2]
         packed = sum(_bytes([layer.weight]) for layer in layers)
     last = build_schedule(config, var.patch_nums)[-1]
-    x = torch.empty(2 * batch, last.tokens, var.C, dtype=dtype, device="meta")
     side = var.patch_nums[-1]
     f_hat = torch.empty(batch, var.Cvae, side, side, device="meta", dtype=next(vae.parameters()).dtype)
-    of_block, of_vae = (copy.deepcopy(module).to("meta") for module in (var.blocks[-1], vae))
-    modulation = x.new_empty(2 * batch, 1, 6, var.C) if of_block.shared_aln else x.new_empty(2 * batch, var.C)
+    of_vae = copy.deepcopy(vae).to("meta")
     return Bound(
         weights=_bytes(var.parameters()) + _bytes(vae.parameters()),
         packed=packed,
         cache=blocks * 2 * 2 * batch * last.cached_before * var.C * dtype.itemsize,
-        block=peak_live_bytes(lambda: of_block(x, modulation, None)),
+        block=_block_bytes(var, 2 * batch, last.tokens),
         decoder=peak_live_bytes(lambda: of_vae.fhat_to_img(f_hat)),
     )
+
+
+def _block_bytes(var: nn.Module, rows: int, tokens: int) -> int:
+    """Activations of the last block for `rows` sequences: of fake tensors, whose attention is the CPU's fused one."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    block = without_weights(var, mode).blocks[-1]
+    with mode:
+        x = torch.empty(rows, tokens, var.C, dtype=var.head.weight.dtype)
+        cond = x.new_empty(rows, 1, 6, var.C) if block.shared_aln else x.new_empty(rows, var.C)
+        return peak_live_bytes(lambda: block(x, cond, None))
 
 
 @torch.no_grad()
