@@ -193,7 +193,8 @@ def test_the_bound_holds_weights_cache_and_the_larger_activations():
     assert plain.weights == 4 * (sum(p.numel() for p in var.parameters()) + sum(p.numel() for p in vae.parameters()))
     assert plain.cache == 3 * 2 * 10 * 5 * 128 * 4  # blocks, keys and values, rows, tokens before the last scale
     assert plain.block >= 10 * 16 * 4 * 128 * 4  # the FFN's hidden units
-    assert memory._block_bytes(var, 2, 4096) == 16 * memory._block_bytes(var, 2, 256)  # no matrix of attention scores
+    longer = memory._block_bytes(var, 2, 4096) / memory._block_bytes(var, 2, 256)
+    assert longer == pytest.approx(16, rel=0.01)  # no matrix of attention scores
     assert plain.decoder > plain.block
     assert plain.total == plain.weights + plain.cache + plain.decoder
     packed = memory.bound(vae, var, 5, DENSE, kernels=True)
