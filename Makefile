@@ -9,7 +9,7 @@ export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
 SOAK_SECONDS ?= 600
-.PHONY: help demo test soak compile-check gpu triton-matrix lint format clean
+.PHONY: help demo test soak bench bench-full bench-against plots compile-check gpu triton-matrix lint format clean
 # Releases of Triton that the kernels are tested with; "triton" alone is the newest. The interpreter of 3.6 needs NumPy
 # before 2.4.
 TRITONS := triton==3.6.0 triton==3.8.0 triton
@@ -27,6 +27,18 @@ test: $(INSTALLED) ## Run the tests
 
 soak: $(INSTALLED) ## Damaged files, faults, kills and long runs for SOAK_SECONDS (600); one line of counts
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m soak --seconds $(SOAK_SECONDS)
+
+bench: $(INSTALLED) ## Time operations, samples, memory and scaling on this CPU, into benchmarks/results/
+	$(BIN)/python -m benchmarks --subset cpu
+
+bench-full: $(INSTALLED) ## The same for every model, batch, rate and type; hours on a CPU
+	$(BIN)/python -m benchmarks --subset all
+
+bench-against: $(INSTALLED) ## Compare with an earlier commit, make bench-against REV=main; fails if it got slower
+	$(BIN)/python -m benchmarks --subset cpu --against $(REV)
+
+plots: $(INSTALLED) ## Draw docs/images/bench-*.png from benchmarks/results/
+	$(BIN)/python -m benchmarks.plots
 
 compile-check: $(INSTALLED) ## Compile every kernel for every GPU architecture, without a GPU, and check the machine code
 	$(BIN)/python -m actvar_kernels.compile_check

@@ -151,7 +151,7 @@ def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
     module whose weight is in it, one without a weight to attention.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    var = _without_weights(unwrapped(var), mode)
+    var = without_weights(unwrapped(var), mode)
     counts = _CountByModule(var)
     counter = FlopCounterMode(display=False, custom_mapping=counts.formulas())
     steps = []
@@ -173,7 +173,7 @@ def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
     return steps
 
 
-def _without_weights(var: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def without_weights(var: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of `var` on the CPU whose parameters and buffers are fake tensors."""
     with mode:
         copies = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in var.parameters()}

@@ -20,13 +20,20 @@ def _synchronize(device: torch.device) -> None:
 def interleaved_medians(
     runs: Mapping[str, Callable[[], float]], repeats: int, describe: str = "timing"
 ) -> dict[str, float]:
+    """The median of `interleaved_seconds` per name."""
+    return {name: statistics.median(values) for name, values in interleaved_seconds(runs, repeats, describe).items()}
+
+
+def interleaved_seconds(
+    runs: Mapping[str, Callable[[], float]], repeats: int, describe: str = "timing"
+) -> dict[str, list[float]]:
     """Run each of `runs` once to warm up, then all of them in turn `repeats` times.
 
     Args:
         runs: functions that return their own measurement in seconds.
 
     Returns:
-        the median per name, in seconds.
+        the measurements per name, in seconds.
     """
     for run in runs.values():
         run()
@@ -34,7 +41,7 @@ def interleaved_medians(
     for _ in tqdm(range(repeats), desc=describe, leave=False):
         for name, run in runs.items():
             seconds[name].append(run())
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:

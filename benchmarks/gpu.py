@@ -13,17 +13,16 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from actvar_kernels import set_backend
-from benchmarks.operations import BlockShape, block_inputs, operations
+from benchmarks.operations import BlockShape, allowed_error, block_inputs, operations
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ODD = BlockShape(rows=2, tokens=77, keep=53, cached=19, width=192, num_experts=8, active=5)
-# A kernel may err this many times as much as PyTorch does in the same type.
-ERROR_FACTOR = 4
 
 
 def main() -> int:
@@ -64,6 +63,7 @@ def machine() -> dict[str, object]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "commit": revision,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
@@ -89,7 +89,7 @@ def numerics() -> list[dict]:
                 error, allowed = (
                     (on(backend, run).double() - truth).abs().max().item() for backend in ("triton", "reference")
                 )
-                limit = ERROR_FACTOR * allowed + torch.finfo(dtype).eps
+                limit = allowed_error(allowed, dtype)
                 row = {
                     "shape": label,
                     "dtype": str(dtype).removeprefix("torch."),

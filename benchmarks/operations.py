@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,20 @@ from actvar_kernels import (
     select_tokens,
     subset_attention,
 )
-from actvar_kernels.compile_cases import HEAD_DIM, MODELS
+from actvar_kernels.compile_cases import HEAD_DIM, MODELS, Model
+
+SIZES = MODELS | {"fashion-mnist": Model(192, (1, 2, 3, 4, 6, 8))}
+# An operation may err this many times as much as PyTorch's plain code does in the same type.
+ERROR_FACTOR = 4
+
+
+def allowed_error(of_reference: float, dtype: torch.dtype) -> float:
+    """Largest error against float64 of an operation whose reference errs by `of_reference` in `dtype`."""
+    return ERROR_FACTOR * of_reference + torch.finfo(dtype).eps
+
+
+def _share(rate: float, count: int) -> int:
+    return max(1, int(rate * count + 0.5))
 
 
 @dataclass(frozen=True)
@@ -31,10 +44,14 @@ class BlockShape:
     active: int = 12
 
     @classmethod
-    def last_scale(cls, model: str, batch: int) -> BlockShape:
-        """The last scale of an official model at 75 %, two rows an image: 16x16 tokens, or 32x32 for d36."""
-        scale = MODELS[model].active_scales()[-1]
-        return cls(2 * batch, scale.tokens, scale.keep, scale.cached, MODELS[model].width)
+    def last_scale(cls, model: str, batch: int, rate: float = 0.75) -> BlockShape:
+        """The last scale of a model, two rows an image, with `rate` of the tokens and experts at the last two scales:
+        16x16 tokens, 32x32 for d36, 8x8 for fashion-mnist."""
+        *dense, before, last = (side * side for side in SIZES[model].sides)
+        cached = sum(dense) + _share(rate, before)
+        return cls(
+            2 * batch, last, _share(rate, last), cached, SIZES[model].width, active=_share(rate, cls.num_experts)
+        )
 
 
 @dataclass
@@ -57,13 +74,18 @@ class BlockInputs:
 
     def to(self, dtype: torch.dtype) -> BlockInputs:
         """The same numbers in another floating-point type."""
+        return self._each(vars(self), lambda value: value.to(dtype) if value.is_floating_point() else value)
 
-        def convert(value):
-            if isinstance(value, tuple):
-                return tuple(convert(part) for part in value)
-            return value.to(dtype) if value.is_floating_point() else value
+    def first_rows(self, rows: int) -> BlockInputs:
+        """The inputs of the first `rows` sequences."""
+        of_rows = ("x", "modulation", "qkv", "past", "update", "index", "mask")
+        return self._each(of_rows, lambda value: value[:rows])
 
-        return replace(self, **{name: convert(value) for name, value in vars(self).items()})
+    def _each(self, names: Iterable[str], convert: Callable[[torch.Tensor], torch.Tensor]) -> BlockInputs:
+        def converted(value):
+            return tuple(map(convert, value)) if isinstance(value, tuple) else convert(value)
+
+        return replace(self, **{name: converted(getattr(self, name)) for name in names})
 
 
 def block_inputs(shape: BlockShape, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> BlockInputs:

@@ -5,6 +5,7 @@
 Official sizes have random weights, which change no time; `fashion-mnist` is the bundled model with its adapter. All
 ways are timed in turn in one process, and the table is of medians. In float32 every dense way must draw the same images
 first. In bfloat16 our weights are in it, while the public code's are in float32 under autocast, decoder included.
+`--components` splits every step into its components, `--memory` measures each way in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import resource
 import statistics
 import sys
@@ -36,60 +36,144 @@ from actvar.zoo.pretrained import adapter_path
 from actvar_kernels.compile_cases import HEAD_DIM, MODELS
 from actvar_kernels.compile_check import LineParser
 from actvar_kernels.expert_ffn import cpu_kernel
+from benchmarks import components, memory, results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WAYS = ("public code", "dense", "accelerated", "ActVAR")
 FIGURES = ("whole sample", "autoregressive part", "all blocks", "blocks, last two", "decoder")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.csv is not None:
+        expect_kernels(parser)
     dtype = DTYPES[options.dtype]
     var, adapter = model(options.model)
-    ways = {}
-    if options.public_var is not None:
-        public = public_twin(var, public_classes(options.public_var))
-        public.vae_proxy[0].fhat_to_img = partial(public_decode, var.vae_proxy[0])
-        ways["public code"] = lambda: autocast(public, dtype)
-    var.to(dtype)
-    ways["dense"] = lambda: contextlib.nullcontext(var)
-    ways["accelerated"] = lambda: patched_silently(var, DENSE, None)
-    ways["ActVAR"] = lambda: patched_silently(var, ActVARConfig(), adapter)
-    labels = tuple(number % var.num_classes for number in range(options.batch))
-    sampling = Sampling(labels, cfg=4.0, top_k=min(900, var.V), top_p=0.95)
-
+    compared = ways(var, adapter, dtype, options.public_var)
+    sampling = sampling_of(var, options.batch)
     if dtype == torch.float32:
-        expect_equal_images({name: way for name, way in ways.items() if name != "ActVAR"}, sampling)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    for repeat in tqdm(range(options.repeats + 1), desc="sampling", leave=False):
-        for name, way in ways.items():
-            with way() as used:
-                figures = timed(used, sampling)
-            if repeat:  # the first one warms up
-                runs[name].append(figures)
+        expect_equal_images({name: way for name, way in compared.items() if name != "ActVAR"}, sampling)
+
+    runs = interleaved(compared, lambda used: timed(used, sampling), options.repeats, "sampling")
     report = {
         "machine": machine(),
         **{name: getattr(options, name) for name in ("model", "batch", "dtype", "repeats")},
-        "seconds": {
-            name: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for name, rows in runs.items()
-        },
+        "seconds": {name: medians(rows) for name, rows in runs.items()},
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+    shape = results.Shape(options.model, options.batch, options.dtype, 0.75, var.patch_nums[-1])
+    rows = [
+        shape.row(name, figure, "ms", [1e3 * run[figure] for run in of_way])
+        for name, of_way in runs.items()
+        for figure in of_way[0]
+    ]
     print(text(report))
+    if options.components or options.plot is not None:
+        report["components"] = _components(compared, sampling, options.repeats, shape, rows)
+        print(components.table(report["components"]))
+    if options.memory:
+        report["memory_mib"] = _memory(compared, options, shape, rows)
+        print(memory.table(report["memory_mib"]))
+    if options.plot is not None:
+        title = f"{options.model}, batch {options.batch}, {options.dtype}: time per step by component"
+        components.save_plot(report["components"], title, options.plot)
+    if options.csv is not None:
+        results.add(options.csv, rows)
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = LineParser("python -m benchmarks.sampling", description=__doc__.split("\n\n")[0])
+    parser = shape_parser("python -m benchmarks.sampling", __doc__.split("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each way (default 5)")
+    parser.add_argument("--components", action="store_true", help="also time every component of every step")
+    parser.add_argument("--memory", action="store_true", help="also measure memory, each way in a process of its own")
+    parser.add_argument("--plot", type=Path, help="write the components as a PNG")
+    parser.add_argument("--csv", type=Path, help="add the numbers to this file, see benchmarks/results.py")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    return parser
+
+
+def shape_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Options that say what is sampled."""
+    parser = LineParser(program, description=description)
     parser.add_argument("--model", choices=("fashion-mnist", *MODELS), default="fashion-mnist")
     parser.add_argument("--batch", type=int, default=1, help="images (default 1)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each way (default 5)")
-    parser.add_argument("--public-var", type=Path, help="clone of the public VAR code, to be timed as well")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--public-var", type=Path, help="clone of the public VAR code, to be measured as well")
     return parser
+
+
+def expect_kernels(parser: argparse.ArgumentParser) -> None:
+    """End the program where "accelerated" and "ActVAR" would run the reference on the CPU."""
+    if cpu_kernel.why_unavailable() is not None:
+        parser.error(f"--csv: rows are of the C++ kernels, which do not run here: {cpu_kernel.why_unavailable()}")
+
+
+def ways(var: nn.Module, adapter: Path | None, dtype: torch.dtype, public_folder: Path | None) -> dict[str, Callable]:
+    """By name: a context manager that gives the model to sample with. `var` is in float32 and gets `dtype`."""
+    found = {}
+    if public_folder is not None:
+        public = public_twin(var, public_classes(public_folder))
+        public.vae_proxy[0].fhat_to_img = partial(public_decode, var.vae_proxy[0])
+        found["public code"] = lambda: autocast(public, dtype)
+    var.to(dtype)
+    found["dense"] = lambda: contextlib.nullcontext(var)
+    found["accelerated"] = lambda: patched_silently(var, DENSE, None)
+    found["ActVAR"] = lambda: patched_silently(var, ActVARConfig(), adapter)
+    return found
+
+
+def sampling_of(var: nn.Module, batch: int) -> Sampling:
+    """The images that every way draws."""
+    return Sampling(
+        tuple(number % var.num_classes for number in range(batch)), cfg=4.0, top_k=min(900, var.V), top_p=0.95
+    )
+
+
+def interleaved(compared: dict[str, Callable], measure: Callable, repeats: int, describe: str) -> dict[str, list]:
+    """What `measure` returns for each way's model, by way: all ways in turn, once to warm up and `repeats` times."""
+    runs: dict[str, list] = {name: [] for name in compared}
+    for repeat in tqdm(range(repeats + 1), desc=describe, leave=False):
+        for name, way in compared.items():
+            with way() as used:
+                measured = measure(used)
+            if repeat:
+                runs[name].append(measured)
+    return runs
+
+
+def _components(
+    compared: dict[str, Callable], sampling: Sampling, repeats: int, shape: results.Shape, rows: list[results.Result]
+) -> dict[str, components.Steps]:
+    """Medians of the seconds by way, step and component; also added to `rows`."""
+
+    def measure(var: nn.Module) -> components.Steps:
+        return components.components(var, lambda: sampling.run(var))
+
+    found: dict[str, components.Steps] = {}
+    for name, runs in interleaved(compared, measure, repeats, "components").items():
+        found[name] = [medians(list(of_step)) for of_step in zip(*runs, strict=True)]
+        for number, of_step in enumerate(zip(*runs, strict=True), 1):
+            for component in of_step[0]:
+                values = [1e3 * step[component] for step in of_step]
+                rows.append(shape.row(name, component, "ms", values, step=number))
+    return found
+
+
+def _memory(
+    compared: dict[str, Callable], options: argparse.Namespace, shape: results.Shape, rows: list[results.Result]
+) -> dict[str, dict[str, float]]:
+    """MiB by way, as `memory.measured` gives them; also added to `rows`."""
+    found = {}
+    for name in tqdm(compared, desc="memory", leave=False):
+        found[name] = memory.measured(options.model, options.batch, options.dtype, name, options.public_var)
+        for figure in ("peak", "bound"):
+            rows.append(shape.row(name, f"memory {figure}", "MiB", [found[name][figure]]))
+    return found
 
 
 def model(name: str) -> tuple[nn.Module, Path | None]:
@@ -163,7 +247,7 @@ def medians(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def machine() -> dict[str, object]:
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": results.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "experts": cpu_kernel.why_unavailable() or cpu_kernel.level_name(cpu_kernel.best_level()),
@@ -181,7 +265,7 @@ def text(report: dict) -> str:
         row = f"{figure:24s}" + "".join(f"{1e3 * seconds[name][figure]:13.1f}" for name in seconds)
         gains = (seconds[name][figure] / seconds["ActVAR"][figure] for name in others)
         lines.append(row + "".join(f"{gain:15.2f}x" for gain in gains))
-    lines.append(f"peak memory of the process, all ways together: {report['peak_memory_mib']:.0f} MiB")
+    lines.append(f"peak memory of the process, all ways together: {report['peak_memory_mib']:.0f} MiB\n")
     return "\n".join(lines)
 
 

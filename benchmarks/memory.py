@@ -1,0 +1,204 @@
+"""Peak memory of one way of sampling, measured in a process of its own, beside what it cannot do without.
+
+python -m benchmarks.memory --model d16 --batch 1 --dtype fp32 --way ActVAR
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from actvar.config import ActVARConfig
+from actvar.flops import DENSE, without_weights
+from actvar.schedule import build_schedule
+from actvar_kernels import cpp_runs
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Bytes that sampling has to hold at once: weights (of transformer and autoencoder; packed ones twice), the K/V
+    cache before the last scale, and activations: those of one dense block at the last scale, or the decoder's if they
+    are more."""
+
+    weights: int
+    packed: int
+    cache: int
+    block: int
+    decoder: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.packed + self.cache + max(self.block, self.decoder)
+
+
+def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kernels: bool) -> Bound:
+    """Of a dense `var` on any device, of which only shapes and dtypes are read.
+
+    Args:
+        kernels: sampling runs on the C++ kernels, which pack the layers of every block and the head.
+    """
+    blocks, dtype = len(var.blocks), var.head.weight.dtype
+    packed = 0
+    if kernels:
+        layers = [var.head]
+        for block in var.blocks:
+            layers += [block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2]
+        packed = sum(_bytes([layer.weight]) for layer in layers)
+    last = build_schedule(config, var.patch_nums)[-1]
+    side = var.patch_nums[-1]
+    f_hat = torch.empty(batch, var.Cvae, side, side, device="meta", dtype=next(vae.parameters()).dtype)
+    of_vae = copy.deepcopy(vae).to("meta")
+    return Bound(
+        weights=_bytes(var.parameters()) + _bytes(vae.parameters()),
+        packed=packed,
+        cache=blocks * 2 * 2 * batch * last.cached_before * var.C * dtype.itemsize,
+        block=_block_bytes(var, 2 * batch, last.tokens),
+        decoder=peak_live_bytes(lambda: of_vae.fhat_to_img(f_hat)),
+    )
+
+
+def _block_bytes(var: nn.Module, rows: int, tokens: int) -> int:
+    """Activations of the last block for `rows` sequences: of fake tensors, whose attention is the CPU's fused one."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    block = without_weights(var, mode).blocks[-1]
+    with mode:
+        x = torch.empty(rows, tokens, var.C, dtype=var.head.weight.dtype)
+        cond = x.new_empty(rows, 1, 6, var.C) if block.shared_aln else x.new_empty(rows, var.C)
+        return peak_live_bytes(lambda: block(x, cond, None))
+
+
+@torch.no_grad()
+def kernels_run(dtype: torch.dtype) -> bool:
+    """Whether sampling in `dtype` on this CPU runs the C++ kernels."""
+    return cpp_runs(torch.empty(1, dtype=dtype))
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@torch.no_grad()
+def peak_live_bytes(run: Callable[[], object]) -> int:
+    """Most bytes of tensors made by `run` that are alive at once; meta tensors count as if they were real."""
+    with _LiveBytes() as live:
+        run()
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                self.known.add(leaf.untyped_storage()._cdata)
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.known:
+                storage = leaf.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
+
+
+def peak_of_process(run: Callable[[], object]) -> int:
+    """Peak resident bytes of this process during `run` (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again
+    run()
+    return _status("VmHWM")
+
+
+def resident() -> int:
+    """Resident bytes of this process now (Linux)."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def measured(model: str, batch: int, dtype: str, way: str, public: Path | None = None) -> dict[str, float]:
+    """MiB of `way`, by a process of its own: `peak` while sampling, over what the process had after a
+    first small sample, without a model; `bound`, and its parts.
+
+    Raises:
+        RuntimeError: the process failed; has its last line.
+    """
+    arguments = ["--model", model, "--batch", str(batch), "--dtype", dtype, "--way", way]
+    if public is not None:
+        arguments += ["--public-var", str(public)]
+    run = subprocess.run([sys.executable, "-m", "benchmarks.memory", *arguments], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"memory of {way}: expected exit code 0, got {run.returncode}: {run.stderr[-300:]}")
+    return json.loads(run.stdout)
+
+
+def table(of_ways: dict[str, dict[str, float]]) -> str:
+    """To read: MiB of every way."""
+    columns = list(next(iter(of_ways.values())))
+    lines = [f"{'memory, MiB':24s}" + "".join(f"{column:>10s}" for column in columns)]
+    for way, figures in of_ways.items():
+        lines.append(f"{way:24s}" + "".join(f"{figures[column]:10.0f}" for column in columns))
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    from benchmarks import sampling
+
+    parser = sampling.shape_parser("python -m benchmarks.memory", __doc__.split("\n\n")[0])
+    parser.add_argument("--way", required=True, choices=sampling.WAYS)
+    options = parser.parse_args(arguments)
+    if options.way == "public code" and options.public_var is None:
+        parser.error("--way 'public code' needs --public-var")
+
+    def sample(name: str, batch: int) -> tuple[nn.Module, int]:
+        var, adapter = sampling.model(name)
+        ways = sampling.ways(var, adapter, sampling.DTYPES[options.dtype], options.public_var)
+        drawn = sampling.sampling_of(var, batch)
+        with ways[options.way]() as used:
+            drawn.run(used)
+            return var, peak_of_process(lambda: drawn.run(used))
+
+    sample("fashion-mnist", 1)  # loads the libraries' code
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # glibc
+    before = resident()
+    var, peak = sample(options.model, options.batch)
+    peak -= before
+    kernels = options.way in ("accelerated", "ActVAR") and kernels_run(var.head.weight.dtype)
+    config = ActVARConfig() if options.way == "ActVAR" else DENSE
+    parts = bound(var.vae_proxy[0], var, options.batch, config, kernels)
+    figures = {"peak": peak, "bound": parts.total} | asdict(parts)
+    print(json.dumps({name: value / MIB for name, value in figures.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

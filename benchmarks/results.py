@@ -1,0 +1,217 @@
+"""The long-form CSV that every benchmark writes to and every plot is drawn from: one file per device.
+
+    python -m benchmarks.results gpu.json
+
+turns the file that `make gpu` wrote into rows of `benchmarks/results/<device>.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import importlib.metadata
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from actvar.files import replacing
+from benchmarks.operations import SIZES
+
+FOLDER = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured quantity.
+
+    `provider`: who computed it. `operation`: an operation of a block, a part of a sample, or "sample". Shape: `model`,
+    `batch` images (two rows each), `dtype`, `rate` of tokens and FFN at the last two scales, `experts` the FFN is cut
+    into, `side` of the last token map; `step` of the sample, from 1 on, or 0 for all. `metric`: a unit; `p20`, `p50`,
+    `p80` its percentiles.
+    """
+
+    provider: str
+    operation: str
+    model: str
+    batch: int
+    dtype: str
+    rate: float
+    experts: int
+    side: int
+    step: int
+    metric: str
+    p20: float
+    p50: float
+    p80: float
+    torch: str
+    triton: str
+    commit: str
+    time: str
+
+    @property
+    def key(self) -> tuple:
+        """What was measured; a new row with the same key takes the place of the old one."""
+        return astuple(self)[:10]
+
+
+COLUMNS = tuple(field.name for field in fields(Result))
+_TYPES = {
+    "batch": int,
+    "experts": int,
+    "side": int,
+    "step": int,
+    "rate": float,
+    "p20": float,
+    "p50": float,
+    "p80": float,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape columns of a row; `Result` says what they are."""
+
+    model: str
+    batch: int
+    dtype: str
+    rate: float
+    side: int
+    experts: int = 16
+
+    def row(
+        self, provider: str, operation: str, metric: str, values: Sequence[float], step: int = 0, **origin: str
+    ) -> Result:
+        """A row of the percentiles of `values`, measured by this checkout now, or where and when `origin` says."""
+        percentiles = dict(zip(("p20", "p50", "p80"), map(_rounded, percentiles_of(values)), strict=True))
+        measured = dict(provider=provider, operation=operation, metric=metric, step=step)
+        return Result(**asdict(self), **measured, **percentiles, **(versions() | origin))
+
+
+def percentiles_of(values: Sequence[float]) -> tuple[float, float, float]:
+    """20th, 50th and 80th percentile, interpolated linearly; of one value three times that value."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+def versions() -> dict[str, str]:
+    """Columns that say what measured a row: torch, triton, commit (with "+" where files differ from it), time."""
+    return _checkout() | {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+@functools.cache
+def _checkout() -> dict[str, str]:
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "actvar", "actvar_kernels", "benchmarks/*.py")
+    commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
+    return {"torch": torch.__version__, "triton": triton, "commit": commit + ("+" if changed else "")}
+
+
+def _git(*arguments: str) -> str:
+    try:
+        run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return run.stdout.strip()
+
+
+def device_name() -> str:
+    """The GPU, or the processor and the threads that torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{processor()} {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """Name of the processor."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def csv_of(device: str) -> Path:
+    """Where the rows of a device are."""
+    return FOLDER / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
+
+
+def read(path: Path) -> list[Result]:
+    """The rows of a file.
+
+    Raises:
+        ValueError: other columns than ours.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, got {reader.fieldnames}")
+        return [Result(**{name: _TYPES.get(name, str)(value) for name, value in row.items()}) for row in reader]
+
+
+def add(path: Path, rows: Iterable[Result]) -> None:
+    """Write `rows` into a file, in place of those with the same key; the others stay."""
+    merged = {row.key: row for row in (*(read(path) if path.exists() else ()), *rows)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(astuple(row) for row in merged.values())
+
+
+def gpu_rows(report: dict) -> list[Result]:
+    """Rows of the times in a report of `benchmarks.gpu`.
+
+    Raises:
+        ValueError: operations whose numerics disagreed.
+    """
+    failed = {row["operation"] for name in ("numerics", "graphs") for row in report[name] if not row["passed"]}
+    if failed:
+        raise ValueError(f"expected numerics that agree, got failures of {', '.join(sorted(failed))}; not reported")
+    machine, rows = report["machine"], []
+
+    def add_row(shape: Shape, provider: str, operation: str, percentiles: Sequence[float]) -> None:
+        row = shape.row(provider, operation, "ms", percentiles, **origin)
+        rows.append(replace(row, p20=percentiles[0], p50=percentiles[1], p80=percentiles[2]))
+
+    origin = {name: machine[name] for name in ("torch", "triton", "commit", "time")}
+    for row in (*report["times"], *(row for row in report["models"] if "skipped" not in row)):
+        shape = Shape(row["model"], row["batch"], "bf16", 0.75, SIZES[row["model"]].sides[-1])
+        if "operation" in row:
+            for backend in ("triton", "reference"):
+                add_row(shape, backend, row["operation"], row[f"{backend}_ms"])
+        else:
+            for operation in ("last_scale_graph", "sample_eager"):
+                add_row(shape, row["configuration"], operation, row[f"{operation}_ms"])
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
+    parser.add_argument("gpu_json", type=Path, help="file that `make gpu` wrote")
+    report = json.loads(parser.parse_args(arguments).gpu_json.read_text())
+    path = csv_of(report["machine"]["gpu"])
+    add(path, gpu_rows(report))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,376 @@
+"""The benchmarks' own machinery: rows, refusals, components, memory, exponents, comparison of commits, plots."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from actvar.config import ActVARConfig
+from actvar.models import build_vae_var
+from actvar.patch import DENSE, patched_silently
+from benchmarks import against, components, memory, plots, providers, results, sampling, scaling
+from benchmarks.providers import Case, WrongNumbersError
+from benchmarks.results import Shape
+
+ROOT = Path(__file__).parent.parent
+CASE = Case("fashion-mnist", 1, 0.75)
+SHAPE = Shape("fashion-mnist", 4, "fp32", 0.75, 8)
+
+
+# --- rows
+
+
+def test_rows_survive_the_csv(tmp_path):
+    path = tmp_path / "results" / "cpu.csv"
+    rows = [SHAPE.row("dense", "whole sample", "ms", [3.0, 1.0, 2.0]), SHAPE.row("ActVAR", "qkv", "ms", [0.123456], 6)]
+    results.add(path, rows)
+    assert results.read(path) == rows
+    assert path.read_text().splitlines()[0] == ",".join(results.COLUMNS)
+
+
+def test_a_new_measurement_takes_the_place_of_the_old_one_and_of_no_other(tmp_path):
+    path = tmp_path / "cpu.csv"
+    old, other = SHAPE.row("dense", "qkv", "ms", [1.0]), replace(SHAPE, batch=8).row("dense", "qkv", "ms", [5.0])
+    results.add(path, [old, other])
+    new = SHAPE.row("dense", "qkv", "ms", [2.0])
+    results.add(path, [new])
+    assert results.read(path) == [new, other]
+
+
+def test_a_file_with_other_columns_is_refused_and_stays(tmp_path):
+    path = tmp_path / "cpu.csv"
+    path.write_text("provider,ms\ndense,3\n")
+    with pytest.raises(ValueError, match="expected the columns provider, operation"):
+        results.add(path, [SHAPE.row("dense", "qkv", "ms", [1.0])])
+    assert path.read_text() == "provider,ms\ndense,3\n"
+
+
+def test_percentiles_are_those_of_linear_interpolation():
+    values = [float(value) for value in random.Random(0).sample(range(1000), 17)]
+    expected = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double())
+    assert results.percentiles_of(values) == pytest.approx(expected.tolist())
+    assert results.percentiles_of([7.0]) == (7.0, 7.0, 7.0)
+
+
+def gpu_report(passed: bool) -> dict:
+    machine = {"gpu": "NVIDIA X", "torch": "2.13.0", "triton": "3.7.1", "commit": "abc", "time": "2030-01-01T00:00:00"}
+    numerics = [{"operation": "scatter_rows", "passed": passed}]
+    times = [
+        {"model": "d16", "batch": 8, "operation": "scatter_rows", "triton_ms": [1, 2, 3], "reference_ms": [4, 5, 6]}
+    ]
+    graph = {"model": "d16", "batch": 8, "configuration": "dense", "last_scale_graph_ms": [7, 8, 9]}
+    models = [graph | {"sample_eager_ms": [10, 11, 12]}]
+    return {"machine": machine, "numerics": numerics, "graphs": [], "times": times, "models": models}
+
+
+def test_what_make_gpu_writes_becomes_rows_with_its_percentiles_and_origin():
+    rows = results.gpu_rows(gpu_report(passed=True))
+    found = {(row.provider, row.operation): (row.p20, row.p50, row.p80) for row in rows}
+    assert found == {
+        ("triton", "scatter_rows"): (1, 2, 3),
+        ("reference", "scatter_rows"): (4, 5, 6),
+        ("dense", "last_scale_graph"): (7, 8, 9),
+        ("dense", "sample_eager"): (10, 11, 12),
+    }
+    assert {(row.commit, row.time, row.batch, row.side) for row in rows} == {("abc", "2030-01-01T00:00:00", 8, 16)}
+
+
+def test_a_gpu_report_with_wrong_numerics_gives_no_rows():
+    with pytest.raises(ValueError, match="got failures of scatter_rows; not reported"):
+        results.gpu_rows(gpu_report(passed=False))
+
+
+# --- operations
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("rate", [0.25, 1.0])
+def test_every_provider_computes_what_the_reference_does(rate, dtype):
+    found = providers.providers(Case("fashion-mnist", 2, rate, dtype), "cpu")
+    assert {"reference", "cpu", "torch packed", "torch grouped_mm"} <= found["expert_ffn_scatter dense"].keys()
+    assert ("dense_ffn" in found) == (rate == 1)
+
+
+def test_an_operation_with_wrong_numbers_is_not_timed(monkeypatch):
+    native = providers._native_gates
+
+    def slightly_wrong(shape, inputs):
+        ways = native(shape, inputs)
+        attend = ways["subset_attention"]["torch"]
+        ways["subset_attention"]["torch"] = lambda: attend() * 1.0001
+        return ways
+
+    monkeypatch.setattr(providers, "_native_gates", slightly_wrong)
+    with pytest.raises(WrongNumbersError, match=r"subset_attention: torch errs by .*; not timed"):
+        providers.measure(CASE, "cpu")
+
+
+def test_numbers_that_are_not_numbers_are_wrong(monkeypatch):
+    monkeypatch.setattr(providers, "_plain_ffn", lambda u, inputs: u * torch.nan)
+    with pytest.raises(WrongNumbersError, match="dense_ffn: torch errs by nan"):
+        providers.measure(replace(CASE, rate=1.0), "cpu")
+
+
+def test_calls_are_timed_in_turn():
+    order: list[str] = []
+    seconds = providers.interleaved({name: lambda name=name: _slept(order, name) for name in "ab"}, budget=0.0)
+    assert [len(values) for values in seconds.values()] == [providers.REPEATS[0]] * 2
+    assert all(value >= 0.006 for values in seconds.values() for value in values)
+    assert order[-2 * providers.REPEATS[0] :] == ["a", "b"] * providers.REPEATS[0]
+
+
+def _slept(order: list[str], name: str) -> None:
+    order.append(name)
+    time.sleep(0.006)
+
+
+# --- components and memory
+
+
+@pytest.mark.parametrize("config", [None, DENSE, ActVARConfig()], ids=["dense", "accelerated", "ActVAR"])
+def test_components_add_up_to_the_sample_and_name_what_ran(tiny_var, config):
+    def sample() -> None:
+        tiny_var.autoregressive_infer_cfg(2, torch.tensor([1, 2]), g_seed=0, top_k=20, top_p=0.95)
+
+    if config is None:
+        steps, whole = timed_components(tiny_var, sample)
+    else:
+        with patched_silently(tiny_var, config, None):
+            steps, whole = timed_components(tiny_var, sample)
+    assert len(steps) == len(tiny_var.patch_nums)
+    assert sum(sum(step.values()) for step in steps) == pytest.approx(whole, rel=0.2)
+    always = ("qkv", "attention", "proj", "ffn", "norms", "head", "sampling")
+    assert all(step[name] > 0 for step in steps for name in always)
+    assert [step["select"] > 0 for step in steps] == [config == ActVARConfig() and number >= 2 for number in range(4)]
+    assert [step["decoder"] > 0 for step in steps] == [False, False, False, True]
+
+
+def timed_components(var, sample) -> tuple[components.Steps, float]:
+    sample()
+    start = time.perf_counter()
+    steps = components.components(var, sample)
+    return steps, time.perf_counter() - start
+
+
+def test_nothing_stays_wrapped(tiny_var):
+    linear, decode = torch.nn.functional.linear, tiny_var.vae_proxy[0].fhat_to_img
+    components.components(tiny_var, lambda: tiny_var.autoregressive_infer_cfg(1, 3, g_seed=0))
+    assert torch.nn.functional.linear is linear
+    assert tiny_var.vae_proxy[0].fhat_to_img == decode
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny_var.modules())
+
+
+def test_a_nested_component_does_not_count_in_the_outer_one():
+    watch = components.Stopwatch()
+    inner = watch.wrapped(lambda: time.sleep(0.03), "attention")
+    watch.wrapped(lambda: (time.sleep(0.01), inner()), "norms")()
+    assert 0.01 <= watch.steps[0]["norms"] < 0.03 <= watch.steps[0]["attention"]
+
+
+def test_live_bytes_are_those_of_tensors_alive_at_once():
+    def run() -> torch.Tensor:
+        x = torch.empty(1000, device="meta")  # 4000 bytes
+        for _ in range(5):
+            x = x + 1  # two alive
+        x.add_(1)
+        return x.view(10, 100)
+
+    assert memory.peak_live_bytes(run) == 8000
+
+
+def test_the_bound_holds_weights_cache_and_the_larger_activations():
+    vae, var = build_vae_var(V=64, Cvae=8, ch=32, patch_nums=(1, 2, 4), depth=3, width=128, device="meta")
+    plain = memory.bound(vae, var, 5, DENSE, kernels=False)
+    assert plain.weights == 4 * (sum(p.numel() for p in var.parameters()) + sum(p.numel() for p in vae.parameters()))
+    assert plain.cache == 3 * 2 * 10 * 5 * 128 * 4  # blocks, keys and values, rows, tokens before the last scale
+    assert plain.block >= 10 * 16 * 4 * 128 * 4  # the FFN's hidden units
+    longer = memory._block_bytes(var, 2, 4096) / memory._block_bytes(var, 2, 256)
+    assert longer == pytest.approx(16, rel=0.01)  # no matrix of attention scores
+    assert plain.decoder > plain.block
+    assert plain.total == plain.weights + plain.cache + plain.decoder
+    packed = memory.bound(vae, var, 5, DENSE, kernels=True)
+    assert packed.total - plain.total == 4 * (3 * 12 * 128**2 + 64 * 128)  # a second copy of blocks and head
+    sparse = memory.bound(vae, var, 5, ActVARConfig(scales=(-2, -1), token_rates=(0.5, 0.5)), kernels=False)
+    assert sparse.cache == 3 * 2 * 10 * 3 * 128 * 4
+
+
+@pytest.mark.parametrize("command", [sampling.main, scaling.main])
+def test_no_row_calls_the_reference_accelerated(command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sampling.cpu_kernel, "why_unavailable", lambda: "no compiler")
+    with pytest.raises(SystemExit):
+        command(["--csv", str(tmp_path / "cpu.csv")])
+    assert "rows are of the C++ kernels, which do not run here: no compiler" in capsys.readouterr().err
+    assert not (tmp_path / "cpu.csv").exists()
+
+
+# --- scaling
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.7])
+def test_the_exponent_of_a_power_law(power):
+    x = [1, 2, 4, 8, 16]
+    assert scaling.exponent(x, [3 * value**power for value in x]) == pytest.approx(power)
+    noise = random.Random(0)
+    noisy = [3 * value**power * noise.uniform(0.95, 1.05) for value in x]
+    assert scaling.exponent(x, noisy) == pytest.approx(power, abs=0.05)
+
+
+@pytest.mark.parametrize(("x", "y"), [([2, 2], [1, 3]), ([1, 2], [0, 1]), ([-1, 2], [1, 1])])
+def test_no_exponent_where_there_is_none(x, y):
+    with pytest.raises(ValueError, match="expected positive numbers at two or more different x"):
+        scaling.exponent(x, y)
+
+
+def test_a_point_of_one_block_is_scaled_to_the_depth():
+    point = scaling.Point("depth", 16, "d16", 1, pixels=256)
+    small = replace(point, model="fashion-mnist", pixels=None)
+    assert not point.whole
+    assert small.whole
+    figures = scaling.measured(small, 1)
+    assert figures["dense"]["transformer", "GFLOP"][0] > figures["ActVAR"]["transformer", "GFLOP"][0]
+    assert all(values[0] > 0 for of_way in figures.values() for values in of_way.values())
+
+
+def test_predicted_cost():
+    """8 images in 100 ms are 288,000 an hour; at 2.88 dollars an hour a million costs 10."""
+    cost = scaling.predicted_cost(100.0, 8, 2.88)
+    assert cost == pytest.approx({"predicted_images_per_gpu_hour": 288_000, "predicted_dollars_per_million": 10})
+
+
+# --- comparison of commits
+
+
+def noisy_timer(seconds: float, seed: int, spread: float = 0.05) -> against.Timer:
+    noise = random.Random(seed)
+    return lambda case: seconds * (1 + noise.uniform(-spread, spread))
+
+
+def test_equal_commits_are_not_slower_and_a_slowdown_beyond_noise_is():
+    cases = [str(number) for number in range(100)]
+    equal = against.changes(cases, noisy_timer(1.0, 0), noisy_timer(1.0, 1))
+    assert not any(change.slower for change in equal)
+    slowed = against.changes(cases, noisy_timer(1.0, 0), noisy_timer(1.2, 1))
+    assert all(change.slower for change in slowed)
+    faster = against.changes(cases, noisy_timer(1.0, 0), noisy_timer(0.5, 1))
+    assert not any(change.slower for change in faster)
+
+
+def test_noise_is_the_larger_spread_of_the_two_and_hides_what_is_smaller():
+    quiet, loud = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [0.9, 1.0, 1.1, 1.2, 1.3, 1.4]
+    assert against.Change.of("case", quiet, loud).noise == pytest.approx((1.3 - 1.0) / 1.15)
+    assert against.Change.of("case", quiet, [1.2] * 6).slower
+    assert not against.Change.of("case", loud, [value * 1.2 for value in loud]).slower
+    assert not against.Change.of("case", quiet, [1.02] * 6).slower  # below SMALLEST
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A git repository of the package as it is here, with one commit."""
+    root = tmp_path_factory.mktemp("repository")
+    for package in ("actvar", "actvar_kernels", "benchmarks"):
+        shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    return root
+
+
+def run_against(root: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "benchmarks", "--subset", "quick", "--against", "HEAD"]
+    return subprocess.run(
+        [*command, "--only", "scatter_rows", "--repeats", "7"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_fails_on_a_slowdown_and_only_then(repository):
+    done = run_against(repository)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "scatter_rows, fashion-mnist batch 1" in done.stdout
+    operation = repository / "actvar_kernels" / "scatter" / "op.py"
+    text, marker = operation.read_text(), "    tensors = (rest, rows, update, gamma)\n"
+    assert marker in text
+    operation.write_text(text.replace(marker, '    __import__("time").sleep(0.02)\n' + marker))
+    done = run_against(repository)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "slower than HEAD: scatter_rows, fashion-mnist batch 1" in done.stdout
+    listed = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True).stdout
+    assert len(listed.splitlines()) == 1
+
+
+def test_an_unknown_revision_is_one_line(repository):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--against", "nowhere"],
+        cwd=repository,
+        env=os.environ | {"PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- plots
+
+
+def made_up_rows(with_quality: bool) -> list[results.Result]:
+    rows = []
+    for batch, ms in ((1, 10.0), (4, 20.0), (16, 60.0)):
+        shape = replace(SHAPE, batch=batch)
+        rows += [shape.row("dense", "whole sample", "ms", [ms, ms + 1, ms + 2])]
+        rows += [shape.row("ActVAR", "whole sample", "ms", [ms / 2])]
+    for step in (1, 2, 3):
+        rows += [SHAPE.row(way, name, "ms", [step], step) for way in ("dense", "ActVAR") for name in ("qkv", "ffn")]
+    for rate in (0.5, 1.0):
+        shape = replace(SHAPE, rate=rate)
+        rows += [shape.row("cpu", "expert_ffn_scatter dense", "ms", [4 * rate])]
+        for operation in ("all blocks", "blocks, last two"):
+            for way, ms in (("accelerated", 8.0), ("ActVAR", 8 * rate)):
+                for metric in ("ms", "GFLOP"):
+                    rows.append(shape.row(way, f"scaling rate: {operation}", metric, [ms]))
+    rows.append(replace(SHAPE, rate=1.0).row("cpu", "dense_ffn", "ms", [4.0]))
+    if with_quality:
+        rows += [SHAPE.row(way, "sample", "FID", [fid]) for way, fid in (("dense", 3.0), ("ActVAR", 4.0))]
+    return rows
+
+
+@pytest.mark.parametrize("with_quality", [False, True])
+def test_plots_are_drawn_from_a_csv(tmp_path, with_quality):
+    results.add(tmp_path / "results" / "some-cpu.csv", made_up_rows(with_quality))
+    assert plots.main(["--results", str(tmp_path / "results"), "--out", str(tmp_path / "images")]) == 0
+    expected = ["speedup", "steps", "throughput"] + ["quality"] * with_quality
+    written = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert written == sorted(f"bench-some-cpu-{name}.png" for name in expected)
+    assert all((tmp_path / "images" / name).read_bytes().startswith(b"\x89PNG") for name in written)
+
+
+def test_the_drawn_points_are_the_rows():
+    figure = plots.throughput(made_up_rows(False))
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert list(lines["dense"].get_xdata()) == [1, 4, 16]
+    assert list(lines["dense"].get_ydata()) == pytest.approx([1e3 / 11, 4e3 / 21, 16e3 / 61])
+    panels = plots.speedup(made_up_rows(False)).axes
+    assert len(panels) == 3
+    lines = {line.get_label(): list(line.get_ydata()) for line in panels[2].get_lines()}
+    assert lines["cpu"] == pytest.approx([2, 1])  # at rates of 0.5 and 1
+    assert lines["ceiling by FLOPs"] == pytest.approx([4, 1])
+
+
+def test_without_a_csv_the_command_says_what_to_do(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        plots.main(["--results", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "make bench writes one" in capsys.readouterr().err
