@@ -74,9 +74,9 @@ class Plan:
 
     def check(self, num_examples: int) -> None:
         """Raise a ValueError unless batches of so many examples can be cut into equal parts."""
-        if self.batch > num_examples or self.batch % (world_size() * self.accumulate):
+        if not 1 <= self.batch <= num_examples or self.batch % (world_size() * self.accumulate):
             raise ValueError(
-                f"batch: expected a multiple of {world_size()} processes x {self.accumulate} parts, at most the "
+                f"batch: expected a multiple of {world_size()} processes x {self.accumulate} parts, from 1 to the "
                 f"{num_examples} examples, got {self.batch}"
             )
 

@@ -130,7 +130,7 @@ def test_a_damaged_training_checkpoint_is_an_error_and_changes_nothing(tmp_path,
 
 @pytest.mark.parametrize("batch", [0, 5, -2])
 def test_a_batch_that_the_data_cannot_fill_is_refused(tmp_path, batch):
-    with pytest.raises(ValueError, match=f"batch: expected from 1 to the 4 examples.*got {batch}"):
+    with pytest.raises(ValueError, match=f"batch: expected a multiple of .*, from 1 to the 4 examples, got {batch}"):
         fit(nn.Linear(3, 1), lambda *_: {}, Plan("line", tmp_path, 2, batch=batch, lr=0.1), 4)
 
 

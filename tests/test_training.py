@@ -135,5 +135,5 @@ def test_a_stop_signal_lets_the_step_end_and_saves(tmp_path, number):
 
 @pytest.mark.parametrize("changes", [{"batch": 41}, {"batch": 9, "accumulate": 2}])
 def test_a_batch_that_cannot_be_cut_is_refused(tmp_path, changes):
-    with pytest.raises(ValueError, match=r"batch: expected a multiple of 1 processes x \d parts, at most the 40"):
+    with pytest.raises(ValueError, match=r"batch: expected a multiple of 1 processes x \d parts, from 1 to the 40"):
         fit(model(), loss, plan(tmp_path, **changes), len(DATA))

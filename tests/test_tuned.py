@@ -180,7 +180,7 @@ def test_the_file_says_what_it_holds(adapter):
         (lambda t: t.update({"weights.blocks.2.ffn.fc1.bias": torch.zeros(512)}), "weights.blocks.2"),
         (lambda t: t.update({"weights.head.weight": torch.zeros(64, 64)}), r"\[64, 128\], got \[64, 64\]"),
         (lambda t: t["weights.head.weight"].fill_(float("nan")), "finite"),
-        (lambda t: t.update({"weights.head.weight": torch.full((64, 128), 1e6)}), finite values in torch.float16),
+        (lambda t: t.update({"weights.head.weight": torch.full((64, 128), 1e6)}), "finite values in torch.float16"),
     ],
 )
 def test_wrong_weights_are_refused_and_the_model_is_unchanged(make_var, adapter, change, message):
