@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import random
@@ -11,7 +12,7 @@ import signal
 import tempfile
 import threading
 import time
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -56,6 +57,9 @@ def _tensors() -> int:
 
 
 def _resident_bytes() -> int:
+    """Without what the allocator keeps of memory that was freed, which comes and goes by itself."""
+    with suppress(AttributeError, OSError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
