@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,12 +49,12 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
         records: of one sampling run (`actvar.record`); only conditional rows are shown.
         titles: a label per image.
     """
-    selecting = [r for r in records if r.index is not None]
-    if not selecting:
+    scales = sorted({r.scale.index for r in records if r.index is not None})
+    if not scales:
         raise ValueError("expected records of a run that selects tokens, got none")
-    scales = sorted({r.scale.index for r in selecting})
-    blocks = sorted({r.block for r in selecting})
-    panels = {(r.block, r.scale.index): r for r in selecting}
+    blocks = sorted({r.block for r in records})
+    kept = {(r.block, r.scale.index): r.index for r in records}
+    sides = {r.scale.index: math.isqrt(r.scale.tokens) for r in records}
     rows = len(images) * len(scales)
     figure = Figure(figsize=(1.1 * (len(blocks) + 1), 1.15 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, len(blocks) + 1, squeeze=False)
@@ -63,12 +64,12 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
         picture = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
         for j, scale in enumerate(scales):
             row = axes[i * len(scales) + j]
-            record = panels[blocks[0], scale]
-            side = int(record.scale.tokens**0.5)
+            side = sides[scale]
             row[0].imshow(picture)
             row[0].set_title(f"{titles[i]}, {side}x{side}", fontsize=7)
             for axis, block in zip(row[1:], blocks, strict=True):
-                axis.imshow(_tinted(picture, panels[block, scale].index[i], side))
+                index = kept.get((block, scale))  # None: the block updates all tokens
+                axis.imshow(_tinted(picture, torch.arange(side * side) if index is None else index[i], side))
                 if i == 0 and j == 0:
                     axis.set_title(f"block {block + 1}", fontsize=7)
     with replacing(path) as temporary:
