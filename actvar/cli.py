@@ -152,7 +152,10 @@ def _add_source(command: argparse.ArgumentParser, adapter: bool = True) -> None:
     source.add_argument("--var", help="transformer checkpoint: .pth, .safetensors, or owner/repo:file on the hub")
     source.add_argument("--vae", help="autoencoder checkpoint, likewise")
     if adapter:
-        source.add_argument("--adapter", help="adapter file, or the name of a bundled one (default for --model: paper)")
+        source.add_argument(
+            "--adapter",
+            help="adapter file, or the name of a bundled one (default for --model: paper, in actvar sample best)",
+        )
     source.add_argument("--device", default="cpu")
 
 
@@ -179,7 +182,7 @@ def _sample(options: argparse.Namespace) -> None:
     bad = [label for label in sampling.labels if label >= var.num_classes]
     if bad:
         raise ValueError(f"--labels: the model has classes 0-{var.num_classes - 1}, got {bad[0]}")
-    adapter = _adapter(options)
+    adapter = _adapter(options, "best")
     config = actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter)
     if adapter is None and not options.dense:
         warn_untrained(config)
@@ -254,9 +257,9 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"--{error}") from error
 
 
-def _adapter(options: argparse.Namespace) -> Path | None:
-    """The adapter's file; a name without a suffix is that of a bundled one."""
-    name = options.adapter or ("paper" if options.model else None)
+def _adapter(options: argparse.Namespace, bundled: str = "paper") -> Path | None:
+    """The adapter's file, with --model by default the `bundled` one; a name without a suffix is a bundled one."""
+    name = options.adapter or (bundled if options.model else None)
     if name is None:
         return None
     if options.model and "." not in name:

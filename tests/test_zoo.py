@@ -19,6 +19,7 @@ from actvar import ActVARConfig, CheckpointError, load_pretrained
 from actvar.evaluate.quality import FrechetDistance
 from actvar.zoo import load_feature_network
 from actvar.zoo.checksums import checked, save_checksums
+from actvar.zoo.fashion_mnist.best import ship, train_best
 from actvar.zoo.fashion_mnist.data import load_split, read_idx
 from actvar.zoo.fashion_mnist.export import export
 from actvar.zoo.fashion_mnist.train import Build, train
@@ -32,7 +33,7 @@ def agreement(var, seed: int) -> float:
     return (load_feature_network().logits(images).argmax(1) == labels).float().mean().item()
 
 
-@pytest.mark.parametrize("adapter", [None, "paper"])
+@pytest.mark.parametrize("adapter", [None, "paper", "best"])
 def test_the_bundled_model_draws_what_it_is_asked_for(adapter, monkeypatch):
     def no_network(*_args, **_kwargs):
         raise AssertionError("a bundled model must load offline")
@@ -55,17 +56,17 @@ def test_the_bundled_adapter_is_the_papers_configuration():
 
 def test_what_ships_is_half_precision_and_small():
     files = list(weights_folder("fashion-mnist").glob("*.safetensors"))
-    assert {f.stem for f in files} == {"var", "vae", "features", "adapter-paper"}
+    assert {f.stem for f in files} == {"var", "vae", "features", "adapter-paper", "adapter-best"}
     assert sum(f.stat().st_size for f in files) < 20e6
     for file in files:
-        assert {t.dtype for t in load_file(file).values()} <= {torch.float16, torch.int64}
+        assert {t.dtype for t in load_file(file).values()} <= {torch.float16, torch.int64, torch.int32}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (dict(name="imagenet"), "expected one of"),
-        (dict(name="fashion-mnist", adapter="best"), r"comes with \['paper'\], got 'best'"),
+        (dict(name="fashion-mnist", adapter="worst"), r"comes with \['best', 'paper'\], got 'worst'"),
     ],
 )
 def test_unknown_names_list_the_known_ones(arguments, message):
@@ -160,6 +161,12 @@ def test_every_stage_runs_and_the_exported_files_load(images_folder, tmp_path):
     }
     _, var = actvar.load_var(tmp_path / "weights" / "var.safetensors", tmp_path / "weights" / "vae.safetensors")
     with actvar.patched(var, ActVARConfig(), tmp_path / "weights" / "adapter-paper.safetensors"):
+        assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()
+
+    best = train_best(tmp_path / "weights", build.data, build.work, seed=0, epochs=0.25, images=4)
+    ship(best, "best", tmp_path / "weights")
+    shipped = checked(tmp_path / "weights" / "adapter-best.safetensors")
+    with actvar.patched(var, actvar.read_adapter_config(shipped), shipped):
         assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()
 
 

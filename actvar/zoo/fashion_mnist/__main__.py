@@ -10,6 +10,7 @@ import json
 import logging
 from pathlib import Path
 
+from actvar.zoo.fashion_mnist.best import ship, train_best
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 from actvar.zoo.fashion_mnist.export import export
 from actvar.zoo.fashion_mnist.measure import measure, save
@@ -31,6 +32,7 @@ def main() -> None:
         build = Build(options.data, options.work, options.seed)
         train(build, options.processes)
         export(build, folder)
+        ship(train_best(folder, build.data, build.work, build.seed), "best", folder)
     figures = measure(options.data)
     save(figures, folder / "quality.json")
     print(json.dumps(figures, indent=2))

@@ -40,7 +40,8 @@ def measure(data: Path, samples: int = 5000) -> dict[str, object]:
         "fid_train_against_test": to_train.to(test),
         "rfid_test": FrechetDistance(network, test, IMAGE_SHAPE).to(_reconstructed(vae, test)),
     }
-    for name, model in {"dense": var, "paper": load_pretrained("fashion-mnist", adapter="paper")[1]}.items():
+    adapted = {name: load_pretrained("fashion-mnist", adapter=name)[1] for name in ("paper", "best")}
+    for name, model in {"dense": var, **adapted}.items():
         figures[name] = generated_quality(model, network, to_train, samples)
     return figures
 
