@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shlex
@@ -56,6 +55,8 @@ def built(name: str, sources: Sequence[Path], compiler_flags: list[str], linker_
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time; the lock goes with its process, also when that is killed."""
+    import fcntl  # where there is none (Windows) the build fails, and `cpu_kernel` says why
+
     with (folder / "actvar.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from actvar_kernels.backend import get_backend, needs_operator
 from actvar_kernels.expert_ffn import cpu_kernel
 from actvar_kernels.token_select.reference import NORM_EPS
 
@@ -15,15 +16,13 @@ SOURCE = Path(__file__).with_name("cpu_rows.cpp")
 DTYPES = cpu_kernel.DTYPES
 
 
-def runs(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether the C++ code takes these tensors: on the CPU in float32 or bfloat16, of which no gradient is needed and
-    no dispatch mode (a FLOP counter, fake tensors) wants to see the operators; and whether it can be built."""
-    tensors = [x, *(t for t in others if t is not None)]
+def runs(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether the C++ code takes these tensors under the chosen backend: on the CPU in float32 or bfloat16, where the
+    registered operator need not be called; and whether it can be built, which is tried only then."""
     return (
-        all(t.device.type == "cpu" and t.dtype in DTYPES for t in tensors)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        get_backend() in ("auto", "cpu")
+        and all(t.device.type == "cpu" and t.dtype in DTYPES for t in (x, *others))
+        and not needs_operator(x, *others)
         and cpu_kernel.available()
     )
 

@@ -16,13 +16,14 @@ from actvar.distill.losses import (
     router_target,
     selector_target,
 )
+from actvar.distill.stage import Stage
 from actvar.families import family_of
 from actvar.recording import BlockRecord, record, shared_state
 
 DISTILLATION_WEIGHT, BALANCE_WEIGHT = 0.05, 0.01
 
 
-class Stage1(nn.Module):
+class Stage1(Stage):
     """Loss of a batch as a module, so that it can be trained in several processes.
 
     Args:
@@ -43,13 +44,6 @@ class Stage1(nn.Module):
         var.requires_grad_(False)
         for name, parameter in gate_parameters(var).items():
             parameter.requires_grad_(used[name.split(".")[2]])
-
-    def train(self, mode: bool = True) -> Stage1:
-        """Only labels are dropped in training; the blocks stay in eval mode."""
-        super().train(mode)
-        for child in self.var.children():
-            child.eval()
-        return self
 
     def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Scalar losses: `loss` (Eq. 19) and its parts `cls`, `router`, `selector`, `balance`, averaged over blocks.

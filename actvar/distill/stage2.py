@@ -10,13 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.distill.losses import block_loss, output_loss
+from actvar.distill.stage import Stage
 from actvar.families import family_of
 from actvar.patch import unpatched
 from actvar.recording import shared_state
 from actvar.tuned import replace_parameters, tuned_parameters
 
 
-class Stage2(nn.Module):
+class Stage2(Stage):
     """Loss of a batch as a module, so that it can be trained in several processes.
 
     The teacher is the same model without the patch: only what is trained is held twice.
@@ -41,13 +42,6 @@ class Stage2(nn.Module):
         )
         for parameter in tuned_parameters(var).values():
             parameter.requires_grad_(True)
-
-    def train(self, mode: bool = True) -> Stage2:
-        """Only labels are dropped in training; the blocks stay in eval mode."""
-        super().train(mode)
-        for child in self.var.children():
-            child.eval()
-        return self
 
     def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Scalar losses over all scales: `loss` (Eq. 22) and its parts `cls`, `block`, `output`.

@@ -9,7 +9,7 @@ from actvar.calibrate import calibrate
 from actvar.checkpoint import load_var
 from actvar.distill.data import source_of
 from actvar.distill.run import Distillation, distill
-from actvar.patch import patch_silently
+from actvar.patch import patch_silently, remove_patch
 from actvar.zoo.checksums import checked, save_checksums
 
 EPOCHS = 0.4  # 750 steps
@@ -30,7 +30,7 @@ def train_best(folder: Path, data: Path, work: Path, seed: int, epochs: float = 
     if not calibrated.exists():
         calibrate(var, images=images, seed=seed)
         save_adapter(var, calibrated)
-        vae, var = _dense(folder)
+        remove_patch(var)
     how = Distillation(stage=2, epochs=epochs, batch=32, lr=1e-3, bf16=True, seed=seed)
     config, source = read_adapter_config(calibrated), source_of(str(data), vae, var, 0, seed)
     return distill(vae, var, config, calibrated, source, how, best)
