@@ -22,7 +22,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["actvar", "actvar.*", "actvar_kernels", "actvar_kernels.*"]),
     package_data={
-        "actvar": [f"zoo/**/*.{suffix}" for suffix in ("safetensors", "json", "md", "csv")],
+        "actvar": [
+            *(f"zoo/**/*.{suffix}" for suffix in ("safetensors", "json", "md", "csv")),
+            *(f"inspection/page.{suffix}" for suffix in ("html", "css", "js")),
+        ],
         "actvar_kernels": ["**/*.cpp", "**/*.h"],
     },
     install_requires=[

@@ -1,4 +1,4 @@
-"""The command line: `actvar sample`, `distill`, `calibrate`, `verify`, `flops`, `info`."""
+"""The command line: `actvar sample`, `inspect`, `distill`, `calibrate`, `verify`, `flops`, `info`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from actvar.distill.data import source_of
 from actvar.distill.run import Distillation, distill
 from actvar.files import replacing
 from actvar.flops_report import AGREEMENT, MODEL_NAMES, flops_report, save_plot
+from actvar.inspection import inspect_sample, save_page
+from actvar.models import VAR
 from actvar.patch import patched_silently, warn_untrained
 from actvar.pictures import save_grid
 from actvar.training import launched_processes, rank
@@ -69,10 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     what = sample.add_argument_group("images")
     what.add_argument("--labels", "--classes", type=_labels, help="e.g. 0-9 or 207,980 (default for --num: all)")
     what.add_argument("--per-class", type=_positive, help="images per class (default 1)")
-    what.add_argument("--cfg", type=float, default=1.5, help="guidance strength (default 1.5)")
-    what.add_argument("--top-k", type=int, default=0)
-    what.add_argument("--top-p", type=float, default=0.0)
-    what.add_argument("--seed", type=int, default=0)
+    _add_draw(what)
     sample.add_argument("--dense", action="store_true", help="sample without ActVAR")
     sample.add_argument("--compare", action="store_true", help="dense and ActVAR with the same seed, side by side")
     sample.add_argument("--repeats", type=_positive, default=5, help="timed runs of each (default 5)")
@@ -82,6 +81,15 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--batch", type=_positive, help="images per batch and shard (default 50)")
     many.add_argument("--npz", type=Path, help="file to write all of them to, shuffled, for OpenAI's evaluator")
     sample.set_defaults(run=_sample)
+
+    look = commands.add_parser("inspect", help="one image from inside, as an HTML page: scales, tokens, experts, cost")
+    _add_source(look)
+    look.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    look.add_argument("--label", "--class", type=int, required=True, help="the image's class, e.g. 7")
+    _add_draw(look)
+    look.add_argument("--repeats", type=_positive, default=5, help="timed runs of each way (default 5)")
+    look.add_argument("--out", type=Path, default=Path("inspect.html"), help="the page (default inspect.html)")
+    look.set_defaults(run=_inspect)
 
     train = commands.add_parser("distill", help="train an adapter; run the same command again to go on with it")
     _add_source(train)
@@ -159,6 +167,13 @@ def _add_source(command: argparse.ArgumentParser, adapter: bool = True) -> None:
     source.add_argument("--device", default="cpu")
 
 
+def _add_draw(command: argparse._ActionsContainer) -> None:
+    command.add_argument("--cfg", type=float, default=1.5, help="guidance strength (default 1.5)")
+    command.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default 0: all)")
+    command.add_argument("--top-p", type=float, default=0.0, help="from the likeliest that sum to p (default 0: all)")
+    command.add_argument("--seed", type=int, default=0, help="of the sampling noise (default 0)")
+
+
 def _add_rates(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--rates", nargs="+", type=float, help="token rates of the last scales, then the FFN's, e.g. 0.75 0.75 0.75"
@@ -176,14 +191,7 @@ def _sample(options: argparse.Namespace) -> None:
     _check_source(options)
     _check_images(options)
     sampling = Sampling(options.labels or (), options.cfg, options.top_k, options.top_p, options.seed)
-    _, var = _load(options, DTYPES[options.dtype])
-    if options.top_k > var.V:
-        raise ValueError(f"--top-k: the model has {var.V} tokens to choose from, got {options.top_k}")
-    bad = [label for label in sampling.labels if label >= var.num_classes]
-    if bad:
-        raise ValueError(f"--labels: the model has classes 0-{var.num_classes - 1}, got {bad[0]}")
-    adapter = _adapter(options, "best")
-    config = actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter)
+    var, config, adapter = _load_to_sample(options, sampling.labels, "--labels")
     if adapter is None and not options.dense:
         warn_untrained(config)
     if options.num:
@@ -196,8 +204,7 @@ def _sample(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.compare:
         result = compare(var, config, adapter, sampling, options.repeats)
-        names = CLASSES if options.model else None
-        titles = [names[label] if names else f"class {label}" for label in labels]
+        titles = [_class_name(options, label) for label in labels]
         written = save_pictures(var, config, adapter, sampling, options.out, per_class, titles)
         print(f"{len(labels)} images, cfg {options.cfg}, {options.dtype}, {torch.get_num_threads()} threads,", end=" ")
         print(f"median of {options.repeats}; {_describe(config)}")
@@ -208,6 +215,42 @@ def _sample(options: argparse.Namespace) -> None:
         with patched_silently(var, config, adapter):
             written = [save_grid(sampling.run(var), options.out / "actvar.png", per_class)]
     print("wrote " + ", ".join(str(path) for path in written))
+
+
+def _load_to_sample(
+    options: argparse.Namespace, labels: tuple[int, ...], option: str
+) -> tuple[VAR, actvar.ActVARConfig, Path | None]:
+    """The model, and the adapter with its configuration, or without one the paper's."""
+    _, var = _load(options, DTYPES[options.dtype])
+    if options.top_k > var.V:
+        raise ValueError(f"--top-k: the model has {var.V} tokens to choose from, got {options.top_k}")
+    bad = [label for label in labels if not 0 <= label < var.num_classes]
+    if bad:
+        raise ValueError(f"{option}: the model has classes 0-{var.num_classes - 1}, got {bad[0]}")
+    adapter = _adapter(options, "best")
+    return var, actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter), adapter
+
+
+def _class_name(options: argparse.Namespace, label: int) -> str:
+    return CLASSES[label] if options.model else f"class {label}"
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    _check_source(options)
+    _expect_folder("--out", options.out)
+    sampling = Sampling((options.label,), options.cfg, options.top_k, options.top_p, options.seed)
+    var, config, adapter = _load_to_sample(options, sampling.labels, "--label")
+    if adapter is None:
+        warn_untrained(config)
+    inspection = inspect_sample(var, config, adapter, sampling, options.repeats)
+    facts = (
+        f"{options.model or Path(options.var).name}, {options.dtype}",
+        adapter.name if adapter else "untrained gates: the image is not what ActVAR would draw",
+        _describe(config),
+        f"seed {options.seed}, guidance {options.cfg}, top-k {options.top_k}, top-p {options.top_p}",
+        f"{options.device}, {torch.get_num_threads()} threads, actvar {actvar.__version__}, torch {torch.__version__}",
+    )
+    print(f"wrote {save_page(inspection, options.out, _class_name(options, options.label), facts)}")
 
 
 def _check_images(options: argparse.Namespace) -> None:

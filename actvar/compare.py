@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from actvar.pictures import save_grid, save_token_overlay
 from actvar.recording import record, shared_state
 from actvar.schedule import build_schedule
 from actvar.timing import block_seconds, interleaved_medians, seconds_of
+
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -101,29 +103,35 @@ def compare(
             sampling.run(var)
         return sum(seconds[tokens] for tokens in active_tokens)
 
-    def accelerated(measure) -> float:
-        with patched_silently(var, replace(DENSE, sampler=config.sampler, decoder_dtype=config.decoder_dtype), None):
-            return measure()
-
-    def dense(measure) -> float:
-        with unpatched(var):
-            return measure()
-
     def whole() -> float:
         return seconds_of(lambda: sampling.run(var), device)
-
-    def all_ways(measure) -> dict[str, Callable[[], float]]:
-        return {"dense": partial(dense, measure), "accelerated": partial(accelerated, measure), "actvar": measure}
 
     batch = len(sampling.labels)
     formula = {"dense": total_flops(model_flops(var, batch))}
     counted = {"dense": total_flops(counted_flops(var, batch))}
     with patched_silently(var, config, adapter):  # once, so that what is packed of an adapter's weights stays
-        seconds = interleaved_medians(all_ways(whole), repeats, "whole samples")
-        block_times = interleaved_medians(all_ways(blocks), repeats, "blocks")
+        seconds = interleaved_medians(all_ways(var, config, whole), repeats, "whole samples")
+        block_times = interleaved_medians(all_ways(var, config, blocks), repeats, "blocks")
         formula["actvar"] = total_flops(model_flops(var, batch))
         counted["actvar"] = total_flops(counted_flops(var, batch))
     return Comparison(batch, seconds, block_times, formula, counted)
+
+
+def all_ways(
+    var: nn.Module, config: ActVARConfig, measure: Callable[[], Measured]
+) -> dict[str, Callable[[], Measured]]:
+    """`measure` by name of what it finds: `actvar`, the model as it is patched with `config`; `dense`, without its
+    patch; `accelerated`, the dense model on the kernels."""
+
+    def dense() -> Measured:
+        with unpatched(var):
+            return measure()
+
+    def accelerated() -> Measured:
+        with patched_silently(var, replace(DENSE, sampler=config.sampler, decoder_dtype=config.decoder_dtype), None):
+            return measure()
+
+    return {"dense": dense, "accelerated": accelerated, "actvar": measure}
 
 
 def save_pictures(

@@ -6,10 +6,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
+
+Measured = TypeVar("Measured")
 
 
 def _synchronize(device: torch.device) -> None:
@@ -25,19 +29,19 @@ def interleaved_medians(
 
 
 def interleaved_seconds(
-    runs: Mapping[str, Callable[[], float]], repeats: int, describe: str = "timing"
-) -> dict[str, list[float]]:
+    runs: Mapping[str, Callable[[], Measured]], repeats: int, describe: str = "timing"
+) -> dict[str, list[Measured]]:
     """Run each of `runs` once to warm up, then all of them in turn `repeats` times.
 
     Args:
-        runs: functions that return their own measurement in seconds.
+        runs: functions that return their own measurement in seconds, or several of them.
 
     Returns:
         the measurements per name, in seconds.
     """
     for run in runs.values():
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[Measured]] = {name: [] for name in runs}
     for _ in tqdm(range(repeats), desc=describe, leave=False):
         for name, run in runs.items():
             seconds[name].append(run())
@@ -78,3 +82,42 @@ def block_seconds(var: nn.Module) -> Iterator[dict[int, float]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def step_seconds(var: nn.Module, run: Callable[[], object]) -> list[float]:
+    """Seconds of each scale of a sample that `run()` draws with `var`, an `actvar.models.VAR`, and of its decoder.
+
+    A scale ends when its codes are added to the image's features; the first begins with the sample. The device is
+    waited for after each.
+    """
+    device = var.head.weight.device
+    _synchronize(device)
+    times = [time.perf_counter()]
+
+    def lap() -> None:
+        _synchronize(device)
+        times.append(time.perf_counter())
+
+    with after_each_scale(var, lambda _features: lap()):
+        run()
+    lap()
+    return [end - begin for begin, end in pairwise(times)]
+
+
+@contextmanager
+def after_each_scale(var: nn.Module, call: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Give `call` the image's features `[B, Cvae, P, P]` after each scale that `var`, an `actvar.models.VAR`, samples;
+    the next scale is added to them in place."""
+    quantizer = var.vae_proxy[0].quantize
+    add_scale = quantizer.add_scale
+
+    def add_and_call(*arguments):
+        added = add_scale(*arguments)
+        call(added[0])
+        return added
+
+    quantizer.add_scale = add_and_call
+    try:
+        yield
+    finally:
+        del quantizer.add_scale
