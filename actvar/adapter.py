@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import nn
 from actvar.config import EXECUTION_FIELDS, ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.files import replacing
-from actvar.gates import set_order
+from actvar.gates import update
 from actvar.recording import shared_state
 from actvar.tuned import replace_parameters, restore_parameters, tuned_parameters
 
@@ -104,7 +104,7 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
     if unknown:
         raise AdapterError(f"{path}: expected gates and weights of attention, FFN and head, got also: {unknown[:4]}")
     for name, gate in gates.items():
-        tensors[name] = _checked(path, name, tensors[name], gate)
+        tensors[name] = _checked(path, name, tensors[name], gate).to(gate.device)
     weights = {}
     for stored in tensors.keys() & changeable.keys():
         own = model.get_parameter(changeable[stored])
@@ -112,19 +112,29 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
         weights[changeable[stored]] = nn.Parameter(weight, requires_grad=False)
     if replace(trained, **{name: getattr(config, name) for name in EXECUTION_FIELDS}) != config:
         logger.warning("%s was trained with %s and is used with %s", path, trained, config)
-    before = {name: gate.clone() for name, gate in gates.items()}
+    gates_before = {name: gate.clone() for name, gate in gates.items()}
+    orders_before = [unwrapped(block).actvar.places.clone() for block in model.blocks]
+    weights_before = tuned_parameters(model)
     try:
-        for name, gate in gates.items():
-            gate.copy_(tensors[name])
-        restore_parameters(model)
-        for block, order in zip(model.blocks, orders, strict=True):
-            set_order(unwrapped(block), order)
-        replace_parameters(model, weights)
+        _put(model, tensors, orders, weights)
     except BaseException:
-        for name, gate in gates.items():
-            gate.copy_(before[name])
+        _put(model, gates_before, orders_before, weights_before)
         raise
     return var
+
+
+def _put(
+    model: nn.Module,
+    gates: Mapping[str, torch.Tensor],
+    orders: Sequence[torch.Tensor | None],
+    weights: Mapping[str, nn.Parameter],
+) -> None:
+    """Bring what has been checked into the model."""
+    restore_parameters(model)
+    for index, block in enumerate(model.blocks):
+        values = {parameter: gates[name] for name, parameter in _gates_of(block, index).items()}
+        update(unwrapped(block), orders[index], values)
+    replace_parameters(model, weights)
 
 
 def _checked(path: str | Path, name: str, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -149,11 +159,6 @@ def _check_orders(path: str | Path, model: nn.Module, orders: list[torch.Tensor 
             raise AdapterError(f"{path}: blocks.{index}.order: expected {hidden} integers, got {found}")
         if not torch.equal(order.long().sort().values, torch.arange(hidden)):
             raise AdapterError(f"{path}: blocks.{index}.order: expected each of 0 ... {hidden - 1} once")
-        if block.ffn.fc1.weight.is_inference():
-            raise AdapterError(
-                f"{path}: it reorders hidden units, which weights made under torch.inference_mode do not allow; build "
-                "or load the model outside of it"
-            )
 
 
 def read_adapter_config(path: str | Path) -> ActVARConfig:
@@ -184,9 +189,13 @@ def describe_adapter(path: str | Path) -> dict[str, object]:
 
 def gate_parameters(var: nn.Module) -> dict[str, nn.Parameter]:
     """Selector and router parameters of a patched model by their name in an adapter file."""
+    blocks = enumerate(var.blocks)
+    return {name: parameter for index, block in blocks for name, parameter in _gates_of(block, index).items()}
+
+
+def _gates_of(block: nn.Module, index: int) -> dict[str, nn.Parameter]:
     return {
         f"blocks.{index}.{gate}.{name}": parameter
-        for index, block in enumerate(var.blocks)
         for gate in ("selector", "router")
         for name, parameter in getattr(block.actvar, gate).named_parameters()
     }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from actvar.families import var as family
 from actvar.per_sample import Kept
+from actvar_kernels.packing import outdate
 
 
 class Gate(nn.Module):
@@ -36,10 +39,10 @@ class Gate(nn.Module):
 class Gates(nn.Module):
     """Selector and router of one block, with the schedule they work by and the state shared with the other blocks.
 
-    `order` `[D]` int64 is the order of the FFN's hidden units while the block is patched, or None: as they were.
+    `places` `[D]` int64 on the CPU is the order in which the FFN's hidden units lie: `update` changes it with them.
     """
 
-    def __init__(self, width: int, num_experts: int, block_index: int, shared, device: torch.device):
+    def __init__(self, width: int, hidden: int, num_experts: int, block_index: int, shared, device: torch.device):
         super().__init__()
         self.selector = Gate(width, 1, 2 * block_index, device)
         self.router = Gate(width, num_experts, 2 * block_index + 1, device)
@@ -47,24 +50,30 @@ class Gates(nn.Module):
         self.schedule = shared.schedules[block_index]
         self.shared = shared
         self.kept = Kept()
-        self.register_buffer("order", None, persistent=False)
+        with torch.inference_mode(False):
+            self.places = torch.arange(hidden, device="cpu")
+
+    @property
+    def order(self) -> torch.Tensor | None:
+        """`places`, or None where every hidden unit is in its own."""
+        return None if torch.equal(self.places, self.places.sort().values) else self.places
 
 
-def set_order(block: nn.Module, order: torch.Tensor | None) -> None:
-    """Bring the hidden units of a patched block into `order` `[D]` int64, counted from the original one; None: into
-    that."""
-    undo_order(block)
-    block.actvar.order = None if order is None else order.to(block.ffn.fc1.weight.device, torch.int64)
-    apply_order(block)
+@torch.inference_mode()  # in which weights that were made in it may be changed, as all others may
+def update(
+    block: nn.Module, order: torch.Tensor | None, values: Mapping[nn.Parameter, torch.Tensor] | None = None
+) -> None:
+    """Bring the hidden units of a patched block into `order` `[D]`, counted from the original one, None: into that; and
+    give its gates new `values`.
 
-
-def apply_order(block: nn.Module) -> None:
-    """Bring the weights of a block that has just got its gates into their order."""
-    if block.actvar.order is not None:
-        family.reorder_hidden(block, block.actvar.order)
-
-
-def undo_order(block: nn.Module) -> None:
-    """Bring the weights of a block that is about to lose its gates into the original order."""
-    if block.actvar.order is not None:
-        family.reorder_hidden(block, block.actvar.order.argsort())
+    All that changes does so in one call into torch, for which Ctrl-C waits: an interruption finds the block as it was
+    or as it shall be, and `places` says which.
+    """
+    places = block.actvar.places
+    order = places.sort().values if order is None else order.to("cpu", torch.int64)
+    changes = {places: order, **(values or {})}
+    if not torch.equal(order, places):
+        moved = family.reordered_hidden(block, places.argsort()[order])
+        outdate(moved)
+        changes |= moved
+    torch._foreach_copy_(list(changes), list(changes.values()))

@@ -14,7 +14,7 @@ from actvar.adapter import load_adapter
 from actvar.block import ActVARBlock
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
-from actvar.gates import Gates, apply_order, undo_order
+from actvar.gates import Gates, update
 from actvar.mixing import Mixed, mix_in, unmix
 from actvar.models.arguments import checked_labels, one_thread
 from actvar.per_sample import forget
@@ -150,9 +150,9 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
     for index, block in enumerate(_blocks(model)):
         if "forward" in block.__dict__:
             raise ValueError(f"expected blocks[{index}] with its class's forward, got one replaced on the instance")
-    shared, width = Shared(config, schedules), family.width(model)
+    shared, width, hidden = Shared(config, schedules), family.width(model), family.hidden_size(model)
     gates = [
-        Gates(width, config.num_experts, index, shared, block.ffn.fc1.weight.device)
+        Gates(width, hidden, config.num_experts, index, shared, block.ffn.fc1.weight.device)
         for index, block in enumerate(_blocks(model))
     ]
     with one_thread(model):
@@ -166,7 +166,6 @@ def _install(model: nn.Module, shared: Shared, gates: list[Gates]) -> None:
         for block, of_block in zip(_blocks(model), gates, strict=True):
             block.actvar = of_block.train(block.training)
             mix_in(block, ActVARBlock)
-            apply_order(block)
         model.actvar = shared
         mix_in(model, ActVARModel)
     except BaseException:
@@ -188,9 +187,9 @@ def remove_patch(var: nn.Module) -> nn.Module:
     with one_thread(model):
         restore_parameters(model)
         for module in (model, *_blocks(model)):
+            if "actvar" in module._modules:
+                update(module, None)
             if isinstance(module, Mixed):
-                if module is not model:
-                    undo_order(module)
                 unmix(module)
             if "actvar" in module.__dict__ or "actvar" in module._modules:
                 del module.actvar
@@ -221,14 +220,17 @@ def unpatched(var: nn.Module) -> Iterator[nn.Module]:
     family_of(model)
     before = model.actvar if isinstance(model, Mixed) else None
     gates = [block.actvar for block in _blocks(model)] if before is not None else []
+    orders = [of_block.places.clone() for of_block in gates]
     weights = tuned_parameters(model)
-    remove_patch(model)
     try:
+        remove_patch(model)
         yield var
     finally:
         remove_patch(model)
         if before is not None:
             _install(model, before, gates)
+            for block, order in zip(_blocks(model), orders, strict=True):
+                update(block, order)
             replace_parameters(model, weights)
 
 

@@ -34,8 +34,8 @@ class TunedModule(nn.Module):
 @contextmanager
 def _originals_in_place(module: TunedModule) -> Iterator[None]:
     tuned = {name: module._parameters[name] for name in module.originals}
-    module._parameters.update(module.originals)
     try:
+        module._parameters.update(module.originals)
         yield
     finally:
         module.originals = {name: module._parameters[name] for name in tuned}
@@ -69,9 +69,10 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def restore_parameters(model: nn.Module) -> None:
-    """Undo `replace_parameters`: the model's own parameters are back, the same objects."""
+    """Undo `replace_parameters`, also one that was interrupted: the model's own parameters are back, the same ones."""
     for module in model.modules():
-        if isinstance(module, TunedModule):
+        if "originals" in module.__dict__:
             module._parameters.update(module.originals)
-            unmix(module)
+            if isinstance(module, TunedModule):
+                unmix(module)
             del module.originals

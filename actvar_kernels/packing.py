@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -28,3 +28,10 @@ def packed(tensors: Sequence[torch.Tensor], layout: Hashable, pack: Callable[[],
             weakref.finalize(tensors[0], _cache.pop, key, None)
         found = _cache[key] = state, pack()
     return found[1]
+
+
+def outdate(tensors: Iterable[torch.Tensor]) -> None:
+    """Have copies made anew of tensors that are about to be changed, since those made in inference mode do not tell."""
+    changed = {id(tensor) for tensor in tensors}
+    for key in [key for key in _cache if key[0] in changed]:
+        _cache[key] = (), None

@@ -1,4 +1,4 @@
-"""Faults on purpose: exceptions at any line of sampling and patching, killed training, full disks, threads, leaks.
+"""Faults on purpose: killed training, full disks, threads, leaks; interruptions are in `interruptions.py`.
 
 Every `run_...` returns counts and raises AssertionError where a promise is broken. They take a number of rounds: the
 tests run a few, a soak many.
@@ -27,7 +27,6 @@ from torch import nn
 
 import actvar
 from actvar import ActVARConfig
-from actvar.adapter import gate_parameters
 from actvar.config import KV_MODES
 from actvar.files import replacing
 from actvar.models import VAR, build_vae_var
@@ -36,11 +35,6 @@ from actvar.training import Plan, fit, save_atomically
 from actvar_kernels import packing
 
 CONFIG = ActVARConfig(num_experts=8)
-PACKAGES = (Path(actvar.__file__).parent, Path(packing.__file__).parent)
-
-
-class InjectedError(Exception):
-    """What is raised where nothing else would be."""
 
 
 def small_model(seed: int = 0) -> VAR:
@@ -87,118 +81,6 @@ def expect_free(var: nn.Module) -> None:
         if hasattr(block, "actvar"):
             assert block.actvar.kept.state is None
             assert block.actvar.kept.cache is None
-
-
-@contextmanager
-def raising_at_line(number: int, error: type[BaseException]) -> Iterator[list[int]]:
-    """Raise `error` before the `number`-th line of the package that runs; yields the count of lines so far."""
-    count = [0]
-
-    def trace(frame, event, _argument):
-        if not frame.f_code.co_filename.startswith(tuple(map(str, PACKAGES))):
-            return None
-        if event == "line":
-            count[0] += 1
-            if count[0] == number:
-                raise error
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield count
-    finally:
-        sys.settrace(before)
-
-
-def lines_of(action: Callable[[], object]) -> int:
-    """Lines of the package that `action` runs."""
-    with raising_at_line(-1, InjectedError) as count:
-        action()
-    return count[0]
-
-
-def run_sampling_faults(count: int, seed: int = 0) -> dict[str, int]:
-    """`count` times an exception or Ctrl-C at a random line of a sample, dense or patched: the caches are empty, the
-    next sample is that of an undisturbed model, and the patch comes off."""
-    rng = random.Random(seed)
-    for round in range(count):
-        var = small_model()
-        dense, before = draw(var), state_of(var)
-        if round % 3:
-            patch_silently(var, ActVARConfig(num_experts=8, kv=KV_MODES[round % 2]))
-        expected = draw(var)
-        line = rng.randrange(1, lines_of(lambda var=var: draw(var)) + 1)
-        _fails(lambda var=var: draw(var), line, rng.choice((InjectedError, KeyboardInterrupt)))
-        assert torch.equal(draw(var), expected), f"line {line} of round {round}"
-        expect_free(var)
-        actvar.remove_patch(var)
-        expect_same_state(var, before)
-        assert torch.equal(draw(var), dense)
-    return {"faults in sampling": count}
-
-
-def run_patching_faults(count: int, seed: int = 0) -> dict[str, int]:
-    """`count` times Ctrl-C at a random line of patching, of patching again, and of removal each: afterwards
-    `remove_patch` gives the model as it was, and it can be patched."""
-    rng, done, before = random.Random(seed), 0, state_of(small_model())
-    actions: dict[str, Callable[[nn.Module], object]] = {
-        "patch": lambda var: patch_silently(var, CONFIG),
-        "patch again": lambda var: patch_silently(var, ActVARConfig(num_experts=4)),
-        "remove": actvar.remove_patch,
-    }
-    for name, action in actions.items():
-        prepared = _prepared(name)
-        total = lines_of(lambda action=action, prepared=prepared: action(prepared))
-        for line in rng.sample(range(1, total + 1), min(count, total)):
-            var = _prepared(name)
-            assert _fails(lambda var=var, action=action: action(var), line, KeyboardInterrupt)
-            actvar.remove_patch(var)
-            expect_same_state(var, before)
-            patch_silently(var, CONFIG)
-            actvar.remove_patch(var)
-            expect_same_state(var, before)
-            done += 1
-    return {"faults in patching": done}
-
-
-def _prepared(action: str) -> nn.Module:
-    var = small_model()
-    if action != "patch":
-        patch_silently(var, CONFIG)
-    return var
-
-
-def _fails(action: Callable[[], object], line: int, error: type[BaseException]) -> bool:
-    """Whether `error` was raised at that line of `action`, which may have fewer lines."""
-    try:
-        with raising_at_line(line, error):
-            action()
-    except error:
-        return True
-    return False
-
-
-def run_adapter_faults(count: int, seed: int = 0) -> dict[str, int]:
-    """Ctrl-C at random lines of loading an adapter: the selectors and routers are the old ones or the new ones."""
-    rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.safetensors"
-        var = small_model()
-        patch_silently(var, CONFIG)
-        old = {name: value.clone() for name, value in gate_parameters(var).items()}
-        for value in gate_parameters(var).values():
-            value.add_(1)
-        new = {name: value.clone() for name, value in gate_parameters(var).items()}
-        actvar.save_adapter(var, path)
-        total = lines_of(lambda: actvar.load_adapter(var, path))
-        for _ in range(count):
-            for name, value in gate_parameters(var).items():
-                value.copy_(old[name])
-            _fails(lambda: actvar.load_adapter(var, path), rng.randrange(1, total + 1), KeyboardInterrupt)
-            now = gate_parameters(var)
-            assert any(all(torch.equal(now[name], state[name]) for name in now) for state in (old, new))
-    return {"faults in loading": count}
 
 
 # Training that is killed

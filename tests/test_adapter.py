@@ -270,11 +270,23 @@ def test_an_order_that_is_no_permutation_is_refused(ordered, tiny_var, change, m
     assert_same_weights(tiny_var, before)
 
 
-def test_weights_made_in_inference_mode_are_not_reordered(ordered, make_var):
-    var = make_var()
+def test_weights_made_in_inference_mode_are_reordered_as_others(ordered, make_var):
+    var, other = make_var(), load_adapter(apply_patch(make_var(), CONFIG), ordered)
     with torch.inference_mode():
         fc1 = var.blocks[1].ffn.fc1
         fc1.weight = torch.nn.Parameter(fc1.weight.clone(), requires_grad=False)
     before = weights_of(var)
-    assert_refused(apply_patch(var, CONFIG), ordered, "inference_mode")
-    assert_same_weights(var, before)
+    apply_patch(var, CONFIG)
+    untrained = sample(var)  # packs the weights, which tell nobody that they are changed
+    assert torch.equal(sample(load_adapter(var, ordered)), sample(other))
+    assert_same_weights(remove_patch(var), before)
+    assert torch.equal(sample(apply_patch(var, CONFIG)), untrained)
+
+
+def test_weights_that_became_inference_tensors_come_back_bit_for_bit(ordered, make_var):
+    var, other = make_var(), make_var()
+    load_adapter(apply_patch(var, CONFIG), ordered)
+    with torch.inference_mode():
+        var.to(torch.bfloat16)
+    assert var.blocks[0].ffn.fc1.weight.is_inference()
+    assert_same_weights(remove_patch(var), weights_of(other.to(torch.bfloat16)))

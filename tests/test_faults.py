@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 
 import faults
+import interruptions
 import pytest
 import torch
 from faults import draw, expect_free, expect_same_state, small_model, state_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import actvar
 import actvar_kernels
@@ -53,15 +56,47 @@ def test_an_error_at_any_block_and_scale_frees_the_caches_and_leaves_the_next_sa
 
 
 def test_an_interruption_at_any_line_of_sampling_is_survived():
-    assert faults.run_sampling_faults(9) == {"faults in sampling": 9}
+    assert interruptions.run_sampling_faults(9) == {"faults in sampling": 9}
 
 
-def test_an_interruption_at_any_line_of_patching_leaves_a_model_that_can_be_unpatched():
-    assert faults.run_patching_faults(12) == {"faults in patching": 36}
+def test_an_interruption_at_any_moment_of_patching_and_loading_can_be_unpatched_and_a_load_is_taken_back():
+    assert interruptions.run_patching_faults(3)["faults in patching"] > 11 * 3
 
 
-def test_an_interrupted_load_leaves_the_old_gates_or_the_new_ones():
-    assert faults.run_adapter_faults(40) == {"faults in loading": 40}
+def test_an_interrupted_load_that_is_not_taken_back_would_be_found(monkeypatch):
+    put = actvar.adapter._put
+
+    def only_forward(*arguments):
+        if sys.exc_info()[0] is None:
+            put(*arguments)
+
+    monkeypatch.setattr("actvar.adapter._put", only_forward)
+    with pytest.raises(AssertionError, match="load another: fault"):
+        interruptions.run_patching_faults(0, names=("load another",))
+
+
+class Mutations(TorchDispatchMode):
+    """Names of the operators that write to one of `tensors`."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.addresses, self.names = {tensor.data_ptr() for tensor in tensors}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        written = args[0] if isinstance(args[0], list | tuple) else args[:1]
+        addresses = {tensor.data_ptr() for tensor in written if isinstance(tensor, torch.Tensor)}
+        if func._schema.is_mutable and self.addresses & addresses:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_gates_and_their_order_change_in_one_call_per_block(tmp_path):
+    adapters, var = interruptions.Adapters(tmp_path), interruptions.patched_model()
+    places = [block.actvar.places for block in var.blocks]
+    with Mutations([*var.parameters(), *places]) as mutations:
+        actvar.load_adapter(var, adapters.paths[0])
+        remove_patch(var)
+    assert mutations.names == ["aten::_foreach_copy_"] * 2 * BLOCKS
 
 
 def test_removal_finishes_what_an_interrupted_removal_began():

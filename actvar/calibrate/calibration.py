@@ -17,7 +17,7 @@ from actvar.calibrate.samples import sampled_inputs
 from actvar.calibrate.sensitivity import divergence_per_block
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
-from actvar.gates import set_order
+from actvar.gates import update
 from actvar.patch import patch_silently, remove_patch
 from actvar.schedule import Scale, build_schedule
 
@@ -95,10 +95,12 @@ def _install(model: nn.Module, config: ActVARConfig, fits: list[BlockFit]) -> No
     patch_silently(model, config)
     for block, fit in zip(model.blocks, fits, strict=True):
         gates = unwrapped(block).actvar
-        gates.selector.weight.copy_(fit.selector)
-        gates.router.weight.copy_(fit.router[0])
-        gates.router.bias.copy_(fit.router[1])
-        set_order(unwrapped(block), fit.order)
+        values = {
+            gates.selector.weight: fit.selector,
+            gates.router.weight: fit.router[0],
+            gates.router.bias: fit.router[1],
+        }
+        update(unwrapped(block), fit.order, values)
 
 
 def _active_scales(config: ActVARConfig, patch_nums: Sequence[int]) -> list[Scale]:

@@ -210,15 +210,13 @@ def dense_ffn(block: nn.Module, u: torch.Tensor, num_experts: int) -> torch.Tens
     return F.linear(hidden, fc2_weight, fc2_bias).view_as(u)
 
 
-@torch.no_grad()
-def reorder_hidden(block: nn.Module, order: torch.Tensor) -> None:
-    """Put the FFN's hidden unit `order[i]` in place `i`, in place, for a permutation `order` `[D]`.
+def reordered_hidden(block: nn.Module, order: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
+    """The FFN's weights, and what they are with hidden unit `order[i]` in place `i`, for a permutation `order` `[D]`.
 
     The FFN computes the same sum in another order; `order.argsort()` takes every weight back, bit for bit.
     """
-    for name, axis in HIDDEN_AXES.items():
-        weight = block.get_parameter(name)
-        weight.copy_(weight.index_select(axis, order))
+    weights = {block.get_parameter(name): axis for name, axis in HIDDEN_AXES.items()}
+    return {weight: weight.index_select(axis, order.to(weight.device)) for weight, axis in weights.items()}
 
 
 def ffn_weights(block: nn.Module) -> tuple[torch.Tensor, ...]:

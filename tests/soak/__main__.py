@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 import faults
 import fuzz
+import interruptions
 from tqdm import tqdm
 
 from soak.drawing import run_bulk_kills, run_samples
 
 SUMMARY = {
     "inputs tried": ("inputs",),
-    "faults injected": ("faults in sampling", "faults in patching", "faults in loading", "failed writes"),
+    "faults injected": ("faults in sampling", "faults in patching", "failed writes"),
     "kills survived": ("kills survived",),
     "samples drawn": ("samples drawn", "samples in two threads"),
     "patched and unpatched": ("patches",),
@@ -42,9 +43,8 @@ PARTS = [
     Part("samples", lambda seed: run_samples(1000, seed), watches_memory=True),
     Part("killed bulk sampling", lambda seed: run_bulk_kills(3, seed)),
     Part("damaged files", lambda seed: fuzz.run_fuzz(2000, seed)),
-    Part("faults in sampling", lambda seed: faults.run_sampling_faults(5, seed)),
-    Part("faults in patching", lambda seed: faults.run_patching_faults(5, seed)),
-    Part("faults in loading", lambda seed: faults.run_adapter_faults(5, seed)),
+    Part("faults in sampling", lambda seed: interruptions.run_sampling_faults(5, seed)),
+    Part("faults in patching", lambda seed: interruptions.run_patching_faults(5, seed)),
     Part("full disk", lambda _: faults.run_full_disk()),
     Part("killed training", lambda seed: faults.run_kills(5, seed)),
     Part("threads", lambda seed: faults.run_threads(5, seed)),
