@@ -76,6 +76,7 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
     it was trained for are allowed, with a logged warning. Changed weights, those of an adapter from stage 2 of the
     distillation, take the place of the model's own, which are kept in memory until `remove_patch` puts them back; on
     the CPU and in the model's dtype they stay mapped from the file, which must not be overwritten in place meanwhile.
+    After an exception or Ctrl-C on the way the model is as it was.
 
     Raises:
         FileNotFoundError: no such file.
