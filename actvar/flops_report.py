@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from actvar.config import ActVARConfig
-from actvar.files import replacing
 from actvar.flops import DENSE, MODULES, StepFlops, counted_flops, model_flops, total_flops
 from actvar.models import VAR, VQVAE, build_vae_var
 from actvar.paper_tables import FIXED_FLOPS_PER_ROW, ROWS, Reproduced, reproduce
 from actvar.patch import patch_silently
+from actvar.pictures import COLOURS, save_figure
 from actvar.zoo.fashion_mnist import architecture
 from actvar_kernels.compile_cases import HEAD_DIM, MODELS
 
@@ -163,7 +163,7 @@ def save_plot(report: FlopsReport, path: Path) -> Path:
         sums = [sum(getattr(step, module) for step in formula) / 1e9 for module in MODULES]
         bottom = [0.0] * len(formula)
         for place, module in enumerate(MODULES):
-            style = dict(color=f"C{place}", hatch=hatch, edgecolor="white", linewidth=0.3)
+            style = dict(color=COLOURS[place], hatch=hatch, edgecolor="white", linewidth=0.3)
             bar = by_module.bar(place + offset, sums[place], 0.4, **style)
             by_module.bar_label(bar, [f"{sums[place] / sum(sums):.1%}"], fontsize=6, rotation=90, padding=2)
             heights = [getattr(step, module) / 1e9 for step in formula]
@@ -181,6 +181,4 @@ def save_plot(report: FlopsReport, path: Path) -> Path:
     figure.suptitle(
         f"VAR {report.model}: FLOPs of {report.batch} image{'s' * (report.batch > 1)} by module", fontsize=10
     )
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    return path
+    return save_figure(figure, path)

@@ -17,10 +17,12 @@ def test_blocks_that_update_all_tokens_are_shown_beside_those_that_select(tiny_v
     with record(tiny_var) as records:
         images = tiny_var.autoregressive_infer_cfg(1, 1, g_seed=0)
     shown, imshow = [], Axes.imshow
-    monkeypatch.setattr(Axes, "imshow", lambda axis, pixels: shown.append(pixels) or imshow(axis, pixels))
+    monkeypatch.setattr(Axes, "imshow", lambda axis, pixels, **how: shown.append(pixels) or imshow(axis, pixels, **how))
     assert save_token_overlay(images, records, tmp_path / "tokens.png", ["1"]).stat().st_size > 1000
     recorded = len({r.block for r in records})
-    assert len(shown) == 2 * (1 + recorded)
-    picture, *of_blocks = shown[: 1 + recorded]
+    assert len(shown) == 2 * (1 + recorded + 1)
+    picture, *of_blocks, times = shown[: 1 + recorded + 1]
     untouched = [bool((panel == picture).all(axis=-1).any()) for panel in of_blocks]
     assert untouched == [False] * (recorded - 1) + [True], "only the block that selects leaves tokens as they were"
+    kept = [r.index[0].tolist() if r.index is not None else range(9) for r in records if r.scale.tokens == 9]
+    assert times.flatten().tolist() == [sum(token in of_block for of_block in kept) for token in range(9)]

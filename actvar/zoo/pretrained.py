@@ -61,9 +61,13 @@ def adapter_path(name: str, adapter: str) -> Path:
     folder = weights_folder(name)
     path = folder / f"adapter-{adapter}.safetensors"
     if not path.is_file():
-        known = sorted(p.stem.removeprefix("adapter-") for p in folder.glob("adapter-*.safetensors"))
-        raise ValueError(f"adapter: {name} comes with {known}, got {adapter!r}")
+        raise ValueError(f"adapter: {name} comes with {bundled_adapters(name)}, got {adapter!r}")
     return checked(path)
+
+
+def bundled_adapters(name: str) -> list[str]:
+    """Names of the adapters that a bundled model comes with."""
+    return sorted(path.stem.removeprefix("adapter-") for path in weights_folder(name).glob("adapter-*.safetensors"))
 
 
 def weights_folder(name: str) -> Path:
