@@ -17,6 +17,7 @@ from actvar.families import family_of, unwrapped
 from actvar.gates import Gates, update
 from actvar.mixing import Mixed, mix_in, unmix
 from actvar.models.arguments import checked_labels, one_thread
+from actvar.models.sampling import sample_guided
 from actvar.per_sample import forget
 from actvar.recording import Shared, shared_state
 from actvar.schedule import build_schedule
@@ -62,12 +63,14 @@ class ActVARModel(nn.Module):
         logits = family_of(self).head_logits(self, x, cond_BD)
         if logits is None:
             return super().get_logits(x, cond_BD)
-        drawn_in_kernel = self.actvar.rows_are_guided and self.actvar.config.sampler == "fast"
-        return logits if drawn_in_kernel else logits.float()
+        ours = self.actvar.rows_are_guided and family_of(self).has_draw_and_decode(self)
+        return logits if ours else logits.float()
 
     def draw(self, logits, guidance, top_k, top_p, rng, scale):
         """As `actvar.models.VAR.draw`, by the sampler of the configuration."""
         if self.actvar.config.sampler == "torch":
+            if family_of(self).draw_is_ours(self):
+                return sample_guided(logits, guidance, top_k, top_p, rng)
             return super().draw(logits, guidance, top_k, top_p, rng, scale)
 
         def drawn(logits, seed):

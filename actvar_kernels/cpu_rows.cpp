@@ -1,43 +1,12 @@
 // Steps that go over rows of channels on the CPU, each in one pass over memory: LayerNorm with modulation, alone or
 // after the residual of rows that are taken by their index. Sums are in float32. cpu_rows.py calls `add_normalize`.
 
+#include "cpu_numbers.h"
+
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <new>
 
-// The compiler makes a version of each marked function for every instruction set, the loader takes the best.
-#if defined(__x86_64__)
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define FOR_EVERY_PROCESSOR
-#endif
-
 namespace {
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) {
-    const uint32_t bits = uint32_t(x.bits) << 16;
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
-}
-
-template <class T>
-inline T rounded(float x);
-template <>
-inline float rounded<float>(float x) { return x; }
-template <>
-inline bfloat16 rounded<bfloat16>(float x) {  // to the nearest, ties to even; NaN stays NaN
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return bfloat16{uint16_t(x != x ? 0x7fc0 : nearest)};
-}
 
 // sum = x + gamma * update as it is stored, or x where there is no update; out = LN(sum) * (1 + scale) + shift.
 template <class T>

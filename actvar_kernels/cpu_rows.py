@@ -12,7 +12,7 @@ from actvar_kernels.backend import get_backend, needs_operator
 from actvar_kernels.expert_ffn import cpu_kernel
 from actvar_kernels.token_select.reference import NORM_EPS
 
-SOURCE = Path(__file__).with_name("cpu_rows.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_rows.cpp", "cpu_numbers.h"))
 DTYPES = cpu_kernel.DTYPES
 
 
@@ -70,4 +70,4 @@ def _launch(x, index, update, gamma, scale, shift) -> tuple[torch.Tensor | None,
 def _library() -> ctypes.CDLL:
     from actvar_kernels.building import built
 
-    return ctypes.CDLL(str(built("actvar_rows", [SOURCE], ["-O3", "-fopenmp", "-fno-math-errno"], ["-fopenmp"])))
+    return ctypes.CDLL(str(built("actvar_rows", SOURCES, ["-O3", "-fopenmp", "-fno-math-errno"], ["-fopenmp"])))

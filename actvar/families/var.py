@@ -64,6 +64,11 @@ def loop_is_ours(model: nn.Module) -> bool:
     return getattr(type(model), "original_class", type(model)).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg
 
 
+def draw_is_ours(model: nn.Module) -> bool:
+    """Whether `draw` of the unpatched class is that of `actvar.models.VAR`."""
+    return getattr(getattr(type(model), "original_class", type(model)), "draw", None) is VAR.draw
+
+
 def width(model: nn.Module) -> int:
     return model.blocks[0].ffn.fc1.in_features
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from actvar_kernels.sampling import cpu_kernel, public
+
 Randomness = torch.Generator | Sequence[torch.Generator] | None
 """Where noise comes from: one generator for the batch, one per image, or torch's global one."""
 
@@ -37,21 +39,22 @@ def sample_top_k_top_p(logits: torch.Tensor, top_k: int, top_p: float, rng: Rand
     Returns:
         tokens `[B, L]` int64.
     """
-    L, V = logits.shape[1:]
-    if top_k > 0:
-        threshold = logits.topk(top_k, largest=True, sorted=False, dim=-1)[0].amin(dim=-1, keepdim=True)
-        logits.masked_fill_(logits < threshold, -torch.inf)
-    if top_p > 0:
-        ascending, order = logits.sort(dim=-1, descending=False)
-        remove = ascending.softmax(dim=-1).cumsum_(dim=-1) <= (1 - top_p)
-        remove[..., -1:] = False
-        logits.masked_fill_(remove.scatter(-1, order, remove), -torch.inf)
+    public.filter_(logits, top_k, top_p)
+    return by_image(public.draw, logits.softmax(dim=-1), rng)
 
-    def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        rows = probabilities.view(-1, V)
-        return torch.multinomial(rows, num_samples=1, replacement=True, generator=generator).view(-1, L)
 
-    return by_image(draw, logits.softmax(dim=-1), rng)
+def sample_guided(logits: torch.Tensor, guidance: float, top_k: int, top_p: float, rng: Randomness) -> torch.Tensor:
+    """Tokens `[B, L]`, those of `sample_top_k_top_p` after guidance of logits `[2B, L, V]`, in C++ where that runs."""
+    if not cpu_kernel.runs(logits):
+        return sample_top_k_top_p(guided(logits, guidance), top_k, top_p, rng)
+    filtered = cpu_kernel.guide_and_filter(logits, guidance, top_k, top_p)
+    return by_image(cpu_kernel.draw, filtered.softmax(dim=-1), rng)
+
+
+def guided(logits: torch.Tensor, strength: float) -> torch.Tensor:
+    """Classifier-free guidance of logits `[2B, L, V]`, conditional half first: `(1 + t) * cond - t * uncond`."""
+    conditional, unconditional = logits.float().chunk(2)
+    return (1 + strength) * conditional - strength * unconditional
 
 
 def gumbel_softmax(logits: torch.Tensor, temperature: float, rng: Randomness) -> torch.Tensor:

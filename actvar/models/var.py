@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from actvar.models.arguments import by_one_thread, checked_labels, expect_sampling
 from actvar.models.quantizer import uninitialised_embedding
-from actvar.models.sampling import Randomness, by_image, generators, gumbel_softmax, sample_top_k_top_p
+from actvar.models.sampling import Randomness, by_image, generators, guided, gumbel_softmax, sample_top_k_top_p
 from actvar.models.vqvae import VQVAE
 from actvar_kernels.subset_attention.reference import attend
 
@@ -97,12 +97,6 @@ class TransformerBlock(nn.Module):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         x = x + self.attn(self.ln_wo_grad(x).mul(scale1.add(1)).add_(shift1), attn_bias=attn_bias).mul_(gamma1)
         return x + self.ffn(self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2)).mul(gamma2)
-
-
-def guided(logits: torch.Tensor, strength: float) -> torch.Tensor:
-    """Classifier-free guidance of logits `[2B, L, V]`, conditional half first: `(1 + t) * cond - t * uncond`."""
-    conditional, unconditional = logits.float().chunk(2)
-    return (1 + strength) * conditional - strength * unconditional
 
 
 class HeadNorm(nn.Module):

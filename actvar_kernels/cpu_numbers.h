@@ -1,0 +1,52 @@
+// What the C++ files that go over rows share: numbers of both types, and versions of a function for every instruction
+// set. Sums are in float32 or wider.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// The compiler makes a version of each marked function for every instruction set, the loader takes the best. What they
+// call has to be inlined into them.
+#if defined(__x86_64__)
+#define FOR_EVERY_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define FOR_EVERY_PROCESSOR
+#endif
+#define INLINED inline __attribute__((always_inline))
+
+namespace {
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+INLINED float to_float(float x) { return x; }
+INLINED float to_float(bfloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+template <class T>
+INLINED T rounded(float x);
+template <>
+INLINED float rounded<float>(float x) { return x; }
+template <>
+INLINED bfloat16 rounded<bfloat16>(float x) {  // to the nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return bfloat16{uint16_t(x != x ? 0x7fc0 : nearest)};
+}
+
+// Integers in the order of the numbers, which are not NaN; equal for 0 and -0.
+INLINED int32_t ordered(float x) {
+    x += 0.0f;
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+}  // namespace
