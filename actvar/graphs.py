@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from actvar.families import family_of, unwrapped
+from actvar.models.arguments import SEEDS, checked_labels, expect_integer
 from actvar.patch import release_cache
 from actvar.recording import shared_state
 from actvar_kernels import backend_of
@@ -52,15 +53,24 @@ class GraphedSampling:
 
     @torch.no_grad()
     def __call__(self, labels: torch.Tensor, seed: int) -> torch.Tensor:
-        """Images `[B, channels, H, W]` in [0, 1] of the classes `labels` `[B]` int64; errors as in the constructor."""
+        """Images `[B, channels, H, W]` in [0, 1] of the classes `labels` `[B]`, on the GPU or the CPU.
+
+        Raises:
+            TypeError, ValueError: labels that are no integer tensor, or, on the CPU, one out of range; as
+                `autoregressive_infer_cfg`; a seed outside -2^63 ... 2^64 - 1. And as in the constructor.
+        """
         self._check()
+        if not isinstance(labels, torch.Tensor) or labels.ndim != 1:
+            raise TypeError(f"labels: expected an integer tensor [B], got {labels!r:.100}")
+        labels = checked_labels(len(labels), labels, self.var.num_classes, labels.device)
+        expect_integer("seed", seed, SEEDS[0], SEEDS[-1])
         weights = tuple(parameter.data_ptr() for parameter in self.var.parameters())
         wanted = (labels.shape, self.var.actvar, weights)
         if wanted != self._captured_for:
             self._capture(labels)
             self._captured_for = wanted
         self._labels.copy_(labels)
-        self._seed.fill_(seed)
+        self._seed.fill_(seed - 2**64 if seed >= 2**63 else seed)  # the same modulo 2^64
         self._graph.replay()
         return self._images.clone()
 

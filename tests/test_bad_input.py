@@ -200,6 +200,25 @@ def test_labels_are_not_read_where_that_is_impossible():
         assert checked_labels(2, labels, 5, labels.device).shape == (2,)
 
 
+class OnGPU(torch.Tensor):
+    """Says that it lies on a GPU, where no value may be read on the way."""
+
+    is_cuda = property(lambda self: True)
+
+    def aminmax(self):
+        raise AssertionError("this would wait for the GPU")
+
+
+def test_labels_on_a_gpu_are_checked_by_an_assertion_in_the_stream():
+    def checked(*labels: int) -> list[int]:
+        return checked_labels(2, torch.tensor(labels).as_subclass(OnGPU), 5, torch.device("cpu")).tolist()
+
+    assert checked(4, -3) == [4, 5]
+    for label in (5, 6, 2**40):
+        with pytest.raises(RuntimeError, match="label_B: expected labels from 0 to 4, or negative"):
+            checked(0, label)
+
+
 def test_weights_that_are_not_finite_end_a_sample_with_an_error_and_leave_the_model_usable():
     var = small_model()
     image, weight = draw(var), var.head.weight.clone()

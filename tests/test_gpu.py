@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -50,6 +53,28 @@ def test_a_graph_of_a_whole_sample_gives_the_images_of_eager_sampling():
         eager = var.autoregressive_infer_cfg(len(labels), labels, g_seed=seed, top_k=100, top_p=0.95)
         assert torch.equal(sampled(labels, seed), eager)
         assert torch.equal(sampled(labels, seed), eager), "a replay leaves nothing behind"
+
+
+LABELS = """
+import sys, torch
+from actvar.models.arguments import checked_labels
+labels = torch.tensor([0, -1, int(sys.argv[1])], device="cuda")
+torch.cuda.synchronize()
+torch.cuda.set_sync_debug_mode("error")
+checked = checked_labels(3, labels, 10, labels.device)
+torch.cuda.set_sync_debug_mode("default")
+print(checked.tolist())
+"""
+
+
+@pytest.mark.parametrize(("label", "printed"), [(9, "[0, 10, 9]"), (10, None), (2**40, None)])
+def test_labels_are_checked_without_waiting_for_the_gpu(label, printed):
+    command = [sys.executable, "-c", LABELS, str(label)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    if printed is not None:
+        assert done.stdout.strip() == printed, done.stderr
+    else:
+        assert "device-side assert" in done.stderr
 
 
 def logits_on(backend: str, var: torch.nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:

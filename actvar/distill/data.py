@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from PIL import Image
 from tqdm import tqdm
 
@@ -170,8 +169,9 @@ def cached_tokens(source: Source, var: VAR, folder: Path) -> torch.Tensor:
     if not path.exists():
         partial = folder / f"tokens-{key}.partial.npy"
         if rank() == 0 and not partial.exists():
-            with replacing(partial) as temporary:
-                open_memmap(temporary, "w+", dtype, (count, var.L))[:] = MISSING
+            with replacing(partial) as temporary, temporary.open("wb") as file:
+                # written, not mapped: on a full disk that is an error, and not the end of the process
+                np.save(file, np.broadcast_to(np.array(MISSING, dtype), (count, var.L)))
         barrier()
         tokens = np.load(partial, mmap_mode="r+")
         starts = range(rank() * BATCH, count, world_size() * BATCH)

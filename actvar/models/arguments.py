@@ -63,7 +63,8 @@ def checked_labels(
     one, and a tensor as int64.
 
     The values of a tensor on the CPU are read. Those of one on a GPU are not, since that would wait for the GPU: there
-    the embedding's own assertion finds a label that is too high.
+    an assertion in the stream, also in a CUDA graph's, finds a label that is too high. As every assertion on a GPU it
+    ends the process's use of it ("device-side assert triggered"): check labels that come from outside before.
 
     Raises:
         TypeError: a batch size or labels of another type, such as a float tensor.
@@ -89,6 +90,7 @@ def checked_labels(
     if torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling():
         return label_B
     if label_B.is_cuda:
+        torch._assert_async((label_B < num_classes).all(), f"label_B: expected {classes}")
         return torch.where(label_B < 0, num_classes, label_B)
     lowest, highest = (int(end) for end in label_B.aminmax())
     if highest >= num_classes:
