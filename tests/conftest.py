@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,22 @@ import pytest
 from helpers import make_tiny_var
 
 from actvar.models import VAR
+
+LOCAL = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname()}
+
+
+def refuse_network(event: str, arguments: tuple) -> None:
+    """Audit hook: a test that looks up another host or connects to it fails."""
+    if event not in ("socket.connect", "socket.getaddrinfo"):
+        return
+    host = arguments[0]
+    if event == "socket.connect":
+        host = arguments[1][0] if isinstance(arguments[1], tuple) else None  # the name of a local socket
+    if host not in LOCAL:
+        raise RuntimeError(f"a test reaches for {host}: tests run without a network")
+
+
+sys.addaudithook(refuse_network)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
