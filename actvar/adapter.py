@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -44,26 +44,23 @@ def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object
         training: how the adapter was made, JSON-compatible; for `describe_adapter`.
 
     Raises:
-        ValueError: the model is not patched, or its selectors and routers have values that are not finite.
+        ValueError: the model is not patched, or what is saved has values that are not finite.
         OSError: the file cannot be written; an older one is as it was.
     """
     var = unwrapped(var)
     config = shared_state(var).config
-    for name, parameter in gate_parameters(var).items():
-        if not parameter.isfinite().all():
-            raise ValueError(f"{name}: expected finite values, got some that are not; nothing was written to {path}")
     metadata = {"format": FORMAT, "version": VERSION, "model": json.dumps(_sizes(var)), "config": config.to_json()}
     metadata["training"] = json.dumps(dict(training or {}))
     parameters = gate_parameters(var) | {WEIGHTS + name: weight for name, weight in tuned_parameters(var).items()}
+    for name, parameter in parameters.items():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name}: expected finite values, got some that are not; nothing was written to {path}")
     tensors = {name: parameter.detach().contiguous() for name, parameter in parameters.items()}
     for index, block in enumerate(var.blocks):
         if block.actvar.order is not None:
             tensors[f"blocks.{index}.order"] = block.actvar.order.int().contiguous()
-    try:
-        with replacing(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written: {error}") from error
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
 @torch.no_grad()

@@ -183,9 +183,16 @@ def _process(index: int, processes: int, port: int, worker: Callable[..., None],
 
 
 def save_atomically(payload: object, path: Path) -> None:
-    """`torch.save` under a temporary name, then rename: a reader never sees half a file."""
+    """`torch.save` under a temporary name, then rename: a reader never sees half a file.
+
+    Raises:
+        OSError: the file cannot be written; an older one is as it was.
+    """
     with replacing(path) as temporary:
-        torch.save(payload, temporary)
+        try:
+            torch.save(payload, temporary)
+        except RuntimeError as error:  # as which torch reports a full disk
+            raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def batch_indices(num_examples: int, step: int, batch: int, seed: int) -> torch.Tensor:

@@ -27,11 +27,16 @@ from torch import nn
 
 import actvar
 from actvar import ActVARConfig
+from actvar.adapter import gate_parameters
 from actvar.config import KV_MODES
+from actvar.families.var import finetuned_names
 from actvar.files import replacing
+from actvar.gates import update
 from actvar.models import VAR, build_vae_var
 from actvar.patch import patch_silently
+from actvar.pictures import save_grid
 from actvar.training import Plan, fit, save_atomically
+from actvar.tuned import replace_parameters
 from actvar_kernels import packing
 
 CONFIG = ActVARConfig(num_experts=8)
@@ -48,6 +53,21 @@ def small_model(seed: int = 0) -> VAR:
         size = parameter[0].numel() if parameter.ndim > 1 else 100
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * size**-0.5)
     return var.requires_grad_(False)
+
+
+def save_whole_adapter(path: Path, seed: int = 0) -> Path:
+    """An adapter of the small model under `CONFIG`: random gates, orders of the hidden units, some changed weights."""
+    var, generator = small_model(), torch.Generator().manual_seed(seed)
+    patch_silently(var, CONFIG)
+    for index, block in enumerate(var.blocks):
+        gates = gate_parameters(var).items()
+        values = {p: torch.randn(p.shape, generator=generator) for name, p in gates if f"blocks.{index}" in name}
+        update(block, torch.randperm(block.ffn.fc1.out_features, generator=generator), values)
+    own = {name: var.get_parameter(name) for name in ("head.weight", *finetuned_names(var)[seed::2])}
+    tuned = {name: weight + 0.1 * torch.randn(weight.shape, generator=generator) for name, weight in own.items()}
+    replace_parameters(var, {name: nn.Parameter(weight) for name, weight in tuned.items()})
+    actvar.save_adapter(var, path)
+    return path
 
 
 def draw(var: nn.Module, seed: int = 0) -> torch.Tensor:
@@ -208,8 +228,6 @@ def writers(var: nn.Module) -> dict[str, Callable[[Path], object]]:
         with replacing(path) as temporary:
             temporary.write_text("x" * 100_000)
 
-    from actvar.pictures import save_grid
-
     images = torch.rand(60, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     return {
         "adapter.safetensors": lambda path: actvar.save_adapter(var, path),
@@ -232,7 +250,7 @@ def run_full_disk() -> dict[str, int]:
                 try:
                     with full_disk(room):
                         write(path)
-                except (OSError, RuntimeError):
+                except OSError:
                     failures += 1
                 else:
                     raise AssertionError(f"{name} was written on a disk with room for {room} of {len(before)} bytes")
@@ -272,24 +290,29 @@ def run_threads(rounds: int, seed: int = 0) -> dict[str, int]:
 
 
 def run_patching(count: int, most_growth: int = 16 * 2**20) -> dict[str, int]:
-    """Patch, sample, now and then, and unpatch `count` times: the model is bit for bit the same, there are no more
-    objects, packed weights or classes than before, and memory stays as it is."""
+    """Patch, load an adapter with an order and changed weights, sample, now and then, and unpatch `count` times: the
+    model is bit for bit the same, there are no more objects, packed weights or classes than before, and memory stays as
+    it is."""
     var = small_model()
     before, image = state_of(var), draw(var)
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
 
-    def round(number: int) -> None:
+    def round(number: int, path: Path) -> None:
         patch_silently(var, ActVARConfig(num_experts=(4, 8)[number % 2], kv=KV_MODES[number // 2 % 2]))
-        if number % 10 == 0:
+        if number % 2 and number % 3:
+            actvar.load_adapter(var, path)
+        if number % 10 in (0, 5):
             draw(var)
         actvar.remove_patch(var)
 
-    for number in range(20):
-        round(number)
-    objects, packed, memory = _objects(), len(packing._cache), _memory()
-    for number in range(count):
-        round(number)
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_whole_adapter(Path(folder) / "adapter.safetensors")
+        for number in range(20):
+            round(number, path)
+        objects, packed, memory = _objects(), len(packing._cache), _memory()
+        for number in range(count):
+            round(number, path)
     logging.disable(level)
     assert _objects() <= objects, f"{_objects() - objects} more objects after {count} patches"
     assert len(packing._cache) <= packed

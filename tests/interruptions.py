@@ -16,17 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from faults import CONFIG, draw, expect_free, expect_same_state, small_model, state_of
+from faults import CONFIG, draw, expect_free, expect_same_state, save_whole_adapter, small_model, state_of
 from torch import nn
 
 import actvar
 from actvar import ActVARConfig
-from actvar.adapter import gate_parameters
 from actvar.config import KV_MODES
-from actvar.families.var import finetuned_names
-from actvar.gates import update
 from actvar.patch import patch_silently
-from actvar.tuned import replace_parameters
 from actvar_kernels import packing
 
 PACKAGES = (Path(actvar.__file__).parent, Path(packing.__file__).parent)
@@ -168,17 +164,7 @@ class Adapters:
     """Files of two adapters of the small model: each with gates, an order of the hidden units and changed weights."""
 
     def __init__(self, folder: Path):
-        self.paths = [folder / f"{number}.safetensors" for number in range(2)]
-        for number, path in enumerate(self.paths):
-            var, generator = patched_model(), torch.Generator().manual_seed(number)
-            for index, block in enumerate(var.blocks):
-                gates = gate_parameters(var).items()
-                values = {p: torch.randn(p.shape, generator=generator) for n, p in gates if f"blocks.{index}" in n}
-                update(block, torch.randperm(block.ffn.fc1.out_features, generator=generator), values)
-            tuned = {name: var.get_parameter(name) for name in ("head.weight", *finetuned_names(var)[number::2])}
-            tuned = {n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in tuned.items()}
-            replace_parameters(var, {name: nn.Parameter(weight) for name, weight in tuned.items()})
-            actvar.save_adapter(var, path)
+        self.paths = [save_whole_adapter(folder / f"{seed}.safetensors", seed) for seed in range(2)]
 
     def loaded(self, number: int) -> nn.Module:
         return actvar.load_adapter(patched_model(), self.paths[number])

@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from faults import full_disk
 from helpers import make_tiny_var
 from safetensors.numpy import load_file
 
@@ -292,3 +293,21 @@ def test_two_processes_draw_the_images_of_one_and_a_worker_that_dies_ends_the_jo
     assert resumed.returncode == 0, resumed.stderr
     assert shards_of(two) == shards_of(one)
     assert {name: (two / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_on_a_full_disk_shards_and_npz_are_errors_that_leave_what_was_there(exact_var, tmp_path):
+    bulk, folder, file = Bulk(SAMPLING, 20, 10), tmp_path / "images", tmp_path / "images.npz"
+    sample_many(exact_var, bulk, folder)
+    write_npz(folder, bulk, file)
+    whole, npz = shards_of(folder), file.read_bytes()
+    (folder / "shard-00001.safetensors").unlink()
+    for room in (0, 100, len(whole["shard-00001.safetensors"]) - 1):
+        with full_disk(room), pytest.raises(OSError, match=r"large|written"):
+            sample_many(exact_var, bulk, folder)
+        assert sorted(os.listdir(folder)) == ["manifest.json", "shard-00000.safetensors"]
+    sample_many(exact_var, bulk, folder)
+    assert shards_of(folder) == whole
+    for room in (0, 100, len(npz) - 1):
+        with full_disk(room), pytest.raises(OSError, match="large"):
+            write_npz(folder, bulk, file)
+        assert (file.read_bytes(), len(os.listdir(tmp_path))) == (npz, 2)

@@ -48,7 +48,7 @@ PARTS = [
     Part("full disk", lambda _: faults.run_full_disk()),
     Part("killed training", lambda seed: faults.run_kills(5, seed)),
     Part("threads", lambda seed: faults.run_threads(5, seed)),
-    Part("patching", lambda _: faults.run_patching(100), watches_memory=True),
+    Part("patching", lambda _: faults.run_patching(1000), watches_memory=True),
 ]
 
 
