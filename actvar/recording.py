@@ -69,12 +69,12 @@ class Shared:
     @contextmanager
     def during(self, **flags: bool) -> Iterator[None]:
         """Set `rows_are_guided`, `reuses_room` or `writes_in_place` while the context is open."""
-        previous = {name: getattr(self, name) for name in flags}
-        vars(self).update(flags)
+        state, previous = vars(self), {name: getattr(self, name) for name in flags}
         try:
+            state.update(flags)
             yield
         finally:
-            vars(self).update(previous)
+            state.update(previous)
 
     @property
     def selection_is_shared(self) -> bool:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +140,33 @@ def test_a_stop_signal_lets_the_step_end_and_saves(tmp_path, number):
 def test_a_batch_that_cannot_be_cut_is_refused(tmp_path, changes):
     with pytest.raises(ValueError, match=r"batch: expected a multiple of 1 processes x \d parts, from 1 to the 40"):
         fit(model(), loss, plan(tmp_path, **changes), len(DATA))
+
+
+DIES = """
+import sys
+import torch
+from pathlib import Path
+from actvar.training import Plan, fit, launched_processes, rank
+
+def after(step):
+    if step == 2 and rank() == 1:
+        raise RuntimeError("no room left on this machine")
+
+net = torch.nn.Linear(3, 1)
+plan = Plan("net", Path(sys.argv[1]), 100, batch=4, lr=0.1, bf16=False, checkpoint_seconds=0)
+with launched_processes(torch.device("cpu")):
+    fit(net, lambda model, index: {"loss": model(torch.ones(len(index), 3)).sum()}, plan, 8, after_step=after)
+"""
+
+
+def test_a_worker_that_dies_ends_the_training_with_its_reason_and_the_checkpoint_stays(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(DIES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [*command, str(tmp_path)], capture_output=True, text=True, timeout=200, env=environment, check=False
+    )
+    assert done.returncode != 0
+    assert "RuntimeError: no room left on this machine" in done.stderr
+    assert torch.load(tmp_path / "net.checkpoint.pt", weights_only=True)["step"] == 2

@@ -114,8 +114,8 @@ def one_thread(model: nn.Module) -> Iterator[None]:
                 "sample: give each thread a copy (copy.deepcopy), or let them take turns"
             )
         yield
-    finally:
-        if not is_nested and _threads.get(key) == me:
+    finally:  # without a call, after which Ctrl-C could come between
+        if not is_nested and key in _threads and _threads[key] == me:
             del _threads[key]
 
 
