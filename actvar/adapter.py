@@ -155,7 +155,7 @@ def _check_orders(path: str | Path, model: nn.Module, orders: list[torch.Tensor 
         if order.shape != (hidden,) or order.is_floating_point():
             found = f"shape {list(order.shape)} in {order.dtype}"
             raise AdapterError(f"{path}: blocks.{index}.order: expected {hidden} integers, got {found}")
-        if not torch.equal(order.long().sort().values, torch.arange(hidden)):
+        if not torch.equal(order.long().sort().values, torch.arange(hidden, device="cpu")):
             raise AdapterError(f"{path}: blocks.{index}.order: expected each of 0 ... {hidden - 1} once")
 
 

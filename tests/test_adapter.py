@@ -290,3 +290,10 @@ def test_weights_that_became_inference_tensors_come_back_bit_for_bit(ordered, ma
         var.to(torch.bfloat16)
     assert var.blocks[0].ffn.fc1.weight.is_inference()
     assert_same_weights(remove_patch(var), weights_of(other.to(torch.bfloat16)))
+
+
+def test_the_default_device_has_no_say(ordered, tiny_var, make_var):
+    expected = sample(load_adapter(apply_patch(make_var(), CONFIG), ordered))
+    with torch.device("meta"):
+        load_adapter(apply_patch(tiny_var, CONFIG), ordered)
+    assert torch.equal(sample(tiny_var), expected)

@@ -128,6 +128,8 @@ BAD_ARGUMENTS = [
     (dict(label_B=torch.empty(2, dtype=torch.int64, device="meta")), ValueError, "on cpu, got .* on meta"),
     (dict(label_B=torch.tensor([0.0, 1.0])), TypeError, "expected an integer tensor, got torch.float32"),
     (dict(label_B=torch.tensor([True, False])), TypeError, "integer tensor"),
+    (dict(label_B=torch.tensor([2**63, 0], dtype=torch.uint64)), TypeError, "integer tensor, got torch.uint64"),
+    (dict(label_B=torch.tensor([1, 0]).to_sparse()), TypeError, "got torch.int64, torch.sparse_coo"),
     (dict(label_B=[0, 1]), TypeError, "got list"),
     (dict(label_B="1"), TypeError, "got str"),
     (dict(label_B=True), TypeError, "got bool"),
@@ -241,6 +243,7 @@ def test_weights_that_are_not_finite_end_a_sample_with_an_error_and_leave_the_mo
         (lambda var: setattr(var.blocks[1].ffn, "fc2", torch.nn.Identity()), r"blocks\[1\].ffn.fc2 as nn.Linear"),
         (lambda var: setattr(var.blocks[1].ffn, "fc1", torch.nn.Linear(64, 128)), r"first block's sizes \(256, 64\)"),
         (lambda var: setattr(var, "blocks", torch.nn.ModuleList()), "at least one block"),
+        (lambda var: setattr(var.blocks[1], "ffn", var.blocks[0].ffn), r"same one in blocks\[0\] and blocks\[1\]"),
     ],
 )
 def test_a_model_whose_blocks_do_not_fit_is_refused_and_unchanged(change, message):

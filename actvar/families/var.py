@@ -35,6 +35,7 @@ def mismatch(model: nn.Module) -> str | None:
         "ln_wo_grad",
         "shared_aln",
     )
+    first_with: dict[nn.Parameter, int] = {}
     for index, block in enumerate(model.blocks):
         for path in required:
             part = block
@@ -49,6 +50,9 @@ def mismatch(model: nn.Module) -> str | None:
         sizes, first = tuple(block.ffn.fc1.weight.shape), tuple(model.blocks[0].ffn.fc1.weight.shape)
         if sizes != first:
             return f"expected blocks[{index}].ffn of the first block's sizes {first}, got {sizes}"
+        other = first_with.setdefault(block.ffn.fc1.weight, index)
+        if other != index:  # their experts would not be the same
+            return f"expected an FFN for every block, got the same one in blocks[{other}] and blocks[{index}]"
         if block.ln_wo_grad.eps != NORM_EPS:
             return f"expected blocks[{index}].ln_wo_grad.eps of {NORM_EPS}, got {block.ln_wo_grad.eps}"
     return None

@@ -15,6 +15,8 @@ from torch import nn
 SEEDS = range(-(2**63), 2**64)
 """What `torch.Generator.manual_seed` takes."""
 
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 _threads: dict[int, int] = {}
 """The thread that uses a model, by the model's id; `dict.setdefault` is atomic, and no lock can be left locked."""
 
@@ -81,8 +83,8 @@ def checked_labels(
         if label_B >= num_classes:
             raise ValueError(f"label_B: expected {classes}, got {label_B}")
         return int(label_B)
-    if label_B.dtype == torch.bool or label_B.is_floating_point() or label_B.is_complex():
-        raise TypeError(f"label_B: expected an integer tensor, got {label_B.dtype}")
+    if label_B.dtype not in LABEL_DTYPES or label_B.layout != torch.strided:
+        raise TypeError(f"label_B: expected an integer tensor, got {label_B.dtype}, {label_B.layout}")
     if label_B.shape != (B,) or label_B.device != device:
         got = f"{list(label_B.shape)} on {label_B.device}"
         raise ValueError(f"label_B: expected a tensor of shape [{B}] on {device}, got {got}")
