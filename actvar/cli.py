@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     sample = commands.add_parser("sample", help="sample images; --compare also times dense against ActVAR")
-    _add_source(sample)
+    _add_source(sample, "best")
     sample.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
     what = sample.add_argument_group("images")
     what.add_argument("--labels", "--classes", type=_labels, help="e.g. 0-9 or 207,980 (default for --num: all)")
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--dense", action="store_true", help="sample without ActVAR")
     sample.add_argument("--compare", action="store_true", help="dense and ActVAR with the same seed, side by side")
     sample.add_argument("--repeats", type=_positive, default=5, help="timed runs of each (default 5)")
-    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files, or the shards")
+    sample.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to (default samples)")
     many = sample.add_argument_group("many images; by 2 processes: torchrun --nproc-per-node 2 -m -- actvar sample ...")
     many.add_argument("--num", type=_positive, help="so many images of all classes together, as shards; resumes")
     many.add_argument("--batch", type=_positive, help="images per batch and shard (default 50)")
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=_sample)
 
     look = commands.add_parser("inspect", help="one image from inside, as an HTML page: scales, tokens, experts, cost")
-    _add_source(look)
+    _add_source(look, "best")
     look.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
     look.add_argument("--label", "--class", type=int, required=True, help="the image's class, e.g. 7")
     _add_draw(look)
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--seed", type=int, default=0)
     train.set_defaults(run=_distill)
     fit = commands.add_parser("calibrate", help="make an adapter without data or training, in minutes")
-    _add_source(fit, adapter=False)
+    _add_source(fit, adapter=None)
     fit.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
     fit.add_argument(
         "--out", type=Path, required=True, help="adapter file to write; the report goes beside it as .json"
@@ -154,23 +154,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_source(command: argparse.ArgumentParser, adapter: bool = True) -> None:
+def _add_source(command: argparse.ArgumentParser, adapter: str | None = "paper") -> None:
+    """`adapter`: the bundled one that --model takes by default; None for a command that reads none."""
     source = command.add_argument_group("model")
     source.add_argument("--model", choices=["fashion-mnist"], help="a model that comes with the package")
     source.add_argument("--var", help="transformer checkpoint: .pth, .safetensors, or owner/repo:file on the hub")
     source.add_argument("--vae", help="autoencoder checkpoint, likewise")
     if adapter:
         source.add_argument(
-            "--adapter",
-            help="adapter file, or the name of a bundled one (default for --model: paper, in actvar sample best)",
+            "--adapter", help=f"adapter file, or the name of a bundled one (default for --model: {adapter})"
         )
-    source.add_argument("--device", default="cpu")
+    source.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
 
 
 def _add_draw(command: argparse._ActionsContainer) -> None:
     command.add_argument("--cfg", type=float, default=1.5, help="guidance strength (default 1.5)")
     command.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default 0: all)")
-    command.add_argument("--top-p", type=float, default=0.0, help="from the likeliest that sum to p (default 0: all)")
+    command.add_argument("--top-p", type=float, default=0.0, help="from the likeliest that reach p (default 0: all)")
     command.add_argument("--seed", type=int, default=0, help="of the sampling noise (default 0)")
 
 
@@ -245,7 +245,7 @@ def _inspect(options: argparse.Namespace) -> None:
     inspection = inspect_sample(var, config, adapter, sampling, options.repeats)
     facts = (
         f"{options.model or Path(options.var).name}, {options.dtype}",
-        adapter.name if adapter else "untrained gates: the image is not what ActVAR would draw",
+        adapter.name if adapter else "untrained gates: time and FLOPs are those of ActVAR, the image is not",
         _describe(config),
         f"seed {options.seed}, guidance {options.cfg}, top-k {options.top_k}, top-p {options.top_p}",
         f"{options.device}, {torch.get_num_threads()} threads, actvar {actvar.__version__}, torch {torch.__version__}",

@@ -79,7 +79,7 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
             times = times_updated([r.only([i]) for r in records if r.scale.index == scale])[0].view(side, side).numpy()
             row[-1].imshow(times, cmap="cividis", vmin=0, vmax=len(blocks))
             row[-1].set_title(f"covered: {(times > 0).mean():.0%}", fontsize=8)
-            for (y, x), count in np.ndenumerate(times):
+            for (y, x), count in np.ndenumerate(times if side <= 10 else times[:0]):
                 colour = "black" if count > len(blocks) / 2 else "white"
                 row[-1].text(x, y, count, ha="center", va="center", fontsize=5, color=colour)
     return save_figure(figure, path)

@@ -39,12 +39,12 @@ def interleaved_seconds(
     Returns:
         the measurements per name, in seconds.
     """
-    for run in runs.values():
-        run()
     seconds: dict[str, list[Measured]] = {name: [] for name in runs}
-    for _ in tqdm(range(repeats), desc=describe, leave=False):
+    for repeat in tqdm(range(repeats + 1), desc=describe, leave=False):
         for name, run in runs.items():
-            seconds[name].append(run())
+            measured = run()
+            if repeat:  # the first warms up
+                seconds[name].append(measured)
     return seconds
 
 

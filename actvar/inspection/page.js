@@ -39,7 +39,9 @@ function drawStage() {
     return element(stage, "rect", { x: x + 0.03, y: y + 0.03, width: 0.94, height: 0.94, ...attributes });
   };
   if (state.view === "block") {
-    for (const token of block.kept) cell(token, { class: "kept", "data-token": token });
+    const kept = new Set(block.kept);
+    for (let token = 0; token < side ** 2; token++)
+      cell(token, { class: kept.has(token) ? "kept" : "left", "data-token": token });
     byId("caption").textContent =
       `Block ${state.block} of ${depth}: ${block.kept.length} of ${side ** 2} tokens updated` +
       (block.experts === null ? ", all experts." : `, ${countOn(block.experts[0])} of ${data.experts} experts each.`);

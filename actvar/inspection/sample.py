@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from actvar.compare import Sampling, all_ways
 from actvar.config import ActVARConfig
@@ -64,4 +65,5 @@ def _images_by_scale(var: nn.Module, sampling: Sampling) -> torch.Tensor:
     features: list[torch.Tensor] = []
     with after_each_scale(var, lambda of_scale: features.append(of_scale.clone())):
         sampling.run(var)
-    return torch.cat([var.decode(of_scale).add(1).mul(0.5).float().cpu() for of_scale in features])
+    steps = tqdm(features, desc="decoding steps", leave=False)
+    return torch.cat([var.decode(of_scale).add(1).mul(0.5).float().cpu() for of_scale in steps])
