@@ -79,7 +79,7 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
     gates, shared = block.actvar, block.actvar.shared
     selector, router = gates.selector, gates.router
     fused = kernels_run(x)
-    state = continued(block, cond) if fused else PerSample(block, cond)
+    state = state_of(block, cond, fused)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = state.modulation
     index = scores = rest = mask = logits = None
 
@@ -100,16 +100,7 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
 
     # attention of the kept tokens over the cache and their own scale
     keys_from = normalize_modulate(x, scale1, shift1) if scale.select and shared.config.kv == "all" else u
-    q, k, v = family.project(block, u, keys_from, state.qkv_bias)
-    past = family.read_cache(block)
-    grows = block.attn.caching and not scale.is_last
-    room = state.room_after(past, v, gates.schedule[-1].cached_before, gates.kept) if grows and fused else None
-    out, keys, values = subset_attention(q, k, v, past, state.head_scale, block.attn.scale, room=room, keep_cache=grows)
-    if grows:
-        family.write_cache(block, keys, values)
-    if fused:
-        keep(block, state, scale)
-    update = family.attention_output(block, out)
+    update = attend(block, u, keys_from, state, scale, fused)
 
     # 3. FFN as experts; 4. scatter: the other tokens keep their value
     if scale.route:
@@ -130,3 +121,26 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
     if shared.records is not None and scale.active:
         shared.records.append(BlockRecord(gates.block_index, scale, index, scores, u, mask, logits))
     return x
+
+
+def state_of(block: ActVARBlock, cond: torch.Tensor, fused: bool) -> PerSample:
+    """What the block computes once per sample; with kernels, `fused`, kept since the scale before."""
+    return continued(block, cond) if fused else PerSample(block, cond)
+
+
+def attend(
+    block: ActVARBlock, u: torch.Tensor, keys_from: torch.Tensor, state: PerSample, scale: Scale, fused: bool
+) -> torch.Tensor:
+    """Attention of the rows `u` `[R, K, C]`, normalised and modulated, over the K/V cache and `keys_from` `[R, T, C]`,
+    projected: `[R, K, C]`. The cache gets the new keys and values, where a later scale needs them."""
+    gates = block.actvar
+    q, k, v = family.project(block, u, keys_from, state.qkv_bias)
+    past = family.read_cache(block)
+    grows = block.attn.caching and not scale.is_last
+    room = state.room_after(past, v, gates.schedule[-1].cached_before, gates.kept) if grows and fused else None
+    out, keys, values = subset_attention(q, k, v, past, state.head_scale, block.attn.scale, room=room, keep_cache=grows)
+    if grows:
+        family.write_cache(block, keys, values)
+    if fused:
+        keep(block, state, scale)
+    return family.attention_output(block, out)

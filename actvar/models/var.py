@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -97,6 +98,15 @@ class TransformerBlock(nn.Module):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         x = x + self.attn(self.ln_wo_grad(x).mul(scale1.add(1)).add_(shift1), attn_bias=attn_bias).mul_(gamma1)
         return x + self.ffn(self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2)).mul(gamma2)
+
+
+class Condition(NamedTuple):
+    """Of the rows of one sample: class embeddings `[R, C]`; what every block's AdaLN gets, `[R, C]` or with shared AdaLN
+    `[R, 1, 6, C]`; position and level embeddings `[1, L, C]` of all scales."""
+
+    embedded: torch.Tensor
+    modulation: torch.Tensor
+    position: torch.Tensor
 
 
 class HeadNorm(nn.Module):
@@ -204,22 +214,16 @@ class VAR(nn.Module):
         rng = generators(g_seed, B, device)
         label_B = self._labels(B, label_B, rng)
 
-        cond_BD = self.class_emb(torch.cat((label_B, torch.full_like(label_B, self.num_classes))))
-        modulation = self.shared_ada_lin(cond_BD)
-        position = self.lvl_embed(self.lvl_1L) + self.pos_1LC
-        x = cond_BD.unsqueeze(1) + self.pos_start + position[:, : self.first_l]
-        side = self.patch_nums[-1]
+        condition = self.condition(torch.cat((label_B, torch.full_like(label_B, self.num_classes))))
+        side, last, inputs = self.patch_nums[-1], len(self.patch_nums) - 1, None
         f_hat = torch.zeros(B, self.Cvae, side, side, device=device, dtype=vae.quantize.embedding.weight.dtype)
-        done, last = 0, len(self.patch_nums) - 1
 
         try:
             for block in self.blocks:
                 block.attn.kv_caching(True)
-            for scale, pn in enumerate(self.patch_nums):
-                done += pn * pn
-                for block in self.blocks:
-                    x = block(x=x, cond_BD=modulation, attn_bias=None)
-                logits = self.get_logits(x, cond_BD)
+            for scale in self.scales():
+                pn = self.patch_nums[scale]
+                logits = self.predict(scale, inputs, condition)
                 if more_smooth:
                     logits = guided(logits, cfg * scale / last)
                     sample_top_k_top_p(logits, top_k, top_p, rng)
@@ -230,14 +234,38 @@ class VAR(nn.Module):
                     codes = vae.quantize.embedding(self.draw(logits, cfg * scale / last, top_k, top_p, rng, scale))
                 codes = codes.transpose(1, 2).reshape(B, self.Cvae, pn, pn)
                 f_hat, following = vae.quantize.add_scale(scale, f_hat, codes)
-                if scale != last:
-                    following = following.view(B, self.Cvae, -1).transpose(1, 2).to(self.word_embed.weight.dtype)
-                    following = self.word_embed(following) + position[:, done : done + self.patch_nums[scale + 1] ** 2]
-                    x = following.repeat(2, 1, 1)
+                inputs = following.view(B, self.Cvae, -1).transpose(1, 2)
         finally:
             for block in self.blocks:
                 block.attn.kv_caching(False)
         return self.decode(f_hat).add_(1).mul_(0.5)
+
+    def scales(self) -> range:
+        """Numbers of the scales that are sampled."""
+        return range(len(self.patch_nums))
+
+    def condition(self, label_B: torch.Tensor) -> Condition:
+        """What all scales of a sample have in common, of rows with classes `[R]`, `num_classes` for none."""
+        cond_BD = self.class_emb(label_B)
+        return Condition(cond_BD, self.shared_ada_lin(cond_BD), self.lvl_embed(self.lvl_1L) + self.pos_1LC)
+
+    def predict(self, scale: int, inputs: torch.Tensor | None, condition: Condition) -> torch.Tensor:
+        """Logits `[R, L, V]` of scale number `scale`, with the K/V cache of the scales before it.
+
+        Args:
+            inputs: `[B, L, Cvae]`, the sum of all coarser scales averaged to this one's grid, for `R / B` rows each;
+                None at the first scale.
+        """
+        start = sum(pn * pn for pn in self.patch_nums[:scale])
+        position = condition.position[:, start : start + self.patch_nums[scale] ** 2]
+        if inputs is None:
+            x = condition.embedded.unsqueeze(1) + self.pos_start + position
+        else:
+            x = self.word_embed(inputs.to(self.word_embed.weight.dtype)) + position
+            x = x.repeat(len(condition.embedded) // len(x), 1, 1)
+        for block in self.blocks:
+            x = block(x=x, cond_BD=condition.modulation, attn_bias=None)
+        return self.get_logits(x, condition.embedded)
 
     def decode(self, f_hat: torch.Tensor) -> torch.Tensor:
         """Images `[B, channels, H, W]` in [-1, 1] of features `[B, Cvae, side, side]`."""
