@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from actvar.compare import Sampling
 from actvar.families import unwrapped
 from actvar.files import replacing
+from actvar.fingerprint import model_fingerprint
 from actvar.models import VAR
 from actvar.pictures import pixel_values
 
@@ -175,19 +175,9 @@ def _settings(var: nn.Module, bulk: Bulk) -> dict[str, object]:
         "actvar": asdict(model.actvar.config) if hasattr(model, "actvar") else None,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": weight.device.type,
-        "weights": _fingerprint(model, model.vae_proxy[0]),
+        "weights": model_fingerprint(model, model.vae_proxy[0]),
     }
     return json.loads(json.dumps(settings))
-
-
-def _fingerprint(*modules: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, gates included."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _claim(folder: Path, settings: dict[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `actvar sample`, `inspect`, `distill`, `calibrate`, `verify`, `flops`, `info`."""
+"""The command line: `actvar sample`, `inspect`, `evaluate`, `distill`, `calibrate`, `verify`, `flops`, `info`."""
 
 from __future__ import annotations
 
@@ -90,6 +90,27 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--repeats", type=_positive, default=5, help="timed runs of each way (default 5)")
     look.add_argument("--out", type=Path, default=Path("inspect.html"), help="the page (default inspect.html)")
     look.set_defaults(run=_inspect)
+
+    judge = commands.add_parser("evaluate", help="quality, time and FLOPs of ActVAR beside other methods; resumes")
+    _add_source(judge, adapter=False)
+    judge.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    judge.add_argument(
+        "--methods",
+        default="all",
+        help="comma-separated names, or files of adapters (default all); unknown: lists them",
+    )
+    judge.add_argument("--num", type=_positive, default=5000, help="images per method and seed (default 5000)")
+    judge.add_argument("--repeats", type=_positive, default=1, help="seeds, from --seed on (default 1)")
+    judge.add_argument("--batch", type=_positive, default=50, help="images per batch (default 50)")
+    judge.add_argument("--rounds", type=_positive, default=5, help="timed batches per method (default 5)")
+    _add_draw(judge)
+    judge.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of Fashion-MNIST's files, for --model")
+    judge.add_argument(
+        "--json", type=Path, default=Path("evaluation.json"), help="file to write; finished parts go beside it"
+    )
+    judge.add_argument("--plot", type=Path, help="PNG file to draw quality over time to")
+    judge.add_argument("--npz", type=Path, help="folder for the images of each method, for OpenAI's evaluator")
+    judge.set_defaults(run=_evaluate)
 
     train = commands.add_parser("distill", help="train an adapter; run the same command again to go on with it")
     _add_source(train)
@@ -317,6 +338,44 @@ def _describe(config: actvar.ActVARConfig) -> str:
     tokens = "/".join(text(rate) for rate in config.token_rates)
     ffn = "/".join(text(rate) for rate in config.ffn_rates)
     return f"tokens {tokens}, FFN {ffn} of {config.num_experts} experts at scales {config.scales}"
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _check_source(options)
+    _expect_folder("--json", options.json)
+    _expect_folder("--plot", options.plot)
+    if options.plot and not options.model:
+        raise ValueError("--plot: quality is measured of the bundled model; of others --npz writes the images")
+    try:
+        from actvar.evaluate.bundled import dense_predictions, training_image_quality
+        from actvar.evaluate.methods import chosen_methods, methods_of
+        from actvar.evaluate.report import Report, save_quality_plot
+        from actvar.evaluate.run import Evaluation, evaluate, write_samples
+    except ImportError as error:
+        raise ImportError(f"{error}; install the packages of evaluation: pip install actvar[eval]") from error
+    names = ("num", "seed", "repeats", "batch", "cfg", "top_k", "top_p", "rounds")
+    how = Evaluation(**{name: getattr(options, name) for name in names})
+    vae, var = _load(options, DTYPES[options.dtype])
+    placement = dict(device=_device(options.device), dtype=DTYPES[options.dtype])
+    methods = chosen_methods(options.methods, methods_of(options.model, **placement))
+    quality = dense = None
+    how.bulk(var, options.seed)  # says what is wrong with the numbers before anything is read
+    if options.model:
+        quality = training_image_quality(options.data)
+        dense = dense_predictions(vae, var, options.data, options.cfg)
+    results = evaluate(var, methods, how, options.json.with_suffix(".parts"), quality, dense)
+    report = Report(results, how, var.patch_nums)
+    facts = {"actvar": actvar.__version__, "torch": torch.__version__, "model": options.model or Path(options.var).name}
+    facts |= {"device": options.device, "dtype": options.dtype, "threads": torch.get_num_threads()}
+    with replacing(options.json) as temporary:
+        temporary.write_text(json.dumps(facts | report.as_dict(), indent=1) + "\n", "utf-8")
+    print(report.table())
+    written = [options.json]
+    if options.plot:
+        written.append(save_quality_plot(report, options.plot))
+    if options.npz:
+        written += write_samples(var, methods, how, options.npz)
+    print("wrote " + ", ".join(map(str, written)))
 
 
 def _distill(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_c
 
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
+from actvar.models.vqvae import without_decoder
 from actvar.recording import Shared
 from actvar.schedule import Scale, build_schedule
 from actvar_kernels.backend import using_backend
@@ -171,6 +172,19 @@ def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
             var.get_logits(x, cond)
             steps.append(counts.take())
     return steps
+
+
+@torch.no_grad()
+def sampling_flops(var: nn.Module) -> int:
+    """FLOPs of the transformer for one image under guidance, counted by `torch.utils.flop_counter` while
+    `autoregressive_infer_cfg` runs on the reference backend: whatever a method makes of the sampling loop is in. The
+    autoencoder's are not: the image is not decoded, and convolutions do not count."""
+    counts, aten = _CountByModule(unwrapped(var)), torch.ops.aten
+    formulas = counts.formulas() | {aten.convolution: lambda *_, **__: 0}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with using_backend("reference"), without_decoder(var.vae_proxy[0]), counter:
+        var.autoregressive_infer_cfg(1, 0, g_seed=0)
+    return counts.take().total
 
 
 def without_weights(var: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from actvar.models.vqvae import without_decoder
 from actvar.patch import DENSE, patched_silently
 
 
@@ -27,7 +28,7 @@ def sampled_inputs(
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.arange(images) * var.num_classes // images)[torch.randperm(images, generator=generator)]
     batches = []
-    with patched_silently(var, DENSE, None), _without_decoder(var.vae_proxy[0]), _inputs_of(var.word_embed) as inputs:
+    with patched_silently(var, DENSE, None), without_decoder(var.vae_proxy[0]), _inputs_of(var.word_embed) as inputs:
         for index, of_batch in enumerate(tqdm(labels.to(var.head.weight.device).split(batch), desc="sampling")):
             var.autoregressive_infer_cfg(len(of_batch), of_batch, g_seed=seed + index, cfg=cfg)
             batches.append((of_batch, torch.cat(inputs, dim=1)))
@@ -43,15 +44,3 @@ def _inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
         yield inputs
     finally:
         handle.remove()
-
-
-@contextmanager
-def _without_decoder(vae: nn.Module) -> Iterator[None]:
-    replaced = vae.__dict__.get("fhat_to_img")
-    vae.fhat_to_img = lambda f_hat: f_hat
-    try:
-        yield
-    finally:
-        del vae.fhat_to_img
-        if replaced is not None:
-            vae.fhat_to_img = replaced

@@ -1,47 +1,137 @@
-"""Image quality by the features of a frozen network: Frechet distance, and agreement with the wanted class."""
+"""Image quality by the features of a frozen network: FID, Inception Score, precision, recall, and the wanted class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
-from tqdm import tqdm
+from torchmetrics.image.inception import InceptionScore
+
+from actvar.evaluate.precision_recall import precision_recall, radii
+from actvar.files import replacing
+from actvar.fingerprint import fingerprint
+
+BATCH = 500
+NEIGHBOURS = 3
+MANIFOLD = 10_000
+"""Real images, evenly spaced, whose neighbourhoods are the real manifold of precision and recall."""
+METRICS = ("fid", "is", "precision", "recall", "agreement")
 
 
-class FrechetDistance:
-    """FID against one set of real images, whose statistics are computed once.
+@dataclass(frozen=True)
+class RealImages:
+    """What has to be known of the real images.
 
     Args:
-        network: maps images to features `[B, network.num_features]`.
-        real: batches `[B, *image_shape]` in [0, 1].
-        image_shape: channels, height, width.
+        features_sum, features_cov_sum, count: `[F]`, `[F, F]` and `[]`, of all images, as torchmetrics sums them.
+        manifold, manifold_radii: features `[M, F]` and distances `[M]` to their third neighbour, of some images.
     """
 
-    def __init__(self, network: nn.Module, real: Iterable[torch.Tensor], image_shape: tuple[int, int, int]):
-        self.metric = FrechetInceptionDistance(
-            feature=network, normalize=True, input_img_size=image_shape, reset_real_features=False
-        )
-        for images in real:
-            self.metric.update(images, real=True)
-
-    def to(self, generated: Iterable[torch.Tensor]) -> float:
-        """FID of `generated`, batches like the real ones."""
-        self.metric.reset()
-        for images in generated:
-            self.metric.update(images, real=False)
-        return self.metric.compute().item()
+    features_sum: torch.Tensor
+    features_cov_sum: torch.Tensor
+    count: torch.Tensor
+    manifold: torch.Tensor
+    manifold_radii: torch.Tensor
 
 
-def sample_classes(
-    var: nn.Module, count: int, batch: int, num_classes: int, seed: int = 0, cfg: float = 1.5, **sampling
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`count` images with classes in turn, as batches of (images `[B, C, H, W]` in [0, 1], labels `[B]`).
+class ImageQuality:
+    """Compares images with real ones.
 
-    `sampling` is passed on to `autoregressive_infer_cfg`; batch `i` is drawn with seed `seed + i`.
+    Args:
+        network: a classifier in eval mode with `features(images)` `[B, F]` and `classifier(features)` `[B, classes]`.
+        real: see `real_images`.
     """
-    labels = torch.arange(count) % num_classes
-    for index, of_batch in enumerate(tqdm(labels.split(batch), desc="sampling")):
-        images = var.autoregressive_infer_cfg(len(of_batch), of_batch, g_seed=seed + index, cfg=cfg, **sampling)
-        yield images, of_batch
+
+    def __init__(self, network: nn.Module, real: RealImages):
+        self.network, self.real = network, real
+        self.frechet = FrechetInceptionDistance(feature=_as_given(real.features_sum.numel()))
+        self.frechet.reset_real_features = False
+        self.frechet.real_features_sum = real.features_sum
+        self.frechet.real_features_cov_sum = real.features_cov_sum
+        self.frechet.real_features_num_samples = real.count
+
+    @torch.no_grad()
+    def of(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, float]:
+        """FID; `is`, the Inception Score in ten parts of a fixed random order; precision and recall by three
+        neighbours; and with `labels` `[N]` the share of images that the network puts into their class, `agreement`.
+
+        Args:
+            images: `[N, C, H, W]` in [0, 1], at least 20.
+
+        Raises:
+            ValueError: fewer images.
+        """
+        if len(images) < 20:
+            raise ValueError(f"expected at least 20 images to compare, got {len(images)}")
+        features = network_features(self.network, images)
+        logits = self.network.classifier(features)
+        self.frechet.reset()
+        self.frechet.update(features, real=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that it keeps all logits in memory
+            score = InceptionScore(feature=_as_given(logits.shape[1]))
+        score.update(logits)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            inception = score.compute()[0].item()
+        precision, recall = precision_recall(self.real.manifold, self.real.manifold_radii, features, NEIGHBOURS)
+        found = {"fid": self.frechet.compute().item(), "is": inception, "precision": precision, "recall": recall}
+        if labels is not None:
+            found["agreement"] = (logits.argmax(dim=1) == labels).float().mean().item()
+        return found
+
+
+def real_images(network: nn.Module, images: torch.Tensor, cache: Path | None = None) -> RealImages:
+    """The statistics of `images` `[N, C, H, W]` in [0, 1], kept in the folder `cache` under a hash of the network's
+    weights and the images; a file there that cannot be read is made again."""
+    path = None if cache is None else cache / f"real-images-{_key(network, images)}.safetensors"
+    if path is not None and path.exists():
+        try:
+            return RealImages(**load_file(path))
+        except (SafetensorError, TypeError, OSError):
+            pass
+    features = network_features(network, images)
+    frechet = FrechetInceptionDistance(feature=_as_given(features.shape[1]))
+    frechet.update(features, real=True)
+    some = features[torch.linspace(0, len(features) - 1, min(MANIFOLD, len(features))).round().long()].contiguous()
+    real = RealImages(
+        frechet.real_features_sum,
+        frechet.real_features_cov_sum,
+        frechet.real_features_num_samples,
+        some,
+        radii(some, NEIGHBOURS),
+    )
+    if path is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_file(asdict(real), temporary)
+    return real
+
+
+def cache_folder() -> Path:
+    """Where statistics of real images are kept: `actvar` in `XDG_CACHE_HOME`, by default `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actvar"
+
+
+@torch.no_grad()
+def network_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """`network.features` of images `[N, C, H, W]` in [0, 1], `[N, F]`, in batches."""
+    return torch.cat([network.features(batch) for batch in images.split(BATCH)])
+
+
+def _as_given(features: int) -> nn.Module:
+    """What torchmetrics takes for a network: it gets features already."""
+    network = nn.Identity()
+    network.num_features = features
+    return network
+
+
+def _key(network: nn.Module, images: torch.Tensor) -> str:
+    return fingerprint([*network.state_dict().items(), ("images", images)])[:16]

@@ -101,9 +101,10 @@ class TransformerBlock(nn.Module):
 
 
 class Condition(NamedTuple):
-    """Of the rows of one sample: class embeddings `[R, C]`; what every block's AdaLN gets, `[R, C]` or with shared AdaLN
-    `[R, 1, 6, C]`; position and level embeddings `[1, L, C]` of all scales."""
+    """Of the rows of one sample: classes `[R]`, their embeddings `[R, C]`; what every block's AdaLN gets, `[R, C]` or
+    with shared AdaLN `[R, 1, 6, C]`; position and level embeddings `[1, L, C]` of all scales."""
 
+    labels: torch.Tensor
     embedded: torch.Tensor
     modulation: torch.Tensor
     position: torch.Tensor
@@ -247,10 +248,14 @@ class VAR(nn.Module):
     def condition(self, label_B: torch.Tensor) -> Condition:
         """What all scales of a sample have in common, of rows with classes `[R]`, `num_classes` for none."""
         cond_BD = self.class_emb(label_B)
-        return Condition(cond_BD, self.shared_ada_lin(cond_BD), self.lvl_embed(self.lvl_1L) + self.pos_1LC)
+        return Condition(label_B, cond_BD, self.shared_ada_lin(cond_BD), self.lvl_embed(self.lvl_1L) + self.pos_1LC)
 
     def predict(self, scale: int, inputs: torch.Tensor | None, condition: Condition) -> torch.Tensor:
-        """Logits `[R, L, V]` of scale number `scale`, with the K/V cache of the scales before it.
+        """Logits `[R, L, V]` of scale number `scale`; arguments as in `run_blocks`."""
+        return self.get_logits(self.run_blocks(scale, inputs, condition), condition.embedded)
+
+    def run_blocks(self, scale: int, inputs: torch.Tensor | None, condition: Condition) -> torch.Tensor:
+        """The last block's output `[R, L, C]` at scale number `scale`, with the K/V cache of the scales before it.
 
         Args:
             inputs: `[B, L, Cvae]`, the sum of all coarser scales averaged to this one's grid, for `R / B` rows each;
@@ -265,7 +270,7 @@ class VAR(nn.Module):
             x = x.repeat(len(condition.embedded) // len(x), 1, 1)
         for block in self.blocks:
             x = block(x=x, cond_BD=condition.modulation, attn_bias=None)
-        return self.get_logits(x, condition.embedded)
+        return x
 
     def decode(self, f_hat: torch.Tensor) -> torch.Tensor:
         """Images `[B, channels, H, W]` in [-1, 1] of features `[B, Cvae, side, side]`."""

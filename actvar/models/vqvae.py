@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -218,3 +219,16 @@ class VQVAE(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.quantize.embedding.weight, std=0.5, generator=generator)
         self.quantize.ema_vocab_hit_SV.zero_()
+
+
+@contextmanager
+def without_decoder(vae: nn.Module) -> Iterator[None]:
+    """`vae.fhat_to_img` returns the features it is given while the context is open."""
+    replaced = vae.__dict__.get("fhat_to_img")
+    vae.fhat_to_img = lambda f_hat: f_hat
+    try:
+        yield
+    finally:
+        del vae.fhat_to_img
+        if replaced is not None:
+            vae.fhat_to_img = replaced

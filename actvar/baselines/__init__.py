@@ -1,0 +1,22 @@
+"""Rivals of ActVAR: other ways to sample a dense VAR faster, each a context manager on `actvar.models.VAR`.
+
+They run on the kernels that `actvar.accelerate` uses, and leave the model as it was, bit for bit.
+"""
+
+from actvar.baselines.collaborative import collaborative_decoding
+from actvar.baselines.fastvar import fastvar
+from actvar.baselines.guidance import without_guidance
+from actvar.baselines.skipping import skip_last_scales
+from actvar.baselines.static_pruning import magnitude_units, static_pruning, wanda_units
+from actvar.baselines.token_merging import token_merging
+
+__all__ = [
+    "collaborative_decoding",
+    "fastvar",
+    "magnitude_units",
+    "skip_last_scales",
+    "static_pruning",
+    "token_merging",
+    "wanda_units",
+    "without_guidance",
+]

@@ -1,0 +1,77 @@
+"""FastVAR: at the last scales only pivotal tokens are computed, the others get what an earlier scale had there.
+
+Source: Guo et al., FastVAR: Linear Visual Autoregressive Modeling via Cached Token Pruning, ICCV 2025.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from actvar.baselines.replacing_methods import expect_var, with_forwards
+from actvar.baselines.sublayers import Sublayers, scale_at
+from actvar.patch import DENSE, patched_silently
+
+FIRST_BLOCKS = 0.1
+"""Share of the blocks, from the first on, that compute all tokens; the authors' code leaves out 3 of 32."""
+
+
+@contextmanager
+def fastvar(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1)) -> Iterator[nn.Module]:
+    """At `scales` attention and FFN each compute the `rate` of tokens with the largest `|x - mean(x)|^2`; in place of
+    the others' outputs stand those of the scale before `scales`, interpolated by area.
+
+    Raises:
+        TypeError: a model of another kind.
+        ValueError: a rate or scales that do not fit the model, or no scale before them.
+    """
+    expect_var(var)
+    chosen = [range(len(var.patch_nums))[scale] for scale in scales]
+    source = min(chosen) - 1
+    if source < 0:
+        raise ValueError(f"scales: expected a scale before them, from which outputs are kept, got {tuple(scales)}")
+    dense_blocks = math.ceil(FIRST_BLOCKS * len(var.blocks))
+    rates = (1.0,) * dense_blocks + (rate,) * (len(var.blocks) - dense_blocks)
+    config = replace(DENSE, scales=tuple(scales), token_rates=(rates,) * len(scales), ffn_rate=(1.0,) * len(scales))
+
+    def forward_of(block: nn.Module):
+        kept: dict[str, torch.Tensor] = {}
+
+        def forward(self, x, cond_BD, attn_bias=None):
+            scale = scale_at(self, x)
+            if scale.index != source and not scale.select:
+                return type(self).forward(self, x, cond_BD, attn_bias)
+            layers = Sublayers(self, x, cond_BD, scale)
+            for name, sublayer in (("attention", layers.attention), ("ffn", layers.ffn)):
+                if scale.index == source:
+                    kept[name] = sublayer(x)
+                    x = x + kept[name]
+                else:
+                    index = pivotal_tokens(x, scale.keep)
+                    output = interpolated(kept[name], scale.tokens)
+                    x = x + output.scatter(1, index, sublayer(x.gather(1, index)))
+            return x
+
+        return forward
+
+    with patched_silently(var, config, None), with_forwards(var.blocks, forward_of):
+        yield var
+
+
+def pivotal_tokens(x: torch.Tensor, keep: int) -> torch.Tensor:
+    """Indices `[R, keep, C]` for `gather` of the rows of `x` `[R, L, C]` with the largest `|x - mean(x)|^2`."""
+    score = (x - x.mean(dim=1, keepdim=True)).square().sum(dim=-1)
+    return score.topk(keep, dim=1).indices.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+
+
+def interpolated(rows: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A square map `[R, l, C]` as one of `tokens` tokens, by area."""
+    side, before = math.isqrt(tokens), math.isqrt(rows.shape[1])
+    maps = rows.transpose(1, 2).unflatten(2, (before, before))
+    return F.interpolate(maps, size=(side, side), mode="area").flatten(2).transpose(1, 2).contiguous()

@@ -1,0 +1,24 @@
+"""Skip the last scales: the image is decoded from the token maps so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from actvar.baselines.replacing_methods import expect_last_scales, expect_var, with_methods
+from actvar.patch import DENSE, patched_silently
+
+
+@contextmanager
+def skip_last_scales(var: nn.Module, count: int) -> Iterator[nn.Module]:
+    """Sampling ends before the last `count` scales.
+
+    Raises:
+        TypeError: a model of another kind.
+        ValueError: a count that leaves no scale.
+    """
+    end = expect_last_scales("count", count, expect_var(var))
+    with patched_silently(var, DENSE, None), with_methods(var, scales=lambda self: range(end)):
+        yield var

@@ -1,0 +1,92 @@
+"""ToMe: at the last scales similar tokens are merged before attention and FFN, and get the same output after it.
+
+Source: Bolya and Hoffman, Token Merging for Fast Stable Diffusion, 2023.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from actvar.baselines.replacing_methods import expect_var, with_forwards
+from actvar.baselines.sublayers import Sublayers, scale_at
+from actvar.patch import DENSE, patched_silently
+
+
+@contextmanager
+def token_merging(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1)) -> Iterator[nn.Module]:
+    """At `scales` every block merges its tokens to the `rate` of them before attention and FFN.
+
+    Raises:
+        TypeError: a model of another kind.
+        ValueError: a rate or scales that do not fit the model, or a rate that asks to merge more tokens than there are
+            besides one per 2x2 window.
+    """
+    expect_var(var)
+    config = replace(DENSE, scales=tuple(scales), token_rates=(rate,) * len(scales), ffn_rate=(1.0,) * len(scales))
+
+    def forward_of(block: nn.Module):
+        for scale in block.actvar.schedule:
+            fewest = len(destinations(math.isqrt(scale.tokens)))
+            if scale.keep < fewest:
+                raise ValueError(f"rate: {scale.tokens} tokens can be merged to {fewest}, got a rate of {rate}")
+
+        def forward(self, x, cond_BD, attn_bias=None):
+            scale = scale_at(self, x)
+            if not scale.select:
+                return type(self).forward(self, x, cond_BD, attn_bias)
+            layers, matching = Sublayers(self, x, cond_BD, scale), Matching(x, scale.keep)
+            x = x + matching.unmerge(layers.attention(x, matching.merge))
+            return x + matching.unmerge(layers.ffn(x, matching.merge))
+
+        return forward
+
+    with patched_silently(var, config, None), with_forwards(var.blocks, forward_of):
+        yield var
+
+
+def destinations(side: int) -> torch.Tensor:
+    """Indices of the top left token of every 2x2 window of a `side` x `side` map."""
+    return torch.arange(side * side).view(side, side)[::2, ::2].flatten()
+
+
+class Matching:
+    """Each row's `L - keep` tokens that are most like a destination, one of every 2x2 window, are merged into it.
+
+    Args:
+        x: `[R, L, C]`, tokens of a square map; they are compared by the cosine.
+        keep: tokens that are left.
+    """
+
+    def __init__(self, x: torch.Tensor, keep: int):
+        R, L, _ = x.shape
+        to = destinations(math.isqrt(L)).to(x.device)
+        is_source = torch.ones(L, dtype=torch.bool, device=x.device)
+        is_source[to] = False
+        sources = is_source.nonzero().flatten()
+        unit = F.normalize(x, dim=-1)
+        likeness, nearest = (unit[:, sources] @ unit[:, to].transpose(1, 2)).max(dim=-1)
+        order = likeness.argsort(dim=1, descending=True)
+        left = sources[order[:, L - keep :]]
+        kept = torch.cat((to.expand(R, -1), left), dim=1)
+        position = torch.zeros(R, L, dtype=torch.int64, device=x.device)
+        position.scatter_(1, kept, torch.arange(keep, device=x.device).expand(R, -1))
+        merged = order[:, : L - keep]
+        self.position = position.scatter_(1, sources[merged], nearest.gather(1, merged))
+        self.keep = keep
+
+    def merge(self, x: torch.Tensor) -> torch.Tensor:
+        """The mean `[R, keep, C]` of the tokens that are one now."""
+        index = self.position.unsqueeze(-1).expand_as(x)
+        merged = x.new_zeros(x.shape[0], self.keep, x.shape[2])
+        return merged.scatter_reduce(1, index, x, "mean", include_self=False)
+
+    def unmerge(self, rows: torch.Tensor) -> torch.Tensor:
+        """`rows` `[R, keep, C]` for every token that was merged into one, `[R, L, C]`."""
+        return rows.gather(1, self.position.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))

@@ -1,0 +1,76 @@
+"""What a model predicts scale by scale on given token maps, as in sampling, and how far that is from dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+
+from actvar.evaluate.divergence import token_divergence
+from actvar.fingerprint import fingerprint
+from actvar.models import VAR
+from actvar.models.sampling import guided
+from actvar.per_sample import forget
+from actvar.recording import guided_rows
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Labels `[B]` and inputs `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`."""
+
+
+@torch.no_grad()
+def predictions(var: VAR, labels: torch.Tensor, inputs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Number of each scale that is sampled with its logits `[R, L, V]`: of `B` conditional rows, then as many
+    unconditional ones, unless the method in use has no more of those.
+
+    Teacher forcing in steps, through the K/V cache, so that it goes with everything that changes sampling.
+
+    Args:
+        labels, inputs: a `Batch`.
+    """
+    of_scales = inputs.split([side * side for side in var.patch_nums[1:]], dim=1)
+    condition = var.condition(torch.cat((labels, torch.full_like(labels, var.num_classes))))
+    is_patched = hasattr(var, "actvar")
+    try:
+        for block in var.blocks:
+            block.attn.kv_caching(True)
+        with guided_rows(var) if is_patched else nullcontext():
+            for scale in var.scales():
+                yield scale, var.predict(scale, of_scales[scale - 1] if scale else None, condition)
+    finally:
+        for block in var.blocks:
+            block.attn.kv_caching(False)
+            if is_patched:
+                forget(block)
+
+
+class DensePredictions:
+    """The logits of an unpatched model, kept to compare others with.
+
+    Args:
+        batches: the token maps.
+        cfg: guidance strength, as in sampling.
+    """
+
+    def __init__(self, var: VAR, batches: Sequence[Batch], cfg: float):
+        self.batches, self.cfg = batches, cfg
+        self.fingerprint = fingerprint((str(i), tensor) for i, batch in enumerate(batches) for tensor in batch)
+        self.logits = [[logits for _, logits in predictions(var, *batch)] for batch in batches]
+
+    @torch.no_grad()
+    def divergences(self, var: VAR) -> dict[str, list[float | None]]:
+        """Mean over tokens of `KL(dense || var)` in nats per scale, None where `var` predicts nothing: `kl` of the
+        conditional rows; `kl_drawn` of what tokens are drawn from, with guidance where `var` has it."""
+        last = len(var.patch_nums) - 1
+        sums: dict[str, list[float | None]] = {name: [None] * (last + 1) for name in ("kl", "kl_drawn")}
+        images = sum(len(labels) for labels, _ in self.batches)
+        for (labels, inputs), of_batch in zip(self.batches, self.logits, strict=True):
+            for scale, logits in predictions(var, labels, inputs):
+                count, strength = len(labels), self.cfg * scale / last
+                dense = of_batch[scale]
+                drawn = guided(logits, strength) if len(logits) == 2 * count else logits
+                pairs = {"kl": (dense[:count], logits[:count]), "kl_drawn": (guided(dense, strength), drawn)}
+                for name, pair in pairs.items():
+                    mean = token_divergence(*pair).mean().item() * count / images
+                    sums[name][scale] = mean + (sums[name][scale] or 0.0)
+        return sums

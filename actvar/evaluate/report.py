@@ -1,0 +1,147 @@
+"""An evaluation as a table, as JSON and as a plot of quality against time."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from actvar.evaluate.quality import METRICS
+from actvar.evaluate.run import Evaluation, Result
+from actvar.pictures import COLOURS, save_figure
+
+DENSE = "dense"
+TITLES = {"fid": "FID", "is": "IS", "precision": "precision", "recall": "recall", "agreement": "wanted class"}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of paired or single values, and half of its 95 % interval by Student's t; None for fewer than two."""
+
+    mean: float
+    interval: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        if len(values) < 2:
+            return cls(values[0], None)
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        return cls(statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * error)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g}" if self.interval is None else f"{self.mean:.3g} ± {self.interval:.2g}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results with the settings they come from."""
+
+    results: Sequence[Result]
+    how: Evaluation
+    patch_nums: Sequence[int]
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON-compatible. Per method the means over seeds of the metrics; `seconds` and `flops` per image (the median
+        of the timed batches; the transformer's alone); `kl` and `kl_drawn` by scale; `interval`: half of the 95 %
+        interval of each metric; `minus_dense`: mean and interval of paired differences; and all values by seed."""
+        return {"settings": asdict(self.how), "methods": {result.name: self._entry(result) for result in self.results}}
+
+    def _entry(self, result: Result) -> dict[str, object]:
+        means, differences = self.means(result), self.differences(result)
+        sides = [f"{side}x{side}" for side in self.patch_nums]
+        return {
+            **{name: mean.mean for name, mean in means.items()},
+            "seconds": statistics.median(result.seconds),
+            "flops": result.flops,
+            **{name: dict(zip(sides, values, strict=True)) for name, values in result.divergences.items()},
+            "interval": {name: mean.interval for name, mean in means.items()},
+            "minus_dense": {name: asdict(mean) for name, mean in differences.items()},
+            "by_seed": result.quality,
+            "seconds_of_batches": result.seconds,
+        }
+
+    def means(self, result: Result) -> dict[str, Mean]:
+        """Each metric over the seeds; none where no images were drawn."""
+        names = METRICS if result.quality else ()
+        return {name: Mean.of([of_seed[name] for of_seed in result.quality]) for name in names}
+
+    def differences(self, result: Result) -> dict[str, Mean]:
+        """Each metric less that of `dense` with the same seed; none without `dense`."""
+        dense = next((other for other in self.results if other.name == DENSE), None)
+        if dense is None or dense is result:
+            return {}
+        pairs = list(zip(result.quality, dense.quality, strict=True))
+        return {name: Mean.of([of[name] - base[name] for of, base in pairs]) for name in METRICS if pairs}
+
+    def table(self) -> str:
+        """Aligned text, a row per method."""
+        has_quality = any(result.quality for result in self.results)
+        has_kl = any(result.divergences for result in self.results)
+        titles = ["", "ms / image", "GFLOP / image"]
+        titles += [TITLES[name] for name in METRICS] + ["FID - dense"] if has_quality else []
+        titles += [f"KL {side}x{side}" for side in self.patch_nums[-2:]] if has_kl else []
+        rows = [titles, *(self._row(result, has_kl) for result in self.results)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
+        return "\n".join(
+            row[0].ljust(widths[0])
+            + "".join("  " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+            for row in rows
+        )
+
+    def _row(self, result: Result, has_kl: bool) -> list[str]:
+        cells = [result.name, f"{1e3 * statistics.median(result.seconds):.2f}", f"{result.flops / 1e9:.3f}"]
+        means = self.means(result)
+        if means:
+            difference = self.differences(result).get("fid")
+            cells += [str(means[name]) for name in METRICS] + ["" if difference is None else str(difference)]
+        if has_kl:
+            cells += ["-" if kl is None else f"{kl:.3f}" for kl in result.divergences["kl_drawn"][-2:]]
+        return cells
+
+
+def save_quality_plot(report: Report, path: Path) -> Path:
+    """FID over time per image, with its 95 % interval; settings of one method are joined by a line.
+
+    Raises:
+        ValueError: an evaluation without images.
+    """
+    families: dict[str, list[tuple[float, Mean, str]]] = {}
+    for result in report.results:
+        if not result.quality:
+            raise ValueError("expected an evaluation with images to plot")
+        family, _, amount = result.name.partition("@")
+        point = (1e3 * statistics.median(result.seconds), report.means(result)["fid"], amount)
+        families.setdefault(family, []).append(point)
+    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
+    axes = figure.subplots()
+    markers = "osD^v<>Ph*Xp"
+    for index, (family, points) in enumerate(families.items()):
+        points.sort(key=lambda point: point[0])
+        times, means, amounts = zip(*points, strict=True)
+        axes.errorbar(
+            times,
+            [mean.mean for mean in means],
+            [mean.interval or 0 for mean in means],
+            color=COLOURS[index % len(COLOURS)],
+            marker=markers[index % len(markers)],
+            markersize=5,
+            linewidth=1,
+            capsize=2,
+            label=family,
+        )
+        for time, mean, amount in zip(times, means, amounts, strict=True):
+            axes.annotate(amount, (time, mean.mean), xytext=(4, 4), textcoords="offset points", fontsize=6)
+    axes.set(xlabel="milliseconds per image", ylabel=f"FID of {report.how.num} images", yscale="log")
+    low, high = axes.get_ylim()
+    ticks = [tick for decade in (1, 10, 100, 1000) for tick in np.multiply((1, 2, 3, 5), decade) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(color="0.92")
+    axes.legend(fontsize=7, ncols=2)
+    return save_figure(figure, path)

@@ -1,0 +1,185 @@
+"""Compare ways to sample from one model: image quality over seeds, divergence from dense, time, FLOPs. Resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import actvar
+from actvar.bulk import Bulk, sample_many, write_npz
+from actvar.compare import Sampling
+from actvar.evaluate.methods import Method
+from actvar.evaluate.predictions import DensePredictions
+from actvar.evaluate.quality import ImageQuality
+from actvar.files import replacing
+from actvar.fingerprint import model_fingerprint
+from actvar.flops import sampling_flops
+from actvar.models import VAR
+from actvar.timing import seconds_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is sampled from each method, and how often.
+
+    Args:
+        num: images per seed, as many of every class.
+        seed, repeats: the seeds are `seed` ... `seed + repeats - 1`; the same for every method.
+        batch: images per batch, in sampling and in timing.
+        cfg, top_k, top_p: as in `VAR.autoregressive_infer_cfg`.
+        rounds: timed batches of every method.
+
+    Raises:
+        TypeError, ValueError: as `Sampling`.
+    """
+
+    num: int = 5000
+    seed: int = 0
+    repeats: int = 1
+    batch: int = 50
+    cfg: float = 1.5
+    top_k: int = 0
+    top_p: float = 0.0
+    rounds: int = 5
+
+    def bulk(self, var: VAR, seed: int) -> Bulk:
+        """The images of one seed.
+
+        Raises:
+            ValueError: a number that the model's classes cannot share equally.
+        """
+        sampling = Sampling(tuple(range(var.num_classes)), self.cfg, self.top_k, self.top_p, seed)
+        return Bulk(sampling, self.num, self.batch)
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.repeats)
+
+
+@dataclass
+class Result:
+    """What was found of one method: `quality` per seed (`actvar.evaluate.quality.METRICS`); `seconds` per image of
+    every timed batch; `flops` per image; `divergences` as `DensePredictions` has them. Empty: not measured."""
+
+    name: str
+    quality: list[dict[str, float]]
+    seconds: list[float]
+    flops: int
+    divergences: dict[str, list[float | None]]
+
+
+class Parts:
+    """Finished parts of an evaluation, a JSON file each, in a folder: what is there is not computed again.
+
+    A file's name has a hash of all that its contents follow from, so that other settings make other files.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, name: str, facts: object, compute: Callable[[], object]):
+        key = hashlib.sha256(json.dumps([actvar.__version__, facts]).encode()).hexdigest()[:12]
+        path = self.folder / f"{name}-{key}.json"
+        if path.exists():
+            try:
+                return json.loads(path.read_text("utf-8"))
+            except ValueError:
+                logger.warning("%s is damaged and is made again", path)
+        found = compute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(found) + "\n", "utf-8")
+        return found
+
+
+def evaluate(
+    var: VAR,
+    methods: Sequence[Method],
+    how: Evaluation,
+    folder: Path,
+    quality: ImageQuality | None = None,
+    dense: DensePredictions | None = None,
+) -> list[Result]:
+    """Sample and measure every method; the parts that are finished are kept in `folder`.
+
+    Times are never kept: each call measures those of its methods anew, in turn.
+
+    Args:
+        var: unpatched, on the device to evaluate on.
+        quality: compares the images with real ones; None: no images are drawn.
+        dense: what the dense model predicts; None: no divergence is measured.
+
+    Raises:
+        ValueError: a number of images that the model's classes cannot share equally, or of fewer than 20.
+    """
+    parts = Parts(folder)
+    how.bulk(var, how.seed)
+    results = []
+    for method in tqdm(methods, desc="methods"):
+        with method.applied(var):
+            facts = {"method": method.name, "facts": method.facts, "model": model_fingerprint(var, var.vae_proxy[0])}
+            flops = parts.get(f"{method.name}-flops", facts, lambda: sampling_flops(var))
+            found = {}
+            if dense:
+                of_dense = facts | {"cfg": how.cfg, "tokens": dense.fingerprint}
+                found = parts.get(f"{method.name}-divergence", of_dense, lambda: dense.divergences(var))
+            of_seeds = [
+                parts.get(
+                    f"{method.name}-seed{seed}",
+                    facts | asdict(replace(how, seed=seed, repeats=1, rounds=0)),
+                    lambda seed=seed: quality.of(*sampled_images(var, how.bulk(var, seed))),
+                )
+                for seed in (how.seeds if quality else ())
+            ]
+        results.append(Result(method.name, of_seeds, [], flops, found))
+    for result, seconds in zip(results, image_seconds(var, methods, how), strict=True):
+        result.seconds = seconds
+    return results
+
+
+def image_seconds(var: VAR, methods: Sequence[Method], how: Evaluation) -> list[list[float]]:
+    """Seconds per image of `how.rounds` timed batches per method, all methods in turn; each batch follows one of the
+    same size that is not timed, which packs weights and finds its memory."""
+    labels = tuple(index % var.num_classes for index in range(how.batch))
+    sampling = Sampling(labels, how.cfg, how.top_k, how.top_p, how.seed)
+    device = var.head.weight.device
+    seconds: list[list[float]] = [[] for _ in methods]
+    with tqdm(total=how.rounds * len(methods), desc="timing") as bar:
+        for _ in range(how.rounds):
+            for method, of_method in zip(methods, seconds, strict=True):
+                with method.applied(var):
+                    sampling.run(var)
+                    of_method.append(seconds_of(lambda: sampling.run(var), device) / how.batch)
+                bar.update()
+    return seconds
+
+
+def write_samples(var: VAR, methods: Sequence[Method], how: Evaluation, folder: Path) -> list[Path]:
+    """`<method>-seed<n>.npz` in `folder` for OpenAI's evaluator, of every method and seed; resumes, see
+    `actvar.bulk.sample_many`."""
+    written = []
+    for method in methods:
+        for seed in how.seeds:
+            bulk, name = how.bulk(var, seed), f"{method.name}-seed{seed}"
+            with method.applied(var):
+                sample_many(var, bulk, folder / name)
+            written.append(folder / f"{name}.npz")
+            write_npz(folder / name, bulk, written[-1])
+    return written
+
+
+def sampled_images(var: VAR, bulk: Bulk) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images `[N, C, H, W]` in [0, 1], in steps of 1 / 255, and labels `[N]` of `bulk`."""
+    pixels = [bulk.run(var, shard) for shard in tqdm(range(bulk.shards), desc="sampling", leave=False)]
+    images = torch.from_numpy(np.concatenate(pixels)).permute(0, 3, 1, 2).float() / 255
+    return images, torch.tensor([label for shard in range(bulk.shards) for label in bulk.labels_of(shard)])
