@@ -32,9 +32,8 @@ from actvar.training import launched_processes, rank
 from actvar.verify import verify
 from actvar.zoo.fashion_mnist.data import CLASSES, DEBIAN_FOLDER
 from actvar.zoo.pretrained import adapter_path
-from actvar_kernels import BackendUnavailableError, get_backend
+from actvar_kernels import BackendUnavailableError, cpu, get_backend
 from actvar_kernels.backend import BACKENDS
-from actvar_kernels.expert_ffn import cpu_kernel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MOST_LABELS = 1_000_000
@@ -491,7 +490,7 @@ def _info(options: argparse.Namespace) -> None:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "threads": torch.get_num_threads(),
             "backend": get_backend(),
-            "C++ experts": cpu_kernel.why_unavailable() or cpu_kernel.level_name(cpu_kernel.best_level()),
+            "C++ experts": cpu.why_unavailable() or cpu.level_name(cpu.best_level()),
         }
     else:
         facts = _describe_file(options.file)

@@ -29,8 +29,8 @@ from actvar.config import ActVARConfig
 from actvar.patch import patched_silently
 from actvar.public_code import public_classes, public_twin
 from actvar.verify_operations import OPERATIONS, WRITABLE, wide
+from actvar_kernels import cpu
 from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, using_backend
-from actvar_kernels.expert_ffn import cpu_kernel
 
 FACTOR = 4
 
@@ -163,7 +163,7 @@ def _expect_backend(name: str, device: torch.device, dtypes: Sequence[torch.dtyp
     with using_backend(name):
         backend_of("verify", torch.empty(0, device=device))
     if name == "cpu":
-        reason = cpu_kernel.why_unavailable()
+        reason = cpu.why_unavailable()
         if torch.float16 in dtypes:
             reason = "it does not take float16"
         if reason is not None:

@@ -2,8 +2,9 @@
 its result (`reference.py`)."""
 
 from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, set_backend
-from actvar_kernels.expert_ffn.op import cpp_runs, expert_ffn, expert_ffn_scatter, route_experts
-from actvar_kernels.linear import linear
+from actvar_kernels.cpu import runs as cpp_runs
+from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter, route_experts
+from actvar_kernels.linear.op import linear
 from actvar_kernels.residual_norm.op import Routed, add_normalize, add_normalize_route
 from actvar_kernels.sampling.op import sample_tokens
 from actvar_kernels.scatter.op import scatter_rows

@@ -25,14 +25,15 @@ def why_no_compiler() -> str | None:
     return None
 
 
-def built(name: str, sources: Sequence[Path], compiler_flags: list[str], linker_flags: list[str]) -> Path:
-    """The shared library of C++ `sources`, the first of which includes the others: from torch's extension cache, or
-    compiled into it.
+def built(
+    name: str, sources: Sequence[Path], headers: Sequence[Path], compiler_flags: list[str], linker_flags: list[str]
+) -> Path:
+    """The shared library of C++ `sources`, which include `headers`: from torch's extension cache, or compiled into it.
 
     Raises:
         RuntimeError, OSError: it does not compile, or the cache cannot be written.
     """
-    contents = b"".join(source.read_bytes() for source in sources)
+    contents = b"".join(source.read_bytes() for source in (*sources, *headers))
     # with the path, which is in ninja's file: installations that share a folder would build it anew in turn
     digest = hashlib.sha256(contents + f"{torch.__version__} {sources[0]}".encode()).hexdigest()[:12]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
@@ -43,7 +44,7 @@ def built(name: str, sources: Sequence[Path], compiler_flags: list[str], linker_
         (folder / "lock").unlink(missing_ok=True)
         path = cpp_extension.load(
             folder.name,
-            [str(sources[0])],
+            [str(source) for source in sources],
             extra_cflags=compiler_flags,
             extra_ldflags=linker_flags,
             build_directory=str(folder),

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from pathlib import Path
 
 import torch
 
+from actvar_kernels import cpu
 from actvar_kernels.backend import get_backend, needs_operator
-from actvar_kernels.expert_ffn import cpu_kernel
 from actvar_kernels.token_select.reference import NORM_EPS
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_rows.cpp", "cpu_numbers.h"))
-DTYPES = cpu_kernel.DTYPES
+DTYPES = cpu.DTYPES
 
 
 def runs(x: torch.Tensor, *others: torch.Tensor) -> bool:
@@ -23,7 +20,7 @@ def runs(x: torch.Tensor, *others: torch.Tensor) -> bool:
         get_backend() in ("auto", "cpu")
         and all(t.device.type == "cpu" and t.dtype in DTYPES for t in (x, *others))
         and not needs_operator(x, *others)
-        and cpu_kernel.available()
+        and cpu.available()
     )
 
 
@@ -55,7 +52,7 @@ def _launch(x, index, update, gamma, scale, shift) -> tuple[torch.Tensor | None,
     update, index = (None if t is None else t.contiguous() for t in (update, index))
     pointers = [None if t is None else t.data_ptr() for t in (x, index, update, gamma, scale, shift, total, out)]
     sizes = (R, kept, C, x.stride(0), x.stride(1))
-    if _library().add_normalize(
+    if cpu.library().add_normalize(
         int(x.dtype == torch.bfloat16),
         *map(ctypes.c_void_p, pointers),
         *map(ctypes.c_int64, sizes),
@@ -64,10 +61,3 @@ def _launch(x, index, update, gamma, scale, shift) -> tuple[torch.Tensor | None,
     ):
         raise MemoryError(f"no memory for a row of {C} channels")
     return total, out
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    from actvar_kernels.building import built
-
-    return ctypes.CDLL(str(built("actvar_rows", SOURCES, ["-O3", "-fopenmp", "-fno-math-errno"], ["-fopenmp"])))

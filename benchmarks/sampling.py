@@ -33,9 +33,9 @@ from actvar.patch import DENSE, patched_silently
 from actvar.public_code import public_classes, public_twin
 from actvar.timing import block_seconds
 from actvar.zoo.pretrained import adapter_path
+from actvar_kernels import cpu
 from actvar_kernels.compile_cases import HEAD_DIM, MODELS
 from actvar_kernels.compile_check import LineParser
-from actvar_kernels.expert_ffn import cpu_kernel
 from benchmarks import components, memory, results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -109,8 +109,8 @@ def shape_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 def expect_kernels(parser: argparse.ArgumentParser) -> None:
     """End the program where "accelerated" and "ActVAR" would run the reference on the CPU."""
-    if cpu_kernel.why_unavailable() is not None:
-        parser.error(f"--csv: rows are of the C++ kernels, which do not run here: {cpu_kernel.why_unavailable()}")
+    if cpu.why_unavailable() is not None:
+        parser.error(f"--csv: rows are of the C++ kernels, which do not run here: {cpu.why_unavailable()}")
 
 
 def ways(var: nn.Module, adapter: Path | None, dtype: torch.dtype, public_folder: Path | None) -> dict[str, Callable]:
@@ -250,7 +250,7 @@ def machine() -> dict[str, object]:
         "processor": results.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "experts": cpu_kernel.why_unavailable() or cpu_kernel.level_name(cpu_kernel.best_level()),
+        "experts": cpu.why_unavailable() or cpu.level_name(cpu.best_level()),
     }
 
 

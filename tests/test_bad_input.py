@@ -28,6 +28,7 @@ from actvar.models import build_vae_var
 from actvar.models.arguments import checked_labels
 from actvar.patch import patch_silently
 from actvar.zoo.fashion_mnist.data import load_split, read_idx
+from actvar_kernels import cpu
 from actvar_kernels.expert_ffn import cpu_kernel
 from actvar_kernels.expert_ffn.op import SCHEDULES
 
@@ -601,9 +602,9 @@ def test_an_operation_takes_strided_expanded_and_inference_tensors_and_those_tha
 
 
 def test_sizes_that_the_cpp_kernel_cannot_count_are_refused(monkeypatch):
-    if cpu_kernel.why_unavailable() is not None:
-        pytest.skip(cpu_kernel.why_unavailable())
-    monkeypatch.setattr(cpu_kernel, "MOST", 7)
+    if cpu.why_unavailable() is not None:
+        pytest.skip(cpu.why_unavailable())
+    monkeypatch.setattr(cpu, "MOST", 7)
     rows, mask, _, *weights = operation_arguments()["expert_ffn"]
     with pytest.raises(ValueError, match=r"u: expected at most 7 tokens, channels.*got \(8, 8, 4, 8\)"):
         cpu_kernel.expert_ffn(rows, mask, *weights)

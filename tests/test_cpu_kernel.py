@@ -19,14 +19,12 @@ from hypothesis import strategies as st
 
 from actvar import ActVARConfig, accelerate, apply_patch, load_pretrained, remove_patch
 from actvar.patch import DENSE
-from actvar_kernels import BackendUnavailableError, expert_ffn, linear, packing, select_tokens
+from actvar_kernels import BackendUnavailableError, cpu, expert_ffn, linear, packing, select_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.expert_ffn import cpu_kernel, reference
 
-pytestmark = pytest.mark.skipif(
-    cpu_kernel.why_unavailable() is not None, reason=f"the C++ kernel: {cpu_kernel.why_unavailable()}"
-)
-LEVELS = range(cpu_kernel.best_level() + 1) if cpu_kernel.why_unavailable() is None else ()
+pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"the C++ kernel: {cpu.why_unavailable()}")
+LEVELS = range(cpu.best_level() + 1) if cpu.why_unavailable() is None else ()
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -57,7 +55,7 @@ def assert_as_exact(actual: torch.Tensor, arguments: tuple, factor: float = 4) -
     assert (actual.double() - exact).abs().max() <= factor * error + 2 * torch.finfo(u.dtype).eps
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=cpu_kernel.level_name)
+@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("T", "C", "width", "experts"),
@@ -78,7 +76,7 @@ def test_any_shape(T, half_C, width, experts, dtype, data):
     assert_as_exact(cpu_kernel.expert_ffn(*arguments, level=level), arguments)
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=cpu_kernel.level_name)
+@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
 def test_large_and_small_hidden_units_saturate_as_gelu_does(level):
     u = torch.tensor([[-200.0, 0], [-20, 0], [-5, 0], [-1e-3, 0], [0, 0], [1e-30, 0], [5, 0], [200, 0], [3e38, 0]])
     weights = torch.tensor([[1.0, 0]]), torch.zeros(1), torch.tensor([[1.0], [0]]), torch.zeros(2)
@@ -87,7 +85,7 @@ def test_large_and_small_hidden_units_saturate_as_gelu_does(level):
     torch.testing.assert_close(actual, reference.expert_ffn(u, mask, *weights), rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=cpu_kernel.level_name)
+@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_a_number_stays_in_its_row_and_in_its_expert(dtype, level):
     u, mask, w1, b1, w2, b2 = ffn(20, 64, 32, 4, dtype)
@@ -163,7 +161,7 @@ def test_a_killed_build_does_not_stop_the_next_one(monkeypatch, tmp_path):
     source = tmp_path / "probe.cpp"
     source.write_text('extern "C" int answer() { return 42; }')
     run = "import pathlib, sys; from actvar_kernels.building import built; "
-    run += "print(built('probe', [pathlib.Path(sys.argv[1])], [], []))"
+    run += "print(built('probe', [pathlib.Path(sys.argv[1])], [], [], []))"
     first = subprocess.run(
         [sys.executable, "-c", run, source], capture_output=True, text=True, check=True
     ).stdout.split()[-1]
@@ -218,22 +216,22 @@ def test_asked_for_by_name_it_runs_or_raises(cpu_backend, monkeypatch):
     select_tokens(x, torch.ones(1, 64), torch.zeros(1), torch.zeros(1, 1, 64), torch.zeros(1, 1, 64), 3)
     with pytest.raises(BackendUnavailableError, match="needs CPU tensors, got meta"):
         expert_ffn(u.to("meta"), mask.to("meta"), 3, *(w.to("meta") for w in weights))
-    monkeypatch.setattr(cpu_kernel, "why_unavailable", lambda: "no compiler here")
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "no compiler here")
     with pytest.raises(BackendUnavailableError, match="no compiler here"):
         expert_ffn(u, mask, 3, *weights)
 
 
 def test_without_a_compiler_the_default_is_the_reference_and_says_so_once(monkeypatch, caplog):
     u, mask, *weights = ffn(9, 64, 16, 4, torch.float32)
-    monkeypatch.setattr(cpu_kernel, "why_unavailable", lambda: "no compiler here")
-    cpu_kernel.available.cache_clear()
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "no compiler here")
+    cpu.available.cache_clear()
     try:
         for _ in range(2):
             assert torch.equal(expert_ffn(u, mask, 3, *weights), reference.expert_ffn(u, mask, *weights))
         assert [record.getMessage() for record in caplog.records if "no compiler here" in record.getMessage()]
         assert len(caplog.records) == 1
     finally:
-        cpu_kernel.available.cache_clear()
+        cpu.available.cache_clear()
 
 
 def test_the_bundled_model_draws_the_reference_tokens():

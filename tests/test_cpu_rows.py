@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from actvar_kernels import add_normalize, add_normalize_route, cpu_rows, normalize_modulate, route_experts
+from actvar_kernels import add_normalize, add_normalize_route, cpu, cpu_rows, normalize_modulate, route_experts
 from actvar_kernels.backend import using_backend
-from actvar_kernels.expert_ffn import cpu_kernel
 from actvar_kernels.residual_norm import reference
 from actvar_kernels.token_select import reference as token_reference
 
-pytestmark = pytest.mark.skipif(cpu_kernel.why_unavailable() is not None, reason=str(cpu_kernel.why_unavailable()))
+pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1, 1, 1), (2, 9, 5, 65), (3, 6, 6, 192), (2, 25, 19, 1024)]

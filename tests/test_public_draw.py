@@ -9,13 +9,11 @@ from torch import Tensor
 
 from actvar import accelerate
 from actvar.models.sampling import guided, sample_guided, sample_top_k_top_p
+from actvar_kernels import cpu
 from actvar_kernels.backend import using_backend
-from actvar_kernels.expert_ffn import cpu_kernel as expert_kernel
 from actvar_kernels.sampling import cpu_kernel, public
 
-pytestmark = pytest.mark.skipif(
-    expert_kernel.why_unavailable() is not None, reason=str(expert_kernel.why_unavailable())
-)
+pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 DTYPES = [torch.float32, torch.bfloat16]
 FILTERS = [
     (0, 0.0),

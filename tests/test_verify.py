@@ -20,9 +20,8 @@ from actvar.cli import main
 from actvar.compare import Sampling
 from actvar.verify import Check, Report, available_backends, verify
 from actvar.verify_operations import OPERATIONS
-from actvar_kernels import BackendUnavailableError, backend, get_backend, normalize_modulate
+from actvar_kernels import BackendUnavailableError, backend, cpu, get_backend, normalize_modulate
 from actvar_kernels.backend import using_backend
-from actvar_kernels.expert_ffn import cpu_kernel
 
 PAPER = ActVARConfig(num_experts=8)
 ONE_IMAGE = Sampling((1,))
@@ -185,7 +184,7 @@ def break_backend(monkeypatch) -> Callable[[str, Callable], Callable]:
 
 
 def test_a_backend_without_a_fault_passes_and_is_among_the_defaults(break_backend, monkeypatch):
-    monkeypatch.setattr(cpu_kernel, "why_unavailable", lambda: "no compiler")
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "no compiler")
     report = report_of(load=break_backend("none", lambda r, a: r))
     assert report.failures == []
     compared = {(c.backend, c.block, c.scale) for c in report.checks if c.check == "subset_attention"}
@@ -298,7 +297,7 @@ def test_numbers_that_are_not_finite_fail_and_are_strings_in_json(error, toleran
 
 def test_wrong_rates_dtypes_and_backends_are_errors(monkeypatch):
     monkeypatch.setattr(backend, "interpreted", lambda: False)
-    monkeypatch.setattr(cpu_kernel, "why_unavailable", lambda: "no compiler")
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "no compiler")
     assert available_backends(torch.device("cpu")) == ("reference",)
     with pytest.raises(BackendUnavailableError, match="no compiler"):
         report_of(backends=["cpu"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from actvar_kernels import cpu
 from actvar_kernels.backend import (
     MOST_SEQUENCES,
     BackendUnavailableError,
@@ -197,33 +198,18 @@ def _backend(operation: str, u: torch.Tensor, mask: torch.Tensor, *others: torch
 
 def _why_not_on_cpu(u: torch.Tensor, mask: torch.Tensor, fc1_weight: torch.Tensor, *others: torch.Tensor) -> str | None:
     """Why the C++ kernel does not run a call, or None; under `auto` it leaves gradients to the reference."""
-    dtype = computed_dtype(u)
+    dtype = cpu.computed_dtype(u)
     same = torch.is_autocast_enabled("cpu") or fc1_weight.dtype == dtype
-    if dtype not in cpu_kernel.DTYPES or not same or mask.dtype != torch.bool or u.shape[-1] % 2:
+    if dtype not in cpu.DTYPES or not same or mask.dtype != torch.bool or u.shape[-1] % 2:
         found = f"{dtype}, weights in {fc1_weight.dtype}, a mask in {mask.dtype} and width {u.shape[-1]}"
         return f"it takes float32 and bfloat16, weights alike, a bool mask and an even width, got {found}"
     if torch.compiler.is_compiling():  # the operator decides when it runs
         return None if get_backend() == "cpu" else "the call is being compiled"
     if get_backend() == "cpu":
-        return cpu_kernel.why_unavailable()
+        return cpu.why_unavailable()
     if _wants_gradient(u, mask, fc1_weight, *others):
         return "a gradient is wanted"
-    return None if cpu_kernel.available() else cpu_kernel.why_unavailable()
-
-
-def cpp_runs(x: torch.Tensor) -> bool:
-    """Whether `expert_ffn` runs in C++ for inputs like `x`, a tensor without gradient, under the chosen backend."""
-    if x.device.type != "cpu" or get_backend() not in ("auto", "cpu"):
-        return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return computed_dtype(x) in cpu_kernel.DTYPES and cpu_kernel.available()
-
-
-def computed_dtype(x: torch.Tensor) -> torch.dtype:
-    """What a linear layer computes `x` in: its dtype, or autocast's."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return None if cpu.available() else cpu.why_unavailable()
 
 
 def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -278,7 +264,7 @@ def _expert_ffn(
 
 @_expert_ffn.register_fake
 def _(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-    return u.new_empty(u.shape, dtype=computed_dtype(u))
+    return u.new_empty(u.shape, dtype=cpu.computed_dtype(u))
 
 
 register_reference_gradient(_expert_ffn, lambda u, mask, active, *weights: reference.expert_ffn(u, mask, *weights))

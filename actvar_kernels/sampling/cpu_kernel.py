@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
+from actvar_kernels import cpu
 from actvar_kernels.backend import get_backend, needs_operator
-from actvar_kernels.expert_ffn import cpu_kernel as expert_kernel
 from actvar_kernels.sampling import public
 
 logger = logging.getLogger(__name__)
 
-SOURCES = (Path(__file__).with_name("cpu_kernel.cpp"), Path(__file__).parent.with_name("cpu_numbers.h"))
+SOURCE = Path(__file__).with_name("public.cpp")
+HEADERS = [Path(__file__).parent.with_name("cpu_numbers.h")]
 _global_generator = threading.Lock()
 
 
@@ -25,9 +26,9 @@ def runs(logits: torch.Tensor) -> bool:
     return (
         get_backend() in ("auto", "cpu")
         and logits.device.type == "cpu"
-        and logits.dtype in expert_kernel.DTYPES
+        and logits.dtype in cpu.DTYPES
         and not needs_operator(logits)
-        and expert_kernel.available()
+        and cpu.available()
     )
 
 
@@ -114,7 +115,7 @@ def _library() -> ctypes.CDLL:
     from actvar_kernels.building import built
 
     flags = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno"]
-    library = ctypes.CDLL(str(built("actvar_sampling", SOURCES, flags, ["-fopenmp"])))
+    library = ctypes.CDLL(str(built("actvar_sampling", [SOURCE], HEADERS, flags, ["-fopenmp"])))
     pointer, long, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     library.guide_and_filter.argtypes = (
         [integer] + 3 * [pointer] + 5 * [long] + [real, real, long, integer, real, integer]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from actvar_kernels import cpu
 from actvar_kernels.backend import backend_of, needs_operator
 from actvar_kernels.checks import expect_one_device, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
-from actvar_kernels.subset_attention import reference
+from actvar_kernels.subset_attention import cpu_kernel, reference
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_HEAD_SIZES = (16, 32, 64, 128)
@@ -42,7 +43,7 @@ def subset_attention(
         None in their place without `keep_cache`.
 
     On Triton it is one launch, for float32, float16 and bfloat16 and d of 16, 32, 64 or 128; two more copy the past
-    where the cache is kept and has no room.
+    where the cache is kept and has no room. On the CPU a C++ kernel runs it without a mask, for float32 and bfloat16.
 
     Raises:
         ValueError: shapes or devices that do not fit.
@@ -71,8 +72,13 @@ def subset_attention(
 
 def _backend(q, k, v, past, head_scale, mask) -> str:
     tensors = (q, k, v, *(past or ()), *(t for t in (head_scale, mask) if t is not None))
-    runs = all(t.dtype in _TRITON_DTYPES for t in tensors) and q.shape[3] in _TRITON_HEAD_SIZES
-    return backend_of("subset_attention", q, ("reference", "triton") if runs else ("reference",))
+    supported = ("reference",)
+    if all(t.dtype in _TRITON_DTYPES for t in tensors) and q.shape[3] in _TRITON_HEAD_SIZES:
+        supported += ("triton",)
+    alike = all(t.dtype == q.dtype for t in (k, v, *(past or ())))
+    if mask is None and alike and cpu.computed_dtype(q) == q.dtype and not needs_operator(*tensors) and cpu.runs(q):
+        supported += ("cpu",)
+    return backend_of("subset_attention", q, supported)
 
 
 def _with_kernel(
@@ -132,12 +138,15 @@ def _expect_broadcastable(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
 def _run(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append: bool) -> torch.Tensor:
     """Attention over the first `cached` rows of `keys` and `values`, and over `k` and `v`, which are appended there."""
     cache = None if keys is None else (keys, values)
-    if _backend(q, k, v, cache, head_scale, mask) == "triton":
+    backend = _backend(q, k, v, cache, head_scale, mask)
+    if backend == "triton":
         from actvar_kernels.subset_attention import triton_kernel
 
         return triton_kernel.subset_attention(
             q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append=append
         )
+    if backend == "cpu":
+        return cpu_kernel.subset_attention(q, k, v, keys, values, cached, head_scale, softmax_scale, append)
     past = (keys[:, :, :cached], values[:, :, :cached]) if cached else None
     room = cache if append else None
     return reference.subset_attention(q, k, v, past, head_scale, softmax_scale, mask, room)[0]

@@ -1,0 +1,125 @@
+"""The C++ kernels for the CPU, compiled for every instruction set: one library, made by torch's extension builder."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from actvar_kernels.backend import get_backend
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "cpu_levels.cpp", FOLDER / "cpu_rows.cpp", *sorted(FOLDER.glob("*/cpu_*.cpp")))
+HEADERS = tuple(sorted(FOLDER.glob("**/cpu_*.h")))
+FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes"]
+DTYPES = (torch.float32, torch.bfloat16)
+MOST = 2**30  # sizes and their sums are 32-bit integers in C++, offsets 64-bit ones
+
+
+class Layout(NamedTuple):
+    """How weights are packed: floats of a vector, vectors of a panel, rows of bfloat16 that lie side by side."""
+
+    lanes: int
+    vectors: int
+    step: int
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """None if the library is built and loaded, which the first call does, else why it cannot be."""
+    from actvar_kernels.building import why_no_compiler
+
+    reason = why_no_compiler()
+    if reason is not None:
+        return reason
+    try:
+        library()
+    except (OSError, RuntimeError, ImportError) as error:
+        return f"it does not build: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+@functools.cache
+def available() -> bool:
+    """As `why_unavailable() is None`; the reason is logged once."""
+    reason = why_unavailable()
+    if reason is not None:
+        logger.warning("the C++ kernels are off, so experts save no time on this CPU: %s", reason)
+    return reason is None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    from actvar_kernels.building import built
+
+    loaded = ctypes.CDLL(str(built("actvar_cpu", SOURCES, HEADERS, FLAGS, ["-fopenmp"])))
+    loaded.level_name.restype = ctypes.c_char_p
+    return loaded
+
+
+@functools.cache
+def best_level() -> int:
+    """The highest instruction set that this processor has."""
+    return library().best_level()
+
+
+def level_name(level: int) -> str:
+    return library().level_name(level).decode()
+
+
+@functools.cache
+def layout_of(level: int) -> Layout:
+    numbers = (ctypes.c_int * 3)()
+    library().level_layout(level, numbers)
+    return Layout(*numbers)
+
+
+def runs(x: torch.Tensor) -> bool:
+    """Whether operations run in C++ for inputs like `x`, a tensor without gradient, under the chosen backend."""
+    if x.device.type != "cpu" or get_backend() not in ("auto", "cpu"):
+        return False
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return computed_dtype(x) in DTYPES and available()
+
+
+def computed_dtype(x: torch.Tensor) -> torch.dtype:
+    """What a linear layer computes `x` in: its dtype, or autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Weights `[N, K, columns]` as the kernels read them, `[N, ...]`: for each panel of columns its rows, `layout.step`
+    of them side by side in bfloat16, padded with zeros."""
+    step = layout.step if weight.dtype == torch.bfloat16 else 1
+    weight = F.pad(weight, (0, -weight.shape[2] % layout.lanes, 0, -weight.shape[1] % step))
+    columns = weight.split(layout.lanes * layout.vectors, dim=2)
+    return torch.cat([c.unflatten(1, (-1, step)).transpose(2, 3).flatten(1) for c in columns], dim=1)
+
+
+def padded(vector: torch.Tensor, lanes: int) -> torch.Tensor:
+    """A contiguous `[..., D]`, with zeros up to a multiple of `lanes`."""
+    missing = -vector.shape[-1] % lanes
+    return F.pad(vector, (0, missing)) if missing else vector.contiguous()
+
+
+def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
+
+
+def checked_sizes(*sizes: int) -> tuple[int, ...]:
+    """
+    Raises:
+        ValueError: one is more than the kernels count.
+    """
+    if max(sizes) > MOST:
+        raise ValueError(f"expected at most {MOST} rows and columns, got {sizes}")
+    return sizes

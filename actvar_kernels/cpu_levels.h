@@ -1,0 +1,71 @@
+// Compiles code once per instruction set: #define KERNEL as its header and include this. Every set gets a namespace with the
+// vectors and register tiles of cpu_vectors.h and what is in KERNEL; FOR_EVERY_LEVEL lists them, the highest last.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef uint16_t bfloat16;
+
+constexpr int padded(int count, int to) { return (count + to - 1) / to * to; }
+inline int smaller(int a, int b) { return a < b ? a : b; }
+
+#define NAMESPACE portable
+#define LANES 4
+#define VECTORS 2
+#define ROWS 4
+#define DOT 0
+#include "cpu_vectors.h"
+#include KERNEL
+#undef NAMESPACE
+#undef LANES
+#undef VECTORS
+#undef ROWS
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define NAMESPACE avx2
+#define LANES 8
+#define VECTORS 2
+#define ROWS 6
+#include "cpu_vectors.h"
+#include KERNEL
+#undef NAMESPACE
+#undef LANES
+#undef VECTORS
+#undef ROWS
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#define NAMESPACE avx512
+#define LANES 16
+#define VECTORS 4
+#define ROWS 6
+#include "cpu_vectors.h"
+#include KERNEL
+#undef NAMESPACE
+#undef DOT
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#define NAMESPACE avx512_bf16
+#define DOT 1
+#include "cpu_vectors.h"
+#include KERNEL
+#undef NAMESPACE
+#pragma GCC pop_options
+
+#define FOR_EVERY_LEVEL(X) X(portable) X(avx2) X(avx512) X(avx512_bf16)
+#else
+#define FOR_EVERY_LEVEL(X) X(portable)
+#endif
+
+}  // namespace

@@ -1,0 +1,122 @@
+// Vectors and register tiles for one instruction set. Included once per set by cpu_levels.h, which defines NAMESPACE, LANES
+// (floats of a vector), VECTORS (vectors of a full panel), ROWS (rows of a register tile) and DOT (1: products of bfloat16
+// pairs). Nothing from the standard library's templates may be used here: they would be compiled for this set for everyone.
+
+namespace NAMESPACE {
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+
+template <class V> inline V load(const void *from) {
+    V value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+template <class V> inline void store(void *to, V value) { memcpy(to, &value, sizeof value); }
+
+inline vec widened(hvec h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
+inline hvec rounded(vec x) {  // to the nearest bfloat16, ties to even; NaN stays NaN
+    uvec bits = (uvec)x;
+    uvec nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    uvec nan = (bits >> 16) | 0x40;
+    return __builtin_convertvector((uvec)(x == x ? (ivec)nearest : (ivec)nan), hvec);
+}
+
+inline vec wide(const float *from) { return load<vec>(from); }
+inline vec wide(const bfloat16 *from) { return widened(load<hvec>(from)); }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    return load<float>(&bits);
+}
+template <class T> inline T from_float(float x);
+template <> inline float from_float<float>(float x) { return x; }
+template <> inline bfloat16 from_float<bfloat16>(float x) {  // as `rounded`
+    const uint32_t bits = load<uint32_t>(&x);
+    return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40;
+}
+
+inline vec exponential(vec x) {  // relative error below 1e-7 between -87 and 88, clamped outside
+    x = x < -87.0f ? vec{} - 87.0f : x;
+    x = x > 88.0f ? vec{} + 88.0f : x;
+    vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to an integer
+    vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    vec p = r * (1.0f / 720) + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
+}
+
+inline vec gelu(vec x) {  // tanh form: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
+    return x / (1.0f + exponential(-1.5957691216057308f * x * (1.0f + 0.044715f * x * x)));
+}
+
+// How numbers of type T are multiplied: STEP of them at a time, a step of a row with a step of LANES columns.
+template <class T> struct Product;
+
+template <> struct Product<float> {
+    static constexpr int STEP = 1;
+    typedef vec Weights;
+    static inline Weights weights(const float *w) { return load<vec>(w); }
+    static inline vec add(vec sum, const float *a, Weights w) { return sum + *a * w; }
+    static inline void put(float *to, vec x) { store(to, x); }
+};
+
+#if DOT
+template <> struct Product<bfloat16> {
+    static constexpr int STEP = 2;
+    typedef __m512bh Weights;
+    static inline Weights weights(const bfloat16 *w) { return load<__m512bh>(w); }
+    static inline vec add(vec sum, const bfloat16 *a, Weights w) {
+        return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(load<int32_t>(a)), w);
+    }
+    static inline void put(bfloat16 *to, vec x) { store(to, _mm512_cvtneps_pbh((__m512)x)); }
+};
+#else
+template <> struct Product<bfloat16> {
+    static constexpr int STEP = 1;
+    typedef vec Weights;
+    static inline Weights weights(const bfloat16 *w) { return widened(load<hvec>(w)); }
+    static inline vec add(vec sum, const bfloat16 *a, Weights w) {
+        uint32_t bits = (uint32_t)*a << 16;
+        return sum + load<float>(&bits) * w;
+    }
+    static inline void put(bfloat16 *to, vec x) { store(to, rounded(x)); }
+};
+#endif
+
+// sums[r][j] += rows[r] times the panel's j-th LANES columns, over `depth` numbers.
+template <class T, int R, int V>
+inline void multiply(const T *const *rows, const T *panel, int depth, vec (&sums)[R][V]) {
+    typedef Product<T> P;
+    const int ahead = 16 * P::STEP * V * LANES;
+    for (int k = 0; k < depth; k += P::STEP) {
+        const T *step = panel + (size_t)k * V * LANES;
+        typename P::Weights w[V];
+        for (int j = 0; j < V; j++) {
+            w[j] = P::weights(step + j * LANES * P::STEP);
+            __builtin_prefetch(step + ahead + j * LANES * P::STEP);
+        }
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < V; j++) sums[r][j] = P::add(sums[r][j], rows[r] + k, w[j]);
+    }
+}
+
+// The first `columns` numbers of a vector, which may be more than it has.
+template <class T> inline void put_columns(T *to, vec x, int columns) {
+    if (columns >= LANES) return Product<T>::put(to, x);
+    if (columns <= 0) return;
+    T all[LANES];
+    Product<T>::put(all, x);
+    memcpy(to, all, columns * sizeof(T));
+}
+
+constexpr int WIDTH = LANES, PANEL = VECTORS * LANES;  // columns of a vector, of a full panel
+
+}  // namespace NAMESPACE

@@ -1,0 +1,79 @@
+// Fused expert FFN on the CPU: for every expert the rows of the tokens that chose it, up projection, GELU, and down
+// projection straight onto the tokens' sums. Tokens are split over threads, so no two threads write to a row and the
+// result does not depend on their number. cpu_kernel.py packs the weights and calls `expert_ffn`.
+
+#include <cstddef>
+#include <cstdint>
+
+namespace {
+
+struct Job {
+    const void *u;        // [tokens, channels]
+    const uint8_t *mask;  // [tokens, experts]
+    const void *weight1, *weight2;
+    const float *bias1, *bias2;  // padded like the columns of the weights
+    void *out;                   // [tokens, channels]
+    int tokens, channels, experts, width;
+};
+
+}  // namespace
+
+#define KERNEL "expert_ffn/cpu_tile.h"
+#include "../cpu_levels.h"
+
+namespace {
+
+struct Level {
+    void (*runs[2])(const Job &, int, int, char *);  // float32, bfloat16
+    void (*runs_few[2])(const Job &, char *, int);
+    int lanes;
+};
+
+#define LEVEL_OF(level)                             \
+    {{level::run<float>, level::run<bfloat16>},     \
+     {level::run_few<float>, level::run_few<bfloat16>}, \
+     level::WIDTH},
+const Level LEVELS[] = {FOR_EVERY_LEVEL(LEVEL_OF)};
+
+constexpr int FEW = 64;         // tokens up to which threads share columns
+constexpr int MOST = 512;       // tokens that go over a panel of weights while it is in the cache
+
+char *allocated(size_t bytes) { return (char *)aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
+}  // namespace
+
+// 0, or 1 when memory ran out.
+extern "C" int expert_ffn(int level, int is_bfloat16, const void *u, const void *mask, const void *weight1,
+                          const void *bias1, const void *weight2, const void *bias2, void *out, int tokens,
+                          int channels, int experts, int width, int threads) {
+    const Job job = {u,   (const uint8_t *)mask, weight1, weight2,  (const float *)bias1, (const float *)bias2,
+                     out, tokens,                channels, experts, width};
+    const int lanes = LEVELS[level].lanes;
+    const size_t sums = (size_t)4 * padded(channels, lanes), hidden = (size_t)4 * padded(width, lanes);
+    if (tokens <= FEW) {
+        char *scratch = allocated(tokens * (sums + experts * (hidden + 4)) + 4 * (size_t)experts + 64);
+        if (scratch == nullptr) return 1;
+        LEVELS[level].runs_few[is_bfloat16](job, scratch, threads);
+        free(scratch);
+        return 0;
+    }
+    int chunks = (tokens + MOST - 1) / MOST;
+    chunks = padded(chunks < threads ? threads : chunks, threads);
+    const size_t longest = (tokens + chunks - 1) / chunks;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        char *scratch = allocated(longest * (sums + hidden + 4) + 64);
+        if (scratch == nullptr) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int chunk = 0; chunk < chunks; chunk++) {
+            const int begin = (int64_t)tokens * chunk / chunks, end = (int64_t)tokens * (chunk + 1) / chunks;
+            if (scratch != nullptr && begin < end) LEVELS[level].runs[is_bfloat16](job, begin, end, scratch);
+        }
+        free(scratch);
+    }
+    return failed;
+}

@@ -1,0 +1,26 @@
+"""A linear layer; on the CPU with a weight that is packed once."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from actvar_kernels import cpu
+from actvar_kernels.backend import needs_operator
+from actvar_kernels.linear import cpu_kernel
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T + bias`.
+
+    Where kernels run in C++, so does this, in float32 or bfloat16 with sums in float32, on a packed copy of the weight;
+    otherwise it is PyTorch's.
+
+    Args:
+        x: `[..., C]`.
+        weight: `[D, C]`, a tensor that stays, since its copy is kept with it; with `bias` `[D]` in x's dtype, or in any
+            under autocast.
+    """
+    if not cpu.runs(x) or needs_operator(x, weight, bias):
+        return F.linear(x, weight, bias)
+    return cpu_kernel.linear(x.to(cpu.computed_dtype(x)), weight, bias)

@@ -1,0 +1,68 @@
+// Attention of the kept tokens over the K/V cache and their own scale on the CPU: QK norm, appending to the cache, scores,
+// softmax in float32 and values in one go for each head. cpu_kernel.py calls `subset_attention`.
+
+#include <cstddef>
+#include <cstdint>
+
+namespace {
+
+// [sequences, heads, tokens, dim] with neighbouring numbers of a token; strides count numbers.
+struct Rows {
+    void *data;
+    int64_t sequence, head, token;
+};
+
+struct Job {
+    Rows q, k, v;                // of the kept tokens; of the own scale
+    Rows keys, values;           // the cache, to which k and v are appended where `append`
+    const float *head_scale;     // [heads], or null: no QK norm
+    void *out;                   // [sequences, kept, heads, dim]
+    int sequences, heads, kept, own, cached, dim, append;
+    float scale;
+};
+
+constexpr int QUERIES = 48;  // whose scores a thread holds at a time
+
+}  // namespace
+
+#define KERNEL "subset_attention/cpu_tile.h"
+#include "../cpu_levels.h"
+
+namespace {
+
+struct Level {
+    size_t (*bytes[2])(const Job &);  // float32, bfloat16
+    void (*runs[2])(const Job &, int, int, char *);
+};
+
+#define LEVEL_OF(level) \
+    {{level::scratch_bytes<float>, level::scratch_bytes<bfloat16>}, {level::run<float>, level::run<bfloat16>}},
+const Level LEVELS[] = {FOR_EVERY_LEVEL(LEVEL_OF)};
+
+Rows rows_of(void *data, const int64_t *strides) { return {data, strides[0], strides[1], strides[2]}; }
+
+}  // namespace
+
+// Strides of q, k, v, keys and values, three each. Returns 0, or 1 when memory ran out.
+extern "C" int subset_attention(int level, int is_bfloat16, void *q, void *k, void *v, void *keys, void *values,
+                                const void *head_scale, void *out, const int64_t *strides, int sequences, int heads,
+                                int kept, int own, int cached, int dim, int append, float scale, int threads) {
+    const Job job = {rows_of(q, strides), rows_of(k, strides + 3), rows_of(v, strides + 6), rows_of(keys, strides + 9),
+                     rows_of(values, strides + 12), (const float *)head_scale, out, sequences, heads, kept, own, cached,
+                     dim, append, scale};
+    const size_t bytes = (LEVELS[level].bytes[is_bfloat16](job) + 63) / 64 * 64;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        char *scratch = (char *)aligned_alloc(64, bytes);
+        if (scratch == nullptr) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int item = 0; item < sequences * heads; item++)
+            if (scratch != nullptr) LEVELS[level].runs[is_bfloat16](job, item / heads, item % heads, scratch);
+        free(scratch);
+    }
+    return failed;
+}

@@ -1,0 +1,194 @@
+// Attention of one head for one instruction set, included by ../cpu_levels.h behind ../cpu_vectors.h.
+
+namespace NAMESPACE {
+
+template <class T> inline const T *row(const Rows &rows, int sequence, int head, int token) {
+    return (const T *)rows.data + sequence * rows.sequence + head * rows.head + token * rows.token;
+}
+
+inline float sum_of(vec x) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+inline float largest_of(vec x) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+    return x[0];
+}
+
+// A token's `dim` numbers, of length `factor` if they are to be normalised, as T with zeros up to `depth`.
+template <class T> void normalised(const T *from, bool norm, float factor, int dim, int depth, T *to) {
+    if (!norm) {
+        memcpy(to, from, dim * sizeof(T));
+    } else {
+        const int whole = dim / LANES * LANES;
+        vec squares = {};
+        for (int c = 0; c < whole; c += LANES) squares += wide(from + c) * wide(from + c);
+        float total = sum_of(squares);
+        for (int c = whole; c < dim; c++) total += to_float(from[c]) * to_float(from[c]);
+        const float length = __builtin_sqrtf(total);
+        factor /= length > 1e-12f ? length : 1e-12f;
+        for (int c = 0; c < whole; c += LANES) Product<T>::put(to + c, wide(from + c) * factor);
+        for (int c = whole; c < dim; c++) to[c] = from_float<T>(to_float(from[c]) * factor);
+    }
+    for (int c = dim; c < depth; c++) to[c] = T(0);
+}
+
+// Puts key number `token` into its panel: columns are keys, rows their numbers.
+template <class T> void pack_key(const T *key, int token, int depth, T *panels) {
+    constexpr int STEP = Product<T>::STEP;
+    T *to = panels + (size_t)(token / PANEL) * PANEL * depth + (token % PANEL) * STEP;
+    for (int c = 0; c < depth; c += STEP) memcpy(to + (size_t)c * PANEL, key + c, STEP * sizeof(T));
+}
+
+// Puts STEP values, `token` and those after it, into the panels: columns are their numbers, rows are tokens, `tokens` in
+// all. A value that is not there (null) is zero.
+template <class T> void pack_values(const T *const *step, int token, int tokens, int dim, T *panels) {
+    constexpr int STEP = Product<T>::STEP;
+    const int columns = padded(dim, LANES);
+    for (int column = 0; column < columns; column += PANEL) {
+        const int width = smaller(columns - column, PANEL), filled = smaller(dim - column, width);
+        T *to = panels + (size_t)column * tokens + (size_t)token * width;
+        if (filled < width || step[STEP - 1] == nullptr) memset(to, 0, STEP * width * sizeof(T));
+        for (int s = 0; s < STEP && step[s] != nullptr; s++)
+            for (int c = 0; c < filled; c++) to[c * STEP + s] = step[s][column + c];
+    }
+}
+
+template <class T, int V, int R = ROWS>
+void product(int count, const T *const *rows, const T *panel, int depth, float factor, float *const *out) {
+    if constexpr (R > 1)
+        if (count < R) return product<T, V, R - 1>(count, rows, panel, depth, factor, out);
+    vec sums[R][V] = {};
+    multiply<T, R, V>(rows, panel, depth, sums);
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < V; j++) store(out[r] + j * LANES, sums[r][j] * factor);
+}
+template <class T, int V = VECTORS>
+void panel_product(int vectors, int count, const T *const *rows, const T *panel, int depth, float factor,
+                   float *const *out) {
+    if constexpr (V > 1)
+        if (vectors < V) return panel_product<T, V - 1>(vectors, count, rows, panel, depth, factor, out);
+    product<T, V>(count, rows, panel, depth, factor, out);
+}
+
+// Scores to exp(score - largest), as T and padded with zeros to `depth`; returns 1 / their sum.
+template <class T> float softmax(float *scores, int tokens, int depth, T *weights) {
+    const int whole = tokens / LANES * LANES, stride = padded(tokens, LANES);
+    for (int t = tokens; t < stride; t++) scores[t] = -__builtin_inff();
+    vec largest = load<vec>(scores);
+    for (int t = LANES; t < stride; t += LANES) {
+        const vec x = load<vec>(scores + t);
+        largest = x > largest ? x : largest;
+    }
+    const float most = largest_of(largest);
+    vec total = {};
+    for (int t = 0; t < stride; t += LANES) {
+        vec x = exponential(load<vec>(scores + t) - most);
+        if (t >= whole)
+            for (int i = 0; i < LANES; i++)
+                if (t + i >= tokens) x[i] = 0;
+        total += x;
+        put_columns(weights + t, x, depth - t);
+    }
+    return 1 / sum_of(total);
+}
+
+struct Sizes {
+    int tokens, depth, columns, key_stride, weight_stride;
+};
+
+template <class T> Sizes sizes_of(const Job &job) {
+    const int tokens = job.cached + job.own;
+    return {tokens, padded(job.dim, Product<T>::STEP), padded(job.dim, LANES), padded(tokens, PANEL),
+            padded(tokens, LANES)};
+}
+
+template <class T> size_t scratch_bytes(const Job &job) {
+    const Sizes n = sizes_of<T>(job);
+    const size_t packed = (size_t)n.key_stride * n.depth + (size_t)n.weight_stride * n.columns;
+    const size_t of_query = sizeof(T) * (n.depth + n.weight_stride) + sizeof(float) * (n.key_stride + n.columns + 1);
+    return sizeof(T) * (packed + n.depth) + QUERIES * of_query + 8 * 64;
+}
+
+template <class T> T *taken(char *&scratch, size_t count) {
+    T *part = (T *)scratch;
+    scratch += (count * sizeof(T) + 63) / 64 * 64;
+    return part;
+}
+
+// One head of one sequence.
+template <class T> void run(const Job &job, int sequence, int head, char *scratch) {
+    constexpr int STEP = Product<T>::STEP;
+    const Sizes n = sizes_of<T>(job);
+    const bool norm = job.head_scale != nullptr;
+    const int rows_of_values = padded(n.tokens, STEP);
+    T *keys = taken<T>(scratch, (size_t)n.key_stride * n.depth), *values = taken<T>(scratch, (size_t)rows_of_values * n.columns);
+    T *queries = taken<T>(scratch, QUERIES * n.depth), *weights = taken<T>(scratch, QUERIES * n.weight_stride);
+    T *key = taken<T>(scratch, n.depth);
+    float *scores = taken<float>(scratch, QUERIES * n.key_stride), *sums = taken<float>(scratch, QUERIES * n.columns);
+    float *inverse = taken<float>(scratch, QUERIES);
+
+    for (int t = 0; t < n.key_stride; t++) {
+        const bool is_own = t >= job.cached;
+        if (t >= n.tokens)
+            memset(key, 0, n.depth * sizeof(T));
+        else
+            normalised(is_own ? row<T>(job.k, sequence, head, t - job.cached) : row<T>(job.keys, sequence, head, t),
+                       is_own && norm, 1, job.dim, n.depth, key);
+        pack_key(key, t, n.depth, keys);
+        if (is_own && job.append && t < n.tokens)
+            memcpy((T *)row<T>(job.keys, sequence, head, t), key, job.dim * sizeof(T));
+    }
+    for (int t = 0; t < n.tokens; t += STEP) {
+        const T *step[STEP] = {};
+        for (int s = 0; s < STEP && t + s < n.tokens; s++) {
+            const int own = t + s - job.cached;
+            step[s] = own < 0 ? row<T>(job.values, sequence, head, t + s) : row<T>(job.v, sequence, head, own);
+            if (own >= 0 && job.append)
+                memcpy((T *)row<T>(job.values, sequence, head, t + s), step[s], job.dim * sizeof(T));
+        }
+        pack_values(step, t, rows_of_values, job.dim, values);
+    }
+
+    for (int first = 0; first < job.kept; first += QUERIES) {
+        const int count = smaller(job.kept - first, QUERIES);
+        for (int i = 0; i < count; i++)
+            normalised(row<T>(job.q, sequence, head, first + i), norm, norm ? job.head_scale[head] : 1, job.dim,
+                       n.depth, queries + (size_t)i * n.depth);
+        for (int column = 0; column < n.key_stride; column += PANEL)
+            for (int i = 0; i < count; i += ROWS) {
+                const int group = smaller(count - i, ROWS);
+                const T *rows[ROWS];
+                float *out[ROWS];
+                for (int r = 0; r < group; r++) {
+                    rows[r] = queries + (size_t)(i + r) * n.depth;
+                    out[r] = scores + (size_t)(i + r) * n.key_stride + column;
+                }
+                panel_product<T>(VECTORS, group, rows, keys + (size_t)column * n.depth, n.depth, job.scale, out);
+            }
+        for (int i = 0; i < count; i++)
+            inverse[i] = softmax(scores + (size_t)i * n.key_stride, n.tokens, rows_of_values,
+                                 weights + (size_t)i * n.weight_stride);
+        for (int column = 0; column < n.columns; column += PANEL)
+            for (int i = 0; i < count; i += ROWS) {
+                const int group = smaller(count - i, ROWS), vectors = smaller(n.columns - column, PANEL) / LANES;
+                const T *rows[ROWS];
+                float *out[ROWS];
+                for (int r = 0; r < group; r++) {
+                    rows[r] = weights + (size_t)(i + r) * n.weight_stride;
+                    out[r] = sums + (size_t)(i + r) * n.columns + column;
+                }
+                panel_product<T>(vectors, group, rows, values + (size_t)column * rows_of_values, rows_of_values, 1,
+                                 out);
+            }
+        for (int i = 0; i < count; i++) {
+            T *out = (T *)job.out + (((int64_t)sequence * job.kept + first + i) * job.heads + head) * job.dim;
+            for (int c = 0; c < job.dim; c += LANES)
+                put_columns(out + c, load<vec>(sums + (size_t)i * n.columns + c) * inverse[i], job.dim - c);
+        }
+    }
+}
+
+}  // namespace NAMESPACE
