@@ -2,6 +2,7 @@
 its result (`reference.py`)."""
 
 from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, set_backend
+from actvar_kernels.conv3x3.op import conv3x3
 from actvar_kernels.cpu import runs as cpp_runs
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter, route_experts
 from actvar_kernels.linear.op import linear
@@ -18,6 +19,7 @@ __all__ = [
     "add_normalize",
     "add_normalize_route",
     "backend_of",
+    "conv3x3",
     "cpp_runs",
     "expert_ffn",
     "expert_ffn_scatter",

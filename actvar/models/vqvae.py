@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.models.quantizer import VectorQuantizer
+from actvar_kernels import conv3x3
 
 OFFICIAL_CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
 NORM_GROUPS = 32
@@ -20,13 +21,23 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=NORM_GROUPS, num_channels=channels, eps=1e-6)
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps the size of the image."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return conv3x3(x, self.weight, self.bias)
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.norm1 = _norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.norm2 = _norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         same = in_channels == out_channels
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
@@ -65,7 +76,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
@@ -104,7 +115,7 @@ class Encoder(nn.Module):
 
     def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, in_channels: int, z_channels: int):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, ch, kernel_size=3, padding=1)
+        self.conv_in = Conv3x3(in_channels, ch)
         widths, last = [ch] + [ch * m for m in ch_mult], len(ch_mult) - 1
         self.down = nn.ModuleList()
         for i in range(len(ch_mult)):
@@ -114,7 +125,7 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = Middle(widths[-1])
         self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], z_channels, kernel_size=3, padding=1)
+        self.conv_out = Conv3x3(widths[-1], z_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv_in(x)
@@ -131,7 +142,7 @@ class Decoder(nn.Module):
     def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, in_channels: int, z_channels: int):
         super().__init__()
         widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
-        self.conv_in = nn.Conv2d(z_channels, widths[-1], kernel_size=3, padding=1)
+        self.conv_in = Conv3x3(z_channels, widths[-1])
         self.mid = Middle(widths[-1])
         levels = []
         for i in range(len(ch_mult)):
@@ -141,7 +152,7 @@ class Decoder(nn.Module):
             levels.append(level)
         self.up = nn.ModuleList(levels)
         self.norm_out = _norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], in_channels, kernel_size=3, padding=1)
+        self.conv_out = Conv3x3(widths[0], in_channels)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         h = self.mid(self.conv_in(z))
@@ -183,8 +194,8 @@ class VQVAE(nn.Module):
         self.encoder = Encoder(**sizes, in_channels=in_channels, z_channels=z_channels)
         self.decoder = Decoder(**sizes, in_channels=in_channels, z_channels=z_channels)
         self.quantize = VectorQuantizer(vocab_size, z_channels, patch_nums, share_quant_resi)
-        self.quant_conv = nn.Conv2d(z_channels, z_channels, kernel_size=3, padding=1)
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, kernel_size=3, padding=1)
+        self.quant_conv = Conv3x3(z_channels, z_channels)
+        self.post_quant_conv = Conv3x3(z_channels, z_channels)
 
     def fhat_to_img(self, f_hat: torch.Tensor) -> torch.Tensor:
         """Decode quantized features `[B, Cvae, P, P]` to an image `[B, in_channels, H, W]` in [-1, 1]."""

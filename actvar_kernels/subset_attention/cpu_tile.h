@@ -42,17 +42,27 @@ template <class T> void pack_key(const T *key, int token, int depth, T *panels) 
     for (int c = 0; c < depth; c += STEP) memcpy(to + (size_t)c * PANEL, key + c, STEP * sizeof(T));
 }
 
+// LANES numbers of each of STEP rows, side by side.
+inline void interleaved(const float *const *rows, int c, float *to) { store(to, load<vec>(rows[0] + c)); }
+inline void interleaved(const bfloat16 *const *rows, int c, bfloat16 *to) {
+#if DOT
+    const uvec first = __builtin_convertvector(load<hvec>(rows[0] + c), uvec);
+    const uvec second = __builtin_convertvector(load<hvec>(rows[1] + c), uvec);
+    store(to, first | second << 16);
+#else
+    store(to, load<hvec>(rows[0] + c));
+#endif
+}
+
 // Puts STEP values, `token` and those after it, into the panels: columns are their numbers, rows are tokens, `tokens` in
-// all. A value that is not there (null) is zero.
+// all. Behind a value's `dim` numbers there is room for a vector.
 template <class T> void pack_values(const T *const *step, int token, int tokens, int dim, T *panels) {
     constexpr int STEP = Product<T>::STEP;
     const int columns = padded(dim, LANES);
     for (int column = 0; column < columns; column += PANEL) {
-        const int width = smaller(columns - column, PANEL), filled = smaller(dim - column, width);
+        const int width = smaller(columns - column, PANEL);
         T *to = panels + (size_t)column * tokens + (size_t)token * width;
-        if (filled < width || step[STEP - 1] == nullptr) memset(to, 0, STEP * width * sizeof(T));
-        for (int s = 0; s < STEP && step[s] != nullptr; s++)
-            for (int c = 0; c < filled; c++) to[c * STEP + s] = step[s][column + c];
+        for (int c = 0; c < width; c += LANES) interleaved(step, column + c, to + c * STEP);
     }
 }
 
@@ -109,7 +119,7 @@ template <class T> size_t scratch_bytes(const Job &job) {
     const Sizes n = sizes_of<T>(job);
     const size_t packed = (size_t)n.key_stride * n.depth + (size_t)n.weight_stride * n.columns;
     const size_t of_query = sizeof(T) * (n.depth + n.weight_stride) + sizeof(float) * (n.key_stride + n.columns + 1);
-    return sizeof(T) * (packed + n.depth) + QUERIES * of_query + 8 * 64;
+    return sizeof(T) * (packed + n.depth + 3 * n.columns) + QUERIES * of_query + 10 * 64;
 }
 
 template <class T> T *taken(char *&scratch, size_t count) {
@@ -126,10 +136,12 @@ template <class T> void run(const Job &job, int sequence, int head, char *scratc
     const int rows_of_values = padded(n.tokens, STEP);
     T *keys = taken<T>(scratch, (size_t)n.key_stride * n.depth), *values = taken<T>(scratch, (size_t)rows_of_values * n.columns);
     T *queries = taken<T>(scratch, QUERIES * n.depth), *weights = taken<T>(scratch, QUERIES * n.weight_stride);
-    T *key = taken<T>(scratch, n.depth);
+    T *key = taken<T>(scratch, n.depth), *value = taken<T>(scratch, STEP * n.columns), *zeros = taken<T>(scratch, n.columns);
     float *scores = taken<float>(scratch, QUERIES * n.key_stride), *sums = taken<float>(scratch, QUERIES * n.columns);
     float *inverse = taken<float>(scratch, QUERIES);
 
+    memset(value, 0, STEP * n.columns * sizeof(T));
+    memset(zeros, 0, n.columns * sizeof(T));
     for (int t = 0; t < n.key_stride; t++) {
         const bool is_own = t >= job.cached;
         if (t >= n.tokens)
@@ -141,13 +153,22 @@ template <class T> void run(const Job &job, int sequence, int head, char *scratc
         if (is_own && job.append && t < n.tokens)
             memcpy((T *)row<T>(job.keys, sequence, head, t), key, job.dim * sizeof(T));
     }
-    for (int t = 0; t < n.tokens; t += STEP) {
-        const T *step[STEP] = {};
-        for (int s = 0; s < STEP && t + s < n.tokens; s++) {
+    for (int t = 0; t < rows_of_values; t += STEP) {
+        const T *step[STEP];
+        for (int s = 0; s < STEP; s++) {
             const int own = t + s - job.cached;
+            if (t + s >= n.tokens) {
+                step[s] = zeros;
+                continue;
+            }
             step[s] = own < 0 ? row<T>(job.values, sequence, head, t + s) : row<T>(job.v, sequence, head, own);
             if (own >= 0 && job.append)
                 memcpy((T *)row<T>(job.values, sequence, head, t + s), step[s], job.dim * sizeof(T));
+            if (job.dim % LANES) {  // no vector may reach over the last value's end
+                T *copy = value + (size_t)s * n.columns;
+                memcpy(copy, step[s], job.dim * sizeof(T));
+                step[s] = copy;
+            }
         }
         pack_values(step, t, rows_of_values, job.dim, values);
     }
