@@ -113,10 +113,7 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
     else:
         rows, u = add_normalize(x, index, update, gamma1, scale2, shift2)
         update = family.dense_ffn(block, u, shared.config.num_experts)
-        if index is None:
-            x = torch.addcmul(rows, gamma2.to(update.dtype), update)
-        else:
-            x = scatter_rows(rest, index, rows, update, gamma2)
+        x = scatter_rows(rest, index, rows, update, gamma2)
 
     if shared.records is not None and scale.active:
         shared.records.append(BlockRecord(gates.block_index, scale, index, scores, u, mask, logits))

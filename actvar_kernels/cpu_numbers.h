@@ -49,4 +49,27 @@ INLINED int32_t ordered(float x) {
     return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
+// How many of the keys are at least `key`.
+INLINED int64_t reaching(const int32_t *keys, int size, int32_t key) {
+    int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int v = 0; v < size; ++v) count += keys[v] >= key;
+    return count;
+}
+
+// The largest key from `low` on of which a condition holds that holds of `low`, and of no key after one it does not
+// hold of; `high` is a key that bounds it from above.
+template <class Condition>
+INLINED int32_t last_key(int32_t low, int32_t high, Condition holds) {
+    int64_t from = low, to = int64_t(high) + 1;
+    while (to - from > 1) {
+        const int64_t middle = (from + to) >> 1;
+        if (holds(int32_t(middle)))
+            from = middle;
+        else
+            to = middle;
+    }
+    return int32_t(from);
+}
+
 }  // namespace

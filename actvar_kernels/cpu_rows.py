@@ -1,8 +1,10 @@
-"""LayerNorm, modulation and residual in C++ on the CPU: one pass over memory in place of PyTorch's several."""
+"""Selection, LayerNorm, modulation, residual and routing in C++ on the CPU: one or two passes over memory in place of
+PyTorch's several."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 
@@ -10,15 +12,13 @@ from actvar_kernels import cpu
 from actvar_kernels.backend import get_backend, needs_operator
 from actvar_kernels.token_select.reference import NORM_EPS
 
-DTYPES = cpu.DTYPES
-
 
 def runs(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether the C++ code takes these tensors under the chosen backend: on the CPU in float32 or bfloat16, where the
     registered operator need not be called; and whether it can be built, which is tried only then."""
     return (
         get_backend() in ("auto", "cpu")
-        and all(t.device.type == "cpu" and t.dtype in DTYPES for t in (x, *others))
+        and all(t.device.type == "cpu" and t.dtype in cpu.DTYPES for t in (x, *others))
         and not needs_operator(x, *others)
         and cpu.available()
     )
@@ -26,7 +26,7 @@ def runs(x: torch.Tensor, *others: torch.Tensor) -> bool:
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """As `token_select.reference.normalize_modulate`, with sums in float32."""
-    return _launch(x, None, None, None, scale, shift)[1]
+    return _normalize(x, None, None, None, scale, shift)[1]
 
 
 def add_normalize(
@@ -38,26 +38,128 @@ def add_normalize(
     shift: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `residual_norm.reference.add_normalize`, with one rounding of the sum."""
-    return _launch(x, index, update.to(x.dtype), gamma, scale, shift)
+    return _normalize(x, index, update, gamma, scale, shift)
 
 
-def _launch(x, index, update, gamma, scale, shift) -> tuple[torch.Tensor | None, torch.Tensor]:
+def add_normalize_route(
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    update: torch.Tensor,
+    gamma: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    active: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `residual_norm.reference.add_normalize_route`, with one rounding of the sum."""
+    experts = weight.shape[0]
+    mask = torch.empty(*update.shape[:2], experts, dtype=torch.bool)
+    logits = torch.empty(*update.shape[:2], experts)
+    weight, bias = _float(weight), _float(bias)
+    router = weight.data_ptr(), bias.data_ptr(), logits.data_ptr(), mask.data_ptr(), experts, active
+    return *_normalize(x, index, update, gamma, scale, shift, router), mask, logits
+
+
+def select_tokens(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    keep: int,
+    share_guidance: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`index`, `modulated` and `scores` as in `token_select.reference.select_tokens`."""
     R, L, C = x.shape
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x = _with_neighbouring_channels(x)
+    index = torch.empty(R, keep, dtype=torch.int64)
+    modulated = torch.empty(R, keep, C, dtype=x.dtype)
+    scores = torch.empty(R, L)
+    weight, bias, scale, shift = _float(weight), _float(bias), _float(scale), _float(shift)
+    tensors = (x, weight, bias, scale, shift, scores, index, modulated)
+    pointers = [t.data_ptr() for t in tensors]
+    sizes = (R, L, keep, C, x.stride(0), x.stride(1), share_guidance)
+    if _library().select_rows(x.dtype == torch.bfloat16, *pointers, *sizes, NORM_EPS, torch.get_num_threads()):
+        raise MemoryError(f"no memory for rows of {C} channels and {L} scores")
+    return index, modulated, scores
+
+
+def scatter_rows(
+    rest: torch.Tensor,
+    index: torch.Tensor | None,
+    rows: torch.Tensor,
+    update: torch.Tensor,
+    gamma: torch.Tensor,
+) -> None:
+    """As `scatter.reference.scatter_rows`, written to `rest`, with one rounding; without an index to all its rows.
+
+    Args:
+        rest: `[R, L, C]` with neighbouring channels, in the dtype of rows; the update may be in a lower one.
+    """
+    R, K, C = rows.shape
+    rows, update, gamma = rows.contiguous(), update.to(rows.dtype).contiguous(), _float(gamma)
+    index = None if index is None else index.contiguous()
+    _library().scatter_rows(
+        rows.dtype == torch.bfloat16,
+        rest.data_ptr(),
+        None if index is None else index.data_ptr(),
+        rows.data_ptr(),
+        update.data_ptr(),
+        gamma.data_ptr(),
+        *(R, K, C, rest.stride(0), rest.stride(1)),
+        torch.get_num_threads(),
+    )
+
+
+def _normalize(
+    x, index, update, gamma, scale, shift, router=(None, None, None, None, 0, 0)
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    R, L, C = x.shape
+    x = _with_neighbouring_channels(x)
     kept = L if index is None else index.shape[1]
-    out = x.new_empty(R, kept, C)
-    total = None if update is None else x.new_empty(R, kept, C)
-    # float32 copies of small tensors, which live as long as the call
-    gamma, scale, shift = (None if t is None else t.float().contiguous() for t in (gamma, scale, shift))
-    update, index = (None if t is None else t.contiguous() for t in (update, index))
-    pointers = [None if t is None else t.data_ptr() for t in (x, index, update, gamma, scale, shift, total, out)]
-    sizes = (R, kept, C, x.stride(0), x.stride(1))
-    if cpu.library().add_normalize(
-        int(x.dtype == torch.bfloat16),
-        *map(ctypes.c_void_p, pointers),
-        *map(ctypes.c_int64, sizes),
-        ctypes.c_float(NORM_EPS),
+    out = torch.empty(R, kept, C, dtype=x.dtype)
+    total = None
+    pointers = None, None, None
+    if update is not None:
+        total, gamma, update = torch.empty_like(out), _float(gamma), update.to(x.dtype).contiguous()
+        index = None if index is None else index.contiguous()
+        pointers = None if index is None else index.data_ptr(), update.data_ptr(), gamma.data_ptr()
+    scale, shift = _float(scale), _float(shift)
+    if _library().add_normalize(
+        x.dtype == torch.bfloat16,
+        x.data_ptr(),
+        *pointers,
+        scale.data_ptr(),
+        shift.data_ptr(),
+        None if total is None else total.data_ptr(),
+        out.data_ptr(),
+        *(R, kept, C, x.stride(0), x.stride(1)),
+        NORM_EPS,
+        *router,
         torch.get_num_threads(),
     ):
         raise MemoryError(f"no memory for a row of {C} channels")
     return total, out
+
+
+def _float(tensor: torch.Tensor) -> torch.Tensor:
+    """A small tensor in contiguous float32, itself where it is that; a copy has to live as long as the call."""
+    return tensor.float().contiguous()
+
+
+def _with_neighbouring_channels(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = cpu.library()
+    pointer, long, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    library.add_normalize.argtypes = (
+        [integer] + 8 * [pointer] + 5 * [long] + [real] + 4 * [pointer] + 2 * [long] + [integer]
+    )
+    library.select_rows.argtypes = [integer] + 8 * [pointer] + 6 * [long] + [integer, real, integer]
+    library.scatter_rows.argtypes = [integer] + 5 * [pointer] + 5 * [long] + [integer]
+    library.scatter_rows.restype = None
+    return library

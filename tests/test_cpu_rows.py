@@ -1,4 +1,4 @@
-"""LayerNorm, modulation and residual in C++ against float64, and when they run."""
+"""Selection, LayerNorm, modulation, residual and routing in C++ against float64, and when they run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from actvar_kernels import add_normalize, add_normalize_route, cpu, cpu_rows, normalize_modulate, route_experts
+from actvar_kernels import (
+    add_normalize,
+    add_normalize_route,
+    cpu,
+    cpu_rows,
+    normalize_modulate,
+    scatter_rows,
+    select_tokens,
+)
 from actvar_kernels.backend import using_backend
 from actvar_kernels.residual_norm import reference
+from actvar_kernels.scatter import reference as scatter_reference
 from actvar_kernels.token_select import reference as token_reference
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
@@ -87,25 +96,122 @@ def test_the_result_depends_neither_on_threads_nor_on_strides_nor_on_the_other_r
 
 def test_the_operations_take_the_code_on_the_cpu_and_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    launch = cpu_rows._launch
-    monkeypatch.setattr(cpu_rows, "_launch", lambda *args: calls.append(1) or launch(*args))
+    library = cpu_rows._library
+    monkeypatch.setattr(cpu_rows, "_library", lambda: calls.append(1) or library())
     tensors = inputs(2, 9, 5, 64, torch.float32)
-    x, scale, shift = tensors[0], tensors[4], tensors[5]
+    x, index, update, gamma, scale, shift = tensors
     weight, bias = normal(4, 64, seed=5), normal(4, seed=6)
-    for backend in ("auto", "cpu"):
+
+    def everything() -> list[Tensor]:
+        selected = select_tokens(x, weight[:1], bias[:1], scale, shift, 5)
+        routed = add_normalize_route(*tensors, weight, bias, 3)
+        rest = scatter_rows(selected.rest, index, routed.rows, update, gamma)
+        every = scatter_rows(None, None, routed.rows, update, gamma)
+        alone = normalize_modulate(x, scale, shift), *add_normalize(*tensors)
+        return [selected.index, selected.modulated, selected.scores, *routed, rest, every, *alone]
+
+    before = x.clone()
+    found = [everything()]
+    for backend in ("cpu", "reference"):
         with using_backend(backend):
-            normalize_modulate(x, scale, shift)
-            rows, u = add_normalize(*tensors)
-            routed = add_normalize_route(*tensors, weight, bias, 3)
-    assert len(calls) == 6
-    assert torch.equal(routed.rows, rows)
-    assert torch.equal(routed.u, u)
-    assert torch.equal(routed.mask, route_experts(u, weight, bias, 3)[0])
-    with using_backend("reference"):
-        normalize_modulate(x, scale, shift)
-    normalize_modulate(x.double(), scale, shift)
-    normalize_modulate(x.requires_grad_(), scale, shift)
-    assert len(calls) == 6
+            found.append(everything())
+    assert len(calls) == 12
+    for a, b, c in zip(*found, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
+    assert torch.equal(x, before)
+    x.requires_grad_()
+    assert everything()[1].requires_grad
+    assert len(calls) == 12
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("R", "L", "K", "C"), [*SHAPES, (4, 300, 225, 130)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_highest_scores_are_kept_and_their_rows_modulated(R, L, K, C, dtype, shared) -> None:
+    R += R % 2
+    x, _, _, _, scale, shift = inputs(R, L, K, C, dtype)
+    weight, bias = normal(1, C, seed=5, dtype=dtype), normal(1, seed=6, dtype=dtype)
+    index, modulated, scores = cpu_rows.select_tokens(x, weight, bias, scale, shift, K, shared)
+    exact = token_reference.select_tokens(*wide([x, weight, bias, scale, shift]), K, shared)[2]
+    torch.testing.assert_close(scores.double(), exact.double(), rtol=1e-5, atol=2e-6 * C**0.5)
+    deciding = scores[: R // 2].repeat(2, 1) if shared else scores
+    assert torch.equal(index, token_reference.top_indices(deciding, K))
+    rows = token_reference.gather_rows(x, index)
+    assert torch.equal(modulated, cpu_rows.normalize_modulate(rows, scale, shift))
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 5, 8, 9])
+def test_equal_scores_go_to_the_lower_index_and_nan_comes_first(keep: int) -> None:
+    x = normal(1, 3, 64).repeat(2, 3, 1)
+    x[1, 4] = x[1, 7] = torch.nan
+    x[1, 2] = torch.inf
+    ones = torch.ones(2, 1, 64)
+    index, _, scores = cpu_rows.select_tokens(x, normal(1, 64), torch.zeros(1), ones, ones, keep, False)
+    assert scores[0].unique().numel() == 3
+    assert torch.equal(index, token_reference.top_indices(scores, keep))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("R", "L", "K", "C"), SHAPES)
+@pytest.mark.parametrize(("experts", "active"), [(1, 1), (16, 12), (40, 7)])
+def test_the_router_reads_the_rows_as_they_are_stored(R, L, K, C, experts, active, dtype) -> None:
+    tensors = inputs(R, L, K, C, dtype)
+    weight, bias = normal(experts, C, seed=5, dtype=dtype), normal(experts, seed=6, dtype=dtype)
+    weight[experts // 2 :] = weight[: experts - experts // 2]  # equal logits
+    bias[experts // 2 :] = bias[: experts - experts // 2]
+    rows, u, mask, logits = cpu_rows.add_normalize_route(*tensors, weight, bias, active)
+    assert all(map(torch.equal, (rows, u), cpu_rows.add_normalize(*tensors)))
+    exact = u.double() @ weight.double().t() + bias.double()
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=2e-6 * C**0.5)
+    chosen = logits.sort(dim=-1, descending=True, stable=True).indices[..., :active]
+    assert torch.equal(mask, torch.zeros_like(mask).scatter_(-1, chosen, True))
+
+
+def test_experts_of_a_row_that_is_not_a_number_are_those_of_the_reference() -> None:
+    tensors = inputs(1, 6, 6, 64, torch.float32)
+    tensors[0][0, 3, 5] = torch.nan
+    weight, bias = normal(8, 64, seed=5), normal(8, seed=6)
+    expected = reference.add_normalize_route(*tensors, weight, bias, 3)
+    for found, wanted in zip(cpu_rows.add_normalize_route(*tensors, weight, bias, 3), expected, strict=True):
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("R", "L", "K", "C"), SHAPES)
+def test_updated_rows_are_put_back_and_no_other_row_is_touched(R, L, K, C, dtype) -> None:
+    rest, index, update, gamma, *_ = inputs(R, L, K, C, dtype)
+    rows = normal(R, K, C, seed=8, dtype=dtype)
+    before = rest.clone()
+    with torch.no_grad():
+        found = scatter_rows(rest, index, rows, update, gamma)
+    assert found is rest
+    exact = scatter_reference.scatter_rows(*wide([before, index, rows, update, gamma]))
+    assert_close(found, exact)
+    others = torch.ones(R, L, dtype=torch.bool).scatter(1, index, False)
+    assert torch.equal(found[others], before[others])
+    every = scatter_rows(None, None, rows, update, gamma)
+    assert torch.equal(every, token_reference.gather_rows(found, index))
+    views = before.mT.contiguous().mT  # is copied
+    assert_close(scatter_rows(views, index, rows, update, gamma), exact)
+    assert torch.equal(views, before)
+
+
+def test_selection_and_routing_depend_neither_on_threads_nor_on_strides() -> None:
+    x, index, update, *vectors = inputs(4, 30, 20, 70, torch.bfloat16)
+    weight, bias = normal(6, 70, seed=5), normal(6, seed=6)
+    apart = x.mT.contiguous().mT
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count, rows in ((1, x), (2, x), (3, apart), (3, torch.cat((x, x), dim=1)[:, 30:])):
+            torch.set_num_threads(count)
+            selected = cpu_rows.select_tokens(rows, weight[:1], bias[:1], *vectors[1:], 20, False)
+            routed = cpu_rows.add_normalize_route(rows, index, update, *vectors, weight, bias, 4)
+            found.append((*selected, *routed))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
 
 
 def test_under_autocast_an_update_in_bfloat16_is_added_to_rows_in_float32() -> None:

@@ -122,7 +122,7 @@ def expert_ffn_scatter(
             equal results. `"snap"` changes them: tokens are sorted by their experts, and every tile of 128 runs the
             `active` experts that most of its rows want (`reference.snapped`, for at most 32 experts).
 
-    On Triton it is three launches, two for `"dense"`, and `rest` is written to and returned.
+    On Triton it is three launches, two for `"dense"`, and `rest` is written to and returned, as on the CPU in C++.
 
     Raises:
         TypeError: an index that is not int64.
@@ -162,8 +162,6 @@ def _by_parts(
     if schedule == "snap":
         mask = reference.snapped(mask, active)
     update = expert_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if index is None:
-        return rows + gamma * update
     return scatter_rows(rest, index, rows, update, gamma)
 
 

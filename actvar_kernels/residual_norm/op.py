@@ -10,7 +10,6 @@ from torch.utils.flop_counter import register_flop_formula
 from actvar_kernels import cpu_rows
 from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape
-from actvar_kernels.expert_ffn.reference import route_experts
 from actvar_kernels.expert_ffn.route import MAX_EXPERTS
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm import reference
@@ -121,8 +120,7 @@ def _add_and_route(x, index, update, gamma, scale, shift, weight, bias, active) 
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
     backend = _backend("add_normalize_route", *tensors, experts=weight.shape[0])
     if backend == "cpu":
-        rows, u = cpu_rows.add_normalize(x, index, update, gamma, scale, shift)
-        return rows, u, *route_experts(u, weight, bias, active)
+        return cpu_rows.add_normalize_route(*tensors, active)
     if backend == "reference":
         return reference.add_normalize_route(*tensors, active)
     from actvar_kernels.residual_norm import triton_kernel

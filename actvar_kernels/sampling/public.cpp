@@ -37,33 +37,11 @@ INLINED float masked(float x, bool stays) {  // x or 0, without a branch
     return x;
 }
 
-INLINED int64_t reaching(const int32_t *keys, int size, int32_t key) {
-    int32_t count = 0;
-#pragma omp simd reduction(+ : count)
-    for (int v = 0; v < size; ++v) count += keys[v] >= key;
-    return count;
-}
-
 INLINED double mass_below(const int32_t *keys, const float *weights, int size, int32_t key) {
     double mass = 0;
 #pragma omp simd reduction(+ : mass)
     for (int v = 0; v < size; ++v) mass += masked(weights[v], keys[v] < key);
     return mass;
-}
-
-// The largest key from `low` on of which a condition holds that holds of `low`, and of no key after one it does not
-// hold of; `high` is a key that bounds it from above.
-template <class Condition>
-INLINED int32_t last_key(int32_t low, int32_t high, Condition holds) {
-    int64_t from = low, to = int64_t(high) + 1;
-    while (to - from > 1) {
-        const int64_t middle = (from + to) >> 1;
-        if (holds(int32_t(middle)))
-            from = middle;
-        else
-            to = middle;
-    }
-    return int32_t(from);
 }
 
 // Guided logits of a row in `out`, -inf where the filters remove them. Returns 0; or 1 with nothing filtered, where

@@ -100,15 +100,21 @@ def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
 
 def _selection_backend(x, *others) -> str:
     supported = kernel_backends(x, *others, fits=x.shape[1] <= MAX_TOKENS and x.shape[0] <= MOST_SEQUENCES)
+    supported += ("cpu",) if cpu_rows.runs(x, *others) else ()
     limits = f"float32, float16 and bfloat16, up to {MAX_TOKENS} tokens a sequence and {MOST_SEQUENCES} sequences"
     return backend_of("select_tokens", x, supported, limits)
 
 
 def _select(x, weight, bias, scale, shift, keep, share_guidance, in_place) -> tuple[torch.Tensor, ...]:
-    if _selection_backend(x, weight, bias, scale, shift) == "reference":
-        *selected, rest = reference.select_tokens(x, weight, bias, scale, shift, keep, share_guidance)
+    tensors = (x, weight, bias, scale, shift)
+    backend = _selection_backend(*tensors)
+    if backend == "cpu":
+        return *cpu_rows.select_tokens(*tensors, keep, share_guidance), x if in_place else x.clone()
+    if backend == "reference":
+        *selected, rest = reference.select_tokens(*tensors, keep, share_guidance)
         # kernels that fill `rest` must not fill x
-        return *selected, rest.clone() if x.is_cuda and get_backend() == "auto" and not in_place else rest
+        may_fill = get_backend() == "auto" if x.is_cuda else get_backend() != "reference" and not needs_operator(x)
+        return *selected, rest.clone() if may_fill and not in_place else rest
     from actvar_kernels.token_select import triton_kernel
 
     return triton_kernel.select_tokens(x, weight, bias, scale, shift, keep, share_guidance, in_place)
