@@ -174,7 +174,9 @@ def _expect_backend(name: str, device: torch.device, dtypes: Sequence[torch.dtyp
 
 def _all_checks(var, config, adapter, sampling, backends, classes) -> Iterator[Check]:
     """Those of the backends, removal, and the public class; `var` is in float32."""
-    before, dense = _fingerprint(var), _sampled(var, sampling, "dense")
+    before = _fingerprint(var)
+    with using_backend("reference"):
+        dense = _sampled(var, sampling, "dense")
     with patched_silently(var, config, adapter):
         yield from _checks_of_backends(var, config, sampling, backends, dense)
     with using_backend("reference"):

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from actvar.config import ActVARConfig
 from actvar.flops import DENSE, without_weights
+from actvar.models.vqvae import Conv3x3
 from actvar.schedule import build_schedule
 from actvar_kernels import cpp_runs
 
@@ -51,7 +52,7 @@ def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kern
     """Of a dense `var` on any device, of which only shapes and dtypes are read.
 
     Args:
-        kernels: sampling runs on the C++ kernels, which pack the layers of every block and the head.
+        kernels: sampling runs on the C++ kernels, which pack the layers of every block, the head and the decoder.
     """
     blocks, dtype = len(var.blocks), var.head.weight.dtype
     packed = 0
@@ -59,7 +60,7 @@ def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kern
         layers = [var.head]
         for block in var.blocks:
             layers += [block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2]
-        packed = sum(_bytes([layer.weight]) for layer in layers)
+        packed = sum(_bytes([layer.weight]) for layer in layers) + _transformed_bytes(vae)
     last = build_schedule(config, var.patch_nums)[-1]
     side = var.patch_nums[-1]
     f_hat = torch.empty(batch, var.Cvae, side, side, device="meta", dtype=next(vae.parameters()).dtype)
@@ -71,6 +72,12 @@ def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kern
         block=_block_bytes(var, 2 * batch, last.tokens),
         decoder=peak_live_bytes(lambda: of_vae.fhat_to_img(f_hat)),
     )
+
+
+def _transformed_bytes(vae: nn.Module) -> int:
+    """Of the decoder's convolutions: 4 x 4 numbers for a kernel of 3 x 3."""
+    weights = [m.weight for m in (vae.post_quant_conv, *vae.decoder.modules()) if isinstance(m, Conv3x3)]
+    return 16 * _bytes(weight for weight in weights if weight.shape[1] % 16 == 0) // 9
 
 
 def _block_bytes(var: nn.Module, rows: int, tokens: int) -> int:
@@ -192,8 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = resident()
     var, peak = sample(options.model, options.batch)
     peak -= before
-    kernels = options.way in ("accelerated", "ActVAR") and kernels_run(var.head.weight.dtype)
-    config = ActVARConfig() if options.way == "ActVAR" else DENSE
+    kernels = options.way not in ("public code", "dense") and kernels_run(var.head.weight.dtype)
+    config = ActVARConfig() if sampling.WAYS.index(options.way) >= sampling.WAYS.index("ActVAR") else DENSE
     parts = bound(var.vae_proxy[0], var, options.batch, config, kernels)
     figures = {"peak": peak, "bound": parts.total} | asdict(parts)
     print(json.dumps({name: value / MIB for name, value in figures.items()}))

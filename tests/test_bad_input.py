@@ -606,7 +606,7 @@ def test_sizes_that_the_cpp_kernel_cannot_count_are_refused(monkeypatch):
         pytest.skip(cpu.why_unavailable())
     monkeypatch.setattr(cpu, "MOST", 7)
     rows, mask, _, *weights = operation_arguments()["expert_ffn"]
-    with pytest.raises(ValueError, match=r"u: expected at most 7 tokens, channels.*got \(8, 8, 4, 8\)"):
+    with pytest.raises(ValueError, match=r"expected at most 7 rows and columns, got \(8, 8, 4, 8\)"):
         cpu_kernel.expert_ffn(rows, mask, *weights)
 
 

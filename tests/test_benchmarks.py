@@ -198,14 +198,18 @@ def test_the_bound_holds_weights_cache_and_the_larger_activations():
     assert plain.decoder > plain.block
     assert plain.total == plain.weights + plain.cache + plain.decoder
     packed = memory.bound(vae, var, 5, DENSE, kernels=True)
-    assert packed.total - plain.total == 4 * (3 * 12 * 128**2 + 64 * 128)  # a second copy of blocks and head
+    modules = (vae.post_quant_conv, *vae.decoder.modules())
+    kernels = [m.weight for m in modules if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    transformed = sum(16 * D * C for D, C, *_ in (kernel.shape for kernel in kernels) if C % 16 == 0)
+    # a second copy of blocks and head, and the decoder's convolutions
+    assert packed.total - plain.total == 4 * (3 * 12 * 128**2 + 64 * 128 + transformed)
     sparse = memory.bound(vae, var, 5, ActVARConfig(scales=(-2, -1), token_rates=(0.5, 0.5)), kernels=False)
     assert sparse.cache == 3 * 2 * 10 * 3 * 128 * 4
 
 
 @pytest.mark.parametrize("command", [sampling.main, scaling.main])
 def test_no_row_calls_the_reference_accelerated(command, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sampling.cpu_kernel, "why_unavailable", lambda: "no compiler")
+    monkeypatch.setattr(sampling.cpu, "why_unavailable", lambda: "no compiler")
     with pytest.raises(SystemExit):
         command(["--csv", str(tmp_path / "cpu.csv")])
     assert "rows are of the C++ kernels, which do not run here: no compiler" in capsys.readouterr().err

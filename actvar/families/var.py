@@ -109,8 +109,7 @@ def modulation(block: nn.Module, cond: torch.Tensor) -> tuple[torch.Tensor, ...]
     """gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`, of the block's condition."""
     if block.shared_aln:
         return (block.ada_gss + cond).unbind(2)
-    silu, ada = block.ada_lin
-    return linear(silu(cond), ada.weight, ada.bias).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
+    return block.ada_lin(cond).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
 
 
 def qkv_bias(block: nn.Module) -> torch.Tensor:
