@@ -66,6 +66,16 @@ class ActVARModel(nn.Module):
         ours = self.actvar.rows_are_guided and family_of(self).has_draw_and_decode(self)
         return logits if ours else logits.float()
 
+    def next_tokens(self, scale, inputs, condition, guidance, *sampling):
+        """As `actvar.models.VAR.next_tokens`; where kernels draw, guidance before the head saves half of it."""
+        if self.actvar.config.sampler == "torch":
+            return super().next_tokens(scale, inputs, condition, guidance, *sampling)
+        x = self.run_blocks(scale, inputs, condition)
+        logits = family_of(self).head_logits(self, x, condition.embedded, guidance)
+        if logits is None:
+            return self.draw(self.get_logits(x, condition.embedded), guidance, *sampling, scale)
+        return self.draw(logits, None, *sampling, scale)
+
     def draw(self, logits, guidance, top_k, top_p, rng, scale):
         """As `actvar.models.VAR.draw`, by the sampler of the configuration."""
         if self.actvar.config.sampler == "torch":

@@ -82,6 +82,7 @@ def _block_cases(R: int, C: int, scale: Scale, dtype: torch.dtype, is_last: bool
     yield "select_tokens", lambda: ops.select_tokens(x, *selector, a, b, K)
     yield "select_tokens in place", lambda: ops.select_tokens(x, *selector, a, b, K, in_place=True)
     yield "normalize_modulate", lambda: ops.normalize_modulate(x, a, b)
+    yield "normalize_modulate with guidance", lambda: ops.normalize_modulate(x, a, b, GUIDANCE)
     if is_last:
         yield "subset_attention", lambda: ops.subset_attention(q, k, v, past, scales, 1.0, keep_cache=False)
         yield "subset_attention without QK norm", lambda: ops.subset_attention(q, k, v, past, None, 0.03)
@@ -120,5 +121,6 @@ def _sampling_cases(R: int, L: int) -> Iterator:
     seed = torch.empty(1, dtype=torch.int64, device="cuda")
     noise = torch.empty(R // 2, L, VOCABULARY, device="cuda")
     yield "sample_tokens", lambda: ops.sample_tokens(logits, GUIDANCE, TOP_K, TOP_P, seed=seed)
+    yield "sample_tokens of guided logits", lambda: ops.sample_tokens(logits, None, TOP_K, TOP_P, seed=seed)
     yield "sample_tokens with a number as seed", lambda: ops.sample_tokens(logits, GUIDANCE, TOP_K, 0.0, seed=0)
     yield "sample_tokens with noise", lambda: ops.sample_tokens(logits, GUIDANCE, 0, 0.0, noise=noise)

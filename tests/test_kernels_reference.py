@@ -588,7 +588,7 @@ def gray_decoded(experts: list[bool]) -> int:
 
 
 def looped_snap(masks: list[list[bool]], active: int) -> list[list[bool]]:
-    order = sorted(range(len(masks)), key=lambda token: gray_decoded(masks[token]))
+    order = sorted(range(len(masks)), key=lambda token: (token // 4096, gray_decoded(masks[token])))
     result = {}
     for start in range(0, len(order), 128):
         tile = order[start : start + 128]
@@ -598,7 +598,7 @@ def looped_snap(masks: list[list[bool]], active: int) -> list[list[bool]]:
     return [result[token] for token in range(len(masks))]
 
 
-@pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 4, 3), (300, 1, 1), (300, 5, 2), (700, 16, 12)])
+@pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 4, 3), (300, 1, 1), (300, 5, 2), (4400, 6, 4)])
 def test_snap_gives_every_tile_of_sorted_tokens_the_experts_of_most_votes(
     tokens: int, experts: int, active: int
 ) -> None:

@@ -188,11 +188,16 @@ def attention_output(block: nn.Module, out: torch.Tensor) -> torch.Tensor:
     return linear(out, block.attn.proj.weight, block.attn.proj.bias)
 
 
-def head_logits(model: nn.Module, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor | None:
+def head_logits(
+    model: nn.Module, x: torch.Tensor, cond: torch.Tensor, guidance: float | None = None
+) -> torch.Tensor | None:
     """Logits `[R, L, V]` of the last block's output as kernels compute them, in the head's dtype, or None: the model's
-    own way. On Triton the norm before the head is one launch, if neither the head's dtype nor autocast has a say in
-    which dtype to compute in."""
-    if cpp_runs(x):
+    own way.
+
+    With `guidance` they are those after it, `[R / 2, L, V]`, which the head, a linear layer, lets through from the norm
+    before it; on Triton only. There the norm is one launch, if neither the head's dtype nor autocast has a say in which
+    dtype to compute in."""
+    if cpp_runs(x) and guidance is None:
         h = model.head_nm(x.float(), cond)
         h = h if torch.is_autocast_enabled("cpu") else h.to(model.head.weight.dtype)
         return linear(h, model.head.weight, model.head.bias)
@@ -203,7 +208,7 @@ def head_logits(model: nn.Module, x: torch.Tensor, cond: torch.Tensor) -> torch.
     ):
         return None
     scale, shift = model.head_nm.ada_lin(cond).unsqueeze(1).chunk(2, dim=-1)
-    return model.head(normalize_modulate(x, scale, shift))
+    return model.head(normalize_modulate(x, scale, shift, guidance))
 
 
 def dense_ffn(block: nn.Module, u: torch.Tensor, num_experts: int) -> torch.Tensor:

@@ -224,15 +224,15 @@ class VAR(nn.Module):
                 block.attn.kv_caching(True)
             for scale in self.scales():
                 pn = self.patch_nums[scale]
-                logits = self.predict(scale, inputs, condition)
                 if more_smooth:
-                    logits = guided(logits, cfg * scale / last)
+                    logits = guided(self.predict(scale, inputs, condition), cfg * scale / last)
                     sample_top_k_top_p(logits, top_k, top_p, rng)
                     temperature = max(0.27 * (1 - scale / last * 0.95), 0.005)
                     mixture = gumbel_softmax(logits.mul(1 + scale / last), temperature, rng)
                     codes = mixture @ vae.quantize.embedding.weight
                 else:
-                    codes = vae.quantize.embedding(self.draw(logits, cfg * scale / last, top_k, top_p, rng, scale))
+                    tokens = self.next_tokens(scale, inputs, condition, cfg * scale / last, top_k, top_p, rng)
+                    codes = vae.quantize.embedding(tokens)
                 codes = codes.transpose(1, 2).reshape(B, self.Cvae, pn, pn)
                 f_hat, following = vae.quantize.add_scale(scale, f_hat, codes)
                 inputs = following.view(B, self.Cvae, -1).transpose(1, 2)
@@ -275,6 +275,12 @@ class VAR(nn.Module):
     def decode(self, f_hat: torch.Tensor) -> torch.Tensor:
         """Images `[B, channels, H, W]` in [-1, 1] of features `[B, Cvae, side, side]`."""
         return self.vae_proxy[0].fhat_to_img(f_hat)
+
+    def next_tokens(
+        self, scale: int, inputs: torch.Tensor | None, condition: Condition, guidance: float, *sampling
+    ) -> torch.Tensor:
+        """Tokens `[B, L]` of scale number `scale`; other arguments as in `run_blocks` and `draw`."""
+        return self.draw(self.predict(scale, inputs, condition), guidance, *sampling, scale)
 
     def draw(
         self,

@@ -119,8 +119,8 @@ def expert_ffn_scatter(
         gamma: AdaLN gate of the branch, `[R, 1, C]`.
         schedule: one of `SCHEDULES`, for the Triton backend. `"dense"` runs every expert and masks, `"tile_list"` skips
             experts that no row of a tile of sorted tokens wants, `"auto"` takes one of the two by the number of tokens:
-            equal results. `"snap"` changes them: tokens are sorted by their experts, and every tile of 128 runs the
-            `active` experts that most of its rows want (`reference.snapped`, for at most 32 experts).
+            equal results. `"snap"` changes them: every 4096 tokens are sorted by their experts, and every tile of 128
+            runs the `active` experts that most of its rows want (`reference.snapped`, for at most 32 experts).
 
     On Triton it is three launches, two for `"dense"`, and `rest` is written to and returned, as on the CPU in C++.
 

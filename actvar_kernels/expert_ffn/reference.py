@@ -33,7 +33,8 @@ def expert_ffn(
     return F.linear(by_expert.flatten(-2), fc2_weight, fc2_bias)
 
 
-SNAP_TILE = 128
+SNAP_TILE, SNAP_SEGMENT = 128, 4096
+"""Tokens that share their experts under `"snap"`, and tokens that are sorted together for it."""
 
 
 def sort_key(mask: torch.Tensor) -> torch.Tensor:
@@ -44,12 +45,14 @@ def sort_key(mask: torch.Tensor) -> torch.Tensor:
 
 
 def snapped(mask: torch.Tensor, active: int) -> torch.Tensor:
-    """Masks `[..., N]` after `"snap"`: tokens in the order of `sort_key` (ties: their own order) are cut into tiles of
-    128, and each token gets the `active` experts that most tokens of its tile want (ties: the lower expert)."""
+    """Masks `[..., N]` after `"snap"`: every 4096 tokens, in the order of `sort_key` (ties: their own order), are cut
+    into tiles of 128, and each token gets the `active` experts that most tokens of its tile want (ties: the lower
+    expert)."""
     flat = mask.flatten(0, -2)
-    order = sort_key(flat).sort(stable=True).indices
     snapped = torch.empty_like(flat)
-    for tile in order.split(SNAP_TILE):
-        wanted = flat[tile].sum(dim=0).sort(descending=True, stable=True).indices[:active]
-        snapped[tile] = torch.zeros_like(flat[0]).index_fill_(0, wanted, True)
+    for first in range(0, len(flat), SNAP_SEGMENT):
+        order = first + sort_key(flat[first : first + SNAP_SEGMENT]).sort(stable=True).indices
+        for tile in order.split(SNAP_TILE):
+            wanted = flat[tile].sum(dim=0).sort(descending=True, stable=True).indices[:active]
+            snapped[tile] = torch.zeros_like(flat[0]).index_fill_(0, wanted, True)
     return snapped.view_as(mask)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from actvar_kernels import tiles
-from actvar_kernels.expert_ffn.reference import SNAP_TILE
+from actvar_kernels.expert_ffn.reference import SNAP_SEGMENT, SNAP_TILE
+from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
+
+_SNAP_TILE = tl.constexpr(SNAP_TILE)
 
 
 def expert_ffn(
@@ -71,13 +73,12 @@ def _launch(out, index, rows, gamma, u, mask, active, fc1_weight, fc1_bias, fc2_
     if schedule == "auto":
         schedule = tiles.expert_ffn_schedule(arch, T)
     aligned = all(_aligned(t) for t in (u, fc1_weight, fc2_weight))
-    rows_per_tile = SNAP_TILE if schedule == "snap" else None
-    tile = tiles.expert_ffn_tiles(arch, u.dtype, T, C, D // N, rows_per_tile, aligned)
+    tile = tiles.expert_ffn_tiles(arch, u.dtype, T, C, D // N, aligned)
     up, down = tile.up, tile.down
     if schedule == "dense":
         order, choice = None, mask
     else:
-        order, choice = _sort(mask)
+        order, choice = sort_by_experts(mask, SNAP_SEGMENT if schedule == "snap" else None)
     hidden = u.new_empty(T, D)
 
     def matrix(tensor: torch.Tensor, *block: int) -> torch.Tensor | TensorDescriptor | None:
@@ -141,115 +142,6 @@ def _aligned(tensor: torch.Tensor) -> bool:
     return tensor.storage_offset() * size % 16 == 0 and tensor.stride(0) * size % 16 == 0
 
 
-def _sort(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stable order of the tokens by `reference.sort_key`, `[T]` int32, and the experts that each token of it chose,
-    as bits, expert 0 the lowest: `[T]` int32."""
-    T, N = mask.shape
-    order, bits = mask.new_empty(T, dtype=torch.int32), mask.new_empty(T, dtype=torch.int32)
-    words = (F.pad(mask, (0, -N % 4)) if N % 4 else mask).view(torch.int32)
-    tile = tiles.SORT
-    _sort_rows[(triton.cdiv(T, tile.rows),)](
-        words,
-        order,
-        bits,
-        T,
-        WORDS=words.shape[1],
-        BLOCK_T=tile.rows,
-        CHUNK=tile.chunk,
-        num_warps=tile.warps,
-    )
-    return order, bits
-
-
-@triton.jit(do_not_specialize=["T"])
-def _sort_rows(
-    words_ptr,
-    order_ptr,
-    bits_ptr,
-    T,
-    WORDS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One block of rows finds its place among all: puts itself in order, then counts for each of its rows the tokens
-    before the block whose key is not higher and the tokens after it whose key is lower."""
-    first = tl.program_id(0) * BLOCK_T
-    local = tl.arange(0, BLOCK_T)
-    row = first + local
-    inside = row < T
-    keys = tl.where(inside, _keys(words_ptr, row, T, WORDS), 0xFFFFFFFF).to(tl.uint32)
-    rank = tl.zeros((BLOCK_T,), tl.int32)
-    for start in range(0, BLOCK_T, 16):
-        other = start + tl.arange(0, 16)
-        other_keys = tl.gather(keys, other, 0)[None, :]
-        tie = (other_keys == keys[:, None]) & (other[None, :] < local[:, None])
-        rank += tl.sum(((other_keys < keys[:, None]) | tie).to(tl.int32), 1)
-    own = tl.zeros((BLOCK_T,), tl.uint32)
-    for start in range(0, BLOCK_T, 16):
-        other = start + tl.arange(0, 16)
-        placed = tl.gather(rank, other, 0)[None, :] == local[:, None]
-        own += tl.sum(tl.where(placed, tl.gather(keys, other, 0)[None, :], 0), 1).to(tl.uint32)
-
-    others = tl.zeros((BLOCK_T,), tl.int32)
-    for start in range(0, first, CHUNK):
-        others += _count_others(words_ptr, own, start, first, False, WORDS, BLOCK_T, CHUNK)
-    for start in range(first + BLOCK_T, T, CHUNK):
-        others += _count_others(words_ptr, own, start, T, True, WORDS, BLOCK_T, CHUNK)
-    position = tl.gather(tl.cumsum(others, 0), rank, 0) + rank
-
-    bits = tl.zeros((BLOCK_T,), tl.uint32)
-    for word in tl.static_range(WORDS):
-        bits |= _packed(words_ptr + row * WORDS + word, inside, 0x01020408) << (4 * word)
-    tl.store(order_ptr + position, row, mask=inside)
-    tl.store(bits_ptr + position, bits.to(tl.int32, bitcast=True), mask=inside)
-
-
-@triton.jit
-def _packed(pointers, inside, FACTOR: tl.constexpr):
-    """Four bytes of 0 or 1 as four bits: the product moves them next to each other, from bit 24 on. 0x08040201 makes
-    the first byte the highest bit, 0x01020408 the lowest."""
-    word = tl.load(pointers, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    return (word * FACTOR) >> 24
-
-
-@triton.jit
-def _keys(words_ptr, row, end, WORDS: tl.constexpr):
-    """`reference.sort_key` as uint32; experts that were filled up as not chosen do not change the order."""
-    keys = tl.zeros(row.shape, tl.uint32)
-    for word in tl.static_range(WORDS):
-        keys = (keys << 4) | _packed(words_ptr + row * WORDS + word, row < end, 0x08040201)
-    keys ^= keys >> 1
-    keys ^= keys >> 2
-    keys ^= keys >> 4
-    keys ^= keys >> 8
-    keys ^= keys >> 16
-    return keys
-
-
-@triton.jit
-def _count_others(
-    words_ptr,
-    own,
-    start,
-    end,
-    AFTER: tl.constexpr,
-    WORDS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """How many tokens of a chunk have their place right before each of the sorted keys `own`, by binary search. Tokens
-    of an equal key come before it, or, where the chunk lies `AFTER` the block, behind."""
-    row = start + tl.arange(0, CHUNK)
-    keys = _keys(words_ptr, row, end, WORDS)
-    place = tl.zeros((CHUNK,), tl.int32)
-    for halving in tl.static_range(1, BLOCK_T.bit_length()):
-        probe = tl.gather(own, place + ((BLOCK_T >> halving) - 1), 0)
-        place += tl.where((probe <= keys) if AFTER else (probe < keys), BLOCK_T >> halving, 0)
-    probe = tl.gather(own, place, 0)
-    place += ((probe <= keys) if AFTER else (probe < keys)).to(tl.int32)
-    return tl.histogram(place, BLOCK_T, mask=(row < end) & (place < BLOCK_T))
-
-
 @triton.jit(do_not_specialize=["T"])
 def _up(
     u_ptr,
@@ -280,8 +172,7 @@ def _up(
     if order_ptr is None:
         wanted = True
     else:
-        bits = tl.load(choice_ptr + row, mask=row < T, other=0)
-        wanted = (_tile_experts(bits, ACTIVE) >> expert) & 1 != 0
+        wanted = (_tile_experts(choice_ptr, first, T, ACTIVE, BLOCK_T) >> expert) & 1 != 0
 
     if wanted:
         if order_ptr is not None:
@@ -324,11 +215,15 @@ def _up(
 
 
 @triton.jit
-def _tile_experts(bits, ACTIVE: tl.constexpr):
-    """The experts that a tile of rows runs, as bits: those that any row wants, or the `ACTIVE` that most rows want."""
+def _tile_experts(choice_ptr, first, T, ACTIVE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The experts that a tile of rows runs, as bits: those that any row wants, or the `ACTIVE` that most rows of the
+    `SNAP_TILE` around it want."""
     if ACTIVE is None:
-        return tl.reduce_or(bits, 0)
+        row = first + tl.arange(0, BLOCK_T)
+        return tl.reduce_or(tl.load(choice_ptr + row, mask=row < T, other=0), 0)
     else:
+        row = first // _SNAP_TILE * _SNAP_TILE + tl.arange(0, _SNAP_TILE)
+        bits = tl.load(choice_ptr + row, mask=row < T, other=0)
         expert = tl.arange(0, 32)
         votes = tl.sum((bits[:, None] >> expert[None, :]) & 1, 0)
         tie = (votes[None, :] == votes[:, None]) & (expert[None, :] < expert[:, None])
@@ -412,7 +307,7 @@ def _down(
     if order_ptr is None:
         experts = EXPERTS
     else:
-        live = _tile_experts(tl.load(choice_ptr + row, mask=row < T, other=0), ACTIVE)
+        live = _tile_experts(choice_ptr, first, T, ACTIVE, BLOCK_T)
         experts = tl.sum((live >> tl.arange(0, 32)) & 1, 0)
     if not DESCRIPTORS:
         h_rows = _rows(h_ptr, tl.minimum(row, T - 1), EXPERTS * WIDTH, BLOCK_H)

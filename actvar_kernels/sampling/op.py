@@ -14,7 +14,7 @@ MOST_TOKENS = 16384
 
 def sample_tokens(
     logits: torch.Tensor,
-    guidance: float,
+    guidance: float | None,
     top_k: int,
     top_p: float,
     seed: int | torch.Tensor | None = None,
@@ -39,7 +39,7 @@ def sample_tokens(
 
     Args:
         logits: `[2B, L, V]` float32, float16 or bfloat16, conditional rows first; calculated with in float32.
-        guidance: strength t of classifier-free guidance.
+        guidance: strength t of classifier-free guidance; None: logits `[B, L, V]` that are guided already.
         top_k: 0 ... V; 0 keeps all.
         top_p: 0 ... 1; 0 keeps all.
         seed: int, taken modulo 2^64, or an int64 tensor with one element on the logits' device, which a CUDA graph
@@ -56,7 +56,8 @@ def sample_tokens(
     """
     expect_shape("logits", logits, (None, None, None))
     rows, L, V = logits.shape
-    if rows % 2:
+    images = rows if guidance is None else rows // 2
+    if rows % 2 and guidance is not None:
         raise ValueError(f"logits: expected conditional and unconditional rows, got an odd number of rows, {rows}")
     if not 0 <= top_k <= V:
         raise ValueError(f"top_k: expected between 0 and {V}, got {top_k}")
@@ -65,7 +66,7 @@ def sample_tokens(
     if (seed is None) == (noise is None):
         raise ValueError(f"seed, noise: expected exactly one of them, got {'neither' if seed is None else 'both'}")
     if noise is not None:
-        expect_shape("noise", noise, (rows // 2, L, V))
+        expect_shape("noise", noise, (images, L, V))
         expect_one_device(logits, noise)
     seed_tensor, seed_number = None, 0
     if isinstance(seed, torch.Tensor):
@@ -95,15 +96,16 @@ def _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) 
         return triton_kernel.sample_tokens(logits, guidance, top_k, top_p, seed, step, noise)
     if noise is None:
         rows, L, V = logits.shape
+        shape = (rows if guidance is None else rows // 2, L, V)
         seed = seed_number if seed_tensor is None else int(seed_tensor)
-        noise = reference.uniform_noise((rows // 2, L, V), logits.device, seed, step)
+        noise = reference.uniform_noise(shape, logits.device, seed, step)
     return reference.sample_tokens(logits, guidance, top_k, top_p, noise)
 
 
 @torch.library.custom_op("actvar_kernels::sample_tokens", mutates_args=())
 def _sample_tokens(
     logits: torch.Tensor,
-    guidance: float,
+    guidance: float | None,
     top_k: int,
     top_p: float,
     seed_tensor: torch.Tensor | None,
@@ -115,6 +117,6 @@ def _sample_tokens(
 
 
 @_sample_tokens.register_fake
-def _(logits, *_):
+def _(logits, guidance, *_):
     rows, L, _ = logits.shape
-    return logits.new_empty(rows // 2, L, dtype=torch.int64)
+    return logits.new_empty(rows if guidance is None else rows // 2, L, dtype=torch.int64)

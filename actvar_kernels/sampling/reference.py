@@ -8,16 +8,20 @@ import torch
 SMALLEST, LARGEST = 1e-10, 1 - 2**-24
 
 
-def sample_tokens(logits: torch.Tensor, guidance: float, top_k: int, top_p: float, noise: torch.Tensor) -> torch.Tensor:
+def sample_tokens(
+    logits: torch.Tensor, guidance: float | None, top_k: int, top_p: float, noise: torch.Tensor
+) -> torch.Tensor:
     """One token per position, the winner of `argmax(weight / e)`, `e = -log(noise)`; the lower index on a tie."""
     weights = token_weights(logits, guidance, top_k, top_p)
     return (weights / -noise.float().clamp(SMALLEST, LARGEST).log()).argmax(dim=-1)
 
 
-def token_weights(logits: torch.Tensor, guidance: float, top_k: int, top_p: float) -> torch.Tensor:
+def token_weights(logits: torch.Tensor, guidance: float | None, top_k: int, top_p: float) -> torch.Tensor:
     """`[B, L, V]` float32: proportional to the probabilities, 0 where a token was filtered out."""
-    cond, uncond = logits.float().chunk(2)
-    guided = ((1 + guidance) * cond - guidance * uncond).masked_fill(cond == -torch.inf, -torch.inf)
+    guided = logits.float()
+    if guidance is not None:
+        cond, uncond = guided.chunk(2)
+        guided = ((1 + guidance) * cond - guidance * uncond).masked_fill(cond == -torch.inf, -torch.inf)
     highest = guided.amax(dim=-1, keepdim=True)
     weights = (guided - highest).exp()
     if top_k > 0:

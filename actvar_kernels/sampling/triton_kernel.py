@@ -1,6 +1,13 @@
-"""Guidance, top-k, top-p and the draw as one Triton launch, one position per program."""
+"""Guidance, top-k, top-p and the draw as one Triton launch, one position per program.
+
+Both filters keep the logits from some threshold on. It is searched for by passes over the logits, which stay in
+registers: each pass tries a number between two bounds, most often one that interpolation suggests. The threshold that
+is found is exact; how many passes it takes depends on the logits (`python -m benchmarks.sampler_passes`).
+"""
 
 from __future__ import annotations
+
+from statistics import NormalDist
 
 import torch
 import triton
@@ -12,17 +19,21 @@ from actvar_kernels.tiles import sampling_warps
 
 def sample_tokens(
     logits: torch.Tensor,
-    guidance: float,
+    guidance: float | None,
     top_k: int,
     top_p: float,
     seed: int | torch.Tensor,
     step: int,
     noise: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As the operation: `logits` `[2B, L, V]`, `noise` `[B, L, V]` or None, any strides; returns `[B, L]` int64."""
+    """As the operation: `logits` `[2B, L, V]`, or `[B, L, V]` without guidance, `noise` `[B, L, V]` or None, any
+    strides; returns `[B, L]` int64."""
     rows, L, V = logits.shape
-    tokens = logits.new_empty(rows // 2, L, dtype=torch.int64)
+    images = rows if guidance is None else rows // 2
+    tokens = logits.new_empty(images, L, dtype=torch.int64)
     block = max(4, triton.next_power_of_2(V))
+    share = min(max(top_k / V, 0.5 / V), 1 - 0.5 / V)
+    quantile = NormalDist().inv_cdf(1 - share)
     _sample[(tokens.numel(),)](
         logits,
         noise,
@@ -30,14 +41,17 @@ def sample_tokens(
         seed,
         logits.stride(),
         None if noise is None else noise.stride(),
-        rows // 2,
+        images,
         L,
         V,
-        1 + guidance,
-        guidance,
+        1 + (guidance or 0.0),
+        guidance or 0.0,
         top_k,
+        quantile,
+        1 / (V * NormalDist().pdf(quantile)),
         1 - top_p,
         step,
+        GUIDED=guidance is None,
         TOP_K=top_k > 0,
         TOP_P=top_p > 0,
         SMALLEST=SMALLEST,
@@ -48,15 +62,19 @@ def sample_tokens(
     return tokens
 
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
 @triton.jit(
     do_not_specialize=[
         "seed",
         "images",
         "positions",
-        "vocabulary",
         "cond_factor",
         "uncond_factor",
         "top_k",
+        "quantile",
+        "slope",
         "tail",
         "step",
     ]
@@ -74,49 +92,39 @@ def _sample(
     cond_factor,
     uncond_factor,
     top_k,
+    quantile,
+    slope,
     tail,
     step,
+    GUIDED: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
     SMALLEST: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The token of one position; `tail` is 1 - top_p, and `seed` a number or a pointer to one."""
+    """The token of one position; `tail` is 1 - top_p, and `seed` a number or a pointer to one. Of normally distributed
+    logits the `top_k`-th highest lies `quantile` deviations above the mean, and one more or less is `slope` of them."""
     row = tl.program_id(0)
     image, position = (row // positions).to(tl.int64), row % positions
     token = tl.arange(0, BLOCK)
     real = token < vocabulary
 
     cond_ptr = logits_ptr + image * logits_strides[0] + position * logits_strides[1]
-    uncond_ptr = cond_ptr + images.to(tl.int64) * logits_strides[0]
-    cond = tl.load(cond_ptr + token * logits_strides[2], mask=real, other=-float("inf")).to(tl.float32)
-    uncond = tl.load(uncond_ptr + token * logits_strides[2], mask=real, other=0.0).to(tl.float32)
-    guided = cond_factor * cond - uncond_factor * uncond
-    guided = tl.where(cond == -float("inf"), -float("inf"), guided)
-    weights = tl.exp(guided - tl.max(guided, axis=0))
-    key = _ordered(guided)
+    guided = tl.load(cond_ptr + token * logits_strides[2], mask=real, other=-float("inf")).to(tl.float32)
+    if not GUIDED:
+        uncond_ptr = cond_ptr + images.to(tl.int64) * logits_strides[0]
+        uncond = tl.load(uncond_ptr + token * logits_strides[2], mask=real, other=0.0).to(tl.float32)
+        cond = guided
+        guided = tl.where(cond == -float("inf"), -float("inf"), cond_factor * cond - uncond_factor * uncond)
+    highest = tl.max(guided, axis=0)
 
     if TOP_K:
-        threshold, bit = _bisection_start()
-        kept = vocabulary
-        while (bit != 0) & (kept != top_k):
-            trial = threshold | bit
-            reached = tl.sum((key >= trial).to(tl.int32), axis=0)
-            threshold = tl.where(reached >= top_k, trial, threshold)
-            kept = tl.where(reached >= top_k, reached, kept)
-            bit = bit >> 1
-        weights = tl.where(key >= threshold, weights, 0.0)
+        threshold = _top_k_threshold(guided, highest, vocabulary, top_k, quantile, slope)
+    else:
+        threshold = tl.min(tl.where(guided > -float("inf"), guided, highest), axis=0)
     if TOP_P:
-        removable = tail * tl.sum(weights, axis=0)
-        threshold, bit = _bisection_start()
-        for _ in range(32):
-            trial = threshold | bit
-            removed = tl.sum(tl.where(key < trial, weights, 0.0), axis=0)
-            threshold = tl.where(removed <= removable, trial, threshold)
-            bit = bit >> 1
-        threshold = tl.minimum(threshold, tl.max(key, axis=0))
-        weights = tl.where(key >= threshold, weights, 0.0)
+        threshold = _top_p_threshold(guided, highest, threshold, tail)
 
     if noise_ptr is None:
         if seed.dtype.is_ptr():
@@ -126,7 +134,120 @@ def _sample(
         noise_ptr += image * noise_strides[0] + position * noise_strides[1]
         uniform = tl.load(noise_ptr + token * noise_strides[2], mask=real, other=0.5).to(tl.float32)
     uniform = tl.minimum(tl.maximum(uniform, SMALLEST), LARGEST)
-    tl.store(tokens_ptr + row, tl.argmax(weights / -tl.log(uniform), axis=0))
+    # argmax(p / e) as argmin(e / p)
+    race = -tl.log2(uniform) * tl.exp2((highest - guided) * _LOG2_E)
+    tl.store(tokens_ptr + row, tl.argmin(tl.where(guided >= threshold, race, float("inf")), axis=0))
+
+
+@triton.jit
+def _top_k_threshold(x, highest, count, k, quantile, slope):
+    """A number that the k highest of `x`, and those equal to the lowest of them, reach, and no others; the lowest but
+    -inf where not more than k are finite. `count` numbers are no padding."""
+    finite = x > -float("inf")
+    below = tl.where(finite, x - highest, 0.0)
+    mean = tl.sum(below, axis=0) / count
+    deviation = tl.sqrt(tl.maximum(tl.sum(below * below, axis=0) / count - mean * mean, 0.0))
+
+    low = tl.min(tl.where(finite, x, highest), axis=0)  # at least k reach it, as far as there are so many
+    reach_low = count
+    high = highest + 0.01 * (highest - low)  # fewer than k reach it
+    reach_high = 0
+    trial = highest + mean + quantile * deviation
+    passes = 0
+    searching = reach_low > k
+    while searching:
+        trial = tl.where((low < trial) & (trial < high), trial, 0.5 * low + 0.5 * high)
+        if (low < trial) & (trial < high):
+            reach = _reaching(x, trial)
+            passes += 1
+            low = tl.where(reach >= k, trial, low)
+            reach_low = tl.where(reach >= k, reach, reach_low)
+            high = tl.where(reach >= k, high, trial)
+            reach_high = tl.where(reach >= k, reach_high, reach)
+            if (reach_low != k) & ((reach_low - reach_high <= 8) | (passes % 8 == 0)):
+                # few are left between the bounds: look at the lowest of them
+                lowest, next_lowest, reach = _step_up(x, low)
+                low = tl.where(reach >= k, next_lowest, lowest)
+                reach_low = tl.where(reach >= k, reach, k)  # where fewer are above it, it is the one
+            searching = reach_low != k
+            if passes == 1:
+                trial += (reach - k).to(tl.float32) * slope * deviation
+            elif passes % 4 == 3:
+                trial = 0.5 * low + 0.5 * high
+            else:
+                trial = low + (high - low) * (reach_low - k + 0.5) / (reach_low - reach_high)
+        else:
+            searching = False  # no number lies between the bounds: those from the lower one on are equal to it
+    return low
+
+
+@triton.jit
+def _top_p_threshold(x, highest, threshold, tail):
+    """A number that those reach which stay: of `x` from the finite `threshold` on, weighed by `exp(x)`, the lowest that
+    together have no more than `tail` of the weight go, equal ones together, but never the highest."""
+    weights = tl.where(x >= threshold, tl.exp2((x - highest) * _LOG2_E), 0.0)
+    total = tl.sum(weights, axis=0)
+    removable = tail * total
+    low = threshold  # no more than `removable` below
+    mass_low = 0.0
+    high, mass_high = highest, total  # more below, or the highest
+    passes = 0
+    # whatever is lowest from `low` on has at least this weight
+    searching = mass_low + tl.exp2((low - highest) * _LOG2_E) <= removable
+    while searching:
+        middle = 0.5 * low + 0.5 * high
+        trial = middle
+        if passes % 3 == 1:
+            trial = low + (high - low) * (removable - mass_low) / (mass_high - mass_low)
+        elif (passes % 3 == 2) & (mass_low > 0):
+            base = tl.log2(mass_low)
+            trial = low + (high - low) * (tl.log2(removable) - base) / (tl.log2(mass_high) - base)
+        trial = tl.where((low < trial) & (trial < high), trial, middle)
+        if (low < trial) & (trial < high):
+            mass = _mass_below(x, weights, trial)
+            passes += 1
+            mass_high = tl.where(mass <= removable, mass_high, mass)
+            high = tl.where(mass <= removable, high, trial)
+            mass_low = tl.where(mass <= removable, mass, mass_low)
+            low = tl.where(mass <= removable, trial, low)
+            searching = mass_low + tl.exp2((low - highest) * _LOG2_E) <= removable
+            if searching & (passes % 4 == 0):
+                lowest, next_lowest, mass = _weigh_lowest(x, weights, low)
+                searching = mass <= removable
+                mass_low = tl.where(searching, mass, mass_low)
+                low = tl.where(searching, next_lowest, lowest)
+        else:
+            searching = False
+    return tl.minimum(low, highest)
+
+
+@triton.jit
+def _reaching(x, trial):
+    """How many of `x` are `trial` or higher."""
+    return tl.sum((x >= trial).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _mass_below(x, weights, trial):
+    """What those of `x` that are lower than `trial` weigh together."""
+    return tl.sum(tl.where(x < trial, weights, 0.0), axis=0)
+
+
+@triton.jit
+def _step_up(x, low):
+    """The lowest of `x` from `low` on, the next one that differs, and how many are higher than the first."""
+    lowest = tl.min(tl.where(x >= low, x, float("inf")), axis=0)
+    higher = x > lowest
+    return lowest, tl.min(tl.where(higher, x, float("inf")), axis=0), tl.sum(higher.to(tl.int32), axis=0)
+
+
+@triton.jit
+def _weigh_lowest(x, weights, low):
+    """The lowest of `x` from `low` on, the next one that differs, and what all up to the first weigh together."""
+    lowest = tl.min(tl.where(x >= low, x, float("inf")), axis=0)
+    higher = x > lowest
+    mass = tl.sum(tl.where(higher, 0.0, weights), axis=0)
+    return lowest, tl.min(tl.where(higher, x, float("inf")), axis=0), mass
 
 
 @triton.jit
@@ -135,16 +256,3 @@ def _uniform(seed, row, step, BLOCK: tl.constexpr):
     first, second, third, fourth = tl.philox(seed, tl.arange(0, BLOCK // 4), row, step, 0)
     bits = tl.join(tl.join(first, third), tl.join(second, fourth))
     return tl.uint_to_uniform_float(tl.reshape(bits, (BLOCK,)))
-
-
-@triton.jit
-def _ordered(x):
-    """Unsigned integers in the order of the float32 numbers `x`; equal for 0 and -0."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)
-    return bits ^ tl.where(bits >> 31 == 0, 0x80000000, 0xFFFFFFFF)
-
-
-@triton.jit
-def _bisection_start():
-    """Threshold and highest bit of a search, bit by bit, for the largest `trial` of which a condition holds."""
-    return tl.full((), 0, tl.uint32), tl.full((), 0x80000000, tl.uint32)

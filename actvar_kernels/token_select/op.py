@@ -77,12 +77,16 @@ def select_tokens(
     return Selection(index, modulated, scores, x if in_place else rest)
 
 
-def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`LN(x) * (1 + scale) + shift` in float32 (float64 for a float64 x), returned in x's dtype.
+def normalize_modulate(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None = None
+) -> torch.Tensor:
+    """`y = LN(x) * (1 + scale) + shift` in float32 (float64 for a float64 x), returned in x's dtype.
 
     Args:
         x: `[R, K, C]`.
         scale, shift: `[R, 1, C]`.
+        guidance: strength t of classifier-free guidance: `(1 + t) * y[:R // 2] - t * y[R // 2:]` is returned instead,
+            so that a linear layer that follows has half the rows.
 
     Raises:
         ValueError: shapes or devices that do not fit.
@@ -91,11 +95,13 @@ def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
     expect_shape("x", x, (None, None, None))
     expect_shape("scale", scale, (x.shape[0], 1, x.shape[2]))
     expect_shape("shift", shift, (x.shape[0], 1, x.shape[2]))
+    if guidance is not None and x.shape[0] % 2:
+        raise ValueError(f"x: expected conditional and unconditional rows, got an odd number of rows, {x.shape[0]}")
     tensors = (x, scale, shift)
     expect_one_device(*tensors)
     if _norm_backend(*tensors) == "triton" and needs_operator(*tensors):
-        return torch.ops.actvar_kernels.normalize_modulate(*tensors)
-    return _normalize(*tensors)
+        return torch.ops.actvar_kernels.normalize_modulate(*tensors, guidance)
+    return _normalize(*tensors, guidance)
 
 
 def _selection_backend(x, *others) -> str:
@@ -168,25 +174,28 @@ def _norm_backend(*tensors) -> str:
     return backend_of("normalize_modulate", tensors[0], supported, limits)
 
 
-def _normalize(x, scale, shift) -> torch.Tensor:
+def _normalize(x, scale, shift, guidance) -> torch.Tensor:
     backend = _norm_backend(x, scale, shift)
-    if backend == "cpu":
+    if backend == "cpu" and guidance is None:
         return cpu_rows.normalize_modulate(x, scale, shift)
-    if backend == "reference":
-        return reference.normalize_modulate(x, scale, shift)
+    if backend != "triton":
+        return reference.normalize_modulate(x, scale, shift, guidance)
     from actvar_kernels.token_select import triton_kernel
 
-    return triton_kernel.normalize_modulate(x, scale, shift)
+    return triton_kernel.normalize_modulate(x, scale, shift, guidance)
 
 
 @torch.library.custom_op("actvar_kernels::normalize_modulate", mutates_args=())
-def _normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    return _normalize(x, scale, shift)
+def _normalize_modulate(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None
+) -> torch.Tensor:
+    return _normalize(x, scale, shift, guidance)
 
 
 @_normalize_modulate.register_fake
-def _(x, scale, shift):
-    return x.new_empty(x.shape)
+def _(x, scale, shift, guidance):
+    R, K, C = x.shape
+    return x.new_empty(R if guidance is None else R // 2, K, C)
 
 
 register_reference_gradient(_normalize_modulate, reference.normalize_modulate)

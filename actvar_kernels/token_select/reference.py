@@ -63,8 +63,14 @@ def _scored(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[
     return normalized, (normalized.float() * weight.float()).sum(dim=-1) + bias.float()
 
 
-def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    return _modulated(_normalized(x), scale, shift).to(x.dtype)
+def normalize_modulate(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None = None
+) -> torch.Tensor:
+    modulated = _modulated(_normalized(x), scale, shift)
+    if guidance is not None:
+        cond, uncond = modulated.chunk(2)
+        modulated = (1 + guidance) * cond - guidance * uncond
+    return modulated.to(x.dtype)
 
 
 def _normalized(x: torch.Tensor) -> torch.Tensor:

@@ -57,13 +57,15 @@ def select_tokens(
     return index, modulated, scores, x if in_place else rest
 
 
-def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def normalize_modulate(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None
+) -> torch.Tensor:
     """As `reference.normalize_modulate`."""
     R, K, C = x.shape
     x, scale, shift = channels_last(x, scale, shift)
-    out = x.new_empty(R, K, C)
+    out = x.new_empty(R if guidance is None else R // 2, K, C)
     tiles = row_tiles(R * K, C)
-    _normalize_modulate[(triton.cdiv(K, tiles.rows), R)](
+    _normalize_modulate[(triton.cdiv(K, tiles.rows), out.shape[0])](
         x,
         scale,
         shift,
@@ -72,6 +74,8 @@ def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
         scale.stride(),
         shift.stride(),
         K,
+        guidance or 0.0,
+        GUIDED=guidance is not None,
         C=C,
         BLOCK_C=triton.next_power_of_2(C),
         ROWS=tiles.rows,
@@ -187,7 +191,7 @@ def descending_key(score):
     return tl.where(score == score, key, _HIGHEST)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "guidance"])
 def _normalize_modulate(
     x_ptr,
     scale_ptr,
@@ -197,6 +201,8 @@ def _normalize_modulate(
     scale_strides,
     shift_strides,
     length,
+    guidance,
+    GUIDED: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -205,10 +211,17 @@ def _normalize_modulate(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
     inside = channel < C
-    x = load_rows(x_ptr, x_strides, sequence, row, row < length, channel, inside).to(tl.float32)
-    scale = load_vector(scale_ptr, scale_strides, sequence, channel, inside)
-    shift = load_vector(shift_ptr, shift_strides, sequence, channel, inside)
-    out = normalized(x, inside, C) * (1.0 + scale)[None, :] + shift[None, :]
+    out = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for half in tl.static_range(2 if GUIDED else 1):
+        source = sequence + half * tl.num_programs(1)
+        x = load_rows(x_ptr, x_strides, source, row, row < length, channel, inside).to(tl.float32)
+        scale = load_vector(scale_ptr, scale_strides, source, channel, inside)
+        shift = load_vector(shift_ptr, shift_strides, source, channel, inside)
+        y = normalized(x, inside, C) * (1.0 + scale)[None, :] + shift[None, :]
+        if GUIDED:
+            out += (1.0 + guidance if half == 0 else -guidance) * y
+        else:
+            out = y
     target = (sequence.to(tl.int64) * length + row)[:, None] * C + channel[None, :]
     tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=(row < length)[:, None] & inside[None, :])
 

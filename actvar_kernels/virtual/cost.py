@@ -19,10 +19,11 @@ Arguments = Mapping[str, object]
 # Share of the (tile, expert) blocks that run, given the tokens and the rows of a tile.
 Share = Callable[[int, int], float]
 
-# Executed per (token, program) of `_sort_rows` and per pair of logits of `_sample`, with the trips of their loops: read
-# off the machine code that Triton 3.7.1 makes for sm_90.
+# Executed per (token, program) of `_sort_rows` and per guided logit of `_sample`: read off the machine code that Triton
+# makes for sm_90. The second is 91 outside the loops and 5.7 in each of about 16 passes
+# (`benchmarks/sampler_passes.py`).
 SORT_INSTRUCTIONS = 160
-SAMPLE_INSTRUCTIONS = 300
+SAMPLE_INSTRUCTIONS = 182
 
 
 class Cost(NamedTuple):
@@ -93,12 +94,14 @@ def _attention(a: Arguments, _share: Share) -> Cost:
 
 
 def _sort(a: Arguments, _share: Share) -> Cost:
-    programs = math.ceil(a["T"] / a["BLOCK_T"])
-    return Cost(_bytes(a), instructions=SORT_INSTRUCTIONS * a["T"] * programs)
+    programs, others = math.ceil(a["T"] / a["BLOCK_T"]), min(a["T"], a["segment"])
+    return Cost(_bytes(a), instructions=SORT_INSTRUCTIONS * others * programs)
 
 
 def _sample(a: Arguments, _share: Share) -> Cost:
-    return Cost(_bytes(a), instructions=SAMPLE_INSTRUCTIONS * math.prod(a["logits_ptr"].shape) // 2)
+    return Cost(
+        _bytes(a), instructions=SAMPLE_INSTRUCTIONS * math.prod(a["tokens_ptr"].shape) * a["logits_ptr"].shape[2]
+    )
 
 
 def _up(a: Arguments, share: Share) -> Cost:

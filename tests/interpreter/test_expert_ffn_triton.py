@@ -12,6 +12,7 @@ from torch import Tensor
 from actvar_kernels import BackendUnavailableError, expert_ffn, expert_ffn_scatter, tiles
 from actvar_kernels.expert_ffn import reference, triton_kernel
 from actvar_kernels.expert_ffn.op import expert_ffn_flops, expert_ffn_scatter_flops
+from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
 from actvar_kernels.scatter.reference import scatter_rows
 from actvar_kernels.tiles import ExpertTiles, ProductTiles, SortTiles
 
@@ -20,6 +21,7 @@ PRODUCTS = dict(up=ProductTiles(32, 16, 64, 4, 1), down=ProductTiles(64, 0, 16, 
 VARIANTS = {
     "pointers": ExpertTiles(rows=128, **PRODUCTS, descriptors=False),
     "descriptors": ExpertTiles(rows=128, **PRODUCTS, descriptors=True),
+    "half a snapped tile": ExpertTiles(rows=64, **PRODUCTS, descriptors=False),
 }
 
 
@@ -177,11 +179,15 @@ MASKS = {
 
 
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (64, 1), (65, 16), (300, 5), (300, 32)])
-def test_the_sort_is_the_stable_sort_by_key(small_sort_blocks, grid_order, kind, tokens, experts):
+@pytest.mark.parametrize(
+    ("tokens", "experts", "segment"),
+    [(1, 4, None), (64, 1, None), (65, 16, None), (300, 5, None), (300, 32, None), (300, 16, 128), (256, 16, 64)],
+)
+def test_the_sort_is_the_stable_sort_by_key(small_sort_blocks, grid_order, kind, tokens, experts, segment):
     mask = MASKS[kind](tokens, experts)
-    order, bits = triton_kernel._sort(mask.view(torch.uint8))
-    expected = reference.sort_key(mask).sort(stable=True).indices
+    order, bits = sort_by_experts(mask.view(torch.uint8), segment)
+    keys = reference.sort_key(mask) + torch.arange(tokens) // (segment or tokens) * 2**32
+    expected = keys.sort(stable=True).indices
     assert torch.equal(order.long(), expected)
     powers = 2 ** torch.arange(experts)
     assert torch.equal(bits.long() % 2**32, (mask[expected] * powers).sum(dim=1))
@@ -324,12 +330,12 @@ def test_tables_give_tiles_that_fit_any_model(arch, dtype):
             width = 4 * C // experts
             for tokens in (1, 384, 3072, 24576):
                 assert tiles.expert_ffn_schedule(arch, tokens) in ("dense", "tile_list")
-                tile = tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, None, True)
+                tile = tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, True)
                 columns = tile.up.columns + tile.up.tail
                 if tile.descriptors:
                     assert arch in (90, 100)
                     assert width % columns == width % tile.down.depth == 0
                 elif width % 32 == 0:
                     assert columns <= width or columns == 16
-                assert tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, 128, True).rows == reference.SNAP_TILE
-                assert not tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, None, False).descriptors
+                assert reference.SNAP_TILE % tile.rows == 0
+                assert not tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, False).descriptors

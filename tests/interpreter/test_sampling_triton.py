@@ -55,6 +55,42 @@ def test_logits_and_noise_may_have_any_strides() -> None:
     assert torch.equal(tokens, reference.sample_tokens(logits.contiguous(), 1.0, 9, 0.9, noise.contiguous()))
 
 
+def test_logits_that_are_guided_already() -> None:
+    logits, noise = logits_of(2, 3, 100), uniform(4, 3, 100)
+    tokens = sample_tokens(logits, None, 20, 0.9, noise=noise)
+    assert torch.equal(tokens, reference.sample_tokens(logits, None, 20, 0.9, noise))
+    pairs = torch.cat((logits, torch.zeros_like(logits)))
+    assert torch.equal(tokens, sample_tokens(pairs, 0.0, 20, 0.9, noise=noise))
+    assert torch.equal(sample_tokens(logits, None, 0, 0.9, seed=5), sample_tokens(pairs, 0.0, 0, 0.9, seed=5))
+
+
+HARD = {
+    "two values": lambda V: (torch.arange(V) % 3 == 0).float(),
+    "two clusters": lambda V: torch.where(torch.arange(V) % 4 == 0, 12.0, 0.0) + normal(V, dtype=torch.float32),
+    "all equal": lambda V: torch.full((V,), 2.0),
+    "one far above": lambda V: torch.where(torch.arange(V) == 7, 1e30, normal(V, dtype=torch.float32)),
+    "tiny differences": lambda V: 1 + normal(V, std=1e-6, dtype=torch.float32),
+    "steps of bfloat16": lambda V: normal(V, std=0.5).bfloat16().float(),
+    "mostly minus infinity": lambda V: torch.where(
+        torch.arange(V) % 9 == 0, normal(V, dtype=torch.float32), -torch.inf
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 0.0), (150, 0.0), (511, 0.9), (150, 0.96), (0, 0.5), (0, 0.999)])
+def test_the_thresholds_are_found_whatever_the_logits(kind: str, top_k: int, top_p: float) -> None:
+    """The noise lets the lowest logit win that is not filtered out."""
+    logits = HARD[kind](512)
+    rank = logits.argsort().argsort()
+    noise = torch.exp(-torch.exp(-20.0 + 0.1 * rank)).expand(1, 1, 512)
+    logits = logits.expand(1, 1, 512)
+    assert torch.equal(
+        sample_tokens(logits, None, top_k, top_p, noise=noise),
+        reference.sample_tokens(logits, None, top_k, top_p, noise),
+    )
+
+
 def unguided(logits: Tensor) -> Tensor:
     """`[2, 1, V]` whose guided logits are `logits` `[V]` at guidance 0."""
     return torch.stack((logits, torch.zeros_like(logits))).unsqueeze(1)

@@ -216,6 +216,20 @@ def test_normalize_modulate_in_any_grid_order(
     assert_close(out, *exact_and_tolerance(reference.normalize_modulate, x, scale, shift))
 
 
+def test_guidance_takes_conditional_and_unconditional_rows_together(grid_order) -> None:
+    x, scale, shift = (
+        normal(*shape, seed=seed, dtype=torch.float32) for seed, shape in enumerate([(6, 5, 20), *[(6, 1, 20)] * 2])
+    )
+    out = normalize_modulate(x, scale, shift, 1.5)
+    assert out.shape == (3, 5, 20)
+    assert_close(out, *exact_and_tolerance(lambda *t: reference.normalize_modulate(*t, 1.5), x, scale, shift))
+    y = normalize_modulate(x, scale, shift)
+    torch.testing.assert_close(out, 2.5 * y[:3] - 1.5 * y[3:])
+    torch.library.opcheck(torch.ops.actvar_kernels.normalize_modulate.default, (x, scale, shift, 1.5))
+    with pytest.raises(ValueError, match="x: expected conditional and unconditional rows"):
+        normalize_modulate(x[:5], scale[:5], shift[:5], 1.5)
+
+
 def test_normalize_modulate_of_float32_rows_with_modulation_in_half_precision() -> None:
     x, _, _, scale, shift = inputs(2, 5, 20)
     scale, shift = scale.half(), shift.half()
@@ -240,7 +254,8 @@ def test_the_operators_pass_the_checks_of_torch(monkeypatch: pytest.MonkeyPatch)
     for in_place in (False, True):
         arguments = (x, weight, bias, scale, shift) if not in_place else inputs(2, 4, 8)
         torch.library.opcheck(operators.select_tokens.default, (*arguments, 3, True, in_place))
-    torch.library.opcheck(operators.normalize_modulate.default, (x, scale, shift))
+    for guidance in (None, 1.5):
+        torch.library.opcheck(operators.normalize_modulate.default, (x, scale, shift, guidance))
 
 
 def test_a_compiled_call_gives_the_same() -> None:

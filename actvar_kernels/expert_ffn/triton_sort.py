@@ -1,0 +1,130 @@
+"""The sort of the tokens by their experts as one Triton launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional as F
+
+from actvar_kernels import tiles
+
+
+def sort_by_experts(mask: torch.Tensor, segment: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The stable order of the tokens by `reference.sort_key`, and the experts that each token of it chose.
+
+    Args:
+        mask: `[T, N]` uint8, 0 or 1.
+        segment: so many tokens at a time are sorted, a multiple of the rows of `tiles.SORT`; None: all.
+
+    Returns:
+        order `[T]` int32; experts as bits, expert 0 the lowest, `[T]` int32.
+    """
+    T, N = mask.shape
+    order, bits = mask.new_empty(T, dtype=torch.int32), mask.new_empty(T, dtype=torch.int32)
+    words = (F.pad(mask, (0, -N % 4)) if N % 4 else mask).view(torch.int32)
+    tile = tiles.SORT
+    _sort_rows[(triton.cdiv(T, tile.rows),)](
+        words,
+        order,
+        bits,
+        T,
+        T if segment is None else segment,
+        WORDS=words.shape[1],
+        BLOCK_T=tile.rows,
+        CHUNK=tile.chunk,
+        num_warps=tile.warps,
+    )
+    return order, bits
+
+
+@triton.jit(do_not_specialize=["T", "segment"])
+def _sort_rows(
+    words_ptr,
+    order_ptr,
+    bits_ptr,
+    T,
+    segment,
+    WORDS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One block of rows finds its place in its segment: puts itself in order, then counts for each of its rows the
+    tokens before the block whose key is not higher and the tokens after it whose key is lower."""
+    first = tl.program_id(0) * BLOCK_T
+    begin = first // segment * segment
+    end = tl.minimum(begin + segment, T)
+    local = tl.arange(0, BLOCK_T)
+    row = first + local
+    inside = row < T
+    keys = tl.where(inside, _keys(words_ptr, row, T, WORDS), 0xFFFFFFFF).to(tl.uint32)
+    rank = tl.zeros((BLOCK_T,), tl.int32)
+    for start in range(0, BLOCK_T, 16):
+        other = start + tl.arange(0, 16)
+        other_keys = tl.gather(keys, other, 0)[None, :]
+        tie = (other_keys == keys[:, None]) & (other[None, :] < local[:, None])
+        rank += tl.sum(((other_keys < keys[:, None]) | tie).to(tl.int32), 1)
+    own = tl.zeros((BLOCK_T,), tl.uint32)
+    for start in range(0, BLOCK_T, 16):
+        other = start + tl.arange(0, 16)
+        placed = tl.gather(rank, other, 0)[None, :] == local[:, None]
+        own += tl.sum(tl.where(placed, tl.gather(keys, other, 0)[None, :], 0), 1).to(tl.uint32)
+
+    others = tl.zeros((BLOCK_T,), tl.int32)
+    for start in range(begin, first, CHUNK):
+        others += _count_others(words_ptr, own, start, first, False, WORDS, BLOCK_T, CHUNK)
+    for start in range(first + BLOCK_T, end, CHUNK):
+        others += _count_others(words_ptr, own, start, end, True, WORDS, BLOCK_T, CHUNK)
+    position = begin + tl.gather(tl.cumsum(others, 0), rank, 0) + rank
+
+    bits = tl.zeros((BLOCK_T,), tl.uint32)
+    for word in tl.static_range(WORDS):
+        bits |= _packed(words_ptr + row * WORDS + word, inside, 0x01020408) << (4 * word)
+    tl.store(order_ptr + position, row, mask=inside)
+    tl.store(bits_ptr + position, bits.to(tl.int32, bitcast=True), mask=inside)
+
+
+@triton.jit
+def _packed(pointers, inside, FACTOR: tl.constexpr):
+    """Four bytes of 0 or 1 as four bits: the product moves them next to each other, from bit 24 on. 0x08040201 makes
+    the first byte the highest bit, 0x01020408 the lowest."""
+    word = tl.load(pointers, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    return (word * FACTOR) >> 24
+
+
+@triton.jit
+def _keys(words_ptr, row, end, WORDS: tl.constexpr):
+    """`reference.sort_key` as uint32; experts that were filled up as not chosen do not change the order."""
+    keys = tl.zeros(row.shape, tl.uint32)
+    for word in tl.static_range(WORDS):
+        keys = (keys << 4) | _packed(words_ptr + row * WORDS + word, row < end, 0x08040201)
+    keys ^= keys >> 1
+    keys ^= keys >> 2
+    keys ^= keys >> 4
+    keys ^= keys >> 8
+    keys ^= keys >> 16
+    return keys
+
+
+@triton.jit
+def _count_others(
+    words_ptr,
+    own,
+    start,
+    end,
+    AFTER: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """How many tokens of a chunk have their place right before each of the sorted keys `own`, by binary search. Tokens
+    of an equal key come before it, or, where the chunk lies `AFTER` the block, behind."""
+    row = start + tl.arange(0, CHUNK)
+    keys = _keys(words_ptr, row, end, WORDS)
+    place = tl.zeros((CHUNK,), tl.int32)
+    for halving in tl.static_range(1, BLOCK_T.bit_length()):
+        probe = tl.gather(own, place + ((BLOCK_T >> halving) - 1), 0)
+        place += tl.where((probe <= keys) if AFTER else (probe < keys), BLOCK_T >> halving, 0)
+    probe = tl.gather(own, place, 0)
+    place += ((probe <= keys) if AFTER else (probe < keys)).to(tl.int32)
+    return tl.histogram(place, BLOCK_T, mask=(row < end) & (place < BLOCK_T))
