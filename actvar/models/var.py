@@ -266,8 +266,8 @@ class VAR(nn.Module):
         if inputs is None:
             x = condition.embedded.unsqueeze(1) + self.pos_start + position
         else:
-            x = self.word_embed(inputs.to(self.word_embed.weight.dtype)) + position
-            x = x.repeat(len(condition.embedded) // len(x), 1, 1)
+            x = self.word_embed(inputs.to(self.word_embed.weight.dtype).contiguous())
+            x = (x.expand(len(condition.embedded) // len(x), *x.shape) + position).flatten(0, 1)
         for block in self.blocks:
             x = block(x=x, cond_BD=condition.modulation, attn_bias=None)
         return x

@@ -51,7 +51,7 @@ def sample_tokens(
         1 / (V * NormalDist().pdf(quantile)),
         1 - top_p,
         step,
-        GUIDED=guidance is None,
+        GUIDE=guidance is not None,
         TOP_K=top_k > 0,
         TOP_P=top_p > 0,
         SMALLEST=SMALLEST,
@@ -96,7 +96,7 @@ def _sample(
     slope,
     tail,
     step,
-    GUIDED: tl.constexpr,
+    GUIDE: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
     SMALLEST: tl.constexpr,
@@ -112,7 +112,7 @@ def _sample(
 
     cond_ptr = logits_ptr + image * logits_strides[0] + position * logits_strides[1]
     guided = tl.load(cond_ptr + token * logits_strides[2], mask=real, other=-float("inf")).to(tl.float32)
-    if not GUIDED:
+    if GUIDE:
         uncond_ptr = cond_ptr + images.to(tl.int64) * logits_strides[0]
         uncond = tl.load(uncond_ptr + token * logits_strides[2], mask=real, other=0.0).to(tl.float32)
         cond = guided
@@ -129,11 +129,11 @@ def _sample(
     if noise_ptr is None:
         if seed.dtype.is_ptr():
             seed = tl.load(seed)
-        uniform = _uniform(seed, row, step, BLOCK)
+        uniform = tl.maximum(_uniform(seed, row, step, BLOCK), SMALLEST)
     else:
         noise_ptr += image * noise_strides[0] + position * noise_strides[1]
         uniform = tl.load(noise_ptr + token * noise_strides[2], mask=real, other=0.5).to(tl.float32)
-    uniform = tl.minimum(tl.maximum(uniform, SMALLEST), LARGEST)
+        uniform = tl.minimum(tl.maximum(uniform, SMALLEST), LARGEST)
     # argmax(p / e) as argmin(e / p)
     race = -tl.log2(uniform) * tl.exp2((highest - guided) * _LOG2_E)
     tl.store(tokens_ptr + row, tl.argmin(tl.where(guided >= threshold, race, float("inf")), axis=0))
@@ -252,7 +252,7 @@ def _weigh_lowest(x, weights, low):
 
 @triton.jit
 def _uniform(seed, row, step, BLOCK: tl.constexpr):
-    """`[BLOCK]` float32 in [0, 1): four neighbours are the four outputs of one counter."""
+    """`[BLOCK]` float32 in [0, 1 - 2^-24]: four neighbours are the four outputs of one counter."""
     first, second, third, fourth = tl.philox(seed, tl.arange(0, BLOCK // 4), row, step, 0)
     bits = tl.join(tl.join(first, third), tl.join(second, fourth))
     return tl.uint_to_uniform_float(tl.reshape(bits, (BLOCK,)))

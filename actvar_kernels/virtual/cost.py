@@ -19,11 +19,11 @@ Arguments = Mapping[str, object]
 # Share of the (tile, expert) blocks that run, given the tokens and the rows of a tile.
 Share = Callable[[int, int], float]
 
-# Executed per (token, program) of `_sort_rows` and per guided logit of `_sample`: read off the machine code that Triton
-# makes for sm_90. The second is 91 outside the loops and 5.7 in each of about 16 passes
+# Executed per (token, program) of `_sort_rows`, per guided logit of `_sample`, and for its guidance: read off the
+# machine code that Triton makes for sm_90. The second is 80 outside the loops and 5.7 in each of about 16 passes
 # (`benchmarks/sampler_passes.py`).
 SORT_INSTRUCTIONS = 160
-SAMPLE_INSTRUCTIONS = 182
+SAMPLE_INSTRUCTIONS, GUIDE_INSTRUCTIONS = 171, 6
 
 
 class Cost(NamedTuple):
@@ -99,9 +99,8 @@ def _sort(a: Arguments, _share: Share) -> Cost:
 
 
 def _sample(a: Arguments, _share: Share) -> Cost:
-    return Cost(
-        _bytes(a), instructions=SAMPLE_INSTRUCTIONS * math.prod(a["tokens_ptr"].shape) * a["logits_ptr"].shape[2]
-    )
+    logits = math.prod(a["tokens_ptr"].shape) * a["logits_ptr"].shape[2]
+    return Cost(_bytes(a), instructions=(SAMPLE_INSTRUCTIONS + GUIDE_INSTRUCTIONS * a["GUIDE"]) * logits)
 
 
 def _up(a: Arguments, share: Share) -> Cost:
