@@ -13,7 +13,7 @@ from torch import nn
 from actvar.adapter import load_adapter
 from actvar.block import ActVARBlock
 from actvar.config import ActVARConfig
-from actvar.families import family_of, unwrapped
+from actvar.families import family_of, family_of_patched, unwrapped
 from actvar.gates import Gates, update
 from actvar.mixing import Mixed, mix_in, unmix
 from actvar.models.arguments import checked_labels, one_thread
@@ -35,7 +35,7 @@ class ActVARModel(nn.Module):
     def autoregressive_infer_cfg(self, B, label_B, *args, **kwargs):
         """As the model's own, with labels as `actvar.models.VAR.autoregressive_infer_cfg` takes them and its errors for
         them. When it ends, also by an exception, the K/V caches are empty."""
-        family = family_of(self)
+        family = family_of_patched(self)
         loop_is_ours = family.loop_is_ours(self)
         if not loop_is_ours:
             label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
@@ -60,10 +60,10 @@ class ActVARModel(nn.Module):
 
     def get_logits(self, x, cond_BD):
         """As the model's own, where kernels run by them."""
-        logits = family_of(self).head_logits(self, x, cond_BD)
+        logits = family_of_patched(self).head_logits(self, x, cond_BD)
         if logits is None:
             return super().get_logits(x, cond_BD)
-        ours = self.actvar.rows_are_guided and family_of(self).has_draw_and_decode(self)
+        ours = self.actvar.rows_are_guided and family_of_patched(self).has_draw_and_decode(self)
         return logits if ours else logits.float()
 
     def next_tokens(self, scale, inputs, condition, guidance, *sampling):
@@ -79,7 +79,7 @@ class ActVARModel(nn.Module):
     def draw(self, logits, guidance, top_k, top_p, rng, scale):
         """As `actvar.models.VAR.draw`, by the sampler of the configuration."""
         if self.actvar.config.sampler == "torch":
-            if family_of(self).draw_is_ours(self):
+            if family_of_patched(self).draw_is_ours(self):
                 return sample_guided(logits, guidance, top_k, top_p, rng)
             return super().draw(logits, guidance, top_k, top_p, rng, scale)
 

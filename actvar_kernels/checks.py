@@ -14,12 +14,15 @@ def expect_tensor(name: str, value: object) -> None:
 def expect_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise TypeError unless `tensor` is a tensor, ValueError unless it has `shape`; None stands for any size."""
     expect_tensor(name, tensor)
-    matches = tensor.dim() == len(shape) and all(
-        want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not matches:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
+    found = tensor.shape
+    if len(found) == len(shape):
+        for got, want in zip(found, shape, strict=True):
+            if want is not None and got != want:
+                break
+        else:
+            return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    raise ValueError(f"{name}: expected shape [{wanted}], got {list(found)}")
 
 
 def expect_count(name: str, count: int, most: int) -> None:

@@ -91,12 +91,26 @@ template <> struct Product<bfloat16> {
 };
 #endif
 
+// Memory that is fetched into the second-level cache while something else is computed, so that the first rows that meet
+// the next panel of weights do not wait for it.
+struct Ahead {
+    const char *from;
+    size_t bytes;
+    Ahead part(int begin, int end, int of) const {
+        const size_t first = bytes * begin / of;
+        return {from + first, bytes * end / of - first};
+    }
+};
+
 // sums[r][j] += rows[r] times the panel's j-th LANES columns, over `depth` numbers.
 template <class T, int R, int V>
-inline void multiply(const T *const *rows, const T *panel, int depth, vec (&sums)[R][V]) {
+inline void multiply(const T *const *rows, const T *panel, int depth, vec (&sums)[R][V], Ahead next = {nullptr, 0}) {
     typedef Product<T> P;
     const int ahead = 16 * P::STEP * V * LANES;
-    for (int k = 0; k < depth; k += P::STEP) {
+    const size_t next_step = next.bytes / ((depth + P::STEP - 1) / P::STEP);
+    for (int k = 0; k < depth; k += P::STEP, next.from += next_step) {
+        __builtin_prefetch(next.from, 0, 2);
+        __builtin_prefetch(next.from + next_step / 2, 0, 2);
         const T *step = panel + (size_t)k * V * LANES;
         typename P::Weights w[V];
         for (int j = 0; j < V; j++) {

@@ -24,3 +24,8 @@ def family_of(model: nn.Module) -> ModuleType:
     if problem is not None:
         raise TypeError(f"{type(model).__name__} cannot be patched. Supported: {var.NAME}: {problem}")
     return var
+
+
+def family_of_patched(_model: nn.Module) -> ModuleType:
+    """The family of a model that `family_of` has taken before, which is not looked at again: every step asks."""
+    return var

@@ -18,7 +18,7 @@ struct Job {
 
 namespace {
 
-typedef void (*Run)(const Job &, int, int, int);
+typedef void (*Run)(const Job &, int, int, int, int);
 
 #define RUNS_OF(level) {level::run<float>, level::run<bfloat16>},
 const Run RUNS[][2] = {FOR_EVERY_LEVEL(RUNS_OF)};
@@ -36,6 +36,6 @@ extern "C" void linear(int level, int is_bfloat16, const void *x, const void *we
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t item = 0; item < (int64_t)panels * chunks; item++) {
         const int64_t chunk = item / panels;
-        run(job, item % panels, rows * chunk / chunks, rows * (chunk + 1) / chunks);
+        run(job, item % panels, (item + threads) % panels, rows * chunk / chunks, rows * (chunk + 1) / chunks);
     }
 }
