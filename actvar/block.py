@@ -9,6 +9,7 @@ from actvar.families import var as family
 from actvar.per_sample import PerSample, continued, keep
 from actvar.recording import BlockRecord
 from actvar.schedule import Scale
+from actvar.selection import selected
 from actvar.teacher_forcing import teacher_forced_block
 from actvar_kernels import (
     add_normalize,
@@ -18,7 +19,6 @@ from actvar_kernels import (
     expert_ffn_scatter,
     normalize_modulate,
     scatter_rows,
-    select_tokens,
     subset_attention,
 )
 
@@ -77,7 +77,7 @@ def kernels_run(x: torch.Tensor) -> bool:
 def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale) -> torch.Tensor:
     """One scale `x` `[R, L, C]` with the K/V cache; an operation whose rate is 1 is left out."""
     gates, shared = block.actvar, block.actvar.shared
-    selector, router = gates.selector, gates.router
+    router = gates.router
     fused = kernels_run(x)
     state = state_of(block, cond, fused)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = state.modulation
@@ -85,16 +85,7 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
 
     # 1. Select the tokens to update; 2. gather, normalise and modulate their rows
     if scale.select:
-        index, u, scores, rest = select_tokens(
-            x,
-            selector.weight,
-            selector.bias,
-            scale1,
-            shift1,
-            scale.keep,
-            share_guidance=shared.selection_is_shared,
-            in_place=shared.writes_in_place and fused,
-        )
+        index, u, scores, rest = selected(block, x, scale1, shift1, scale, shared.writes_in_place and fused)
     else:
         u = normalize_modulate(x, scale1, shift1)
 

@@ -21,6 +21,7 @@ from actvar.calibrate import calibrate
 from actvar.checkpoint import describe_checkpoint, usable_device
 from actvar.compare import Sampling, compare, save_pictures
 from actvar.distill.data import source_of
+from actvar.distill.recipes import RECIPES
 from actvar.distill.run import Distillation, distill
 from actvar.files import replacing
 from actvar.flops_report import AGREEMENT, MODEL_NAMES, flops_report, save_plot
@@ -31,7 +32,7 @@ from actvar.pictures import save_grid
 from actvar.training import launched_processes, rank
 from actvar.verify import verify
 from actvar.zoo.fashion_mnist.data import CLASSES, DEBIAN_FOLDER
-from actvar.zoo.pretrained import adapter_path
+from actvar.zoo.pretrained import WEIGHTS, adapter_path, bundled_adapters
 from actvar_kernels import BackendUnavailableError, cpu, get_backend
 from actvar_kernels.backend import BACKENDS
 
@@ -115,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_source(train)
     train.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast (default fp32)")
     train.add_argument("--stage", type=int, choices=[1, 2], required=True, help="1: selectors, routers; 2: weights")
+    train.add_argument(
+        "--recipe", choices=RECIPES, default="paper", help="the paper's choices (default), or the best found here"
+    )
     train.add_argument("--out", type=Path, required=True, help="adapter file; checkpoints and losses go beside it")
     train.add_argument("--data", help="folder of images in a subfolder per class, of Fashion-MNIST's files, or none")
     train.add_argument("--samples", type=_positive, default=10_000, help="token maps for --data none (default 10000)")
@@ -125,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     how = train.add_argument_group("training")
     how.add_argument("--epochs", type=float, help="passes over the data (default 2 for stage 1, 10 for stage 2)")
     how.add_argument("--batch", type=_positive, default=256, help="over all processes (default 256)")
-    how.add_argument("--lr", type=float, help="peak learning rate (default 1e-4 per 256 of the batch)")
+    how.add_argument("--lr", type=float, help="peak (default 1e-4 per 256 of the batch; stage 2 of best 2e-3)")
     how.add_argument("--accumulate", type=_positive, default=1, help="parts a batch is computed in (default 1)")
     how.add_argument("--ema", type=float, default=0.0, help="decay of the average of the weights, e.g. 0.999")
     how.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
@@ -177,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_source(command: argparse.ArgumentParser, adapter: str | None = "paper") -> None:
     """`adapter`: the bundled one that --model takes by default; None for a command that reads none."""
     source = command.add_argument_group("model")
-    source.add_argument("--model", choices=["fashion-mnist"], help="a model that comes with the package")
+    source.add_argument("--model", choices=sorted(WEIGHTS), help="a model that comes with the package")
     source.add_argument("--var", help="transformer checkpoint: .pth, .safetensors, or owner/repo:file on the hub")
     source.add_argument("--vae", help="autoencoder checkpoint, likewise")
     if adapter:
@@ -322,7 +326,8 @@ def _device(name: str) -> torch.device:
 
 def _adapter(options: argparse.Namespace, bundled: str = "paper") -> Path | None:
     """The adapter's file, with --model by default the `bundled` one; a name without a suffix is a bundled one."""
-    name = options.adapter or (bundled if options.model else None)
+    comes_with = bundled_adapters(options.model) if options.model else []
+    name = options.adapter or (bundled if bundled in comes_with else None)
     if name is None:
         return None
     if options.model and "." not in name:
@@ -392,7 +397,8 @@ def _distill(options: argparse.Namespace) -> None:
     if options.experts:
         config = replace(config, num_experts=options.experts)
     names = ("stage", "epochs", "batch", "lr", "accumulate", "ema", "clip", "seed")
-    how = Distillation(**{name: getattr(options, name) for name in names}, bf16=options.dtype == "bf16")
+    given = {name: getattr(options, name) for name in names}
+    how = Distillation(**given, recipe=RECIPES[options.recipe], bf16=options.dtype == "bf16")
     with launched_processes(_device(options.device)) as device:
         options.device = str(device)
         vae, var = _load(options, torch.float32)

@@ -39,6 +39,8 @@ class ActVARConfig:
         kv: `"compact"` caches keys and values of kept tokens only (Eq. 8); `"all"` projects and caches all tokens of
             an active scale.
         share_cfg_selection: under guidance the conditional row chooses the tokens of both rows.
+        fixed_tokens: the first block chooses the tokens that all blocks update, as fixed token pruning does (the rival
+            in the paper's Table 4); token rates are then those of all blocks.
         always_sparse: run every sparse operation even where a rate is 1, where they change nothing (for checks).
         expert_schedule: how the Triton backend runs the experts, see `actvar_kernels.expert_ffn_scatter`; only `"snap"`
             changes results, on every backend.
@@ -57,6 +59,7 @@ class ActVARConfig:
     num_experts: int = 16
     kv: str = "compact"
     share_cfg_selection: bool = False
+    fixed_tokens: bool = False
     always_sparse: bool = False
     expert_schedule: str = "auto"
     sampler: str = "torch"
@@ -89,9 +92,11 @@ class ActVARConfig:
                 raise TypeError(f"{name}: expected one of {choices}, got {value!r}")
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-        for name in ("share_cfg_selection", "always_sparse"):
+        for name in ("share_cfg_selection", "fixed_tokens", "always_sparse"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+        if self.fixed_tokens and any(isinstance(rate, tuple) for rate in self.token_rates):
+            raise ValueError(f"token_rates: expected those of all blocks, with fixed_tokens, got {self.token_rates}")
 
     @property
     def ffn_rates(self) -> tuple[Rate, ...]:

@@ -46,7 +46,8 @@ class Shared:
     `schedule` is that of the first block, except that a scale is selected or routed where it is in any block.
     `rows_are_guided`: conditional rows, then as many unconditional ones; `reuses_room`: the K/V cache may stay in the
     memory that the last sample left; `writes_in_place`: a block may write its result into its input; `seed` `[1]`
-    int64: of the fast sampler, for samples without a seed of their own.
+    int64: of the fast sampler, for samples without a seed of their own; `fixed` `[R, K]` by scale index: the first
+    block's tokens where they are kept for all blocks.
     """
 
     config: ActVARConfig
@@ -56,6 +57,7 @@ class Shared:
     writes_in_place: bool = False
     seed: torch.Tensor | None = None
     records: list[BlockRecord] | None = None
+    fixed: dict[int, torch.Tensor] = field(default_factory=dict)
     schedule: tuple[Scale, ...] = field(init=False)
     by_shape: tuple[dict[tuple[int, int], Scale], ...] = field(init=False)
 

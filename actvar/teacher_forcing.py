@@ -10,7 +10,8 @@ from torch import nn
 from actvar.families import var as family
 from actvar.recording import BlockRecord
 from actvar.schedule import Scale
-from actvar_kernels import expert_ffn, normalize_modulate, route_experts, select_tokens, subset_attention
+from actvar.selection import selected
+from actvar_kernels import expert_ffn, normalize_modulate, route_experts, subset_attention
 
 
 class KeptTokens(NamedTuple):
@@ -59,16 +60,7 @@ def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor) 
 def _select(block: nn.Module, x: torch.Tensor, scale1: torch.Tensor, shift1: torch.Tensor, scale: Scale) -> KeptTokens:
     if not scale.select:
         return KeptTokens(scale, torch.arange(scale.tokens, device=x.device).expand(x.shape[0], -1), None)
-    selector, shared = block.actvar.selector, block.actvar.shared
-    selection = select_tokens(
-        x[:, scale.start : scale.start + scale.tokens],
-        selector.weight,
-        selector.bias,
-        scale1,
-        shift1,
-        scale.keep,
-        share_guidance=shared.selection_is_shared,
-    )
+    selection = selected(block, x[:, scale.start : scale.start + scale.tokens], scale1, shift1, scale)
     return KeptTokens(scale, selection.index, selection.scores)
 
 

@@ -295,7 +295,8 @@ def _accumulate_gradients(
 
 def _optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in trainable.items() if plan.muon and p.ndim == 2 and name.startswith("blocks.")}
+    in_blocks = ("blocks.", "var.blocks.")  # of a VAR, or of one within a stage of the distillation
+    matrices = {name: p for name, p in trainable.items() if plan.muon and p.ndim == 2 and name.startswith(in_blocks)}
     rest = [p for name, p in trainable.items() if name not in matrices]
     optimizers = [torch.optim.AdamW(rest, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)]
     if matrices:

@@ -402,6 +402,20 @@ def test_low_precision_adds_no_more_error_at_fixed_choices_than_it_does_to_the_d
     assert_close(actual, expected, tolerances_of(case, mode, dtype))
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != ALONE])
+def test_fixed_tokens_are_those_of_the_first_block_in_all_blocks(mode: str) -> None:
+    case = Case(ActVARConfig(fixed_tokens=True))
+    var, (xs, cond) = model_of(case), inputs_of(case)
+    actual, records = run(case, mode, var, xs, cond)
+    chosen = {(record.block, record.scale.index): as_chosen(record, case.rows) for record in records}
+    assert all(chosen[key].tokens == chosen[0, key[1]].tokens for key in chosen)
+    expected, _ = run_oracle(case, mode, var, xs, cond, chosen)
+    assert_close(actual, expected, tolerances_of(case, mode, torch.float32))
+    _, own = run_oracle(Case(ActVARConfig()), mode, var, xs, cond)
+    assert own[0, 3].tokens == chosen[0, 3].tokens
+    assert own[1, 3].tokens != chosen[1, 3].tokens
+
+
 @pytest.mark.parametrize("dtype", LOW_DTYPES.values(), ids=LOW_DTYPES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["low-precision weights", "autocast"])
 def test_scores_and_logits_are_in_float32_in_a_low_precision_model(dtype: torch.dtype, autocast: bool) -> None:

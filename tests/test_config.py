@@ -82,6 +82,8 @@ def test_every_valid_configuration_survives_json_and_gives_a_schedule(scales, da
         (dict(scales=(-2, 1.5)), TypeError, "scales"),
         (dict(kv="none"), ValueError, "kv"),
         (dict(share_cfg_selection=1), TypeError, "share_cfg_selection"),
+        (dict(fixed_tokens=1), TypeError, "fixed_tokens"),
+        (dict(fixed_tokens=True, token_rates=((0.5, 1.0), 0.5)), ValueError, "expected those of all blocks"),
     ],
 )
 def test_a_bad_field_is_named_with_what_was_expected(fields, error, message):

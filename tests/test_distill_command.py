@@ -14,11 +14,13 @@ from helpers import NUM_CLASSES, make_tiny_var, sample
 from PIL import Image
 from safetensors.torch import load_file
 
-from actvar import ActVARConfig, apply_patch, load_adapter, read_adapter_config, remove_patch, save_adapter
+from actvar import ActVARConfig, apply_patch, load_adapter, patched, read_adapter_config, remove_patch, save_adapter
 from actvar.adapter import describe_adapter, gate_parameters
+from actvar.calibrate import calibrate
 from actvar.cli import main
-from actvar.distill import data
+from actvar.distill import data, run
 from actvar.distill.run import Distillation, distill
+from actvar.evaluate.divergence import divergence_by_scale
 from actvar.tuned import tuned_parameters
 
 CONFIG = ActVARConfig(num_experts=8)
@@ -60,6 +62,34 @@ def test_stage_one_writes_gates_for_the_rates_asked_for(files, tmp_path, capsys)
     rows = list(csv.DictReader((tmp_path / "one.training" / "stage1.csv").open()))
     assert rows[-1].keys() == {"step", "loss", "cls", "router", "selector", "balance"}
     assert Image.open(tmp_path / "one.training" / "stage1.png").size[0] > 500
+
+
+def test_the_best_recipe_calibrates_and_imitates_the_logits_with_muon(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "CALIBRATION_IMAGES", 4)
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    gates = distilled(files, one, stage=1, recipe="best", experts=8)
+    var = make_tiny_var()
+    report = calibrate(var, CONFIG, images=4, seed=0)
+    assert read_adapter_config(one) == report.config
+    assert report.config.blocks == 2
+    assert all(torch.equal(gates[name], gate) for name, gate in gate_parameters(var).items())
+    distilled(files, two, adapter=one, recipe="best", lr=2e-3)
+    facts = describe_adapter(two)["training"]
+    assert facts["recipe"]["losses"] == ["output"]
+    assert facts["recipe"]["muon"]
+    state = torch.load(tmp_path / "two.training" / "stage2.checkpoint.pt", weights_only=True)
+    assert len(state["optimizers"]) == 2
+    with torch.no_grad():
+        remove_patch(var)
+        assert divergence(var, two) < divergence(var, one)
+
+
+def divergence(var, adapter) -> float:
+    """KL to the dense logits on token maps of zeros, over all scales."""
+    labels = torch.arange(8) % NUM_CLASSES
+    inputs = data.teacher_inputs(var.vae_proxy[0], torch.zeros(8, var.L))
+    with patched(var, read_adapter_config(adapter), adapter):
+        return sum(divergence_by_scale(var, [(labels, inputs)]))
 
 
 def test_stage_two_goes_on_from_stage_one_and_is_loaded_and_removed(files, tmp_path):

@@ -85,6 +85,15 @@ def test_the_losses_are_those_of_the_dense_and_the_patched_model():
     )
     torch.testing.assert_close(losses["loss"], cls + block + output)
     assert block > 1e-3
+    module.losses = ("output",)
+    torch.testing.assert_close(module(labels, inputs, tokens)["loss"], output)
+
+
+def test_unknown_parts_of_the_loss_are_refused():
+    var = make_tiny_var()
+    apply_patch(var, ActVARConfig(num_experts=8))
+    with pytest.raises(ValueError, match=r"losses: expected some of \('cls', 'block', 'output'\), got \('kl',\)"):
+        Stage2(var, ("kl",))
 
 
 @pytest.mark.parametrize("shared_aln", [False, True])

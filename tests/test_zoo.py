@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 import actvar
 from actvar import ActVARConfig, CheckpointError, load_pretrained
+from actvar.distill import run
 from actvar.zoo import load_feature_network
 from actvar.zoo.checksums import checked, save_checksums
 from actvar.zoo.fashion_mnist.best import ship, train_best
 from actvar.zoo.fashion_mnist.data import load_split, read_idx
 from actvar.zoo.fashion_mnist.export import export
+from actvar.zoo.fashion_mnist.small import export_small, small_plan, train_small
 from actvar.zoo.fashion_mnist.train import Build, train
 from actvar.zoo.pretrained import WEIGHTS, weights_folder
 
@@ -145,7 +147,7 @@ def test_missing_and_damaged_image_files_are_named(images_folder):
         read_idx(path)
 
 
-def test_every_stage_runs_and_the_exported_files_load(images_folder, tmp_path):
+def test_every_stage_runs_and_the_exported_files_load(images_folder, tmp_path, monkeypatch):
     stages = [field.name.removesuffix("_steps") for field in fields(Build) if field.name.endswith("_steps")]
     build = Build(images_folder, tmp_path / "work", **{f"{stage}_steps": 1 for stage in stages})
     train(build, processes=1)
@@ -162,8 +164,20 @@ def test_every_stage_runs_and_the_exported_files_load(images_folder, tmp_path):
     with actvar.patched(var, ActVARConfig(), tmp_path / "weights" / "adapter-paper.safetensors"):
         assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()
 
-    best = train_best(tmp_path / "weights", build.data, build.work, seed=0, epochs=0.25, images=4)
+    monkeypatch.setattr(run, "CALIBRATION_IMAGES", 4)
+    best = train_best(tmp_path / "weights", build.data, build.work, seed=0, steps=1)
     ship(best, "best", tmp_path / "weights")
     shipped = checked(tmp_path / "weights" / "adapter-best.safetensors")
     with actvar.patched(var, actvar.read_adapter_config(shipped), shipped):
         assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()
+
+
+def test_the_small_model_is_trained_on_the_shipped_autoencoder_and_loads(images_folder, tmp_path, monkeypatch):
+    plan = small_plan(tmp_path / "work", seed=0, steps=1)
+    train_small(images_folder, plan)
+    export_small(plan, tmp_path / "small")
+    monkeypatch.setitem(WEIGHTS, "fashion-mnist-small", tmp_path / "small")
+    vae, var = load_pretrained("fashion-mnist-small")
+    assert (len(var.blocks), var.blocks[0].ffn.fc1.in_features) == (4, 128)
+    assert var.vae_proxy[0] is vae
+    assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()

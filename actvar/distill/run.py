@@ -11,8 +11,10 @@ from torch import nn
 
 import actvar
 from actvar.adapter import load_adapter, save_adapter
+from actvar.calibrate import calibrate
 from actvar.config import ActVARConfig
 from actvar.distill.data import Source, cached_tokens, digest, teacher_inputs
+from actvar.distill.recipes import RECIPES, Recipe
 from actvar.distill.stage1 import Stage1
 from actvar.distill.stage2 import Stage2
 from actvar.files import replacing
@@ -22,7 +24,7 @@ from actvar.pictures import save_loss_plot
 from actvar.training import Plan, barrier, fit, rank
 
 EPOCHS = {1: 2.0, 2: 10.0}
-LR_PER_256 = 1e-4
+CALIBRATION_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,10 @@ class Distillation:
 
     Args:
         stage: 1 trains selectors and routers, 2 attention, FFN and head.
+        recipe: the paper's choices or others; a calibrated stage 1 ignores the fields below but the seed.
         epochs: passes over the token maps; None for the paper's 2 and 10.
         batch: token maps per step, over all processes.
-        lr: peak learning rate, after a warm-up over 2 % of the steps; None for 1e-4 per 256 token maps of a batch.
+        lr: peak learning rate, after a warm-up over 2 % of the steps; None for the recipe's.
         accumulate, ema, clip, seed: see `actvar.training.Plan`.
         bf16: compute in bfloat16 by autocast; weights stay float32.
 
@@ -42,6 +45,7 @@ class Distillation:
     """
 
     stage: int
+    recipe: Recipe = RECIPES["paper"]
     epochs: float | None = None
     batch: int = 256
     lr: float | None = None
@@ -79,11 +83,12 @@ class Distillation:
             folder,
             steps,
             self.batch,
-            lr=LR_PER_256 * self.batch / 256 if self.lr is None else self.lr,
+            lr=self.recipe.lr(self.stage, self.batch) if self.lr is None else self.lr,
             warmup=max(1, steps // 50),
             clip=self.clip,
             accumulate=self.accumulate,
             ema=self.ema,
+            muon=self.recipe.muon and self.stage == 2,
             seed=self.seed,
             bf16=self.bf16,
             checkpoint_seconds=300.0,
@@ -116,12 +121,14 @@ def distill(
     """
     if how.stage == 2 and adapter is None:
         raise ValueError("stage 2 trains the weights for given selectors and routers: give the adapter of stage 1")
+    if how.stage == 1 and how.recipe.calibrated:
+        return _calibrate(var, config, how, out)
     folder = out.with_suffix(".training")
     plan = how.plan(len(source.labels), folder)
     plan.check(len(source.labels))
     settings = {"stage": how.stage, "config": asdict(config), "adapter": adapter and str(adapter.resolve())}
     settings |= {**asdict(how), **source.facts, "examples": len(source.labels), "model": digest(var.head.weight)}
-    module = prepared(var, config, adapter, how.stage)
+    module = prepared(var, config, adapter, how)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         _begin(folder / "settings.json", settings, goes_on=plan.checkpoint.exists())
@@ -147,12 +154,22 @@ def distill(
     return out
 
 
-def prepared(var: VAR, config: ActVARConfig, adapter: Path | None, stage: int) -> Stage1 | Stage2:
+def _calibrate(var: VAR, config: ActVARConfig, how: Distillation, out: Path) -> Path:
+    """Stage 1 in closed form: every process fits the same, the first one writes it."""
+    calibrate(var, config, images=CALIBRATION_IMAGES, seed=how.seed, uniform=how.recipe.uniform)
+    if rank() == 0:
+        facts = {"stage": 1, "recipe": asdict(how.recipe), "images": CALIBRATION_IMAGES, "seed": how.seed}
+        save_adapter(var, out, facts | {"model": digest(var.head.weight), "actvar": actvar.__version__})
+    barrier()
+    return out
+
+
+def prepared(var: VAR, config: ActVARConfig, adapter: Path | None, how: Distillation) -> Stage1 | Stage2:
     """Patch `var` and make the stage's trainable module of it."""
     patch_silently(var, config)
     if adapter is not None:
         load_adapter(var, adapter)
-    return Stage1(var) if stage == 1 else Stage2(var)
+    return Stage1(var) if how.stage == 1 else Stage2(var, how.recipe.losses)
 
 
 def _begin(path: Path, settings: dict[str, object], goes_on: bool) -> None:

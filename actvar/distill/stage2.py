@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,8 @@ from actvar.patch import unpatched
 from actvar.recording import shared_state
 from actvar.tuned import replace_parameters, tuned_parameters
 
+LOSSES = ("cls", "block", "output")
+
 
 class Stage2(Stage):
     """Loss of a batch as a module, so that it can be trained in several processes.
@@ -25,15 +27,18 @@ class Stage2(Stage):
     Args:
         var: a patched model; its attention, FFN and head get trainable copies of their weights, the only trainable
             parameters, or go on from those that an adapter brought. `remove_patch` puts the originals back.
+        losses: parts of the loss, of `cls`, `block` and `output`.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or parts that do not exist.
     """
 
-    def __init__(self, var: nn.Module):
+    def __init__(self, var: nn.Module, losses: Collection[str] = LOSSES):
         super().__init__()
         shared_state(var)
-        self.var = var
+        if not losses or not set(losses) <= set(LOSSES):
+            raise ValueError(f"losses: expected some of {LOSSES}, got {tuple(losses)}")
+        self.var, self.losses = var, tuple(losses)
         var.requires_grad_(False)
         names = family_of(var).finetuned_names(var)
         done = tuned_parameters(var).keys()
@@ -44,7 +49,7 @@ class Stage2(Stage):
             parameter.requires_grad_(True)
 
     def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Scalar losses over all scales: `loss` (Eq. 22) and its parts `cls`, `block`, `output`.
+        """Scalar losses over all scales: `loss` (Eq. 22), the sum of those asked for, and `cls`, `block`, `output`.
 
         Args:
             labels: classes `[B]`.
@@ -57,7 +62,8 @@ class Stage2(Stage):
         with torch.autocast(logits.device.type, enabled=False):
             cls = F.cross_entropy(logits.flatten(0, 1), tokens.flatten().long())
             block, output = block_loss(outputs, teacher_outputs), output_loss(logits, teacher_logits)
-        return {"loss": cls + block + output, "cls": cls, "block": block, "output": output}
+        parts = {"cls": cls, "block": block, "output": output}
+        return {"loss": sum(parts[name] for name in self.losses)} | parts
 
     @torch.no_grad()
     def _teacher(self, labels: torch.Tensor, inputs: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:

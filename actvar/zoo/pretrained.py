@@ -14,7 +14,9 @@ from actvar.patch import patch_silently
 from actvar.zoo.checksums import checked
 from actvar.zoo.fashion_mnist.features import FeatureNet
 
-WEIGHTS = {"fashion-mnist": Path(__file__).parent / "fashion_mnist" / "weights"}
+_FASHION_MNIST = Path(__file__).parent / "fashion_mnist" / "weights"
+WEIGHTS = {"fashion-mnist": _FASHION_MNIST, "fashion-mnist-small": _FASHION_MNIST / "small"}
+"""Folder of each model; autoencoder and feature network of both are in the first one's."""
 
 
 def load_pretrained(
@@ -26,7 +28,8 @@ def load_pretrained(
     """Load `(vae, var)` of a bundled model, offline.
 
     Args:
-        name: `"fashion-mnist"`: ten classes of clothes, images `[B, 1, 32, 32]`.
+        name: `"fashion-mnist"`: ten classes of clothes, images `[B, 1, 32, 32]`; `"fashion-mnist-small"`: the same
+            token maps from a smaller transformer.
         adapter: None for the dense model, or a bundled adapter such as `"paper"`, with which `var` is patched.
         device, dtype: as in `load_var`.
 
@@ -34,8 +37,8 @@ def load_pretrained(
         ValueError: an unknown model or adapter; lists those that exist.
         CheckpointError: a file that is not the one that was shipped (`actvar.zoo.checksums`).
     """
-    folder = weights_folder(name)
-    var_file, vae_file = checked(folder / "var.safetensors"), checked(folder / "vae.safetensors")
+    var_file = checked(weights_folder(name) / "var.safetensors")
+    vae_file = checked(WEIGHTS["fashion-mnist"] / "vae.safetensors")
     vae, var = load_var(var_file, vae_file, device=device, dtype=dtype)
     if adapter is not None:
         path = adapter_path(name, adapter)
@@ -44,10 +47,10 @@ def load_pretrained(
     return vae, var
 
 
-def load_feature_network(name: str = "fashion-mnist") -> FeatureNet:
-    """The frozen CNN by which the bundled model's images are judged, in eval mode; errors as in `load_pretrained`."""
+def load_feature_network() -> FeatureNet:
+    """The frozen CNN by which the bundled models' images are judged, in eval mode; errors as in `load_pretrained`."""
     network = FeatureNet()
-    network.load_state_dict(load_file(checked(weights_folder(name) / "features.safetensors")))
+    network.load_state_dict(load_file(checked(WEIGHTS["fashion-mnist"] / "features.safetensors")))
     return network.eval().requires_grad_(False)
 
 

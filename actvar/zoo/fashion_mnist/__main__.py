@@ -1,4 +1,4 @@
-"""Rebuild the bundled Fashion-MNIST model from the images: `python -m actvar.zoo.fashion_mnist`.
+"""Rebuild the bundled Fashion-MNIST models from the images: `python -m actvar.zoo.fashion_mnist`.
 
 Every stage is skipped when it is finished and resumed when it was interrupted.
 """
@@ -10,10 +10,12 @@ import json
 import logging
 from pathlib import Path
 
+from actvar.training import run_in_processes
 from actvar.zoo.fashion_mnist.best import ship, train_best
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 from actvar.zoo.fashion_mnist.export import export
 from actvar.zoo.fashion_mnist.measure import measure, save
+from actvar.zoo.fashion_mnist.small import export_small, small_plan, train_small
 from actvar.zoo.fashion_mnist.train import Build, train
 from actvar.zoo.pretrained import WEIGHTS
 
@@ -27,11 +29,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only-measure", action="store_true", help="measure the shipped files, train nothing")
     options = parser.parse_args()
-    folder = WEIGHTS["fashion-mnist"]
+    folder, small = WEIGHTS["fashion-mnist"], WEIGHTS["fashion-mnist-small"]
     if not options.only_measure:
         build = Build(options.data, options.work, options.seed)
         train(build, options.processes)
         export(build, folder)
+        plan = small_plan(build.work, build.seed)
+        run_in_processes(train_small, options.processes, build.data, plan)
+        export_small(plan, small)
         ship(train_best(folder, build.data, build.work, build.seed), "best", folder)
     figures = measure(options.data)
     save(figures, folder / "quality.json")

@@ -1,4 +1,4 @@
-"""Sizes of the bundled model."""
+"""Sizes of the bundled models."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 from actvar.models import VAR, VQVAE, build_vae_var
 
 PATCH_NUMS = (1, 2, 3, 4, 6, 8)
+SMALL = {"depth": 4, "width": 128}
 
 
-def build(seed: int = 0, device: str | torch.device = "cpu") -> tuple[VQVAE, VAR]:
+def build(seed: int = 0, device: str | torch.device = "cpu", depth: int = 6, width: int = 192) -> tuple[VQVAE, VAR]:
     """Freshly initialised autoencoder (32x32 grey images, 4x downsampling) and transformer; see `build_vae_var`."""
     return build_vae_var(
         V=512,
@@ -20,8 +21,8 @@ def build(seed: int = 0, device: str | torch.device = "cpu") -> tuple[VQVAE, VAR
         image_channels=1,
         patch_nums=PATCH_NUMS,
         num_classes=10,
-        depth=6,
-        width=192,
+        depth=depth,
+        width=width,
         shared_aln=True,
         device=device,
         seed=seed,

@@ -1,39 +1,40 @@
-"""The adapter `best`: calibrated without data, then stage 2 of the distillation."""
+"""The adapter `best`: both stages of the recipe of that name."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from actvar.adapter import load_adapter, read_adapter_config, save_adapter
-from actvar.calibrate import calibrate
 from actvar.checkpoint import load_var
-from actvar.distill.data import source_of
+from actvar.config import ActVARConfig
+from actvar.distill.data import fashion_mnist_source
+from actvar.distill.recipes import RECIPES
 from actvar.distill.run import Distillation, distill
 from actvar.patch import patch_silently, remove_patch
 from actvar.zoo.checksums import checked, save_checksums
 
-EPOCHS = 0.4  # 750 steps
+STEPS, BATCH = 500, 32
 
 
-def train_best(folder: Path, data: Path, work: Path, seed: int, epochs: float = EPOCHS, images: int = 64) -> Path:
+def train_best(folder: Path, data: Path, work: Path, seed: int, steps: int = STEPS) -> Path:
     """Train the adapter of the exported model in `folder` for (0.75, 0.75; 0.75)'s FLOPs; resumes, like the stages
     before it. Returns its file in `work`.
 
     Args:
         folder: of `var.safetensors` and `vae.safetensors`.
         data: folder of the four idx files.
-        images: samples to calibrate with.
     """
     work.mkdir(parents=True, exist_ok=True)
     vae, var = _dense(folder)
+    source = fashion_mnist_source(data, vae)
     calibrated, best = work / "calibrated.safetensors", work / "best.safetensors"
+    stage1 = Distillation(1, RECIPES["best"], seed=seed)
     if not calibrated.exists():
-        calibrate(var, images=images, seed=seed)
-        save_adapter(var, calibrated)
+        distill(vae, var, ActVARConfig(), None, source, stage1, calibrated)
         remove_patch(var)
-    how = Distillation(stage=2, epochs=epochs, batch=32, lr=1e-3, bf16=True, seed=seed)
-    config, source = read_adapter_config(calibrated), source_of(str(data), vae, var, 0, seed)
-    return distill(vae, var, config, calibrated, source, how, best)
+    stage2 = replace(stage1, stage=2, epochs=steps / (len(source.labels) // BATCH), batch=BATCH, bf16=True)
+    return distill(vae, var, read_adapter_config(calibrated), calibrated, source, stage2, best)
 
 
 def ship(adapter: Path, name: str, folder: Path) -> None:

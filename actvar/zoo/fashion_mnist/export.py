@@ -25,9 +25,9 @@ def export(build: Build, folder: Path) -> None:
     vae = restore_autoencoder(build)
     var = architecture.build()[1]
     restore(var, build.finish_plan)
-    _save(vae, folder / "vae.safetensors")
-    _save(var, folder / "var.safetensors")
-    _save(restore(FeatureNet(), build.features_plan), folder / "features.safetensors")
+    save_half(vae, folder / "vae.safetensors")
+    save_half(var, folder / "var.safetensors")
+    save_half(restore(FeatureNet(), build.features_plan), folder / "features.safetensors")
     patch_silently(var, ActVARConfig())
     load_trained(Stage1(var), build.stage1_plan)
     var.half()
@@ -35,7 +35,8 @@ def export(build: Build, folder: Path) -> None:
     save_checksums(folder)
 
 
-def _save(module: nn.Module, path: Path) -> None:
+def save_half(module: nn.Module, path: Path) -> None:
+    """Write the `state_dict` of a module, in float16."""
     tensors = {
         name: tensor.half().contiguous() if tensor.is_floating_point() else tensor.contiguous()
         for name, tensor in module.state_dict().items()

@@ -181,6 +181,22 @@ def _train_next_scale(build: Build, var: nn.Module, plan: Plan, weight_of_side: 
     _, labels = load_split(build.data, "train")
     tokens = torch.load(build.tokens, weights_only=True)
     vae = restore(architecture.build()[0], build.autoencoder_plan)
+    fit_next_scale(vae, var, tokens, labels, plan, weight_of_side)
+
+
+def fit_next_scale(
+    vae: VQVAE,
+    var: nn.Module,
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    plan: Plan,
+    weight_of_side: Callable[[int], float],
+) -> None:
+    """Train `var` to predict token maps `[N, L]` of images of classes `[N]`, by their cross-entropy.
+
+    Args:
+        weight_of_side: weight of a token in a token map of that side.
+    """
     weights = torch.cat([torch.full((side * side,), weight_of_side(side)) for side in architecture.PATCH_NUMS])
     weights = weights / weights.mean()
 

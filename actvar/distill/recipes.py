@@ -1,0 +1,34 @@
+"""Which choices make up a training: the paper's, and those that win here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LR_PER_256 = 1e-4
+MUON_LR = 2e-3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How both stages are done.
+
+    Args:
+        calibrated: stage 1 fits selectors and routers in closed form, with experts of clustered hidden units
+            (`actvar.calibrate`), instead of training them.
+        uniform: a calibrated stage 1 leaves the rates as they are, instead of choosing those per block and scale that
+            lose the least at their FLOPs.
+        losses: parts of stage 2's loss among `cls`, `block` and `output` (Eq. 22).
+        muon: stage 2 trains the matrices of the blocks with Muon, see `actvar.training.Plan`.
+    """
+
+    calibrated: bool = False
+    uniform: bool = False
+    losses: tuple[str, ...] = ("cls", "block", "output")
+    muon: bool = False
+
+    def lr(self, stage: int, batch: int) -> float:
+        """Peak learning rate: VAR's for AdamW, in proportion to the batch."""
+        return MUON_LR if self.muon and stage == 2 else LR_PER_256 * batch / 256
+
+
+RECIPES = {"paper": Recipe(), "best": Recipe(calibrated=True, losses=("output",), muon=True)}
