@@ -9,7 +9,7 @@ export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
 SOAK_SECONDS ?= 600
-.PHONY: help demo test soak bench bench-full bench-against plots compile-check gpu triton-matrix lint format clean
+.PHONY: help demo test soak bench bench-full bench-against plots paper paper-train compile-check gpu triton-matrix lint format clean
 # Releases of Triton that the kernels are tested with; "triton" alone is the newest. The interpreter of 3.6 needs NumPy
 # before 2.4.
 TRITONS := triton==3.6.0 triton==3.8.0 triton
@@ -39,6 +39,12 @@ bench-against: $(INSTALLED) ## Compare with an earlier commit, make bench-agains
 
 plots: $(INSTALLED) ## Draw docs/images/bench-*.png from benchmarks/results/
 	$(BIN)/python -m benchmarks.plots
+
+paper-train: $(INSTALLED) ## Train the adapters behind the paper's tables that are missing, into paper-work/; resumes
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.paper.train
+
+paper: $(INSTALLED) ## Measure those adapters and write docs/paper.md, its tables and pictures; resumes
+	$(BIN)/python -m benchmarks.paper
 
 compile-check: $(INSTALLED) ## Compile every kernel for every GPU architecture, without a GPU, and check the machine code
 	$(BIN)/python -m actvar_kernels.compile_check

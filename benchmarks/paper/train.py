@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from actvar.adapter import load_adapter, read_adapter_config, save_adapter
 from actvar.baselines.static_pruning import wanda_units
-from actvar.distill.data import fashion_mnist_source
+from actvar.distill.data import Source, fashion_mnist_source
+from actvar.distill.recipes import Recipe
 from actvar.distill.run import Distillation, distill
 from actvar.gates import update
 from actvar.patch import patch_silently
@@ -50,15 +51,16 @@ def train(training: Training, seed: int, work: Path, data: Path) -> Path:
     """Both stages of one row from one seed; what is there is not trained again. Returns the adapter's file."""
     gates = _gates(training, seed, work, data)
     vae, var = load_pretrained(training.model)
-    how = _stage(training, 2, seed)
     source = fashion_mnist_source(data, vae)
+    how = stage_of(training.how, 2, STEPS[2], seed, source)
     return distill(vae, var, read_adapter_config(gates), gates, source, how, adapter_file(work, training, seed))
 
 
-def _stage(training: Training, stage: int, seed: int) -> Distillation:
-    lr = None if training.how.muon and stage == 2 else LR[stage]
-    epochs = STEPS[stage] / (60_000 // BATCH)
-    return Distillation(stage, training.how, epochs=epochs, batch=BATCH, lr=lr, bf16=True, seed=seed)
+def stage_of(recipe: Recipe, stage: int, steps: int, seed: int, source: Source) -> Distillation:
+    """A stage of so many steps."""
+    lr = None if recipe.muon and stage == 2 else LR[stage]
+    epochs = steps / (len(source.labels) // BATCH)
+    return Distillation(stage, recipe, epochs=epochs, batch=BATCH, lr=lr, bf16=True, seed=seed)
 
 
 def _gates(training: Training, seed: int, work: Path, data: Path) -> Path:
@@ -70,7 +72,8 @@ def _gates(training: Training, seed: int, work: Path, data: Path) -> Path:
     if training.gates_of is None:
         if training.config.is_sparse:
             source = fashion_mnist_source(data, vae)
-            return distill(vae, var, training.config, None, source, _stage(training, 1, seed), path)
+            how = stage_of(training.how, 1, STEPS[1], seed, source)
+            return distill(vae, var, training.config, None, source, how, path)
         patch_silently(var, training.config)
         return _saved(var, path)
     whose = next(t for t in TRAININGS if (t.row, t.recipe, t.model) == _owner(training))

@@ -1,0 +1,39 @@
+"""Measure the adapters behind the paper's tables and write the page about them: `python -m benchmarks.paper`.
+
+What was measured before is not measured again; rows that are not trained are said to be missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from actvar.figures import FIGURES
+from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
+from benchmarks.paper.measure import measure_all, save_measured
+from benchmarks.paper.page import write_page
+from benchmarks.paper.train import WORK
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    parser = argparse.ArgumentParser("python -m benchmarks.paper", description=__doc__)
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the adapters (default paper-work)")
+    parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of Fashion-MNIST's idx files")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of paper.md (default docs)")
+    parser.add_argument("--num", type=int, default=5000, help="images per adapter; 0: KL alone (default 5000)")
+    options = parser.parse_args(arguments)
+    folder = options.out / "paper"
+    folder.mkdir(parents=True, exist_ok=True)
+    for draw in FIGURES.values():
+        draw(folder)
+    measured = measure_all(options.work, options.data, options.num)
+    save_measured(measured, folder / "results.csv")
+    for path in write_page(measured, options.out):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

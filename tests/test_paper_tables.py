@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import make_tiny_var
+
+import actvar
+from actvar import ActVARConfig, record
+from actvar.adapter import describe_adapter
+from actvar.baselines import wanda_units
+from actvar.distill import run
+from actvar.distill.data import sampled_source
+from benchmarks.paper import train as training_module
+from benchmarks.paper.measure import DENSE, Measured, load_measured, save_measured
+from benchmarks.paper.page import write_page
+from benchmarks.paper.published import TABLES
+from benchmarks.paper.recipes import CHOICES
+from benchmarks.paper.train import adapter_file, fix_experts, train
+from benchmarks.paper.trainings import MAIN, TRAININGS, Training
+
+
+def test_every_line_of_every_table_is_trained_and_nothing_else():
+    wanted = {
+        (line.model, recipe, line.row)
+        for table in TABLES
+        for line in table.lines
+        for recipe in table.recipes
+        if line.row != DENSE
+    }
+    trained = {(t.model, t.recipe, t.row) for t in TRAININGS}
+    assert len(trained) == len(TRAININGS)
+    assert wanted == trained
+
+
+def test_tables_3_to_5_and_the_main_rows_have_three_seeds():
+    ablations = {line.row for table in TABLES if table.name in ("table3", "table4", "table5") for line in table.lines}
+    of_base = [t for t in TRAININGS if t.model == "fashion-mnist"]
+    assert all(t.seeds == (0, 1, 2) for t in of_base if t.row in ablations)
+    assert sum(t.row == MAIN for t in of_base) == 3
+
+
+def test_gates_are_taken_from_a_row_of_the_same_recipe():
+    for t in TRAININGS:
+        if t.gates_of is not None:
+            owners = [o for o in TRAININGS if (o.row, o.recipe, o.model) == (t.gates_of, t.recipe, t.model)]
+            assert len(owners) == 1
+            assert set(t.seeds) <= set(owners[0].seeds)
+
+
+def test_static_experts_are_pruning_to_the_same_units_for_every_token():
+    var = make_tiny_var()
+    actvar.apply_patch(var, ActVARConfig(num_experts=8))
+    units = wanda_units(var, 0.75)
+    fix_experts(var)
+    for block, kept in zip(var.blocks, units, strict=True):
+        assert set(block.actvar.places[:384].tolist()) == set(kept.tolist())
+    with record(var) as records:
+        var.autoregressive_infer_cfg(2, torch.tensor([1, 2]), g_seed=0)
+    masks = torch.cat([r.mask.flatten(0, -2) for r in records])
+    assert masks[:, :6].all()
+    assert not masks[:, 6:].any()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_row_is_trained_from_the_gates_of_another_and_not_twice(tmp_path, monkeypatch, static):
+    monkeypatch.setattr(training_module, "STEPS", {1: 1, 2: 1})
+    monkeypatch.setattr(training_module, "BATCH", 4)
+    monkeypatch.setattr(run, "CALIBRATION_IMAGES", 4)
+    monkeypatch.setattr(training_module, "load_pretrained", lambda _: (make_tiny_var().vae_proxy[0], make_tiny_var()))
+    monkeypatch.setattr(training_module, "fashion_mnist_source", lambda *_: sampled_source(make_tiny_var(), 8, 0))
+    owner = next(t for t in TRAININGS if (t.row, t.recipe) == (MAIN, "best-uniform"))
+    row = Training("other", ActVARConfig(token_rates=(0.5, 0.5)), ("9",), "best-uniform", gates_of=MAIN, static=static)
+    path = train(row, 0, tmp_path, tmp_path)
+    facts = describe_adapter(path)
+    assert facts["config"] == row.config
+    assert facts["changed weights"] > 0
+    gates = [adapter_file(tmp_path, t, 0, stage=1) for t in (owner, row)]
+    times = [file.stat().st_mtime_ns for file in gates]
+    train(row, 0, tmp_path, tmp_path)
+    assert [file.stat().st_mtime_ns for file in gates] == times
+
+
+def measured(row: str, seed: int, kl: float, recipe: str = "paper", **changes) -> Measured:
+    made = Measured("fashion-mnist", recipe, row, 2, seed, 75, kl, kl, 2 * kl, 0)
+    return dataclasses.replace(made, **changes)
+
+
+def test_the_page_says_what_agrees_what_is_noise_and_what_is_missing(tmp_path):
+    (tmp_path / "paper").mkdir()
+    rows = [measured(DENSE, seed, 0.0, recipe="", stage=0, flops=100) for seed in (0, 1, 2)]
+    rows += [measured(MAIN, seed, 0.10 + 0.001 * seed, fid=14.5, num=5000) for seed in (0, 1, 2)]
+    rows += [measured("fixed tokens", seed, 0.20 + 0.002 * seed) for seed in (0, 1, 2)]
+    rows += [measured("static weights", seed, (0.05, 0.1, 0.2)[seed]) for seed in (0, 1, 2)]
+    rows += [measured("early scales", 0, 0.05)]
+    path = save_measured(rows, tmp_path / "paper" / "results.csv")
+    assert load_measured(path) == rows
+    page, *pictures = write_page(rows, tmp_path)
+    text = page.read_text()
+    assert (
+        "dynamic tokens are better than fixed ones* (dynamic activating token against fixed token pruning; recipe "
+        in text
+    )
+    assert "`paper`): **agrees**, KL differs by 0.101 ± 0.0025." in text
+    assert "**within noise**" in text
+    assert "**disagrees, one seed**" in text
+    assert "not trained yet" in text
+    assert "| 25.0% | 0.101 ± 0.0025 | 0.202 ± 0.005 | 14.5" in text
+    assert {picture.stem for picture in pictures} >= {"table4", "table5", "table6"}
+
+
+def test_choices_of_the_recipe_have_different_names_and_end_in_best():
+    names = [choice.name for choice in CHOICES]
+    assert len(set(names)) == len(names)
+    assert any("best" in name and choice.gates == "rates" for name, choice in zip(names, CHOICES, strict=True))
