@@ -83,7 +83,7 @@ def test_a_row_is_trained_from_the_gates_of_another_and_not_twice(tmp_path, monk
 
 
 def measured(row: str, seed: int, kl: float, recipe: str = "paper", **changes) -> Measured:
-    made = Measured("fashion-mnist", recipe, row, 2, seed, 75, kl, kl, 2 * kl, 0)
+    made = Measured("fashion-mnist", recipe, row, 2, seed, 75, round(kl, 4), round(kl, 4), round(2 * kl, 4), 0)
     return dataclasses.replace(made, **changes)
 
 
