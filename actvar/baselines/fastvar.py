@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.baselines.replacing_methods import expect_var, with_forwards
-from actvar.baselines.sublayers import Sublayers, scale_at
+from actvar.baselines.sublayers import Sublayers, flat, rows_of, scale_at
 from actvar.patch import DENSE, patched_silently
 
 FIRST_BLOCKS = 0.1
@@ -55,7 +55,9 @@ def fastvar(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1)) -> It
                 else:
                     index = pivotal_tokens(x, scale.keep)
                     output = interpolated(kept[name], scale.tokens)
-                    x = x + output.scatter(1, index, sublayer(x.gather(1, index)))
+                    update = sublayer(rows_of(x, index)).flatten(0, 1)
+                    output.flatten(0, 1).index_copy_(0, flat(index, scale.tokens), update)
+                    x = x + output
             return x
 
         return forward
@@ -65,9 +67,8 @@ def fastvar(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1)) -> It
 
 
 def pivotal_tokens(x: torch.Tensor, keep: int) -> torch.Tensor:
-    """Indices `[R, keep, C]` for `gather` of the rows of `x` `[R, L, C]` with the largest `|x - mean(x)|^2`."""
-    score = (x - x.mean(dim=1, keepdim=True)).square().sum(dim=-1)
-    return score.topk(keep, dim=1).indices.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    """Indices `[R, keep]` of the rows of `x` `[R, L, C]` with the largest `|x - mean(x)|^2`."""
+    return (x - x.mean(dim=1, keepdim=True)).square().sum(dim=-1).topk(keep, dim=1).indices
 
 
 def interpolated(rows: torch.Tensor, tokens: int) -> torch.Tensor:

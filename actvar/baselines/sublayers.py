@@ -39,6 +39,16 @@ class Sublayers:
         return family.dense_ffn(self.block, u, self.block.actvar.shared.config.num_experts) * gamma2
 
 
+def rows_of(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `index` `[R, K]` of `x` `[R, L, C]`: `[R, K, C]`."""
+    return x.flatten(0, 1).index_select(0, flat(index, x.shape[1])).unflatten(0, index.shape)
+
+
+def flat(index: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Tokens `index` `[R, K]` of `tokens` in every row, counted through all rows: `[R * K]`."""
+    return (index + tokens * torch.arange(len(index), device=index.device).unsqueeze(1)).flatten()
+
+
 def scale_at(block: ActVARBlock, x: torch.Tensor) -> Scale:
     """The scale that `x` `[R, L, C]` and the block's K/V cache are at."""
     return block.actvar.shared.scale_of(block.actvar.block_index, x.shape[1], family.cached_tokens(block))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.baselines.replacing_methods import expect_var, with_forwards
-from actvar.baselines.sublayers import Sublayers, scale_at
+from actvar.baselines.sublayers import Sublayers, rows_of, scale_at
 from actvar.patch import DENSE, patched_silently
 
 
@@ -79,14 +79,13 @@ class Matching:
         position.scatter_(1, kept, torch.arange(keep, device=x.device).expand(R, -1))
         merged = order[:, : L - keep]
         self.position = position.scatter_(1, sources[merged], nearest.gather(1, merged))
-        self.keep = keep
+        belongs = torch.zeros(R, keep, L, dtype=x.dtype, device=x.device).scatter_(1, self.position.unsqueeze(1), 1.0)
+        self.shares = belongs / belongs.sum(dim=2, keepdim=True)
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
         """The mean `[R, keep, C]` of the tokens that are one now."""
-        index = self.position.unsqueeze(-1).expand_as(x)
-        merged = x.new_zeros(x.shape[0], self.keep, x.shape[2])
-        return merged.scatter_reduce(1, index, x, "mean", include_self=False)
+        return self.shares @ x
 
     def unmerge(self, rows: torch.Tensor) -> torch.Tensor:
         """`rows` `[R, keep, C]` for every token that was merged into one, `[R, L, C]`."""
-        return rows.gather(1, self.position.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+        return rows_of(rows, self.position)
