@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from helpers import make_tiny_var
 from safetensors.torch import save_file
 from scipy import linalg
 from torch import nn
+from torch.utils import cpp_extension
 
 import actvar
 from actvar.cli import main
@@ -287,6 +292,8 @@ def images_folder(tmp_path, monkeypatch):
     for split in ("train", "t10k"):
         write_idx(folder / f"{split}-images-idx3-ubyte.gz", random.integers(0, 256, (64, 28, 28), dtype=np.uint8))
         write_idx(folder / f"{split}-labels-idx1-ubyte", (np.arange(64) % 10).astype(np.uint8))
+    compiled = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", compiled)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("actvar.evaluate.bundled.TEST_IMAGES", 8)
     return folder
@@ -313,6 +320,33 @@ def test_the_command_measures_the_bundled_model(images_folder, tmp_path, capsys)
     main(arguments)
     assert {path.name: path.stat().st_mtime_ns for path in file.with_suffix(".parts").iterdir()} == before
     assert "skip@1" in capsys.readouterr().out
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_figures(images_folder, tmp_path):
+    arguments = ["evaluate", "--model", "fashion-mnist", "--methods", "skip@2", "--num", "20", "--repeats", "3"]
+    arguments += ["--rounds", "1", "--data", str(images_folder), "--json"]
+    killed, whole = tmp_path / "killed.json", tmp_path / "whole.json"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "actvar", *arguments, str(killed)],
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    parts = killed.with_suffix(".parts")
+    while not list(parts.glob("*-seed*.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in parts.glob("*-seed*.json")}
+    assert not killed.exists()
+    assert len(before) < 3
+    main([*arguments, str(killed)])
+    main([*arguments, str(whole)])
+    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
+    found = [json.loads(file.read_text())["methods"] for file in (killed, whole)]
+    for entry in (*found[0].values(), *found[1].values()):
+        del entry["seconds"], entry["seconds_of_batches"]
+    assert found[0] == found[1]
 
 
 def test_the_command_writes_images_of_other_models_for_openais_evaluator(tmp_path, capsys):

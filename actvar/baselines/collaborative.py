@@ -1,6 +1,9 @@
 """CoDe without training: a large VAR draws the first scales, a small one the last.
 
 Source: Chen et al., Collaborative Decoding Makes Visual Auto-Regressive Modeling Efficient, CVPR 2025.
+
+Adapted: neither model is fine-tuned for its scales, as in the paper's training-free variant. The small model fills its
+K/V cache with the large one's token maps scale by scale, as if it had drawn them.
 """
 
 from __future__ import annotations

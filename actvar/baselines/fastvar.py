@@ -1,6 +1,11 @@
 """FastVAR: at the last scales only pivotal tokens are computed, the others get what an earlier scale had there.
 
 Source: Guo et al., FastVAR: Linear Visual Autoregressive Modeling via Cached Token Pruning, ICCV 2025.
+
+Adapted: the authors have code for Infinity and HART; here it is for class-conditional VAR, without cross-attention. The
+rate is the same at all `scales`; theirs falls from scale to scale, and is 0 at the last ones (`skip_last_scales`).
+The score, one choice per sublayer, the first blocks left whole, and what stands in for the others are theirs. Keys and
+values are those of pivotal tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Guidance off in the last scales: the unconditional rows end there."""
+"""Guidance off in the last scales: the unconditional rows end there.
+
+Source: Kynkaanniemi et al., Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
+Diffusion Models, 2024. Adapted: the interval is one of scales, not of noise levels, and begins with the first.
+"""
 
 from __future__ import annotations
 

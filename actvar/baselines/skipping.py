@@ -1,4 +1,7 @@
-"""Skip the last scales: the image is decoded from the token maps so far."""
+"""Skip the last scales: the image is decoded from the token maps so far.
+
+Source: the last step of Guo et al., FastVAR, ICCV 2025. Without training: the autoencoder expects all token maps.
+"""
 
 from __future__ import annotations
 

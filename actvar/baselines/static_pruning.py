@@ -1,4 +1,8 @@
-"""Static pruning of the FFN: the same hidden units are left out for every token of the last scales."""
+"""Static pruning of the FFN: the same hidden units are left out for every token of the last scales.
+
+Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, for both scores. Adapted:
+whole hidden units are left out, not single weights, so that smaller matrices save time.
+"""
 
 from __future__ import annotations
 
@@ -65,10 +69,7 @@ def magnitude_units(var: nn.Module, rate: float) -> list[torch.Tensor]:
 @torch.no_grad()
 def wanda_units(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1), seed: int = 0) -> list[torch.Tensor]:
     """Per block the `rate` of hidden units with the largest `|w2_i| |h_i|`, ascending: Wanda's `|W| |x|` of fc2, summed
-    over its rows, with the norm of each unit over tokens of `scales` that the dense model samples itself.
-
-    Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024.
-    """
+    over its rows, with the norm of each unit over tokens of `scales` that the dense model samples itself."""
     with unpatched(var):
         batches = sampled_inputs(var, IMAGES, BATCH, seed)
         spans = [build_schedule(DENSE, var.patch_nums)[scale] for scale in scales]

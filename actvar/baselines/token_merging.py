@@ -1,6 +1,10 @@
 """ToMe: at the last scales similar tokens are merged before attention and FFN, and get the same output after it.
 
 Source: Bolya and Hoffman, Token Merging for Fast Stable Diffusion, 2023.
+
+Adapted: the destination of a window is its top left token, not one at random, so that an image repeats; windows of odd
+maps are cut off at the edge. Merged tokens give one key and value to the K/V cache. One matching serves attention and
+FFN of a block.
 """
 
 from __future__ import annotations
