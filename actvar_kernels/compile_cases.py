@@ -9,6 +9,7 @@ import torch
 
 import actvar_kernels as ops
 from actvar_kernels.expert_ffn.op import SCHEDULES
+from actvar_kernels.tiles import ExpertTiles, architecture, expert_ffn_candidates, using_expert_tiles
 
 HEAD_DIM, EXPERTS, ACTIVE_EXPERTS, VOCABULARY = 64, 16, 12, 4096
 GUIDANCE, TOP_K, TOP_P = 1.5, 900, 0.96
@@ -113,6 +114,18 @@ def _block_cases(R: int, C: int, scale: Scale, dtype: torch.dtype, is_last: bool
         "expert_ffn_scatter of all tokens",
         lambda: ops.expert_ffn_scatter(None, None, rows, u, mask, ACTIVE_EXPERTS, *ffn, gamma),
     )
+    if is_last:  # what `actvar_kernels.tune` may choose
+
+        def with_tile(tile: ExpertTiles, schedule: str) -> None:
+            with using_expert_tiles(tile):
+                ops.expert_ffn_scatter(None, None, rows, u, mask, ACTIVE_EXPERTS, *ffn, gamma, schedule)
+
+        for tile in expert_ffn_candidates(architecture(u), dtype, D // EXPERTS, aligned=True):
+            for schedule in ("dense", "tile_list", "snap"):
+                yield (
+                    f"expert_ffn_scatter {schedule}, tiles of {tile.rows} x {tile.down.columns}",
+                    lambda tile=tile, schedule=schedule: with_tile(tile, schedule),
+                )
     yield "scatter_rows", lambda: ops.scatter_rows(rest, index, rows, update, gamma)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -121,7 +123,13 @@ def expert_ffn_schedule(arch: int, tokens: int) -> str:
 
 
 def expert_ffn_tiles(
-    arch: int, dtype: torch.dtype, tokens: int, channels: int, width: int, aligned: bool
+    arch: int,
+    dtype: torch.dtype,
+    tokens: int,
+    channels: int,
+    width: int,
+    aligned: bool,
+    measured: tuple[int, int] | None = None,
 ) -> ExpertTiles:
     """The tiles that give the busiest multiprocessor the least work in the down projection, which has fewer programs
     than the up projection; the larger ones where equal. Small ones are taken to run at 0.6 of the rate.
@@ -130,8 +138,15 @@ def expert_ffn_tiles(
         tokens, channels: rows and columns of the input.
         width: hidden units of an expert.
         aligned: whether tensor descriptors can be made of the matrices.
+        measured: rows and columns of the tiles that were measured to be fastest; they need not be among the masked
+            ones for matrices that are not aligned.
     """
-    sizes = _expert_ffn_sizes(arch, dtype, width, aligned)
+    if _only is not None:
+        return _only
+    sizes = expert_ffn_candidates(arch, dtype, width, aligned)
+    for size in sizes:
+        if measured == (size.rows, size.down.columns):
+            return size
 
     def work(size: ExpertTiles) -> float:
         programs = triton.cdiv(tokens, size.rows) * triton.cdiv(channels, size.down.columns)
@@ -141,8 +156,22 @@ def expert_ffn_tiles(
     return min(sizes, key=work)
 
 
-def _expert_ffn_sizes(arch: int, dtype: torch.dtype, width: int, aligned: bool) -> list[ExpertTiles]:
-    """From large to small."""
+_only: ExpertTiles | None = None
+
+
+@contextmanager
+def using_expert_tiles(tile: ExpertTiles) -> Iterator[None]:
+    """Every expert FFN takes `tile` for the duration of the context."""
+    global _only
+    before, _only = _only, tile
+    try:
+        yield
+    finally:
+        _only = before
+
+
+def expert_ffn_candidates(arch: int, dtype: torch.dtype, width: int, aligned: bool) -> list[ExpertTiles]:
+    """From large to small; arguments as in `expert_ffn_tiles`."""
     if dtype == torch.float32:
         up = ProductTiles(*_columns(width, (64, 0)), depth=16, warps=8, stages=2)
         return [ExpertTiles(128, up, ProductTiles(64, 0, 16, 8, 2), parts=1, descriptors=False)]

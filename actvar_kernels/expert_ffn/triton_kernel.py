@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from actvar_kernels import tiles
 from actvar_kernels.expert_ffn.reference import SNAP_SEGMENT, SNAP_TILE
 from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
+from actvar_kernels.tuned import tuned_expert_ffn
 
 _SNAP_TILE = tl.constexpr(SNAP_TILE)
 
@@ -70,10 +71,12 @@ def _launch(out, index, rows, gamma, u, mask, active, fc1_weight, fc1_bias, fc2_
     fc1_weight, fc2_weight = fc1_weight.contiguous(), fc2_weight.contiguous()
     (T, N), D = mask.shape, fc1_weight.shape[0]
     arch = tiles.architecture(u)
+    measured = tuned_expert_ffn(u, D // N)
     if schedule == "auto":
-        schedule = tiles.expert_ffn_schedule(arch, T)
+        schedule = tiles.expert_ffn_schedule(arch, T) if measured is None else measured.schedule
     aligned = all(_aligned(t) for t in (u, fc1_weight, fc2_weight))
-    tile = tiles.expert_ffn_tiles(arch, u.dtype, T, C, D // N, aligned)
+    size = None if measured is None else (measured.rows, measured.columns)
+    tile = tiles.expert_ffn_tiles(arch, u.dtype, T, C, D // N, aligned, size)
     up, down = tile.up, tile.down
     if schedule == "dense":
         order, choice = None, mask

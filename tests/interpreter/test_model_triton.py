@@ -8,6 +8,8 @@ from helpers import make_tiny_var
 
 from actvar import ActVARConfig, apply_patch, block, load_pretrained, remove_patch
 from actvar.models import VAR
+from actvar.models.sampling import guided
+from actvar.models.var import Condition
 from actvar_kernels.backend import using_backend
 
 
@@ -123,3 +125,19 @@ def test_a_patched_block_compiles_without_a_graph_break(backend):
     with using_backend(backend):
         compiled = outputs(torch.compile(block, backend="eager", fullgraph=True))
         assert all(map(torch.equal, compiled, outputs(block)))
+
+
+def test_guidance_before_the_head_gives_the_guided_logits(monkeypatch):
+    var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8, sampler="fast"))
+    generator = torch.Generator().manual_seed(0)
+    x, cond = torch.randn(4, 5, var.C, generator=generator), torch.randn(4, var.C, generator=generator)
+    monkeypatch.setattr(var, "run_blocks", lambda *_: x)
+    drawn = []
+    monkeypatch.setattr(var, "draw", lambda logits, guidance, *_: drawn.append((logits, guidance)))
+    condition = Condition(None, cond, None, None)
+    with using_backend("triton"), torch.no_grad():
+        var.next_tokens(0, None, condition, 1.5, 0, 0.0, None)
+        expected = guided(var.get_logits(x, cond), 1.5)
+    ((logits, guidance),) = drawn
+    assert guidance is None
+    torch.testing.assert_close(logits, expected, atol=2e-6, rtol=1e-5)

@@ -1,0 +1,111 @@
+"""Time the expert FFN's schedules and tiles on this GPU and write what is fastest to a table.
+
+    python -m actvar_kernels.tune --models d16 --out tuned.json
+    ACTVAR_TUNED=tuned.json actvar sample ...
+
+Routing is that of a router with random weights: what a tile list leaves out, and so the choice of the schedule, is
+different with other routers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from tqdm import tqdm
+
+from actvar_kernels import expert_ffn_scatter, route_experts, tiles
+from actvar_kernels.compile_cases import ACTIVE_EXPERTS, DTYPES, EXPERTS, MODELS
+from actvar_kernels.compile_check import LineParser
+from actvar_kernels.tiles import expert_ffn_candidates, using_expert_tiles
+from actvar_kernels.tuned import ENVIRONMENT_VARIABLE, SCHEDULES, Entry, Table, write_table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none; nothing was measured")
+    os.environ.pop(ENVIRONMENT_VARIABLE, None)  # of an earlier run, maybe on another GPU
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    entries = tuple(measure(shapes(options.models, options.batches), DTYPES[options.dtype], device, milliseconds))
+    table = Table(torch.cuda.get_device_name(device), _capability(device), triton.__version__, entries)
+    write_table(table, options.out)
+    for entry in entries:
+        tile = f"{entry.rows} x {entry.columns}"
+        print(f"{entry.tokens:6d} x {entry.channels:4d}  {entry.schedule:9s} {tile:9s} {entry.milliseconds:8.3f} ms")
+    print(f"{options.out}: use it by {ENVIRONMENT_VARIABLE}={options.out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = LineParser("python -m actvar_kernels.tune", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["d16", "d30"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="images (default 1 8 64)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--out", type=Path, default=Path("tuned.json"), help="(default tuned.json)")
+    return parser
+
+
+def shapes(models: list[str], batches: list[int]) -> list[tuple[int, int]]:
+    """Tokens and channels of the kept rows at each model's last two scales under guidance, each once."""
+    found = (
+        (2 * batch * scale.keep, MODELS[model].width)
+        for model in models
+        for batch in batches
+        for scale in MODELS[model].active_scales()
+    )
+    return sorted(set(found), key=lambda shape: (shape[1], shape[0]))
+
+
+def measure(
+    todo: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, time: Callable[[Callable], float]
+) -> Iterator[Entry]:
+    """The fastest schedule and tiles for each number of tokens and channels; `time`: milliseconds of a call."""
+    for tokens, channels in tqdm(todo, desc="tune", leave=False):
+        width = 4 * channels // EXPERTS
+        run = _call(tokens, channels, dtype, device)
+        times = {}
+        for tile in expert_ffn_candidates(_capability(device), dtype, width, aligned=True):
+            with using_expert_tiles(tile):
+                for schedule in SCHEDULES:
+                    times[tile, schedule] = time(lambda run=run, schedule=schedule: run(schedule))
+        tile, schedule = min(times, key=times.get)
+        name = str(dtype).removeprefix("torch.")
+        yield Entry(
+            name, tokens, channels, width, schedule, tile.rows, tile.down.columns, round(times[tile, schedule], 6)
+        )
+
+
+def _call(tokens: int, channels: int, dtype: torch.dtype, device: torch.device) -> Callable[[str], torch.Tensor]:
+    """`expert_ffn_scatter` of random numbers under a schedule."""
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    rows, u, gamma = random(1, tokens, channels), random(1, tokens, channels), random(1, 1, channels)
+    mask, _ = route_experts(u, random(EXPERTS, channels), random(EXPERTS), ACTIVE_EXPERTS)
+    weights = random(4 * channels, channels), random(4 * channels), random(channels, 4 * channels), random(channels)
+    return lambda schedule: expert_ffn_scatter(None, None, rows, u, mask, ACTIVE_EXPERTS, *weights, gamma, schedule)
+
+
+def milliseconds(run: Callable[[], torch.Tensor]) -> float:
+    """Median of a call's time on the GPU."""
+    from triton.testing import do_bench
+
+    return do_bench(run, return_mode="median")
+
+
+def _capability(device: torch.device) -> int:
+    return tiles.architecture(torch.empty(0, device=device))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Measured choices for the expert FFN on one GPU: JSON that `actvar_kernels.tune` writes and `ACTVAR_TUNED` names.
+
+A call takes the entry of its type, channels and expert width whose number of tokens is nearest, by at most a factor of
+two; other calls take what `tiles.py` says.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple, get_type_hints
+
+import torch
+
+from actvar_kernels import tiles
+
+ENVIRONMENT_VARIABLE = "ACTVAR_TUNED"
+SCHEDULES = ("dense", "tile_list")
+"""Of equal results."""
+FACTOR = 2.0
+
+
+class Entry(NamedTuple):
+    """What was fastest at a shape, in milliseconds; `rows` and `columns` name one of `tiles.expert_ffn_candidates`."""
+
+    dtype: str
+    tokens: int
+    channels: int
+    width: int
+    schedule: str
+    rows: int
+    columns: int
+    milliseconds: float
+
+
+class Table(NamedTuple):
+    """`device`: name of the GPU; `capability`: the one of `tiles.ARCHITECTURES` that it counts as."""
+
+    device: str
+    capability: int
+    triton: str
+    expert_ffn: tuple[Entry, ...]
+
+
+def write_table(table: Table, path: Path) -> None:
+    """Write the table; the file is complete or not there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = table._asdict() | {"expert_ffn": [entry._asdict() for entry in table.expert_ffn]}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_table(path: Path) -> Table:
+    """Read and check a table.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a table, or names a schedule or tiles that are not shipped.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # also text that is not UTF-8
+        raise ValueError(f"{path}: expected JSON as actvar_kernels.tune writes it: {error}") from error
+    table = _of_fields(Table, content, f"{path}:")
+    if table.capability not in tiles.ARCHITECTURES:
+        supported = ", ".join(map(str, tiles.ARCHITECTURES))
+        raise ValueError(f"{path}: capability: expected one of {supported}, got {table.capability}")
+    entries = tuple(
+        _checked_entry(_of_fields(Entry, entry, f"{path}: expert_ffn[{position}]:"), table.capability, path, position)
+        for position, entry in enumerate(table.expert_ffn)
+    )
+    shapes = [entry[:4] for entry in entries]
+    if len(set(shapes)) != len(shapes):
+        raise ValueError(f"{path}: expected one entry for a dtype, tokens, channels and width, got several")
+    return table._replace(expert_ffn=entries)
+
+
+def _of_fields(kind: type, content: object, where: str) -> NamedTuple:
+    """A named tuple of a JSON object that has exactly its fields, each of its type."""
+    if not isinstance(content, dict) or set(content) != set(kind._fields):
+        found = ", ".join(sorted(content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{where} expected an object with {', '.join(kind._fields)}, got {found}")
+    json_types = {str: (str,), int: (int,), float: (int, float)}
+    for name, annotation in get_type_hints(kind).items():
+        if type(content[name]) not in json_types.get(annotation, (list,)):
+            raise ValueError(f"{where} {name}: got {content[name]!r}")
+    return kind(**content)
+
+
+def _checked_entry(entry: Entry, capability: int, path: Path, position: int) -> Entry:
+    where = f"{path}: expert_ffn[{position}]"
+    dtype = getattr(torch, entry.dtype, None)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{where}: dtype: expected float32, float16 or bfloat16, got {entry.dtype!r}")
+    if min(entry.tokens, entry.channels, entry.width) < 1:
+        raise ValueError(f"{where}: expected tokens, channels and width above 0")
+    if entry.schedule not in SCHEDULES:
+        raise ValueError(f"{where}: schedule: expected one of {', '.join(SCHEDULES)}, got {entry.schedule!r}")
+    sizes = [
+        (size.rows, size.down.columns) for size in tiles.expert_ffn_candidates(capability, dtype, entry.width, True)
+    ]
+    if (entry.rows, entry.columns) not in sizes:
+        raise ValueError(f"{where}: rows, columns: expected one of {sizes}, got {(entry.rows, entry.columns)}")
+    return entry
+
+
+def tuned_expert_ffn(u: torch.Tensor, width: int) -> Entry | None:
+    """The entry for rows `u` `[T, C]` and experts of `width` hidden units in the table that `ACTVAR_TUNED` names; None
+    without a table or a near entry.
+
+    Raises:
+        OSError, ValueError: see `read_table`; or the table is that of another GPU.
+    """
+    path = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not path:
+        return None
+    name = torch.cuda.get_device_name(u.device) if torch.cuda.is_available() else None
+    return _nearest(path, name, tiles.architecture(u), str(u.dtype).removeprefix("torch."), *u.shape, width)
+
+
+@functools.cache
+def _nearest(
+    path: str, device: str | None, capability: int, dtype: str, tokens: int, channels: int, width: int
+) -> Entry | None:
+    table = read_table(Path(path))
+    if table.capability != capability or device not in (None, table.device):
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}: {path} was measured on {table.device}, sm_{table.capability}; this is {device}, "
+            f"sm_{capability}: run python -m actvar_kernels.tune here, or unset the variable"
+        )
+
+    def distance(entry: Entry) -> float:
+        return abs(math.log(entry.tokens / tokens))
+
+    same = (e for e in table.expert_ffn if (e.dtype, e.channels, e.width) == (dtype, channels, width))
+    near = [entry for entry in same if distance(entry) <= math.log(FACTOR)]
+    return min(near, key=distance, default=None)

@@ -1,0 +1,155 @@
+"""The tuning command: its table written, read, refused and used; what it times where there is no GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from actvar_kernels import tune
+from actvar_kernels.tiles import expert_ffn_candidates
+from actvar_kernels.tuned import ENVIRONMENT_VARIABLE, SCHEDULES, Entry, Table, read_table, write_table
+from actvar_kernels.virtual import virtual_gpu, why_unavailable
+
+ENTRY = Entry("bfloat16", 384, 1024, 256, "tile_list", 64, 64, 0.02)
+TABLE = Table("NVIDIA H100 80GB HBM3", 90, "3.7.1", (ENTRY, ENTRY._replace(tokens=3072, rows=128, columns=256)))
+
+needs_virtual_gpu = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+
+
+def content(**changes) -> dict:
+    return TABLE._asdict() | {"expert_ffn": [entry._asdict() for entry in TABLE.expert_ffn]} | changes
+
+
+def entries(**changes) -> dict:
+    return content(expert_ffn=[ENTRY._asdict() | changes])
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path):
+    path = tmp_path / "tuned.json"
+    write_table(TABLE, path)
+    assert read_table(path) == TABLE
+    assert list(tmp_path.iterdir()) == [path]
+
+
+BAD = {
+    "no object": ([], "expected an object with device, capability, triton, expert_ffn, got list"),
+    "a field too few": ({"device": "x"}, "got device"),
+    "a field too many": (content(more=1), "got capability, device, expert_ffn, more, triton"),
+    "a capability that is not supported": (content(capability=75), "capability: expected one of 80"),
+    "a capability as text": (content(capability="90"), "capability: got '90'"),
+    "entries that are none": (content(expert_ffn={}), "expert_ffn: got {}"),
+    "an entry that is none": (content(expert_ffn=[1]), r"expert_ffn\[0\]: expected an object .* got int"),
+    "another type": (entries(dtype="int8"), "dtype: expected float32, float16 or bfloat16, got 'int8'"),
+    "no tokens": (entries(tokens=0), "above 0"),
+    "tokens as truth value": (entries(tokens=True), "tokens: got True"),
+    "a schedule that changes results": (entries(schedule="snap"), "schedule: expected one of dense, tile_list"),
+    "tiles that are not shipped": (entries(rows=32), r"expected one of \[\(128, 256\), .*got \(32, 64\)"),
+    "a shape twice": (content(expert_ffn=[ENTRY._asdict()] * 2), "got several"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_table_that_is_not_right_is_refused(case: str, tmp_path: Path):
+    found, message = BAD[case]
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=message):
+        read_table(path)
+
+
+def test_a_file_that_is_not_json_is_refused(tmp_path: Path):
+    path = tmp_path / "tuned.json"
+    path.write_bytes(b"\xff{")
+    with pytest.raises(ValueError, match="expected JSON"):
+        read_table(path)
+
+
+def launched(tokens: int) -> tuple[int, int]:
+    """Launches of an expert FFN, and the rows of its tiles."""
+    with torch.no_grad(), virtual_gpu(90) as gpu:
+        tune._call(tokens, 1024, torch.bfloat16, torch.device("cuda"))("auto")
+        names = [launch.name for launch in gpu.launches if launch.name in ("_sort_rows", "_up", "_down")]
+        return len(names), gpu.launches[-1].kernel.constants["BLOCK_T"]
+
+
+@needs_virtual_gpu
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        pytest.param(384, (3, 64), id="the shape of an entry"),
+        pytest.param(700, (3, 64), id="less than twice as many"),
+        pytest.param(150, (2, 64), id="less than half: no entry"),
+        pytest.param(4000, (3, 128), id="nearer to another entry"),
+    ],
+)
+def test_calls_take_the_nearest_entry(tokens: int, expected: tuple[int, int], tmp_path: Path, monkeypatch):
+    write_table(TABLE, tmp_path / "tuned.json")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "tuned.json"))
+    assert launched(tokens) == expected
+
+
+@needs_virtual_gpu
+def test_without_a_table_nothing_changes(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    assert launched(384) == (2, 64)
+
+
+@needs_virtual_gpu
+def test_a_table_of_another_gpu_is_refused(tmp_path: Path, monkeypatch):
+    table = Table("NVIDIA A100", 80, "3.7.1", (ENTRY._replace(columns=64, rows=64),))
+    write_table(table, tmp_path / "tuned.json")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "tuned.json"))
+    with pytest.raises(ValueError, match=r"was measured on NVIDIA A100, sm_80; this is .* sm_90"):
+        launched(384)
+
+
+@needs_virtual_gpu
+def test_the_fastest_of_all_schedules_and_tiles_is_chosen(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    candidates = expert_ffn_candidates(90, torch.bfloat16, 256, aligned=True)
+    times = iter([3.0, 2.0, 1.0, 5.0, 4.0, 6.0])
+    tried = []
+
+    with torch.no_grad(), virtual_gpu(90) as gpu:
+
+        def time(run) -> float:
+            gpu.launches.clear()
+            run()
+            down = gpu.launches[-1].kernel.constants
+            tried.append((down["BLOCK_T"], down["BLOCK_C"], "_sort_rows" in {launch.name for launch in gpu.launches}))
+            return next(times)
+
+        found = list(tune.measure([(384, 1024)], torch.bfloat16, torch.device("cuda"), time))
+    assert tried == [(t.rows, t.down.columns, s == "tile_list") for t in candidates for s in SCHEDULES]
+    assert found == [Entry("bfloat16", 384, 1024, 256, "dense", candidates[1].rows, candidates[1].down.columns, 1.0)]
+
+
+def test_shapes_are_those_of_the_last_two_scales_under_guidance():
+    assert tune.shapes(["d20", "d16"], [1, 1]) == [(254, 1024), (384, 1024), (254, 1280), (384, 1280)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path, capsys):
+    with pytest.raises(SystemExit) as raised:
+        tune.main(["--out", str(tmp_path / "tuned.json")])
+    assert raised.value.code == 2
+    assert "expected a CUDA device, found none" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, torch found none")
+def test_on_a_gpu_a_table_is_measured_and_used(tmp_path: Path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    assert tune.main(["--models", "d16", "--batches", "1", "--out", str(path)]) == 0
+    table = read_table(path)
+    assert [entry.tokens for entry in table.expert_ffn] == [254, 384]
+    run = tune._call(384, 1024, torch.bfloat16, torch.device("cuda"))
+    expected = run("dense")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(path))
+    torch.testing.assert_close(run("auto"), expected)
