@@ -105,7 +105,7 @@ def test_the_page_says_what_agrees_what_is_noise_and_what_is_missing(tmp_path):
     assert "`paper`): **agrees**, KL differs by 0.101 ± 0.0025." in text
     assert "**within noise**" in text
     assert "**disagrees, one seed**" in text
-    assert "not trained yet" in text
+    assert "not measured yet" in text
     assert "| 25.0% | 0.101 ± 0.0025 | 0.202 ± 0.005 | 14.5" in text
     assert {picture.stem for picture in pictures} >= {"table4", "table5", "table6"}
 

@@ -17,7 +17,7 @@ from benchmarks.paper.recipes import STEPS as RECIPE_STEPS
 from benchmarks.paper.recipes import read_rows
 from benchmarks.paper.trainings import BATCH, STEPS
 
-MISSING = "not trained yet"
+MISSING = "not measured yet"
 INTRODUCTION = f"""# The paper's tables and figures, on the bundled models
 
 Written by `make paper` from [paper/results.csv](paper/results.csv); `make paper-train` trains what is missing.
@@ -32,9 +32,9 @@ the row `ActVAR` of their recipe and seed; stage 2 is their own. Static weights 
 highest, fixed tokens those that the first block selects.
 
 KL is to the dense logits, in nats, over all tokens (and at 8x8), on token maps of 200 test images; FID and IS by the
-bundled feature network. Intervals are 95 % by Student's t over the seeds of training and sampling; a single number is
-one seed. A claim is judged by KL: *agrees* and *disagrees* where the paired difference is beyond its interval, else
-*within noise*, and *one seed* where there is no interval.
+bundled feature network, a dash where no images were drawn. Intervals are 95 % by Student's t over the seeds of training
+and sampling; a single number is one seed. A claim is judged by KL: *agrees* and *disagrees* where the paired difference
+is beyond its interval, else *within noise*, and *one seed* where there is no interval.
 """
 FIGURES = """## Figures
 
@@ -131,7 +131,7 @@ def _recipes(rows: Sequence[Sequence[str]]) -> str:
 KL to the dense logits after {RECIPE_STEPS} steps of stage 2 with {BATCH} images; up to `best` each line adds one choice
 to the line above (`python -m benchmarks.paper.recipes`).
 """
-    return "\n".join([about, *lines, ""])
+    return "\n".join([about, *(lines if rows else [f"{MISSING.capitalize()}."]), ""])
 
 
 def _mean(rows: Sequence[Measured], field: str) -> str:
