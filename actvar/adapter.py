@@ -17,6 +17,7 @@ from actvar.config import EXECUTION_FIELDS, ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.files import replacing
 from actvar.gates import update
+from actvar.modes import no_grad
 from actvar.recording import shared_state
 from actvar.tuned import replace_parameters, restore_parameters, tuned_parameters
 
@@ -63,7 +64,7 @@ def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object
         save_file(tensors, temporary, metadata)
 
 
-@torch.no_grad()
+@no_grad
 def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
     """Load selectors, routers and changed weights into a patched model, and bring the FFN's hidden units into the
     adapter's order, in place (`remove_patch` takes them back); returns `var`. Everything is checked before anything

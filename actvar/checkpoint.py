@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from actvar import checkpoint_sizes as sizes_of
 from actvar.models.var import VAR
 from actvar.models.vqvae import VQVAE
+from actvar.modes import inference_mode
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,7 +42,7 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names the file, what was expected and what was found."""
 
 
-@torch.inference_mode(False)  # weights of an inference tensor's kind could not be trained, nor checked for changes
+@inference_mode(False)  # weights of an inference tensor's kind could not be trained, nor checked for changes
 def load_var(
     var_checkpoint: PathLike,
     vae_checkpoint: PathLike,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from actvar.families import var as family
+from actvar.modes import inference_mode
 from actvar.per_sample import Kept
 from actvar_kernels.packing import outdate
 
@@ -21,7 +22,6 @@ class Gate(nn.Module):
         seed: of the generator that draws the untrained weight.
     """
 
-    @torch.inference_mode(False)  # for a patch that is put on in inference mode and trained or loaded into outside
     def __init__(self, inputs: int, outputs: int, seed: int, device: torch.device):
         super().__init__()
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -42,6 +42,7 @@ class Gates(nn.Module):
     `places` `[D]` int64 on the CPU is the order in which the FFN's hidden units lie: `update` changes it with them.
     """
 
+    @inference_mode(False)  # for a patch that is put on in inference mode and trained or loaded into outside
     def __init__(self, width: int, hidden: int, num_experts: int, block_index: int, shared, device: torch.device):
         super().__init__()
         self.selector = Gate(width, 1, 2 * block_index, device)
@@ -50,8 +51,7 @@ class Gates(nn.Module):
         self.schedule = shared.schedules[block_index]
         self.shared = shared
         self.kept = Kept()
-        with torch.inference_mode(False):
-            self.places = torch.arange(hidden, device="cpu")
+        self.places = torch.arange(hidden, device="cpu")
 
     @property
     def order(self) -> torch.Tensor | None:
@@ -59,7 +59,7 @@ class Gates(nn.Module):
         return None if torch.equal(self.places, self.places.sort().values) else self.places
 
 
-@torch.inference_mode()  # in which weights that were made in it may be changed, as all others may
+@inference_mode(True)  # in which weights that were made in it may be changed, as all others may
 def update(
     block: nn.Module, order: torch.Tensor | None, values: Mapping[nn.Parameter, torch.Tensor] | None = None
 ) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from actvar.families import family_of, unwrapped
 from actvar.models.arguments import SEEDS, checked_labels, expect_integer
+from actvar.modes import no_grad
 from actvar.patch import release_cache
 from actvar.recording import shared_state
 from actvar_kernels import backend_of
@@ -51,7 +52,7 @@ class GraphedSampling:
         if backend_of("sample_tokens", weight) != "triton":
             raise ValueError("backend: expected Triton, without which a graph cannot read its seed; see actvar info")
 
-    @torch.no_grad()
+    @no_grad
     def __call__(self, labels: torch.Tensor, seed: int) -> torch.Tensor:
         """Images `[B, channels, H, W]` in [0, 1] of the classes `labels` `[B]`, on the GPU or the CPU.
 

@@ -26,6 +26,9 @@ from actvar.patch import patch_silently
 from actvar_kernels import packing
 
 PACKAGES = (Path(actvar.__file__).parent, Path(packing.__file__).parent)
+TORCHS_MODES = (Path(torch.autograd.grad_mode.__file__), Path(torch.utils._contextlib.__file__))
+WITHOUT_SIGNALS = actvar.modes.__file__
+"""Between its lines Python handles no signal, so none is raised there."""
 Action = Callable[[nn.Module], object]
 
 
@@ -37,12 +40,15 @@ class InjectedError(Exception):
 
 
 @contextmanager
-def raising_at_line(number: int, error: type[BaseException]) -> Iterator[list[int]]:
-    """Raise `error` before the `number`-th line of the package that runs; yields the count of lines so far."""
+def raising_at_line(
+    number: int, error: type[BaseException], sources: tuple[Path, ...] = PACKAGES
+) -> Iterator[list[int]]:
+    """Raise `error` before the `number`-th line of `sources` that runs; yields the count of lines so far."""
     count = [0]
 
     def trace(frame, event, _argument):
-        if not frame.f_code.co_filename.startswith(tuple(map(str, PACKAGES))):
+        file = frame.f_code.co_filename
+        if not file.startswith(tuple(map(str, sources))) or file == WITHOUT_SIGNALS:
             return None
         if event == "line":
             count[0] += 1
@@ -97,9 +103,9 @@ def raising_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def lines_of(action: Callable[[], object]) -> int:
-    """Lines of the package that `action` runs."""
-    with raising_at_line(-1, InjectedError) as count:
+def lines_of(action: Callable[[], object], sources: tuple[Path, ...] = PACKAGES) -> int:
+    """Lines of `sources` that `action` runs."""
+    with raising_at_line(-1, InjectedError, sources) as count:
         action()
     return count[0]
 
@@ -111,17 +117,27 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 def fails(action: Callable[[], object], raising) -> bool:
-    """Whether what `raising`, a context, raises came out of `action`, which may have ended before."""
+    """Whether what `raising`, a context, raises came out of `action`, which may have ended before. Afterwards the modes
+    of autograd are those of before."""
+    before, failed = modes(), False
     try:
         with raising:
             action()
     except (InjectedError, KeyboardInterrupt):
-        return True
+        failed = True
     except actvar.AdapterError as error:  # while a file is read, any error counts as a damaged file
         if "expected a safetensors file" not in str(error):
             raise
-        return True
-    return False
+        failed = True
+    found = modes()
+    torch.set_grad_enabled(before[0])  # what is found here shall not be found again elsewhere
+    assert found == before, f"gradients and inference mode were {before}, are {found}"
+    return failed
+
+
+def modes() -> tuple[bool, bool]:
+    """Whether there are gradients, and whether inference mode is on."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 # Sampling
@@ -269,8 +285,8 @@ def run_patching_faults(count: int, seed: int = 0, names: tuple[str, ...] | None
             ]
             for number, context in enumerate(raising):
                 var = change.prepare()
-                failed = fails(lambda var=var, change=change: change.action(var), context)
                 try:
+                    failed = fails(lambda var=var, change=change: change.action(var), context)
                     expected.expect_whole(var, failed)
                 except Exception as error:
                     raise AssertionError(f"{name}: fault {number} of {len(raising)}, seed {seed}: {error}") from error

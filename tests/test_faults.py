@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from contextlib import nullcontext
 
 import faults
 import interruptions
@@ -73,6 +74,24 @@ def test_an_interrupted_load_that_is_not_taken_back_would_be_found(monkeypatch):
     monkeypatch.setattr("actvar.adapter._put", only_forward)
     with pytest.raises(AssertionError, match="load another: fault"):
         interruptions.run_patching_faults(0, names=("load another",))
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("name", ["patch", "load another", "remove with an adapter", "sample"])
+def test_ctrl_c_in_torchs_own_python_does_not_leave_its_modes_behind(name, mode, tmp_path):
+    changes = interruptions.Adapters(tmp_path).changes()
+    changes["sample"] = interruptions.Change(interruptions.patched_model, draw)
+    prepare, action, sources = changes[name].prepare, changes[name].action, interruptions.TORCHS_MODES
+    with mode():
+        var = prepare()
+        lines = interruptions.lines_of(lambda: action(var), sources)
+        for number in range(1, lines + 1):
+            var = prepare()
+            failed = interruptions.fails(
+                lambda var=var: action(var), interruptions.raising_at_line(number, KeyboardInterrupt, sources)
+            )
+            assert failed
+        assert interruptions.modes() == (mode is nullcontext, mode is torch.inference_mode)
 
 
 class Mutations(TorchDispatchMode):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from soak.__main__ import Part, soak
-from soak.drawing import run_bulk_kills, run_samples
+from soak.drawing import run_samples
+from soak.killing import run_bulk_kills, run_evaluation_kills
 
 from actvar.bulk import Bulk
 
@@ -16,6 +17,10 @@ def test_memory_is_flat_over_many_samples():
 
 def test_killed_bulk_sampling_goes_on_to_the_images_of_an_unbroken_run():
     assert run_bulk_kills(1, seed=1)["kills survived"] == 1
+
+
+def test_killed_evaluation_goes_on_to_the_results_of_an_unbroken_run():
+    assert run_evaluation_kills(1, seed=1) == {"kills survived": 1}
 
 
 @pytest.mark.parametrize(

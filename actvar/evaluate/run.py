@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -97,6 +98,8 @@ class Parts:
                 logger.warning("%s is damaged and is made again", path)
         found = compute()
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left_by_a_kill in self.folder.glob(f".{glob.escape(path.name)}.*"):
+            left_by_a_kill.unlink(missing_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(found) + "\n", "utf-8")
         return found

@@ -9,11 +9,12 @@ import torch
 from actvar.models.arguments import expect_integer
 from actvar.models.var import HEAD_DIM, VAR
 from actvar.models.vqvae import OFFICIAL_CHANNEL_MULTIPLIERS, VQVAE
+from actvar.modes import inference_mode
 
 OFFICIAL_PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
-@torch.inference_mode(False)
+@inference_mode(False)
 def build_vae_var(
     V: int = 4096,
     Cvae: int = 32,

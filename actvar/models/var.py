@@ -18,6 +18,7 @@ from actvar.models.arguments import by_one_thread, checked_labels, expect_sampli
 from actvar.models.quantizer import uninitialised_embedding
 from actvar.models.sampling import Randomness, by_image, generators, guided, gumbel_softmax, sample_top_k_top_p
 from actvar.models.vqvae import VQVAE
+from actvar.modes import no_grad
 from actvar_kernels.subset_attention.reference import attend
 
 HEAD_DIM = 64
@@ -179,7 +180,7 @@ class VAR(nn.Module):
         h = self.head_nm(x.float(), cond_BD)
         return self.head(h.to(self.head.weight.dtype)).float()
 
-    @torch.no_grad()
+    @no_grad
     @by_one_thread
     def autoregressive_infer_cfg(
         self,

@@ -18,7 +18,8 @@ import fuzz
 import interruptions
 from tqdm import tqdm
 
-from soak.drawing import run_bulk_kills, run_samples
+from soak.drawing import run_samples
+from soak.killing import run_bulk_kills, run_evaluation_kills
 
 SUMMARY = {
     "inputs tried": ("inputs",),
@@ -42,6 +43,7 @@ class Part:
 PARTS = [
     Part("samples", lambda seed: run_samples(1000, seed), watches_memory=True),
     Part("killed bulk sampling", lambda seed: run_bulk_kills(3, seed)),
+    Part("killed evaluation", lambda seed: run_evaluation_kills(5, seed)),
     Part("damaged files", lambda seed: fuzz.run_fuzz(2000, seed)),
     Part("faults in sampling", lambda seed: interruptions.run_sampling_faults(5, seed)),
     Part("faults in patching", lambda seed: interruptions.run_patching_faults(5, seed)),
