@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -118,6 +118,17 @@ def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, process
             left_by_a_kill.unlink(missing_ok=True)
 
 
+def read_images(folder: Path, bulk: Bulk) -> tuple[np.ndarray, np.ndarray]:
+    """Images `[num, H, W, C]` uint8 and labels `[num]` int64 of `sample_many`, in the order of the images.
+
+    Raises:
+        ValueError: a shard is missing or damaged.
+    """
+    _expect_complete(folder, bulk)
+    shards = [load_file(_path(folder, shard)) for shard in range(bulk.shards)]
+    return tuple(np.concatenate([shard[name] for shard in shards]) for name in ("images", "labels"))
+
+
 def write_npz(folder: Path, bulk: Bulk, file: Path) -> None:
     """Write the images of `sample_many` as OpenAI's evaluator reads them, one image in memory at a time.
 
@@ -127,9 +138,7 @@ def write_npz(folder: Path, bulk: Bulk, file: Path) -> None:
     Raises:
         ValueError: a shard is missing or damaged.
     """
-    for shard in range(bulk.shards):
-        if not _is_complete(folder, bulk, shard):
-            raise ValueError(f"{_path(folder, shard)}: expected a complete shard; sample again with the same settings")
+    _expect_complete(folder, bulk)
     order = np.random.default_rng(image_seed(bulk.sampling.seed, 0)).permutation(bulk.num)
     height, width, _ = _image(folder, bulk, 0).shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (bulk.num, height, width, 3)}
@@ -156,6 +165,12 @@ def _is_complete(folder: Path, bulk: Bulk, shard: int) -> bool:
             return shape[0] == len(labels) and file.get_tensor("labels").tolist() == list(labels)
     except (OSError, SafetensorError):
         return False
+
+
+def _expect_complete(folder: Path, bulk: Bulk) -> None:
+    for shard in range(bulk.shards):
+        if not _is_complete(folder, bulk, shard):
+            raise ValueError(f"{_path(folder, shard)}: expected a complete shard; sample again with the same settings")
 
 
 def _image(folder: Path, bulk: Bulk, image: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils import cpp_extension
 
 import actvar
+from actvar.bulk import Bulk
 from actvar.cli import main
 from actvar.evaluate.methods import Method, chosen_methods, methods_of
 from actvar.evaluate.precision_recall import precision_recall, radii
@@ -199,7 +200,7 @@ def test_parts_are_kept_by_their_facts_and_made_again_when_damaged(tmp_path):
     parts, calls = Parts(tmp_path / "parts"), []
 
     def get(facts):
-        return parts.get("part", facts, lambda: calls.append(facts) or {"value": len(calls)})
+        return parts.get("part", facts, lambda _: calls.append(facts) or {"value": len(calls)})
 
     assert [get("a"), get("a"), get("b")] == [{"value": 1}, {"value": 1}, {"value": 2}]
     for file in parts.folder.iterdir():
@@ -322,9 +323,9 @@ def test_the_command_measures_the_bundled_model(images_folder, tmp_path, capsys)
     assert "skip@1" in capsys.readouterr().out
 
 
-def test_a_killed_evaluation_goes_on_and_ends_with_the_same_figures(images_folder, tmp_path):
-    arguments = ["evaluate", "--model", "fashion-mnist", "--methods", "skip@2", "--num", "20", "--repeats", "3"]
-    arguments += ["--rounds", "1", "--data", str(images_folder), "--json"]
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_figures(images_folder, tmp_path, monkeypatch):
+    arguments = ["evaluate", "--model", "fashion-mnist", "--methods", "skip@2", "--num", "20", "--repeats", "2"]
+    arguments += ["--batch", "5", "--rounds", "1", "--data", str(images_folder), "--json"]
     killed, whole = tmp_path / "killed.json", tmp_path / "whole.json"
     process = subprocess.Popen(
         [sys.executable, "-m", "actvar", *arguments, str(killed)],
@@ -332,17 +333,21 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_figures(images_folde
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     parts = killed.with_suffix(".parts")
-    while not list(parts.glob("*-seed*.json")):
+    while not list(parts.glob("*-seed1-*/shard-*.safetensors")):
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
     process.wait()
-    before = {path: path.stat().st_mtime_ns for path in parts.glob("*-seed*.json")}
+    seed0, shard = next(parts.glob("*-seed0-*.json")), next(parts.glob("*-seed1-*/shard-00000.safetensors"))
     assert not killed.exists()
-    assert len(before) < 3
+    before, drawn, run = seed0.read_bytes(), [], Bulk.run
+    monkeypatch.setattr(Bulk, "run", lambda *arguments: drawn.append(arguments[2]) or run(*arguments))
     main([*arguments, str(killed)])
+    assert drawn == list(range(4))[-len(drawn) :]
+    assert len(drawn) < 4
+    assert seed0.read_bytes() == before
+    assert not shard.parent.exists()
     main([*arguments, str(whole)])
-    assert all(path.stat().st_mtime_ns == written for path, written in before.items())
     found = [json.loads(file.read_text())["methods"] for file in (killed, whole)]
     for entry in (*found[0].values(), *found[1].values()):
         del entry["seconds"], entry["seconds_of_batches"]

@@ -6,16 +6,16 @@ import glob
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import actvar
-from actvar.bulk import Bulk, sample_many, write_npz
+from actvar.bulk import Bulk, read_images, sample_many, write_npz
 from actvar.compare import Sampling
 from actvar.evaluate.methods import Method
 from actvar.evaluate.predictions import DensePredictions
@@ -82,13 +82,15 @@ class Result:
 class Parts:
     """Finished parts of an evaluation, a JSON file each, in a folder: what is there is not computed again.
 
-    A file's name has a hash of all that its contents follow from, so that other settings make other files.
+    A file's name has a hash of all that its contents follow from, so that other settings make other files. A part that
+    is not finished has a folder of that name, gone when it is.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def get(self, name: str, facts: object, compute: Callable[[], object]):
+    def get(self, name: str, facts: object, compute: Callable[[Path], object]):
+        """What `compute(folder)` returned, JSON-compatible, now or before."""
         key = hashlib.sha256(json.dumps([actvar.__version__, facts]).encode()).hexdigest()[:12]
         path = self.folder / f"{name}-{key}.json"
         if path.exists():
@@ -96,12 +98,14 @@ class Parts:
                 return json.loads(path.read_text("utf-8"))
             except ValueError:
                 logger.warning("%s is damaged and is made again", path)
-        found = compute()
+        unfinished = path.with_suffix("")
+        found = compute(unfinished)
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_by_a_kill in self.folder.glob(f".{glob.escape(path.name)}.*"):
             left_by_a_kill.unlink(missing_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(found) + "\n", "utf-8")
+        shutil.rmtree(unfinished, ignore_errors=True)
         return found
 
 
@@ -131,16 +135,16 @@ def evaluate(
     for method in tqdm(methods, desc="methods"):
         with method.applied(var):
             facts = {"method": method.name, "facts": method.facts, "model": model_fingerprint(var, var.vae_proxy[0])}
-            flops = parts.get(f"{method.name}-flops", facts, lambda: sampling_flops(var))
+            flops = parts.get(f"{method.name}-flops", facts, lambda _: sampling_flops(var))
             found = {}
             if dense:
                 of_dense = facts | {"cfg": how.cfg, "tokens": dense.fingerprint}
-                found = parts.get(f"{method.name}-divergence", of_dense, lambda: dense.divergences(var))
+                found = parts.get(f"{method.name}-divergence", of_dense, lambda _: dense.divergences(var))
             of_seeds = [
                 parts.get(
                     f"{method.name}-seed{seed}",
                     facts | asdict(replace(how, seed=seed, repeats=1, rounds=0)),
-                    lambda seed=seed: quality.of(*sampled_images(var, how.bulk(var, seed))),
+                    lambda images, seed=seed: quality.of(*sampled_images(var, how.bulk(var, seed), images)),
                 )
                 for seed in (how.seeds if quality else ())
             ]
@@ -181,8 +185,9 @@ def write_samples(var: VAR, methods: Sequence[Method], how: Evaluation, folder: 
     return written
 
 
-def sampled_images(var: VAR, bulk: Bulk) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images `[N, C, H, W]` in [0, 1], in steps of 1 / 255, and labels `[N]` of `bulk`."""
-    pixels = [bulk.run(var, shard) for shard in tqdm(range(bulk.shards), desc="sampling", leave=False)]
-    images = torch.from_numpy(np.concatenate(pixels)).permute(0, 3, 1, 2).float() / 255
-    return images, torch.tensor([label for shard in range(bulk.shards) for label in bulk.labels_of(shard)])
+def sampled_images(var: VAR, bulk: Bulk, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images `[N, C, H, W]` in [0, 1], in steps of 1 / 255, and labels `[N]` of `bulk`; those that `folder` has are
+    not drawn again, see `actvar.bulk.sample_many`."""
+    sample_many(var, bulk, folder)
+    pixels, labels = read_images(folder, bulk)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -44,8 +45,8 @@ def measure(data: Path, samples: int = 5000) -> dict[str, object]:
     }
     names = ("dense", *bundled_adapters("fashion-mnist"))
     for method in chosen_methods(",".join(names), methods_of("fashion-mnist")):
-        with method.applied(var):
-            images, labels = sampled_images(var, Evaluation(num=samples).bulk(var, seed=0))
+        with method.applied(var), tempfile.TemporaryDirectory() as folder:
+            images, labels = sampled_images(var, Evaluation(num=samples).bulk(var, seed=0), Path(folder))
         right = torch.cat([network.logits(batch).argmax(dim=1) for batch in images.split(BATCH)]) == labels
         by_class = [right[labels == label].float().mean().item() for label in range(var.num_classes)]
         figures[method.name] = to_train.of(images, labels) | {"agreement_by_class": by_class}
