@@ -269,7 +269,14 @@ def test_families_adapters_and_their_parts_are_methods(tiny_var, tmp_path):
     assert names == ["tome@0.75", "tome@0.5", "dense", "mine"]
     known = methods_of("fashion-mnist")
     assert {"paper", "paper-no-experts", "paper-no-selection", "best"} <= known.keys()
+    assert {"paper-fixed-tokens", "best-fixed-tokens"} <= known.keys()
     _, var = actvar.load_pretrained("fashion-mnist")
+    with known["best"].applied(var):
+        kept = [sum(of_block.schedule[-1].keep for of_block in (b.actvar for b in var.blocks))]
+    with known["best-fixed-tokens"].applied(var):
+        kept.append(len(var.blocks) * var.actvar.schedule[-1].keep)
+        assert var.actvar.config.fixed_tokens
+    assert kept[0] == pytest.approx(kept[1], abs=len(var.blocks) / 2)
     with known["paper-no-experts"].applied(var):
         assert [(s.select, s.route) for s in var.actvar.schedule][-1] == (True, False)
     with known["paper-no-selection"].applied(var):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -106,9 +107,13 @@ def adapter_method(name: str, path: Path, **changes: object) -> Method:
 
 
 def adapter_methods(name: str, path: Path) -> Iterator[Method]:
-    """An adapter as it is, without experts, and without token selection."""
-    all_tokens = (1.0,) * len(read_adapter_config(path).scales)
+    """An adapter as it is, with as many tokens that the first block chooses for all, without experts, and without token
+    selection."""
+    rates = read_adapter_config(path).token_rates
+    all_tokens = (1.0,) * len(rates)
+    same = tuple(statistics.fmean(rate) if isinstance(rate, tuple) else rate for rate in rates)
     yield adapter_method(name, path)
+    yield adapter_method(f"{name}-fixed-tokens", path, fixed_tokens=True, token_rates=same)
     yield adapter_method(f"{name}-no-experts", path, ffn_rate=1.0)
     yield adapter_method(f"{name}-no-selection", path, token_rates=all_tokens)
 
