@@ -30,7 +30,7 @@ def selected(
     if shared.config.fixed_tokens and gates.block_index > 0:
         index = shared.fixed[scale.index]
         modulated = normalize_modulate(gather_rows(x, index), scale1, shift1)
-        return Selected(index, modulated, None, x.clone() if x.is_cuda and not in_place else x)
+        return Selected(index, modulated, None, x if in_place else x.clone())
     weight, bias, share = gates.selector.weight, gates.selector.bias, shared.selection_is_shared
     chosen = select_tokens(x, weight, bias, scale1, shift1, scale.keep, share_guidance=share, in_place=in_place)
     if shared.config.fixed_tokens:

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 import actvar.block
+import actvar.selection
 from actvar.compare import Sampling
 from actvar.config import ActVARConfig
 from actvar.patch import patched_silently
@@ -355,15 +356,16 @@ def _operations(var: nn.Module) -> Iterator[list[Check]]:
 
         return call
 
-    originals = {name: getattr(actvar.block, name) for name in OPERATIONS}
+    callers = {name: actvar.selection if name == "select_tokens" else actvar.block for name in OPERATIONS}
+    originals = {name: getattr(caller, name) for name, caller in callers.items()}
     with _removing([block.register_forward_pre_hook(note, with_kwargs=True) for block in var.blocks]):
         try:
             for name, operation in originals.items():
-                setattr(actvar.block, name, compared(name, operation))
+                setattr(callers[name], name, compared(name, operation))
             yield checks
         finally:
             for name, operation in originals.items():
-                setattr(actvar.block, name, operation)
+                setattr(callers[name], name, operation)
 
 
 def _compared(name: str, arguments: dict, copies: dict, reference, result) -> Iterator[tuple[str, float, float]]:

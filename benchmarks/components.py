@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import actvar.block
+import actvar.selection
 from actvar.files import replacing
 
 COMPONENTS = (
@@ -126,7 +127,7 @@ def _functions(var: nn.Module) -> Iterator[tuple[object, str, str]]:
     yield family, "dense_ffn", "ffn"
     yield actvar.block, "subset_attention", "attention"
     yield from ((actvar.block, name, "ffn") for name in ("expert_ffn_scatter", "scatter_rows"))
-    yield actvar.block, "select_tokens", "select"
+    yield actvar.selection, "select_tokens", "select"
     yield actvar.block, "add_normalize_route", "route"
     of_model = sys.modules[getattr(type(var), "original_class", type(var)).__module__]
     yield of_model, "sample_with_top_k_top_p_", "sampling"

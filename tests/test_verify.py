@@ -14,6 +14,7 @@ from helpers import make_tiny_var
 import actvar.block
 import actvar.families.var
 import actvar.patch
+import actvar.selection
 import actvar_kernels
 from actvar import ActVARConfig, apply_patch, save_adapter
 from actvar.cli import main
@@ -85,7 +86,7 @@ def test_every_configuration_passes_in_every_dtype(config, layout):
 
 
 def test_every_operation_that_a_block_calls_is_compared():
-    called = {name for name in actvar_kernels.__all__ if hasattr(actvar.block, name)}
+    called = {name for name in actvar_kernels.__all__ if hasattr(actvar.block, name) or hasattr(actvar.selection, name)}
     assert set(OPERATIONS) == called - {"backend_of", "cpp_runs"}
 
 
@@ -165,7 +166,8 @@ def break_backend(monkeypatch) -> Callable[[str, Callable], Callable]:
             return call
 
         for name in OPERATIONS:
-            monkeypatch.setattr(actvar.block, name, as_triton(getattr(actvar.block, name)))
+            caller = actvar.block if hasattr(actvar.block, name) else actvar.selection
+            monkeypatch.setattr(caller, name, as_triton(getattr(caller, name)))
         monkeypatch.setattr(actvar.families.var, "normalize_modulate", as_triton(normalize_modulate))
 
         def load(dtype: torch.dtype) -> torch.nn.Module:

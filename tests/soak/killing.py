@@ -63,7 +63,7 @@ def evaluate_small_model(folder: Path, how: Evaluation) -> None:
     quality = ImageQuality(network, real_images(network, images))
     methods = chosen_methods("dense,skip,unguided", methods_of())
     results = evaluate(var, methods, how, folder, quality, dense)
-    Parts(folder).get("results", None, lambda: [[r.name, r.quality, r.flops, r.divergences] for r in results])
+    Parts(folder).get("results", None, lambda _: [[r.name, r.quality, r.flops, r.divergences] for r in results])
 
 
 class _Pixels(nn.Module):
@@ -104,6 +104,7 @@ def _run_kills(count: int, seed: int, work: Callable, *arguments: object) -> dic
                 seconds = min(seconds, lasted) if fresh else seconds
         assert _run(work, broken, *arguments)[0] == 0
         assert _files(broken) == expected
+        assert {path.name for path in broken.iterdir()} == {path.name for path in whole.iterdir()}
     return {"kills survived": kills}
 
 
@@ -129,4 +130,5 @@ def _quietly(work: Callable, *arguments: object) -> None:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*")}
+    """Those of `folder` itself: a folder in it holds a part that is not finished."""
+    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
