@@ -14,7 +14,7 @@ from actvar.distill.run import Distillation, distill
 from actvar.patch import patch_silently, remove_patch
 from actvar.zoo.checksums import checked, save_checksums
 
-STEPS, BATCH = 500, 32
+STEPS, BATCH = 1500, 32
 
 
 def train_best(folder: Path, data: Path, work: Path, seed: int, steps: int = STEPS) -> Path:
