@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import make_tiny_var
 
-from actvar import ActVARConfig, apply_patch, block, load_pretrained, remove_patch
+from actvar import ActVARConfig, apply_patch, load_pretrained, remove_patch, selection
 from actvar.models import VAR
 from actvar.models.sampling import guided
 from actvar.models.var import Condition
@@ -71,14 +71,14 @@ def test_dense_scales_too_run_on_the_kernels_and_removal_is_exact(monkeypatch):
 def test_blocks_write_into_their_input_only_where_no_hook_sees_it(hooked, monkeypatch):
     var = apply_patch(make_tiny_var(depth=2), ActVARConfig(num_experts=8))
     schedule, seen = var.actvar.schedule, []
-    select = block.select_tokens
+    select = selection.select_tokens
 
     def selecting(x, *args, **kwargs):
-        selection = select(x, *args, **kwargs)
-        seen.append(selection.rest is x)
-        return selection
+        selected = select(x, *args, **kwargs)
+        seen.append(selected.rest is x)
+        return selected
 
-    monkeypatch.setattr(block, "select_tokens", selecting)
+    monkeypatch.setattr(selection, "select_tokens", selecting)
     outputs = []
     if hooked:
         var.blocks[0].register_forward_hook(lambda _, args, output: outputs.append((output, output.clone())))
