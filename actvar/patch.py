@@ -71,7 +71,7 @@ class ActVARModel(nn.Module):
         if self.actvar.config.sampler == "torch":
             return super().next_tokens(scale, inputs, condition, guidance, *sampling)
         x = self.run_blocks(scale, inputs, condition)
-        logits = family_of(self).head_logits(self, x, condition.embedded, guidance)
+        logits = family_of_patched(self).head_logits(self, x, condition.embedded, guidance)
         if logits is None:
             return self.draw(self.get_logits(x, condition.embedded), guidance, *sampling, scale)
         return self.draw(logits, None, *sampling, scale)
