@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="the one file to keep")
     parser.add_argument("--models", nargs="+", default=["d16", "d30"], help="sizes to time")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--public-var", type=Path, help="clone of the public VAR code, to be sampled as well")
     parser.add_argument("--skip-times", action="store_true", help="numerics and graphs only")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -39,7 +40,7 @@ def main() -> int:
     sections: dict[str, Callable[[], list]] = {"numerics": numerics, "graphs": graphs}
     if not options.skip_times:
         sections["times"] = lambda: times(options.models, options.batches)
-        sections["models"] = lambda: models(options.models, options.batches)
+        sections["models"] = lambda: models(options.models, options.batches, options.public_var)
     for name, section in sections.items():
         print(f"== {name}", flush=True)
         report[name] = section()
@@ -158,17 +159,17 @@ def milliseconds(backend: str, run: Callable[[], torch.Tensor]) -> list[float]:
 
 
 @torch.no_grad()
-def models(names: list[str], batches: list[int]) -> list[dict]:
-    """The last scale's block of a model with random weights: dense and ActVAR, both on the kernels, as CUDA graphs."""
+def models(names: list[str], batches: list[int], public: Path | None) -> list[dict]:
+    """Samples of models with random weights: the public code, dense and ActVAR, these on the kernels."""
     try:
-        from benchmarks.gpu_blocks import block_times
+        from benchmarks.gpu_models import model_times
     except ImportError as error:
         return [show({"skipped": f"{type(error).__name__}: {error}"})]
-    return [show(row) for model in names for batch in batches for row in block_times(model, batch)]
+    return [show(row) for model in names for batch in batches for row in model_times(model, batch, public)]
 
 
 def show(row: dict) -> dict:
-    print(json.dumps(row), flush=True)
+    print(json.dumps({name: value for name, value in row.items() if name != "kernels"}), flush=True)
     return row
 
 

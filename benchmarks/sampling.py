@@ -180,12 +180,13 @@ def _memory(
     return found
 
 
-def model(name: str) -> tuple[nn.Module, Path | None]:
-    """A dense VAR in float32 on the CPU, and the adapter that ships with it."""
+def model(name: str, device: str = "cpu") -> tuple[nn.Module, Path | None]:
+    """A dense VAR in float32, and the adapter that ships with it."""
     if name == "fashion-mnist":
-        return load_pretrained(name)[1], adapter_path(name, "paper")
+        return load_pretrained(name, device=device)[1], adapter_path(name, "paper")
     width, sides = MODELS[name]
-    _, var = build_vae_var(depth=width // HEAD_DIM, width=width, patch_nums=sides, shared_aln=name == "d36")
+    sizes = dict(depth=width // HEAD_DIM, width=width, patch_nums=sides, shared_aln=name == "d36")
+    _, var = build_vae_var(**sizes, device=device)
     with torch.no_grad():  # gates start at almost 0, where a wrong block would go unnoticed
         for block in var.blocks:
             gammas = block.ada_gss[:, :, :2] if block.shared_aln else block.ada_lin[-1].weight[: 2 * var.C]
@@ -202,7 +203,7 @@ def public_decode(vae: nn.Module, f_hat: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def autocast(var: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
     """The public code keeps its weights in float32 and samples under autocast."""
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with torch.autocast(var.head.weight.device.type, dtype, enabled=dtype != torch.float32):
         yield var
 
 

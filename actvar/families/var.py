@@ -212,13 +212,15 @@ def head_logits(
 
 
 def dense_ffn(block: nn.Module, u: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """The block's own FFN of `u` `[R, K, C]`. Without gradients GELU runs in the first product's epilogue on CUDA; and
-    where experts run in C++, all `num_experts` of them do, on the weights that are packed for the sparse scales."""
+    """The block's own FFN of `u` `[R, K, C]`. Without gradients GELU runs in the first product's epilogue on CUDA, but
+    for float32, where cuBLAS's GELU has ten times the error of PyTorch's; and where experts run in C++, all
+    `num_experts` of them do, on the weights that are packed for the sparse scales."""
     weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias = ffn_weights(block)
     if cpp_runs(u):
         every = u.new_ones(*u.shape[:-1], num_experts, dtype=torch.bool)
         return expert_ffn(u, every, num_experts, *weights)
-    if not u.is_cuda or torch.is_grad_enabled() or u.dtype != fc1_weight.dtype or torch.is_autocast_enabled("cuda"):
+    low_precision = u.dtype in (torch.float16, torch.bfloat16) and u.dtype == fc1_weight.dtype
+    if not u.is_cuda or torch.is_grad_enabled() or not low_precision or torch.is_autocast_enabled("cuda"):
         return block.ffn(u)
     hidden = torch._addmm_activation(fc1_bias, u.flatten(0, 1), fc1_weight.t(), use_gelu=True)
     return F.linear(hidden, fc2_weight, fc2_bias).view_as(u)

@@ -1,0 +1,110 @@
+"""Whole models with random weights on a GPU: a sample as a CUDA graph and eagerly, and the blocks of every scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from actvar import ActVARConfig, GraphedSampling
+from actvar.patch import patched_silently
+from actvar.public_code import public_classes, public_twin
+from benchmarks.sampling import autocast, model
+
+ACTVAR = ActVARConfig(sampler="fast", decoder_dtype="bfloat16")
+CONFIGS = {
+    "dense": replace(ACTVAR, token_rates=(1, 1), ffn_rate=1),
+    "ActVAR": ACTVAR,
+    "ActVAR dense schedule": replace(ACTVAR, expert_schedule="dense"),
+    "ActVAR snap": replace(ACTVAR, expert_schedule="snap"),
+}
+SAMPLING = dict(cfg=1.5, top_k=900, top_p=0.96)
+QUANTILES = [0.2, 0.5, 0.8]
+
+
+def model_times(name: str, batch: int, public_folder: Path | None) -> list[dict]:
+    """One row per way to sample: milliseconds (20th, 50th, 80th percentile), weights in bfloat16, decoder included.
+
+    The public code keeps its weights in float32 and runs under autocast to bfloat16, as its demo does to float16.
+    """
+    from triton.testing import do_bench
+
+    var, _ = model(name, device="cuda")
+    labels = torch.arange(batch, device="cuda")
+    rows = []
+
+    def row(way: str, **measured: object) -> None:
+        rows.append({"model": name, "batch": batch, "way": way, **measured})
+
+    def eager(var: nn.Module) -> list[float]:
+        return do_bench(
+            lambda: var.autoregressive_infer_cfg(batch, labels, g_seed=0, **SAMPLING), quantiles=QUANTILES, rep=1000
+        )
+
+    if public_folder is not None:
+        with autocast(public_twin(var, public_classes(public_folder)), torch.bfloat16) as public:
+            row("public code", sample_eager_ms=eager(public))
+        del public
+    var.to(torch.bfloat16)
+    for way, config in CONFIGS.items():
+        with patched_silently(var, config, None):
+            of_eager = eager(var)
+            blocks = record_blocks(var)
+            sample = GraphedSampling(var, **SAMPLING)
+            of_graph = do_bench(lambda sample=sample: sample(labels, 0), quantiles=QUANTILES, rep=500)
+            kernels = kernel_times(lambda sample=sample: sample(labels, 0))
+            sides = {str(side): blocks.milliseconds(scale) for scale, side in enumerate(var.patch_nums)}
+            row(way, sample_eager_ms=of_eager, sample_graph_ms=of_graph, blocks_graph_ms=sides, kernels=kernels)
+            blocks.remove()
+            del sample
+    return rows
+
+
+class record_blocks:
+    """CUDA events before the first block of every scale and after its last one, also within a graph."""
+
+    def __init__(self, var: nn.Module):
+        self.first, self.last = var.blocks[0], var.blocks[-1]
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.scales = len(var.patch_nums)
+        before, after = self.first.forward, self.last.forward
+
+        def first(*args, **kwargs):
+            self.events.append(tuple(torch.cuda.Event(enable_timing=True, external=True) for _ in range(2)))
+            self.events[-1][0].record()
+            return before(*args, **kwargs)
+
+        def last(*args, **kwargs):
+            output = after(*args, **kwargs)
+            self.events[-1][1].record()
+            return output
+
+        self.first.forward, self.last.forward = first, last
+
+    def milliseconds(self, scale: int) -> float:
+        """Of all blocks at a scale, when the sample ran last."""
+        torch.cuda.synchronize()
+        start, end = self.events[len(self.events) - self.scales + scale]
+        return start.elapsed_time(end)
+
+    def remove(self) -> None:
+        del self.first.forward, self.last.forward
+
+
+def kernel_times(run: Callable[[], object]) -> dict[str, tuple[int, float]]:
+    """Launches and milliseconds of every kernel of a run, by name, longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    found: dict[str, tuple[int, float]] = {}
+    for event in profiled.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            launches, milliseconds = found.get(event.name, (0, 0.0))
+            found[event.name] = launches + 1, milliseconds + 1e-3 * event.device_time
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
