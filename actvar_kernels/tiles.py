@@ -34,10 +34,12 @@ def row_tiles(tokens: int, width: int) -> RowTiles:
 
 
 def route_tiles(tokens: int, width: int) -> RowTiles:
-    """With a router, whose weights every program reads: more rows where there are many. Single rows get 8 warps: with 4
-    the compiler spills in float32 on sm_80."""
-    tiles = _row_tiles(tokens, width, numbers=64 if tokens >= 2048 else 32, programs=128)
-    return tiles if tiles.rows > 1 else RowTiles(rows=1, warps=8)
+    """With a router, a sum over all channels for every expert: where rows are plentiful a warp or two have two of them
+    and need not wait for others. Single rows get 8 warps or more: with fewer the
+    compiler spills in float32."""
+    if tokens >= 2048:
+        return RowTiles(rows=2, warps=max(1, triton.next_power_of_2(width) // 1024))
+    return RowTiles(rows=1, warps=16 if width > 2048 else 8)
 
 
 def select_steps(tokens: int, rows: int) -> int:
@@ -70,11 +72,13 @@ def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int) -> AttentionTi
     """Without spilled registers for head sizes up to 64, and up to 128; float32 has no tensor cores."""
     wide = head_dim > 64
     if dtype == torch.float32:
-        queries, keys, own_keys = (16, 16, 16) if wide else (32, 32, 16)
+        queries, keys, own_keys = (16, 16, 16) if wide else (32, 16, 16)
         return AttentionTiles(queries, keys, own_keys, warps=8, stages=2, own_stages=1)
     if wide:
         return AttentionTiles(queries=64, keys=32, own_keys=32, warps=8, stages=2, own_stages=1)
-    return AttentionTiles(queries=64, keys=64, own_keys=32, warps=4, stages=3, own_stages=2 if arch == 90 else 1)
+    if arch == 90:
+        return AttentionTiles(queries=64, keys=64, own_keys=64, warps=4, stages=3, own_stages=2)
+    return AttentionTiles(queries=64, keys=64, own_keys=32, warps=4, stages=3, own_stages=1)
 
 
 class SortTiles(NamedTuple):

@@ -265,8 +265,9 @@ def _store_hidden(
 ):
     column = unit + tl.arange(0, acc.shape[1])
     x = acc + tl.load(b1_ptr + expert * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
-    # gelu_tanh(x) = x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
-    hidden = x / (1 + tl.exp(-1.5957691216057308 * x * (1 + 0.044715 * x * x)))
+    # gelu_tanh(x) = x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)); rsqrt(a)^2 is 1 / a in fewer instructions
+    root = tl.rsqrt(1 + tl.exp2(x * (-2.302208198144325 - 0.1029432395800235 * x * x)))
+    hidden = x * root * root
     if on is not None:
         hidden = tl.where(on[:, None], hidden, 0.0)
     if DESCRIPTORS:
