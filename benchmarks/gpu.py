@@ -21,6 +21,7 @@ import torch
 from actvar_kernels import set_backend
 from benchmarks.operations import BlockShape, allowed_error, block_inputs, operations
 
+SECTIONS = ("numerics", "graphs", "times", "models")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ODD = BlockShape(rows=2, tokens=77, keep=53, cached=19, width=192, num_experts=8, active=5)
 
@@ -31,19 +32,21 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["d16", "d30"], help="sizes to time")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--public-var", type=Path, help="clone of the public VAR code, to be sampled as well")
-    parser.add_argument("--skip-times", action="store_true", help="numerics and graphs only")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="parts (default all)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected a CUDA device, found none; without one use make test and make compile-check")
 
-    report: dict[str, object] = {"machine": machine(), "numerics": [], "graphs": [], "times": [], "models": []}
-    sections: dict[str, Callable[[], list]] = {"numerics": numerics, "graphs": graphs}
-    if not options.skip_times:
-        sections["times"] = lambda: times(options.models, options.batches)
-        sections["models"] = lambda: models(options.models, options.batches, options.public_var)
-    for name, section in sections.items():
+    report: dict[str, object] = {"machine": machine(), **{name: [] for name in SECTIONS}}
+    sections: dict[str, Callable[[], list]] = {
+        "numerics": numerics,
+        "graphs": graphs,
+        "times": lambda: times(options.models, options.batches),
+        "models": lambda: models(options.models, options.batches, options.public_var),
+    }
+    for name in options.only:
         print(f"== {name}", flush=True)
-        report[name] = section()
+        report[name] = sections[name]()
         save(report, options.json)
     failures = [row for name in ("numerics", "graphs") for row in report[name] if not row["passed"]]
     print(f"{len(failures)} failures; everything is in {options.json}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,46 +53,48 @@ def model_times(name: str, batch: int, public_folder: Path | None) -> list[dict]
     for way, config in CONFIGS.items():
         with patched_silently(var, config, None):
             of_eager = eager(var)
-            blocks = record_blocks(var)
-            sample = GraphedSampling(var, **SAMPLING)
-            of_graph = do_bench(lambda sample=sample: sample(labels, 0), quantiles=QUANTILES, rep=500)
-            kernels = kernel_times(lambda sample=sample: sample(labels, 0))
-            sides = {str(side): blocks.milliseconds(scale) for scale, side in enumerate(var.patch_nums)}
-            row(way, sample_eager_ms=of_eager, sample_graph_ms=of_graph, blocks_graph_ms=sides, kernels=kernels)
-            blocks.remove()
-            del sample
+            with recorded_blocks(var) as events:
+                sample = GraphedSampling(var, **SAMPLING)
+                of_graph = do_bench(lambda sample=sample: sample(labels, 0), quantiles=QUANTILES, rep=500)
+                blocks = [
+                    block_times(lambda sample=sample: sample(labels, 0), events, var.patch_nums) for _ in range(7)
+                ]
+                kernels = kernel_times(lambda sample=sample: sample(labels, 0))
+                del sample
+            row(way, sample_eager_ms=of_eager, sample_graph_ms=of_graph, blocks_graph_ms=blocks, kernels=kernels)
     return rows
 
 
-class record_blocks:
-    """CUDA events before the first block of every scale and after its last one, also within a graph."""
+@contextmanager
+def recorded_blocks(var: nn.Module) -> Iterator[list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
+    """CUDA events before the first block and after the last one of every scale that runs, also within a graph."""
+    first, last = var.blocks[0], var.blocks[-1]
+    before, after = first.forward, last.forward
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def __init__(self, var: nn.Module):
-        self.first, self.last = var.blocks[0], var.blocks[-1]
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self.scales = len(var.patch_nums)
-        before, after = self.first.forward, self.last.forward
+    def started(*args, **kwargs):
+        events.append(tuple(torch.cuda.Event(enable_timing=True, external=True) for _ in range(2)))
+        events[-1][0].record()
+        return before(*args, **kwargs)
 
-        def first(*args, **kwargs):
-            self.events.append(tuple(torch.cuda.Event(enable_timing=True, external=True) for _ in range(2)))
-            self.events[-1][0].record()
-            return before(*args, **kwargs)
+    def ended(*args, **kwargs):
+        output = after(*args, **kwargs)
+        events[-1][1].record()
+        return output
 
-        def last(*args, **kwargs):
-            output = after(*args, **kwargs)
-            self.events[-1][1].record()
-            return output
+    first.forward, last.forward = started, ended
+    try:
+        yield events
+    finally:
+        del first.forward, last.forward
 
-        self.first.forward, self.last.forward = first, last
 
-    def milliseconds(self, scale: int) -> float:
-        """Of all blocks at a scale, when the sample ran last."""
-        torch.cuda.synchronize()
-        start, end = self.events[len(self.events) - self.scales + scale]
-        return start.elapsed_time(end)
-
-    def remove(self) -> None:
-        del self.first.forward, self.last.forward
+def block_times(run: Callable[[], object], events: list[tuple], sides: Sequence[int]) -> dict[str, float]:
+    """Milliseconds of all blocks of a run by the scale's side; `events` end with those of its graph."""
+    run()
+    torch.cuda.synchronize()
+    of_run = events[-len(sides) :]
+    return {str(side): start.elapsed_time(end) for side, (start, end) in zip(sides, of_run, strict=True)}
 
 
 def kernel_times(run: Callable[[], object]) -> dict[str, tuple[int, float]]:

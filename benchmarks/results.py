@@ -17,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -196,10 +197,24 @@ def gpu_rows(report: dict) -> list[Result]:
         if "operation" in row:
             for backend in ("triton", "reference"):
                 add_row(shape, backend, row["operation"], row[f"{backend}_ms"])
-        else:
-            for operation in ("last_scale_graph", "sample_eager"):
-                add_row(shape, row["configuration"], operation, row[f"{operation}_ms"])
+            continue
+        for how in ("eager", "graph"):
+            if f"sample_{how}_ms" in row:
+                add_row(shape, f"{row['way']}, {how}", "whole sample", row[f"sample_{how}_ms"])
+        for operation, values in _block_times(row.get("blocks_graph_ms", [])).items():
+            add_row(shape, f"{row['way']}, graph", operation, percentiles_of(values))
     return rows
+
+
+def _block_times(runs: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    """By operation the milliseconds of every run, from those by the side of the scale."""
+    found = defaultdict(list)
+    for run in runs:
+        for side, milliseconds in run.items():
+            found[f"blocks, {side}x{side}"].append(milliseconds)
+        found["blocks, last two"].append(sum(list(run.values())[-2:]))
+        found["all blocks"].append(sum(run.values()))
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -67,19 +67,28 @@ def gpu_report(passed: bool) -> dict:
     times = [
         {"model": "d16", "batch": 8, "operation": "scatter_rows", "triton_ms": [1, 2, 3], "reference_ms": [4, 5, 6]}
     ]
-    graph = {"model": "d16", "batch": 8, "configuration": "dense", "last_scale_graph_ms": [7, 8, 9]}
-    models = [graph | {"sample_eager_ms": [10, 11, 12]}]
+    eager = {"model": "d16", "batch": 8, "way": "dense", "sample_eager_ms": [10, 11, 12]}
+    blocks = [{"1": 1.0, "2": 2.0, "3": last} for last in (3.0, 4.0, 5.0)]
+    models = [eager | {"sample_graph_ms": [7, 8, 9], "blocks_graph_ms": blocks}]
     return {"machine": machine, "numerics": numerics, "graphs": [], "times": times, "models": models}
 
 
 def test_what_make_gpu_writes_becomes_rows_with_its_percentiles_and_origin():
     rows = results.gpu_rows(gpu_report(passed=True))
     found = {(row.provider, row.operation): (row.p20, row.p50, row.p80) for row in rows}
+    blocks = {name: found.pop(("dense, graph", name)) for name in ("blocks, last two", "all blocks", "blocks, 3x3")}
+    assert {name: middle for name, (_, middle, _) in blocks.items()} == {
+        "blocks, last two": 6,
+        "all blocks": 7,
+        "blocks, 3x3": 4,
+    }
     assert found == {
         ("triton", "scatter_rows"): (1, 2, 3),
         ("reference", "scatter_rows"): (4, 5, 6),
-        ("dense", "last_scale_graph"): (7, 8, 9),
-        ("dense", "sample_eager"): (10, 11, 12),
+        ("dense, graph", "whole sample"): (7, 8, 9),
+        ("dense, eager", "whole sample"): (10, 11, 12),
+        ("dense, graph", "blocks, 1x1"): (1, 1, 1),
+        ("dense, graph", "blocks, 2x2"): (2, 2, 2),
     }
     assert {(row.commit, row.time, row.batch, row.side) for row in rows} == {("abc", "2030-01-01T00:00:00", 8, 16)}
 
