@@ -5,6 +5,7 @@ from actvar_kernels.backend import BackendUnavailableError, backend_of, get_back
 from actvar_kernels.conv3x3.op import conv3x3
 from actvar_kernels.cpu import runs as cpp_runs
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter, route_experts
+from actvar_kernels.group_norm.op import add_residual, group_norm_silu
 from actvar_kernels.linear.op import linear
 from actvar_kernels.residual_norm.op import Routed, add_normalize, add_normalize_route
 from actvar_kernels.sampling.op import sample_tokens
@@ -18,12 +19,14 @@ __all__ = [
     "Selection",
     "add_normalize",
     "add_normalize_route",
+    "add_residual",
     "backend_of",
     "conv3x3",
     "cpp_runs",
     "expert_ffn",
     "expert_ffn_scatter",
     "get_backend",
+    "group_norm_silu",
     "linear",
     "normalize_modulate",
     "route_experts",

@@ -12,6 +12,7 @@ from actvar_kernels.expert_ffn.op import SCHEDULES
 from actvar_kernels.tiles import ExpertTiles, architecture, expert_ffn_candidates, using_expert_tiles
 
 HEAD_DIM, EXPERTS, ACTIVE_EXPERTS, VOCABULARY = 64, 16, 12, 4096
+NORM_GROUPS = 32
 GUIDANCE, TOP_K, TOP_P = 1.5, 900, 0.96
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -59,6 +60,7 @@ def cases(model: str, batch: int, dtype: torch.dtype) -> Iterator[tuple[str, Cal
     yield from _block_cases(2 * batch, width, before, dtype, is_last=False)
     yield from _block_cases(2 * batch, width, last, dtype, is_last=True)
     yield from _sampling_cases(2 * batch, last.tokens)
+    yield from _decoder_cases(batch, MODELS[model].sides[-1], dtype)
 
 
 def _block_cases(R: int, C: int, scale: Scale, dtype: torch.dtype, is_last: bool) -> Iterator:
@@ -137,3 +139,22 @@ def _sampling_cases(R: int, L: int) -> Iterator:
     yield "sample_tokens of guided logits", lambda: ops.sample_tokens(logits, None, TOP_K, TOP_P, seed=seed)
     yield "sample_tokens with a number as seed", lambda: ops.sample_tokens(logits, GUIDANCE, TOP_K, 0.0, seed=0)
     yield "sample_tokens with noise", lambda: ops.sample_tokens(logits, GUIDANCE, 0, 0.0, noise=noise)
+
+
+def _decoder_cases(B: int, side: int, dtype: torch.dtype) -> Iterator:
+    """The widths of the official autoencoder, each at the largest image that has it."""
+    for C, scale in ((640, 2), (320, 8), (160, 16)):
+        x = torch.empty(B, scale * side, scale * side, C, dtype=dtype, device="cuda").permute(0, 3, 1, 2)
+        vector = torch.empty(C, device="cuda")
+
+        def norm(x=x, vector=vector, **options) -> torch.Tensor:
+            return ops.group_norm_silu(x, vector, vector, NORM_GROUPS, 1e-6, **options)
+
+        yield f"group_norm_silu of {C} channels", norm
+        yield (
+            f"group_norm_silu of {C} channels with offset",
+            lambda norm=norm, vector=vector: norm(offset=vector),
+        )
+        if C == 640:
+            yield f"group_norm_silu of {C} channels without SiLU", lambda norm=norm: norm(silu=False)
+        yield f"add_residual of {C} channels", lambda x=x, vector=vector: ops.add_residual(x, x, vector)

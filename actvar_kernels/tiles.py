@@ -57,6 +57,33 @@ def _row_tiles(tokens: int, width: int, numbers: int, programs: int) -> RowTiles
     return RowTiles(rows, warps)
 
 
+class GroupNormTiles(NamedTuple):
+    """GroupNorm of images: each is in `parts` of `part` positions, which are read `part_rows` at a time; then a program
+    normalises `channels` channels of `steps` times `rows` positions."""
+
+    parts: int
+    part: int
+    part_rows: int
+    channels: int
+    rows: int
+    steps: int
+
+
+def group_norm_tiles(images: int, positions: int, width: int) -> GroupNormTiles:
+    """32 numbers a thread, without padding where a power of two from 16 on divides the width; long loops only where
+    programs are plentiful."""
+    channels = width & -width
+    channels = min(128, channels if channels >= 16 else triton.next_power_of_2(width))
+    rows, part_rows = 4096 // channels, max(1, 8192 // triton.next_power_of_2(width))
+    programs = min(2048, max(256, images * positions // (4 * part_rows)))
+    parts = max(1, min(programs // images, rows, triton.cdiv(positions, part_rows)))
+    part = triton.cdiv(triton.cdiv(positions, parts), part_rows) * part_rows
+    steps = 8
+    while steps > 1 and images * positions * width < 2048 * 4096 * steps:
+        steps //= 2
+    return GroupNormTiles(triton.cdiv(positions, part), part, part_rows, channels, rows, steps)
+
+
 class AttentionTiles(NamedTuple):
     """Queries, cached keys and own keys per tile; pipeline stages of the two loops."""
 

@@ -64,6 +64,24 @@ def uninitialised_embedding(count: int, size: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(count, size), freeze=False)
 
 
+def upsampled_by_axis(maps: torch.Tensor, side: int) -> torch.Tensor:
+    """`F.interpolate(maps, size=(side, side), mode="bicubic")`, a row at a time and then a column at a time.
+
+    PyTorch's CUDA kernel has a thread for every pixel of one map, which goes through all maps; here all maps make a
+    single one. An axis whose size stays is taken over as it is, so the sums are the same.
+
+    Args:
+        maps: `[B, C, p, p]`.
+    """
+    B, C, p, _ = maps.shape
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    rows = maps.to(dtype).reshape(1, 1, B * C * p, p)
+    rows = F.interpolate(rows, size=(B * C * p, side), mode="bicubic")  # [maps, row, new column]
+    columns = rows.view(B * C, p, side).transpose(1, 2).reshape(1, 1, B * C * side, p)
+    columns = F.interpolate(columns, size=(B * C * side, side), mode="bicubic")  # [maps, new column, new row]
+    return columns.view(B, C, side, side).transpose(2, 3).to(maps.dtype).contiguous()
+
+
 class VectorQuantizer(nn.Module):
     """Codebook `[V, Cvae]` and the residual convolutions.
 
@@ -94,7 +112,10 @@ class VectorQuantizer(nn.Module):
         last = len(self.v_patch_nums) - 1
         if scale != last:
             side = self.v_patch_nums[-1]
-            codes = F.interpolate(codes, size=(side, side), mode="bicubic")
+            if codes.is_cuda and not torch.is_grad_enabled():
+                codes = upsampled_by_axis(codes, side)
+            else:
+                codes = F.interpolate(codes, size=(side, side), mode="bicubic")
         return self.quant_resi.at(scale / last)(codes)
 
     def nearest(self, features: torch.Tensor) -> torch.Tensor:

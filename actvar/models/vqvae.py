@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.models.quantizer import VectorQuantizer
-from actvar_kernels import conv3x3
+from actvar_kernels import add_residual, backend_of, conv3x3, group_norm_silu
+from actvar_kernels.backend import kernel_backends
 
 OFFICIAL_CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
 NORM_GROUPS = 32
@@ -21,14 +22,27 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=NORM_GROUPS, num_channels=channels, eps=1e-6)
 
 
+def _kernels_run(x: torch.Tensor) -> bool:
+    """Whether what is between the convolutions runs on Triton; without gradients only."""
+    return not torch.is_grad_enabled() and backend_of("autoencoder", x, kernel_backends(x)) == "triton"
+
+
+def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, **options) -> torch.Tensor:
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, **options)
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution that keeps the size of the image."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return conv3x3(x, self.weight, self.bias)
+    def forward(self, x: torch.Tensor, add_bias: bool = True) -> torch.Tensor:
+        return conv3x3(x, self.weight, self.bias if add_bias else None)
 
 
 class ResnetBlock(nn.Module):
@@ -42,6 +56,10 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if _kernels_run(x):  # a convolution's bias would be a pass over its output
+            h = self.conv1(_norm_silu(self.norm1, x), add_bias=False)
+            h = self.conv2(_norm_silu(self.norm2, h, offset=self.conv1.bias), add_bias=False)
+            return add_residual(self.nin_shortcut(x), h, self.conv2.bias)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.nin_shortcut(x) + h
@@ -58,9 +76,13 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)
+        kernels = _kernels_run(x)
+        normalized = _norm_silu(self.norm, x, silu=False) if kernels else self.norm(x)
+        q, k, v = self.qkv(normalized).reshape(B, 3, C, H * W).unbind(1)
         weights = torch.bmm(q.transpose(1, 2), k).mul_(C**-0.5).softmax(dim=2)  # [B, query, key]
         h = torch.bmm(v, weights.transpose(1, 2)).view(B, C, H, W)
+        if kernels:
+            return add_residual(x, F.conv2d(_channels_last(h), self.proj_out.weight), self.proj_out.bias)
         return x + self.proj_out(h)
 
 
@@ -79,7 +101,20 @@ class Upsample(nn.Module):
         self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.conv(twice_as_large(x) if _kernels_run(x) else F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def twice_as_large(x: torch.Tensor) -> torch.Tensor:
+    """`F.interpolate(x, scale_factor=2, mode="nearest")`, copied 16 bytes at a time where channels allow it, and also
+    under autocast in x's dtype."""
+    B, C, H, W = x.shape
+    rows = _channels_last(x).permute(0, 2, 3, 1)
+    for wide in (torch.complex128, torch.int64):
+        if C * x.element_size() % wide.itemsize == 0:
+            rows = rows.view(wide)
+            break
+    rows = rows[:, :, None, :, None].expand(B, H, 2, W, 2, rows.shape[3]).reshape(B, 2 * H, 2 * W, rows.shape[3])
+    return rows.view(x.dtype).permute(0, 3, 1, 2)
 
 
 class Level(nn.Module):
@@ -133,7 +168,8 @@ class Encoder(nn.Module):
             h = level(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        h = self.mid(h)
+        return self.conv_out(_norm_silu(self.norm_out, h) if _kernels_run(h) else F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -160,7 +196,7 @@ class Decoder(nn.Module):
             h = level(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(_norm_silu(self.norm_out, h) if _kernels_run(h) else F.silu(self.norm_out(h)))
 
 
 class VQVAE(nn.Module):
@@ -199,13 +235,14 @@ class VQVAE(nn.Module):
 
     def fhat_to_img(self, f_hat: torch.Tensor) -> torch.Tensor:
         """Decode quantized features `[B, Cvae, P, P]` to an image `[B, in_channels, H, W]` in [-1, 1]."""
-        if f_hat.device.type == "cpu":  # oneDNN's convolutions take less time so
-            f_hat = f_hat.contiguous(memory_format=torch.channels_last)
+        if f_hat.device.type == "cpu" or _kernels_run(f_hat):  # oneDNN's and cuDNN's convolutions take less time so
+            f_hat = _channels_last(f_hat)
         return self.decoder(self.post_quant_conv(f_hat)).contiguous().clamp_(-1, 1)
 
     @torch.no_grad()
     def img_to_idxBl(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Token maps of an image `[B, in_channels, H, W]` in [-1, 1]: one `[B, p * p]` int64 tensor per scale."""
+        image = _channels_last(image) if _kernels_run(image) else image
         return self.quantize.tokens(self.quant_conv(self.encoder(image)))
 
     @torch.no_grad()

@@ -1,0 +1,137 @@
+"""Between the autoencoder's convolutions: GroupNorm and SiLU, residuals, and the biases of the convolutions."""
+
+from __future__ import annotations
+
+import torch
+
+from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
+from actvar_kernels.checks import expect_one_device, expect_shape
+from actvar_kernels.gradients import register_reference_gradient
+from actvar_kernels.group_norm import reference
+
+LIMITS = f"float32, float16 and bfloat16, up to {MOST_SEQUENCES} images"
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    *,
+    silu: bool = True,
+    offset: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`F.silu(F.group_norm(x + offset, groups, weight, bias, eps))` in float32, returned in x's dtype.
+
+    On Triton it is two launches that read x twice, and the result is in the memory format `channels_last`, in which x
+    is fastest.
+
+    Args:
+        x: `[B, C, H, W]`.
+        weight, bias: `[C]`.
+        groups: groups of C / groups neighbouring channels.
+        silu: False leaves SiLU out.
+        offset: `[C]`, the bias of the convolution that x comes from; None: nothing is added.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or groups that do not divide C.
+        BackendUnavailableError: see `actvar_kernels.set_backend`.
+    """
+    expect_shape("x", x, (None, None, None, None))
+    C = x.shape[1]
+    for name, vector in (("weight", weight), ("bias", bias), ("offset", offset)):
+        if vector is not None:
+            expect_shape(name, vector, (C,))
+    if groups < 1 or C % groups:
+        raise ValueError(f"groups: expected a divisor of {C} channels, got {groups}")
+    expect_one_device(x, weight, bias, offset)
+    arguments = (x, weight, bias, groups, eps, silu, offset)
+    if _norm_backend(x, weight, bias, offset) == "triton" and needs_operator(x, weight, bias, offset):
+        return torch.ops.actvar_kernels.group_norm_silu(*arguments)
+    return _normalize(*arguments)
+
+
+def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`x + (update + bias)` with one rounding, in the wider dtype of `x` and `update`.
+
+    On Triton it is one launch, and the result is in the memory format `channels_last`.
+
+    Args:
+        x, update: `[B, C, H, W]`.
+        bias: `[C]`, of the convolution that `update` comes from.
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+        BackendUnavailableError: see `actvar_kernels.set_backend`.
+    """
+    expect_shape("x", x, (None, None, None, None))
+    expect_shape("update", update, tuple(x.shape))
+    expect_shape("bias", bias, (x.shape[1],))
+    expect_one_device(x, update, bias)
+    tensors = (x, update, bias)
+    if _residual_backend(*tensors) == "triton" and needs_operator(*tensors):
+        return torch.ops.actvar_kernels.add_residual(*tensors)
+    return _add(*tensors)
+
+
+def _norm_backend(x: torch.Tensor, *vectors: torch.Tensor | None) -> str:
+    present = [vector for vector in vectors if vector is not None]
+    supported = kernel_backends(x, *present, fits=x.shape[0] <= MOST_SEQUENCES)
+    return backend_of("group_norm_silu", x, supported, LIMITS)
+
+
+def _residual_backend(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> str:
+    supported = kernel_backends(x, update, bias, fits=x.shape[0] <= MOST_SEQUENCES)
+    return backend_of("add_residual", x, supported, LIMITS)
+
+
+def _normalize(x, weight, bias, groups, eps, silu, offset) -> torch.Tensor:
+    if _norm_backend(x, weight, bias, offset) != "triton":
+        return reference.group_norm_silu(x, weight, bias, groups, eps, silu, offset)
+    from actvar_kernels.group_norm import triton_kernel
+
+    return triton_kernel.group_norm_silu(x, weight, bias, groups, eps, silu, offset)
+
+
+def _add(x, update, bias) -> torch.Tensor:
+    if _residual_backend(x, update, bias) != "triton":
+        return reference.add_residual(x, update, bias)
+    from actvar_kernels.group_norm import triton_kernel
+
+    return triton_kernel.add_residual(x, update, bias)
+
+
+@torch.library.custom_op("actvar_kernels::group_norm_silu", mutates_args=())
+def _group_norm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    offset: torch.Tensor | None,
+) -> torch.Tensor:
+    return _normalize(x, weight, bias, groups, eps, silu, offset)
+
+
+@_group_norm_silu.register_fake
+def _(x, weight, bias, groups, eps, silu, offset):
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+register_reference_gradient(_group_norm_silu, reference.group_norm_silu)
+
+
+@torch.library.custom_op("actvar_kernels::add_residual", mutates_args=())
+def _add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return _add(x, update, bias)
+
+
+@_add_residual.register_fake
+def _(x, update, bias):
+    dtype = torch.promote_types(x.dtype, update.dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+
+
+register_reference_gradient(_add_residual, reference.add_residual)
