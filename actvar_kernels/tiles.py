@@ -144,13 +144,6 @@ class ExpertTiles(NamedTuple):
 
 
 MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
-SORTED_FROM = {80: 2048, 86: 2048, 89: 2048, 90: 4096, 100: 8192, 120: 2048}
-
-
-def expert_ffn_schedule(arch: int, tokens: int) -> str:
-    """`"tile_list"` for at least `SORTED_FROM` tokens, else `"dense"`: the number from which on the products that are
-    left out should outweigh the sort. It is predicted from the cards' data sheets, not measured."""
-    return "tile_list" if tokens >= SORTED_FROM[arch] else "dense"
 
 
 def expert_ffn_tiles(

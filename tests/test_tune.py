@@ -83,7 +83,7 @@ def launched(tokens: int) -> tuple[int, int]:
     [
         pytest.param(384, (3, 64), id="the shape of an entry"),
         pytest.param(700, (3, 64), id="less than twice as many"),
-        pytest.param(150, (2, 64), id="less than half: no entry"),
+        pytest.param(150, (1, 64), id="less than half: no entry"),
         pytest.param(4000, (3, 128), id="nearer to another entry"),
     ],
 )
@@ -96,7 +96,7 @@ def test_calls_take_the_nearest_entry(tokens: int, expected: tuple[int, int], tm
 @needs_virtual_gpu
 def test_without_a_table_nothing_changes(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
-    assert launched(384) == (2, 64)
+    assert launched(384) == (1, 64)
 
 
 @needs_virtual_gpu

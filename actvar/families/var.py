@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.models.var import VAR
-from actvar_kernels import backend_of, cpp_runs, expert_ffn, linear, normalize_modulate
+from actvar_kernels import backend_of, cpp_runs, expert_ffn, gelu_linear, linear, normalize_modulate
 
 NAME = "VAR (actvar.models.VAR or the class of the public VAR code)"
 NORM_EPS = 1e-6
@@ -212,18 +212,15 @@ def head_logits(
 
 
 def dense_ffn(block: nn.Module, u: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """The block's own FFN of `u` `[R, K, C]`. Without gradients GELU runs in the first product's epilogue on CUDA, but
-    for float32, where cuBLAS's GELU has ten times the error of PyTorch's; and where experts run in C++, all
-    `num_experts` of them do, on the weights that are packed for the sparse scales."""
+    """The block's own FFN of `u` `[R, K, C]`, on CUDA without gradients by `gelu_linear`; where experts run in C++, all
+    `num_experts` of them, on the weights that are packed for the sparse scales."""
     weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias = ffn_weights(block)
     if cpp_runs(u):
         every = u.new_ones(*u.shape[:-1], num_experts, dtype=torch.bool)
         return expert_ffn(u, every, num_experts, *weights)
-    low_precision = u.dtype in (torch.float16, torch.bfloat16) and u.dtype == fc1_weight.dtype
-    if not u.is_cuda or torch.is_grad_enabled() or not low_precision or torch.is_autocast_enabled("cuda"):
+    if not u.is_cuda or torch.is_grad_enabled() or u.dtype != fc1_weight.dtype or torch.is_autocast_enabled("cuda"):
         return block.ffn(u)
-    hidden = torch._addmm_activation(fc1_bias, u.flatten(0, 1), fc1_weight.t(), use_gelu=True)
-    return F.linear(hidden, fc2_weight, fc2_bias).view_as(u)
+    return F.linear(gelu_linear(u.flatten(0, 1), fc1_weight, fc1_bias), fc2_weight, fc2_bias).view_as(u)
 
 
 def reordered_hidden(block: nn.Module, order: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:

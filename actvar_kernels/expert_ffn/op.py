@@ -74,7 +74,7 @@ def expert_ffn(
         active: experts that are on per token; what the FLOP count of a call is based on.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`.
 
-    On Triton it is three launches, or two where few tokens make a sort not worth its time, for float32, float16 and
+    On Triton it is three launches, for float32, float16 and
     bfloat16, bool masks and up to 32 experts. On the CPU a C++ kernel runs the chosen experts only, for float32 and
     bfloat16, bool masks and even C; it keeps a packed copy of the weights.
 
@@ -118,11 +118,12 @@ def expert_ffn_scatter(
         u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias: as in `expert_ffn`, `[R, K, ...]`.
         gamma: AdaLN gate of the branch, `[R, 1, C]`.
         schedule: one of `SCHEDULES`, for the Triton backend. `"dense"` runs every expert and masks, `"tile_list"` skips
-            experts that no row of a tile of sorted tokens wants, `"auto"` takes one of the two by the number of tokens:
-            equal results. `"snap"` changes them: every 4096 tokens are sorted by their experts, and every tile of 128
-            runs the `active` experts that most of its rows want (`reference.snapped`, for at most 32 experts).
+            experts that no row of a tile of sorted tokens wants; both are equal but for rounding. `"auto"` takes what
+            a table of `actvar_kernels.tune` says, without one `"dense"`, which an H100 was faster with at every size.
+            `"snap"` changes results: every 4096 tokens are sorted by their experts, and every tile of 128 runs the
+            `active` experts that most of its rows want (`reference.snapped`, for at most 32 experts).
 
-    On Triton it is three launches, two for `"dense"`, and `rest` is written to and returned, as on the CPU in C++.
+    On Triton it is three launches, and `rest` is written to and returned, as on the CPU in C++.
 
     Raises:
         TypeError: an index that is not int64.

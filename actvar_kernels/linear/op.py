@@ -24,3 +24,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     if not cpu.runs(x) or needs_operator(x, weight, bias):
         return F.linear(x, weight, bias)
     return cpu_kernel.linear(x.to(cpu.computed_dtype(x)), weight, bias)
+
+
+def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`gelu_tanh(x @ weight.T + bias)` without gradients, by PyTorch.
+
+    On CUDA GELU runs in the epilogue of the product, but for float32, where cuBLAS's is less exact than PyTorch's.
+
+    Args:
+        x: `[T, C]`, in the dtype of `weight` `[D, C]` and `bias` `[D]`.
+    """
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")

@@ -126,7 +126,7 @@ def _attention(
     q_ptr += row * q_strides[0] + head * q_strides[1] + channel[None, :] * q_strides[3]
     q = tl.load(q_ptr + query[:, None] * q_strides[2], mask=query[:, None] < queries, other=0.0).to(tl.float32)
     if head_scale_ptr is not None:
-        q = q * _inverse_norm(q)[:, None] * tl.load(head_scale_ptr + head * head_scale_stride).to(tl.float32)
+        q = _normalize(q) * tl.load(head_scale_ptr + head * head_scale_stride).to(tl.float32)
     q = (q * log2_scale).to(dtype)  # [BLOCK_Q, HEAD_DIM]
 
     out = tl.zeros((BLOCK_Q, HEAD_DIM), tl.float32)
@@ -136,24 +136,25 @@ def _attention(
     whole = cached // BLOCK_K * BLOCK_K
     for start in range(0, whole, BLOCK_K):
         k, v = _tile(keys_ptr, keys_strides, values_ptr, values_strides, start, cached, BLOCK_K, False)
-        scores = _scores(q, k, None, mask_ptr, mask_strides, query, queries, start, start + BLOCK_K, False)
+        scores = _scores(q, k.to(dtype), mask_ptr, mask_strides, query, queries, start, start + BLOCK_K, False)
         out, highest, total = _online_softmax(scores, v.to(dtype), out, highest, total)
     if whole < cached:
         k, v = _tile(keys_ptr, keys_strides, values_ptr, values_strides, whole, cached, BLOCK_K, True)
-        scores = _scores(q, k, None, mask_ptr, mask_strides, query, queries, whole, cached, True)
+        scores = _scores(q, k.to(dtype), mask_ptr, mask_strides, query, queries, whole, cached, True)
         out, highest, total = _online_softmax(scores, v.to(dtype), out, highest, total)
 
     appended = tl.where(query_tile == 0, own, 0)  # one program of the head writes its keys and values
     for start in tl.range(0, own, BLOCK_OWN, num_stages=OWN_STAGES):
         k, v = _tile(k_ptr, k_strides, v_ptr, v_strides, start, own, BLOCK_OWN, True)
-        inverse = None if head_scale_ptr is None else _inverse_norm(k.to(tl.float32))
-        scores = _scores(q, k, inverse, mask_ptr, mask_strides, query, queries, cached + start, cached + own, True)
+        if head_scale_ptr is not None:
+            k = _normalize(k.to(tl.float32))
+        k, v = k.to(dtype), v.to(dtype)
         if APPEND:
             index = start + tl.arange(0, BLOCK_OWN)
             written = (index < appended)[:, None]
-            key = k if inverse is None else k.to(tl.float32) * inverse[:, None]
-            tl.store(keys_ptr + (cached + index)[:, None] * keys_strides[2], key.to(dtype), mask=written)
+            tl.store(keys_ptr + (cached + index)[:, None] * keys_strides[2], k, mask=written)
             tl.store(values_ptr + (cached + index)[:, None] * values_strides[2], v, mask=written)
+        scores = _scores(q, k, mask_ptr, mask_strides, query, queries, cached + start, cached + own, True)
         out, highest, total = _online_softmax(scores, v, out, highest, total)
 
     out_ptr += ((row * queries + query[:, None]) * HEADS + head) * HEAD_DIM + channel[None, :]
@@ -161,9 +162,9 @@ def _attention(
 
 
 @triton.jit
-def _inverse_norm(x):
-    """One over the norm of rows `[N, d]` in float32, or over 1e-12."""
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
+def _normalize(x):
+    """Rows `[N, d]` in float32 divided by their norm, or by 1e-12."""
+    return x * (1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12))[:, None]
 
 
 @triton.jit
@@ -180,13 +181,11 @@ def _tile(k_ptr, k_strides, v_ptr, v_strides, start, end, BLOCK: tl.constexpr, P
 
 
 @triton.jit
-def _scores(q, k, factor, mask_ptr, mask_strides, query, queries, start, end, PARTIAL: tl.constexpr):
-    """`factor * q k^T + mask` `[BLOCK_Q, keys]` of the keys from `start` on; with `PARTIAL` -inf from `end` on."""
+def _scores(q, k, mask_ptr, mask_strides, query, queries, start, end, PARTIAL: tl.constexpr):
+    """`q k^T + mask` `[BLOCK_Q, keys]` of the keys from `start` on; with `PARTIAL` -inf from `end` on."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     index = start + tl.arange(0, k.shape[0])
-    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-    if factor is not None:
-        scores *= factor[None, :]
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if mask_ptr is not None:
         visible = (query[:, None] < queries) & (index[None, :] < end)
         added = tl.load(mask_ptr + index[None, :] * mask_strides[3], mask=visible, other=0.0)

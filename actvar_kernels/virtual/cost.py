@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from actvar_kernels.compile_cases import ACTIVE_EXPERTS, EXPERTS
 from actvar_kernels.virtual.records import TensorInfo
 
 Arguments = Mapping[str, object]
@@ -103,6 +104,11 @@ def _sample(a: Arguments, _share: Share) -> Cost:
     return Cost(_bytes(a), instructions=(SAMPLE_INSTRUCTIONS + GUIDE_INSTRUCTIONS * a["GUIDE"]) * logits)
 
 
+def _zero_unchosen(a: Arguments, _share: Share) -> Cost:
+    hidden = a["h_ptr"].bytes
+    return Cost(a["mask_ptr"].bytes + hidden - hidden * ACTIVE_EXPERTS // EXPERTS)
+
+
 def _up(a: Arguments, share: Share) -> Cost:
     run, rows = _run(a, share)
     hidden, weight = a["h_ptr"], a["w1_ptr"]
@@ -139,6 +145,7 @@ COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
     "_attention": _attention,
     "_sort_rows": _sort,
     "_sample": _sample,
+    "_zero_unchosen": _zero_unchosen,
     "_up": _up,
     "_down": _down,
 }
