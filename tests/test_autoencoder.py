@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from actvar.models.quantizer import upsampled_by_axis
 from actvar.models.vqvae import AttnBlock, ResnetBlock, Upsample, twice_as_large
 from actvar_kernels.backend import using_backend
+from actvar_kernels.conv3x3.op import whole_vectors
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -55,3 +56,13 @@ def test_blocks_on_the_cpu_are_the_modules_in_turn(backend: str) -> None:
         h = torch.bmm(v, weights.transpose(1, 2)).view(x.shape)
         assert torch.equal(attention(x), x + attention.proj_out(h))
         assert torch.equal(upsample(x), upsample.conv(F.interpolate(x, scale_factor=2, mode="nearest")))
+
+
+@pytest.mark.parametrize(("outputs", "with_bias"), [(3, True), (3, False), (8, True)])
+def test_outputs_that_are_filled_up_change_no_other(outputs, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, 5, 7, generator=generator)
+    weight, bias = torch.randn(outputs, 16, 3, 3, generator=generator), torch.randn(outputs, generator=generator)
+    bias = bias if with_bias else None
+    exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
+    torch.testing.assert_close(whole_vectors(x, weight, bias), exact.float(), rtol=1e-5, atol=1e-5)

@@ -29,5 +29,17 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
         if x.is_cuda and not torch.is_grad_enabled() and x.is_contiguous(memory_format=torch.channels_last):
             # one copy, where autocast and cuDNN would make one each
             weight = weight.to(cpu.computed_dtype(x), memory_format=torch.channels_last)
+            return whole_vectors(x, weight, bias)
         return F.conv2d(x, weight, bias, padding=1)
     return cpu_kernel.conv3x3(x.to(cpu.computed_dtype(x)), weight, bias)
+
+
+def whole_vectors(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.conv2d(x, weight, bias, padding=1)` with the outputs filled up to a multiple of eight and cut off again: with
+    three, the channels of an image, cuDNN takes a kernel without tensor cores."""
+    D = weight.shape[0]
+    missing = -D % 8
+    if missing:
+        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
+        bias = None if bias is None else F.pad(bias, (0, missing))
+    return F.conv2d(x, weight, bias, padding=1)[:, :D]
