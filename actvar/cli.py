@@ -365,7 +365,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     quality = dense = None
     how.bulk(var, options.seed)  # says what is wrong with the numbers before anything is read
     if options.model:
-        quality = training_image_quality(options.data)
+        quality = training_image_quality(options.data, var.head.weight.device)
         dense = dense_predictions(vae, var, options.data, options.cfg)
     results = evaluate(var, methods, how, options.json.with_suffix(".parts"), quality, dense)
     report = Report(results, how, var.patch_nums)

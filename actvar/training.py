@@ -153,7 +153,10 @@ def stop_requests() -> Iterator[Callable[[torch.device], bool]]:
     if threading.current_thread() is threading.main_thread():
         previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda device: mean_over_processes(torch.tensor(float(asked.is_set()), device=device)).item() > 0
+        if world_size() == 1:
+            yield lambda _: asked.is_set()  # without waiting for a GPU
+        else:
+            yield lambda device: mean_over_processes(torch.tensor(float(asked.is_set()), device=device)).item() > 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

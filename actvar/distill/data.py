@@ -5,6 +5,7 @@ They are computed once, kept in a `.npy` file and mapped into memory.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from actvar.files import replacing
 from actvar.models import VAR, VQVAE
 from actvar.training import barrier, rank, world_size
-from actvar.zoo.fashion_mnist.data import load_split
+from actvar.zoo.fashion_mnist.data import load_labels, load_split
 
 BATCH = 64
 GUIDANCE = 1.5
@@ -79,11 +80,12 @@ def sampled_source(var: VAR, samples: int, seed: int) -> Source:
 
 
 def fashion_mnist_source(folder: Path, vae: VQVAE) -> Source:
-    """Token maps of the 60,000 training images."""
-    images, labels = load_split(folder, "train")
+    """Token maps of the 60,000 training images, which are read when the first of them is asked for."""
+    labels = load_labels(folder, "train")
+    images = functools.cache(lambda: load_split(folder, "train")[0])
 
     def tokens_of(start: int, stop: int) -> torch.Tensor:
-        return _encoded(vae, images[start:stop])
+        return _encoded(vae, images()[start:stop])
 
     return Source(labels, tokens_of, {"data": str(folder.resolve()), "autoencoder": digest(vae.quant_conv.weight)})
 

@@ -42,7 +42,7 @@ class RealImages:
 
 
 class ImageQuality:
-    """Compares images with real ones.
+    """Compares images with real ones. Features and their neighbourhoods are computed on the network's device.
 
     Args:
         network: a classifier in eval mode with `features(images)` `[B, F]` and `classifier(features)` `[B, classes]`.
@@ -71,9 +71,9 @@ class ImageQuality:
         if len(images) < 20:
             raise ValueError(f"expected at least 20 images to compare, got {len(images)}")
         features = network_features(self.network, images)
-        logits = self.network.classifier(features)
+        logits = self.network.classifier(features).cpu()
         self.frechet.reset()
-        self.frechet.update(features, real=False)
+        self.frechet.update(features.cpu(), real=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it keeps all logits in memory
             score = InceptionScore(feature=_as_given(logits.shape[1]))
@@ -81,7 +81,8 @@ class ImageQuality:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             inception = score.compute()[0].item()
-        precision, recall = precision_recall(self.real.manifold, self.real.manifold_radii, features, NEIGHBOURS)
+        manifold, manifold_radii = (of.to(features.device) for of in (self.real.manifold, self.real.manifold_radii))
+        precision, recall = precision_recall(manifold, manifold_radii, features, NEIGHBOURS)
         found = {"fid": self.frechet.compute().item(), "is": inception, "precision": precision, "recall": recall}
         if labels is not None:
             found["agreement"] = (logits.argmax(dim=1) == labels).float().mean().item()
@@ -99,14 +100,14 @@ def real_images(network: nn.Module, images: torch.Tensor, cache: Path | None = N
             pass
     features = network_features(network, images)
     frechet = FrechetInceptionDistance(feature=_as_given(features.shape[1]))
-    frechet.update(features, real=True)
+    frechet.update(features.cpu(), real=True)
     some = features[torch.linspace(0, len(features) - 1, min(MANIFOLD, len(features))).round().long()].contiguous()
     real = RealImages(
         frechet.real_features_sum,
         frechet.real_features_cov_sum,
         frechet.real_features_num_samples,
-        some,
-        radii(some, NEIGHBOURS),
+        some.cpu(),
+        radii(some, NEIGHBOURS).cpu(),
     )
     if path is not None:
         cache.mkdir(parents=True, exist_ok=True)
@@ -122,8 +123,9 @@ def cache_folder() -> Path:
 
 @torch.no_grad()
 def network_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """`network.features` of images `[N, C, H, W]` in [0, 1], `[N, F]`, in batches."""
-    return torch.cat([network.features(batch) for batch in images.split(BATCH)])
+    """`network.features` of images `[N, C, H, W]` in [0, 1], `[N, F]`, in batches, on the network's device."""
+    device = next(network.parameters()).device
+    return torch.cat([network.features(batch.to(device)) for batch in images.split(BATCH)])
 
 
 def _as_given(features: int) -> nn.Module:

@@ -10,18 +10,16 @@ import logging
 from pathlib import Path
 
 from actvar.figures import FIGURES
-from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 from benchmarks.paper.measure import measure_all, save_measured
 from benchmarks.paper.page import write_page
-from benchmarks.paper.train import WORK
+from benchmarks.paper.train import add_arguments
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = argparse.ArgumentParser("python -m benchmarks.paper", description=__doc__)
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the adapters (default paper-work)")
-    parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of Fashion-MNIST's idx files")
+    add_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder of paper.md (default docs)")
     parser.add_argument("--num", type=int, default=5000, help="images per adapter; 0: KL alone (default 5000)")
     options = parser.parse_args(arguments)
@@ -29,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for draw in FIGURES.values():
         draw(folder)
-    measured = measure_all(options.work, options.data, options.num)
+    measured = measure_all(options.work, options.data, options.num, options.device, options.processes)
     save_measured(measured, folder / "results.csv")
     for path in write_page(measured, options.out):
         print(f"wrote {path}")

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import csv
-import logging
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from tqdm import tqdm
+import torch
 
 from actvar.evaluate.bundled import dense_predictions, training_image_quality
 from actvar.evaluate.methods import Method, adapter_method
+from actvar.evaluate.predictions import DensePredictions
+from actvar.evaluate.quality import ImageQuality
 from actvar.evaluate.run import Evaluation, Result, evaluate
+from actvar.models import VAR
 from actvar.patch import unpatched
 from actvar.pictures import save_table
 from actvar.zoo.pretrained import load_pretrained
-from benchmarks.paper.train import adapter_file
-from benchmarks.paper.trainings import MAIN, SEEDS, TRAININGS, Training
+from benchmarks.paper.train import adapter_file, runs_in_order
+from benchmarks.paper.trainings import MAIN, SEEDS, TRAININGS
+from benchmarks.paper.workers import Job, run_jobs
 
-logger = logging.getLogger(__name__)
 DENSE = "dense"
 CFG = 1.5
+BATCH = 250
 
 
 @dataclass(frozen=True)
@@ -49,34 +53,67 @@ class Measured:
     recall: float | None = None
 
 
-def measure_all(work: Path, data: Path, num: int) -> list[Measured]:
-    """Measure every adapter in `work`, with as many images as `num`; what was measured is kept in `work/measured`."""
-    found: list[Measured] = []
-    quality = training_image_quality(data) if num else None
-    models = list(dict.fromkeys(training.model for training in TRAININGS))
-    for model in models:
-        vae, var = load_pretrained(model)
-        dense = dense_predictions(vae, var, data, CFG)
-        for seed in (bar := tqdm(SEEDS, desc=model)):
-            runs = [run for run in _runs(work, model, seed) if run[2].exists()]
-            bar.set_postfix_str(f"{len(runs)} adapters")
-            methods = [Method(DENSE, unpatched), *(adapter_method(path.stem, path) for _, _, path in runs)]
-            how = Evaluation(num=num or 100, seed=seed, rounds=0, cfg=CFG)
-            results = evaluate(var, methods, how, work / "measured", quality, dense)
-            labels = [("", DENSE, 0), *((training.recipe, training.row, stage) for training, stage, _ in runs)]
-            for label, result in zip(labels, results, strict=True):
-                found.append(_measured(result, var.patch_nums, model, *label, seed, num))
-    return found
-
-
-def _runs(work: Path, model: str, seed: int) -> list[tuple[Training, int, Path]]:
-    """Training, stage and file of every adapter of one model and seed; stage 1 of the main rows alone."""
-    of_model = [training for training in TRAININGS if training.model == model and seed in training.seeds]
-    return [
-        (training, stage, adapter_file(work, training, seed, stage))
-        for training in of_model
-        for stage in ((1, 2) if training.row == MAIN else (2,))
+def measure_all(work: Path, data: Path, num: int, device: torch.device, processes: int) -> list[Measured]:
+    """Measure every adapter in `work`, with as many images as `num`; what was measured is kept in `work/measured`, and
+    the rows so far in `work/results.csv`."""
+    if num:
+        _quality(data, device)  # keeps the statistics of the real images for all processes
+    where = (work, data, num, device)
+    jobs = [
+        Job(f"{model}, {DENSE}", functools.partial(measure, model, SEEDS, ("", DENSE, 0), None, *where))
+        for model in dict.fromkeys(training.model for training in TRAININGS)
     ]
+    for training, seed in runs_in_order(TRAININGS):
+        for stage in (2, 1) if training.row == MAIN else (2,):  # stage 1 of the main rows alone
+            path = adapter_file(work, training, seed, stage)
+            if path.exists():
+                label = (training.recipe, training.row, stage)
+                call = functools.partial(measure, training.model, (seed,), label, path, *where)
+                jobs.append(Job(path.stem, call))
+    found: list[Measured] = []
+    for _, rows in run_jobs(jobs, processes, work):
+        found += rows
+        save_measured(sorted(found, key=_place), work / "results.csv")
+    return sorted(found, key=_place)
+
+
+def _place(row: Measured) -> tuple[int, ...]:
+    """Where a row stands: by model, seed, row and stage, dense first."""
+    places = {(t.model, t.recipe, t.row): place for place, t in enumerate(TRAININGS)}
+    first = next(place for place, t in enumerate(TRAININGS) if t.model == row.model)
+    return first, row.seed, places.get((row.model, row.recipe, row.row), -1), row.stage
+
+
+def measure(
+    model: str,
+    seeds: Sequence[int],
+    label: tuple[str, str, int],
+    adapter: Path | None,
+    work: Path,
+    data: Path,
+    num: int,
+    device: torch.device,
+) -> list[Measured]:
+    """A row per seed of sampling, of an adapter or of the dense model. `label`: recipe, row and stage."""
+    var, dense = _model(model, data, device)
+    method = adapter_method(adapter.stem, adapter) if adapter else Method(DENSE, unpatched)
+    quality = _quality(data, device) if num else None
+    hows = [Evaluation(num=num or 100, seed=seed, rounds=0, cfg=CFG, batch=BATCH) for seed in seeds]
+    results = [evaluate(var, [method], how, work / "measured", quality, dense)[0] for how in hows]
+    return [
+        _measured(result, var.patch_nums, model, *label, seed, num) for result, seed in zip(results, seeds, strict=True)
+    ]
+
+
+@functools.cache
+def _model(model: str, data: Path, device: torch.device) -> tuple[VAR, DensePredictions]:
+    vae, var = load_pretrained(model, device=device)
+    return var, dense_predictions(vae, var, data, CFG)
+
+
+@functools.cache
+def _quality(data: Path, device: torch.device) -> ImageQuality:
+    return training_image_quality(data, device)
 
 
 def _measured(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
+import torch
 
 from actvar.adapter import load_adapter, read_adapter_config, save_adapter
 from actvar.calibrate import calibrate
@@ -20,16 +22,16 @@ from actvar.config import ActVARConfig
 from actvar.distill.data import fashion_mnist_source
 from actvar.distill.recipes import RECIPES, Recipe
 from actvar.distill.run import CALIBRATION_IMAGES, distill
+from actvar.evaluate.bundled import batches_of_test_images
 from actvar.evaluate.divergence import divergence_by_scale
 from actvar.patch import DENSE, patch_silently, remove_patch
 from actvar.pictures import save_table
-from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER, load_split
 from actvar.zoo.pretrained import adapter_path, load_pretrained
-from benchmarks.paper.train import WORK, stage_of
+from benchmarks.paper.train import add_arguments, prepare_tokens, stage_of
 from benchmarks.paper.trainings import ACTVAR
+from benchmarks.paper.workers import Job, run_jobs
 
 STEPS = 40
-TEST_IMAGES = 200
 COLUMNS = ("choice", "seed", "flops_saved", "gates_6x6", "gates_8x8", "stage2_6x6", "stage2_8x8")
 
 
@@ -63,17 +65,33 @@ CHOICES = (
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser("python -m benchmarks.paper.recipes", description=__doc__)
-    parser.add_argument("--work", type=Path, default=WORK, help="adapters and token maps (default paper-work)")
-    parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of Fashion-MNIST's idx files")
+    add_arguments(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of both stages (default 0 1)")
     parser.add_argument("--out", type=Path, default=Path("docs/paper/recipes.csv"))
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(options.out)
-    for seed, choice in tqdm([(seed, choice) for seed in options.seeds for choice in CHOICES], desc="choices"):
-        if (choice.name, str(seed)) not in {(row[0], row[1]) for row in rows}:
-            rows.append(_row(choice, seed, options.work, options.data))
-            save_table(options.out, COLUMNS, rows)
+    rows = {(row[0], row[1]): row for row in read_rows(options.out)}
+    where = (options.work, options.data, options.device)
+    prepare_tokens(["fashion-mnist"], *where)
+    pairs = [(choice, seed) for seed in options.seeds for choice in CHOICES]
+    jobs = jobs_of([pair for pair in pairs if (pair[0].name, str(pair[1])) not in rows], *where)
+    for _, row in run_jobs(jobs, options.processes, options.work):
+        if row is not None:
+            rows[row[0], row[1]] = row
+            order = [(choice.name, str(seed)) for choice, seed in pairs]
+            save_table(options.out, COLUMNS, sorted(rows.values(), key=lambda row: order.index((row[0], row[1]))))
+
+
+def jobs_of(pairs: Sequence[tuple[Choice, int]], work: Path, data: Path, device: torch.device) -> list[Job]:
+    """A job per choice and seed that returns its row, and before them one for every file of gates."""
+    jobs: dict[str, Job] = {}
+    for choice, seed in pairs:
+        gates = gates_file(choice, seed, work)
+        if not gates.exists():
+            jobs.setdefault(gates.stem, Job(gates.stem, functools.partial(fit_gates, choice, seed, gates, device)))
+        name = f"{choice.name}, seed {seed}"
+        jobs[name] = Job(name, functools.partial(measure, choice, seed, work, data, device), after=(gates.stem,))
+    return list(jobs.values())
 
 
 def read_rows(path: Path) -> list[list[str]]:
@@ -84,14 +102,14 @@ def read_rows(path: Path) -> list[list[str]]:
         return list(csv.reader(file))[1:]
 
 
-def _row(choice: Choice, seed: int, work: Path, data: Path) -> list[str]:
-    """Train and measure one choice."""
-    vae, var = load_pretrained("fashion-mnist")
-    images, labels = (of_split[:TEST_IMAGES] for of_split in load_split(data, "t10k"))
-    batches = [(labels, vae.quantize.teacher_input(vae.img_to_idxBl(images * 2 - 1)))]
-    gates = _gates(var, choice, seed, work)
+def measure(choice: Choice, seed: int, work: Path, data: Path, device: torch.device) -> list[str]:
+    """Train and measure one choice from its gates: a row of the table."""
+    vae, var = load_pretrained("fashion-mnist", device=device)
+    batches = batches_of_test_images(vae, data)
+    gates = gates_file(choice, seed, work)
     config = read_adapter_config(gates)
     saved = 1 - blocks_flops(var, config) / blocks_flops(var, DENSE)
+    patch_silently(var, config)
     load_adapter(var, gates)
     found = divergence_by_scale(var, batches)[-2:]
     remove_patch(var)
@@ -102,20 +120,18 @@ def _row(choice: Choice, seed: int, work: Path, data: Path) -> list[str]:
     return [choice.name, str(seed), f"{saved:.4f}", *(f"{kl:.4f}" for kl in found)]
 
 
-def _gates(var, choice: Choice, seed: int, work: Path) -> Path:
-    """`var` ends patched."""
+def gates_file(choice: Choice, seed: int, work: Path) -> Path:
     if choice.gates == "paper":
-        path = adapter_path("fashion-mnist", "paper")
-        patch_silently(var, read_adapter_config(path))
-        return path
-    path = work / f"gates-{choice.gates}-{choice.config.num_experts}-{choice.config.kv}-seed{seed}.safetensors"
+        return adapter_path("fashion-mnist", "paper")
+    return work / f"gates-{choice.gates}-{choice.config.num_experts}-{choice.config.kv}-seed{seed}.safetensors"
+
+
+def fit_gates(choice: Choice, seed: int, path: Path, device: torch.device) -> None:
+    """Selectors and routers in closed form."""
+    _, var = load_pretrained("fashion-mnist", device=device)
     arguments = dict(uniform=choice.gates != "rates", cluster=choice.gates != "contiguous")
-    if path.exists():
-        patch_silently(var, read_adapter_config(path))
-    else:
-        calibrate(var, choice.config, images=CALIBRATION_IMAGES, seed=seed, **arguments)
-        save_adapter(var, path)
-    return path
+    calibrate(var, choice.config, images=CALIBRATION_IMAGES, seed=seed, **arguments)
+    save_adapter(var, path)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,33 @@
 """Train the adapters behind the paper's tables, those that are missing: `python -m benchmarks.paper.train`.
 
-Seed by seed, in the order of the list. Resumes where it was interrupted. By two processes: `torchrun --nproc-per-node 2
--m benchmarks.paper.train`.
+Rows with several seeds come first, seed by seed. Resumes where it was interrupted. On CPUs by two processes that share
+each training: `torchrun --nproc-per-node 2 -m benchmarks.paper.train`; on a GPU, which one such training does not fill,
+by processes that take whole ones: `--device cuda --processes 14`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from actvar.adapter import load_adapter, read_adapter_config, save_adapter
 from actvar.baselines.static_pruning import wanda_units
-from actvar.distill.data import Source, fashion_mnist_source
+from actvar.checkpoint import usable_device
+from actvar.distill.data import Source, cached_tokens, fashion_mnist_source
 from actvar.distill.recipes import Recipe
 from actvar.distill.run import Distillation, distill
 from actvar.gates import update
 from actvar.patch import patch_silently
-from actvar.training import barrier, launched_processes, rank
+from actvar.training import barrier, launched_processes, rank, world_size
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 from actvar.zoo.pretrained import load_pretrained
 from benchmarks.paper.trainings import BATCH, LR, SEEDS, STEPS, TRAININGS, Training
+from benchmarks.paper.workers import Job, run_jobs
 
 WORK = Path("paper-work")
 
@@ -31,26 +35,61 @@ WORK = Path("paper-work")
 def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser("python -m benchmarks.paper.train", description=__doc__)
-    parser.add_argument("--work", type=Path, default=WORK, help="adapters, losses and token maps (default paper-work)")
-    parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of Fashion-MNIST's idx files")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
-    runs = [(training, seed) for seed in SEEDS for training in TRAININGS if seed in training.seeds]
-    missing = [run for run in runs if not adapter_file(options.work, *run).exists()]
-    with launched_processes(torch.device("cpu")):
-        for training, seed in (bar := tqdm(missing, desc="trainings", disable=rank() != 0)):
-            bar.set_postfix_str(f"{training.name}, seed {seed}")
-            train(training, seed, options.work, options.data)
+    runs = [run for run in runs_in_order(TRAININGS) if not adapter_file(options.work, *run).exists()]
+    with launched_processes(options.device) as device:
+        if world_size() > 1 and options.processes > 1:
+            parser.error("--processes: torchrun has started processes already")
+        where = (options.work, options.data, device)
+        prepare_tokens(dict.fromkeys(training.model for training, _ in runs), *where)
+        for _ in run_jobs(jobs_of(runs, *where), options.processes, options.work):
+            pass
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all commands of this package take."""
+    parser.add_argument("--work", type=Path, default=WORK, help="adapters, losses and token maps (default paper-work)")
+    parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of Fashion-MNIST's idx files")
+    parser.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
+    parser.add_argument("--processes", type=int, default=1, help="that share the device (default 1)")
+
+
+def runs_in_order(trainings: Sequence[Training]) -> list[tuple[Training, int]]:
+    """Every training with its seeds: rows with several seeds first, seed by seed."""
+    runs = [(training, seed) for seed in SEEDS for training in trainings if seed in training.seeds]
+    return sorted(runs, key=lambda run: len(run[0].seeds) == 1)
+
+
+def prepare_tokens(models: Iterable[str], work: Path, data: Path, device: torch.device) -> None:
+    """Make the token maps that the trainings of these models share."""
+    for model in models:
+        vae, var = load_pretrained(model, device=device)
+        cached_tokens(fashion_mnist_source(data, vae), var, work)
+
+
+def jobs_of(runs: Sequence[tuple[Training, int]], work: Path, data: Path, device: torch.device) -> list[Job]:
+    """A job per run, and before the first one that needs it, a job for every stage 1 that is trained or fitted."""
+    jobs: dict[str, Job] = {}
+    for training, seed in runs:
+        gates = adapter_file(work, owner_of(training), seed, stage=1)
+        if gates.stem not in jobs and not gates.exists():
+            call = functools.partial(gates_of, owner_of(training), seed, work, data, device)
+            jobs[gates.stem] = Job(gates.stem, call)
+        name = adapter_file(work, training, seed).stem
+        jobs[name] = Job(name, functools.partial(train, training, seed, work, data, device), after=(gates.stem,))
+    return list(jobs.values())
 
 
 def adapter_file(work: Path, training: Training, seed: int, stage: int = 2) -> Path:
     return work / f"{training.name}-seed{seed}-stage{stage}.safetensors"
 
 
-def train(training: Training, seed: int, work: Path, data: Path) -> Path:
+def train(training: Training, seed: int, work: Path, data: Path, device: torch.device) -> Path:
     """Both stages of one row from one seed; what is there is not trained again. Returns the adapter's file."""
-    gates = _gates(training, seed, work, data)
-    vae, var = load_pretrained(training.model)
+    gates = gates_of(training, seed, work, data, device)
+    vae, var = load_pretrained(training.model, device=device)
     source = fashion_mnist_source(data, vae)
     how = stage_of(training.how, 2, STEPS[2], seed, source)
     return distill(vae, var, read_adapter_config(gates), gates, source, how, adapter_file(work, training, seed))
@@ -63,26 +102,34 @@ def stage_of(recipe: Recipe, stage: int, steps: int, seed: int, source: Source) 
     return Distillation(stage, recipe, epochs=epochs, batch=BATCH, lr=lr, bf16=True, seed=seed)
 
 
-def _gates(training: Training, seed: int, work: Path, data: Path) -> Path:
-    """Stage 1 of a row: its own, or that of another row at its own rates."""
+def gates_of(training: Training, seed: int, work: Path, data: Path, device: torch.device) -> Path:
+    """File of stage 1 of a row: its own, or that of another row at its own rates."""
     path = adapter_file(work, training, seed, stage=1)
     if path.exists():
         return path
-    vae, var = load_pretrained(training.model)
-    if training.gates_of is None:
+    vae, var = load_pretrained(training.model, device=device)
+    owner = owner_of(training)
+    if owner == training:
         if training.config.is_sparse:
             source = fashion_mnist_source(data, vae)
             how = stage_of(training.how, 1, STEPS[1], seed, source)
             return distill(vae, var, training.config, None, source, how, path)
         patch_silently(var, training.config)
         return _saved(var, path)
-    whose = next(t for t in TRAININGS if (t.row, t.recipe, t.model) == _owner(training))
-    others = _gates(whose, seed, work, data)
+    others = gates_of(owner, seed, work, data, device)
     patch_silently(var, replace(training.config, num_experts=read_adapter_config(others).num_experts))
     load_adapter(var, others)
     if training.static:
         fix_experts(var)
     return _saved(var, path)
+
+
+def owner_of(training: Training) -> Training:
+    """The row whose stage 1 a row uses."""
+    if training.gates_of is None:
+        return training
+    wanted = (training.gates_of, training.recipe, training.model)
+    return next(t for t in TRAININGS if (t.row, t.recipe, t.model) == wanted)
 
 
 def _saved(var: torch.nn.Module, path: Path) -> Path:
@@ -93,10 +140,6 @@ def _saved(var: torch.nn.Module, path: Path) -> Path:
     return path
 
 
-def _owner(training: Training) -> tuple[str | None, str, str]:
-    return training.gates_of, training.recipe, training.model
-
-
 @torch.no_grad()
 def fix_experts(var: torch.nn.Module) -> None:
     """Static pruning as gates of a patched model: the first experts are on for every token and hold the hidden units
@@ -104,7 +147,7 @@ def fix_experts(var: torch.nn.Module) -> None:
     rate = var.actvar.config.ffn_rate
     kept = wanda_units(var, rate)
     for block, units in zip(var.blocks, kept, strict=True):
-        gates = block.actvar
+        gates, units = block.actvar, units.cpu()
         others = torch.ones(len(gates.places), dtype=torch.bool).index_fill_(0, units, False).nonzero().flatten()
         bias = -torch.arange(len(gates.router.bias), dtype=torch.float32)
         values = {gates.router.weight: torch.zeros_like(gates.router.weight), gates.router.bias: bias}

@@ -53,22 +53,31 @@ def load_split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         FileNotFoundError: the folder lacks a file; says where the data comes from.
         ValueError: a file that is damaged, or not of 28x28 images or of as many labels of ten classes.
     """
-    found = []
-    for kind in ("images-idx3", "labels-idx1"):
-        candidates = [folder / f"{split}-{kind}-ubyte{suffix}" for suffix in ("", ".gz")]
-        path = next((p for p in candidates if p.exists()), None)
-        if path is None:
-            raise FileNotFoundError(
-                f"{candidates[0]}[.gz] not found; install the Debian package dataset-fashion-mnist or pass --data with "
-                "the folder of the four idx files"
-            )
-        found.append(read_idx(path))
-    images, labels = found
+    images, labels = read_idx(_file(folder, split, "images-idx3")), load_labels(folder, split)
     if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
         raise ValueError(
             f"{folder}: expected images [N, 28, 28] and labels [N] of {split!r}, got {list(images.shape)} and "
             f"{list(labels.shape)}"
         )
+    return F.pad(images.unsqueeze(1).float().div_(255), (2, 2, 2, 2)), labels
+
+
+def load_labels(folder: Path, split: str) -> torch.Tensor:
+    """Labels `[N]` int64 of `split`; errors as in `load_split`."""
+    labels = read_idx(_file(folder, split, "labels-idx1"))
+    if labels.ndim != 1:
+        raise ValueError(f"{folder}: expected labels [N] of {split!r}, got {list(labels.shape)}")
     if labels.numel() and labels.max() >= len(CLASSES):
         raise ValueError(f"{folder}: expected labels from 0 to {len(CLASSES) - 1}, got {labels.max()}")
-    return F.pad(images.unsqueeze(1).float().div_(255), (2, 2, 2, 2)), labels.long()
+    return labels.long()
+
+
+def _file(folder: Path, split: str, kind: str) -> Path:
+    candidates = [folder / f"{split}-{kind}-ubyte{suffix}" for suffix in ("", ".gz")]
+    path = next((p for p in candidates if p.exists()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"{candidates[0]}[.gz] not found; install the Debian package dataset-fashion-mnist or pass --data with the "
+            "folder of the four idx files"
+        )
+    return path
