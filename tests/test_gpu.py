@@ -11,6 +11,7 @@ import torch
 from actvar import ActVARConfig, GraphedSampling, apply_patch, load_adapter, load_pretrained
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels.backend import using_backend
+from actvar_kernels.sampling import public
 from benchmarks.gpu import graphs, numerics
 
 pytestmark = [
@@ -53,6 +54,13 @@ def test_a_graph_of_a_whole_sample_gives_the_images_of_eager_sampling():
         eager = var.autoregressive_infer_cfg(len(labels), labels, g_seed=seed, top_k=100, top_p=0.95)
         assert torch.equal(sampled(labels, seed), eager)
         assert torch.equal(sampled(labels, seed), eager), "a replay leaves nothing behind"
+
+
+def test_images_drawn_together_are_those_drawn_alone():
+    probabilities = torch.randn(5, 64, 512, device="cuda").softmax(dim=-1)
+    alone, together = ([torch.Generator("cuda").manual_seed(seed) for seed in range(5)] for _ in range(2))
+    expected = [public.draw(image, generator) for image, generator in zip(probabilities, alone, strict=True)]
+    assert torch.equal(public.draw_by_image(probabilities, together), torch.stack(expected))
 
 
 LABELS = """

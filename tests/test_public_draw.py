@@ -110,6 +110,17 @@ def test_the_global_generator_and_the_normal_number_that_it_keeps() -> None:
     assert all(map(torch.equal, *found))
 
 
+def test_images_drawn_together_are_those_drawn_alone() -> None:
+    probabilities = torch.randn(5, 9, 100, generator=torch.Generator().manual_seed(0)).mul(3).softmax(dim=-1)
+    alone, together = ([torch.Generator().manual_seed(seed) for seed in range(5)] for _ in range(2))
+    expected = [public.draw(image, generator) for image, generator in zip(probabilities, alone, strict=True)]
+    assert torch.equal(public.draw_by_image(probabilities, together), torch.stack(expected))
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.get_state(), other.get_state())
+    with pytest.raises(RuntimeError, match="nan"):
+        public.draw_by_image(probabilities.masked_fill(probabilities < 1e-3, torch.nan), together)
+
+
 def test_what_is_no_probability_raises_as_multinomial_does_and_draws_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()

@@ -40,7 +40,10 @@ def sample_top_k_top_p(logits: torch.Tensor, top_k: int, top_p: float, rng: Rand
         tokens `[B, L]` int64.
     """
     public.filter_(logits, top_k, top_p)
-    return by_image(public.draw, logits.softmax(dim=-1), rng)
+    probabilities = logits.softmax(dim=-1)
+    if rng is None or isinstance(rng, torch.Generator):
+        return public.draw(probabilities, rng)
+    return public.draw_by_image(probabilities, rng)
 
 
 def sample_guided(logits: torch.Tensor, guidance: float, top_k: int, top_p: float, rng: Randomness) -> torch.Tensor:

@@ -25,12 +25,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     folder = options.out / "paper"
     folder.mkdir(parents=True, exist_ok=True)
-    for draw in FIGURES.values():
-        draw(folder)
     measured = measure_all(options.work, options.data, options.num, options.device, options.processes)
     save_measured(measured, folder / "results.csv")
     for path in write_page(measured, options.out):
         print(f"wrote {path}")
+    for draw in FIGURES.values():
+        draw(folder)
 
 
 if __name__ == "__main__":
