@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 
 import pytest
 import torch
@@ -12,13 +14,15 @@ from actvar.adapter import describe_adapter
 from actvar.baselines import wanda_units
 from actvar.distill import run
 from actvar.distill.data import sampled_source
+from benchmarks.paper import recipes
 from benchmarks.paper import train as training_module
 from benchmarks.paper.measure import DENSE, Measured, load_measured, save_measured
 from benchmarks.paper.page import write_page
 from benchmarks.paper.published import TABLES
 from benchmarks.paper.recipes import CHOICES
-from benchmarks.paper.train import adapter_file, fix_experts, train
+from benchmarks.paper.train import adapter_file, fix_experts, jobs_of, owner_of, runs_in_order, train
 from benchmarks.paper.trainings import MAIN, TRAININGS, Training
+from benchmarks.paper.workers import Job, run_jobs
 
 
 def test_every_line_of_every_table_is_trained_and_nothing_else():
@@ -68,18 +72,76 @@ def test_a_row_is_trained_from_the_gates_of_another_and_not_twice(tmp_path, monk
     monkeypatch.setattr(training_module, "STEPS", {1: 1, 2: 1})
     monkeypatch.setattr(training_module, "BATCH", 4)
     monkeypatch.setattr(run, "CALIBRATION_IMAGES", 4)
-    monkeypatch.setattr(training_module, "load_pretrained", lambda _: (make_tiny_var().vae_proxy[0], make_tiny_var()))
+    monkeypatch.setattr(
+        training_module, "load_pretrained", lambda *_, **__: (make_tiny_var().vae_proxy[0], make_tiny_var())
+    )
     monkeypatch.setattr(training_module, "fashion_mnist_source", lambda *_: sampled_source(make_tiny_var(), 8, 0))
     owner = next(t for t in TRAININGS if (t.row, t.recipe) == (MAIN, "best-uniform"))
     row = Training("other", ActVARConfig(token_rates=(0.5, 0.5)), ("9",), "best-uniform", gates_of=MAIN, static=static)
-    path = train(row, 0, tmp_path, tmp_path)
+    path = train(row, 0, tmp_path, tmp_path, torch.device("cpu"))
     facts = describe_adapter(path)
     assert facts["config"] == row.config
     assert facts["changed weights"] > 0
     gates = [adapter_file(tmp_path, t, 0, stage=1) for t in (owner, row)]
     times = [file.stat().st_mtime_ns for file in gates]
-    train(row, 0, tmp_path, tmp_path)
+    train(row, 0, tmp_path, tmp_path, torch.device("cpu"))
     assert [file.stat().st_mtime_ns for file in gates] == times
+
+
+def test_stage_1_is_made_once_and_before_all_that_need_it(tmp_path):
+    runs = runs_in_order(TRAININGS)
+    assert {seed for _, seed in runs[:36]} == {0, 1, 2}
+    assert all(len(training.seeds) == 1 for training, _ in runs[36:])
+    jobs = jobs_of(runs, tmp_path, tmp_path, torch.device("cpu"))
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names)
+    for place, job in enumerate(jobs):
+        assert set(job.after) <= set(names[:place])
+    assert sum(not job.after for job in jobs) == 3 * 3 + 3 + 2 + 1 + 6, (
+        "own gates; of `dense fine-tuned` none are trained"
+    )
+    adapter_file(tmp_path, owner_of(runs[0][0]), 0, stage=1).touch()
+    assert len(jobs_of(runs, tmp_path, tmp_path, torch.device("cpu"))) == len(jobs) - 1
+
+
+def test_every_choice_of_the_recipe_waits_for_its_gates(tmp_path):
+    pairs = [(choice, seed) for seed in (0, 1) for choice in CHOICES]
+    jobs = recipes.jobs_of(pairs, tmp_path, tmp_path, torch.device("cpu"))
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names) == len(pairs) + 2 * 5
+    for place, job in enumerate(jobs):
+        assert all(name in names[:place] or name == "adapter-paper" for name in job.after)
+
+
+def write(path, *after):
+    assert all(other.exists() for other in after)
+    with path.open("x"):
+        return path.name
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_jobs_are_done_once_and_after_those_they_wait_for(tmp_path, processes):
+    files = [tmp_path / name for name in "abcd"]
+    after = {"a": "b", "b": "", "c": "ab", "d": ""}
+    jobs = [
+        Job(
+            file.name,
+            functools.partial(write, file, *(tmp_path / name for name in after[file.name])),
+            (*after[file.name], "z"),
+        )
+        for file in files
+    ]
+    assert {(job.name, result) for job, result in run_jobs(jobs, processes, tmp_path)} == {(x, x) for x in "abcd"}
+    with pytest.raises(FileExistsError):
+        list(run_jobs(jobs[1:2], processes, tmp_path))
+    waiting = [Job("a", int, ("b",)), Job("b", int, ("a",))]
+    with pytest.raises(ValueError, match="wait for each other: a, b"):
+        list(run_jobs(waiting, processes, tmp_path))
+
+
+def test_a_process_that_dies_ends_the_jobs_and_says_what_ran(tmp_path):
+    with pytest.raises(RuntimeError, match=r"a process died.*workers.log: one"):
+        list(run_jobs([Job("one", functools.partial(os._exit, 3))], 2, tmp_path))
 
 
 def measured(row: str, seed: int, kl: float, recipe: str = "paper", **changes) -> Measured:

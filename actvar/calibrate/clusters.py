@@ -67,10 +67,13 @@ def exchanged(cost: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
     """`cluster` `[D]` after exchanges of two units between two clusters, as long as one lowers the sum of
     `cost[i, cluster[i]]`, for `ROUNDS` rounds at most; sizes stay as they are.
 
+    On the CPU wherever the tensors are: many small steps, each of which looks at the one before.
+
     Args:
         cost: of each unit in each cluster, `[D, N]`.
     """
-    cluster, count = cluster.clone(), cost.shape[1]
+    device, count = cluster.device, cost.shape[1]
+    cost, cluster = cost.cpu(), cluster.to("cpu", copy=True)
     least = 1e-6 * cost.abs().mean()
     for _ in range(ROUNDS):
         moves = 0
@@ -85,4 +88,4 @@ def exchanged(cost: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
                 moves += pairs
         if not moves:
             break
-    return cluster
+    return cluster.to(device)

@@ -149,7 +149,7 @@ def fix_experts(var: torch.nn.Module) -> None:
     for block, units in zip(var.blocks, kept, strict=True):
         gates, units = block.actvar, units.cpu()
         others = torch.ones(len(gates.places), dtype=torch.bool).index_fill_(0, units, False).nonzero().flatten()
-        bias = -torch.arange(len(gates.router.bias), dtype=torch.float32)
+        bias = -torch.arange(len(gates.router.bias), dtype=torch.float32, device=gates.router.bias.device)
         values = {gates.router.weight: torch.zeros_like(gates.router.weight), gates.router.bias: bias}
         update(block, torch.cat((units, others)), values)
 
