@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from actvar import ActVARConfig
 from actvar.flops import model_flops
+from actvar.models.vqvae import VQVAE, AttnBlock, ResnetBlock
 from actvar.patch import patch_silently
 from actvar_kernels import expert_ffn_scatter
 from actvar_kernels.backend import using_backend
@@ -152,6 +154,50 @@ def test_torch_operations_are_counted_and_views_are_not():
     assert product.bytes == 4 * (8 * 16 + 32 * 16 + 32 + 8 * 32)
     assert (add.name, add.bytes, add.flops) == ("aten.add_", 2 * 4 * 3 * 2 * 32, 0)
     assert (zeros.name, zeros.bytes) == ("aten.zeros", 16)
+
+
+def test_convolutions_keep_the_layout_that_cudnn_would_and_add_a_bias_in_a_launch_of_its_own():
+    outputs = []
+
+    def run(gpu):
+        x, weight = cuda(2, 8, 4, 4), cuda(16, 8, 3, 3)
+        outputs.append(torch.nn.functional.conv2d(x, weight, cuda(16), padding=1))
+        outputs.append(torch.nn.functional.conv2d(x.to(memory_format=torch.channels_last), weight, padding=1))
+
+    launches = [launch.launches for launch in recorded(90, run) if launch.name == "aten.convolution"]
+    assert launches == [2, 1]
+    layouts = (torch.contiguous_format, torch.channels_last)
+    assert [[t.is_contiguous(memory_format=layout) for layout in layouts] for t in outputs] == [
+        [True, False],
+        [False, True],
+    ]
+
+
+def test_the_decoder_runs_in_kernels_between_its_convolutions_and_copies_to_enlarge_maps_only():
+    with torch.device("meta"):
+        vae = VQVAE(64, 32, 32, (1, 2, 4), ch_mult=(1, 2, 2), num_res_blocks=1)
+
+    def run(gpu):
+        to_fake_cuda(vae)
+        features = cuda(2, 32, 4, 4)
+        gpu.launches.clear()
+        assert vae.fhat_to_img(features).is_contiguous()
+
+    launches = recorded(90, run)
+    counts = Counter(launch.name for launch in launches)
+    assert not {"aten.native_group_norm", "aten.silu", "aten.upsample_nearest2d"} & set(counts)
+    norms = sum(isinstance(module, torch.nn.GroupNorm) for module in vae.decoder.modules())
+    assert counts["_group_statistics"] == counts["_normalize_groups"] == norms
+    blocks = sum(isinstance(module, ResnetBlock | AttnBlock) for module in vae.decoder.modules())
+    assert counts["_add_residual"] == blocks
+    attention = sum(isinstance(module, AttnBlock) for module in vae.decoder.modules())
+    biases = sum(launch.launches - 1 for launch in launches if launch.name == "aten.convolution")
+    assert biases == 3 + attention, "of post_quant_conv, conv_in, conv_out and the queries, keys and values"
+    # other clones are of the smallest map, or of the image
+    enlarged = [launch for launch in launches if launch.name == "aten.clone" and len(launch.result.shape) == 6]
+    larger = [launch for launch in launches if launch.name == "aten.clone" and launch.bytes >= enlarged[0].bytes]
+    assert enlarged == larger
+    assert len(enlarged) == 2
 
 
 def test_rows_that_are_looked_up_count_and_the_rest_of_the_table_does_not():

@@ -55,14 +55,26 @@ class ResnetBlock(nn.Module):
         same = in_channels == out_channels
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if _kernels_run(x):  # a convolution's bias would be a pass over its output
-            h = self.conv1(_norm_silu(self.norm1, x), add_bias=False)
+    def forward(self, x: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
+        """Of `x + offset` where kernels run, `offset` `[C]` being the bias of the convolution before. There a bias is
+        added by what comes next, since on its own it would be a pass over the convolution's output."""
+        if _kernels_run(x):
+            h = self.conv1(_norm_silu(self.norm1, x, offset=offset), add_bias=False)
             h = self.conv2(_norm_silu(self.norm2, h, offset=self.conv1.bias), add_bias=False)
-            return add_residual(self.nin_shortcut(x), h, self.conv2.bias)
+            shortcut, bias = self._shortcut(x, offset)
+            return add_residual(shortcut, h, self.conv2.bias if bias is None else self.conv2.bias + bias)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         return self.nin_shortcut(x) + h
+
+    def _shortcut(self, x: torch.Tensor, offset: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The shortcut of `x + offset` in two parts, the second one for every pixel, `[out_channels]`."""
+        if isinstance(self.nin_shortcut, nn.Identity):
+            return x, offset
+        weight, bias = self.nin_shortcut.weight, self.nin_shortcut.bias
+        if offset is not None:
+            bias = bias + (weight.flatten(1) * offset).sum(dim=1)
+        return F.conv2d(x, weight), bias
 
 
 class AttnBlock(nn.Module):
@@ -100,8 +112,11 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = Conv3x3(channels, channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(twice_as_large(x) if _kernels_run(x) else F.interpolate(x, scale_factor=2, mode="nearest"))
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The convolution without its bias, and this bias, where kernels run; else the convolution and None."""
+        if _kernels_run(x):
+            return self.conv(twice_as_large(x), add_bias=False), self.conv.bias
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest")), None
 
 
 def twice_as_large(x: torch.Tensor) -> torch.Tensor:
@@ -126,9 +141,9 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(num_blocks if attention else 0))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
         for i, block in enumerate(self.block):
-            x = block(x)
+            x = block(x, offset if i == 0 else None)
             if len(self.attn):
                 x = self.attn[i](x)
         return x
@@ -191,11 +206,11 @@ class Decoder(nn.Module):
         self.conv_out = Conv3x3(widths[0], in_channels)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        h = self.mid(self.conv_in(z))
+        h, offset = self.mid(self.conv_in(z)), None
         for level in reversed(self.up):
-            h = level(h)
+            h = level(h, offset)
             if hasattr(level, "upsample"):
-                h = level.upsample(h)
+                h, offset = level.upsample(h)
         return self.conv_out(_norm_silu(self.norm_out, h) if _kernels_run(h) else F.silu(self.norm_out(h)))
 
 

@@ -127,20 +127,21 @@ def _group_statistics(
     start = part * part_length
     count = tl.minimum(part_length, positions - start)
     x_ptr += image.to(tl.int64) * image_stride + start.to(tl.int64) * C
-    first = tl.load(x_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(x_ptr + channel, mask=inside, other=0.0)
+    nothing = tl.broadcast_to(first[None, :], (ROWS, BLOCK_C))
     sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
     squares = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for begin in range(0, count, ROWS):
         row = begin + tl.arange(0, ROWS)
         present = (row < count)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + row[:, None] * C + channel[None, :], mask=present, other=0.0).to(tl.float32)
-        distance = tl.where(present, x - first[None, :], 0.0)
+        x = tl.load(x_ptr + row[:, None] * C + channel[None, :], mask=present, other=nothing)
+        distance = x.to(tl.float32) - first.to(tl.float32)[None, :]
         sums += distance
         squares += distance * distance
     total = tl.sum(sums, axis=0)
     distance = total / count
     squared = tl.maximum(tl.sum(squares, axis=0) - distance * total, 0.0)
-    mean = first + distance
+    mean = first.to(tl.float32) + distance
     if offset_ptr is not None:
         mean += tl.load(offset_ptr + channel, mask=inside, other=0.0).to(tl.float32)
 

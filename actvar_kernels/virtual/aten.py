@@ -78,6 +78,8 @@ class Recorder(TorchDispatchMode):
             result = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise HostSyncError(f"{func} makes the host wait for the GPU") from error
+        if on_gpu and packet is aten.convolution and any(map(_is_channels_last, inputs[:2])):
+            result = result.contiguous(memory_format=torch.channels_last)  # as cuDNN has it, which may be absent here
         outputs = _tensors(result)
         if on_gpu and any(not tensor.is_cuda for tensor in outputs) and packet is aten._to_copy:
             raise HostSyncError(f"{func} copies from the GPU to the host, which waits for it")
@@ -92,6 +94,10 @@ def _body(func) -> Callable:
     if definition is None:
         raise RuntimeError(f"{func}: expected an operator made by torch.library.custom_op")
     return definition._init_fn
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def _tensors(tree) -> list[torch.Tensor]:
@@ -125,6 +131,8 @@ def _fields(func, args, kwargs, inputs, result, outputs) -> dict[str, object]:
     if packet is aten._addmm_activation:
         flops = 2 * args[1].shape[0] * args[1].shape[1] * args[2].shape[1]
     composite = COMPOSITES.get(packet, Composite(1, 1))
+    if packet is aten.convolution and args[2] is None:
+        composite = Composite(1, 1)
     return dict(
         name=f"{func.namespace}.{packet.__name__}",
         bytes=round(_traffic(packet, args, inputs, outputs) * composite.passes),
