@@ -58,30 +58,25 @@ def _row_tiles(tokens: int, width: int, numbers: int, programs: int) -> RowTiles
 
 
 class GroupNormTiles(NamedTuple):
-    """GroupNorm of images: each is in `parts` of `part` positions, which are read `part_rows` at a time; then a program
-    normalises `channels` channels of `steps` times `rows` positions."""
+    """GroupNorm of images: a program has `channels` channels of `rows` positions at a time, in `loads` turns where it
+    sums; for sums an image is in `parts` of `part` positions."""
 
-    parts: int
-    part: int
-    part_rows: int
     channels: int
     rows: int
-    steps: int
+    loads: int
+    parts: int
+    part: int
 
 
 def group_norm_tiles(images: int, positions: int, width: int) -> GroupNormTiles:
-    """32 numbers a thread, without padding where a power of two from 16 on divides the width; long loops only where
-    programs are plentiful."""
+    """32 numbers a thread, in as many turns as there are loads of 16 bytes, and no padding where a power of two from 16
+    on divides the width."""
     channels = width & -width
     channels = min(128, channels if channels >= 16 else triton.next_power_of_2(width))
-    rows, part_rows = 4096 // channels, max(1, 8192 // triton.next_power_of_2(width))
-    programs = min(2048, max(256, images * positions // (4 * part_rows)))
-    parts = max(1, min(programs // images, rows, triton.cdiv(positions, part_rows)))
-    part = triton.cdiv(triton.cdiv(positions, parts), part_rows) * part_rows
-    steps = 8
-    while steps > 1 and images * positions * width < 2048 * 4096 * steps:
-        steps //= 2
-    return GroupNormTiles(triton.cdiv(positions, part), part, part_rows, channels, rows, steps)
+    rows = 4096 // channels
+    parts = min(256, max(1, 8192 * channels // (images * width)), triton.cdiv(positions, rows))
+    part = triton.cdiv(triton.cdiv(positions, parts), rows) * rows
+    return GroupNormTiles(channels, rows, 4, triton.cdiv(positions, part), part)
 
 
 class AttentionTiles(NamedTuple):

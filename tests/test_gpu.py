@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from actvar import ActVARConfig, GraphedSampling, apply_patch, load_adapter, load_pretrained
+from actvar.models.quantizer import upsampled_by_axis
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels.backend import using_backend
 from actvar_kernels.sampling import public
@@ -42,6 +43,35 @@ def test_the_bundled_model_gives_the_reference_logits_on_the_gpu(schedule):
         var.float()
         reference = (logits_on("reference", var, labels, inputs) - exact).abs().max()
         assert (logits_on("triton", var, labels, inputs) - exact).abs().max() <= 4 * reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_decoder_on_the_gpu(dtype):
+    vae, _ = load_pretrained("fashion-mnist")
+    vae.cuda()
+    side = vae.quantize.v_patch_nums[-1]
+    tokens = torch.randint(vae.vocab_size, (20, side * side), device="cuda", generator=torch.Generator("cuda"))
+    features = vae.quantize.code_map(tokens, side)
+
+    def decoded(backend: str) -> torch.Tensor:
+        with using_backend(backend), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            return vae.fhat_to_img(features)
+
+    reference, kernels = decoded("reference"), decoded("triton")
+    assert kernels.dtype == reference.dtype
+    vae.double()
+    with using_backend("reference"):
+        exact = vae.fhat_to_img(features.double())
+    assert (kernels - exact).abs().max() <= 4 * (reference - exact).abs().max()
+
+
+@pytest.mark.parametrize(("side", "larger"), [(1, 16), (5, 16), (13, 16), (24, 32)])
+@torch.no_grad()
+def test_bicubic_by_axis_gives_the_same_bits_on_the_gpu(side, larger):
+    maps = torch.randn(64, 32, side, side, device="cuda", generator=torch.Generator("cuda"))
+    expected = torch.nn.functional.interpolate(maps, size=(larger, larger), mode="bicubic")
+    assert torch.equal(upsampled_by_axis(maps, larger), expected)
 
 
 def test_a_graph_of_a_whole_sample_gives_the_images_of_eager_sampling():

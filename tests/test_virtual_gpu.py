@@ -187,7 +187,7 @@ def test_the_decoder_runs_in_kernels_between_its_convolutions_and_copies_to_enla
     counts = Counter(launch.name for launch in launches)
     assert not {"aten.native_group_norm", "aten.silu", "aten.upsample_nearest2d"} & set(counts)
     norms = sum(isinstance(module, torch.nn.GroupNorm) for module in vae.decoder.modules())
-    assert counts["_group_statistics"] == counts["_normalize_groups"] == norms
+    assert counts["_channel_moments"] == counts["_join_groups"] == counts["_normalize_channels"] == norms
     blocks = sum(isinstance(module, ResnetBlock | AttnBlock) for module in vae.decoder.modules())
     assert counts["_add_residual"] == blocks
     attention = sum(isinstance(module, AttnBlock) for module in vae.decoder.modules())

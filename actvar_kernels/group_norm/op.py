@@ -24,7 +24,7 @@ def group_norm_silu(
 ) -> torch.Tensor:
     """`F.silu(F.group_norm(x + offset, groups, weight, bias, eps))` in float32, returned in x's dtype.
 
-    On Triton it is two launches that read x twice, and the result is in the memory format `channels_last`, in which x
+    On Triton it is three launches that read x twice, and the result is in the memory format `channels_last`, in which x
     is fastest.
 
     Args:

@@ -1,4 +1,4 @@
-"""GroupNorm with SiLU in two Triton launches, and a residual in one, on images `[positions, C]`."""
+"""GroupNorm with SiLU in three Triton launches, and a residual in one, on images `[positions, C]`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def group_norm_silu(
 ) -> torch.Tensor:
     """As `reference.group_norm_silu`, in the memory format `channels_last`.
 
-    The first launch writes mean and sum of squared deviations for every group of every part of an image; the second
-    one joins the parts, in the same order in every program, and normalises.
+    The first launch reads x for mean and sum of squared deviations of every channel in every part of an image; the
+    second one joins them, small as they are, in a fixed order; the third one reads x again.
     """
     B, C, H, W = x.shape
     rows = _rows(x)
@@ -29,44 +29,48 @@ def group_norm_silu(
     if not x.numel():
         return out
     positions, tiles = H * W, group_norm_tiles(B, H * W, C)
-    weight, bias = weight.contiguous(), bias.contiguous()
-    offset = None if offset is None else offset.contiguous()
-    statistics = torch.empty(B, tiles.parts, 2, groups, dtype=torch.float32, device=x.device)
-    _group_statistics[(tiles.parts, B)](
-        rows,
-        offset,
-        statistics,
-        rows.stride(0),
-        positions,
-        tiles.part,
-        GROUPS=groups,
-        BLOCK_G=triton.next_power_of_2(groups),
-        BLOCK_S=triton.next_power_of_2(C // groups),
-        C=C,
-        BLOCK_C=triton.next_power_of_2(C),
-        ROWS=tiles.part_rows,
-        num_warps=8,
-    )
+    moments = torch.empty(B, 2, tiles.parts, C, dtype=torch.float32, device=x.device)
+    affine = torch.empty(B, 2, C, dtype=torch.float32, device=x.device)
     blocks = triton.cdiv(C, tiles.channels)
-    _normalize_groups[(triton.cdiv(positions, tiles.rows * tiles.steps) * blocks, B)](
+    _channel_moments[(tiles.parts * blocks, B)](
         rows,
-        offset,
-        statistics,
-        weight,
-        bias,
-        out,
+        moments,
         rows.stride(0),
         positions,
         tiles.part,
         tiles.parts,
+        C=C,
+        BLOCK_C=tiles.channels,
+        ROWS=tiles.rows // tiles.loads,
+        LOADS=tiles.loads,
+        num_warps=4,
+    )
+    _join_groups[(groups, B)](
+        moments,
+        None if offset is None else offset.contiguous(),
+        weight.contiguous(),
+        affine,
+        positions,
+        tiles.part,
+        tiles.parts,
         eps,
-        SILU=silu,
-        GROUPS=groups,
+        C=C,
+        SIZE=C // groups,
+        BLOCK_S=triton.next_power_of_2(C // groups),
         BLOCK_P=triton.next_power_of_2(tiles.parts),
+        num_warps=4,
+    )
+    _normalize_channels[(triton.cdiv(positions, tiles.rows) * blocks, B)](
+        rows,
+        affine,
+        bias.contiguous(),
+        out,
+        rows.stride(0),
+        positions,
+        SILU=silu,
         C=C,
         BLOCK_C=tiles.channels,
         ROWS=tiles.rows,
-        STEPS=tiles.steps,
         num_warps=4,
     )
     return out
@@ -104,117 +108,119 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride()[1:] == (rows.shape[2], 1) else rows.contiguous()
 
 
-@triton.jit(do_not_specialize=["positions", "part_length"])
-def _group_statistics(
+@triton.jit(do_not_specialize=["positions", "part_length", "parts"])
+def _channel_moments(
     x_ptr,
-    offset_ptr,
-    statistics_ptr,
-    image_stride,
-    positions,
-    part_length,
-    GROUPS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Mean and sum of squared deviations of every group in a part of an image. Sums are those of the distance to the
-    part's first position, so that a large mean takes no digits."""
-    image, part = tl.program_id(1), tl.program_id(0)
-    channel = tl.arange(0, BLOCK_C)
-    inside = channel < C
-    start = part * part_length
-    count = tl.minimum(part_length, positions - start)
-    x_ptr += image.to(tl.int64) * image_stride + start.to(tl.int64) * C
-    first = tl.load(x_ptr + channel, mask=inside, other=0.0)
-    nothing = tl.broadcast_to(first[None, :], (ROWS, BLOCK_C))
-    sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    squares = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for begin in range(0, count, ROWS):
-        row = begin + tl.arange(0, ROWS)
-        present = (row < count)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + row[:, None] * C + channel[None, :], mask=present, other=nothing)
-        distance = x.to(tl.float32) - first.to(tl.float32)[None, :]
-        sums += distance
-        squares += distance * distance
-    total = tl.sum(sums, axis=0)
-    distance = total / count
-    squared = tl.maximum(tl.sum(squares, axis=0) - distance * total, 0.0)
-    mean = first.to(tl.float32) + distance
-    if offset_ptr is not None:
-        mean += tl.load(offset_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-
-    SIZE: tl.constexpr = C // GROUPS
-    group, member = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_S)
-    there = (group < GROUPS)[:, None] & (member < SIZE)[None, :]
-    which = tl.reshape(tl.where(there, group[:, None] * SIZE + member[None, :], 0), (BLOCK_G * BLOCK_S,))
-    mean = tl.where(there, tl.reshape(tl.gather(mean, which, 0), (BLOCK_G, BLOCK_S)), 0.0)
-    squared = tl.where(there, tl.reshape(tl.gather(squared, which, 0), (BLOCK_G, BLOCK_S)), 0.0)
-    group_mean = tl.sum(mean, axis=1) / SIZE
-    deviation = tl.where(there, mean - group_mean[:, None], 0.0)
-    group_squared = tl.sum(squared + count * deviation * deviation, axis=1)
-    target = statistics_ptr + (image.to(tl.int64) * tl.num_programs(0) + part) * 2 * GROUPS + group
-    tl.store(target, group_mean, mask=group < GROUPS)
-    tl.store(target + GROUPS, group_squared, mask=group < GROUPS)
-
-
-@triton.jit(do_not_specialize=["positions", "part_length", "parts", "eps"])
-def _normalize_groups(
-    x_ptr,
-    offset_ptr,
-    statistics_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
+    moments_ptr,
     image_stride,
     positions,
     part_length,
     parts,
-    eps,
-    SILU: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
+    LOADS: tl.constexpr,
 ):
-    """`STEPS * ROWS` positions of some channels of an image."""
+    """Mean and sum of squared deviations of some channels in a part of an image. Sums are those of the distance to the
+    part's first position, so that a large mean takes no digits."""
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    SIZE: tl.constexpr = C // GROUPS
+    image, part = tl.program_id(1).to(tl.int64), tl.program_id(0) // BLOCKS
+    channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < C
+    start = part * part_length
+    count = tl.minimum(part_length, positions - start)
+    x_ptr += image * image_stride + start.to(tl.int64) * C + channel
+    first = tl.load(x_ptr, mask=inside, other=0.0)
+    nothing = tl.broadcast_to(first[None, :], (ROWS, BLOCK_C))
+    sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    squares = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for begin in range(0, count, LOADS * ROWS):
+        for load in tl.static_range(LOADS):
+            row = begin + load * ROWS + tl.arange(0, ROWS)
+            present = (row < count)[:, None] & inside[None, :]
+            x = tl.load(x_ptr[None, :] + row.to(tl.int64)[:, None] * C, mask=present, other=nothing)
+            distance = x.to(tl.float32) - first.to(tl.float32)[None, :]
+            sums += distance
+            squares += distance * distance
+    total = tl.sum(sums, axis=0)
+    distance = total / count
+    target = moments_ptr + (image * 2 * parts + part) * C + channel
+    tl.store(target, first.to(tl.float32) + distance, mask=inside)
+    tl.store(target + parts * C, tl.maximum(tl.sum(squares, axis=0) - distance * total, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["positions", "part_length", "parts", "eps"])
+def _join_groups(
+    moments_ptr,
+    offset_ptr,
+    weight_ptr,
+    affine_ptr,
+    positions,
+    part_length,
+    parts,
+    eps,
+    C: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """For the channels of a group what is to be subtracted from x, and the factor of the difference."""
+    image = tl.program_id(1).to(tl.int64)
+    member = tl.arange(0, BLOCK_S)
+    channel = tl.program_id(0) * SIZE + member
+    inside = member < SIZE
+    part = tl.arange(0, BLOCK_P)
+    present = (part < parts)[:, None] & inside[None, :]
+    source = moments_ptr + image * 2 * parts * C + part[:, None] * C + channel[None, :]
+    mean = tl.load(source, mask=present, other=0.0)
+    squared = tl.load(source + parts * C, mask=present, other=0.0)
+    offset = tl.zeros((BLOCK_S,), tl.float32)
+    if offset_ptr is not None:
+        offset += tl.load(offset_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        mean += offset[None, :]
+    # means as distances to one of them, so that a large one takes no digits of the sum either
+    near = tl.load(moments_ptr + image * 2 * parts * C + tl.program_id(0) * SIZE)
+    count = tl.minimum(part_length, positions - part * part_length).to(tl.float32)[:, None]
+    numbers = SIZE * positions.to(tl.float32)
+    distance = tl.where(present, mean - near, 0.0)
+    of_mean = tl.sum(tl.sum(distance * count, axis=0), axis=0) / numbers
+    deviation = tl.where(present, distance - of_mean, 0.0)
+    variance = tl.sum(tl.sum(squared + count * deviation * deviation, axis=0), axis=0) / numbers
+    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    target = affine_ptr + image * 2 * C + channel
+    tl.store(target, near + of_mean - offset, mask=inside)
+    tl.store(target + C, weight * tl.rsqrt(variance + eps), mask=inside)
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _normalize_channels(
+    x_ptr,
+    affine_ptr,
+    bias_ptr,
+    out_ptr,
+    image_stride,
+    positions,
+    SILU: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """`ROWS` positions of some channels of an image."""
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     image = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < C
-
-    part = tl.arange(0, BLOCK_P)
-    statistics_ptr += image * parts * 2 * GROUPS + channel // SIZE
-    count = tl.maximum(tl.minimum(part_length, positions - part * part_length), 0).to(tl.float32)[:, None]
-    there = (part < parts)[:, None] & inside[None, :]
-    first = tl.load(statistics_ptr, mask=inside, other=0.0)
-    mean = tl.load(statistics_ptr[None, :] + (part * 2 * GROUPS)[:, None], mask=there, other=0.0)
-    squared = tl.load(statistics_ptr[None, :] + (part * 2 * GROUPS + GROUPS)[:, None], mask=there, other=0.0)
-    distance = tl.where(there, mean - first[None, :], 0.0)
-    of_mean = tl.sum(distance * count, axis=0) / positions
-    deviation = distance - of_mean[None, :]
-    variance = tl.sum(squared + SIZE * count * deviation * deviation, axis=0) / (SIZE * positions.to(tl.float32))
-    center = first + of_mean
-    if offset_ptr is not None:
-        center -= tl.load(offset_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(variance + eps) * tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    row = tl.program_id(0) // BLOCKS * ROWS + tl.arange(0, ROWS)
+    place = row.to(tl.int64)[:, None] * C + channel[None, :]
+    present = (row < positions)[:, None] & inside[None, :]
+    x = tl.load(x_ptr + image * image_stride + place, mask=present, other=0.0).to(tl.float32)
+    center = tl.load(affine_ptr + image * 2 * C + channel, mask=inside, other=0.0)
+    scale = tl.load(affine_ptr + image * 2 * C + C + channel, mask=inside, other=0.0)
     bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-
-    first_row = tl.program_id(0) // BLOCKS * STEPS * ROWS
-    for step in range(STEPS):
-        row = first_row + step * ROWS + tl.arange(0, ROWS)
-        place = row.to(tl.int64)[:, None] * C + channel[None, :]
-        present = (row < positions)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + image * image_stride + place, mask=present, other=0.0).to(tl.float32)
-        y = (x - center[None, :]) * scale[None, :] + bias[None, :]
-        if SILU:
-            y = y * tl.sigmoid(y)
-        target = out_ptr + image * positions * C + place
-        tl.store(target, y.to(out_ptr.dtype.element_ty), mask=present)
+    y = (x - center[None, :]) * scale[None, :] + bias[None, :]
+    if SILU:
+        y = y * tl.sigmoid(y)
+    tl.store(out_ptr + image * positions * C + place, y.to(out_ptr.dtype.element_ty), mask=present)
 
 
 @triton.jit(do_not_specialize=["positions"])

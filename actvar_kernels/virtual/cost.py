@@ -21,11 +21,11 @@ Arguments = Mapping[str, object]
 Share = Callable[[int, int], float]
 
 # Executed per (token, program) of `_sort_rows`, per guided logit of `_sample`, and for its guidance, per number of
-# `_group_statistics`, padded channels included, and of `_normalize_groups`: read off the machine code that Triton makes
-# for sm_90. The second is 80 outside the loops and 5.7 in each of about 16 passes (`benchmarks/sampler_passes.py`).
+# `_channel_moments`: read off the machine code that Triton makes for sm_90. The second is 80 outside the loops and 5.7
+# in each of about 16 passes (`benchmarks/sampler_passes.py`).
 SORT_INSTRUCTIONS = 160
 SAMPLE_INSTRUCTIONS, GUIDE_INSTRUCTIONS = 171, 6
-STATISTICS_INSTRUCTIONS, NORMALIZE_INSTRUCTIONS = 6, 18
+MOMENTS_INSTRUCTIONS = 6
 
 
 class Cost(NamedTuple):
@@ -110,13 +110,8 @@ def _zero_unchosen(a: Arguments, _share: Share) -> Cost:
     return Cost(a["mask_ptr"].bytes + hidden - hidden * ACTIVE_EXPERTS // EXPERTS)
 
 
-def _group_statistics(a: Arguments, _share: Share) -> Cost:
-    B, positions, _ = a["x_ptr"].shape
-    return Cost(_bytes(a), instructions=STATISTICS_INSTRUCTIONS * B * positions * a["BLOCK_C"])
-
-
-def _normalize_groups(a: Arguments, _share: Share) -> Cost:
-    return Cost(_bytes(a), instructions=NORMALIZE_INSTRUCTIONS * math.prod(a["x_ptr"].shape))
+def _channel_moments(a: Arguments, _share: Share) -> Cost:
+    return Cost(_bytes(a), instructions=MOMENTS_INSTRUCTIONS * math.prod(a["x_ptr"].shape))
 
 
 def _up(a: Arguments, share: Share) -> Cost:
@@ -156,8 +151,7 @@ COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
     "_sort_rows": _sort,
     "_sample": _sample,
     "_zero_unchosen": _zero_unchosen,
-    "_group_statistics": _group_statistics,
-    "_normalize_groups": _normalize_groups,
+    "_channel_moments": _channel_moments,
     "_up": _up,
     "_down": _down,
 }

@@ -24,12 +24,11 @@ EPS = 1e-6
 
 @pytest.fixture(autouse=True)
 def _tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several parts and steps in small images: 16 positions a part, of which the last has fewer."""
+    """Several parts in small images: 16 positions a part, of which the last has fewer."""
 
     def tiles(images: int, positions: int, width: int) -> GroupNormTiles:
-        parts = -(-positions // 16)
         channels = group_norm_tiles(images, positions, width).channels
-        return GroupNormTiles(parts, part=16, part_rows=8, channels=channels, rows=8, steps=2)
+        return GroupNormTiles(channels, rows=8, loads=2, parts=-(-positions // 16), part=16)
 
     monkeypatch.setattr(triton_kernel, "group_norm_tiles", tiles)
 
@@ -97,7 +96,7 @@ def test_the_tiles_that_are_chosen_cover_images_of_any_size(monkeypatch: pytest.
 def test_the_parts_of_an_image_are_none_of_them_empty(images: int, width: int, positions: int) -> None:
     tiles = group_norm_tiles(images, positions, width)
     assert 0 < positions - (tiles.parts - 1) * tiles.part <= tiles.part
-    assert tiles.part % tiles.part_rows == 0
+    assert tiles.part % tiles.rows == 0
     assert tiles.channels * tiles.rows == 4096
 
 

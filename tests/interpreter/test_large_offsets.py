@@ -88,6 +88,11 @@ OPERATIONS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]] = {
         lambda rest: ops.scatter_rows(rest, index(), half(R, KEEP, C, seed=1), half(R, KEEP, C, seed=2), gamma()),
     ),
     "subset_attention": ((R, 1, 2 + KEEP, C), attention),
+    "group_norm_silu": (
+        (R, 2, 3, C),
+        lambda x: ops.group_norm_silu(x.permute(0, 3, 1, 2), half(C, seed=1), half(C, seed=2), 4, 1e-6),
+    ),
+    "add_residual": ((R, 2, 3, C), lambda x: ops.add_residual(x.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), half(C))),
     "sample_tokens": ((4, L, 8), lambda logits: ops.sample_tokens(logits, 1.0, 4, 0.9, seed=0)),
     "sample_tokens with noise": (
         (3, L, 8),
@@ -121,4 +126,11 @@ def test_more_sequences_than_a_grid_has_programs_are_refused_by_name(R: int) -> 
         lambda: ops.scatter_rows(x, rows, x, x, gamma),
     ):
         with pytest.raises(ops.BackendUnavailableError, match=f"up to .*{MOST_SEQUENCES} sequences"):
+            run()
+    image, vector = torch.zeros(R, 4, 1, 1), torch.zeros(4)
+    for run in (
+        lambda: ops.group_norm_silu(image, vector, vector, 4, 1e-6),
+        lambda: ops.add_residual(image, image, vector),
+    ):
+        with pytest.raises(ops.BackendUnavailableError, match=f"up to {MOST_SEQUENCES} images"):
             run()
