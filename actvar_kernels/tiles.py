@@ -35,11 +35,11 @@ def row_tiles(tokens: int, width: int) -> RowTiles:
 
 def route_tiles(tokens: int, width: int) -> RowTiles:
     """With a router, a sum over all channels for every expert: where rows are plentiful a warp or two have two of them
-    and need not wait for others. Single rows get 8 warps or more: with fewer the
-    compiler spills in float32."""
+    and need not wait for others. Where they are few, 8 warps, and single rows up to a width of 2048: with other numbers
+    the compiler spills in some type."""
     if tokens >= 2048:
         return RowTiles(rows=2, warps=max(1, triton.next_power_of_2(width) // 1024))
-    return RowTiles(rows=1, warps=16 if width > 2048 else 8)
+    return RowTiles(rows=2 if width > 2048 else 1, warps=8)
 
 
 def select_steps(tokens: int, rows: int) -> int:
@@ -54,7 +54,7 @@ def _row_tiles(tokens: int, width: int, numbers: int, programs: int) -> RowTiles
     rows = max(1, 32 * warps * numbers // block)
     while rows > 1 and tokens < programs * rows:
         rows //= 2
-    return RowTiles(rows, warps)
+    return RowTiles(rows, warps if rows > 1 or block <= 1024 else 8)
 
 
 class GroupNormTiles(NamedTuple):

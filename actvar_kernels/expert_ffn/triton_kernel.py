@@ -224,13 +224,13 @@ def _up(
                 w1 = w1_ptr.load([expert * WIDTH + unit, k])
             else:
                 w1 = _load(w1_rows, k, C, BLOCK_C)
-            acc = tl.dot(u, w1.T, acc, input_precision="ieee")
+            acc = _add_product(acc, u, w1)
             if TAIL_H:
                 if DESCRIPTORS:
                     w1_tail = w1_tail_ptr.load([expert * WIDTH + unit + BLOCK_H, k])
                 else:
                     w1_tail = _load(w1_tail_rows, k, C, BLOCK_C)
-                tail = tl.dot(u, w1_tail.T, tail, input_precision="ieee")
+                tail = _add_product(tail, u, w1_tail)
         if ACTIVE is None:
             on = (tl.load(choice_ptr + row, mask=row < T, other=0) >> expert) & 1 != 0
         else:
@@ -238,6 +238,16 @@ def _up(
         _store_hidden(h_ptr, acc, b1_ptr, on, first, expert, unit, T, WIDTH, EXPERTS, DESCRIPTORS)
         if TAIL_H:
             _store_hidden(h_tail_ptr, tail, b1_ptr, on, first, expert, unit + BLOCK_H, T, WIDTH, EXPERTS, DESCRIPTORS)
+
+
+@triton.jit
+def _add_product(acc, a, b):
+    """`acc + a b^T`. In float32 the product is summed by itself first: the error grows with the number of steps, not
+    with that of the terms."""
+    if a.dtype == tl.float32:
+        return acc + tl.dot(a, b.T, input_precision="ieee")
+    else:
+        return tl.dot(a, b.T, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -354,7 +364,7 @@ def _down(
         else:
             h = _load(h_rows + expert * WIDTH, step * BLOCK_H, WIDTH, BLOCK_H)
             w2 = _load(w2_rows + expert * WIDTH, step * BLOCK_H, WIDTH, BLOCK_H)
-        acc = tl.dot(h, w2.T, acc, input_precision="ieee")
+        acc = _add_product(acc, h, w2)
 
     if order_ptr is not None:
         row = tl.load(order_ptr + row, mask=row < T, other=T)
