@@ -189,7 +189,8 @@ def gpu_rows(report: dict) -> list[Result]:
 
     def add_row(shape: Shape, provider: str, operation: str, percentiles: Sequence[float]) -> None:
         row = shape.row(provider, operation, "ms", percentiles, **origin)
-        rows.append(replace(row, p20=percentiles[0], p50=percentiles[1], p80=percentiles[2]))
+        rounded = dict(zip(("p20", "p50", "p80"), map(_rounded, percentiles), strict=True))
+        rows.append(replace(row, **rounded))
 
     origin = {name: machine[name] for name in ("torch", "triton", "commit", "time")}
     for row in (*report["times"], *(row for row in report["models"] if "skipped" not in row)):
