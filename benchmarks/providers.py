@@ -177,7 +177,7 @@ def _native_gates(shape: BlockShape, inputs: BlockInputs) -> dict[str, dict[str,
 
 def _native_ffns(shape: BlockShape, inputs: BlockInputs) -> dict[str, dict[str, Call]]:
     """Experts by a product per expert over its tokens (`torch._grouped_mm`), or all of them with oneDNN's packed
-    weights, those that are off set to 0; the dense FFN on packed weights."""
+    weights, those that are off set to 0; the dense FFN on packed weights. oneDNN packs bfloat16 for AVX-512 alone."""
     gamma2, N = inputs.modulation[1], shape.num_experts
     rows = inputs.x.gather(1, inputs.index.unsqueeze(-1).expand(-1, -1, shape.width))
     u, rest = F.layer_norm(rows, rows.shape[-1:]), inputs.x.clone()
@@ -200,15 +200,13 @@ def _native_ffns(shape: BlockShape, inputs: BlockInputs) -> dict[str, dict[str, 
 
     if u.is_cuda:
         return {"expert_ffn_scatter dense": {"torch grouped_mm": grouped}}
-    ffn = _packed_ffn(inputs)
     every = F.layer_norm(inputs.x, (shape.width,))
-    return {
-        "expert_ffn_scatter dense": {
-            "torch grouped_mm": grouped,
-            "torch packed": lambda: scattered(ffn(u, inputs.mask)),
-        },
-        "dense_ffn": {"torch packed": lambda: ffn(every), "torch": lambda: _plain_ffn(every, inputs)},
-    }
+    of_experts, of_dense = {"torch grouped_mm": grouped}, {"torch": lambda: _plain_ffn(every, inputs)}
+    if u.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        ffn = _packed_ffn(inputs)
+        of_experts["torch packed"] = lambda: scattered(ffn(u, inputs.mask))
+        of_dense["torch packed"] = lambda: ffn(every)
+    return {"expert_ffn_scatter dense": of_experts, "dense_ffn": of_dense}
 
 
 def _plain_ffn(u: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:

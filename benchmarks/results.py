@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from actvar.files import replacing
+from actvar_kernels import cpu
 from benchmarks.operations import SIZES
 
 FOLDER = Path(__file__).parent / "results"
@@ -135,10 +136,11 @@ def _git(*arguments: str) -> str:
 
 
 def device_name() -> str:
-    """The GPU, or the processor and the threads that torch uses."""
+    """The GPU; or the processor, the threads that torch uses, and the instructions that our kernels use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{processor()} {torch.get_num_threads()} threads"
+    instructions = "no kernels" if cpu.why_unavailable() else cpu.level_name(cpu.best_level())
+    return f"{processor()} {torch.get_num_threads()} threads {instructions}"
 
 
 def processor() -> str:

@@ -1,6 +1,6 @@
 """Predicted time of a kernel launch on a GPU: a roofline with waves and a cost per launch.
 
-Every constant of the model is in the tables below. Those of sm_90 and the bandwidth are what an H100 SXM measured on the
+Every constant of the model is in the tables below. Those of sm_90 and the bandwidth are measured on an H100 SXM, on the
 operations of d16 at batch 64; the others are data sheets and assumptions.
 """
 
@@ -31,8 +31,8 @@ class Card(NamedTuple):
 
 # Data sheets: NVIDIA A100 80GB SXM (2023), L40S (2023), H100 SXM (2023), HGX B200 (2024); Ada whitepaper (RTX 4090).
 # cublas: "maximum achievable matmul FLOPS", S. Bekman, github.com/stas00/ml-engineering (compute/accelerator), measured
-# on A100 and B200 at their best shapes; 0.8 is assumed for the two Ada cards. On the H100 the two products of an FFN with
-# 24,576 tokens took 570 us.
+# on A100 and B200 at their best shapes; 0.8 is assumed for the two Ada cards. On the H100 the two products of an FFN
+# with 24,576 tokens took 570 us.
 CARDS = {
     "a100": Card(80, 312, 19.5, 2039, 108, 1.41, 40, cublas=0.869),
     "l40s": Card(89, 362, 91.6, 864, 142, 2.52, 96, cublas=0.8),
