@@ -7,10 +7,16 @@ import torch
 from helpers import make_tiny_var
 
 from actvar import ActVARConfig, apply_patch, load_pretrained, remove_patch, selection
-from actvar.models import VAR
+from actvar.models import VAR, VQVAE
 from actvar.models.sampling import guided
 from actvar.models.var import Condition
 from actvar_kernels.backend import using_backend
+
+
+@pytest.fixture(autouse=True)
+def _features_in_place_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder has its own test, and takes the interpreter long."""
+    monkeypatch.setattr(VQVAE, "fhat_to_img", lambda vae, f_hat: f_hat)
 
 
 def sampled_tokens(var: VAR, monkeypatch: pytest.MonkeyPatch, backend: str, labels: torch.Tensor) -> list[torch.Tensor]:
