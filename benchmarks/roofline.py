@@ -31,8 +31,7 @@ class Card(NamedTuple):
 
 # Data sheets: NVIDIA A100 80GB SXM (2023), L40S (2023), H100 SXM (2023), HGX B200 (2024); Ada whitepaper (RTX 4090).
 # cublas: "maximum achievable matmul FLOPS", S. Bekman, github.com/stas00/ml-engineering (compute/accelerator), measured
-# on A100 and B200 at their best shapes; 0.8 is assumed for the two Ada cards. On the H100 the two products of an FFN
-# with 24,576 tokens took 570 us.
+# on A100 and B200 at their best shapes; 0.8 is assumed for the two Ada cards. H100: an FFN with 24,576 tokens.
 CARDS = {
     "a100": Card(80, 312, 19.5, 2039, 108, 1.41, 40, cublas=0.869),
     "l40s": Card(89, 362, 91.6, 864, 142, 2.52, 96, cublas=0.8),
@@ -42,11 +41,11 @@ CARDS = {
 }
 
 LAUNCH_SECONDS = 1.2e-6  # from one kernel to the next in a CUDA graph; design assumption
-BANDWIDTH = 0.8  # share of the data sheet's: LayerNorm of 128 x 256 rows of 1,024 in 50 us on an H100
-# Of cuBLAS. On the H100 the experts' two products, all of them run, took 676 us.
+BANDWIDTH = 0.8  # share of the data sheet's: LayerNorm with modulation on an H100
+# Of cuBLAS; on the H100 the experts' two products, all blocks run.
 TRITON = {80: 0.88, 86: 0.88, 89: 0.88, 90: 0.84, 100: 0.88, 120: 0.88}
-# Share of the peak in attention with head size 64: 250 us on the H100 for 192 queries over 574 keys of 2,048 heads.
-# FlashAttention-2 reaches about 0.55 on A100 (Dao 2023); 0.25 on B200 is assumed.
+# Share of the peak in attention with head size 64, on the H100 of 192 queries over 574 keys. FlashAttention-2 reaches
+# about 0.55 on A100 (Dao 2023); 0.25 on B200 is assumed.
 ATTENTION = {80: 0.55, 86: 0.55, 89: 0.55, 90: 0.23, 100: 0.25, 120: 0.55}
 VECTOR = 0.7  # share of the fp32 rate, and of the instructions that could be issued, without tensor cores; assumed
 INSTRUCTIONS = 4 * 32  # of threads per cycle and multiprocessor: four schedulers, a warp each

@@ -293,7 +293,7 @@ def full(_tokens: int, _rows: int) -> float:
 
 
 def test_memory_bound_time_is_bytes_by_bandwidth_and_the_cost_of_each_launch():
-    launch = a_launch(bytes=900_000, launches=3)
+    launch = a_launch(bytes=800_000, launches=3)
     assert roofline.seconds(launch, CARD, full) == pytest.approx(3 * 1.2e-6 + 1e-6)
 
 

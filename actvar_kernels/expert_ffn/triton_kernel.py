@@ -5,8 +5,8 @@ Tile lists: the tokens are sorted by their experts; `up` writes the hidden units
 (tile of rows, expert) block that no row of the tile wants; `down` walks the experts that the tile did run. The order of
 a sum does not depend on the sort.
 
-`"dense"`: the hidden units are a matrix product of PyTorch's, which on an H100 takes 0.7 times as long as `up` with all
-its blocks, and one launch writes the zeros; `down` walks all experts.
+`"dense"`: the hidden units are a matrix product of PyTorch's, faster than `up` with all its blocks, and one launch
+writes the zeros; `down` walks all experts.
 """
 
 from __future__ import annotations
