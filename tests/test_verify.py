@@ -151,6 +151,7 @@ def break_backend(monkeypatch) -> Callable[[str, Callable], Callable]:
         place: list[int] = []
         monkeypatch.setattr(backend, "triton_installed", lambda: True)
         monkeypatch.setattr(backend, "interpreted", lambda: True)
+        monkeypatch.setattr(actvar.models.vqvae, "_kernels_run", lambda _: False)
 
         def as_triton(operation: Callable) -> Callable:
             @functools.wraps(operation)
