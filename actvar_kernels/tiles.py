@@ -90,8 +90,8 @@ class AttentionTiles(NamedTuple):
     own_stages: int
 
 
-def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int) -> AttentionTiles:
-    """Without spilled registers for head sizes up to 64, and up to 128; float32 has no tensor cores."""
+def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int, masked: bool) -> AttentionTiles:
+    """Without spilled registers for head sizes up to 64, and up to 128, also with a mask; float32 has no tensor cores."""
     wide = head_dim > 64
     if dtype == torch.float32:
         queries, keys, own_keys = (16, 16, 16) if wide else (32, 16, 16)
@@ -100,7 +100,7 @@ def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int) -> AttentionTi
         return AttentionTiles(queries=64, keys=32, own_keys=32, warps=8, stages=2, own_stages=1)
     if arch == 90:
         return AttentionTiles(queries=64, keys=64, own_keys=64, warps=4, stages=3, own_stages=2)
-    return AttentionTiles(queries=64, keys=64, own_keys=32, warps=4, stages=3, own_stages=1)
+    return AttentionTiles(queries=64, keys=32 if masked else 64, own_keys=32, warps=4, stages=3, own_stages=1)
 
 
 class SortTiles(NamedTuple):

@@ -43,7 +43,7 @@ def subset_attention(
         keys, values = k, v
     if mask is not None:
         mask = mask.expand(R, H, K, cached + T)
-    tiles = attention_tiles(architecture(q), v.dtype, d)
+    tiles = attention_tiles(architecture(q), v.dtype, d, mask is not None)
     query_tiles = triton.cdiv(K, tiles.queries)
     _attention[(query_tiles * R * H,)](
         q,
