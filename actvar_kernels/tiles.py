@@ -91,7 +91,7 @@ class AttentionTiles(NamedTuple):
 
 
 def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int, masked: bool) -> AttentionTiles:
-    """Without spilled registers for head sizes up to 64, and up to 128, also with a mask; float32 has no tensor cores."""
+    """Tiles without spilled registers for head sizes up to 128, with a mask too; float32 has no tensor cores."""
     wide = head_dim > 64
     if dtype == torch.float32:
         queries, keys, own_keys = (16, 16, 16) if wide else (32, 16, 16)
