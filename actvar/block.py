@@ -38,8 +38,9 @@ class ActVARBlock(nn.Module):
                 return self.dense_forward(x, cond_BD, attn_bias)
             return teacher_forced_block(self, x, cond_BD)
         scale = gates.shared.scale_of(gates.block_index, x.shape[1], family.cached_tokens(self))
-        if scale.active or kernels_run(x):
-            return block_at_scale(self, x, cond_BD, scale)
+        fused = kernels_run(x)
+        if scale.active or fused:
+            return block_at_scale(self, x, cond_BD, scale, fused)
         return self.dense_forward(x, cond_BD, attn_bias)
 
     def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, torch.Tensor]:
@@ -74,11 +75,10 @@ def kernels_run(x: torch.Tensor) -> bool:
     return cpp_runs(x) or backend_of("block", x) == "triton"
 
 
-def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale) -> torch.Tensor:
-    """One scale `x` `[R, L, C]` with the K/V cache; an operation whose rate is 1 is left out."""
-    gates, shared = block.actvar, block.actvar.shared
-    router = gates.router
-    fused = kernels_run(x)
+def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale, fused: bool) -> torch.Tensor:
+    """One scale `x` `[R, L, C]` with the K/V cache; an operation whose rate is 1 is left out. `fused`: kernels run."""
+    gates = block.actvar
+    shared, router = gates.shared, gates.router
     state = state_of(block, cond, fused)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = state.modulation
     index = scores = rest = mask = logits = None

@@ -18,7 +18,9 @@ class PerSample:
 
     def __init__(self, block: nn.Module, cond: torch.Tensor):
         self.cond = cond
-        self.modulation = family.modulation(block, cond)
+        modulation = family.modulation(block, cond)
+        # C++ reads rows without gaps, Triton any
+        self.modulation = tuple(part.contiguous() for part in modulation) if cond.is_cpu else modulation
         self.qkv_bias = family.qkv_bias(block)
         self.head_scale = family.head_scale(block)
         self.room: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -58,7 +58,11 @@ def get_backend() -> str:
 
 
 def backend_of(
-    operation: str, tensor: torch.Tensor, supported: tuple[str, ...] = ("reference", "triton"), limits: str = ""
+    operation: str,
+    tensor: torch.Tensor,
+    supported: tuple[str, ...] = ("reference", "triton"),
+    limits: str = "",
+    in_cpp: Callable[[], bool] | None = None,
 ) -> str:
     """The backend that runs `operation` on `tensor`: `"reference"`, `"cpu"` or `"triton"`.
 
@@ -67,21 +71,22 @@ def backend_of(
     the backend `"cpu"` the operations without a C++ kernel run PyTorch's, like the reference.
 
     Args:
-        supported: backends that can run this call.
+        supported: which of the reference and Triton can run this call.
         limits: what Triton takes, for the error.
+        in_cpp: whether the C++ kernel takes this call; asked only where it would run. None: there is no such kernel.
 
     Raises:
         BackendUnavailableError: the backend was asked for by name and cannot run this call here.
     """
     name = get_backend()
     if name == "auto":
-        if tensor.is_cuda and "triton" in supported and triton_installed():
-            return "triton"
-        return "cpu" if "cpu" in supported and tensor.device.type == "cpu" else "reference"
+        if tensor.is_cuda:
+            return "triton" if "triton" in supported and triton_installed() else "reference"
+        return "cpu" if in_cpp is not None and tensor.is_cpu and in_cpp() else "reference"
     if name == "cpu":
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             raise BackendUnavailableError(f"{operation}: the 'cpu' backend needs CPU tensors, got {tensor.device}")
-        return "cpu" if "cpu" in supported else "reference"
+        return "cpu" if in_cpp is not None and in_cpp() else "reference"
     if name not in supported:
         takes = f" (it takes {limits})" if limits and name == "triton" else ""
         raise BackendUnavailableError(
@@ -102,7 +107,10 @@ def backend_of(
 def kernel_backends(*tensors: torch.Tensor, fits: bool = True) -> tuple[str, ...]:
     """What `backend_of` takes as supported: the reference alone where a tensor is of none of `KERNEL_DTYPES`, or where
     the call does not fit the kernels otherwise."""
-    return ("reference", "triton") if fits and all(t.dtype in KERNEL_DTYPES for t in tensors) else ("reference",)
+    for tensor in tensors:
+        if tensor.dtype not in KERNEL_DTYPES:
+            return ("reference",)
+    return ("reference", "triton") if fits else ("reference",)
 
 
 @functools.cache
@@ -120,6 +128,10 @@ def needs_operator(*tensors: torch.Tensor | None) -> bool:
     where a dispatch mode (a FLOP counter, fake tensors) wants to see it. Otherwise kernels are launched directly."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
+    return wants_gradient(*tensors)
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

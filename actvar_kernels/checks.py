@@ -15,6 +15,8 @@ def expect_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...])
     """Raise TypeError unless `tensor` is a tensor, ValueError unless it has `shape`; None stands for any size."""
     expect_tensor(name, tensor)
     found = tensor.shape
+    if found == shape:
+        return
     if len(found) == len(shape):
         for got, want in zip(found, shape, strict=True):
             if want is not None and got != want:

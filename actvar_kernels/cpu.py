@@ -83,18 +83,21 @@ def layout_of(level: int) -> Layout:
     return Layout(*numbers)
 
 
+def chosen(x: torch.Tensor) -> bool:
+    """Whether the chosen backend is C++ for `x`, where it can be built and has a kernel."""
+    return x.is_cpu and get_backend() in ("auto", "cpu")
+
+
 def runs(x: torch.Tensor) -> bool:
     """Whether operations run in C++ for inputs like `x`, a tensor without gradient, under the chosen backend."""
-    if x.device.type != "cpu" or get_backend() not in ("auto", "cpu"):
+    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return computed_dtype(x) in DTYPES and available()
+    return chosen(x) and computed_dtype(x) in DTYPES and available()
 
 
 def computed_dtype(x: torch.Tensor) -> torch.dtype:
     """What a linear layer computes `x` in: its dtype, or autocast's."""
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
@@ -124,10 +127,6 @@ def padded(vector: torch.Tensor, lanes: int) -> torch.Tensor:
     """A contiguous `[..., D]`, with zeros up to a multiple of `lanes`."""
     missing = -vector.shape[-1] % lanes
     return F.pad(vector, (0, missing)) if missing else vector.contiguous()
-
-
-def pointers(*tensors: torch.Tensor | None) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
 
 
 def checked_sizes(*sizes: int) -> tuple[int, ...]:

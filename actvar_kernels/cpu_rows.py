@@ -9,19 +9,17 @@ import functools
 import torch
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import get_backend, needs_operator
+from actvar_kernels.backend import needs_operator
 from actvar_kernels.token_select.reference import NORM_EPS
 
 
-def runs(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether the C++ code takes these tensors under the chosen backend: on the CPU in float32 or bfloat16, where the
-    registered operator need not be called; and whether it can be built, which is tried only then."""
-    return (
-        get_backend() in ("auto", "cpu")
-        and all(t.device.type == "cpu" and t.dtype in cpu.DTYPES for t in (x, *others))
-        and not needs_operator(x, *others)
-        and cpu.available()
-    )
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether the C++ code takes these tensors of one device, the CPU: in float32 or bfloat16, where the registered
+    operator need not be called; and whether it can be built, which is tried only then."""
+    for tensor in tensors:
+        if tensor.dtype not in cpu.DTYPES:
+            return False
+    return not needs_operator(*tensors) and cpu.available()
 
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -145,7 +143,7 @@ def _normalize(
 
 def _float(tensor: torch.Tensor) -> torch.Tensor:
     """A small tensor in contiguous float32, itself where it is that; a copy has to live as long as the call."""
-    return tensor.float().contiguous()
+    return tensor if tensor.dtype is torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
 
 
 def _with_neighbouring_channels(x: torch.Tensor) -> torch.Tensor:

@@ -136,7 +136,8 @@ def project(
 
 
 def _heads(attn: nn.Module, projected: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-    split = projected.unflatten(-1, (parts, attn.num_heads, attn.head_dim))
+    R, L, _ = projected.shape
+    split = projected.view(R, L, parts, attn.num_heads, attn.head_dim)
     return split.permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -156,11 +157,10 @@ def cached_tokens(block: nn.Module) -> int:
 def read_cache(block: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Cached keys and values, each `[R, H, P, d]`, or None when nothing is cached."""
     attn = block.attn
-    if not attn.caching or attn.cached_k is None:
+    keys, values = attn.cached_k, attn.cached_v
+    if not attn.caching or keys is None:
         return None
-    if _tokens_first(attn, attn.cached_v.dtype):
-        return attn.cached_k.transpose(1, 2), attn.cached_v.transpose(1, 2)
-    return attn.cached_k, attn.cached_v
+    return (keys.transpose(1, 2), values.transpose(1, 2)) if _tokens_first(attn, values.dtype) else (keys, values)
 
 
 def write_cache(block: nn.Module, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -179,13 +179,14 @@ def drop_cache(block: nn.Module) -> None:
 
 def _tokens_first(attn: nn.Module, dtype: torch.dtype) -> bool:
     """Flash-attention and xformers keep `[R, tokens, H, d]`; the public code takes flash only below float32."""
-    flash = getattr(attn, "using_flash", False) and dtype != torch.float32
-    return flash or getattr(attn, "using_xform", False)
+    flags = vars(attn)  # where a flag that is not there is found missing at once
+    return (flags.get("using_flash", False) and dtype != torch.float32) or flags.get("using_xform", False)
 
 
 def attention_output(block: nn.Module, out: torch.Tensor) -> torch.Tensor:
     """The projection after attention, `[R, K, C]`."""
-    return linear(out, block.attn.proj.weight, block.attn.proj.bias)
+    proj = block.attn.proj
+    return linear(out, proj.weight, proj.bias)
 
 
 def head_logits(
@@ -234,5 +235,5 @@ def reordered_hidden(block: nn.Module, order: torch.Tensor) -> dict[nn.Parameter
 
 def ffn_weights(block: nn.Module) -> tuple[torch.Tensor, ...]:
     """fc1 weight `[D, C]` and bias, fc2 weight `[C, D]` and bias."""
-    ffn = block.ffn
-    return ffn.fc1.weight, ffn.fc1.bias, ffn.fc2.weight, ffn.fc2.bias
+    fc1, fc2 = block.ffn.fc1, block.ffn.fc2
+    return fc1.weight, fc1.bias, fc2.weight, fc2.bias

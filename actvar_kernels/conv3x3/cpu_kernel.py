@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+
 import torch
 
 from actvar_kernels import cpu
@@ -39,7 +42,14 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, level: in
     x = x.contiguous(memory_format=torch.channels_last)
     out = x.new_empty((B, H, W, D)).permute(0, 3, 1, 2)
     sizes = cpu.checked_sizes(B, H, W, C, D)
-    pointers = cpu.pointers(x, copy, bias, out)
-    if cpu.library().conv3x3(level, int(x.dtype == torch.bfloat16), *pointers, *sizes, torch.get_num_threads()):
+    pointers = x.data_ptr(), copy.data_ptr(), bias.data_ptr(), out.data_ptr()
+    if _library().conv3x3(level, x.dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads()):
         raise MemoryError(f"conv3x3: no memory for {C} channels")
     return out
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = cpu.library()
+    library.conv3x3.argtypes = 2 * [ctypes.c_int] + 4 * [ctypes.c_void_p] + 6 * [ctypes.c_int]
+    return library

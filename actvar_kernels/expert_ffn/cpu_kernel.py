@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from typing import NamedTuple
 
 import torch
@@ -46,10 +48,17 @@ def expert_ffn(
     u, mask = u.contiguous(), mask.contiguous()
     out = torch.empty_like(u)
     sizes = cpu.checked_sizes(u.numel() // C, C, experts, fc1_weight.shape[0] // experts)
-    pointers = cpu.pointers(u, mask, *copies, out)
-    if cpu.library().expert_ffn(level, int(u.dtype == torch.bfloat16), *pointers, *sizes, torch.get_num_threads()):
+    pointers = [tensor.data_ptr() for tensor in (u, mask, *copies, out)]
+    if _library().expert_ffn(level, u.dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads()):
         raise MemoryError(f"expert_ffn: no memory for {sizes[0]} tokens of width {C}")
     return out
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = cpu.library()
+    library.expert_ffn.argtypes = 2 * [ctypes.c_int] + 7 * [ctypes.c_void_p] + 5 * [ctypes.c_int]
+    return library
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from actvar_kernels.backend import (
     get_backend,
     kernel_backends,
     needs_operator,
+    wants_gradient,
 )
 from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape, expect_tensor
 from actvar_kernels.expert_ffn import cpu_kernel, reference
@@ -26,6 +27,7 @@ _MAX_EXPERTS = 32
 """Of the Triton backend: a token's experts are the bits of an int32."""
 _MOST_TOKENS = 64 * MOST_SEQUENCES
 """Of the Triton backend: the smallest tiles have 64."""
+_LIMITS = f"float32, float16 and bfloat16, a bool mask of up to {_MAX_EXPERTS} experts, {_MOST_TOKENS} tokens"
 
 
 def route_experts(
@@ -84,8 +86,11 @@ def expert_ffn(
     """
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     _expect_ffn(u, mask, active, *weights)
-    backend = _backend("expert_ffn", u, mask, *weights)
-    if backend == "reference" and _wants_gradient(u, mask, *weights):
+    return _ffn(_backend("expert_ffn", u, mask, *weights), u, mask, active, *weights)
+
+
+def _ffn(backend, u, mask, active, *weights) -> torch.Tensor:
+    if backend == "reference" and wants_gradient(u, mask, *weights):
         return reference.expert_ffn(u, mask, *weights)
     if backend == "triton" or torch.compiler.is_compiling():
         u, *weights = _as_autocast(u, *weights)
@@ -93,7 +98,7 @@ def expert_ffn(
         (u,) = _as_autocast(u)  # the kernel converts weights when it packs them
     if backend == "reference" or needs_operator(u, *weights):
         return torch.ops.actvar_kernels.expert_ffn(u, mask, active, *weights)
-    return _run_ffn(u, mask, active, *weights)
+    return _run_ffn(backend, u, mask, active, *weights)
 
 
 def expert_ffn_scatter(
@@ -144,7 +149,9 @@ def expert_ffn_scatter(
     others = (rows, gamma) if index is None else (rest, rows, gamma)
     expect_one_device(u, index, *others)
     backend = _backend("expert_ffn_scatter", u, mask, *weights, *others)
-    if backend != "triton" or _wants_gradient(u, *weights, *others):  # what writes in place has no gradient
+    if backend == "cpu" and schedule != "snap":
+        return scatter_rows(rest, index, rows, _ffn(backend, u, mask, active, *weights), gamma)
+    if backend != "triton" or wants_gradient(u, *weights, *others):  # what writes in place has no gradient
         return _by_parts(rest, index, rows, u, mask, active, *weights, gamma, schedule)
     u, *weights = _as_autocast(u, *weights)
     if index is not None:
@@ -185,14 +192,14 @@ def _backend(operation: str, u: torch.Tensor, mask: torch.Tensor, *others: torch
     experts = mask.shape[-1]
     fits = mask.dtype == torch.bool and experts <= _MAX_EXPERTS and mask.numel() <= experts * _MOST_TOKENS
     supported = kernel_backends(u, *others, fits=fits)
-    limits = f"float32, float16 and bfloat16, a bool mask of up to {_MAX_EXPERTS} experts, {_MOST_TOKENS} tokens"
-    if u.device.type == "cpu" and get_backend() in ("auto", "cpu"):
+
+    def in_cpp() -> bool:
         reason = _why_not_on_cpu(u, mask, *others)
-        if reason is None:
-            supported = (*supported, "cpu")
-        elif get_backend() == "cpu":
+        if reason is not None and get_backend() == "cpu":
             raise BackendUnavailableError(f"{operation}: the 'cpu' backend cannot run this call: {reason}")
-    return backend_of(operation, u, supported, limits)
+        return reason is None
+
+    return backend_of(operation, u, supported, _LIMITS, in_cpp)
 
 
 def _why_not_on_cpu(u: torch.Tensor, mask: torch.Tensor, fc1_weight: torch.Tensor, *others: torch.Tensor) -> str | None:
@@ -204,15 +211,12 @@ def _why_not_on_cpu(u: torch.Tensor, mask: torch.Tensor, fc1_weight: torch.Tenso
         return f"it takes float32 and bfloat16, weights alike, a bool mask and an even width, got {found}"
     if torch.compiler.is_compiling():  # the operator decides when it runs
         return None if get_backend() == "cpu" else "the call is being compiled"
-    if get_backend() == "cpu":
-        return cpu.why_unavailable()
-    if _wants_gradient(u, mask, fc1_weight, *others):
+    if wants_gradient(u, mask, fc1_weight, *others) and get_backend() != "cpu":
         return "a gradient is wanted"
-    return None if cpu.available() else cpu.why_unavailable()
-
-
-def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    reason = cpu.why_unavailable()
+    if reason is not None and get_backend() != "cpu":
+        cpu.available()  # logs the reason once
+    return reason
 
 
 def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -223,9 +227,8 @@ def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
-def _run_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> torch.Tensor:
+def _run_ffn(backend, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> torch.Tensor:
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    backend = _backend("expert_ffn", u, mask, *weights)
     if backend == "reference":
         return reference.expert_ffn(u, mask, *weights)
     if backend == "cpu":
@@ -258,7 +261,8 @@ def _expert_ffn(
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
 ) -> torch.Tensor:
-    return _run_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return _run_ffn(_backend("expert_ffn", u, mask, *weights), u, mask, active, *weights)
 
 
 @_expert_ffn.register_fake

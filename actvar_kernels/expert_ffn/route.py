@@ -17,10 +17,11 @@ MAX_EXPERTS = 32
 
 def route(u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`route_experts` with arguments that fit."""
-    if _backend(u, weight, bias) == "triton" and needs_operator(u, weight, bias):
+    backend = _backend(u, weight, bias)
+    if backend == "triton" and needs_operator(u, weight, bias):
         logits, mask = torch.ops.actvar_kernels.route_experts(u, weight, bias, active)
         return mask, logits
-    return _run(u, weight, bias, active)
+    return _run(backend, u, weight, bias, active)
 
 
 def _backend(u, weight, bias) -> str:
@@ -28,8 +29,8 @@ def _backend(u, weight, bias) -> str:
     return backend_of("route_experts", u, supported, f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts")
 
 
-def _run(u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
-    if _backend(u, weight, bias) == "reference":
+def _run(backend, u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend != "triton":
         return reference.route_experts(u, weight, bias, active)
     from actvar_kernels.residual_norm import triton_kernel
 
@@ -40,7 +41,7 @@ def _run(u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
 def _route_experts(
     u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    mask, logits = _run(u, weight, bias, active)
+    mask, logits = _run(_backend(u, weight, bias), u, weight, bias, active)
     return logits, mask
 
 

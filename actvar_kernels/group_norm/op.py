@@ -47,9 +47,10 @@ def group_norm_silu(
         raise ValueError(f"groups: expected a divisor of {C} channels, got {groups}")
     expect_one_device(x, weight, bias, offset)
     arguments = (x, weight, bias, groups, eps, silu, offset)
-    if _norm_backend(x, weight, bias, offset) == "triton" and needs_operator(x, weight, bias, offset):
+    backend = _norm_backend(x, weight, bias, offset)
+    if backend == "triton" and needs_operator(x, weight, bias, offset):
         return torch.ops.actvar_kernels.group_norm_silu(*arguments)
-    return _normalize(*arguments)
+    return _normalize(backend, *arguments)
 
 
 def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -70,9 +71,10 @@ def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> t
     expect_shape("bias", bias, (x.shape[1],))
     expect_one_device(x, update, bias)
     tensors = (x, update, bias)
-    if _residual_backend(*tensors) == "triton" and needs_operator(*tensors):
+    backend = _residual_backend(*tensors)
+    if backend == "triton" and needs_operator(*tensors):
         return torch.ops.actvar_kernels.add_residual(*tensors)
-    return _add(*tensors)
+    return _add(backend, *tensors)
 
 
 def _norm_backend(x: torch.Tensor, *vectors: torch.Tensor | None) -> str:
@@ -86,16 +88,16 @@ def _residual_backend(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor)
     return backend_of("add_residual", x, supported, LIMITS)
 
 
-def _normalize(x, weight, bias, groups, eps, silu, offset) -> torch.Tensor:
-    if _norm_backend(x, weight, bias, offset) != "triton":
+def _normalize(backend, x, weight, bias, groups, eps, silu, offset) -> torch.Tensor:
+    if backend != "triton":
         return reference.group_norm_silu(x, weight, bias, groups, eps, silu, offset)
     from actvar_kernels.group_norm import triton_kernel
 
     return triton_kernel.group_norm_silu(x, weight, bias, groups, eps, silu, offset)
 
 
-def _add(x, update, bias) -> torch.Tensor:
-    if _residual_backend(x, update, bias) != "triton":
+def _add(backend, x, update, bias) -> torch.Tensor:
+    if backend != "triton":
         return reference.add_residual(x, update, bias)
     from actvar_kernels.group_norm import triton_kernel
 
@@ -112,7 +114,7 @@ def _group_norm_silu(
     silu: bool,
     offset: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _normalize(x, weight, bias, groups, eps, silu, offset)
+    return _normalize(_norm_backend(x, weight, bias, offset), x, weight, bias, groups, eps, silu, offset)
 
 
 @_group_norm_silu.register_fake
@@ -125,7 +127,7 @@ register_reference_gradient(_group_norm_silu, reference.group_norm_silu)
 
 @torch.library.custom_op("actvar_kernels::add_residual", mutates_args=())
 def _add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return _add(x, update, bias)
+    return _add(_residual_backend(x, update, bias), x, update, bias)
 
 
 @_add_residual.register_fake

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+
 import torch
 
 from actvar_kernels import cpu
@@ -24,10 +27,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, level: int
 
     copy = packed((weight,), (dtype, level), pack)
     x = cpu.padded(x, layout.step if dtype == torch.bfloat16 else 1)
-    bias = cpu.padded(bias.detach().float(), layout.lanes)
-    out = x.new_empty(*x.shape[:-1], D)
-    sizes = cpu.checked_sizes(x.numel() // x.shape[-1], x.shape[-1], D)
-    cpu.library().linear(
-        level, int(dtype == torch.bfloat16), *cpu.pointers(x, copy, bias, out), *sizes, torch.get_num_threads()
-    )
+    bias = cpu.padded(bias if bias.dtype == torch.float32 else bias.detach().float(), layout.lanes)
+    *rows, C = x.shape
+    out = x.new_empty(*rows, D)
+    sizes = cpu.checked_sizes(x.numel() // C, C, D)
+    pointers = x.data_ptr(), copy.data_ptr(), bias.data_ptr(), out.data_ptr()
+    _library().linear(level, dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads())
     return out
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = cpu.library()
+    library.linear.argtypes = 2 * [ctypes.c_int] + 4 * [ctypes.c_void_p] + 4 * [ctypes.c_int]
+    library.linear.restype = None
+    return library

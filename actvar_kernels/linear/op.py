@@ -23,7 +23,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     """
     if not cpu.runs(x) or needs_operator(x, weight, bias):
         return F.linear(x, weight, bias)
-    return cpu_kernel.linear(x.to(cpu.computed_dtype(x)), weight, bias)
+    dtype = cpu.computed_dtype(x)
+    return cpu_kernel.linear(x if x.dtype == dtype else x.to(dtype), weight, bias)
 
 
 def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

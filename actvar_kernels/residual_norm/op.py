@@ -14,6 +14,8 @@ from actvar_kernels.expert_ffn.route import MAX_EXPERTS
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm import reference
 
+_LIMITS = f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts and {MOST_SEQUENCES} sequences"
+
 
 class Routed(NamedTuple):
     """`rows` `[R, K, C]` after the residual; `u` `[R, K, C]` the FFN's input; `mask` `[R, K, N]` bool, the experts that
@@ -50,9 +52,10 @@ def add_normalize(
     """
     _expect_rows(x, index, update, gamma, scale, shift)
     tensors = (x, index, update, gamma, scale, shift)
-    if _backend("add_normalize", *tensors) == "triton" and needs_operator(*tensors):
+    backend = _backend("add_normalize", *tensors)
+    if backend == "triton" and needs_operator(*tensors):
         return torch.ops.actvar_kernels.add_normalize(*tensors)
-    return _add(*tensors)
+    return _add(backend, *tensors)
 
 
 def add_normalize_route(
@@ -83,9 +86,10 @@ def add_normalize_route(
     expect_count("active", active, weight.shape[0])
     expect_one_device(x, weight, bias)
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
-    if _backend("add_normalize_route", *tensors, experts=weight.shape[0]) == "triton" and needs_operator(*tensors):
+    backend = _backend("add_normalize_route", *tensors, experts=weight.shape[0])
+    if backend == "triton" and needs_operator(*tensors):
         return Routed(*torch.ops.actvar_kernels.add_normalize_route(*tensors, active))
-    return Routed(*_add_and_route(*tensors, active))
+    return Routed(*_add_and_route(backend, *tensors, active))
 
 
 def _expect_rows(x, index, update, gamma, scale, shift) -> None:
@@ -100,13 +104,11 @@ def _expect_rows(x, index, update, gamma, scale, shift) -> None:
 
 
 def _backend(operation: str, x: torch.Tensor, _index, *others: torch.Tensor, experts: int = 0) -> str:
-    limits = f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts and {MOST_SEQUENCES} sequences"
     supported = kernel_backends(x, *others, fits=experts <= MAX_EXPERTS and x.shape[0] <= MOST_SEQUENCES)
-    return backend_of(operation, x, supported + (("cpu",) if cpu_rows.runs(x, *others) else ()), limits)
+    return backend_of(operation, x, supported, _LIMITS, lambda: cpu_rows.takes(x, *others))
 
 
-def _add(x, index, update, gamma, scale, shift) -> tuple[torch.Tensor, torch.Tensor]:
-    backend = _backend("add_normalize", x, index, update, gamma, scale, shift)
+def _add(backend, x, index, update, gamma, scale, shift) -> tuple[torch.Tensor, torch.Tensor]:
     if backend == "cpu":
         return cpu_rows.add_normalize(x, index, update, gamma, scale, shift)
     if backend == "reference":
@@ -116,9 +118,8 @@ def _add(x, index, update, gamma, scale, shift) -> tuple[torch.Tensor, torch.Ten
     return triton_kernel.add_normalize(x, index, update, gamma, scale, shift)
 
 
-def _add_and_route(x, index, update, gamma, scale, shift, weight, bias, active) -> tuple[torch.Tensor, ...]:
+def _add_and_route(backend, x, index, update, gamma, scale, shift, weight, bias, active) -> tuple[torch.Tensor, ...]:
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
-    backend = _backend("add_normalize_route", *tensors, experts=weight.shape[0])
     if backend == "cpu":
         return cpu_rows.add_normalize_route(*tensors, active)
     if backend == "reference":
@@ -137,7 +138,8 @@ def _add_normalize(
     scale: torch.Tensor,
     shift: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _add(x, index, update, gamma, scale, shift)
+    backend = _backend("add_normalize", x, index, update, gamma, scale, shift)
+    return _add(backend, x, index, update, gamma, scale, shift)
 
 
 @_add_normalize.register_fake
@@ -160,7 +162,8 @@ def _add_normalize_route(
     bias: torch.Tensor,
     active: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _add_and_route(x, index, update, gamma, scale, shift, weight, bias, active)
+    tensors = (x, index, update, gamma, scale, shift, weight, bias)
+    return _add_and_route(_backend("add_normalize_route", *tensors, experts=weight.shape[0]), *tensors, active)
 
 
 @_add_normalize_route.register_fake

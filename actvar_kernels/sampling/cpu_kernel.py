@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import get_backend, needs_operator
+from actvar_kernels.backend import needs_operator
 from actvar_kernels.sampling import public
 
 logger = logging.getLogger(__name__)
@@ -23,13 +23,7 @@ _global_generator = threading.Lock()
 
 def runs(logits: torch.Tensor) -> bool:
     """Whether the C++ code takes these logits under the chosen backend: on the CPU in float32 or bfloat16."""
-    return (
-        get_backend() in ("auto", "cpu")
-        and logits.device.type == "cpu"
-        and logits.dtype in cpu.DTYPES
-        and not needs_operator(logits)
-        and cpu.available()
-    )
+    return cpu.chosen(logits) and logits.dtype in cpu.DTYPES and not needs_operator(logits) and cpu.available()
 
 
 def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: float) -> torch.Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels import cpu_rows
+from actvar_kernels import cpu, cpu_rows
 from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_index, expect_one_device, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.scatter import reference
+
+_LIMITS = f"float32, float16 and bfloat16, up to {MOST_SEQUENCES} sequences"
 
 
 def scatter_rows(
@@ -42,7 +44,7 @@ def scatter_rows(
     expect_shape("gamma", gamma, (R, 1, C))
     if index is None:
         expect_one_device(rows, update, gamma)
-        if not _cpp_runs(rows, rows, update, gamma):
+        if not (cpu.chosen(rows) and _cpp_takes(rows, rows, update, gamma)):
             return torch.addcmul(rows, gamma.to(update.dtype), update)
         rest = torch.empty(R, K, C, dtype=rows.dtype)
         cpu_rows.scatter_rows(rest, None, rows, update, gamma)
@@ -64,15 +66,13 @@ def scatter_rows(
 
 def _backend(*tensors: torch.Tensor) -> str:
     supported = kernel_backends(*tensors, fits=tensors[0].shape[0] <= MOST_SEQUENCES)
-    supported += ("cpu",) if _cpp_runs(*tensors) else ()
-    limits = f"float32, float16 and bfloat16, up to {MOST_SEQUENCES} sequences"
-    return backend_of("scatter_rows", tensors[0], supported, limits)
+    return backend_of("scatter_rows", tensors[0], supported, _LIMITS, lambda: _cpp_takes(*tensors))
 
 
-def _cpp_runs(rest, rows, update, gamma) -> bool:
+def _cpp_takes(rest, rows, update, gamma) -> bool:
     """In float32 or bfloat16; under autocast the update may be in a lower type than the rows."""
     fits = rest.dtype == rows.dtype == torch.promote_types(rows.dtype, update.dtype) and rest.is_contiguous()
-    return fits and cpu_rows.runs(rest, rows, update, gamma)
+    return fits and cpu_rows.takes(rest, rows, update, gamma)
 
 
 def _write(rest, index, rows, update, gamma) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 
@@ -38,18 +39,34 @@ def subset_attention(
         raise ValueError("keys, values: expected neighbouring numbers of a head in the cache")
     head_scale = None if head_scale is None else head_scale.float().contiguous()
     out = q.new_empty(R, K, H * d)
-    strides = [stride for t in tensors for stride in (t.stride()[:3] if t is not None else (0, 0, 0))]
+    strides = _Strides()
+    for position, tensor in enumerate(tensors):
+        if tensor is not None:
+            strides[3 * position : 3 * position + 3] = tensor.stride()[:3]
     sizes = cpu.checked_sizes(R, H, K, k.shape[2], cached, d)
-    failed = cpu.library().subset_attention(
+    failed = _library().subset_attention(
         level,
-        int(q.dtype == torch.bfloat16),
-        *cpu.pointers(*tensors, head_scale, out),
-        (ctypes.c_int64 * 15)(*strides),
+        q.dtype == torch.bfloat16,
+        *[None if tensor is None else tensor.data_ptr() for tensor in (*tensors, head_scale, out)],
+        strides,
         *sizes,
-        int(append),
-        ctypes.c_float(softmax_scale),
+        append,
+        softmax_scale,
         torch.get_num_threads(),
     )
     if failed:
         raise MemoryError(f"subset_attention: no memory for {cached + k.shape[2]} keys of {d} numbers")
     return out
+
+
+_Strides = ctypes.c_int64 * 15
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = cpu.library()
+    integer = ctypes.c_int
+    library.subset_attention.argtypes = (
+        2 * [integer] + 7 * [ctypes.c_void_p] + [_Strides] + 7 * [integer] + [ctypes.c_float, integer]
+    )
+    return library

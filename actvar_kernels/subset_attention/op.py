@@ -6,12 +6,11 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import backend_of, needs_operator
+from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_one_device, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.subset_attention import cpu_kernel, reference
 
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_HEAD_SIZES = (16, 32, 64, 128)
 
 
@@ -63,26 +62,27 @@ def subset_attention(
     if room is not None:
         _expect_room(room, past, k)
     expect_one_device(q, k, v, *(past or ()), head_scale, mask, *(room or ()))
-    if _backend(q, k, v, past, head_scale, mask) == "reference":
+    backend = _backend(q, k, v, room or past, head_scale, mask)
+    if backend == "reference":
         out, keys, values = reference.subset_attention(q, k, v, past, head_scale, softmax_scale, mask, room)
         return (out, keys, values) if keep_cache else (out, None, None)
-    out, cache = _with_kernel(q, k, v, past, head_scale, softmax_scale, mask, room, keep_cache)
+    out, cache = _with_kernel(backend, q, k, v, past, head_scale, softmax_scale, mask, room, keep_cache)
     return out, *(cache if keep_cache else (None, None))
 
 
 def _backend(q, k, v, past, head_scale, mask) -> str:
-    tensors = (q, k, v, *(past or ()), *(t for t in (head_scale, mask) if t is not None))
-    supported = ("reference",)
-    if all(t.dtype in _TRITON_DTYPES for t in tensors) and q.shape[3] in _TRITON_HEAD_SIZES:
-        supported += ("triton",)
-    alike = all(t.dtype == q.dtype for t in (k, v, *(past or ())))
-    if mask is None and alike and cpu.computed_dtype(q) == q.dtype and not needs_operator(*tensors) and cpu.runs(q):
-        supported += ("cpu",)
-    return backend_of("subset_attention", q, supported)
+    tensors = [t for t in (q, k, v, *(past or ()), head_scale, mask) if t is not None]
+    supported = kernel_backends(*tensors, fits=q.shape[3] in _TRITON_HEAD_SIZES)
+
+    def in_cpp() -> bool:
+        alike = mask is None and all(t.dtype == q.dtype for t in (k, v, *(past or ())))
+        return alike and cpu.computed_dtype(q) == q.dtype and not needs_operator(*tensors) and cpu.runs(q)
+
+    return backend_of("subset_attention", q, supported, in_cpp=in_cpp)
 
 
 def _with_kernel(
-    q, k, v, past, head_scale, softmax_scale, mask, room, keep_cache
+    backend, q, k, v, past, head_scale, softmax_scale, mask, room, keep_cache
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
     """Output, and the cache with the own keys and values where there is one to extend."""
     if torch.is_autocast_enabled(q.device.type):  # as the reference's attention does; kernels do not see autocast
@@ -101,7 +101,7 @@ def _with_kernel(
         cache = past[0][:, :, : cached + own], past[1][:, :, : cached + own]
     arguments = (q, k, v, *(past or (None, None)), cached, head_scale, softmax_scale, mask)
     if not needs_operator(*tensors):
-        return _run(*arguments, append=append), cache
+        return _run(backend, *arguments, append=append), cache
     operators = torch.ops.actvar_kernels
     attention = operators.subset_attention_append if append else operators.subset_attention
     return attention(*arguments), cache
@@ -135,10 +135,13 @@ def _expect_broadcastable(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"mask: expected a shape that broadcasts to {list(shape)}, got {list(mask.shape)}")
 
 
-def _run(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append: bool) -> torch.Tensor:
+def _run_operator(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append: bool) -> torch.Tensor:
+    backend = _backend(q, k, v, None if keys is None else (keys, values), head_scale, mask)
+    return _run(backend, q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append)
+
+
+def _run(backend, q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append: bool) -> torch.Tensor:
     """Attention over the first `cached` rows of `keys` and `values`, and over `k` and `v`, which are appended there."""
-    cache = None if keys is None else (keys, values)
-    backend = _backend(q, k, v, cache, head_scale, mask)
     if backend == "triton":
         from actvar_kernels.subset_attention import triton_kernel
 
@@ -148,7 +151,7 @@ def _run(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append:
     if backend == "cpu":
         return cpu_kernel.subset_attention(q, k, v, keys, values, cached, head_scale, softmax_scale, append)
     past = (keys[:, :, :cached], values[:, :, :cached]) if cached else None
-    room = cache if append else None
+    room = (keys, values) if append else None
     return reference.subset_attention(q, k, v, past, head_scale, softmax_scale, mask, room)[0]
 
 
@@ -164,7 +167,7 @@ def _subset_attention(
     softmax_scale: float,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _run(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append=False)
+    return _run_operator(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append=False)
 
 
 @torch.library.custom_op("actvar_kernels::subset_attention_append", mutates_args=("keys", "values"))
@@ -179,7 +182,7 @@ def _subset_attention_append(
     softmax_scale: float,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _run(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append=True)
+    return _run_operator(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append=True)
 
 
 @_subset_attention.register_fake

@@ -15,6 +15,8 @@ from actvar_kernels.token_select import reference
 
 MAX_TOKENS = 1024
 """Tokens of a sequence that the Triton kernel ranks."""
+_NORM_LIMITS = f"float32, float16 and bfloat16, up to {MOST_SEQUENCES} sequences"
+_SELECTION_LIMITS = f"{_NORM_LIMITS} of up to {MAX_TOKENS} tokens"
 
 
 class Selection(NamedTuple):
@@ -69,11 +71,12 @@ def select_tokens(
     in_place = in_place and not torch.is_grad_enabled() and x.stride(2) == 1
     tensors = (x, weight, bias, scale, shift)
     expect_one_device(*tensors)
-    if _selection_backend(*tensors) == "triton" and needs_operator(*tensors):
+    backend = _selection_backend(*tensors)
+    if backend == "triton" and needs_operator(*tensors):
         operator = torch.ops.actvar_kernels.select_tokens
         modulated, scores, rest, index = operator(*tensors, keep, share_guidance, in_place)
     else:
-        index, modulated, scores, rest = _select(*tensors, keep, share_guidance, in_place)
+        index, modulated, scores, rest = _select(backend, *tensors, keep, share_guidance, in_place)
     return Selection(index, modulated, scores, x if in_place else rest)
 
 
@@ -99,21 +102,19 @@ def normalize_modulate(
         raise ValueError(f"x: expected conditional and unconditional rows, got an odd number of rows, {x.shape[0]}")
     tensors = (x, scale, shift)
     expect_one_device(*tensors)
-    if _norm_backend(*tensors) == "triton" and needs_operator(*tensors):
+    backend = _norm_backend(*tensors)
+    if backend == "triton" and needs_operator(*tensors):
         return torch.ops.actvar_kernels.normalize_modulate(*tensors, guidance)
-    return _normalize(*tensors, guidance)
+    return _normalize(backend, *tensors, guidance)
 
 
 def _selection_backend(x, *others) -> str:
     supported = kernel_backends(x, *others, fits=x.shape[1] <= MAX_TOKENS and x.shape[0] <= MOST_SEQUENCES)
-    supported += ("cpu",) if cpu_rows.runs(x, *others) else ()
-    limits = f"float32, float16 and bfloat16, up to {MAX_TOKENS} tokens a sequence and {MOST_SEQUENCES} sequences"
-    return backend_of("select_tokens", x, supported, limits)
+    return backend_of("select_tokens", x, supported, _SELECTION_LIMITS, lambda: cpu_rows.takes(x, *others))
 
 
-def _select(x, weight, bias, scale, shift, keep, share_guidance, in_place) -> tuple[torch.Tensor, ...]:
+def _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place) -> tuple[torch.Tensor, ...]:
     tensors = (x, weight, bias, scale, shift)
-    backend = _selection_backend(*tensors)
     if backend == "cpu":
         return *cpu_rows.select_tokens(*tensors, keep, share_guidance), x if in_place else x.clone()
     if backend == "reference":
@@ -138,7 +139,8 @@ def _select_tokens(
     in_place: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`rest` is empty with `in_place`, since an operator must not return its argument."""
-    index, modulated, scores, rest = _select(x, weight, bias, scale, shift, keep, share_guidance, in_place)
+    backend = _selection_backend(x, weight, bias, scale, shift)
+    index, modulated, scores, rest = _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place)
     if in_place:
         rest = x.new_empty(0)
     return modulated, scores, rest.clone() if rest is x else rest, index
@@ -169,13 +171,10 @@ register_flop_formula(torch.ops.actvar_kernels.select_tokens)(select_tokens_flop
 
 def _norm_backend(*tensors) -> str:
     supported = kernel_backends(*tensors, fits=tensors[0].shape[0] <= MOST_SEQUENCES)
-    supported += ("cpu",) if cpu_rows.runs(*tensors) else ()
-    limits = f"float32, float16 and bfloat16, up to {MOST_SEQUENCES} sequences"
-    return backend_of("normalize_modulate", tensors[0], supported, limits)
+    return backend_of("normalize_modulate", tensors[0], supported, _NORM_LIMITS, lambda: cpu_rows.takes(*tensors))
 
 
-def _normalize(x, scale, shift, guidance) -> torch.Tensor:
-    backend = _norm_backend(x, scale, shift)
+def _normalize(backend, x, scale, shift, guidance) -> torch.Tensor:
     if backend == "cpu" and guidance is None:
         return cpu_rows.normalize_modulate(x, scale, shift)
     if backend != "triton":
@@ -189,7 +188,7 @@ def _normalize(x, scale, shift, guidance) -> torch.Tensor:
 def _normalize_modulate(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None
 ) -> torch.Tensor:
-    return _normalize(x, scale, shift, guidance)
+    return _normalize(_norm_backend(x, scale, shift), x, scale, shift, guidance)
 
 
 @_normalize_modulate.register_fake
