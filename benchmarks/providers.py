@@ -202,11 +202,16 @@ def _native_ffns(shape: BlockShape, inputs: BlockInputs) -> dict[str, dict[str, 
         return {"expert_ffn_scatter dense": {"torch grouped_mm": grouped}}
     every = F.layer_norm(inputs.x, (shape.width,))
     of_experts, of_dense = {"torch grouped_mm": grouped}, {"torch": lambda: _plain_ffn(every, inputs)}
-    if u.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if u.dtype == torch.float32 or bfloat16_is_fast():
         ffn = _packed_ffn(inputs)
         of_experts["torch packed"] = lambda: scattered(ffn(u, inputs.mask))
         of_dense["torch packed"] = lambda: ffn(every)
     return {"expert_ffn_scatter dense": of_experts, "dense_ffn": of_dense}
+
+
+def bfloat16_is_fast() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor; PyTorch takes minutes for a sample of d16 where not."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _plain_ffn(u: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:
