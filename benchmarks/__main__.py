@@ -29,7 +29,7 @@ AXES = {"quick": ["batch"], "cpu": list(scaling.AXES), "all": list(scaling.AXES)
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = LineParser("python -m benchmarks", description=__doc__.split(":")[0])
-    parser.add_argument("--subset", choices=providers.SUBSETS, default="cpu", help="(default cpu: two cores, 20 minutes)")
+    parser.add_argument("--subset", choices=providers.SUBSETS, default="cpu", help="(default: two cores, 20 minutes)")
     parser.add_argument("--csv", type=Path, help="(default: benchmarks/results/<device>.csv)")
     parser.add_argument("--public-var", type=Path, help="clone of the public VAR code, to be sampled as well")
     parser.add_argument("--against", metavar="REV", help="compare with an earlier commit instead; writes no CSV")
