@@ -22,8 +22,8 @@ demo: $(INSTALLED) ## Draw Fashion-MNIST pictures with the dense and the acceler
 	@echo "The pictures are in demo/:" && ls demo
 
 test: $(INSTALLED) ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --benchmark-disable --ignore tests/interpreter
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --benchmark-disable tests/interpreter || [ $$? -eq 5 ] # 5: no Triton here, so no test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --benchmark-disable --ignore tests/interpreter
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --benchmark-disable tests/interpreter || [ $$? -eq 5 ] # 5: no Triton here, so no test
 
 soak: $(INSTALLED) ## Damaged files, faults, kills and long runs for SOAK_SECONDS (600); one line of counts
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m soak --seconds $(SOAK_SECONDS)
@@ -60,7 +60,7 @@ triton-matrix: ## Interpreter tests and compile check on other releases of Trito
 		(grep -v '^triton\|^numpy' constraints.txt; echo 'numpy<2.4') > $$environment/constraints.txt && \
 		$$environment/bin/python -m pip install --quiet -c $$environment/constraints.txt --no-build-isolation -e '.[dev]' && \
 		$$environment/bin/python -m pip install --quiet --upgrade --no-deps "$$triton" && \
-		OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $$environment/bin/python -m pytest -q -n 2 tests/interpreter && \
+		OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $$environment/bin/python -m pytest -q -n 2 --dist worksteal tests/interpreter && \
 		$$environment/bin/python -m actvar_kernels.compile_check --quick || exit 1; \
 	done
 
