@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 
 from actvar.training import run_in_processes
-from actvar.zoo.fashion_mnist.best import ship, train_best
+from actvar.zoo.fashion_mnist.adapters import STAGE2, ship, train_adapter
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 from actvar.zoo.fashion_mnist.export import export
 from actvar.zoo.fashion_mnist.measure import measure, save
@@ -37,7 +37,8 @@ def main() -> None:
         plan = small_plan(build.work, build.seed)
         run_in_processes(train_small, options.processes, build.data, plan)
         export_small(plan, small)
-        ship(train_best(folder, build.data, build.work, build.seed), "best", folder)
+        for name in STAGE2:
+            ship(train_adapter(name, folder, build.data, build.work, build.seed), name, folder)
     figures = measure(options.data)
     save(figures, folder / "quality.json")
     print(json.dumps(figures, indent=2))

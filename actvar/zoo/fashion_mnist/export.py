@@ -20,7 +20,7 @@ from actvar.zoo.fashion_mnist.train import Build, restore, restore_autoencoder
 
 
 def export(build: Build, folder: Path) -> None:
-    """Write `var`, `vae`, `features` and `adapter-paper` `.safetensors` in float16, then the table of their SHA-256."""
+    """Write `var`, `vae`, `features`, `adapter-paper-stage1` `.safetensors` in float16, then their table of SHA-256."""
     folder.mkdir(parents=True, exist_ok=True)
     vae = restore_autoencoder(build)
     var = architecture.build()[1]
@@ -31,7 +31,7 @@ def export(build: Build, folder: Path) -> None:
     patch_silently(var, ActVARConfig())
     load_trained(Stage1(var), build.stage1_plan)
     var.half()
-    save_adapter(var, folder / "adapter-paper.safetensors")
+    save_adapter(var, folder / "adapter-paper-stage1.safetensors")
     save_checksums(folder)
 
 

@@ -1,0 +1,62 @@
+"""The adapters `paper` and `best`: both stages of the recipe of that name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from actvar.adapter import load_adapter, read_adapter_config, save_adapter
+from actvar.checkpoint import load_var
+from actvar.config import ActVARConfig
+from actvar.distill.data import fashion_mnist_source
+from actvar.distill.recipes import RECIPES
+from actvar.distill.run import Distillation, distill
+from actvar.models import VAR, VQVAE
+from actvar.patch import patch_silently, remove_patch
+from actvar.zoo.checksums import checked, save_checksums
+
+STEPS = {"paper": 1000, "best": 1500}
+STAGE2 = {
+    # so few steps need more than the paper's rate
+    "paper": Distillation(2, RECIPES["paper"], batch=32, lr=1e-3),
+    "best": Distillation(2, RECIPES["best"], batch=32, bf16=True),
+}
+
+
+def train_adapter(name: str, folder: Path, data: Path, work: Path, seed: int, steps: int | None = None) -> Path:
+    """Train an adapter of the exported model in `folder` for the FLOPs of (0.75, 0.75; 0.75); resumes, like the stages
+    before it. Returns its file in `work`.
+
+    Args:
+        name: `"paper"` or `"best"`.
+        folder: of `var`, `vae` and `adapter-paper-stage1` `.safetensors`.
+        data: folder of the four idx files.
+        steps: of stage 2; None for those of `STEPS`.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    vae, var = _dense(folder)
+    source = fashion_mnist_source(data, vae)
+    gates = checked(folder / "adapter-paper-stage1.safetensors")
+    stage2 = STAGE2[name]
+    if stage2.recipe.calibrated:
+        gates = work / "calibrated.safetensors"
+        if not gates.exists():
+            distill(vae, var, ActVARConfig(), None, source, replace(stage2, stage=1, seed=seed), gates)
+            remove_patch(var)
+    epochs = (steps or STEPS[name]) / (len(source.labels) // stage2.batch)
+    how = replace(stage2, epochs=epochs, seed=seed)
+    return distill(vae, var, read_adapter_config(gates), gates, source, how, work / f"{name}.safetensors")
+
+
+def ship(adapter: Path, name: str, folder: Path) -> None:
+    """Write an adapter of the exported model to `folder` as `adapter-<name>.safetensors`, in float16."""
+    _, var = _dense(folder)
+    patch_silently(var, read_adapter_config(adapter))
+    load_adapter(var, adapter)
+    var.half()
+    save_adapter(var, folder / f"adapter-{name}.safetensors")
+    save_checksums(folder)
+
+
+def _dense(folder: Path) -> tuple[VQVAE, VAR]:
+    return load_var(checked(folder / "var.safetensors"), checked(folder / "vae.safetensors"))
