@@ -45,14 +45,14 @@ def main() -> None:
     def untrained(var: nn.Module) -> None:
         patch_silently(var, ActVARConfig())
 
-    def paper(var: nn.Module) -> None:
+    def stage1(var: nn.Module) -> None:
         patch_silently(var, ActVARConfig())
-        actvar.load_adapter(var, adapter_path("fashion-mnist", "paper"))
+        actvar.load_adapter(var, adapter_path("fashion-mnist", "paper-stage1"))
 
     def fitted(**arguments) -> Callable[[nn.Module], None]:
         return lambda var: calibrate(var, images=options.images, **arguments)
 
-    rows = {"untrained": untrained, "stage 1": paper}
+    rows = {"untrained": untrained, "stage 1": stage1}
     for seed in options.seeds:
         rows |= {
             f"calibrate, contiguous, uniform, seed {seed}": fitted(seed=seed, uniform=True, cluster=False),

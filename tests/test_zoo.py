@@ -19,7 +19,7 @@ from actvar import ActVARConfig, CheckpointError, load_pretrained
 from actvar.distill import run
 from actvar.zoo import load_feature_network
 from actvar.zoo.checksums import checked, save_checksums
-from actvar.zoo.fashion_mnist.best import ship, train_best
+from actvar.zoo.fashion_mnist.adapters import STAGE2, ship, train_adapter
 from actvar.zoo.fashion_mnist.data import load_split, read_idx
 from actvar.zoo.fashion_mnist.export import export
 from actvar.zoo.fashion_mnist.small import export_small, small_plan, train_small
@@ -34,7 +34,7 @@ def agreement(var, seed: int) -> float:
     return (load_feature_network().logits(images).argmax(1) == labels).float().mean().item()
 
 
-@pytest.mark.parametrize("adapter", [None, "paper", "best"])
+@pytest.mark.parametrize("adapter", [None, "paper-stage1", "paper", "best"])
 def test_the_bundled_model_draws_what_it_is_asked_for(adapter, monkeypatch):
     def no_network(*_args, **_kwargs):
         raise AssertionError("a bundled model must load offline")
@@ -57,8 +57,15 @@ def test_the_bundled_adapter_is_the_papers_configuration():
 
 def test_what_ships_is_half_precision_and_small():
     files = list(weights_folder("fashion-mnist").glob("*.safetensors"))
-    assert {f.stem for f in files} == {"var", "vae", "features", "adapter-paper", "adapter-best"}
-    assert sum(f.stat().st_size for f in files) < 20e6
+    assert {f.stem for f in files} == {
+        "var",
+        "vae",
+        "features",
+        "adapter-paper-stage1",
+        "adapter-paper",
+        "adapter-best",
+    }
+    assert sum(f.stat().st_size for f in files) < 25e6
     for file in files:
         assert {t.dtype for t in load_file(file).values()} <= {torch.float16, torch.int64, torch.int32}
 
@@ -158,18 +165,19 @@ def test_every_stage_runs_and_the_exported_files_load(images_folder, tmp_path, m
 
     export(build, tmp_path / "weights")
     assert {path.name for path in map(checked, (tmp_path / "weights").glob("*.safetensors"))} == {
-        f"{name}.safetensors" for name in ("var", "vae", "features", "adapter-paper")
+        f"{name}.safetensors" for name in ("var", "vae", "features", "adapter-paper-stage1")
     }
     _, var = actvar.load_var(tmp_path / "weights" / "var.safetensors", tmp_path / "weights" / "vae.safetensors")
-    with actvar.patched(var, ActVARConfig(), tmp_path / "weights" / "adapter-paper.safetensors"):
+    with actvar.patched(var, ActVARConfig(), tmp_path / "weights" / "adapter-paper-stage1.safetensors"):
         assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()
 
     monkeypatch.setattr(run, "CALIBRATION_IMAGES", 4)
-    best = train_best(tmp_path / "weights", build.data, build.work, seed=0, steps=1)
-    ship(best, "best", tmp_path / "weights")
-    shipped = checked(tmp_path / "weights" / "adapter-best.safetensors")
-    with actvar.patched(var, actvar.read_adapter_config(shipped), shipped):
-        assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()
+    for name in STAGE2:
+        adapter = train_adapter(name, tmp_path / "weights", build.data, build.work, seed=0, steps=1)
+        ship(adapter, name, tmp_path / "weights")
+        shipped = checked(tmp_path / "weights" / f"adapter-{name}.safetensors")
+        with actvar.patched(var, actvar.read_adapter_config(shipped), shipped):
+            assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()
 
 
 def test_the_small_model_is_trained_on_the_shipped_autoencoder_and_loads(images_folder, tmp_path, monkeypatch):
