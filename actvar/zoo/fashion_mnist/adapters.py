@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from actvar.adapter import load_adapter, read_adapter_config, save_adapter
+from actvar.adapter import describe_adapter, load_adapter, read_adapter_config, save_adapter
 from actvar.checkpoint import load_var
 from actvar.config import ActVARConfig
 from actvar.distill.data import fashion_mnist_source
@@ -49,12 +49,13 @@ def train_adapter(name: str, folder: Path, data: Path, work: Path, seed: int, st
 
 
 def ship(adapter: Path, name: str, folder: Path) -> None:
-    """Write an adapter of the exported model to `folder` as `adapter-<name>.safetensors`, in float16."""
+    """Write an adapter of the exported model to `folder` as `adapter-<name>.safetensors`, in float16, with what it
+    says of its training."""
     _, var = _dense(folder)
     patch_silently(var, read_adapter_config(adapter))
     load_adapter(var, adapter)
     var.half()
-    save_adapter(var, folder / f"adapter-{name}.safetensors")
+    save_adapter(var, folder / f"adapter-{name}.safetensors", describe_adapter(adapter)["training"])
     save_checksums(folder)
 
 
