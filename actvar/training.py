@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from actvar.files import replacing
+from actvar_kernels import cpu
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Plan:
         clip: largest norm of the gradient over all parameters.
         muon: train the weight matrices of the transformer blocks with Muon (Jordan et al. 2024; torch >= 2.9), its
             updates scaled to the size of AdamW's, and the rest with AdamW. False: AdamW for all.
+        bf16: compute in bfloat16 by autocast; by default where the processor has instructions for it.
         checkpoint_seconds: time between checkpoints.
     """
 
@@ -61,7 +63,7 @@ class Plan:
     ema: float = 0.0
     muon: bool = False
     seed: int = 0
-    bf16: bool = True
+    bf16: bool = field(default_factory=cpu.multiplies_bfloat16)
     checkpoint_seconds: float = 60.0
 
     @property

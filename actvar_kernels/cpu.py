@@ -33,6 +33,12 @@ class Layout(NamedTuple):
     step: int
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16, as PyTorch sees it: without them it takes
+    minutes for what takes seconds in float32."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @functools.cache
 def why_unavailable() -> str | None:
     """None if the library is built and loaded, which the first call does, else why it cannot be."""

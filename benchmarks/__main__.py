@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from actvar_kernels import cpu
 from actvar_kernels.compile_check import LineParser
-from benchmarks import against, providers, results, sampling, scaling
+from benchmarks import against, results, sampling, scaling
+from benchmarks.providers import SUBSETS
 
 # Model, batch, type and repeats of what is sampled.
 SAMPLES = {
@@ -29,7 +31,7 @@ AXES = {"quick": ["batch"], "cpu": list(scaling.AXES), "all": list(scaling.AXES)
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = LineParser("python -m benchmarks", description=__doc__.split(":")[0])
-    parser.add_argument("--subset", choices=providers.SUBSETS, default="cpu", help="(default: two cores, 20 minutes)")
+    parser.add_argument("--subset", choices=SUBSETS, default="cpu", help="(default: two cores, 20 minutes)")
     parser.add_argument("--csv", type=Path, help="(default: benchmarks/results/<device>.csv)")
     parser.add_argument("--public-var", type=Path, help="clone of the public VAR code, to be sampled as well")
     parser.add_argument("--against", metavar="REV", help="compare with an earlier commit instead; writes no CSV")
@@ -45,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     public = [] if options.public_var is None else ["--public-var", str(options.public_var)]
     steps = [["pytest", "-q", str(Path(__file__).parent), "--subset", options.subset, "--timeout", "0"]]
     for model, batch, dtype, repeats in SAMPLES[options.subset]:
-        if dtype == "bf16" and not providers.bfloat16_is_fast():
+        if dtype == "bf16" and not cpu.multiplies_bfloat16():
             print(f"left out: samples of {model} in bf16, for which this processor has no instructions")
             continue
         shape = ["--model", model, "--batch", str(batch), "--dtype", dtype, "--repeats", str(repeats)]

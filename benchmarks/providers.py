@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from actvar.timing import interleaved_seconds, seconds_of
-from actvar_kernels import expert_ffn, linear, sample_tokens
+from actvar_kernels import cpu, expert_ffn, linear, sample_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.compile_cases import GUIDANCE, HEAD_DIM, TOP_K, TOP_P, VOCABULARY
 from actvar_kernels.expert_ffn.reference import snapped
@@ -202,16 +202,11 @@ def _native_ffns(shape: BlockShape, inputs: BlockInputs) -> dict[str, dict[str, 
         return {"expert_ffn_scatter dense": {"torch grouped_mm": grouped}}
     every = F.layer_norm(inputs.x, (shape.width,))
     of_experts, of_dense = {"torch grouped_mm": grouped}, {"torch": lambda: _plain_ffn(every, inputs)}
-    if u.dtype == torch.float32 or bfloat16_is_fast():
+    if u.dtype == torch.float32 or cpu.multiplies_bfloat16():
         ffn = _packed_ffn(inputs)
         of_experts["torch packed"] = lambda: scattered(ffn(u, inputs.mask))
         of_dense["torch packed"] = lambda: ffn(every)
     return {"expert_ffn_scatter dense": of_experts, "dense_ffn": of_dense}
-
-
-def bfloat16_is_fast() -> bool:
-    """Whether oneDNN multiplies bfloat16 on this processor; PyTorch takes minutes for a sample of d16 where not."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _plain_ffn(u: torch.Tensor, inputs: BlockInputs) -> torch.Tensor:

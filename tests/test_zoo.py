@@ -74,7 +74,7 @@ def test_what_ships_is_half_precision_and_small():
     ("arguments", "message"),
     [
         (dict(name="imagenet"), "expected one of"),
-        (dict(name="fashion-mnist", adapter="worst"), r"comes with \['best', 'paper'\], got 'worst'"),
+        (dict(name="fashion-mnist", adapter="worst"), r"comes with \['best', 'paper', 'paper-stage1'\], got 'worst'"),
     ],
 )
 def test_unknown_names_list_the_known_ones(arguments, message):

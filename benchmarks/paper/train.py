@@ -26,6 +26,7 @@ from actvar.patch import patch_silently
 from actvar.training import barrier, launched_processes, rank, world_size
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 from actvar.zoo.pretrained import load_pretrained
+from actvar_kernels import cpu
 from benchmarks.paper.trainings import BATCH, LR, SEEDS, STEPS, TRAININGS, Training
 from benchmarks.paper.workers import Job, run_jobs
 
@@ -91,15 +92,16 @@ def train(training: Training, seed: int, work: Path, data: Path, device: torch.d
     gates = gates_of(training, seed, work, data, device)
     vae, var = load_pretrained(training.model, device=device)
     source = fashion_mnist_source(data, vae)
-    how = stage_of(training.how, 2, STEPS[2], seed, source)
+    how = stage_of(training.how, 2, STEPS[2], seed, source, device)
     return distill(vae, var, read_adapter_config(gates), gates, source, how, adapter_file(work, training, seed))
 
 
-def stage_of(recipe: Recipe, stage: int, steps: int, seed: int, source: Source) -> Distillation:
-    """A stage of so many steps."""
+def stage_of(recipe: Recipe, stage: int, steps: int, seed: int, source: Source, device: torch.device) -> Distillation:
+    """A stage of so many steps, in bfloat16 where the device multiplies it."""
     lr = None if recipe.muon and stage == 2 else LR[stage]
     epochs = steps / (len(source.labels) // BATCH)
-    return Distillation(stage, recipe, epochs=epochs, batch=BATCH, lr=lr, bf16=True, seed=seed)
+    bf16 = device.type != "cpu" or cpu.multiplies_bfloat16()
+    return Distillation(stage, recipe, epochs=epochs, batch=BATCH, lr=lr, bf16=bf16, seed=seed)
 
 
 def gates_of(training: Training, seed: int, work: Path, data: Path, device: torch.device) -> Path:
@@ -112,7 +114,7 @@ def gates_of(training: Training, seed: int, work: Path, data: Path, device: torc
     if owner == training:
         if training.config.is_sparse:
             source = fashion_mnist_source(data, vae)
-            how = stage_of(training.how, 1, STEPS[1], seed, source)
+            how = stage_of(training.how, 1, STEPS[1], seed, source, device)
             return distill(vae, var, training.config, None, source, how, path)
         patch_silently(var, training.config)
         return _saved(var, path)

@@ -14,12 +14,13 @@ from actvar.distill.run import Distillation, distill
 from actvar.models import VAR, VQVAE
 from actvar.patch import patch_silently, remove_patch
 from actvar.zoo.checksums import checked, save_checksums
+from actvar_kernels import cpu
 
 STEPS = {"paper": 1000, "best": 1500}
 STAGE2 = {
     # so few steps need more than the paper's rate
-    "paper": Distillation(2, RECIPES["paper"], batch=32, lr=1e-3),
-    "best": Distillation(2, RECIPES["best"], batch=32, bf16=True),
+    "paper": Distillation(2, RECIPES["paper"], batch=32, lr=1e-3, bf16=cpu.multiplies_bfloat16()),
+    "best": Distillation(2, RECIPES["best"], batch=32, bf16=cpu.multiplies_bfloat16()),
 }
 
 

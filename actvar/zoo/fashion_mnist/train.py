@@ -30,6 +30,7 @@ from actvar.zoo.fashion_mnist import architecture
 from actvar.zoo.fashion_mnist.autoencoder import AutoencoderTraining, DecoderTraining
 from actvar.zoo.fashion_mnist.data import load_split
 from actvar.zoo.fashion_mnist.features import FeatureNet, training_loss
+from actvar_kernels import cpu
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def encode_tokens(build: Build) -> None:
     vae = restore(architecture.build()[0], build.autoencoder_plan)
     parts = []
     for batch in tqdm(images.tensor_split(world_size())[rank()].split(200), desc="tokens", disable=rank() != 0):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu.multiplies_bfloat16()):
             features = vae.quant_conv(vae.encoder(batch * 2 - 1))
         parts.append(torch.cat(vae.quantize.tokens(features.float()), dim=1).int())
     gathered = all_gather_rows(torch.cat(parts))
