@@ -106,19 +106,21 @@ struct Ahead {
 template <class T, int R, int V>
 inline void multiply(const T *const *rows, const T *panel, int depth, vec (&sums)[R][V], Ahead next = {nullptr, 0}) {
     typedef Product<T> P;
-    const int ahead = 16 * P::STEP * V * LANES;
-    const size_t next_step = next.bytes / ((depth + P::STEP - 1) / P::STEP);
-    for (int k = 0; k < depth; k += P::STEP, next.from += next_step) {
-        __builtin_prefetch(next.from, 0, 2);
-        __builtin_prefetch(next.from + next_step / 2, 0, 2);
-        const T *step = panel + (size_t)k * V * LANES;
-        typename P::Weights w[V];
-        for (int j = 0; j < V; j++) {
-            w[j] = P::weights(step + j * LANES * P::STEP);
-            __builtin_prefetch(step + ahead + j * LANES * P::STEP);
+    constexpr int LINE = 64, STRETCH = 16 * P::STEP;
+    const int ahead = STRETCH * V * LANES;
+    const size_t next_bytes = next.bytes / ((depth + STRETCH - 1) / STRETCH);
+    for (int begin = 0; begin < depth; begin += STRETCH, next.from += next_bytes) {
+        for (size_t line = 0; line <= next_bytes; line += LINE) __builtin_prefetch(next.from + line, 0, 2);
+        const int end = smaller(begin + STRETCH, depth);
+        for (int k = begin; k < end; k += P::STEP) {
+            const T *step = panel + (size_t)k * V * LANES;
+            typename P::Weights w[V];
+            for (int j = 0; j < V; j++) w[j] = P::weights(step + j * LANES * P::STEP);
+            for (size_t line = 0; line < V * LANES * P::STEP * sizeof(T); line += LINE)
+                __builtin_prefetch((const char *)(step + ahead) + line);
+            for (int r = 0; r < R; r++)
+                for (int j = 0; j < V; j++) sums[r][j] = P::add(sums[r][j], rows[r] + k, w[j]);
         }
-        for (int r = 0; r < R; r++)
-            for (int j = 0; j < V; j++) sums[r][j] = P::add(sums[r][j], rows[r] + k, w[j]);
     }
 }
 
