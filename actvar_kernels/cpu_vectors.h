@@ -124,6 +124,48 @@ inline void multiply(const T *const *rows, const T *panel, int depth, vec (&sums
     }
 }
 
+// totals[r] (+)= rows[r] times a panel of `vectors` vectors, for `count` rows; `first`: what was there is overwritten.
+template <class T, int V, int R = ROWS>
+inline void add_tile(int count, const T *const *rows, const T *panel, int depth, Ahead next, bool first,
+                     float *const *totals) {
+    if constexpr (R > 1)
+        if (count < R) return add_tile<T, V, R - 1>(count, rows, panel, depth, next, first, totals);
+    vec sums[R][V] = {};
+    multiply<T, R, V>(rows, panel, depth, sums, next);
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < V; j++) {
+            float *to = totals[r] + j * LANES;
+            store(to, first ? sums[r][j] : load<vec>(to) + sums[r][j]);
+        }
+}
+template <class T, int V = VECTORS>
+void add_product(int vectors, int count, const T *const *rows, const T *panel, int depth, Ahead next, bool first,
+                 float *const *totals) {
+    if constexpr (V > 1)
+        if (vectors < V) return add_product<T, V - 1>(vectors, count, rows, panel, depth, next, first, totals);
+    add_tile<T, V>(count, rows, panel, depth, next, first, totals);
+}
+
+// A depth in `count` blocks of `size` numbers, the last one of what is left: rows go over a block of a panel while it is in
+// the first-level cache, and sums of blocks are rounded less than one long sum.
+struct Blocks {
+    int count, size, depth;
+    int length(int block) const { return smaller(depth - block * size, size); }
+};
+template <class T> inline Blocks blocks_of(int depth) {
+    const int count = (depth + 255) / 256;
+    return {count, padded((depth + count - 1) / count, Product<T>::STEP), depth};
+}
+
+// Rows [begin, end) of `from` [rows, depth] as [blocks, rows, size]: the rows of a tile are near each other, so that they do
+// not push each other out of the cache.
+template <class T> void pack_rows(const T *from, int begin, int end, int depth, T *to) {
+    const Blocks blocks = blocks_of<T>(depth);
+    for (int block = 0; block < blocks.count; block++)
+        for (int i = begin; i < end; i++, to += blocks.size)
+            memcpy(to, from + (size_t)i * depth + block * blocks.size, blocks.length(block) * sizeof(T));
+}
+
 // The first `columns` numbers of a vector, which may be more than it has.
 template <class T> inline void put_columns(T *to, vec x, int columns) {
     if (columns >= LANES) return Product<T>::put(to, x);

@@ -17,6 +17,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, level: int
     Args:
         x: `[..., C]` float32 or bfloat16; a weight `[D, C]` of another type is converted when it is packed.
         level: instruction set; None: the highest.
+
+    Raises:
+        ValueError: sizes that the kernel cannot count.
+        MemoryError: there is none left for a copy of a few rows.
     """
     level = cpu.best_level() if level is None else level
     layout = cpu.layout_of(level)
@@ -32,7 +36,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, level: int
     out = x.new_empty(*rows, D)
     sizes = cpu.checked_sizes(x.numel() // C, C, D)
     pointers = x.data_ptr(), copy.data_ptr(), bias.data_ptr(), out.data_ptr()
-    _library().linear(level, dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads())
+    if _library().linear(level, dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads()):
+        raise MemoryError(f"linear: no memory for {sizes[0]} rows of width {C}")
     return out
 
 
@@ -40,5 +45,4 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, level: int
 def _library() -> ctypes.CDLL:
     library = cpu.library()
     library.linear.argtypes = 2 * [ctypes.c_int] + 4 * [ctypes.c_void_p] + 4 * [ctypes.c_int]
-    library.linear.restype = None
     return library

@@ -18,24 +18,49 @@ struct Job {
 
 namespace {
 
-typedef void (*Run)(const Job &, int, int, int, int);
+struct Level {
+    size_t (*scratch_bytes[2])(const Job &, int);  // float32, bfloat16
+    void (*pack[2])(const Job &, int, int, char *);
+    void (*run[2])(const Job &, int, int, int, int, char *);
+    int panel;
+};
 
-#define RUNS_OF(level) {level::run<float>, level::run<bfloat16>},
-const Run RUNS[][2] = {FOR_EVERY_LEVEL(RUNS_OF)};
-#define PANEL_OF(level) level::PANEL,
-const int PANELS[] = {FOR_EVERY_LEVEL(PANEL_OF)};
+#define LEVEL_OF(level)                                          \
+    {{level::scratch_bytes<float>, level::scratch_bytes<bfloat16>}, \
+     {level::pack<float>, level::pack<bfloat16>},                \
+     {level::run<float>, level::run<bfloat16>},                  \
+     level::PANEL},
+const Level LEVELS[] = {FOR_EVERY_LEVEL(LEVEL_OF)};
 
 }  // namespace
 
-extern "C" void linear(int level, int is_bfloat16, const void *x, const void *weight, const void *bias, void *out,
-                       int rows, int depth, int columns, int threads) {
+// 0, or 1 when memory ran out.
+extern "C" int linear(int level, int is_bfloat16, const void *x, const void *weight, const void *bias, void *out, int rows,
+                      int depth, int columns, int threads) {
     const Job job = {x, weight, (const float *)bias, out, rows, depth, columns};
-    const Run run = RUNS[level][is_bfloat16];
-    const int most = 512;  // rows that go over a panel, so that they stay in the cache for the next one
-    const int panels = padded(columns, PANELS[level]) / PANELS[level], chunks = (rows + most - 1) / most;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-    for (int64_t item = 0; item < (int64_t)panels * chunks; item++) {
-        const int64_t chunk = item / panels;
-        run(job, item % panels, (item + threads) % panels, rows * chunk / chunks, rows * (chunk + 1) / chunks);
+    const Level &l = LEVELS[level];
+    const int panels = padded(columns, l.panel) / l.panel;
+    // rows that go over a panel: whole tiles that stay in the second-level cache for the next one
+    const int fitting = (256 << 10) / (depth * (is_bfloat16 ? 2 : 4)) / 12 * 12, most = fitting < 12 ? 12 : fitting;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        char *scratch = (char *)aligned_alloc(64, (l.scratch_bytes[is_bfloat16](job, smaller(rows, most)) + 63) / 64 * 64);
+        if (scratch == nullptr) {
+#pragma omp atomic write
+            failed = 1;
+        }
+        int64_t packed = -1;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < (int64_t)panels * ((rows + most - 1) / most); item++) {
+            if (scratch == nullptr) continue;
+            const int64_t chunk = item / panels;
+            const int begin = chunk * most, end = smaller(rows, begin + most);
+            if (chunk != packed) l.pack[is_bfloat16](job, begin, end, scratch);
+            packed = chunk;
+            l.run[is_bfloat16](job, item % panels, (item + threads) % panels, begin, end, scratch);
+        }
+        free(scratch);
     }
+    return failed;
 }

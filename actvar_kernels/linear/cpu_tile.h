@@ -2,45 +2,45 @@
 
 namespace NAMESPACE {
 
-template <class T, int V, int R = ROWS>
-void tile(int count, const T *const *rows, const T *panel, int depth, Ahead next, const float *bias, T *const *out,
-          int columns) {
-    if constexpr (R > 1)
-        if (count < R) return tile<T, V, R - 1>(count, rows, panel, depth, next, bias, out, columns);
-    vec sums[R][V] = {};
-    multiply<T, R, V>(rows, panel, depth, sums, next);
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < V; j++)
-            put_columns(out[r] + j * LANES, sums[r][j] + load<vec>(bias + j * LANES), columns - j * LANES);
+template <class T> size_t scratch_bytes(const Job &job, int rows) {
+    const Blocks blocks = blocks_of<T>(job.depth);
+    return (size_t)rows * (blocks.count * blocks.size * sizeof(T) + PANEL * sizeof(float)) + 64;
 }
 
-template <class T, int V = VECTORS>
-void panel_rows(int vectors, int count, const T *const *rows, const T *panel, int depth, Ahead next, const float *bias,
-                T *const *out, int columns) {
-    if constexpr (V > 1)
-        if (vectors < V) return panel_rows<T, V - 1>(vectors, count, rows, panel, depth, next, bias, out, columns);
-    tile<T, V>(count, rows, panel, depth, next, bias, out, columns);
+template <class T> void pack(const Job &job, int begin, int end, char *scratch) {
+    pack_rows((const T *)job.x, begin, end, job.depth, (T *)(scratch + padded((end - begin) * PANEL * sizeof(float), 64)));
 }
 
-// The columns of panel number `panel` for the rows [begin, end); `next` is the panel that this thread is likely to take next.
-template <class T> void run(const Job &job, int panel, int next, int begin, int end) {
-    const int column = panel * PANEL, depth = padded(job.depth, Product<T>::STEP);
-    const int vectors = smaller(padded(job.columns, LANES) - column, PANEL) / LANES;
-    const T *weight = (const T *)job.weight + (size_t)column * depth;
+// The columns of panel number `panel` for the rows [begin, end), which `scratch` has packed; `next` is the panel that this
+// thread is likely to take next.
+template <class T> void run(const Job &job, int panel, int next, int begin, int end, char *scratch) {
+    const int count = end - begin, column = panel * PANEL, columns = smaller(job.columns - column, PANEL);
+    const int vectors = padded(columns, LANES) / LANES;
+    const Blocks blocks = blocks_of<T>(job.depth);
+    float *totals = (float *)scratch;  // [count, PANEL]
+    const T *packed = (const T *)(scratch + padded(count * PANEL * sizeof(float), 64));
+    const T *weight = (const T *)job.weight + (size_t)column * job.depth;
     const int next_column = smaller(next * PANEL, job.columns), next_end = smaller(next_column + PANEL, job.columns);
-    const Ahead ahead = {(const char *)((const T *)job.weight + (size_t)next_column * depth),
-                         sizeof(T) * (next_end - next_column) * depth};
-    for (int i = begin; i < end; i += ROWS) {
-        const int count = smaller(end - i, ROWS);
-        const T *rows[ROWS];
-        T *out[ROWS];
-        for (int r = 0; r < count; r++) {
-            rows[r] = (const T *)job.x + (size_t)(i + r) * job.depth;
-            out[r] = (T *)job.out + (size_t)(i + r) * job.columns + column;
+    const Ahead ahead = {(const char *)((const T *)job.weight + (size_t)next_column * job.depth),
+                         sizeof(T) * (next_end - next_column) * job.depth};
+    for (int block = 0, done = 0; block < blocks.count; block++) {
+        const T *of_block = packed + (size_t)block * count * blocks.size;
+        for (int i = 0; i < count; i += ROWS, done++) {
+            const T *rows[ROWS];
+            float *to[ROWS];
+            for (int r = 0; r < smaller(count - i, ROWS); r++) {
+                rows[r] = of_block + (size_t)(i + r) * blocks.size;
+                to[r] = totals + (size_t)(i + r) * PANEL;
+            }
+            add_product<T>(vectors, smaller(count - i, ROWS), rows,
+                           weight + (size_t)block * blocks.size * vectors * LANES, blocks.length(block),
+                           ahead.part(done, done + 1, blocks.count * padded(count, ROWS) / ROWS), block == 0, to);
         }
-        panel_rows<T>(vectors, count, rows, weight, job.depth, ahead.part(i - begin, i - begin + count, end - begin),
-                      job.bias + column, out, job.columns - column);
     }
+    for (int i = 0; i < count; i++)
+        for (int c = 0; c < columns; c += LANES)
+            put_columns((T *)job.out + (size_t)(begin + i) * job.columns + column + c,
+                        load<vec>(totals + (size_t)i * PANEL + c) + load<vec>(job.bias + column + c), columns - c);
 }
 
 }  // namespace NAMESPACE
