@@ -183,7 +183,8 @@ def _memory(
 def model(name: str, device: str = "cpu") -> tuple[nn.Module, Path | None]:
     """A dense VAR in float32, and the adapter that ships with it."""
     if name == "fashion-mnist":
-        return load_pretrained(name, device=device)[1], adapter_path(name, "paper")
+        # the dense model's weights, so that all ways share one packed copy
+        return load_pretrained(name, device=device)[1], adapter_path(name, "paper-stage1")
     width, sides = MODELS[name]
     sizes = dict(depth=width // HEAD_DIM, width=width, patch_nums=sides, shared_aln=name == "d36")
     _, var = build_vae_var(**sizes, device=device)

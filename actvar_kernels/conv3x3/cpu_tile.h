@@ -32,22 +32,6 @@ inline void transform_output(const vec (&m)[4][4], vec (&y)[2][2]) {
     }
 }
 
-template <class T, int V, int R = ROWS>
-void product(int count, const T *const *rows, const T *panel, int depth, float *to, int stride) {
-    if constexpr (R > 1)
-        if (count < R) return product<T, V, R - 1>(count, rows, panel, depth, to, stride);
-    vec sums[R][V] = {};
-    multiply<T, R, V>(rows, panel, depth, sums);
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < V; j++) store(to + (size_t)r * stride + j * LANES, sums[r][j]);
-}
-template <class T, int V = VECTORS>
-void panel_product(int vectors, int count, const T *const *rows, const T *panel, int depth, float *to, int stride) {
-    if constexpr (V > 1)
-        if (vectors < V) return panel_product<T, V - 1>(vectors, count, rows, panel, depth, to, stride);
-    product<T, V>(count, rows, panel, depth, to, stride);
-}
-
 template <class T> size_t scratch_bytes(const Job &job) {
     return (size_t)16 * TILES * (job.channels * sizeof(T) + PANEL * sizeof(float));
 }
@@ -91,8 +75,12 @@ template <class T> void run(const Job &job, int64_t first, int count, char *scra
             for (int t = 0; t < count; t += ROWS) {
                 const int group = smaller(count - t, ROWS);
                 const T *rows[ROWS];
-                for (int r = 0; r < group; r++) rows[r] = inputs + ((size_t)p * count + t + r) * C;
-                panel_product<T>(vectors, group, rows, panel, C, products + ((size_t)p * TILES + t) * PANEL, PANEL);
+                float *to[ROWS];
+                for (int r = 0; r < group; r++) {
+                    rows[r] = inputs + ((size_t)p * count + t + r) * C;
+                    to[r] = products + ((size_t)p * TILES + t + r) * PANEL;
+                }
+                add_product<T>(vectors, group, rows, panel, C, {nullptr, 0}, true, to);
             }
         }
         for (int t = 0; t < count; t++)

@@ -16,6 +16,8 @@ struct Job {
     int tokens, channels, experts, width;
 };
 
+constexpr int FEW = 64;  // tokens up to which threads share columns
+
 }  // namespace
 
 #define KERNEL "expert_ffn/cpu_tile.h"
@@ -24,19 +26,18 @@ struct Job {
 namespace {
 
 struct Level {
-    void (*runs[2])(const Job &, int, int, char *);  // float32, bfloat16
+    size_t (*scratch_bytes[2])(const Job &, int, int);  // float32, bfloat16
+    void (*runs[2])(const Job &, int, int, char *);
     void (*runs_few[2])(const Job &, char *, int);
-    int lanes;
 };
 
-#define LEVEL_OF(level)                             \
-    {{level::run<float>, level::run<bfloat16>},     \
-     {level::run_few<float>, level::run_few<bfloat16>}, \
-     level::WIDTH},
+#define LEVEL_OF(level)                                          \
+    {{level::scratch_bytes<float>, level::scratch_bytes<bfloat16>}, \
+     {level::run<float>, level::run<bfloat16>},                  \
+     {level::run_few<float>, level::run_few<bfloat16>}},
 const Level LEVELS[] = {FOR_EVERY_LEVEL(LEVEL_OF)};
 
-constexpr int FEW = 64;         // tokens up to which threads share columns
-constexpr int MOST = 512;       // tokens that go over a panel of weights while it is in the cache
+constexpr int MOST = 192;  // tokens that go over a panel of weights while it is in the cache
 
 char *allocated(size_t bytes) { return (char *)aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
@@ -48,22 +49,21 @@ extern "C" int expert_ffn(int level, int is_bfloat16, const void *u, const void 
                           int channels, int experts, int width, int threads) {
     const Job job = {u,   (const uint8_t *)mask, weight1, weight2,  (const float *)bias1, (const float *)bias2,
                      out, tokens,                channels, experts, width};
-    const int lanes = LEVELS[level].lanes;
-    const size_t sums = (size_t)4 * padded(channels, lanes), hidden = (size_t)4 * padded(width, lanes);
+    const Level &l = LEVELS[level];
     if (tokens <= FEW) {
-        char *scratch = allocated(tokens * (sums + experts * (hidden + 4)) + 4 * (size_t)experts + 64);
+        char *scratch = allocated(l.scratch_bytes[is_bfloat16](job, tokens, experts) + 4 * (size_t)experts);
         if (scratch == nullptr) return 1;
-        LEVELS[level].runs_few[is_bfloat16](job, scratch, threads);
+        l.runs_few[is_bfloat16](job, scratch, threads);
         free(scratch);
         return 0;
     }
     int chunks = (tokens + MOST - 1) / MOST;
     chunks = padded(chunks < threads ? threads : chunks, threads);
-    const size_t longest = (tokens + chunks - 1) / chunks;
+    const int longest = (tokens + chunks - 1) / chunks;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        char *scratch = allocated(longest * (sums + hidden + 4) + 64);
+        char *scratch = allocated(l.scratch_bytes[is_bfloat16](job, longest, 1));
         if (scratch == nullptr) {
 #pragma omp atomic write
             failed = 1;
@@ -71,7 +71,7 @@ extern "C" int expert_ffn(int level, int is_bfloat16, const void *u, const void 
 #pragma omp for schedule(dynamic, 1)
         for (int chunk = 0; chunk < chunks; chunk++) {
             const int begin = (int64_t)tokens * chunk / chunks, end = (int64_t)tokens * (chunk + 1) / chunks;
-            if (scratch != nullptr && begin < end) LEVELS[level].runs[is_bfloat16](job, begin, end, scratch);
+            if (scratch != nullptr && begin < end) l.runs[is_bfloat16](job, begin, end, scratch);
         }
         free(scratch);
     }
