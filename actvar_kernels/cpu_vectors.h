@@ -110,7 +110,7 @@ inline void multiply(const T *const *rows, const T *panel, int depth, vec (&sums
     const int ahead = STRETCH * V * LANES;
     const size_t next_bytes = next.bytes / ((depth + STRETCH - 1) / STRETCH);
     for (int begin = 0; begin < depth; begin += STRETCH, next.from += next_bytes) {
-        for (size_t line = 0; line <= next_bytes; line += LINE) __builtin_prefetch(next.from + line, 0, 2);
+        for (size_t line = 0; line < next_bytes; line += LINE) __builtin_prefetch(next.from + line, 0, 2);
         const int end = smaller(begin + STRETCH, depth);
         for (int k = begin; k < end; k += P::STEP) {
             const T *step = panel + (size_t)k * V * LANES;
