@@ -176,7 +176,7 @@ def quality(rows: Sequence[Result]) -> Figure | None:
     """FID over the time of a sample, for providers that have both."""
 
     def shape(row: Result) -> tuple:
-        return row.provider, row.model, row.rate
+        return row.provider, row.model
 
     fids = {shape(row): row for row in rows if row.metric == "FID"}
     times = _grouped((r for r in rows if (r.operation, r.metric) == ("whole sample", "ms")), shape)
@@ -185,7 +185,7 @@ def quality(rows: Sequence[Result]) -> Figure | None:
     figure, (axes,) = _panels(1)
     for of in sorted(fids.keys() & times.keys()):
         time = min(times[of], key=lambda row: row.p50 / row.batch)
-        axes.plot(time.p50 / time.batch, fids[of].p50, "o", label=f"{of[0]}, {of[1]}, rate {of[2]:.0%}")
+        axes.plot(time.p50 / time.batch, fids[of].p50, "o", label=", ".join(of))
     axes.set(xlabel="milliseconds an image", ylabel="FID", xlim=(0, None))
     axes.legend(fontsize=7)
     return figure

@@ -1,8 +1,10 @@
 """The long-form CSV that every benchmark writes to and every plot is drawn from: one file per device.
 
     python -m benchmarks.results gpu.json
+    python -m benchmarks.results evaluation.json
 
-turns the file that `make gpu` wrote into rows of `benchmarks/results/<device>.csv`.
+turns the file that `make gpu` wrote, or `actvar evaluate --json` on this machine, into rows of
+`benchmarks/results/<device>.csv`.
 """
 
 from __future__ import annotations
@@ -220,13 +222,29 @@ def _block_times(runs: Sequence[dict[str, float]]) -> dict[str, list[float]]:
     return found
 
 
+def evaluation_rows(report: dict) -> list[Result]:
+    """Rows of the time of a batch and of the FID of every method in a report of `actvar evaluate` on one of `SIZES`;
+    methods have no one rate, so theirs is the one that samples are timed at."""
+    batch, model = report["settings"]["batch"], report["model"]
+    shape = Shape(model, batch, report["dtype"], 0.75, SIZES[model].sides[-1])
+    rows = []
+    for method, found in report["methods"].items():
+        milliseconds = [1e3 * batch * seconds for seconds in found["seconds_of_batches"]]
+        rows.append(shape.row(method, "whole sample", "ms", milliseconds, torch=report["torch"]))
+        if found["by_seed"]:
+            fids = [of_seed["fid"] for of_seed in found["by_seed"]]
+            rows.append(shape.row(method, "whole sample", "FID", fids, torch=report["torch"]))
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
-    parser.add_argument("gpu_json", type=Path, help="file that `make gpu` wrote")
-    report = json.loads(parser.parse_args(arguments).gpu_json.read_text())
-    path = csv_of(report["machine"]["gpu"])
-    add(path, gpu_rows(report))
+    parser.add_argument("report", type=Path, help="file that `make gpu` or `actvar evaluate --json` wrote")
+    report = json.loads(parser.parse_args(arguments).report.read_text())
+    evaluated = "methods" in report
+    path = csv_of(device_name() if evaluated else report["machine"]["gpu"])
+    add(path, evaluation_rows(report) if evaluated else gpu_rows(report))
     print(path)
     return 0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from actvar_kernels import cpu
 from benchmarks import results
 from benchmarks.providers import SUBSETS, Case, measure, names, rows
 
@@ -44,9 +45,11 @@ def measured(case: Case, csv: Path | None) -> dict[str, dict[str, list[float]]]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    slow = () if DEVICE == "cuda" or cpu.multiplies_bfloat16() else ("bf16",)
     cases = [
         pytest.param(case, *names_of, id=f"{case}, {', '.join(names_of)}")
         for case in SUBSETS[metafunc.config.getoption("subset")]
+        if case.dtype not in slow
         for names_of in names(case, DEVICE)
     ]
     metafunc.parametrize(("case", "operation", "provider"), cases)

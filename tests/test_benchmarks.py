@@ -98,6 +98,26 @@ def test_a_gpu_report_with_wrong_numerics_gives_no_rows():
         results.gpu_rows(gpu_report(passed=False))
 
 
+def test_an_evaluation_becomes_rows_of_time_and_fid_that_the_plot_of_quality_shows(tmp_path):
+    method = {"seconds_of_batches": [0.01, 0.02, 0.03], "by_seed": [{"fid": 14.0}, {"fid": 15.0}, {"fid": 16.0}]}
+    report = {
+        "model": "fashion-mnist",
+        "dtype": "fp32",
+        "torch": "2.13.0",
+        "settings": {"batch": 50},
+        "methods": {"best": method, "skip@1": method | {"by_seed": []}},
+    }
+    rows = results.evaluation_rows(report)
+    assert [(row.provider, row.metric, row.p50) for row in rows] == [
+        ("best", "ms", 1000.0),
+        ("best", "FID", 15.0),
+        ("skip@1", "ms", 1000.0),
+    ]
+    assert {(row.batch, row.side, row.torch) for row in rows} == {(50, 8, "2.13.0")}
+    (points,) = plots.quality(rows).axes
+    assert [(line.get_label(), *line.get_xydata()[0]) for line in points.lines] == [("best, fashion-mnist", 20.0, 15.0)]
+
+
 # --- operations
 
 
