@@ -176,18 +176,19 @@ def quality(rows: Sequence[Result]) -> Figure | None:
     """FID over the time of a sample, for providers that have both."""
 
     def shape(row: Result) -> tuple:
-        return row.provider, row.model
+        return row.provider, row.model, row.operation
 
     fids = {shape(row): row for row in rows if row.metric == "FID"}
-    times = _grouped((r for r in rows if (r.operation, r.metric) == ("whole sample", "ms")), shape)
+    times = _grouped((row for row in rows if row.metric == "ms"), shape)
     if not fids.keys() & times.keys():
         return None
     figure, (axes,) = _panels(1)
+    figure.set_size_inches(6, 3.2)
     for of in sorted(fids.keys() & times.keys()):
         time = min(times[of], key=lambda row: row.p50 / row.batch)
-        axes.plot(time.p50 / time.batch, fids[of].p50, "o", label=", ".join(of))
-    axes.set(xlabel="milliseconds an image", ylabel="FID", xlim=(0, None))
-    axes.legend(fontsize=7)
+        axes.plot(time.p50 / time.batch, fids[of].p50, "o", label=", ".join(of[:2]))
+    axes.set(xlabel="milliseconds an image", ylabel="FID", xlim=(0, None), yscale="log")
+    figure.legend(loc="outside right upper", fontsize=7)
     return figure
 
 

@@ -38,10 +38,10 @@ FOLDER = Path(__file__).parent / "results"
 class Result:
     """One measured quantity.
 
-    `provider`: who computed it. `operation`: an operation of a block, a part of a sample, or "sample". Shape: `model`,
-    `batch` images (two rows each), `dtype`, `rate` of tokens and FFN at the last two scales, `experts` the FFN is cut
-    into, `side` of the last token map; `step` of the sample, from 1 on, or 0 for all. `metric`: a unit; `p20`, `p50`,
-    `p80` its percentiles.
+    `provider`: who computed it. `operation`: an operation of a block, a part of a sample, or "evaluated sample".
+    Shape: `model`, `batch` images (two rows each), `dtype`, `rate` of tokens and FFN at the last two scales, `experts`
+    the FFN is cut into, `side` of the last token map; `step` of the sample, from 1 on, or 0 for all. `metric`: a unit;
+    `p20`, `p50`, `p80` its percentiles.
     """
 
     provider: str
@@ -230,10 +230,10 @@ def evaluation_rows(report: dict) -> list[Result]:
     rows = []
     for method, found in report["methods"].items():
         milliseconds = [1e3 * batch * seconds for seconds in found["seconds_of_batches"]]
-        rows.append(shape.row(method, "whole sample", "ms", milliseconds, torch=report["torch"]))
+        rows.append(shape.row(method, "evaluated sample", "ms", milliseconds, torch=report["torch"]))
         if found["by_seed"]:
             fids = [of_seed["fid"] for of_seed in found["by_seed"]]
-            rows.append(shape.row(method, "whole sample", "FID", fids, torch=report["torch"]))
+            rows.append(shape.row(method, "evaluated sample", "FID", fids, torch=report["torch"]))
     return rows
 
 

@@ -383,7 +383,8 @@ def made_up_rows(with_quality: bool) -> list[results.Result]:
                     rows.append(shape.row(way, f"scaling rate: {operation}", metric, [ms]))
     rows.append(replace(SHAPE, rate=1.0).row("cpu", "dense_ffn", "ms", [4.0]))
     if with_quality:
-        rows += [SHAPE.row(way, "sample", "FID", [fid]) for way, fid in (("dense", 3.0), ("ActVAR", 4.0))]
+        for way, fid in (("dense", 3.0), ("ActVAR", 4.0)):
+            rows += [SHAPE.row(way, "evaluated sample", *of) for of in (("FID", [fid]), ("ms", [9.0]))]
     return rows
 
 
