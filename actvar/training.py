@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from actvar.files import replacing
+from actvar.muon import Muon
 from actvar_kernels import cpu
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ class Plan:
         ema: decay of the exponential moving average of the weights, which the model ends with; 0 switches it off. At
             step `i` it is at most `(1 + i) / (10 + i)`.
         clip: largest norm of the gradient over all parameters.
-        muon: train the weight matrices of the transformer blocks with Muon (Jordan et al. 2024; torch >= 2.9), its
-            updates scaled to the size of AdamW's, and the rest with AdamW. False: AdamW for all.
+        muon: train the weight matrices of the transformer blocks with Muon (`actvar.muon`), and the rest with
+            AdamW. False: AdamW for all.
         bf16: compute in bfloat16 by autocast; by default where the processor has instructions for it.
         checkpoint_seconds: time between checkpoints.
     """
@@ -305,10 +306,7 @@ def _optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     rest = [p for name, p in trainable.items() if name not in matrices]
     optimizers = [torch.optim.AdamW(rest, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)]
     if matrices:
-        muon = torch.optim.Muon(
-            matrices.values(), lr=plan.lr, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append(muon)
+        optimizers.append(Muon(matrices.values(), plan.lr, plan.weight_decay))
     return optimizers
 
 
