@@ -14,14 +14,15 @@ from actvar.adapter import describe_adapter
 from actvar.baselines import wanda_units
 from actvar.distill import run
 from actvar.distill.data import sampled_source
+from benchmarks.paper import measure as measure_module
 from benchmarks.paper import recipes
 from benchmarks.paper import train as training_module
-from benchmarks.paper.measure import DENSE, Measured, load_measured, save_measured
+from benchmarks.paper.measure import DENSE, Measured, load_measured, measure_all, save_measured
 from benchmarks.paper.page import write_page
 from benchmarks.paper.published import TABLES
 from benchmarks.paper.recipes import CHOICES
 from benchmarks.paper.train import adapter_file, fix_experts, jobs_of, owner_of, runs_in_order, train
-from benchmarks.paper.trainings import MAIN, TRAININGS, Training
+from benchmarks.paper.trainings import MAIN, SMALL, TRAININGS, Training
 from benchmarks.paper.workers import Job, run_jobs
 
 
@@ -170,6 +171,32 @@ def test_the_page_says_what_agrees_what_is_noise_and_what_is_missing(tmp_path):
     assert "not measured yet" in text
     assert "| 25.0% | 0.101 ± 0.0025 | 0.202 ± 0.005 | 14.5" in text
     assert {picture.stem for picture in pictures} >= {"table4", "table5", "table6"}
+
+
+def test_rows_without_an_adapter_stay_and_those_with_one_are_measured_again(tmp_path, monkeypatch):
+    dense = [measured(DENSE, 0, 0.0, recipe="", stage=0, num=500), measured(DENSE, 0, 0.0, "", stage=0, model=SMALL)]
+    known = [dense[0], measured(MAIN, 0, 0.3), measured("fixed tokens", 1, 0.4), dense[1]]
+
+    def measure(model, seeds, label, adapter, work, data, num, device):
+        recipe, row, stage = label
+        asked.append((model, row, num))
+        return [measured(row, seed, 0.0 if row == DENSE else 0.2, recipe, stage=stage, model=model) for seed in seeds]
+
+    monkeypatch.setattr(measure_module, "measure", measure)
+    monkeypatch.setattr(measure_module, "_quality", lambda data, device: None)
+    training = next(t for t in TRAININGS if (t.row, t.recipe, t.model) == (MAIN, "paper", "fashion-mnist"))
+    for num, models in ((0, []), (500, [SMALL])):
+        asked: list[tuple[str, str, int]] = []
+        found = measure_all(tmp_path, tmp_path, num, torch.device("cpu"), 1, known)
+        assert asked == [(model, DENSE, num) for model in models]
+        assert [row for row in found if row.row != DENSE] == known[1:3]
+
+    asked = []
+    adapter_file(tmp_path, training, 0).touch()
+    found = measure_all(tmp_path, tmp_path, 0, torch.device("cpu"), 1, known)
+    assert asked == [("fashion-mnist", MAIN, 0)]
+    assert found == [dense[0], measured(MAIN, 0, 0.2), known[2], dense[1]]
+    assert load_measured(tmp_path / "results.csv") == found
 
 
 def test_choices_of_the_recipe_have_different_names_and_end_in_best():

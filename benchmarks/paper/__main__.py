@@ -1,6 +1,7 @@
 """Measure the adapters behind the paper's tables and write the page about them: `python -m benchmarks.paper`.
 
-What was measured before is not measured again; rows that are not trained are said to be missing.
+What was measured before is not measured again. Rows whose adapters are not there stay as docs/paper/results.csv has
+them; those that it lacks are said to be missing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 from pathlib import Path
 
 from actvar.figures import FIGURES
-from benchmarks.paper.measure import measure_all, save_measured
+from benchmarks.paper.measure import load_measured, measure_all, save_measured
 from benchmarks.paper.page import write_page
 from benchmarks.paper.train import add_arguments
 
@@ -25,8 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     folder = options.out / "paper"
     folder.mkdir(parents=True, exist_ok=True)
-    measured = measure_all(options.work, options.data, options.num, options.device, options.processes)
-    save_measured(measured, folder / "results.csv")
+    table = folder / "results.csv"
+    known = load_measured(table) if table.exists() else []
+    measured = measure_all(options.work, options.data, options.num, options.device, options.processes, known)
+    save_measured(measured, table)
     for path in write_page(measured, options.out):
         print(f"wrote {path}")
     for draw in FIGURES.values():

@@ -53,15 +53,20 @@ class Measured:
     recall: float | None = None
 
 
-def measure_all(work: Path, data: Path, num: int, device: torch.device, processes: int) -> list[Measured]:
+def measure_all(
+    work: Path, data: Path, num: int, device: torch.device, processes: int, known: Sequence[Measured] = ()
+) -> list[Measured]:
     """Measure every adapter in `work`, with as many images as `num`; what was measured is kept in `work/measured`, and
-    the rows so far in `work/results.csv`."""
+    the rows so far in `work/results.csv`. Rows of `known` stay where `work` has no adapter, and those of the dense
+    models where they have as many images."""
     if num:
         _quality(data, device)  # keeps the statistics of the real images for all processes
     where = (work, data, num, device)
+    measured = {row.model for row in known if row.row == DENSE and row.num >= num}
     jobs = [
         Job(f"{model}, {DENSE}", functools.partial(measure, model, SEEDS, ("", DENSE, 0), None, *where))
         for model in dict.fromkeys(training.model for training in TRAININGS)
+        if model not in measured
     ]
     for training, seed in runs_in_order(TRAININGS):
         for stage in (2, 1) if training.row == MAIN else (2,):  # stage 1 of the main rows alone
@@ -70,11 +75,11 @@ def measure_all(work: Path, data: Path, num: int, device: torch.device, processe
                 label = (training.recipe, training.row, stage)
                 call = functools.partial(measure, training.model, (seed,), label, path, *where)
                 jobs.append(Job(path.stem, call))
-    found: list[Measured] = []
+    found = {_place(row): row for row in known}
     for _, rows in run_jobs(jobs, processes, work):
-        found += rows
-        save_measured(sorted(found, key=_place), work / "results.csv")
-    return sorted(found, key=_place)
+        found |= {_place(row): row for row in rows}
+        save_measured([found[place] for place in sorted(found)], work / "results.csv")
+    return [found[place] for place in sorted(found)]
 
 
 def _place(row: Measured) -> tuple[int, ...]:

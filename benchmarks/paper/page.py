@@ -20,7 +20,8 @@ from benchmarks.paper.trainings import BATCH, STEPS
 MISSING = "not measured yet"
 INTRODUCTION = f"""# The paper's tables and figures, on the bundled models
 
-Written by `make paper` from [paper/results.csv](paper/results.csv); `make paper-train` trains what is missing.
+Written by `make paper` from [paper/results.csv](paper/results.csv), in which it replaces the rows of the adapters that
+`make paper-train` left in `paper-work/`.
 Fashion-MNIST in place of ImageNet, a transformer of 3.1 M parameters (1.0 M the small one) in place of 310 M to 2 B,
 and {STEPS[1]} + {STEPS[2]} steps of {BATCH} images in place of 2 + 10 epochs: what can be compared is which row is
 ahead, not the figures themselves.
