@@ -51,7 +51,7 @@ def sample_tokens(
         1 / (V * NormalDist().pdf(quantile)),
         1 - top_p,
         step,
-        GUIDE=guidance is not None,
+        GUIDED=guidance is not None,
         TOP_K=top_k > 0,
         TOP_P=top_p > 0,
         SMALLEST=SMALLEST,
@@ -96,7 +96,7 @@ def _sample(
     slope,
     tail,
     step,
-    GUIDE: tl.constexpr,
+    GUIDED: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
     SMALLEST: tl.constexpr,
@@ -112,7 +112,7 @@ def _sample(
 
     cond_ptr = logits_ptr + image * logits_strides[0] + position * logits_strides[1]
     guided = tl.load(cond_ptr + token * logits_strides[2], mask=real, other=-float("inf")).to(tl.float32)
-    if GUIDE:
+    if GUIDED:
         uncond_ptr = cond_ptr + images.to(tl.int64) * logits_strides[0]
         uncond = tl.load(uncond_ptr + token * logits_strides[2], mask=real, other=0.0).to(tl.float32)
         cond = guided

@@ -102,7 +102,7 @@ def _sort(a: Arguments, _share: Share) -> Cost:
 
 def _sample(a: Arguments, _share: Share) -> Cost:
     logits = math.prod(a["tokens_ptr"].shape) * a["logits_ptr"].shape[2]
-    return Cost(_bytes(a), instructions=(SAMPLE_INSTRUCTIONS + GUIDE_INSTRUCTIONS * a["GUIDE"]) * logits)
+    return Cost(_bytes(a), instructions=(SAMPLE_INSTRUCTIONS + GUIDE_INSTRUCTIONS * a["GUIDED"]) * logits)
 
 
 def _zero_unchosen(a: Arguments, _share: Share) -> Cost:
