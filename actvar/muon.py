@@ -39,8 +39,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in (p for p in group["params"] if p.grad is not None):
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - momentum)
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                average = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
                 update = orthogonalized(p.grad.lerp(average, momentum))
                 p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-0.2 * lr * max(p.shape) ** 0.5)
 
