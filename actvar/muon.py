@@ -52,10 +52,10 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
     between 0.6 and 1.2."""
     a, b, c = COEFFICIENTS
     narrow = matrix.is_cuda or cpu.multiplies_bfloat16()
-    x = matrix.to(torch.bfloat16 if narrow else torch.float32)
-    x = x if x.shape[0] <= x.shape[1] else x.T
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).to(torch.bfloat16 if narrow else torch.float32)
     x = x / x.norm().clamp_min(1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if matrix.shape[0] <= matrix.shape[1] else x.T).to(matrix.dtype)
+    return (x.T if tall else x).to(matrix.dtype)

@@ -54,7 +54,7 @@ class Measured:
 
 
 def measure_all(
-    work: Path, data: Path, num: int, device: torch.device, processes: int, known: Sequence[Measured] = ()
+    work: Path, data: Path, num: int, device: torch.device, processes: int, known: Sequence[Measured]
 ) -> list[Measured]:
     """Measure every adapter in `work`, with as many images as `num`; what was measured is kept in `work/measured`, and
     the rows so far in `work/results.csv`. Rows of `known` stay where `work` has no adapter, and those of the dense
