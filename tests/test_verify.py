@@ -208,7 +208,7 @@ def test_a_fault_of_a_backend_is_found_in_its_block_and_operation(fault, break_b
 
 def test_a_failure_is_one_line_and_exit_code_1(break_backend, files, monkeypatch, capsys, tmp_path):
     load = break_backend("subset_attention", FAULTS["attention"][2])
-    monkeypatch.setattr("actvar.cli._load", lambda options, dtype: (None, load(dtype)))
+    monkeypatch.setattr("actvar.cli.verify.load", lambda options, dtype: (None, load(dtype)))
     file = tmp_path / "report.json"
     assert exit_code(*files, "--backend", "triton", "--json", str(file)) == 1
     *table, summary = capsys.readouterr().out.splitlines()

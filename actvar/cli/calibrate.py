@@ -1,0 +1,50 @@
+"""`actvar calibrate`: an adapter without training."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import actvar
+from actvar.calibrate import calibrate
+from actvar.cli.options import DTYPES, add_source, check_source, load, positive, with_rates, write_json
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("calibrate", help="make an adapter without data or training, in minutes")
+    add_source(command, adapter=None)
+    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    command.add_argument(
+        "--out", type=Path, required=True, help="adapter file to write; the report goes beside it as .json"
+    )
+    command.add_argument(
+        "--rates", nargs="+", type=float, help="token rates of the last scales, then the FFN's (default 0.75 0.75 0.75)"
+    )
+    command.add_argument(
+        "--uniform", action="store_true", help="these rates in every block, not the best at their FLOPs"
+    )
+    command.add_argument("--experts", type=positive, default=16, help="groups of hidden units (default 16)")
+    command.add_argument("--images", type=positive, default=16, help="samples to fit to (default 16)")
+    command.add_argument("--cfg", type=float, default=1.5, help="guidance strength of the samples (default 1.5)")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    check_source(options)
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that exists, got {options.out}")
+    if options.out.suffix == ".json":
+        raise ValueError(f"--out: expected the adapter's name, such as adapter.safetensors, got {options.out}")
+    config = with_rates(actvar.ActVARConfig(num_experts=options.experts), options.rates)
+    _, var = load(options, DTYPES[options.dtype])
+    begin = time.perf_counter()
+    report = calibrate(var, config, images=options.images, seed=options.seed, cfg=options.cfg, uniform=options.uniform)
+    seconds = time.perf_counter() - begin
+    actvar.save_adapter(var, options.out)
+    facts = {"device": options.device, "images": options.images, "cfg": options.cfg, "seed": options.seed}
+    written = options.out.with_suffix(".json")
+    write_json(written, facts | {"seconds": round(seconds, 1)} | report.as_dict())
+    print(report.table())
+    print(f"wrote {options.out}, {written}; {options.images} samples, {seconds:.0f} s")

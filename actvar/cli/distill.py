@@ -1,0 +1,70 @@
+"""`actvar distill`: train an adapter."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import actvar
+from actvar.adapter import read_adapter_config
+from actvar.cli.options import adapter_of, add_source, check_source, describe, device_of, load, positive, with_rates
+from actvar.distill.data import source_of
+from actvar.distill.recipes import RECIPES
+from actvar.distill.run import Distillation, distill
+from actvar.training import launched_processes, rank
+from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("distill", help="train an adapter; run the same command again to go on with it")
+    add_source(command)
+    command.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast (default fp32)")
+    command.add_argument("--stage", type=int, choices=[1, 2], required=True, help="1: selectors, routers; 2: weights")
+    command.add_argument(
+        "--recipe", choices=RECIPES, default="paper", help="the paper's choices (default), or the best found here"
+    )
+    command.add_argument("--out", type=Path, required=True, help="adapter file; checkpoints and losses go beside it")
+    command.add_argument("--data", help="folder of images in a subfolder per class, of Fashion-MNIST's files, or none")
+    command.add_argument("--samples", type=positive, default=10_000, help="token maps for --data none (default 10000)")
+    what = command.add_argument_group("what is sparse (default: as in --adapter, else the paper's)")
+    what.add_argument("--scales", nargs="+", type=int, help="e.g. -2 -1 for the last two")
+    what.add_argument("--rates", nargs="+", type=float, help="token rate of each scale, then the FFN's")
+    what.add_argument("--experts", type=positive, help="experts the FFN is cut into")
+    how = command.add_argument_group("training")
+    how.add_argument("--epochs", type=float, help="passes over the data (default 2 for stage 1, 10 for stage 2)")
+    how.add_argument("--batch", type=positive, default=256, help="over all processes (default 256)")
+    how.add_argument("--lr", type=float, help="peak (default 1e-4 per 256 of the batch; stage 2 of best 2e-3)")
+    how.add_argument("--accumulate", type=positive, default=1, help="parts a batch is computed in (default 1)")
+    how.add_argument("--ema", type=float, default=0.0, help="decay of the average of the weights, e.g. 0.999")
+    how.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
+    how.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    check_source(options)
+    data = options.data or (str(DEBIAN_FOLDER) if options.model else None)
+    if data is None:
+        raise ValueError("--data: expected a folder, or none to sample token maps from the model itself")
+    if options.out.suffix != ".safetensors" or not options.out.parent.is_dir():
+        raise ValueError(f"--out: expected a .safetensors file in a folder that exists, got {options.out}")
+    adapter = adapter_of(options) if options.stage == 2 or options.adapter else None
+    config = actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter)
+    if options.scales and not options.rates:
+        raise ValueError("--scales: give --rates as well, a token rate for each scale, then the FFN's")
+    config = with_rates(config, options.rates, options.scales)
+    if options.experts:
+        config = replace(config, num_experts=options.experts)
+    names = ("stage", "epochs", "batch", "lr", "accumulate", "ema", "clip", "seed")
+    given = {name: getattr(options, name) for name in names}
+    how = Distillation(**given, recipe=RECIPES[options.recipe], bf16=options.dtype == "bf16")
+    with launched_processes(device_of(options.device)) as device:
+        options.device = str(device)
+        vae, var = load(options, torch.float32)
+        source = source_of(data, vae, var, options.samples, options.seed)
+        written = distill(vae, var, config, adapter, source, how, options.out)
+        if rank() == 0:
+            print(f"wrote {written}; {describe(config)}")

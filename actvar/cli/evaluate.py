@@ -1,0 +1,82 @@
+"""`actvar evaluate`: quality, time and FLOPs of methods."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from actvar.cli.options import (
+    DTYPES,
+    add_draw,
+    add_source,
+    check_source,
+    device_of,
+    expect_folder,
+    load,
+    positive,
+    write_json,
+)
+from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("evaluate", help="quality, time and FLOPs of ActVAR beside other methods; resumes")
+    add_source(command, adapter=False)
+    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    command.add_argument(
+        "--methods",
+        default="all",
+        help="comma-separated names, or files of adapters (default all); unknown: lists them",
+    )
+    command.add_argument("--num", type=positive, default=5000, help="images per method and seed (default 5000)")
+    command.add_argument("--repeats", type=positive, default=1, help="seeds, from --seed on (default 1)")
+    command.add_argument("--batch", type=positive, default=50, help="images per batch (default 50)")
+    command.add_argument("--rounds", type=positive, default=5, help="timed batches per method (default 5)")
+    add_draw(command)
+    command.add_argument(
+        "--data", type=Path, default=DEBIAN_FOLDER, help="folder of Fashion-MNIST's files, for --model"
+    )
+    command.add_argument(
+        "--json", type=Path, default=Path("evaluation.json"), help="file to write; finished parts go beside it"
+    )
+    command.add_argument("--plot", type=Path, help="PNG file to draw quality over time to")
+    command.add_argument("--npz", type=Path, help="folder for the images of each method, for OpenAI's evaluator")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    check_source(options)
+    expect_folder("--json", options.json)
+    expect_folder("--plot", options.plot)
+    if options.plot and not options.model:
+        raise ValueError("--plot: quality is measured of the bundled model; of others --npz writes the images")
+    try:
+        from actvar.evaluate.bundled import dense_predictions, training_image_quality
+        from actvar.evaluate.methods import chosen_methods, methods_of
+        from actvar.evaluate.report import Report, save_quality_plot
+        from actvar.evaluate.run import Evaluation, evaluate, write_samples
+    except ImportError as error:
+        raise ImportError(f"{error}; install the packages of evaluation: pip install actvar[eval]") from error
+    names = ("num", "seed", "repeats", "batch", "cfg", "top_k", "top_p", "rounds")
+    how = Evaluation(**{name: getattr(options, name) for name in names})
+    vae, var = load(options, DTYPES[options.dtype])
+    placement = dict(device=device_of(options.device), dtype=DTYPES[options.dtype])
+    methods = chosen_methods(options.methods, methods_of(options.model, **placement))
+    quality = dense = None
+    how.bulk(var, options.seed)  # says what is wrong with the numbers before anything is read
+    if options.model:
+        quality = training_image_quality(options.data, var.head.weight.device)
+        dense = dense_predictions(vae, var, options.data, options.cfg)
+    results = evaluate(var, methods, how, options.json.with_suffix(".parts"), quality, dense)
+    report = Report(results, how, var.patch_nums)
+    facts = {"model": options.model or Path(options.var).name, "device": options.device, "dtype": options.dtype}
+    write_json(options.json, facts | {"threads": torch.get_num_threads()} | report.as_dict())
+    print(report.table())
+    written = [options.json]
+    if options.plot:
+        written.append(save_quality_plot(report, options.plot))
+    if options.npz:
+        written += write_samples(var, methods, how, options.npz)
+    print("wrote " + ", ".join(map(str, written)))

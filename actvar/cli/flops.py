@@ -1,0 +1,36 @@
+"""`actvar flops`: count."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import actvar
+from actvar.cli.options import add_rates, describe, expect_folder, positive, with_rates, write_json
+from actvar.flops_report import AGREEMENT, MODEL_NAMES, flops_report, save_plot
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("flops", help="FLOPs by module and step; exit code 1 if torch counts other ones")
+    command.add_argument("--model", choices=MODEL_NAMES, required=True, help="an official size, or the bundled model")
+    add_rates(command)
+    command.add_argument("--batch", type=positive, default=1, help="images (default 1)")
+    command.add_argument("--paper", action="store_true", help="also the savings of the paper's tables, row by row")
+    command.add_argument("--json", type=Path, help="file to write every figure to")
+    command.add_argument("--plot", type=Path, help="PNG file to draw FLOPs by module and step to")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    expect_folder("--json", options.json)
+    expect_folder("--plot", options.plot)
+    config = with_rates(actvar.ActVARConfig(), options.rates)
+    report = flops_report(options.model, config, options.batch, options.paper)
+    print(f"{options.model}, batch {options.batch}; {describe(config)}")
+    print(report.text())
+    if options.json:
+        write_json(options.json, report.as_dict())
+    if options.plot:
+        save_plot(report, options.plot)
+    if report.worst_difference > AGREEMENT:
+        raise SystemExit(1)

@@ -1,0 +1,55 @@
+"""`actvar inspect`: a page about one image."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import actvar
+from actvar.cli.options import (
+    DTYPES,
+    add_draw,
+    add_source,
+    check_source,
+    class_name,
+    describe,
+    expect_folder,
+    load_to_sample,
+    positive,
+)
+from actvar.compare import Sampling
+from actvar.inspection import inspect_sample, save_page
+from actvar.patch import warn_untrained
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "inspect", help="one image from inside, as an HTML page: scales, tokens, experts, cost"
+    )
+    add_source(command, "best")
+    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    command.add_argument("--label", "--class", type=int, required=True, help="the image's class, e.g. 7")
+    add_draw(command)
+    command.add_argument("--repeats", type=positive, default=5, help="timed runs of each way (default 5)")
+    command.add_argument("--out", type=Path, default=Path("inspect.html"), help="the page (default inspect.html)")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    check_source(options)
+    expect_folder("--out", options.out)
+    sampling = Sampling((options.label,), options.cfg, options.top_k, options.top_p, options.seed)
+    var, config, adapter = load_to_sample(options, sampling.labels, "--label")
+    if adapter is None:
+        warn_untrained(config)
+    inspection = inspect_sample(var, config, adapter, sampling, options.repeats)
+    facts = (
+        f"{options.model or Path(options.var).name}, {options.dtype}",
+        adapter.name if adapter else "untrained gates: time and FLOPs are those of ActVAR, the image is not",
+        describe(config),
+        f"seed {options.seed}, guidance {options.cfg}, top-k {options.top_k}, top-p {options.top_p}",
+        f"{options.device}, {torch.get_num_threads()} threads, actvar {actvar.__version__}, torch {torch.__version__}",
+    )
+    print(f"wrote {save_page(inspection, options.out, class_name(options, options.label), facts)}")

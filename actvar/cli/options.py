@@ -1,0 +1,156 @@
+"""Options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import actvar
+from actvar.adapter import read_adapter_config
+from actvar.checkpoint import usable_device
+from actvar.files import replacing
+from actvar.models import VAR, VQVAE
+from actvar.zoo.fashion_mnist.data import CLASSES
+from actvar.zoo.pretrained import WEIGHTS, adapter_path, bundled_adapters
+
+_SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = _SHORT | {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_source(command: argparse.ArgumentParser, adapter: str | None = "paper") -> None:
+    """`adapter`: the bundled one that --model takes by default; None for a command that reads none."""
+    source = command.add_argument_group("model")
+    source.add_argument("--model", choices=sorted(WEIGHTS), help="a model that comes with the package")
+    source.add_argument("--var", help="transformer checkpoint: .pth, .safetensors, or owner/repo:file on the hub")
+    source.add_argument("--vae", help="autoencoder checkpoint, likewise")
+    if adapter:
+        source.add_argument(
+            "--adapter", help=f"adapter file, or the name of a bundled one (default for --model: {adapter})"
+        )
+    source.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
+
+
+def add_draw(command: argparse._ActionsContainer) -> None:
+    """How tokens are drawn."""
+    command.add_argument("--cfg", type=float, default=1.5, help="guidance strength (default 1.5)")
+    command.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default 0: all)")
+    command.add_argument("--top-p", type=float, default=0.0, help="from the likeliest that reach p (default 0: all)")
+    command.add_argument("--seed", type=int, default=0, help="of the sampling noise (default 0)")
+
+
+def add_rates(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--rates", nargs="+", type=float, help="token rates of the last scales, then the FFN's, e.g. 0.75 0.75 0.75"
+    )
+
+
+def check_source(options: argparse.Namespace) -> None:
+    """One model must be named: a bundled one, or both checkpoints."""
+    if (options.model is None) == (options.var is None):
+        raise ValueError("give either --model, or --var with --vae")
+    if (options.var is None) != (options.vae is None):
+        raise ValueError("--var needs --vae, the checkpoint of its autoencoder, and the other way round")
+
+
+def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[VQVAE, VAR]:
+    """Autoencoder and transformer, on the device that is asked for, or that torchrun gives this process."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(of_process("LOCAL_RANK", 0) % torch.cuda.device_count())
+    placement = dict(device=device_of(options.device), dtype=dtype)
+    if options.model:
+        return actvar.load_pretrained(options.model, **placement)
+    return actvar.load_var(options.var, options.vae, **placement)
+
+
+def load_to_sample(
+    options: argparse.Namespace, labels: tuple[int, ...], option: str
+) -> tuple[VAR, actvar.ActVARConfig, Path | None]:
+    """The model, and the adapter with its configuration, or without one the paper's."""
+    _, var = load(options, DTYPES[options.dtype])
+    if options.top_k > var.V:
+        raise ValueError(f"--top-k: the model has {var.V} tokens to choose from, got {options.top_k}")
+    bad = [label for label in labels if not 0 <= label < var.num_classes]
+    if bad:
+        raise ValueError(f"{option}: the model has classes 0-{var.num_classes - 1}, got {bad[0]}")
+    adapter = adapter_of(options, "best")
+    return var, actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter), adapter
+
+
+def class_name(options: argparse.Namespace, label: int) -> str:
+    """Of a picture's title."""
+    return CLASSES[label] if options.model else f"class {label}"
+
+
+def of_process(variable: str, default: int) -> int:
+    """What torchrun tells its processes."""
+    return int(os.environ.get(variable, default))
+
+
+def device_of(name: str) -> torch.device:
+    """The device, or a ValueError that names the option."""
+    try:
+        return usable_device(name)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
+
+
+def adapter_of(options: argparse.Namespace, bundled: str = "paper") -> Path | None:
+    """The adapter's file, with --model by default the `bundled` one; a name without a suffix is a bundled one."""
+    comes_with = bundled_adapters(options.model) if options.model else []
+    name = options.adapter or (bundled if bundled in comes_with else None)
+    if name is None:
+        return None
+    if options.model and "." not in name:
+        return adapter_path(options.model, name)
+    return Path(name)
+
+
+def describe(config: actvar.ActVARConfig) -> str:
+    """What is sparse, in one line."""
+
+    def text(rate: float | tuple[float, ...]) -> str:
+        return f"{min(rate):.0%}-{max(rate):.0%}" if isinstance(rate, tuple) else f"{rate:.0%}"
+
+    tokens = "/".join(text(rate) for rate in config.token_rates)
+    ffn = "/".join(text(rate) for rate in config.ffn_rates)
+    return f"tokens {tokens}, FFN {ffn} of {config.num_experts} experts at scales {config.scales}"
+
+
+def expect_folder(option: str, file: Path | None) -> None:
+    """`file`, if given, must be one that can be written."""
+    if file is not None and (not file.parent.is_dir() or file.is_dir()):
+        raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
+    if file is not None and not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{option}: expected a file in a folder that can be written to, got {file}")
+
+
+def with_rates(
+    config: actvar.ActVARConfig, rates: list[float] | None, scales: list[int] | None = None
+) -> actvar.ActVARConfig:
+    """`config` at the rates of `--rates`, if there are any: of the last scales unless `scales` are given."""
+    if not rates:
+        return config
+    if len(rates) < 2:
+        raise ValueError(f"--rates: expected token rates, then the FFN's, e.g. 0.75 0.75 0.75, got {rates}")
+    *token_rates, ffn_rate = rates
+    scales = tuple(range(-len(token_rates), 0)) if scales is None else tuple(scales)
+    return replace(config, scales=scales, token_rates=tuple(token_rates), ffn_rate=ffn_rate)
+
+
+def positive(text: str) -> int:
+    """Type of an argument: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def write_json(path: Path, values: dict[str, object]) -> None:
+    """Write `values`, with the versions of actvar and torch before them."""
+    versions = {"actvar": actvar.__version__, "torch": torch.__version__}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(versions | values, indent=1) + "\n", "utf-8")

@@ -1,0 +1,119 @@
+"""`actvar sample`: images, few of given classes or many of all."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from actvar.bulk import Bulk, sample_many, write_npz
+from actvar.cli.options import (
+    DTYPES,
+    add_draw,
+    add_source,
+    check_source,
+    class_name,
+    describe,
+    expect_folder,
+    load_to_sample,
+    of_process,
+    positive,
+)
+from actvar.compare import Sampling, compare, save_pictures
+from actvar.patch import patched_silently, warn_untrained
+from actvar.pictures import save_grid
+
+MOST_LABELS = 1_000_000
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("sample", help="sample images; --compare also times dense against ActVAR")
+    add_source(command, "best")
+    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    what = command.add_argument_group("images")
+    what.add_argument("--labels", "--classes", type=labels_of, help="e.g. 0-9 or 207,980 (default for --num: all)")
+    what.add_argument("--per-class", type=positive, help="images per class (default 1)")
+    add_draw(what)
+    command.add_argument("--dense", action="store_true", help="sample without ActVAR")
+    command.add_argument("--compare", action="store_true", help="dense and ActVAR with the same seed, side by side")
+    command.add_argument("--repeats", type=positive, default=5, help="timed runs of each (default 5)")
+    command.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to (default samples)")
+    many = command.add_argument_group(
+        "many images; by 2 processes: torchrun --nproc-per-node 2 -m -- actvar sample ..."
+    )
+    many.add_argument("--num", type=positive, help="so many images of all classes together, as shards; resumes")
+    many.add_argument("--batch", type=positive, help="images per batch and shard (default 50)")
+    many.add_argument("--npz", type=Path, help="file to write all of them to, shuffled, for OpenAI's evaluator")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    check_source(options)
+    _check_images(options)
+    sampling = Sampling(options.labels or (), options.cfg, options.top_k, options.top_p, options.seed)
+    var, config, adapter = load_to_sample(options, sampling.labels, "--labels")
+    if adapter is None and not options.dense:
+        warn_untrained(config)
+    if options.num:
+        with contextlib.nullcontext() if options.dense else patched_silently(var, config, adapter):
+            _sample_many(var, sampling, options)
+        return
+    per_class = options.per_class or 1
+    labels = tuple(label for label in sampling.labels for _ in range(per_class))
+    sampling = replace(sampling, labels=labels)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.compare:
+        result = compare(var, config, adapter, sampling, options.repeats)
+        titles = [class_name(options, label) for label in labels]
+        written = save_pictures(var, config, adapter, sampling, options.out, per_class, titles)
+        print(f"{len(labels)} images, cfg {options.cfg}, {options.dtype}, {torch.get_num_threads()} threads,", end=" ")
+        print(f"median of {options.repeats}; {describe(config)}")
+        print(result.table())
+    elif options.dense:
+        written = [save_grid(sampling.run(var), options.out / "dense.png", per_class)]
+    else:
+        with patched_silently(var, config, adapter):
+            written = [save_grid(sampling.run(var), options.out / "actvar.png", per_class)]
+    print("wrote " + ", ".join(str(path) for path in written))
+
+
+def _check_images(options: argparse.Namespace) -> None:
+    """Options of a few images and of many do not mix."""
+    if options.dense and options.compare:
+        raise ValueError("--dense samples without ActVAR; leave it out for --compare")
+    if options.num:
+        if options.compare or options.per_class:
+            raise ValueError("--num draws shards; leave out --compare and --per-class")
+        expect_folder("--npz", options.npz)
+    elif options.batch or options.npz:
+        raise ValueError("--batch and --npz belong to --num, which draws many images")
+    elif options.labels is None:
+        raise ValueError("--labels: say which classes to draw, e.g. 0-9, or how many images of all of them with --num")
+
+
+def _sample_many(var: torch.nn.Module, sampling: Sampling, options: argparse.Namespace) -> None:
+    rank, processes = of_process("RANK", 0), of_process("WORLD_SIZE", 1)
+    sampling = replace(sampling, labels=sampling.labels or tuple(range(var.num_classes)))
+    bulk = Bulk(sampling, options.num, options.batch or 50)
+    sample_many(var, bulk, options.out, rank, processes)
+    if rank == 0:
+        print(f"{options.num} images in {options.out}")
+        if options.npz:
+            write_npz(options.out, bulk, options.npz)
+            print(f"wrote {options.npz}")
+
+
+def labels_of(text: str) -> tuple[int, ...]:
+    labels: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise argparse.ArgumentTypeError(f"expected class numbers such as 0-9 or 207,980, got {text!r}")
+        numbers = range(int(first), int(last if dash else first) + 1)
+        if not 1 <= len(numbers) <= MOST_LABELS:
+            raise argparse.ArgumentTypeError(f"expected a range of 1 to {MOST_LABELS} classes, got {part!r}")
+        labels.extend(numbers)
+    return tuple(labels)

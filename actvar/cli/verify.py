@@ -1,0 +1,60 @@
+"""`actvar verify`: check a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import actvar
+from actvar.adapter import read_adapter_config
+from actvar.cli.options import (
+    DTYPES,
+    adapter_of,
+    add_rates,
+    add_source,
+    check_source,
+    describe,
+    expect_folder,
+    load,
+    positive,
+    with_rates,
+    write_json,
+)
+from actvar.compare import Sampling
+from actvar.verify import verify
+from actvar_kernels.backend import BACKENDS
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("verify", help="check a checkpoint with ActVAR; exit code 1 if anything differs")
+    add_source(command)
+    command.add_argument("--dtype", nargs="+", choices=DTYPES, default=[], help="besides fp32, which is always checked")
+    command.add_argument(
+        "--backend", nargs="+", choices=sorted(set(BACKENDS) - {"auto"}), help="default: those that run on the device"
+    )
+    add_rates(command)
+    command.add_argument("--batch", type=positive, default=1, help="images per sample (default 1)")
+    command.add_argument("--public-var", type=Path, help="clone of the public VAR code: its class must agree as well")
+    command.add_argument("--json", type=Path, help="file to write every comparison to")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    check_source(options)
+    expect_folder("--json", options.json)
+    adapter = adapter_of(options)
+    config = with_rates(actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter), options.rates)
+    sampling = Sampling((0,) * options.batch)
+    dtypes = [DTYPES[name] for name in options.dtype]
+    report = verify(
+        lambda dtype: load(options, dtype)[1], config, adapter, sampling, dtypes, options.backend, options.public_var
+    )
+    print(f"batch {options.batch} on {options.device}; {describe(config)}")
+    print(report.table())
+    print(report.summary())
+    if options.json:
+        facts = {"device": options.device, "batch": options.batch, "config": asdict(config)}
+        write_json(options.json, facts | report.as_dict())
+    if report.failures:
+        raise SystemExit(1)
