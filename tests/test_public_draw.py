@@ -11,7 +11,7 @@ from actvar import accelerate
 from actvar.models.sampling import guided, sample_guided, sample_top_k_top_p
 from actvar_kernels import cpu
 from actvar_kernels.backend import using_backend
-from actvar_kernels.sampling import cpu_kernel, public
+from actvar_kernels.sampling import cpu_public, public
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 DTYPES = [torch.float32, torch.bfloat16]
@@ -37,7 +37,7 @@ def normal(*shape: int, seed: int = 0, std: float = 1.0, dtype: torch.dtype = to
 def assert_filtered_as_public(logits: Tensor, guidance: float, top_k: int, top_p: float) -> None:
     expected = guided(logits, guidance)
     public.filter_(expected, top_k, top_p)
-    actual = cpu_kernel.guide_and_filter(logits, guidance, top_k, top_p)
+    actual = cpu_public.guide_and_filter(logits, guidance, top_k, top_p)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -75,7 +75,7 @@ def test_rows_that_rounding_could_decide_are_left_to_pytorch(monkeypatch: pytest
     logits = torch.zeros(2, 3, 4)
     logits[0, 1] = torch.tensor([4.0, 2.0, 1.0, 0.0]).log()
     logits[0, 2] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    cpu_kernel.guide_and_filter(logits, 0.0, 0, 4 / 7)  # 3 / 7 go: of equal logits, and of 1, 2 and 4 exactly two
+    cpu_public.guide_and_filter(logits, 0.0, 0, 4 / 7)  # 3 / 7 go: of equal logits, and of 1, 2 and 4 exactly two
     assert rows == [2]
 
 
@@ -94,7 +94,7 @@ def test_tokens_and_the_generators_state_are_those_of_multinomial(shape: tuple[i
     for twin in twins:
         torch.empty(before, dtype=torch.int32).random_(generator=twin)
     for _ in range(2):
-        assert torch.equal(cpu_kernel.draw(probabilities, twins[0]), public.draw(probabilities, twins[1]))
+        assert torch.equal(cpu_public.draw(probabilities, twins[0]), public.draw(probabilities, twins[1]))
         assert torch.equal(torch.rand(3, generator=twins[0]), torch.rand(3, generator=twins[1]))
         assert torch.equal(twins[0].get_state(), twins[1].get_state())
 
@@ -103,7 +103,7 @@ def test_the_global_generator_and_the_normal_number_that_it_keeps() -> None:
     probabilities = normal(9, 30).softmax(dim=-1)
     found = []
     with torch.random.fork_rng(devices=[]):
-        for draw in (cpu_kernel.draw, public.draw):
+        for draw in (cpu_public.draw, public.draw):
             torch.manual_seed(3)
             torch.randn(1)
             found.append((draw(probabilities, None), torch.randn(5), torch.get_rng_state()))
@@ -128,7 +128,7 @@ def test_what_is_no_probability_raises_as_multinomial_does_and_draws_nothing() -
         probabilities = torch.full((2, 5), 0.2)
         probabilities[1, 3] = wrong
         with pytest.raises(RuntimeError, match="probability tensor contains either"):
-            cpu_kernel.draw(probabilities, generator)
+            cpu_public.draw(probabilities, generator)
         assert torch.equal(generator.get_state(), state)
 
 
@@ -139,8 +139,8 @@ def test_it_does_not_depend_on_threads() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            filtered = cpu_kernel.guide_and_filter(logits, 1.5, 300, 0.95)
-            found.append((filtered, cpu_kernel.draw(filtered.softmax(-1), torch.Generator().manual_seed(0))))
+            filtered = cpu_public.guide_and_filter(logits, 1.5, 300, 0.95)
+            found.append((filtered, cpu_public.draw(filtered.softmax(-1), torch.Generator().manual_seed(0))))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
@@ -161,21 +161,21 @@ def test_tokens_are_those_of_the_public_code_with_one_generator_and_with_one_per
 
 def test_a_version_of_pytorch_that_draws_otherwise_draws_itself(monkeypatch, caplog) -> None:
     monkeypatch.setattr(public, "draw", lambda probabilities, generator: probabilities.argmin(dim=-1))
-    cpu_kernel._draws_as_torch.cache_clear()
+    cpu_public._draws_as_torch.cache_clear()
     try:
         probabilities = normal(3, 9).softmax(dim=-1)
         for _ in range(2):
-            assert torch.equal(cpu_kernel.draw(probabilities, torch.Generator()), probabilities.argmin(dim=-1))
+            assert torch.equal(cpu_public.draw(probabilities, torch.Generator()), probabilities.argmin(dim=-1))
         assert ["draws tokens in another way" in record.getMessage() for record in caplog.records] == [True]
     finally:
-        cpu_kernel._draws_as_torch.cache_clear()
+        cpu_public._draws_as_torch.cache_clear()
 
 
 def test_an_accelerated_model_draws_in_cpp_and_one_with_a_draw_of_its_own_keeps_it(monkeypatch) -> None:
     var = make_tiny_var()
     calls = []
-    filtered = cpu_kernel.guide_and_filter
-    monkeypatch.setattr(cpu_kernel, "guide_and_filter", lambda *args: calls.append(1) or filtered(*args))
+    filtered = cpu_public.guide_and_filter
+    monkeypatch.setattr(cpu_public, "guide_and_filter", lambda *args: calls.append(1) or filtered(*args))
     sample(var)
     assert not calls
     sample(accelerate(var))

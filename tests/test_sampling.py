@@ -1,24 +1,35 @@
-"""The reference of the sampling operation against the public code's filters, and the distribution of its draws."""
+"""The sampling operation on the CPU: its reference against the public code's filters, the distribution of its draws,
+and the C++ kernel against the reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from philox import philox_uniform
 from torch import Tensor
 
 import actvar_kernels
 from actvar.models.sampling import sample_top_k_top_p
-from actvar_kernels import sample_tokens
+from actvar_kernels import cpu, sample_tokens
+from actvar_kernels.sampling import reference
 from actvar_kernels.sampling.reference import LARGEST, SMALLEST, token_weights
 
 FILTERS = [(0, 0.0), (1, 0.0), (7, 0.0), (20, 0.0), (0, 1e-9), (0, 0.5), (0, 1.0), (12, 0.8), (3, 0.999), (900, 0.96)]
 """top_k (at most the vocabulary) and top_p."""
 
 
+NO_COMPILER = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
+on_both_backends = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=NO_COMPILER)])
+
+
+@pytest.fixture
+def backend() -> str:
+    return "reference"
+
+
 @pytest.fixture(autouse=True)
-def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ACTVAR_BACKEND", raising=False)
-    monkeypatch.setattr(actvar_kernels.backend, "_chosen", "reference")
+def _chosen_backend(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actvar_kernels.backend, "_chosen", backend)
 
 
 def normal(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
@@ -67,6 +78,7 @@ def test_equal_logits_stay_or_go_together(top_k: int, top_p: float) -> None:
     ]
 
 
+@on_both_backends
 def test_the_draws_have_the_probabilities_of_the_filtered_logits() -> None:
     draws, V = 20000, 8
     logits = unguided(normal(1, 1, V).expand(1, draws, V))
@@ -79,6 +91,7 @@ def test_the_draws_have_the_probabilities_of_the_filtered_logits() -> None:
     assert ((counts - expected).square() / expected)[kept].sum() < 25.7  # chi-square of 5 degrees: 1 in 10^4 above
 
 
+@on_both_backends
 def test_tokens_of_logit_minus_infinity_are_never_drawn() -> None:
     logits = normal(4, 50, 10)
     logits[..., 3:] = -torch.inf
@@ -86,6 +99,7 @@ def test_tokens_of_logit_minus_infinity_are_never_drawn() -> None:
         assert sample_tokens(logits, 2.0, top_k, top_p, seed=0).max() <= 2
 
 
+@on_both_backends
 def test_noise_of_exactly_0_and_1_is_clipped() -> None:
     logits = torch.zeros(2, 2, 3)
     ends, clipped = torch.tensor([0.0, 1.0, 0.5]).expand(1, 2, 3), torch.tensor([SMALLEST, LARGEST, 0.5])
@@ -96,6 +110,7 @@ def test_noise_of_exactly_0_and_1_is_clipped() -> None:
     assert torch.tensor(LARGEST).log() < 0
 
 
+@on_both_backends
 def test_the_seed_and_the_step_decide_the_draw() -> None:
     logits = torch.zeros(4, 16, 64)
 
@@ -113,6 +128,7 @@ def test_the_seed_and_the_step_decide_the_draw() -> None:
     assert len(set(map(tuple, draws))) == len(draws)
 
 
+@on_both_backends
 def test_halves_are_guided_in_float32() -> None:
     logits = normal(2, 3, 50).bfloat16()
     noise = uniform(1, 3, 50)
@@ -120,6 +136,7 @@ def test_halves_are_guided_in_float32() -> None:
     assert torch.equal(sample_tokens(logits, 3.0, 9, 0.9, noise=noise), expected)
 
 
+@on_both_backends
 def test_compiled_it_draws_what_it_draws_eagerly() -> None:
     logits, noise = normal(2, 3, 20), uniform(1, 3, 20)
 
@@ -133,6 +150,7 @@ def test_compiled_it_draws_what_it_draws_eagerly() -> None:
     assert all(map(torch.equal, compiled(logits, noise), draw(logits, noise)))
 
 
+@on_both_backends
 @pytest.mark.parametrize("seed", [None, torch.tensor([3])], ids=["number", "tensor"])
 def test_the_operator_passes_the_checks_of_torch(seed: Tensor | None) -> None:
     torch.library.opcheck(
@@ -167,3 +185,52 @@ def test_an_argument_that_does_not_fit_is_named_in_a_value_error(name: str, valu
 def test_seed_and_noise_exclude_each_other() -> None:
     with pytest.raises(ValueError, match=r"^seed, noise: expected exactly one of them, got both"):
         sample_tokens(torch.zeros(2, 2, 8), 1.0, 0, 0.0, seed=0, noise=uniform(1, 2, 8))
+
+
+def assert_drawn_as_by_the_reference(logits: Tensor, guidance: float | None, top_k: int, top_p: float, noise: Tensor):
+    """The same tokens; where rounding decides between two, one that is as good to 1e-5."""
+    tokens = sample_tokens(logits, guidance, top_k, top_p, noise=noise)
+    expected = reference.sample_tokens(logits, guidance, top_k, top_p, noise)
+    race = token_weights(logits, guidance, top_k, top_p) / -noise.clamp(SMALLEST, LARGEST).log()
+    reached, best = (race.gather(-1, index.unsqueeze(-1)) for index in (tokens, expected))
+    assert (reached >= best * (1 - 1e-5)).all()
+    assert (tokens == expected).double().mean() > 0.99
+
+
+@NO_COMPILER
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
+@pytest.mark.parametrize("V", [1, 2, 7, 20, 512, 4099])
+def test_in_cpp_it_draws_the_reference_tokens(V: int, top_k: int, top_p: float, dtype: torch.dtype) -> None:
+    logits, noise = normal(6, 9, V, std=3).to(dtype), uniform(3, 9, V)
+    assert_drawn_as_by_the_reference(logits, 1.3, min(top_k, V), top_p, noise)
+    assert_drawn_as_by_the_reference(logits[:3], None, min(top_k, V), top_p, noise)
+    strided = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_drawn_as_by_the_reference(strided, 1.3, min(top_k, V), top_p, noise.flip(0))
+    assert_drawn_as_by_the_reference(logits[1::3], 1.3, min(top_k, V), top_p, noise[:1].mT.contiguous().mT)
+
+
+@NO_COMPILER
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (7, 9), (-3, 1), (2**62 + 5, 2)])
+@pytest.mark.parametrize("V", [100, 4096])
+def test_in_cpp_the_noise_is_the_documented_stream(V: int, seed: int, step: int) -> None:
+    logits = normal(4, 30, V)
+    noise = philox_uniform(seed, 60, V, step).view(2, 30, V)
+    expected = sample_tokens(logits, 1.0, 0, 0.0, noise=noise)
+    assert torch.equal(sample_tokens(logits, 1.0, 0, 0.0, seed=seed, step=step), expected)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if threads == 1 else 1)
+    try:
+        assert torch.equal(sample_tokens(logits, 1.0, 0, 0.0, seed=seed, step=step), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@NO_COMPILER
+@pytest.mark.parametrize("backend", ["cpu"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_in_cpp_logits_that_are_not_finite_give_a_token_that_exists(bad: float) -> None:
+    tokens = sample_tokens(torch.full((2, 3, 9), bad), 1.0, 5, 0.9, seed=0)
+    assert ((tokens >= 0) & (tokens < 9)).all()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from actvar_kernels.sampling import cpu_kernel, public
+from actvar_kernels.sampling import cpu_public, public
 
 Randomness = torch.Generator | Sequence[torch.Generator] | None
 """Where noise comes from: one generator for the batch, one per image, or torch's global one."""
@@ -48,10 +48,10 @@ def sample_top_k_top_p(logits: torch.Tensor, top_k: int, top_p: float, rng: Rand
 
 def sample_guided(logits: torch.Tensor, guidance: float, top_k: int, top_p: float, rng: Randomness) -> torch.Tensor:
     """Tokens `[B, L]`, those of `sample_top_k_top_p` after guidance of logits `[2B, L, V]`, in C++ where that runs."""
-    if not cpu_kernel.runs(logits):
+    if not cpu_public.runs(logits):
         return sample_top_k_top_p(guided(logits, guidance), top_k, top_p, rng)
-    filtered = cpu_kernel.guide_and_filter(logits, guidance, top_k, top_p)
-    return by_image(cpu_kernel.draw, filtered.softmax(dim=-1), rng)
+    filtered = cpu_public.guide_and_filter(logits, guidance, top_k, top_p)
+    return by_image(cpu_public.draw, filtered.softmax(dim=-1), rng)
 
 
 def guided(logits: torch.Tensor, strength: float) -> torch.Tensor:

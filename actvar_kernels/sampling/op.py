@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from actvar_kernels import cpu
 from actvar_kernels.backend import backend_of, needs_operator
 from actvar_kernels.checks import expect_one_device, expect_shape
-from actvar_kernels.sampling import reference
+from actvar_kernels.sampling import cpu_kernel, reference
 
 MOST_TOKENS = 16384
 """Vocabulary that one program of the Triton kernel holds."""
@@ -32,10 +33,10 @@ def sample_tokens(
     The draw is `argmax(p / e)` with `e = -log(u)` and independent uniform `u`, which has the distribution `p`.
     A token with a conditional logit of -inf is never drawn; no other logit may be infinite.
 
-    On Triton it is one launch that reads the logits once. There `u` of row `r = b * L + l` and token `v` is made, as
-    `tl.rand` does it, of output `v % 4` of Philox 4x32-10 with the key `seed` and the counter `(v // 4, r, step, 0)`,
-    so it depends on nothing else. The reference takes its noise from a `torch.Generator`. The two draw other tokens
-    unless `noise` is given; with it they differ only where rounding decides.
+    On Triton it is one launch that reads the logits once. There, and in C++ on the CPU, `u` of row `r = b * L + l` and
+    token `v` is made, as `tl.rand` does it, of output `v % 4` of Philox 4x32-10 with the key `seed` and the counter
+    `(v // 4, r, step, 0)`, so it depends on nothing else. The reference takes its noise from a `torch.Generator`, and
+    so draws other tokens unless `noise` is given. With the same noise they differ only where rounding decides.
 
     Args:
         logits: `[2B, L, V]` float32, float16 or bfloat16, conditional rows first; calculated with in float32.
@@ -89,15 +90,18 @@ def _expect_seed(seed: torch.Tensor, device: torch.device) -> None:
 
 def _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) -> torch.Tensor:
     supported = ("reference", "triton") if logits.shape[2] <= MOST_TOKENS else ("reference",)
-    if backend_of("sample_tokens", logits, supported) == "triton":
+    backend = backend_of("sample_tokens", logits, supported, in_cpp=cpu.available)
+    if backend == "triton":
         from actvar_kernels.sampling import triton_kernel
 
         seed = seed_number if seed_tensor is None else seed_tensor
         return triton_kernel.sample_tokens(logits, guidance, top_k, top_p, seed, step, noise)
+    seed = seed_number if seed_tensor is None else int(seed_tensor)
+    if backend == "cpu":
+        return cpu_kernel.sample_tokens(logits, guidance, top_k, top_p, seed, step, noise)
     if noise is None:
         rows, L, V = logits.shape
         shape = (rows if guidance is None else rows // 2, L, V)
-        seed = seed_number if seed_tensor is None else int(seed_tensor)
         noise = reference.uniform_noise(shape, logits.device, seed, step)
     return reference.sample_tokens(logits, guidance, top_k, top_p, noise)
 

@@ -1,48 +1,14 @@
 // Drawing tokens as the public code does with PyTorch, on the CPU: guidance and the two filters of one position in a few
-// passes over its row, and the draw of `torch.multinomial` from the same random numbers. cpu_kernel.py calls `guide_and_filter`
+// passes over its row, and the draw of `torch.multinomial` from the same random numbers. cpu_public.py calls `guide_and_filter`
 // and `draw`. Compiled without contraction of products and sums: the guided logits are PyTorch's bit for bit.
 
-#include "../cpu_numbers.h"
+#include "filters.h"
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <new>
 
 namespace {
-
-const float INFINITE = std::numeric_limits<float>::infinity();
-
-INLINED float exponential(float x) {  // of x <= 0, to 1e-7; what is below -87 counts as -87
-    x = x < -87.0f ? -87.0f : x;
-    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to an integer
-    const float r = x - n * 0.693145752f - n * 1.42860677e-6f;
-    float p = r * (1.0f / 720) + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return p * power;
-}
-
-INLINED float masked(float x, bool stays) {  // x or 0, without a branch
-    int32_t bits;
-    std::memcpy(&bits, &x, 4);
-    bits &= -int32_t(stays);
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
-INLINED double mass_below(const int32_t *keys, const float *weights, int size, int32_t key) {
-    double mass = 0;
-#pragma omp simd reduction(+ : mass)
-    for (int v = 0; v < size; ++v) mass += masked(weights[v], keys[v] < key);
-    return mass;
-}
 
 // Guided logits of a row in `out`, -inf where the filters remove them. Returns 0; or 1 with nothing filtered, where
 // rounding could decide what top-p removes, or the logits are not all finite.
@@ -66,9 +32,7 @@ INLINED int row(
     int32_t threshold = ordered(-INFINITE);
     if (top_k > 0) threshold = last_key(threshold, highest, [&](int32_t key) { return reaching(keys, size, key) >= top_k; });
     if (filters_mass) {
-        float top = 0;
-        const int32_t bits = highest ^ ((highest >> 31) & 0x7fffffff);
-        std::memcpy(&top, &bits, 4);
+        const float top = number_of(highest);
         double total = 0;
         float lowest = 0;
         int32_t terms = 0;

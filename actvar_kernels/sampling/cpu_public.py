@@ -1,0 +1,101 @@
+"""Guidance, filters and draw of the public VAR code in C++ on the CPU: the same tokens from the same random numbers."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+
+import torch
+
+from actvar_kernels import cpu
+from actvar_kernels.backend import needs_operator
+from actvar_kernels.sampling import public
+from actvar_kernels.sampling.cpu_kernel import library
+
+logger = logging.getLogger(__name__)
+
+_global_generator = threading.Lock()
+
+
+def runs(logits: torch.Tensor) -> bool:
+    """Whether the C++ code takes these logits under the chosen backend: on the CPU in float32 or bfloat16."""
+    return cpu.chosen(logits) and logits.dtype in cpu.DTYPES and not needs_operator(logits) and cpu.available()
+
+
+def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: float) -> torch.Tensor:
+    """`(1 + guidance) * cond - guidance * uncond` of logits `[2B, L, V]`, conditional half first, after
+    `public.filter_`: `[B, L, V]` float32, bit for bit.
+
+    Where rounding, or the order of equal logits, could decide what top-p removes, and where logits are not finite,
+    PyTorch filters the row.
+    """
+    rows, L, V = logits.shape
+    if top_k > V:
+        raise ValueError(f"top_k: expected at most {V}, got {top_k}")
+    logits = logits if logits.stride(2) == 1 else logits.contiguous()
+    out = torch.empty(rows // 2, L, V)
+    doubtful = torch.empty(rows // 2, L, dtype=torch.bool)
+    failed = library().guide_and_filter(
+        logits.dtype == torch.bfloat16,
+        logits.data_ptr(),
+        out.data_ptr(),
+        doubtful.data_ptr(),
+        *out.shape,
+        *logits.stride()[:2],
+        1 + guidance,
+        guidance,
+        top_k,
+        top_p > 0,
+        1 - top_p,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for a row of {V} logits")
+    if doubtful.any():
+        filtered = out[doubtful]
+        public.filter_(filtered, top_k, top_p)
+        out[doubtful] = filtered
+    return out
+
+
+def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """As `public.draw` of `[..., V]` float32, token for token, and the generator is left in the same state.
+
+    It works on a copy of the state: of one generator, the global one (None) included, other threads must not draw
+    meanwhile.
+    """
+    if not _draws_as_torch():
+        return public.draw(probabilities, generator)
+    return _draw(probabilities, generator)
+
+
+def _draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    probabilities = probabilities.contiguous()
+    V = probabilities.shape[-1]
+    tokens = torch.empty(probabilities.shape[:-1], dtype=torch.int64)
+    with _global_generator:
+        state = torch.get_rng_state() if generator is None else generator.get_state()
+        pointers = probabilities.data_ptr(), state.data_ptr(), tokens.data_ptr()
+        failed = library().draw(*pointers, tokens.numel(), V, torch.get_num_threads())
+        if failed == 2:
+            return public.draw(probabilities, generator)  # which says what is wrong with them
+        if failed:
+            raise MemoryError(f"no memory for the random numbers of {V} tokens")
+        if generator is None:
+            torch.set_rng_state(state)
+        else:
+            generator.set_state(state)
+    return tokens
+
+
+@functools.cache
+def _draws_as_torch() -> bool:
+    """Whether this version of PyTorch draws as the C++ code supposes: tried once, and logged if not."""
+    probabilities = torch.rand(20, 50, generator=torch.Generator().manual_seed(1)).softmax(dim=-1)
+    twins = [torch.Generator().manual_seed(2) for _ in range(2)]
+    drawn = [draw(probabilities, twin) for draw, twin in zip((public.draw, _draw), twins, strict=True)]
+    same = torch.equal(*drawn) and torch.equal(*(twin.get_state() for twin in twins))
+    if not same:
+        logger.warning("torch %s draws tokens in another way than the C++ code, which is not used", torch.__version__)
+    return same

@@ -1,0 +1,51 @@
+// What the two samplers share: how they weigh the tokens of a row, and what its lowest ones weigh together.
+
+#pragma once
+
+#include "../cpu_numbers.h"
+
+#include <limits>
+
+namespace {
+
+const float INFINITE = std::numeric_limits<float>::infinity();
+
+INLINED float exponential(float x) {  // of x <= 0, to 1e-7; what is below -87 counts as -87
+    x = x < -87.0f ? -87.0f : x;
+    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to an integer
+    const float r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    float p = r * (1.0f / 720) + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const int32_t bits = (int32_t(n) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+INLINED float masked(float x, bool stays) {  // x or 0, without a branch
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits &= -int32_t(stays);
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINED float number_of(int32_t key) {  // whose `ordered` is key
+    const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINED double mass_below(const int32_t *keys, const float *weights, int size, int32_t key) {
+    double mass = 0;
+#pragma omp simd reduction(+ : mass)
+    for (int v = 0; v < size; ++v) mass += masked(weights[v], keys[v] < key);
+    return mass;
+}
+
+}  // namespace
