@@ -1,0 +1,32 @@
+"""Checkpoints of a tiny VAR and its autoencoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from actvar.models import VAR, VQVAE, build_vae_var
+
+TINY = dict(
+    V=16, Cvae=4, ch=32, share_quant_resi=2, patch_nums=(1, 2, 3), num_classes=5, depth=2, width=128,
+    shared_aln=False, attn_l2_norm=True, ch_mult=(1, 2), num_res_blocks=1, image_channels=3,
+)  # fmt: skip
+Tensors = dict[str, Tensor]
+
+
+def tiny_pair(seed: int = 0, **overrides: object) -> tuple[VQVAE, VAR]:
+    vae, var = build_vae_var(**{**TINY, **overrides}, seed=seed)
+    hit_counts = vae.quantize.ema_vocab_hit_SV
+    hit_counts.copy_(torch.arange(hit_counts.numel()).view_as(hit_counts))
+    return vae, var
+
+
+def write(state: object, path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    else:
+        torch.save(state, path)
+    return path
