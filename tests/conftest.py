@@ -13,6 +13,8 @@ from helpers import make_tiny_var
 
 from actvar.models import VAR
 
+pytest.register_assert_rewrite("kernel_loops", "oracle_cases")
+
 LOCAL = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname()}
 
 
