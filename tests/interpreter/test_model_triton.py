@@ -53,6 +53,7 @@ def test_a_small_model_draws_the_reference_tokens(case, monkeypatch):
     assert all(map(torch.equal, sampled_tokens(var, monkeypatch, "triton", labels), expected))
 
 
+@pytest.mark.timeout(900)
 def test_the_bundled_model_draws_the_reference_tokens(monkeypatch):
     _, var = load_pretrained("fashion-mnist", adapter="paper")
     labels = torch.tensor([7])
