@@ -211,21 +211,29 @@ def test_in_cpp_it_draws_the_reference_tokens(V: int, top_k: int, top_p: float, 
     assert_drawn_as_by_the_reference(logits[1::3], 1.3, min(top_k, V), top_p, noise[:1].mT.contiguous().mT)
 
 
-@NO_COMPILER
-@pytest.mark.parametrize("backend", ["cpu"])
+@on_both_backends
 @pytest.mark.parametrize(("seed", "step"), [(0, 0), (7, 9), (-3, 1), (2**62 + 5, 2)])
-@pytest.mark.parametrize("V", [100, 4096])
-def test_in_cpp_the_noise_is_the_documented_stream(V: int, seed: int, step: int) -> None:
+@pytest.mark.parametrize("V", [1, 102, 4096])
+def test_the_noise_is_the_documented_stream(V: int, seed: int, step: int) -> None:
     logits = normal(4, 30, V)
-    noise = philox_uniform(seed, 60, V, step).view(2, 30, V)
+    noise = philox_uniform(seed, 60, -(-V // 4) * 4, step)[:, :V].view(2, 30, V)
     expected = sample_tokens(logits, 1.0, 0, 0.0, noise=noise)
     assert torch.equal(sample_tokens(logits, 1.0, 0, 0.0, seed=seed, step=step), expected)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2 if threads == 1 else 1)
+
+
+@NO_COMPILER
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_in_cpp_the_draw_does_not_depend_on_the_threads() -> None:
+    logits, threads = normal(4, 300, 100), torch.get_num_threads()
+    drawn = []
     try:
-        assert torch.equal(sample_tokens(logits, 1.0, 0, 0.0, seed=seed, step=step), expected)
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            drawn.append(sample_tokens(logits, 1.0, 20, 0.9, seed=1))
     finally:
         torch.set_num_threads(threads)
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
 
 
 @NO_COMPILER

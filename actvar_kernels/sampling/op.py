@@ -33,10 +33,9 @@ def sample_tokens(
     The draw is `argmax(p / e)` with `e = -log(u)` and independent uniform `u`, which has the distribution `p`.
     A token with a conditional logit of -inf is never drawn; no other logit may be infinite.
 
-    On Triton it is one launch that reads the logits once. There, and in C++ on the CPU, `u` of row `r = b * L + l` and
-    token `v` is made, as `tl.rand` does it, of output `v % 4` of Philox 4x32-10 with the key `seed` and the counter
-    `(v // 4, r, step, 0)`, so it depends on nothing else. The reference takes its noise from a `torch.Generator`, and
-    so draws other tokens unless `noise` is given. With the same noise they differ only where rounding decides.
+    Of a seed, `u` of row `r = b * L + l` and token `v` is made, as `tl.rand` does it, of output `v % 4` of Philox
+    4x32-10 with the key `seed` and the counter `(v // 4, r, step, 0)`, so it depends on nothing else, and all backends
+    draw the same tokens but where rounding decides. On Triton it is one launch that reads the logits once.
 
     Args:
         logits: `[2B, L, V]` float32, float16 or bfloat16, conditional rows first; calculated with in float32.

@@ -35,7 +35,21 @@ def token_weights(logits: torch.Tensor, guidance: float | None, top_k: int, top_
     return weights
 
 
-def uniform_noise(shape: tuple[int, ...], device: torch.device, seed: int, step: int) -> torch.Tensor:
-    """Uniform float32 noise of a generator of its own; every `step` has another stream."""
-    generator = torch.Generator(device).manual_seed((seed + step * 0x9E3779B97F4A7C15) % 2**63)
-    return torch.rand(shape, generator=generator, device=device)
+def uniform_noise(shape: tuple[int, int, int], device: torch.device, seed: int, step: int) -> torch.Tensor:
+    """`[B, L, V]` float32 in [0, 1 - 2^-24]: Philox 4x32-10 (Salmon et al. 2011), as `sample_tokens` numbers it."""
+    B, L, V = shape
+    rows, groups = torch.arange(B * L, device=device).unsqueeze(1), torch.arange(-(-V // 4), device=device)
+    a, b, c, d = torch.broadcast_tensors(groups, rows, torch.full_like(groups, step % 2**32), torch.zeros_like(groups))
+    keys = [seed % 2**32, seed // 2**32 % 2**32]
+    for _ in range(10):
+        (high, low), (other_high, other_low) = _product(a, 0xD2511F53), _product(c, 0xCD9E8D57)
+        a, b, c, d = other_high ^ b ^ keys[0], other_low, high ^ d ^ keys[1], low
+        keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
+    bits = torch.stack((a, b, c, d), dim=-1).flatten(1)[:, :V].to(torch.int32)
+    return ((bits ^ (bits >> 31)).float() * 4.6566127342e-10).view(shape)
+
+
+def _product(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Upper and lower 32 bits of `x * factor`, all unsigned numbers of 32 bits in int64."""
+    upper = ((x >> 16) * factor + ((x & 0xFFFF) * factor >> 16)) >> 16
+    return upper, x * factor & 0xFFFFFFFF
