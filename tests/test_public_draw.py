@@ -99,6 +99,15 @@ def test_tokens_and_the_generators_state_are_those_of_multinomial(shape: tuple[i
         assert torch.equal(twins[0].get_state(), twins[1].get_state())
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-33, 1e30])
+@pytest.mark.parametrize("std", [0.0, 1.0, 20.0])
+def test_tokens_are_those_of_multinomial_however_close_the_race_is(std: float, scale: float) -> None:
+    for V in (2, 512):
+        probabilities = normal(500_000 // V, V, std=std).softmax(dim=-1) * scale
+        twins = [torch.Generator().manual_seed(V) for _ in range(2)]
+        assert torch.equal(cpu_public.draw(probabilities, twins[0]), public.draw(probabilities, twins[1]))
+
+
 def test_the_global_generator_and_the_normal_number_that_it_keeps() -> None:
     probabilities = normal(9, 30).softmax(dim=-1)
     found = []

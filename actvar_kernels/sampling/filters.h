@@ -1,4 +1,4 @@
-// What the two samplers share: how they weigh the tokens of a row, and what its lowest ones weigh together.
+// What the two samplers share: exponential and logarithm in float32, and what the lowest tokens of a row weigh together.
 
 #pragma once
 
@@ -24,6 +24,26 @@ INLINED float exponential(float x) {  // of x <= 0, to 1e-7; what is below -87 c
     float power;
     std::memcpy(&power, &bits, 4);
     return p * power;
+}
+
+// The logarithm of 0 < x <= 1, to 2e-7 of itself (Cephes logf); `minus_1` is x - 1, which may be known better than x.
+INLINED float logarithm(float x, float minus_1) {
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // so that the rest is from sqrt(1/2) on, below sqrt(2)
+    bits -= exponent * (1 << 23);
+    float rest;
+    std::memcpy(&rest, &bits, 4);
+    const float f = exponent == 0 ? minus_1 : rest - 1.0f, square = f * f, n = float(exponent);
+    float p = 7.0376836292e-2f * f - 1.1514610310e-1f;
+    p = p * f + 1.1676998740e-1f;
+    p = p * f - 1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f - 1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f - 2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    return f + (p * f * square - 0.5f * square + n * -2.12194440e-4f) + n * 0.693359375f;
 }
 
 INLINED float masked(float x, bool stays) {  // x or 0, without a branch

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <new>
+#include <omp.h>
 
 namespace {
 
@@ -154,16 +155,40 @@ FOR_EVERY_PROCESSOR void outputs(Engine &engine, uint32_t *to, int64_t count) {
     }
 }
 
-// The winner of argmax(p / q) over a row, q exponentially distributed; -1 where p is no probability.
-int64_t winner(const float *p, const uint32_t *words, int size) {
-    int64_t token = 0;
-    float best = -1;
+INLINED float ratio_of(float p, uint32_t upper, uint32_t lower) {  // p / q of a uniform number of 53 bits, as PyTorch's
+    const uint64_t bits = uint64_t(upper) << 32 | lower;
+    const double uniform = (bits & ((uint64_t(1) << 53) - 1)) * (1.0 / (uint64_t(1) << 53));
+    return p / float(-std::log1p(-uniform));
+}
+
+INLINED float of_bits(uint32_t upper, uint32_t lower) {  // (upper * 2^32 + lower) / 2^53 of 21 and 32 bits, to 1e-7 of itself
+    const float coarse = float(int32_t(lower >> 16)) * 0x1p16f + float(int32_t(lower & 0xffff));
+    return float(int32_t(upper)) * 0x1p-21f + coarse * 0x1p-53f;
+}
+
+// The winner of argmax(p / q) over a row, q exponentially distributed; -1 where p is no probability. All ratios are
+// computed to 2e-6 in `ratios`, and those near the best one as PyTorch does.
+FOR_EVERY_PROCESSOR int64_t winner(const float *p, const uint32_t *words, float *ratios, int size) {
+    int invalid = 0;
+    float best = 0;
+#pragma omp simd reduction(| : invalid) reduction(max : best)
     for (int v = 0; v < size; ++v) {
-        if (p[v] == 0) continue;
-        if (!(p[v] > 0 && p[v] < INFINITE)) return -1;
-        const uint64_t bits = uint64_t(words[2 * v]) << 32 | words[2 * v + 1];
-        const double uniform = (bits & ((uint64_t(1) << 53) - 1)) * (1.0 / (uint64_t(1) << 53));
-        const float ratio = p[v] / float(-std::log1p(-uniform));
+        const uint32_t upper = words[2 * v] & 0x1fffff, lower = words[2 * v + 1];
+        const uint32_t rest = (~upper & 0x1fffff) + (lower == 0), missing = -lower;  // of 2^53 - bits
+        const float uniform = of_bits(upper, lower);
+        const float ratio = p[v] / std::fabs(logarithm(of_bits(rest, missing), -uniform));
+        invalid |= !(p[v] >= 0) | !(p[v] < INFINITE);
+        ratios[v] = masked(ratio, p[v] > 0);
+        best = ratios[v] > best ? ratios[v] : best;
+    }
+    if (invalid) return -1;
+
+    const float candidates = best < 1e-30f ? 0 : best * (1 - 1e-5f);
+    int64_t token = 0;
+    best = -1;
+    for (int v = 0; v < size; ++v) {
+        if (!(ratios[v] >= candidates) || p[v] == 0) continue;
+        const float ratio = ratio_of(p[v], words[2 * v], words[2 * v + 1]);
         if (ratio > best) best = ratio, token = v;
     }
     return token;
@@ -198,7 +223,12 @@ int draw(const float *p, void *state, int64_t *tokens, int64_t rows, int64_t siz
     engine.next = saved.left == 1 ? WORDS : int(saved.next);
     const int64_t group = std::max<int64_t>(1, (1 << 17) / size);  // rows whose random numbers fit the cache
     uint32_t *words = new (std::nothrow) uint32_t[2 * size * std::min(group, rows)];
-    if (!words) return 1;
+    float *ratios = new (std::nothrow) float[size * threads];
+    if (!words || !ratios) {
+        delete[] words;
+        delete[] ratios;
+        return 1;
+    }
     int invalid = 0;
 #pragma omp parallel num_threads(threads)
     for (int64_t begin = 0; begin < rows; begin += group) {
@@ -207,11 +237,13 @@ int draw(const float *p, void *state, int64_t *tokens, int64_t rows, int64_t siz
         outputs(engine, words, 2 * size * (end - begin));
 #pragma omp for reduction(| : invalid)
         for (int64_t i = begin; i < end; ++i) {
-            tokens[i] = winner(p + i * size, words + 2 * size * (i - begin), size);
+            float *of_thread = ratios + size * omp_get_thread_num();
+            tokens[i] = winner(p + i * size, words + 2 * size * (i - begin), of_thread, size);
             invalid |= tokens[i] < 0;
         }
     }
     delete[] words;
+    delete[] ratios;
     if (invalid) return 2;
     for (int i = 0; i < WORDS; ++i) saved.words[i] = engine.words[i];
     saved.next = engine.next;

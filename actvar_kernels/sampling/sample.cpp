@@ -8,25 +8,6 @@
 
 namespace {
 
-INLINED float logarithm(float x) {  // of 0 < x < 1, to 2e-7 of itself (Cephes logf)
-    int32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // so that the rest is from sqrt(1/2) on, below sqrt(2)
-    bits -= exponent * (1 << 23);
-    float rest;
-    std::memcpy(&rest, &bits, 4);
-    const float f = rest - 1.0f, square = f * f, n = float(exponent);
-    float p = 7.0376836292e-2f * f - 1.1514610310e-1f;
-    p = p * f + 1.1676998740e-1f;
-    p = p * f - 1.2420140846e-1f;
-    p = p * f + 1.4249322787e-1f;
-    p = p * f - 1.6668057665e-1f;
-    p = p * f + 2.0000714765e-1f;
-    p = p * f - 2.4999993993e-1f;
-    p = p * f + 3.3333331174e-1f;
-    return f + (p * f * square - 0.5f * square + n * -2.12194440e-4f) + n * 0.693359375f;
-}
-
 INLINED float between(float x, float low, float high) {
     x = x > low ? x : low;
     return x < high ? x : high;
@@ -118,7 +99,7 @@ INLINED int64_t drawn(
 #pragma omp simd reduction(max : best)
     for (int v = 0; v < size; ++v) {
         const float u = between(uniform[v], 1e-10f, 1 - 0x1p-24f);  // the reference's SMALLEST and LARGEST
-        const float race = masked(weights[v], keys[v] >= threshold) / -logarithm(u);
+        const float race = masked(weights[v], keys[v] >= threshold) / -logarithm(u, u - 1.0f);
         weights[v] = race;
         best = race > best ? race : best;
     }
