@@ -161,7 +161,7 @@ INLINED float ratio_of(float p, uint32_t upper, uint32_t lower) {  // p / q of a
     return p / float(-std::log1p(-uniform));
 }
 
-INLINED float of_bits(uint32_t upper, uint32_t lower) {  // (upper * 2^32 + lower) / 2^53 of 21 and 32 bits, to 1e-7 of itself
+INLINED float of_bits(uint32_t upper, uint32_t lower) {  // (upper * 2^32 + lower) / 2^53, upper <= 2^21, to 2e-7 of itself
     const float coarse = float(int32_t(lower >> 16)) * 0x1p16f + float(int32_t(lower & 0xffff));
     return float(int32_t(upper)) * 0x1p-21f + coarse * 0x1p-53f;
 }

@@ -4,7 +4,7 @@
 
 #include "filters.h"
 
-#include <new>
+#include <cstdlib>
 
 namespace {
 
@@ -79,7 +79,8 @@ INLINED int64_t drawn(
 
     int32_t threshold = impossible + 1;
     if (how.top_k > 0)
-        threshold = last_key(threshold, highest, [=, &how](int32_t key) { return reaching(keys, size, key) >= how.top_k; });
+        threshold = last_key(
+            threshold, highest, [=, &how](int32_t key) { return reaching(keys, size, key) >= how.top_k; });
     const float top = number_of(highest);
     double total = 0;
 #pragma omp simd reduction(+ : total)
@@ -125,13 +126,14 @@ int tokens_of(
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        const int64_t padded = how.size + 3;
-        float *memory = new (std::nothrow) float[4 * padded];
+        const int64_t bytes = (how.size + 3) * sizeof(float);
+        char *memory = (char *)std::malloc(4 * bytes);
         if (!memory) {
 #pragma omp atomic write
             failed = 1;
         }
-        const Scratch scratch = {(int32_t *)memory, memory + padded, memory + 2 * padded, memory + 3 * padded};
+        const Scratch scratch = {
+            (int32_t *)memory, (float *)(memory + bytes), (float *)(memory + 2 * bytes), (float *)(memory + 3 * bytes)};
 #pragma omp for schedule(dynamic, 4)
         for (int64_t i = 0; i < images * positions; ++i) {
             if (!memory) continue;
@@ -139,7 +141,7 @@ int tokens_of(
             const float *of_row = noise ? noise + i * how.size : nullptr;
             tokens[i] = token_of(cond, cond + uncond_offset, of_row, uint32_t(i), how, scratch);
         }
-        delete[] memory;
+        std::free(memory);
     }
     return failed;
 }
@@ -148,9 +150,9 @@ int tokens_of(
 
 extern "C" {
 
-// logits [2 * images, positions, size], conditional half first, or without guidance, `is_guided`, [images, positions, size];
-// neighbouring tokens and the given strides; noise [images, positions, size] or null; tokens [images, positions]. Returns
-// 0, or 1 when there was no memory.
+// logits [2 * images, positions, size], conditional half first, or, where it is not guided, [images, positions, size], with
+// neighbouring tokens and the given strides; noise [images, positions, size] or null: of the seed; tokens [images,
+// positions]. Returns 0, or 1 when there was no memory.
 int sample_tokens(
     int is_bfloat16, int is_guided, const void *logits, const float *noise, int64_t *tokens, int64_t images,
     int64_t positions, int64_t size, int64_t image_stride, int64_t position_stride, float cond_factor,
