@@ -251,9 +251,8 @@ def sampling_providers(case: Case, device: str) -> dict[str, dict[str, Call]]:
     def ours() -> torch.Tensor:
         return sample_tokens(logits, GUIDANCE, TOP_K, TOP_P, noise=noise)
 
-    ways = {"reference": _on("reference", ours), "torch": native}
-    if logits.is_cuda:
-        ways["triton"] = _on("triton", ours)
+    kernels = "triton" if logits.is_cuda else "cpu"
+    ways = {"reference": _on("reference", ours), "torch": native, kernels: _on(kernels, ours)}
     truth = ways["reference"]()[:1]
     for provider, run in ways.items():
         if not torch.equal(run()[:1], truth):

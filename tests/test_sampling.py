@@ -242,3 +242,20 @@ def test_in_cpp_the_draw_does_not_depend_on_the_threads() -> None:
 def test_in_cpp_logits_that_are_not_finite_give_a_token_that_exists(bad: float) -> None:
     tokens = sample_tokens(torch.full((2, 3, 9), bad), 1.0, 5, 0.9, seed=0)
     assert ((tokens >= 0) & (tokens < 9)).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_without_a_compiler_cpp_raises_where_it_is_asked_for_by_name(backend: str, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "no g++ found")
+    cpu.available.cache_clear()
+    logits, noise = normal(2, 3, 20), uniform(1, 3, 20)
+    try:
+        if backend == "auto":
+            expected = reference.sample_tokens(logits, 1.0, 5, 0.9, noise)
+            assert torch.equal(sample_tokens(logits, 1.0, 5, 0.9, noise=noise), expected)
+            assert "no g++ found" in caplog.text
+        else:
+            with pytest.raises(actvar_kernels.BackendUnavailableError, match=r"'cpu' backend cannot run.*no g\+\+"):
+                sample_tokens(logits, 1.0, 5, 0.9, noise=noise)
+    finally:
+        cpu.available.cache_clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import backend_of, needs_operator
+from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, needs_operator
 from actvar_kernels.checks import expect_one_device, expect_shape
 from actvar_kernels.sampling import cpu_kernel, reference
 
@@ -52,7 +52,8 @@ def sample_tokens(
 
     Raises:
         ValueError: shapes, `top_k` or `top_p` that do not fit, or not exactly one of `seed` and `noise`.
-        BackendUnavailableError: see `actvar_kernels.set_backend`; Triton takes up to 16384 tokens.
+        BackendUnavailableError: see `actvar_kernels.set_backend`; Triton takes up to 16384
+            tokens, C++ needs a compiler.
     """
     expect_shape("logits", logits, (None, None, None))
     rows, L, V = logits.shape
@@ -89,7 +90,7 @@ def _expect_seed(seed: torch.Tensor, device: torch.device) -> None:
 
 def _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) -> torch.Tensor:
     supported = ("reference", "triton") if logits.shape[2] <= MOST_TOKENS else ("reference",)
-    backend = backend_of("sample_tokens", logits, supported, in_cpp=cpu.available)
+    backend = backend_of("sample_tokens", logits, supported, in_cpp=_runs_in_cpp)
     if backend == "triton":
         from actvar_kernels.sampling import triton_kernel
 
@@ -103,6 +104,13 @@ def _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) 
         shape = (rows if guidance is None else rows // 2, L, V)
         noise = reference.uniform_noise(shape, logits.device, seed, step)
     return reference.sample_tokens(logits, guidance, top_k, top_p, noise)
+
+
+def _runs_in_cpp() -> bool:
+    reason = cpu.why_unavailable()
+    if reason is not None and get_backend() == "cpu":
+        raise BackendUnavailableError(f"sample_tokens: the 'cpu' backend cannot run this call: {reason}")
+    return cpu.available()
 
 
 @torch.library.custom_op("actvar_kernels::sample_tokens", mutates_args=())
