@@ -119,6 +119,7 @@ def _launch(out, index, rows, gamma, u, mask, active, fc1_weight, fc1_bias, fc2_
             TAIL_H=up.tail,
             BLOCK_C=up.depth,
             num_warps=up.warps,
+            enable_fp_fusion=True,
             num_stages=up.stages,
             maxnreg=up.registers,
         )
@@ -141,6 +142,7 @@ def _launch(out, index, rows, gamma, u, mask, active, fc1_weight, fc1_bias, fc2_
         BLOCK_H=down.depth,
         PARTS=tile.parts,
         num_warps=down.warps,
+        enable_fp_fusion=True,
         num_stages=down.stages,
     )
 
@@ -151,7 +153,15 @@ def _chosen_hidden(u: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, bi
     (T, N), D = mask.shape, weight.shape[0]
     rows = 16
     _zero_unchosen[(N, triton.cdiv(T, rows))](
-        hidden, mask, T, WIDTH=D // N, BLOCK_H=triton.next_power_of_2(D // N), EXPERTS=N, ROWS=rows, num_warps=4
+        hidden,
+        mask,
+        T,
+        WIDTH=D // N,
+        BLOCK_H=triton.next_power_of_2(D // N),
+        EXPERTS=N,
+        ROWS=rows,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return hidden
 

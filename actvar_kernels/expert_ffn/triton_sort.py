@@ -34,6 +34,7 @@ def sort_by_experts(mask: torch.Tensor, segment: int | None) -> tuple[torch.Tens
         BLOCK_T=tile.rows,
         CHUNK=tile.chunk,
         num_warps=tile.warps,
+        enable_fp_fusion=True,
     )
     return order, bits
 

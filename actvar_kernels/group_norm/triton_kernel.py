@@ -44,6 +44,7 @@ def group_norm_silu(
         ROWS=tiles.rows // tiles.loads,
         LOADS=tiles.loads,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     _join_groups[(groups, B)](
         moments,
@@ -59,6 +60,7 @@ def group_norm_silu(
         BLOCK_S=triton.next_power_of_2(C // groups),
         BLOCK_P=triton.next_power_of_2(tiles.parts),
         num_warps=4,
+        enable_fp_fusion=True,
     )
     _normalize_channels[(triton.cdiv(positions, tiles.rows) * blocks, B)](
         rows,
@@ -72,6 +74,7 @@ def group_norm_silu(
         BLOCK_C=tiles.channels,
         ROWS=tiles.rows,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -98,6 +101,7 @@ def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> t
         BLOCK_C=tiles.channels,
         ROWS=tiles.rows,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return out
 

@@ -81,6 +81,7 @@ def _launch(x, index, update, gamma, scale, shift, weight, bias, active):
         BLOCK_C=triton.next_power_of_2(C),
         ROWS=tiles.rows,
         num_warps=tiles.warps,
+        enable_fp_fusion=True,
     )
     return out, u, mask, logits
 
@@ -108,6 +109,7 @@ def route_experts(
         BLOCK_C=triton.next_power_of_2(C),
         ROWS=tiles.rows,
         num_warps=tiles.warps,
+        enable_fp_fusion=True,
     )
     return mask, logits
 

@@ -58,6 +58,7 @@ def sample_tokens(
         LARGEST=LARGEST,
         BLOCK=block,
         num_warps=sampling_warps(block),
+        enable_fp_fusion=True,
     )
     return tokens
 
@@ -212,10 +213,12 @@ def _top_p_threshold(x, highest, threshold, tail):
             low = tl.where(mass <= removable, trial, low)
             searching = mass_low + tl.exp2((low - highest) * _LOG2_E) <= removable
             if searching & (passes % 4 == 0):
-                lowest, next_lowest, mass = _weigh_lowest(x, weights, low)
+                low = tl.min(tl.where(x >= low, x, float("inf")), axis=0)
+                mass = tl.sum(tl.where(x > low, 0.0, weights), axis=0)
                 searching = mass <= removable
-                mass_low = tl.where(searching, mass, mass_low)
-                low = tl.where(searching, next_lowest, lowest)
+                if searching:
+                    low = tl.min(tl.where(x > low, x, float("inf")), axis=0)
+                    mass_low = mass
         else:
             searching = False
     return tl.minimum(low, highest)
@@ -239,15 +242,6 @@ def _step_up(x, low):
     lowest = tl.min(tl.where(x >= low, x, float("inf")), axis=0)
     higher = x > lowest
     return lowest, tl.min(tl.where(higher, x, float("inf")), axis=0), tl.sum(higher.to(tl.int32), axis=0)
-
-
-@triton.jit
-def _weigh_lowest(x, weights, low):
-    """The lowest of `x` from `low` on, the next one that differs, and what all up to the first weigh together."""
-    lowest = tl.min(tl.where(x >= low, x, float("inf")), axis=0)
-    higher = x > lowest
-    mass = tl.sum(tl.where(higher, 0.0, weights), axis=0)
-    return lowest, tl.min(tl.where(higher, x, float("inf")), axis=0), mass
 
 
 @triton.jit

@@ -33,6 +33,7 @@ def scatter_rows(
         BLOCK_C=triton.next_power_of_2(C),
         ROWS=tiles.rows,
         num_warps=tiles.warps,
+        enable_fp_fusion=True,
     )
 
 

@@ -73,6 +73,7 @@ def subset_attention(
         BLOCK_OWN=tiles.own_keys,
         OWN_STAGES=tiles.own_stages,
         num_warps=tiles.warps,
+        enable_fp_fusion=True,
         num_stages=tiles.stages,
     )
     return out

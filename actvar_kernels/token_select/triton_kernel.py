@@ -34,7 +34,7 @@ def select_tokens(
     rest = None if in_place else x.new_empty(R, L, C)
     tiles = row_tiles(R * L, C)
     steps = select_steps(R * L, tiles.rows)
-    sizes = dict(C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tiles.rows, num_warps=tiles.warps)
+    sizes = dict(C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tiles.rows, num_warps=tiles.warps, enable_fp_fusion=True)
     _score[(triton.cdiv(L, tiles.rows), R)](x, weight.contiguous(), bias, scores, x.stride(), L, **sizes)
     _select[(triton.cdiv(L, tiles.rows * steps), R)](
         x,
@@ -80,6 +80,7 @@ def normalize_modulate(
         BLOCK_C=triton.next_power_of_2(C),
         ROWS=tiles.rows,
         num_warps=tiles.warps,
+        enable_fp_fusion=True,
     )
     return out
 
