@@ -183,10 +183,11 @@ def quality(rows: Sequence[Result]) -> Figure | None:
     if not fids.keys() & times.keys():
         return None
     figure, (axes,) = _panels(1)
-    figure.set_size_inches(6, 3.2)
-    for of in sorted(fids.keys() & times.keys()):
+    figure.set_size_inches(9, 5)
+    for number, of in enumerate(sorted(fids.keys() & times.keys())):
         time = min(times[of], key=lambda row: row.p50 / row.batch)
-        axes.plot(time.p50 / time.batch, fids[of].p50, "o", label=", ".join(of[:2]))
+        marker = "osD^vPX*"[number // 10 % 8]  # there are ten colours
+        axes.plot(time.p50 / time.batch, fids[of].p50, marker, label=", ".join(of[:2]))
     axes.set(xlabel="milliseconds an image", ylabel="FID", xlim=(0, None), yscale="log")
     figure.legend(loc="outside right upper", fontsize=7)
     return figure
