@@ -104,6 +104,17 @@ def backend_of(
     return name
 
 
+def cpp_takes(operation: str, reason: str | None) -> bool:
+    """Whether a C++ kernel takes a call: if there is no `reason` against it.
+
+    Raises:
+        BackendUnavailableError: there is one, and the backend `"cpu"` was asked for by name.
+    """
+    if reason is not None and get_backend() == "cpu":
+        raise BackendUnavailableError(f"{operation}: the 'cpu' backend cannot run this call: {reason}")
+    return reason is None
+
+
 def kernel_backends(*tensors: torch.Tensor, fits: bool = True) -> tuple[str, ...]:
     """What `backend_of` takes as supported: the reference alone where a tensor is of none of `KERNEL_DTYPES`, or where
     the call does not fit the kernels otherwise."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import make_tiny_var
 
+import actvar_kernels
 from actvar.models import VAR
 
 pytest.register_assert_rewrite("kernel_loops", "oracle_cases")
@@ -49,6 +50,13 @@ def tiny_var() -> VAR:
 @pytest.fixture
 def make_var() -> Callable[..., VAR]:
     return make_tiny_var
+
+
+@pytest.fixture
+def reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations run PyTorch's reference, whatever the environment says."""
+    monkeypatch.delenv("ACTVAR_BACKEND", raising=False)
+    monkeypatch.setattr(actvar_kernels.backend, "_chosen", "reference")
 
 
 @pytest.fixture(scope="session")

@@ -10,21 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import oracle
-import pytest
 import torch
 from torch import Tensor
-
-import actvar_kernels
 
 LOW_DTYPES = [torch.bfloat16, torch.float16]
 EXACT = 1e-12
 SHAPES = [(1, 1, 64, 1), (2, 16, 128, 12), (3, 25, 65, 19), (2, 7, 5, 1), (4, 9, 192, 9)]
 """Rows, tokens, width, kept tokens."""
-
-
-def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ACTVAR_BACKEND", raising=False)
-    monkeypatch.setattr(actvar_kernels.backend, "_chosen", "reference")
 
 
 def normal(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:

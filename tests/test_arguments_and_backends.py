@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_loops import selection_inputs, use_reference
+from kernel_loops import selection_inputs
 from torch import Tensor
 
 import actvar_kernels
@@ -24,10 +24,7 @@ from actvar_kernels import (
     subset_attention,
 )
 
-
-@pytest.fixture(autouse=True)
-def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_reference(monkeypatch)
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def test_an_unknown_schedule_is_a_value_error() -> None:

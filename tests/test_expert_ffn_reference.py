@@ -19,7 +19,6 @@ from kernel_loops import (
     loops_in,
     normal,
     scatter_inputs,
-    use_reference,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,10 +27,7 @@ from actvar_kernels import expert_ffn, expert_ffn_scatter, route_experts
 from actvar_kernels.expert_ffn.op import expert_ffn_flops
 from actvar_kernels.expert_ffn.reference import snapped
 
-
-@pytest.fixture(autouse=True)
-def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_reference(monkeypatch)
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def looped_logits(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -16,16 +16,12 @@ from kernel_loops import (
     normal,
     picked,
     selection_inputs,
-    use_reference,
 )
 from torch import Tensor
 
 from actvar_kernels import add_normalize, add_normalize_route, normalize_modulate, route_experts
 
-
-@pytest.fixture(autouse=True)
-def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_reference(monkeypatch)
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 @pytest.mark.parametrize("experts", [0, 4])

@@ -14,16 +14,12 @@ from kernel_loops import (
     looped_scatter,
     loops_in,
     scatter_inputs,
-    use_reference,
 )
 from torch import Tensor
 
 from actvar_kernels import scatter_rows
 
-
-@pytest.fixture(autouse=True)
-def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_reference(monkeypatch)
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW_DTYPES], ids=str)

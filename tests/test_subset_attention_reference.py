@@ -6,16 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_loops import EXACT, LOW_DTYPES, assert_close, gradients, loops_in, normal, use_reference
+from kernel_loops import EXACT, LOW_DTYPES, assert_close, gradients, loops_in, normal
 from torch import Tensor
 from torch.nn import functional as F
 
 from actvar_kernels import subset_attention
 
-
-@pytest.fixture(autouse=True)
-def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_reference(monkeypatch)
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def looped_attention(

@@ -18,17 +18,13 @@ from kernel_loops import (
     normal,
     picked,
     selection_inputs,
-    use_reference,
 )
 from torch import Tensor
 
 from actvar_kernels import normalize_modulate, route_experts, scatter_rows, select_tokens
 from actvar_kernels.token_select.reference import top_indices
 
-
-@pytest.fixture(autouse=True)
-def _reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_reference(monkeypatch)
+pytestmark = pytest.mark.usefixtures("reference_backend")
 
 
 def looped_scores(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

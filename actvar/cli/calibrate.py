@@ -8,13 +8,13 @@ from pathlib import Path
 
 import actvar
 from actvar.calibrate import calibrate
-from actvar.cli.options import DTYPES, add_source, check_source, load, positive, with_rates, write_json
+from actvar.cli.options import DTYPES, add_dtype, add_source, check_source, load, positive, with_rates, write_json
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("calibrate", help="make an adapter without data or training, in minutes")
     add_source(command, adapter=None)
-    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    add_dtype(command)
     command.add_argument(
         "--out", type=Path, required=True, help="adapter file to write; the report goes beside it as .json"
     )

@@ -10,6 +10,7 @@ import torch
 from actvar.cli.options import (
     DTYPES,
     add_draw,
+    add_dtype,
     add_source,
     check_source,
     device_of,
@@ -24,7 +25,7 @@ from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 def add_to(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("evaluate", help="quality, time and FLOPs of ActVAR beside other methods; resumes")
     add_source(command, adapter=False)
-    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    add_dtype(command)
     command.add_argument(
         "--methods",
         default="all",

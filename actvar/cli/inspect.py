@@ -9,8 +9,8 @@ import torch
 
 import actvar
 from actvar.cli.options import (
-    DTYPES,
     add_draw,
+    add_dtype,
     add_source,
     check_source,
     class_name,
@@ -29,7 +29,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "inspect", help="one image from inside, as an HTML page: scales, tokens, experts, cost"
     )
     add_source(command, "best")
-    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    add_dtype(command)
     command.add_argument("--label", "--class", type=int, required=True, help="the image's class, e.g. 7")
     add_draw(command)
     command.add_argument("--repeats", type=positive, default=5, help="timed runs of each way (default 5)")

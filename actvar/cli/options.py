@@ -35,6 +35,11 @@ def add_source(command: argparse.ArgumentParser, adapter: str | None = "paper") 
     source.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
 
 
+def add_dtype(command: argparse.ArgumentParser) -> None:
+    """The type of the transformer's weights."""
+    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+
+
 def add_draw(command: argparse._ActionsContainer) -> None:
     """How tokens are drawn."""
     command.add_argument("--cfg", type=float, default=1.5, help="guidance strength (default 1.5)")

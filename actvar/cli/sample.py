@@ -11,8 +11,8 @@ import torch
 
 from actvar.bulk import Bulk, sample_many, write_npz
 from actvar.cli.options import (
-    DTYPES,
     add_draw,
+    add_dtype,
     add_source,
     check_source,
     class_name,
@@ -32,7 +32,7 @@ MOST_LABELS = 1_000_000
 def add_to(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("sample", help="sample images; --compare also times dense against ActVAR")
     add_source(command, "best")
-    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    add_dtype(command)
     what = command.add_argument_group("images")
     what.add_argument("--labels", "--classes", type=labels_of, help="e.g. 0-9 or 207,980 (default for --num: all)")
     what.add_argument("--per-class", type=positive, help="images per class (default 1)")

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import register_flop_formula
 from actvar_kernels import cpu
 from actvar_kernels.backend import (
     MOST_SEQUENCES,
-    BackendUnavailableError,
     backend_of,
+    cpp_takes,
     get_backend,
     kernel_backends,
     needs_operator,
@@ -194,10 +194,7 @@ def _backend(operation: str, u: torch.Tensor, mask: torch.Tensor, *others: torch
     supported = kernel_backends(u, *others, fits=fits)
 
     def in_cpp() -> bool:
-        reason = _why_not_on_cpu(u, mask, *others)
-        if reason is not None and get_backend() == "cpu":
-            raise BackendUnavailableError(f"{operation}: the 'cpu' backend cannot run this call: {reason}")
-        return reason is None
+        return cpp_takes(operation, _why_not_on_cpu(u, mask, *others))
 
     return backend_of(operation, u, supported, _LIMITS, in_cpp)
 

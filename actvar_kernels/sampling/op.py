@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, needs_operator
+from actvar_kernels.backend import backend_of, cpp_takes, needs_operator
 from actvar_kernels.checks import expect_one_device, expect_shape
 from actvar_kernels.sampling import cpu_kernel, reference
 
@@ -107,10 +107,7 @@ def _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) 
 
 
 def _runs_in_cpp() -> bool:
-    reason = cpu.why_unavailable()
-    if reason is not None and get_backend() == "cpu":
-        raise BackendUnavailableError(f"sample_tokens: the 'cpu' backend cannot run this call: {reason}")
-    return cpu.available()
+    return cpp_takes("sample_tokens", cpu.why_unavailable()) or cpu.available()  # which logs the reason once
 
 
 @torch.library.custom_op("actvar_kernels::sample_tokens", mutates_args=())
