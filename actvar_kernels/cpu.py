@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -117,16 +118,26 @@ def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def in_huge_pages(weights: torch.Tensor) -> torch.Tensor:
-    """A copy of `weights`, on Linux in pages of 2 MiB where the system has them: all are read at every step, and with
-    smaller pages the processor looks up hundreds of addresses for each layer."""
-    size = weights.numel() * weights.element_size()
+    """A copy of `weights` in an `empty`: all are read at every step, and with smaller pages the processor looks up
+    hundreds of addresses for each layer."""
+    return empty(tuple(weights.shape), weights.dtype).copy_(weights)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory without values, on Linux in pages of 2 MiB where the system has them and it is as large."""
+    size = math.prod(shape) * dtype.itemsize
     if sys.platform != "linux" or size < HUGE_PAGE:
-        return weights.contiguous()
+        return torch.empty(shape, dtype=dtype)
     buffer = torch.empty(size + HUGE_PAGE, dtype=torch.uint8)
     start = -buffer.data_ptr() % HUGE_PAGE
     whole = ctypes.c_size_t(size // HUGE_PAGE * HUGE_PAGE)
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(buffer.data_ptr() + start), whole, MADV_HUGEPAGE)  # which may do nothing
-    return buffer[start : start + size].view(weights.dtype).view(weights.shape).copy_(weights)
+    _libc().madvise(ctypes.c_void_p(buffer.data_ptr() + start), whole, MADV_HUGEPAGE)  # which may do nothing
+    return buffer[start : start + size].view(dtype).view(shape)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def padded(vector: torch.Tensor, lanes: int) -> torch.Tensor:

@@ -175,6 +175,14 @@ template <class T> inline void put_columns(T *to, vec x, int columns) {
     memcpy(to, all, columns * sizeof(T));
 }
 
+// The first `columns` numbers of a vector in memory, zeros behind them.
+template <class T> inline vec first_columns(const T *from, int columns) {
+    if (columns >= LANES) return wide(from);
+    T all[LANES] = {};
+    if (columns > 0) memcpy(all, from, columns * sizeof(T));
+    return wide(all);
+}
+
 constexpr int WIDTH = LANES, PANEL = VECTORS * LANES;  // columns of a vector, of a full panel
 
 }  // namespace NAMESPACE

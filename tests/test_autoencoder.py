@@ -1,4 +1,4 @@
-"""The autoencoder on the CPU bit for bit as PyTorch's modules have it, and its two ways to enlarge maps."""
+"""The autoencoder's blocks on the CPU: bit for bit PyTorch's modules in the reference, as exact in C++."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from actvar.models.quantizer import upsampled_by_axis
-from actvar.models.vqvae import AttnBlock, ResnetBlock, Upsample, twice_as_large
+from actvar.models.vqvae import VQVAE, AttnBlock, ResnetBlock, Upsample, twice_as_large
 from actvar_kernels.backend import using_backend
 from actvar_kernels.conv3x3.op import whole_vectors
 
@@ -39,25 +39,52 @@ def test_twice_as_large_is_the_nearest_neighbour(channels: int, dtype: torch.dty
         assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+def blocks_in_turn(x, resnet, attention, upsample) -> list[torch.Tensor]:
+    """What the modules compute, by PyTorch's own."""
+
+    def conv(module, x):
+        return F.conv2d(x, module.weight, module.bias, padding=module.padding)
+
+    h = conv(resnet.conv1, F.silu(resnet.norm1(x)))
+    h = conv(resnet.conv2, F.silu(resnet.norm2(h)))
+    q, k, v = attention.qkv(attention.norm(x)).reshape(2, 3, 32, 36).unbind(1)
+    weights = (torch.bmm(q.transpose(1, 2), k) * 32**-0.5).softmax(dim=2)
+    attended = x + attention.proj_out(torch.bmm(v, weights.transpose(1, 2)).view(x.shape))
+    enlarged = conv(upsample.conv, F.interpolate(x, scale_factor=2, mode="nearest"))
+    return [resnet.nin_shortcut(x) + h, attended, enlarged]
+
+
+@pytest.mark.parametrize("width", [32, 64])
 @torch.no_grad()
-def test_blocks_on_the_cpu_are_the_modules_in_turn(backend: str) -> None:
-    x = normal(2, 32, 6, 6)
-    for width in (32, 64):
-        resnet = ResnetBlock(32, width)
-        with using_backend(backend):
-            h = resnet.conv1(F.silu(resnet.norm1(x)))
-            h = resnet.conv2(F.silu(resnet.norm2(h)))
-            assert torch.equal(resnet(x), resnet.nin_shortcut(x) + h)
-    attention, upsample = AttnBlock(32), Upsample(32)
-    with using_backend(backend):
-        q, k, v = attention.qkv(attention.norm(x)).reshape(2, 3, 32, 36).unbind(1)
-        weights = (torch.bmm(q.transpose(1, 2), k) * 32**-0.5).softmax(dim=2)
-        h = torch.bmm(v, weights.transpose(1, 2)).view(x.shape)
-        assert torch.equal(attention(x), x + attention.proj_out(h))
-        enlarged, offset = upsample(x)
+def test_blocks_on_the_cpu_are_the_modules_in_turn(width: int) -> None:
+    x, modules = normal(2, 32, 6, 6), (ResnetBlock(32, width), AttnBlock(32), Upsample(32))
+    before = x.clone()
+    with using_backend("reference"):
+        wanted = blocks_in_turn(x, *modules)
+        *blocks, (enlarged, offset) = (module(x) for module in modules)
         assert offset is None
-        assert torch.equal(enlarged, upsample.conv(F.interpolate(x, scale_factor=2, mode="nearest")))
+        assert all(torch.equal(found, exact) for found, exact in zip([*blocks, enlarged], wanted, strict=True))
+    *blocks, (enlarged, offset) = (module(x) for module in modules)
+    exact = blocks_in_turn(x.double(), *(module.double() for module in modules))
+    assert offset is None
+    assert torch.equal(x, before)
+    for found, reference, true in zip([*blocks, enlarged], wanted, exact, strict=True):
+        error = (reference.double() - true).abs().max()
+        assert (found.double() - true).abs().max() <= 4 * error + torch.finfo(torch.float32).eps * true.abs().max() / 4
+
+
+@torch.no_grad()
+def test_a_decoder_in_cpp_errs_at_most_four_times_as_much_as_by_pytorch() -> None:
+    """By large tiles at its larger maps, which err more than a direct convolution each."""
+    vae = VQVAE(vocab_size=16, z_channels=16, ch=64, patch_nums=(1, 16), ch_mult=(1, 2, 2))
+    vae.init_weights(torch.Generator().manual_seed(0))
+    features = normal(2, 16, 16, 16)
+    images = {}
+    for backend in ("auto", "reference"):
+        with using_backend(backend):
+            images[backend] = vae.fhat_to_img(features).double()
+    exact = vae.double().fhat_to_img(features.double())
+    assert (images["auto"] - exact).abs().max() <= 4 * (images["reference"] - exact).abs().max()
 
 
 @pytest.mark.parametrize(("outputs", "with_bias"), [(3, True), (3, False), (8, True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -41,22 +42,91 @@ def exact(x, weight, bias) -> torch.Tensor:
     return F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
 
 
+def winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, points: tuple[float, ...]) -> torch.Tensor:
+    """Cook and Toom's construction from its definition, in x's dtype: at a point p an output polynomial of degree M - 1
+    times the weights' of degree 2; its transpose is a convolution."""
+    M, n = len(points) - 1, len(points) + 1
+
+    def lagrange(leave_out: float | None) -> list[float]:  # coefficients of the product of (x - q)
+        others = [q for q in points if q != leave_out]
+        return list(np.polynomial.polynomial.polyfromroots(others)) + [0.0] * (n - 1 - len(others))
+
+    inputs_ = torch.tensor([lagrange(p) for p in points] + [lagrange(None)], dtype=torch.float64)
+    outputs = torch.tensor([[p**i for p in points] + [float(i == M - 1)] for i in range(M)], dtype=torch.float64)
+    weights = torch.linalg.pinv(torch.einsum("ia,ak->ika", outputs, inputs_).flatten(0, 1))
+    windows = torch.tensor([[float(k == i + j) for j in range(3)] for i in range(M) for k in range(n)]).double()
+    G = weights @ windows
+
+    H, W = x.shape[2:]
+    x = F.pad(x, (1, 1 + -W % M, 1, 1 + -H % M)).unfold(2, n, M).unfold(3, n, M)  # [B, C, tiles, tiles, n, n]
+    transformed = torch.einsum("ai,bj,dcij->dcab", G, G, weight.double()).to(x.dtype)
+    for at in (4, 5):
+        x = torch.einsum("ai,...i->...a", inputs_.to(x.dtype), x.transpose(at, -1)).transpose(at, -1)
+    y = torch.einsum("bchwij,dcij->bdhwij", x, transformed)
+    for at in (4, 5):
+        y = torch.einsum("ai,...i->...a", outputs.to(x.dtype), y.transpose(at, -1)).transpose(at, -1)
+    return y.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :H, :W] + bias[:, None, None]
+
+
 @pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "outputs"), [*((dtype, 2) for dtype in DTYPES), (torch.float32, 4)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_instruction_set_errs_at_most_four_times_as_much_as_a_direct_convolution(shape, dtype, level):
+def test_every_instruction_set_errs_at_most_four_times_as_much_as_pytorch(shape, dtype, outputs, level):
+    """By small tiles beside a direct convolution, by large ones, which err more, beside the same algorithm."""
     tensors = inputs(shape, dtype)
-    found, wanted = cpu_kernel.conv3x3(*tensors, level=level), exact(*tensors)
-    direct = F.conv2d(*tensors, padding=1)
+    found, wanted = cpu_kernel.conv3x3(*tensors, level=level, outputs=outputs), exact(*tensors)
+    if outputs == 2:
+        known = F.conv2d(*tensors, padding=1)
+    else:
+        points = cpu_kernel.POINTS[outputs]
+        torch.testing.assert_close(winograd(*(t.double() for t in tensors), points), wanted)
+        known = winograd(*tensors, points)
     assert found.dtype == dtype
     assert found.shape == wanted.shape
     unit = torch.finfo(dtype).eps * wanted.abs().max()
     for norm in (torch.linalg.vector_norm, lambda error: error.abs().max()):
-        assert norm(found.double() - wanted) <= 4 * norm(direct.double() - wanted) + unit / 4
+        error, limit = norm(found.double() - wanted), 4 * norm(known.double() - wanted) + unit / 4
+        assert error <= limit, f"{error:.3g}, at most {limit:.3g}"
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
+@pytest.mark.parametrize(("dtype", "outputs"), [(torch.float32, 2), (torch.float32, 4), (torch.bfloat16, 2)], ids=str)
+@pytest.mark.parametrize("columns", [40, 3])
+def test_a_residual_is_added_and_pixels_stand_twice_with_one_rounding(columns, dtype, outputs, level):
+    x, weight, bias = inputs((2, 32, 5, 7, columns), dtype)
+    residual = inputs((2, columns, 10, 14, 1), dtype)[0]
+    how = dict(level=level, outputs=outputs)
+    found = cpu_kernel.conv3x3(x, weight, bias, residual, enlarge=True, **how)
+    large = F.interpolate(x, scale_factor=2, mode="nearest")
+    assert torch.equal(
+        cpu_kernel.conv3x3(x, weight, bias, enlarge=True, **how), cpu_kernel.conv3x3(large, weight, bias, **how)
+    )
+    wanted = exact(large, weight, bias) + residual.double()
+    direct = (F.conv2d(large.float(), weight.float(), bias.float(), padding=1) + residual.float()).to(dtype)
+    error, unit = (found.double() - wanted).abs().max(), torch.finfo(dtype).eps * wanted.abs().max()
+    assert error <= 4 * (direct.double() - wanted).abs().max() + unit / 4
+
+
+def test_larger_tiles_are_for_maps_that_are_large_beside_their_channels():
+    x, weight, bias = inputs((1, 32, 16, 16, 40), torch.float32)
+    for image, outputs in ((x, 4), (x[:, :, :, :9], 2), (x.bfloat16(), 2)):
+        assert torch.equal(conv3x3(image, weight, bias), cpu_kernel.conv3x3(image, weight, bias, outputs=outputs))
+
+
+def test_with_a_residual_in_another_type_or_without_the_kernel_it_is_the_sum_of_both():
+    x, weight, bias = inputs((1, 16, 6, 6, 4), torch.float32)
+    residual = torch.ones(1, 4, 12, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = conv3x3(x, weight, bias, residual, enlarge=True)
+        assert torch.equal(found, residual + conv3x3(x, weight, bias, enlarge=True))
+    large = F.interpolate(x, scale_factor=2, mode="nearest")
+    with using_backend("reference"):
+        found = conv3x3(x, weight, bias, residual, enlarge=True)
+    assert torch.equal(found, residual + F.conv2d(large, weight, bias, padding=1))
 
 
 def test_the_result_depends_neither_on_threads_nor_on_the_memory_format_nor_on_the_other_images():
-    x, weight, bias = inputs((4, 32, 20, 18, 40), torch.float32)
+    x, weight, bias = inputs((4, 80, 20, 18, 40), torch.float32)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -70,10 +140,11 @@ def test_the_result_depends_neither_on_threads_nor_on_the_memory_format_nor_on_t
 
 
 def test_an_image_is_padded_with_zeros_and_not_with_its_neighbours():
-    x, weight, bias = inputs((3, 16, 5, 5, 8), torch.float32)
-    alone = conv3x3(x[1:2], weight, bias)
-    x[0], x[2] = torch.nan, torch.inf
-    assert torch.equal(conv3x3(x, weight, bias)[1:2], alone)
+    for side in (5, 9):  # by small tiles and by large ones
+        x, weight, bias = inputs((3, 16, side, side, 8), torch.float32)
+        alone = conv3x3(x[1:2], weight, bias)
+        x[0], x[2] = torch.nan, torch.inf
+        assert torch.equal(conv3x3(x, weight, bias)[1:2], alone)
 
 
 def test_it_runs_where_kernels_run_in_cpp_and_the_channels_fit(monkeypatch: pytest.MonkeyPatch):

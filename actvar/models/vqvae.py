@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.models.quantizer import VectorQuantizer
-from actvar_kernels import add_residual, backend_of, conv3x3, group_norm_silu
+from actvar_kernels import add_residual, backend_of, conv3x3, cpp_runs, group_norm_silu
 from actvar_kernels.backend import kernel_backends
 
 OFFICIAL_CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
@@ -27,8 +27,10 @@ def _kernels_run(x: torch.Tensor) -> bool:
     return not torch.is_grad_enabled() and backend_of("autoencoder", x, kernel_backends(x)) == "triton"
 
 
-def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, **options) -> torch.Tensor:
-    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, **options)
+def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, silu: bool = True, **options) -> torch.Tensor:
+    if _kernels_run(x) or cpp_runs(x):
+        return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, **options)
+    return F.silu(norm(x)) if silu else norm(x)
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -41,8 +43,8 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
-    def forward(self, x: torch.Tensor, add_bias: bool = True) -> torch.Tensor:
-        return conv3x3(x, self.weight, self.bias if add_bias else None)
+    def forward(self, x: torch.Tensor, add_bias: bool = True, **options) -> torch.Tensor:
+        return conv3x3(x, self.weight, self.bias if add_bias else None, **options)
 
 
 class ResnetBlock(nn.Module):
@@ -63,9 +65,8 @@ class ResnetBlock(nn.Module):
             h = self.conv2(_norm_silu(self.norm2, h, offset=self.conv1.bias), add_bias=False)
             shortcut, bias = self._shortcut(x, offset)
             return add_residual(shortcut, h, self.conv2.bias if bias is None else self.conv2.bias + bias)
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+        h = self.conv1(_norm_silu(self.norm1, x))
+        return self.conv2(_norm_silu(self.norm2, h, overwrite=True), residual=self.nin_shortcut(x))
 
     def _shortcut(self, x: torch.Tensor, offset: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The shortcut of `x + offset` in two parts, the second one for every pixel, `[out_channels]`."""
@@ -88,12 +89,10 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        kernels = _kernels_run(x)
-        normalized = _norm_silu(self.norm, x, silu=False) if kernels else self.norm(x)
-        q, k, v = self.qkv(normalized).reshape(B, 3, C, H * W).unbind(1)
+        q, k, v = self.qkv(_norm_silu(self.norm, x, silu=False)).reshape(B, 3, C, H * W).unbind(1)
         weights = torch.bmm(q.transpose(1, 2), k).mul_(C**-0.5).softmax(dim=2)  # [B, query, key]
         h = torch.bmm(v, weights.transpose(1, 2)).view(B, C, H, W)
-        if kernels:
+        if _kernels_run(x):
             return add_residual(x, F.conv2d(_channels_last(h), self.proj_out.weight), self.proj_out.bias)
         return x + self.proj_out(h)
 
@@ -116,7 +115,7 @@ class Upsample(nn.Module):
         """The convolution without its bias, and this bias, where kernels run; else the convolution and None."""
         if _kernels_run(x):
             return self.conv(twice_as_large(x), add_bias=False), self.conv.bias
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest")), None
+        return self.conv(x, enlarge=True), None
 
 
 def twice_as_large(x: torch.Tensor) -> torch.Tensor:
@@ -184,7 +183,7 @@ class Encoder(nn.Module):
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
         h = self.mid(h)
-        return self.conv_out(_norm_silu(self.norm_out, h) if _kernels_run(h) else F.silu(self.norm_out(h)))
+        return self.conv_out(_norm_silu(self.norm_out, h, overwrite=True))
 
 
 class Decoder(nn.Module):
@@ -211,7 +210,7 @@ class Decoder(nn.Module):
             h = level(h, offset)
             if hasattr(level, "upsample"):
                 h, offset = level.upsample(h)
-        return self.conv_out(_norm_silu(self.norm_out, h) if _kernels_run(h) else F.silu(self.norm_out(h)))
+        return self.conv_out(_norm_silu(self.norm_out, h, overwrite=True))
 
 
 class VQVAE(nn.Module):

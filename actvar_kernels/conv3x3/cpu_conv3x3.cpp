@@ -1,5 +1,6 @@
-// A 3x3 convolution with padding on the CPU by Winograd's F(2x2, 3x3): 16 products a tile of 4 outputs in place of 36 (Lavin
-// and Gray, 2016). Images lie pixel by pixel, each with its channels. cpu_kernel.py transforms and packs the weights.
+// A 3x3 convolution with padding on the CPU by Winograd's F(M x M, 3 x 3), M = 2 or 4: 16 or 36 products a tile of M x M
+// outputs in place of 9 M^2 (Lavin and Gray, 2016). Images lie pixel by pixel, each with its channels. cpu_kernel.py
+// transforms and packs the weights.
 
 #include <cstddef>
 #include <cstdint>
@@ -7,14 +8,21 @@
 namespace {
 
 struct Job {
-    const void *x;       // [images, height, width, channels]
-    const void *weight;  // [16, channels, columns] in panels
-    const float *bias;   // [columns], padded to a vector
-    void *out;           // [images, height, width, columns]
+    const void *x;         // [images, height, width, channels]; enlarged: [images, height / 2, width / 2, channels]
+    const void *weight;    // [(M + 2)^2, channels, columns] in panels
+    const float *bias;     // [columns], padded to a vector
+    const void *residual;  // [images, height, width, columns], what is added, or null
+    void *out;             // [images, height, width, columns]
     int images, height, width, channels, columns;
+    int enlarge;  // 1: every pixel of x stands twice in both directions
+    int group;    // tiles that go over a panel of weights together
 };
 
-constexpr int TILES = 48;  // of 2 x 2 outputs, which go over a panel of weights together
+struct Tile {  // of M x M outputs
+    int image, top, left;
+};
+
+constexpr int MOST = 48;  // tiles of a group
 
 }  // namespace
 
@@ -23,25 +31,34 @@ constexpr int TILES = 48;  // of 2 x 2 outputs, which go over a panel of weights
 
 namespace {
 
-struct Level {
-    size_t (*bytes[2])(const Job &);  // float32, bfloat16
-    void (*runs[2])(const Job &, int64_t, int, char *);
+struct Kind {
+    size_t (*bytes)(const Job &);
+    void (*run)(const Job &, int64_t, int, char *);
 };
 
-#define LEVEL_OF(level) \
-    {{level::scratch_bytes<float>, level::scratch_bytes<bfloat16>}, {level::run<float>, level::run<bfloat16>}},
-const Level LEVELS[] = {FOR_EVERY_LEVEL(LEVEL_OF)};
+#define KINDS_OF(level)                                                     \
+    {{level::scratch_bytes<float, 2>, level::run<float, 2>},                \
+     {level::scratch_bytes<bfloat16, 2>, level::run<bfloat16, 2>},          \
+     {level::scratch_bytes<float, 4>, level::run<float, 4>},                \
+     {level::scratch_bytes<bfloat16, 4>, level::run<bfloat16, 4>}},
+const Kind LEVELS[][4] = {FOR_EVERY_LEVEL(KINDS_OF)};
 
 }  // namespace
 
 // Channels are a multiple of 16. Returns 0, or 1 when memory ran out.
-extern "C" int conv3x3(int level, int is_bfloat16, const void *x, const void *weight, const void *bias, void *out,
-                       int images, int height, int width, int channels, int columns, int threads) {
-    const Job job = {x, weight, (const float *)bias, out, images, height, width, channels, columns};
-    const int64_t tiles = (int64_t)images * ((height + 1) / 2) * ((width + 1) / 2);
+extern "C" int conv3x3(int level, int is_bfloat16, int outputs, const void *x, const void *weight, const void *bias,
+                       const void *residual, void *out, int images, int height, int width, int channels, int columns,
+                       int enlarge, int threads) {
+    const int64_t tiles = (int64_t)images * ((height + outputs - 1) / outputs) * ((width + outputs - 1) / outputs);
     const int64_t share = (tiles + threads - 1) / threads;
-    const int group = share < TILES ? share : TILES;
-    const size_t bytes = (LEVELS[level].bytes[is_bfloat16](job) + 63) / 64 * 64;
+    // tiles that take about a second-level cache when they are transformed
+    const int fitting = (1 << 20) / ((outputs + 2) * (outputs + 2) * channels * 4) / 6 * 6;
+    const int most = outputs == 2 || fitting > MOST ? MOST : fitting < 6 ? 6 : fitting;
+    const Job job = {x,      weight, (const float *)bias, residual, out,
+                     images, height, width,               channels, columns,
+                     enlarge, share < most ? (int)share : most};
+    const Kind &kind = LEVELS[level][(outputs == 4) * 2 + is_bfloat16];
+    const size_t bytes = (kind.bytes(job) + 63) / 64 * 64;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -51,9 +68,9 @@ extern "C" int conv3x3(int level, int is_bfloat16, const void *x, const void *we
             failed = 1;
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t first = 0; first < tiles; first += group)
+        for (int64_t first = 0; first < tiles; first += job.group)
             if (scratch != nullptr)
-                LEVELS[level].runs[is_bfloat16](job, first, first + group < tiles ? group : tiles - first, scratch);
+                kind.run(job, first, first + job.group < tiles ? job.group : tiles - first, scratch);
         free(scratch);
     }
     return failed;

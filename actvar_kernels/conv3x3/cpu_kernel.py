@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 
 import torch
 
 from actvar_kernels import cpu
 from actvar_kernels.packing import packed
 
-# G of Winograd's F(2x2, 3x3): a kernel w becomes G w G^T
-_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.6875, -0.6875, 1.5, -1.5)}
+"""Where polynomials are multiplied, by the outputs of a tile; infinity comes last. Those of 4 err little."""
 
 
-def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, level: int | None = None) -> torch.Tensor:
+def conv3x3(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    enlarge: bool = False,
+    *,
+    level: int | None = None,
+    outputs: int | None = None,
+) -> torch.Tensor:
     """As `conv3x3.op.conv3x3`, with sums in float32.
 
     Args:
         x: `[B, C, H, W]` float32 or bfloat16, C a multiple of 16; a weight of another type is converted when it is
             packed.
+        residual: in x's dtype.
         level: instruction set; None: the highest.
+        outputs: 2 or 4, the side of Winograd's tiles; None: by the size.
 
     Returns:
         `[B, D, H, W]` in the memory format `channels_last`.
@@ -31,25 +43,42 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, level: in
     """
     level = cpu.best_level() if level is None else level
     layout, (B, C, H, W), D = cpu.layout_of(level), x.shape, weight.shape[0]
+    H, W = (2 * H, 2 * W) if enlarge else (H, W)
+    outputs = outputs or _outputs(x.dtype, C, D, H * W)
 
     def pack() -> torch.Tensor:
-        transform = torch.tensor(_TRANSFORM)
-        by_position = torch.einsum("ai,dcij,bj->abcd", transform, weight.detach().float(), transform)
+        transform = _weight_transform(POINTS[outputs])
+        by_position = torch.einsum("ai,dcij,bj->abcd", transform, weight.detach().double(), transform)
         return cpu.panels(by_position.flatten(0, 1).to(x.dtype), layout).flatten()
 
-    copy = packed((weight,), ("winograd", x.dtype, level), pack)
+    copy = packed((weight,), ("winograd", outputs, x.dtype, level), pack)
     bias = cpu.padded(bias.detach().float(), layout.lanes)
     x = x.contiguous(memory_format=torch.channels_last)
-    out = x.new_empty((B, H, W, D)).permute(0, 3, 1, 2)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    out = cpu.empty((B, H, W, D), x.dtype).permute(0, 3, 1, 2)
     sizes = cpu.checked_sizes(B, H, W, C, D)
-    pointers = x.data_ptr(), copy.data_ptr(), bias.data_ptr(), out.data_ptr()
-    if _library().conv3x3(level, x.dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads()):
+    pointers = x.data_ptr(), copy.data_ptr(), bias.data_ptr(), None if residual is None else residual.data_ptr()
+    kind = level, x.dtype == torch.bfloat16, outputs
+    if _library().conv3x3(*kind, *pointers, out.data_ptr(), *sizes, enlarge, torch.get_num_threads()):
         raise MemoryError(f"conv3x3: no memory for {C} channels")
     return out
+
+
+def _outputs(dtype: torch.dtype, C: int, D: int, pixels: int) -> int:
+    """The side of a tile. Larger ones take fewer products and more weights, which pays where pixels are many beside
+    channels; bfloat16, which rounds transformed inputs, would lose by it what it has of exactness."""
+    return 4 if dtype == torch.float32 and pixels >= 4 * max(C, D) else 2
+
+
+def _weight_transform(points: tuple[float, ...]) -> torch.Tensor:
+    """G of Cook and Toom's construction, `[points + 1, 3]` float64: a kernel w becomes G w G^T."""
+    rows = [[p**k / math.prod(p - q for q in points if q != p) for k in range(3)] for p in points]
+    return torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = cpu.library()
-    library.conv3x3.argtypes = 2 * [ctypes.c_int] + 4 * [ctypes.c_void_p] + 6 * [ctypes.c_int]
+    library.conv3x3.argtypes = 3 * [ctypes.c_int] + 5 * [ctypes.c_void_p] + 7 * [ctypes.c_int]
     return library

@@ -2,75 +2,142 @@
 
 namespace NAMESPACE {
 
-// The 4 x 4 inputs of LANES channels of a tile, d, as B^T d B.
-inline void transform_input(const vec (&d)[4][4], vec (&v)[4][4]) {
-    vec rows[4][4];
-    for (int j = 0; j < 4; j++) {
-        rows[0][j] = d[0][j] - d[2][j];
-        rows[1][j] = d[1][j] + d[2][j];
-        rows[2][j] = d[2][j] - d[1][j];
-        rows[3][j] = d[1][j] - d[3][j];
+// One dimension of F(M, 3): M + 2 inputs d become as many numbers v, whose products m with those of the weights become M
+// outputs y. Cook and Toom's construction: v are the inputs as a polynomial times (x - q) for all other points q. The
+// weights' part is in cpu_kernel.py.
+template <int M> struct Winograd;
+
+template <> struct Winograd<2> {  // at 0, 1, -1 and infinity
+    static inline void input(const vec (&d)[4], vec (&v)[4]) {
+        v[0] = d[2] - d[0];
+        v[1] = d[2] + d[1];
+        v[2] = d[2] - d[1];
+        v[3] = d[3] - d[1];
     }
-    for (int i = 0; i < 4; i++) {
-        v[i][0] = rows[i][0] - rows[i][2];
-        v[i][1] = rows[i][1] + rows[i][2];
-        v[i][2] = rows[i][2] - rows[i][1];
-        v[i][3] = rows[i][1] - rows[i][3];
+    static inline void output(const vec (&m)[4], vec (&y)[2]) {
+        y[0] = m[0] + (m[1] + m[2]);
+        y[1] = (m[1] - m[2]) + m[3];
+    }
+};
+
+template <> struct Winograd<4> {  // at 0, A, -A, B, -B and infinity
+    static constexpr float A = 0.6875f, B = 1.5f, A2 = A * A, B2 = B * B;
+    static inline void input(const vec (&d)[6], vec (&v)[6]) {
+        const vec even_a = d[4] - B2 * d[2], odd_a = A * (d[3] - B2 * d[1]);
+        const vec even_b = d[4] - A2 * d[2], odd_b = B * (d[3] - A2 * d[1]);
+        v[0] = A2 * B2 * d[0] - (A2 + B2) * d[2] + d[4];
+        v[1] = even_a + odd_a;
+        v[2] = even_a - odd_a;
+        v[3] = even_b + odd_b;
+        v[4] = even_b - odd_b;
+        v[5] = A2 * B2 * d[1] - (A2 + B2) * d[3] + d[5];
+    }
+    static inline void output(const vec (&m)[6], vec (&y)[4]) {
+        const vec sum_a = m[1] + m[2], difference_a = m[1] - m[2], sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+        y[0] = m[0] + sum_a + sum_b;
+        y[1] = A * difference_a + B * difference_b;
+        y[2] = A2 * sum_a + B2 * sum_b;
+        y[3] = A2 * A * difference_a + B2 * B * difference_b + m[5];
+    }
+};
+
+template <class T, int M> size_t scratch_bytes(const Job &job) {
+    constexpr int POSITIONS = (M + 2) * (M + 2);
+    return (size_t)POSITIONS * job.group * (job.channels * sizeof(T) + PANEL * sizeof(float)) +
+           (size_t)job.channels * sizeof(T);
+}
+
+// Channels of `count` tiles from number `first` on, transformed: `inputs` [positions, count, C].
+template <class T, int M> void transform(const Job &job, const Tile *tiles, int count, const T *zeros, T *inputs) {
+    constexpr int N = M + 2;
+    const int C = job.channels, shift = job.enlarge, across = job.width >> shift, down = job.height >> shift;
+    for (int t = 0; t < count; t++) {
+        const T *pixels[N][N], *image = (const T *)job.x + (int64_t)tiles[t].image * down * across * C;
+        for (int i = 0; i < N; i++)
+            for (int j = 0; j < N; j++) {
+                const int y = tiles[t].top + i - 1, x = tiles[t].left + j - 1;
+                const bool inside = y >= 0 && y < job.height && x >= 0 && x < job.width;
+                pixels[i][j] = inside ? image + ((int64_t)(y >> shift) * across + (x >> shift)) * C : zeros;
+            }
+        for (int c = 0; c < C; c += LANES) {
+            vec columns[N][N];  // [column, position]
+#pragma GCC unroll 6
+            for (int j = 0; j < N; j++) {
+                vec d[N];
+#pragma GCC unroll 6
+                for (int i = 0; i < N; i++) d[i] = wide(pixels[i][j] + c);
+                Winograd<M>::input(d, columns[j]);
+            }
+#pragma GCC unroll 6
+            for (int i = 0; i < N; i++) {
+                vec d[N], v[N];
+#pragma GCC unroll 6
+                for (int j = 0; j < N; j++) d[j] = columns[j][i];
+                Winograd<M>::input(d, v);
+#pragma GCC unroll 6
+                for (int j = 0; j < N; j++)
+                    Product<T>::put(inputs + ((size_t)(i * N + j) * count + t) * C + c, v[j]);
+            }
+        }
     }
 }
 
-// Products m of LANES columns as A^T m A, the 2 x 2 outputs of a tile.
-inline void transform_output(const vec (&m)[4][4], vec (&y)[2][2]) {
-    vec rows[2][4];
-    for (int j = 0; j < 4; j++) {
-        rows[0][j] = m[0][j] + m[1][j] + m[2][j];
-        rows[1][j] = m[1][j] - m[2][j] - m[3][j];
-    }
-    for (int i = 0; i < 2; i++) {
-        y[i][0] = rows[i][0] + rows[i][1] + rows[i][2];
-        y[i][1] = rows[i][1] - rows[i][2] - rows[i][3];
-    }
-}
-
-template <class T> size_t scratch_bytes(const Job &job) {
-    return (size_t)16 * TILES * (job.channels * sizeof(T) + PANEL * sizeof(float));
+// The outputs of a panel of `vectors` vectors from `column` on, of its products [positions, group, PANEL].
+template <class T, int M>
+void put_outputs(const Job &job, const Tile *tiles, int count, int column, int vectors, const float *products) {
+    constexpr int N = M + 2;
+    const int D = job.columns;
+    for (int t = 0; t < count; t++)
+        for (int c = 0; c < vectors * LANES; c += LANES) {
+            vec columns[N][M];  // [position, output]
+#pragma GCC unroll 6
+            for (int j = 0; j < N; j++) {
+                vec m[N];
+#pragma GCC unroll 6
+                for (int i = 0; i < N; i++)
+                    m[i] = load<vec>(products + ((size_t)(i * N + j) * job.group + t) * PANEL + c);
+                Winograd<M>::output(m, columns[j]);
+            }
+            const vec bias = load<vec>(job.bias + column + c);
+            const int down = smaller(job.height - tiles[t].top, M), across = smaller(job.width - tiles[t].left, M);
+#pragma GCC unroll 4
+            for (int i = 0; i < M; i++) {
+                if (i >= down) break;
+                vec m[N], y[M];
+#pragma GCC unroll 6
+                for (int j = 0; j < N; j++) m[j] = columns[j][i];
+                Winograd<M>::output(m, y);
+#pragma GCC unroll 4
+                for (int j = 0; j < M; j++) {
+                    if (j >= across) break;
+                    const int64_t row = (int64_t)tiles[t].image * job.height + tiles[t].top + i;
+                    const int64_t to = (row * job.width + tiles[t].left + j) * D + column + c;
+                    vec sum = y[j] + bias;
+                    if (job.residual) sum += first_columns((const T *)job.residual + to, D - column - c);
+                    put_columns((T *)job.out + to, sum, D - column - c);
+                }
+            }
+        }
 }
 
 // The outputs of `count` tiles from number `first` on.
-template <class T> void run(const Job &job, int64_t first, int count, char *scratch) {
-    const int C = job.channels, D = job.columns, across = (job.width + 1) / 2, down = (job.height + 1) / 2;
-    const int stride = padded(D, LANES);
-    float *products = (float *)scratch;                 // [16, count, PANEL]
-    T *inputs = (T *)(products + 16 * TILES * PANEL);   // [16, count, C]
-    int64_t image[TILES];
-    int top[TILES], left[TILES];
+template <class T, int M> void run(const Job &job, int64_t first, int count, char *scratch) {
+    constexpr int POSITIONS = (M + 2) * (M + 2);
+    const int C = job.channels, stride = padded(job.columns, LANES);
+    const int across = (job.width + M - 1) / M, down = (job.height + M - 1) / M;
+    float *products = (float *)scratch;                             // [POSITIONS, group, PANEL]
+    T *inputs = (T *)(products + (size_t)POSITIONS * job.group * PANEL);  // [POSITIONS, count, C]
+    T *zeros = inputs + (size_t)POSITIONS * job.group * C;          // [C], a pixel outside the image
+    memset(zeros, 0, C * sizeof(T));
+    Tile tiles[MOST];
     for (int t = 0; t < count; t++) {
         const int64_t tile = first + t;
-        image[t] = tile / (across * down);
-        top[t] = tile / across % down * 2, left[t] = tile % across * 2;
+        tiles[t] = {(int)(tile / (across * down)), (int)(tile / across % down) * M, (int)(tile % across) * M};
     }
-
-    for (int t = 0; t < count; t++) {
-        const T *pixels[4][4];
-        for (int i = 0; i < 4; i++)
-            for (int j = 0; j < 4; j++) {
-                const int y = top[t] + i - 1, x = left[t] + j - 1;
-                const bool inside = y >= 0 && y < job.height && x >= 0 && x < job.width;
-                pixels[i][j] = inside ? (const T *)job.x + ((image[t] * job.height + y) * job.width + x) * C : nullptr;
-            }
-        for (int c = 0; c < C; c += LANES) {
-            vec d[4][4], v[4][4];
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 4; j++) d[i][j] = pixels[i][j] ? wide(pixels[i][j] + c) : vec{};
-            transform_input(d, v);
-            for (int p = 0; p < 16; p++)
-                Product<T>::put(inputs + ((size_t)p * count + t) * C + c, v[p / 4][p % 4]);
-        }
-    }
-
+    transform<T, M>(job, tiles, count, zeros, inputs);
     for (int column = 0; column < stride; column += PANEL) {
         const int vectors = smaller(stride - column, PANEL) / LANES;
-        for (int p = 0; p < 16; p++) {
+        for (int p = 0; p < POSITIONS; p++) {
             const T *panel = (const T *)job.weight + (size_t)p * C * stride + (size_t)column * C;
             for (int t = 0; t < count; t += ROWS) {
                 const int group = smaller(count - t, ROWS);
@@ -78,23 +145,12 @@ template <class T> void run(const Job &job, int64_t first, int count, char *scra
                 float *to[ROWS];
                 for (int r = 0; r < group; r++) {
                     rows[r] = inputs + ((size_t)p * count + t + r) * C;
-                    to[r] = products + ((size_t)p * TILES + t + r) * PANEL;
+                    to[r] = products + ((size_t)p * job.group + t + r) * PANEL;
                 }
                 add_product<T>(vectors, group, rows, panel, C, {nullptr, 0}, true, to);
             }
         }
-        for (int t = 0; t < count; t++)
-            for (int c = 0; c < vectors * LANES; c += LANES) {
-                vec m[4][4], y[2][2];
-                for (int p = 0; p < 16; p++) m[p / 4][p % 4] = load<vec>(products + ((size_t)p * TILES + t) * PANEL + c);
-                transform_output(m, y);
-                const vec bias = load<vec>(job.bias + column + c);
-                for (int i = 0; i < smaller(job.height - top[t], 2); i++)
-                    for (int j = 0; j < smaller(job.width - left[t], 2); j++) {
-                        const int64_t pixel = (image[t] * job.height + top[t] + i) * job.width + left[t] + j;
-                        put_columns((T *)job.out + pixel * D + column + c, y[i][j] + bias, D - column - c);
-                    }
-            }
+        put_outputs<T, M>(job, tiles, count, column, vectors, products);
     }
 }
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from actvar_kernels import cpu
 from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_one_device, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
-from actvar_kernels.group_norm import reference
+from actvar_kernels.group_norm import cpu_kernel, reference
 
 LIMITS = f"float32, float16 and bfloat16, up to {MOST_SEQUENCES} images"
 
@@ -21,11 +22,12 @@ def group_norm_silu(
     *,
     silu: bool = True,
     offset: torch.Tensor | None = None,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """`F.silu(F.group_norm(x + offset, groups, weight, bias, eps))` in float32, returned in x's dtype.
 
-    On Triton it is three launches that read x twice, and the result is in the memory format `channels_last`, in which x
-    is fastest.
+    On Triton it is three launches that read x twice. Where kernels run in C++ and C is a multiple of 16, so does this
+    without an offset. There and on Triton the result is in the memory format `channels_last`, in which x is fastest.
 
     Args:
         x: `[B, C, H, W]`.
@@ -33,6 +35,7 @@ def group_norm_silu(
         groups: groups of C / groups neighbouring channels.
         silu: False leaves SiLU out.
         offset: `[C]`, the bias of the convolution that x comes from; None: nothing is added.
+        overwrite: x is not needed any more, and the result may take its place, as it does in C++.
 
     Raises:
         ValueError: shapes or devices that do not fit, or groups that do not divide C.
@@ -48,6 +51,8 @@ def group_norm_silu(
     expect_one_device(x, weight, bias, offset)
     arguments = (x, weight, bias, groups, eps, silu, offset)
     backend = _norm_backend(x, weight, bias, offset)
+    if backend == "cpu":
+        return cpu_kernel.group_norm_silu(x, weight, bias, groups, eps, silu, overwrite)
     if backend == "triton" and needs_operator(x, weight, bias, offset):
         return torch.ops.actvar_kernels.group_norm_silu(*arguments)
     return _normalize(backend, *arguments)
@@ -77,10 +82,15 @@ def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> t
     return _add(backend, *tensors)
 
 
-def _norm_backend(x: torch.Tensor, *vectors: torch.Tensor | None) -> str:
-    present = [vector for vector in vectors if vector is not None]
+def _norm_backend(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, offset: torch.Tensor | None) -> str:
+    present = [vector for vector in (weight, bias, offset) if vector is not None]
     supported = kernel_backends(x, *present, fits=x.shape[0] <= MOST_SEQUENCES)
-    return backend_of("group_norm_silu", x, supported, LIMITS)
+
+    def in_cpp() -> bool:
+        fits = offset is None and x.dtype in cpu.DTYPES and x.shape[1] % 16 == 0
+        return fits and not needs_operator(*present) and cpu.runs(x)
+
+    return backend_of("group_norm_silu", x, supported, LIMITS, in_cpp)
 
 
 def _residual_backend(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> str:

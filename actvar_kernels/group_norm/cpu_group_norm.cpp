@@ -1,0 +1,90 @@
+// GroupNorm and SiLU on the CPU in two passes over images that lie pixel by pixel: mean and variance of each group, then the
+// result, which may take the place of x. Threads share chunks of pixels, whose sums are added in their order.
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+namespace {
+
+struct Job {
+    const void *x;  // [images, pixels, channels]
+    void *out;      // alike
+    int64_t pixels;
+    int channels, groups, silu;
+};
+
+constexpr int CHUNK = 64;  // pixels
+
+struct Chunk {
+    int64_t image, first;
+    int count;
+};
+
+struct Moments {  // of a group's numbers in a chunk, about their own mean
+    double sum, squares;
+};
+
+}  // namespace
+
+#define KERNEL "group_norm/cpu_tile.h"
+#include "../cpu_levels.h"
+
+namespace {
+
+struct Level {
+    void (*moments[2])(const Job &, const Chunk &, Moments *);  // float32, bfloat16
+    void (*put[2])(const Job &, const Chunk &, const float *, const float *, const float *);
+};
+
+#define LEVEL_OF(level) \
+    {{level::moments<float>, level::moments<bfloat16>}, {level::put<float>, level::put<bfloat16>}},
+const Level LEVELS[] = {FOR_EVERY_LEVEL(LEVEL_OF)};
+
+}  // namespace
+
+// Channels are a multiple of 16. Returns 0, or 1 when memory ran out.
+extern "C" int group_norm_silu(int level, int is_bfloat16, const void *x, const float *weight, const float *bias, void *out,
+                               int images, int pixels, int channels, int groups, int silu, float eps, int threads) {
+    const Job job = {x, out, pixels, channels, groups, silu};
+    const Level &l = LEVELS[level];
+    const int64_t chunks = (pixels + CHUNK - 1) / CHUNK, items = images * chunks;
+    Moments *moments = (Moments *)malloc(items * groups * sizeof(Moments));
+    float *means = (float *)malloc(2 * (size_t)images * channels * sizeof(float)), *factors = means + (size_t)images * channels;
+    const auto chunk_of = [&](int64_t item) {
+        const int64_t first = item % chunks * CHUNK;
+        return Chunk{item / chunks, first, smaller(CHUNK, int(pixels - first))};
+    };
+    if (moments != nullptr && means != nullptr) {
+#pragma omp parallel num_threads(items == 1 ? 1 : threads)
+        {
+#pragma omp for
+            for (int64_t item = 0; item < items; item++)
+                l.moments[is_bfloat16](job, chunk_of(item), moments + item * groups);
+#pragma omp for
+            for (int64_t group = 0; group < (int64_t)images * groups; group++) {
+                const int64_t image = group / groups, width = channels / groups, from = group % groups * width;
+                const double count = double(pixels) * width;
+                double sum = 0, squares = 0;
+                for (int64_t item = image * chunks; item < (image + 1) * chunks; item++) {
+                    sum += moments[item * groups + group % groups].sum;
+                    squares += moments[item * groups + group % groups].squares;
+                }
+                const double mean = sum / count, variance = squares / count - mean * mean;
+                for (int64_t c = from; c < from + width; c++) {
+                    means[image * channels + c] = mean;
+                    factors[image * channels + c] = weight[c] / std::sqrt((variance > 0 ? variance : 0) + eps);
+                }
+            }
+#pragma omp for
+            for (int64_t i = 0; i < items; i++) {  // backwards, since the last chunks are in the cache
+                const Chunk chunk = chunk_of(items - 1 - i);
+                l.put[is_bfloat16](job, chunk, means + chunk.image * channels, factors + chunk.image * channels, bias);
+            }
+        }
+    }
+    const int failed = moments == nullptr || means == nullptr;
+    free(moments);
+    free(means);
+    return failed;
+}
