@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from actvar_kernels import cpu_memory
 from actvar_kernels.backend import get_backend
 
 logger = logging.getLogger(__name__)
@@ -22,7 +21,6 @@ SOURCES = (FOLDER / "cpu_levels.cpp", FOLDER / "cpu_rows.cpp", *sorted(FOLDER.gl
 HEADERS = tuple(sorted(FOLDER.glob("**/cpu_*.h")))
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes"]
 DTYPES = (torch.float32, torch.bfloat16)
-HUGE_PAGE, MADV_HUGEPAGE = 2 * 2**20, 14
 MOST = 2**30  # sizes and their sums are 32-bit integers in C++, offsets 64-bit ones
 
 
@@ -118,26 +116,9 @@ def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def in_huge_pages(weights: torch.Tensor) -> torch.Tensor:
-    """A copy of `weights` in an `empty`: all are read at every step, and with smaller pages the processor looks up
-    hundreds of addresses for each layer."""
-    return empty(tuple(weights.shape), weights.dtype).copy_(weights)
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Memory without values, on Linux in pages of 2 MiB where the system has them and it is as large."""
-    size = math.prod(shape) * dtype.itemsize
-    if sys.platform != "linux" or size < HUGE_PAGE:
-        return torch.empty(shape, dtype=dtype)
-    buffer = torch.empty(size + HUGE_PAGE, dtype=torch.uint8)
-    start = -buffer.data_ptr() % HUGE_PAGE
-    whole = ctypes.c_size_t(size // HUGE_PAGE * HUGE_PAGE)
-    _libc().madvise(ctypes.c_void_p(buffer.data_ptr() + start), whole, MADV_HUGEPAGE)  # which may do nothing
-    return buffer[start : start + size].view(dtype).view(shape)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+    """A copy of `weights` in `cpu_memory.empty`: all are read at every step, and with smaller pages the processor looks
+    up hundreds of addresses for each layer."""
+    return cpu_memory.empty(tuple(weights.shape), weights.dtype).copy_(weights)
 
 
 def padded(vector: torch.Tensor, lanes: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from actvar_kernels import cpu
 from actvar_kernels.backend import needs_operator
+from actvar_kernels.packing import packed
 from actvar_kernels.token_select.reference import NORM_EPS
 
 
@@ -54,8 +55,10 @@ def add_normalize_route(
     experts = weight.shape[0]
     mask = torch.empty(*update.shape[:2], experts, dtype=torch.bool)
     logits = torch.empty(*update.shape[:2], experts)
-    weight, bias = _float(weight), _float(bias)
-    router = weight.data_ptr(), bias.data_ptr(), logits.data_ptr(), mask.data_ptr(), experts, active
+    layout = cpu.layout_of(cpu.best_level())
+    weights = packed((weight,), ("router", layout), lambda: cpu.panels(weight.detach().float().t()[None], layout))
+    bias = _float(bias)
+    router = weights.data_ptr(), bias.data_ptr(), logits.data_ptr(), mask.data_ptr(), experts, active
     return *_normalize(x, index, update, gamma, scale, shift, router), mask, logits
 
 
@@ -78,7 +81,8 @@ def select_tokens(
     tensors = (x, weight, bias, scale, shift, scores, index, modulated)
     pointers = [t.data_ptr() for t in tensors]
     sizes = (R, L, keep, C, x.stride(0), x.stride(1), share_guidance)
-    if _library().select_rows(x.dtype == torch.bfloat16, *pointers, *sizes, NORM_EPS, torch.get_num_threads()):
+    kind = cpu.best_level(), x.dtype == torch.bfloat16
+    if _library().select_rows(*kind, *pointers, *sizes, NORM_EPS, torch.get_num_threads()):
         raise MemoryError(f"no memory for rows of {C} channels and {L} scores")
     return index, modulated, scores
 
@@ -99,6 +103,7 @@ def scatter_rows(
     rows, update, gamma = rows.contiguous(), update.to(rows.dtype).contiguous(), _float(gamma)
     index = None if index is None else index.contiguous()
     _library().scatter_rows(
+        cpu.best_level(),
         rows.dtype == torch.bfloat16,
         rest.data_ptr(),
         None if index is None else index.data_ptr(),
@@ -125,6 +130,7 @@ def _normalize(
         pointers = None if index is None else index.data_ptr(), update.data_ptr(), gamma.data_ptr()
     scale, shift = _float(scale), _float(shift)
     if _library().add_normalize(
+        cpu.best_level(),
         x.dtype == torch.bfloat16,
         x.data_ptr(),
         *pointers,
@@ -155,9 +161,9 @@ def _library() -> ctypes.CDLL:
     library = cpu.library()
     pointer, long, real, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     library.add_normalize.argtypes = (
-        [integer] + 8 * [pointer] + 5 * [long] + [real] + 4 * [pointer] + 2 * [long] + [integer]
+        2 * [integer] + 8 * [pointer] + 5 * [long] + [real] + 4 * [pointer] + 2 * [long] + [integer]
     )
-    library.select_rows.argtypes = [integer] + 8 * [pointer] + 6 * [long] + [integer, real, integer]
-    library.scatter_rows.argtypes = [integer] + 5 * [pointer] + 5 * [long] + [integer]
+    library.select_rows.argtypes = 2 * [integer] + 8 * [pointer] + 6 * [long] + [integer, real, integer]
+    library.scatter_rows.argtypes = 2 * [integer] + 5 * [pointer] + 5 * [long] + [integer]
     library.scatter_rows.restype = None
     return library

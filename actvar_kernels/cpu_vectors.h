@@ -16,7 +16,14 @@ template <class V> inline V load(const void *from) {
 }
 template <class V> inline void store(void *to, V value) { memcpy(to, &value, sizeof value); }
 
+// GCC converts halves of vectors by themselves and puts them together
+#if LANES == 16
+inline vec widened(hvec h) { return (vec)((uvec)_mm512_cvtepu16_epi32((__m256i)h) << 16); }
+#elif LANES == 8
+inline vec widened(hvec h) { return (vec)((uvec)_mm256_cvtepu16_epi32((__m128i)h) << 16); }
+#else
 inline vec widened(hvec h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
+#endif
 inline hvec rounded(vec x) {  // to the nearest bfloat16, ties to even; NaN stays NaN
     uvec bits = (uvec)x;
     uvec nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from actvar.models.quantizer import VectorQuantizer
 from actvar_kernels import add_residual, backend_of, conv3x3, cpp_runs, group_norm_silu
 from actvar_kernels.backend import kernel_backends
+from actvar_kernels.cpu_memory import reused_memory
 
 OFFICIAL_CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
 NORM_GROUPS = 32
@@ -251,7 +252,8 @@ class VQVAE(nn.Module):
         """Decode quantized features `[B, Cvae, P, P]` to an image `[B, in_channels, H, W]` in [-1, 1]."""
         if f_hat.device.type == "cpu" or _kernels_run(f_hat):  # oneDNN's and cuDNN's convolutions take less time so
             f_hat = _channels_last(f_hat)
-        return self.decoder(self.post_quant_conv(f_hat)).contiguous().clamp_(-1, 1)
+        with reused_memory():
+            return self.decoder(self.post_quant_conv(f_hat)).contiguous().clamp_(-1, 1)
 
     @torch.no_grad()
     def img_to_idxBl(self, image: torch.Tensor) -> list[torch.Tensor]:

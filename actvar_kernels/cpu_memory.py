@@ -1,0 +1,73 @@
+"""Memory for large tensors on the CPU. What comes from the system anew costs a fault per page, in which it is filled
+with zeros, so huge pages are asked for, and within `reused_memory` what one tensor leaves is taken by the next."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+HUGE_PAGE = 2 * 2**20
+KEPT = 256 * 2**20
+"""Bytes that stay when `reused_memory` ends, for the next time."""
+
+_free: list[mmap.mmap] = []
+_reusing: ContextVar[bool] = ContextVar("actvar_kernels_reusing", default=False)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without values; on Linux from 2 MiB on in huge pages where the system has them."""
+    size = math.prod(shape) * dtype.itemsize
+    if sys.platform != "linux" or size < HUGE_PAGE:
+        return torch.empty(shape, dtype=dtype)
+    block = _taken(size) if _reusing.get() else None
+    if block is None:
+        block = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block.madvise(mmap.MADV_HUGEPAGE)
+    memory = memoryview(block)  # lives as long as the tensor's storage
+    if _reusing.get():
+        weakref.finalize(memory, _give_back, block)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+@contextmanager
+def reused_memory() -> Iterator[None]:
+    """Tensors made in the context leave their memory to others that are; at its end `KEPT` bytes stay at most."""
+    token = _reusing.set(True)
+    try:
+        yield
+    finally:
+        _reusing.reset(token)
+        release(KEPT)
+
+
+def release(kept: int = 0) -> None:
+    """Give memory that no tensor has back to the system, but for `kept` bytes."""
+    while sum(map(len, tuple(_free))) > kept:
+        try:
+            _free.pop(0)
+        except IndexError:  # another thread was faster
+            return
+
+
+def _give_back(block: mmap.mmap) -> None:
+    if _reusing.get() or sum(map(len, tuple(_free))) + len(block) <= KEPT:
+        _free.append(block)
+
+
+def _taken(size: int) -> mmap.mmap | None:
+    """The smallest block that has room and is no more than twice as large."""
+    for block in sorted(tuple(_free), key=len):
+        if size <= len(block) <= 2 * size:
+            try:
+                _free.remove(block)
+            except ValueError:  # another thread was faster
+                continue
+            return block
+    return None
