@@ -7,20 +7,22 @@ from torch import nn
 
 from actvar.families import var as family
 from actvar.schedule import Scale
+from actvar_kernels import cpp_runs
 
 
 class PerSample:
     """State of one block during one sample.
 
-    `modulation`: gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`; `qkv_bias` `[3C]`; `head_scale`
-    `[H]`, or None without QK norm; `room`: preallocated keys and values `[R, H, capacity, d]`, the cache first.
+    `modulation`: gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`, for C++ in float32; `qkv_bias` `[3C]`;
+    `head_scale` `[H]`, or None without QK norm; `room`: preallocated keys and values `[R, H, capacity, d]`, the cache first.
     """
 
     def __init__(self, block: nn.Module, cond: torch.Tensor):
         self.cond = cond
         modulation = family.modulation(block, cond)
-        # C++ reads rows without gaps, Triton any
-        self.modulation = tuple(part.contiguous() for part in modulation) if cond.is_cpu else modulation
+        if cpp_runs(cond):  # which reads float32 without gaps
+            modulation = tuple(part.float().contiguous() for part in modulation)
+        self.modulation = modulation
         self.qkv_bias = family.qkv_bias(block)
         self.head_scale = family.head_scale(block)
         self.room: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -16,6 +16,7 @@ from actvar_kernels.sampling.cpu_kernel import library
 logger = logging.getLogger(__name__)
 
 _global_generator = threading.Lock()
+_BOTH, _MASS = 1, 2  # filters that a row is still to go through, as in public.cpp
 
 
 def runs(logits: torch.Tensor) -> bool:
@@ -27,20 +28,20 @@ def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: f
     """`(1 + guidance) * cond - guidance * uncond` of logits `[2B, L, V]`, conditional half first, after
     `public.filter_`: `[B, L, V]` float32, bit for bit.
 
-    Where rounding, or the order of equal logits, could decide what top-p removes, and where logits are not finite,
-    PyTorch filters the row.
+    Where rounding, or the order of equal logits, could decide what top-p removes, PyTorch does that to the row, and both
+    filters where logits are not finite.
     """
     rows, L, V = logits.shape
     if top_k > V:
         raise ValueError(f"top_k: expected at most {V}, got {top_k}")
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     out = torch.empty(rows // 2, L, V)
-    doubtful = torch.empty(rows // 2, L, dtype=torch.bool)
+    left = torch.empty(rows // 2, L, dtype=torch.uint8)
     failed = library().guide_and_filter(
         logits.dtype == torch.bfloat16,
         logits.data_ptr(),
         out.data_ptr(),
-        doubtful.data_ptr(),
+        left.data_ptr(),
         *out.shape,
         *logits.stride()[:2],
         1 + guidance,
@@ -52,10 +53,12 @@ def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: f
     )
     if failed:
         raise MemoryError(f"no memory for a row of {V} logits")
-    if doubtful.any():
-        filtered = out[doubtful]
-        public.filter_(filtered, top_k, top_p)
-        out[doubtful] = filtered
+    for which, k in ((_BOTH, top_k), (_MASS, 0)):
+        remaining = left == which
+        if remaining.any():
+            filtered = out[remaining]
+            public.filter_(filtered, k, top_p)
+            out[remaining] = filtered
     return out
 
 

@@ -11,10 +11,12 @@
 
 namespace {
 
-// Guided logits of a row in `out`, -inf where the filters remove them. Returns 0; or 1 with nothing filtered, where
-// rounding could decide what top-p removes, or the logits are not all finite.
+enum Left { NOTHING, BOTH, MASS };  // filters that a row is still to go through
+
+// Guided logits of a row in `out`, -inf where the filters remove them. Both are left where the logits are not all finite,
+// top-p where rounding or the order of equal logits could decide what it removes.
 template <class T>
-INLINED int row(
+INLINED Left row(
     const T *cond, const T *uncond, float *out, int32_t *keys, float *weights, int size, float cond_factor,
     float uncond_factor, int64_t top_k, bool filters_mass, float tail) {
     const int32_t infinite = ordered(INFINITE);
@@ -28,11 +30,13 @@ INLINED int row(
         strange |= x != x;
         highest = keys[v] > highest ? keys[v] : highest;
     }
-    if (strange || highest >= infinite || highest <= ordered(-INFINITE)) return 1;
+    if (strange || highest >= infinite || highest <= ordered(-INFINITE)) return BOTH;
 
     int32_t threshold = ordered(-INFINITE);
     if (top_k > 0) threshold = last_key(threshold, highest, [&](int32_t key) { return reaching(keys, size, key) >= top_k; });
+    Left left = NOTHING;
     if (filters_mass) {
+        const int32_t of_count = threshold;
         const float top = number_of(highest);
         double total = 0;
         float lowest = 0;
@@ -51,11 +55,9 @@ INLINED int row(
         // addition, which are spread over 4 or more lanes
         const double error = 6e-6 + 1.5e-8 * terms, removable = tail * total;
         const double most = removable * (1 + error), least = removable * (1 - error);
-        if (lowest < -70 && tail < 1e-20) return 1;  // probabilities that may become 0
         threshold = last_key(
             threshold, highest, [&](int32_t key) { return mass_below(keys, weights, size, key) <= removable; });
         const double removed = mass_below(keys, weights, size, threshold);
-        if (removed > least && removed > 0) return 1;
         float weight = 0;
         int32_t equals = 0;
 #pragma omp simd reduction(+ : equals) reduction(max : weight)
@@ -63,12 +65,14 @@ INLINED int row(
             equals += keys[v] == threshold;
             weight = keys[v] == threshold && weights[v] > weight ? weights[v] : weight;
         }
+        const bool vanishing = lowest < -70 && tail < 1e-20;      // probabilities that may become 0
         const bool stays = threshold == highest && equals == 1;  // the largest logit always does
-        if (!stays && removed + weight <= most) return 1;        // of equal logits PyTorch may remove some
+        const bool some_of_equals = !stays && removed + weight <= most;
+        if (vanishing || (removed > least && removed > 0) || some_of_equals) left = MASS, threshold = of_count;
     }
 #pragma omp simd
     for (int v = 0; v < size; ++v) out[v] = keys[v] < threshold ? -INFINITE : out[v];
-    return 0;
+    return left;
 }
 
 FOR_EVERY_PROCESSOR int row_of(
@@ -85,7 +89,7 @@ FOR_EVERY_PROCESSOR int row_of(
 
 template <class T>
 int rows(
-    const T *logits, float *out, uint8_t *doubtful, int64_t images, int64_t positions, int size, int64_t image_stride,
+    const T *logits, float *out, uint8_t *left, int64_t images, int64_t positions, int size, int64_t image_stride,
     int64_t position_stride, float cond_factor, float uncond_factor, int64_t top_k, bool filters_mass, float tail,
     int threads) {
     int failed = 0;
@@ -101,7 +105,7 @@ int rows(
         for (int64_t i = 0; i < images * positions; ++i) {
             if (!keys || !weights) continue;
             const T *cond = logits + i / positions * image_stride + i % positions * position_stride;
-            doubtful[i] = row_of(
+            left[i] = row_of(
                 cond, cond + images * image_stride, out + i * size, keys, weights, size, cond_factor, uncond_factor,
                 top_k, filters_mass, tail);
         }
@@ -202,15 +206,15 @@ extern "C" {
 // [images, positions, size]; doubtful [images, positions]: 1 where only the guidance was done. Returns 0, or 1 when there
 // was no memory.
 int guide_and_filter(
-    int is_bfloat16, const void *logits, float *out, uint8_t *doubtful, int64_t images, int64_t positions, int64_t size,
+    int is_bfloat16, const void *logits, float *out, uint8_t *left, int64_t images, int64_t positions, int64_t size,
     int64_t image_stride, int64_t position_stride, float cond_factor, float uncond_factor, int64_t top_k,
     int filters_mass, float tail, int threads) {
     if (is_bfloat16)
         return rows(
-            (const bfloat16 *)logits, out, doubtful, images, positions, size, image_stride, position_stride,
+            (const bfloat16 *)logits, out, left, images, positions, size, image_stride, position_stride,
             cond_factor, uncond_factor, top_k, filters_mass, tail, threads);
     return rows(
-        (const float *)logits, out, doubtful, images, positions, size, image_stride, position_stride, cond_factor,
+        (const float *)logits, out, left, images, positions, size, image_stride, position_stride, cond_factor,
         uncond_factor, top_k, filters_mass, tail, threads);
 }
 
