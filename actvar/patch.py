@@ -22,7 +22,7 @@ from actvar.per_sample import forget
 from actvar.recording import Shared, shared_state
 from actvar.schedule import build_schedule
 from actvar.tuned import replace_parameters, restore_parameters, tuned_parameters
-from actvar_kernels import sample_tokens
+from actvar_kernels import cpu_memory, sample_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,8 @@ def remove_patch(var: nn.Module) -> nn.Module:
 
 
 def release_cache(var: nn.Module) -> None:
-    """Give back the memory of the K/V cache that a patched model keeps from one sample for the next.
+    """Give back the memory of the K/V cache that a patched model keeps from one sample for the next, and on the CPU
+    that of the decoder, of which the process keeps up to 256 MiB.
 
     Raises:
         ValueError: the model is not patched.
@@ -218,6 +219,7 @@ def release_cache(var: nn.Module) -> None:
     shared_state(var)
     for block in _blocks(unwrapped(var)):
         block.actvar.kept.room = None
+    cpu_memory.release()
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from actvar_kernels import cpp_runs
 class PerSample:
     """State of one block during one sample.
 
-    `modulation`: gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`, for C++ in float32; `qkv_bias` `[3C]`;
-    `head_scale` `[H]`, or None without QK norm; `room`: preallocated keys and values `[R, H, capacity, d]`, the cache first.
+    `modulation`: gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`, for C++ in float32; `qkv_bias`
+    `[3C]`; `head_scale` `[H]`, or None without QK norm; `room`: preallocated keys and values `[R, H, capacity, d]`, the
+    cache first.
     """
 
     def __init__(self, block: nn.Module, cond: torch.Tensor):

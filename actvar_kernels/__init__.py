@@ -6,7 +6,7 @@ from actvar_kernels.conv3x3.op import conv3x3
 from actvar_kernels.cpu import runs as cpp_runs
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter, route_experts
 from actvar_kernels.group_norm.op import add_residual, group_norm_silu
-from actvar_kernels.linear.op import gelu_linear, linear
+from actvar_kernels.linear.op import gelu_linear, linear, linear_once
 from actvar_kernels.residual_norm.op import Routed, add_normalize, add_normalize_route
 from actvar_kernels.sampling.op import sample_tokens
 from actvar_kernels.scatter.op import scatter_rows
@@ -29,6 +29,7 @@ __all__ = [
     "get_backend",
     "group_norm_silu",
     "linear",
+    "linear_once",
     "normalize_modulate",
     "route_experts",
     "sample_tokens",

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from actvar import ActVARConfig, accelerate, apply_patch, load_pretrained, remove_patch
 from actvar.patch import DENSE
-from actvar_kernels import BackendUnavailableError, cpu, expert_ffn, linear, packing, select_tokens
+from actvar_kernels import BackendUnavailableError, cpu, expert_ffn, linear, linear_once, packing, select_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.expert_ffn import cpu_kernel, reference
+from actvar_kernels.linear import cpu_kernel as linear_kernel
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"the C++ kernel: {cpu.why_unavailable()}")
 LEVELS = range(cpu.best_level() + 1) if cpu.why_unavailable() is None else ()
@@ -165,6 +166,40 @@ def test_a_packed_linear_layer_is_the_plain_one_to_rounding(shape, dtype):
     for result in results:
         assert result.dtype == dtype
         assert (result.double() - exact).abs().max() <= 4 * plain + 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("R", "C", "D"), [(1, 32, 1), (2, 64, 7), (3, 96, 6), (8, 1024, 33)])
+def test_a_linear_layer_on_a_weight_as_it_is_is_the_plain_one_to_rounding(R, C, D, dtype, level):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((R, C), (D, C), (D,)))
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    plain = (torch.nn.functional.linear(x, weight, bias).double() - exact).abs().max()
+    found = linear_kernel.unpacked_linear(x, weight, bias, level=level)
+    assert found.dtype == dtype
+    assert (found.double() - exact).abs().max() <= 4 * plain + torch.finfo(dtype).eps * exact.abs().max() / 4
+
+
+@torch.no_grad()
+def test_a_weight_stays_as_it_is_where_rows_are_few_and_fit(monkeypatch):
+    calls = []
+    kernel = linear_kernel.unpacked_linear
+    monkeypatch.setattr(linear_kernel, "unpacked_linear", lambda *args: calls.append(args[0].shape) or kernel(*args))
+    x, weight, bias = torch.randn(9, 64), torch.randn(5, 64), torch.randn(5)
+    before = len(packing._cache)
+    linear_once(x[:8], weight, bias)
+    assert calls == [(8, 64)]
+    assert len(packing._cache) == before
+    for others in (
+        (x, weight, bias),
+        (x[:2, :33], weight[:, :33], bias),
+        (x[:2].double(), weight.double(), bias.double()),
+    ):
+        assert torch.equal(linear_once(*others), torch.nn.functional.linear(*others))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_once(x[:2], weight, bias).dtype == torch.bfloat16
+    assert len(calls) == 1
 
 
 def test_a_killed_build_does_not_stop_the_next_one(monkeypatch, tmp_path):

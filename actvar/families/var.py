@@ -7,7 +7,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.models.var import VAR
-from actvar_kernels import backend_of, cpp_runs, expert_ffn, gelu_linear, linear, normalize_modulate
+from actvar_kernels import (
+    backend_of,
+    cpp_runs,
+    expert_ffn,
+    gelu_linear,
+    linear,
+    linear_once,
+    normalize_modulate,
+)
 
 NAME = "VAR (actvar.models.VAR or the class of the public VAR code)"
 NORM_EPS = 1e-6
@@ -109,7 +117,8 @@ def modulation(block: nn.Module, cond: torch.Tensor) -> tuple[torch.Tensor, ...]
     """gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`, of the block's condition."""
     if block.shared_aln:
         return (block.ada_gss + cond).unbind(2)
-    return block.ada_lin(cond).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
+    silu, last = block.ada_lin
+    return linear_once(silu(cond), last.weight, last.bias).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
 
 
 def qkv_bias(block: nn.Module) -> torch.Tensor:

@@ -10,6 +10,9 @@ import torch
 from actvar_kernels import cpu
 from actvar_kernels.packing import packed
 
+FEW_ROWS = 8
+"""As FEW in cpu_linear.cpp."""
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, level: int | None = None) -> torch.Tensor:
     """`x @ weight.T + bias` with sums in float32.
@@ -41,8 +44,32 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, level: int
     return out
 
 
+def unpacked_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, level: int | None = None
+) -> torch.Tensor:
+    """`x @ weight.T + bias` with sums in float32, each weight read once.
+
+    Args:
+        x: `[R, C]` float32 or bfloat16, at most `FEW_ROWS` rows, C a multiple of 32.
+        weight: `[D, C]` without gaps, in x's dtype.
+        level: instruction set; None: the highest.
+
+    Raises:
+        ValueError: sizes that the kernel cannot count.
+    """
+    level = cpu.best_level() if level is None else level
+    (R, C), D = x.shape, weight.shape[0]
+    x, bias, out = x.contiguous(), bias.detach().float().contiguous(), x.new_empty(R, D)
+    sizes = cpu.checked_sizes(R, C, D)
+    pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
+    _library().unpacked_linear(level, x.dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads())
+    return out
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = cpu.library()
-    library.linear.argtypes = 2 * [ctypes.c_int] + 4 * [ctypes.c_void_p] + 4 * [ctypes.c_int]
+    for function in (library.linear, library.unpacked_linear):
+        function.argtypes = 2 * [ctypes.c_int] + 4 * [ctypes.c_void_p] + 4 * [ctypes.c_int]
+    library.unpacked_linear.restype = None
     return library

@@ -5,11 +5,13 @@ namespace {
 
 struct Job {
     const void *x;       // [rows, depth]
-    const void *weight;  // panels of columns
+    const void *weight;  // panels of columns; unpacked: [columns, depth]
     const float *bias;   // [columns], padded to a vector
     void *out;           // [rows, columns]
     int rows, depth, columns;
 };
+
+constexpr int FEW = 8;  // rows for which a weight may stay as it is
 
 }  // namespace
 
@@ -22,6 +24,7 @@ struct Level {
     size_t (*scratch_bytes[2])(const Job &, int);  // float32, bfloat16
     void (*pack[2])(const Job &, int, int, char *);
     void (*run[2])(const Job &, int, int, int, int, char *);
+    void (*run_unpacked[2])(const Job &, int);
     int panel;
 };
 
@@ -29,6 +32,7 @@ struct Level {
     {{level::scratch_bytes<float>, level::scratch_bytes<bfloat16>}, \
      {level::pack<float>, level::pack<bfloat16>},                \
      {level::run<float>, level::run<bfloat16>},                  \
+     {level::run_unpacked<float>, level::run_unpacked<bfloat16>}, \
      level::PANEL},
 const Level LEVELS[] = {FOR_EVERY_LEVEL(LEVEL_OF)};
 
@@ -63,4 +67,12 @@ extern "C" int linear(int level, int is_bfloat16, const void *x, const void *wei
         free(scratch);
     }
     return failed;
+}
+
+// Of at most FEW rows, on a weight that is not packed; depth is a multiple of 32.
+extern "C" void unpacked_linear(int level, int is_bfloat16, const void *x, const void *weight, const void *bias, void *out,
+                                int rows, int depth, int columns, int threads) {
+    const Job job = {x, weight, (const float *)bias, out, rows, depth, columns};
+#pragma omp parallel for num_threads(threads)
+    for (int column = 0; column < columns; column += 2) LEVELS[level].run_unpacked[is_bfloat16](job, column);
 }

@@ -43,4 +43,41 @@ template <class T> void run(const Job &job, int panel, int next, int begin, int 
                         load<vec>(totals + (size_t)i * PANEL + c) + load<vec>(job.bias + column + c), columns - c);
 }
 
+// sum += x times w, a vector of numbers that lie side by side.
+template <class T> struct Dot {
+    static constexpr int STEP = LANES;
+    static inline vec add(vec sum, const T *x, const T *w) { return sum + wide(x) * wide(w); }
+};
+#if DOT
+template <> struct Dot<bfloat16> {
+    static constexpr int STEP = 2 * LANES;
+    static inline vec add(vec sum, const bfloat16 *x, const bfloat16 *w) {
+        return (vec)_mm512_dpbf16_ps((__m512)sum, load<__m512bh>(x), load<__m512bh>(w));
+    }
+};
+#endif
+
+// Columns `column` and the next of at most R rows, on a weight [columns, depth] as it is; depth is a multiple of 2 LANES.
+template <class T, int R = FEW> void run_unpacked(const Job &job, int column) {
+    if constexpr (R > 1)
+        if (job.rows < R) return run_unpacked<T, R - 1>(job, column);
+    constexpr int AHEAD = 16 << 10;  // the processor fetches ahead by itself within a page alone
+    const int depth = job.depth, other = column + 1 < job.columns ? column + 1 : column;
+    const T *x = (const T *)job.x, *weights[2];
+    for (int j = 0; j < 2; j++) weights[j] = (const T *)job.weight + (size_t)(j ? other : column) * depth;
+    vec sums[2][R] = {};
+    for (int k = 0; k < depth; k += Dot<T>::STEP)
+        for (int j = 0; j < 2; j++) {
+            __builtin_prefetch((const char *)(weights[j] + k) + AHEAD);
+            for (int r = 0; r < R; r++) sums[j][r] = Dot<T>::add(sums[j][r], x + (size_t)r * depth + k, weights[j] + k);
+        }
+    for (int j = 0; j < 2; j++)
+        for (int r = 0; r < R; r++) {
+            float total = 0;
+            for (int i = 0; i < LANES; i++) total += sums[j][r][i];
+            const int to = j ? other : column;
+            ((T *)job.out)[(size_t)r * job.columns + to] = from_float<T>(total + job.bias[to]);
+        }
+}
+
 }  // namespace NAMESPACE

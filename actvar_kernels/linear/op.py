@@ -1,4 +1,4 @@
-"""A linear layer; on the CPU with a weight that is packed once."""
+"""A linear layer; on the CPU with a weight that is packed once, or read once."""
 
 from __future__ import annotations
 
@@ -25,6 +25,22 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
         return F.linear(x, weight, bias)
     dtype = cpu.computed_dtype(x)
     return cpu_kernel.linear(x if x.dtype == dtype else x.to(dtype), weight, bias)
+
+
+def linear_once(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T + bias` on a weight that is read once per sample, which a packed copy would not pay for.
+
+    In C++ where kernels run so, for up to 8 rows of a multiple of 32 numbers; otherwise it is PyTorch's.
+
+    Args:
+        x: `[R, C]`, with `weight` `[D, C]` and `bias` `[D]` in one dtype, or in any under autocast.
+    """
+    fits = x.shape[0] <= cpu_kernel.FEW_ROWS and x.shape[1] % 32 == 0 and weight.is_contiguous()
+    if not fits or not cpu.runs(x) or needs_operator(x, weight, bias):
+        return F.linear(x, weight, bias)
+    if not x.dtype == weight.dtype == cpu.computed_dtype(x):
+        return F.linear(x, weight, bias)
+    return cpu_kernel.unpacked_linear(x, weight, bias)
 
 
 def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

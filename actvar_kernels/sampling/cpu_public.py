@@ -28,8 +28,8 @@ def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: f
     """`(1 + guidance) * cond - guidance * uncond` of logits `[2B, L, V]`, conditional half first, after
     `public.filter_`: `[B, L, V]` float32, bit for bit.
 
-    Where rounding, or the order of equal logits, could decide what top-p removes, PyTorch does that to the row, and both
-    filters where logits are not finite.
+    Where rounding, or the order of equal logits, could decide what top-p removes, PyTorch does that to the row, and
+    both filters where logits are not finite.
     """
     rows, L, V = logits.shape
     if top_k > V:

@@ -1,0 +1,107 @@
+"""Memory of large tensors that is used again."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+
+import pytest
+import torch
+
+from actvar import accelerate, load_pretrained, release_cache
+from actvar_kernels import cpu_memory
+from actvar_kernels.cpu_memory import HUGE_PAGE, empty, release, reused_memory
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept():
+    release()
+    yield
+    release()
+
+
+def bytes_kept() -> int:
+    return sum(map(len, cpu_memory._free))
+
+
+def test_what_a_tensor_and_its_views_leave_is_taken_by_the_next_one_of_about_its_size():
+    with reused_memory():
+        first = empty((4, MIB), torch.float32)
+        place, view = first.data_ptr(), first[1:].transpose(0, 1)
+        del first
+        others = [empty((4, MIB), torch.float32)]  # a view still has the first one's
+        del view
+        others.append(empty((9, MIB), torch.bfloat16))  # for which it is too small
+        others.append(empty((1, MIB), torch.float32))  # and much too large
+        assert place not in {other.data_ptr() for other in others}
+        assert empty((3, MIB), torch.float32).data_ptr() == place
+
+
+@pytest.mark.parametrize("shape", [(3,), (HUGE_PAGE,), (3, HUGE_PAGE + 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_tensors_have_their_shape_and_type_and_hold_what_is_written(shape, dtype):
+    tensors = [empty(shape, dtype).fill_(value) for value in (1, 2)]
+    for value, tensor in zip((1, 2), tensors, strict=True):
+        assert (tensor.shape, tensor.dtype) == (shape, dtype)
+        assert (tensor == value).all()
+        assert tensor.is_contiguous()
+
+
+def test_outside_nothing_is_kept_and_inside_a_limit_stays(monkeypatch):
+    empty((MIB,), torch.float32)
+    assert bytes_kept() == 0
+    monkeypatch.setattr(cpu_memory, "KEPT", 20 * MIB)
+    with reused_memory():
+        tensors = [empty((2 * MIB,), torch.float32) for _ in range(4)]
+        escaped = tensors.pop()
+        tensors.clear()
+        assert bytes_kept() == 24 * MIB
+    assert bytes_kept() == 16 * MIB
+    del escaped  # over the limit
+    assert bytes_kept() == 16 * MIB
+    release()
+    assert bytes_kept() == 0
+
+
+def test_an_exception_ends_the_context_and_threads_do_not_share_a_tensor():
+    with pytest.raises(KeyError), reused_memory():
+        raise KeyError
+    empty((MIB,), torch.float32)
+    assert bytes_kept() == 0
+    wrong = []
+
+    def work(value: int) -> None:
+        with reused_memory():
+            for _ in range(200):
+                tensor = empty((MIB,), torch.float32)
+                tensor[:1000] = value
+                if not (tensor[:1000] == value).all():
+                    wrong.append(value)
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_image_keeps_its_values_when_the_next_one_is_decoded_and_the_memory_is_given_back():
+    vae, var = load_pretrained("fashion-mnist")
+    accelerate(var)
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(64, vae.Cvae, 8, 8, generator=generator) for _ in range(2)]
+    with torch.no_grad():
+        first = vae.fhat_to_img(features[0])
+        before = first.clone()
+        vae.fhat_to_img(features[1])
+    assert torch.equal(first, before)
+    del first
+    gc.collect()
+    assert 0 < bytes_kept() <= cpu_memory.KEPT
+    release_cache(var)
+    assert bytes_kept() == 0
