@@ -22,9 +22,15 @@ from actvar_kernels.token_select import reference as token_reference
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 
+LEVELS = range(cpu.best_level() + 1) if cpu.why_unavailable() is None else ()
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1, 1, 1), (2, 9, 5, 65), (3, 6, 6, 192), (2, 25, 19, 1024)]
 """Sequences, tokens, kept tokens, channels."""
+
+
+@pytest.fixture(params=LEVELS, ids=cpu.level_name)
+def every_level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "best_level", lambda: request.param)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,6 +56,7 @@ def assert_close(actual: Tensor, exact: Tensor) -> None:
     assert ((actual.double() - exact).abs() <= rounding * exact.abs() + 2e-5).all()
 
 
+@pytest.mark.usefixtures("every_level")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("R", "L", "K", "C"), SHAPES)
 @pytest.mark.parametrize("with_index", [True, False])
@@ -125,6 +132,7 @@ def test_the_operations_take_the_code_on_the_cpu_and_without_gradients(monkeypat
     assert len(calls) == 12
 
 
+@pytest.mark.usefixtures("every_level")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("R", "L", "K", "C"), [*SHAPES, (4, 300, 225, 130)])
 @pytest.mark.parametrize("shared", [False, True])
@@ -152,6 +160,7 @@ def test_equal_scores_go_to_the_lower_index_and_nan_comes_first(keep: int) -> No
     assert torch.equal(index, token_reference.top_indices(scores, keep))
 
 
+@pytest.mark.usefixtures("every_level")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("R", "L", "K", "C"), SHAPES)
 @pytest.mark.parametrize(("experts", "active"), [(1, 1), (16, 12), (40, 7)])
@@ -177,6 +186,7 @@ def test_experts_of_a_row_that_is_not_a_number_are_those_of_the_reference() -> N
         torch.testing.assert_close(found, wanted, equal_nan=True)
 
 
+@pytest.mark.usefixtures("every_level")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("R", "L", "K", "C"), SHAPES)
 def test_updated_rows_are_put_back_and_no_other_row_is_touched(R, L, K, C, dtype) -> None:

@@ -32,7 +32,7 @@ def conv3x3(
             packed.
         residual: in x's dtype.
         level: instruction set; None: the highest.
-        outputs: 2 or 4, the side of Winograd's tiles; None: by the size.
+        outputs: 2, or in float32 4, the side of Winograd's tiles; None: by the size.
 
     Returns:
         `[B, D, H, W]` in the memory format `channels_last`.
