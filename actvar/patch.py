@@ -211,7 +211,7 @@ def remove_patch(var: nn.Module) -> nn.Module:
 
 def release_cache(var: nn.Module) -> None:
     """Give back the memory of the K/V cache that a patched model keeps from one sample for the next, and on the CPU
-    that of the decoder, of which the process keeps up to 256 MiB.
+    that of the decoder, of which the process keeps up to 1 GiB.
 
     Raises:
         ValueError: the model is not patched.

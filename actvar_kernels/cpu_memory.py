@@ -14,7 +14,7 @@ from contextvars import ContextVar
 import torch
 
 HUGE_PAGE = 2 * 2**20
-KEPT = 256 * 2**20
+KEPT = 2**30
 """Bytes that stay when `reused_memory` ends, for the next time."""
 
 _free: list[mmap.mmap] = []
