@@ -112,13 +112,7 @@ def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
     step = layout.step if weight.dtype == torch.bfloat16 else 1
     weight = F.pad(weight, (0, -weight.shape[2] % layout.lanes, 0, -weight.shape[1] % step))
     columns = weight.split(layout.lanes * layout.vectors, dim=2)
-    return in_huge_pages(torch.cat([c.unflatten(1, (-1, step)).transpose(2, 3).flatten(1) for c in columns], dim=1))
-
-
-def in_huge_pages(weights: torch.Tensor) -> torch.Tensor:
-    """A copy of `weights` in `cpu_memory.empty`: all are read at every step, and with smaller pages the processor looks
-    up hundreds of addresses for each layer."""
-    return cpu_memory.empty(tuple(weights.shape), weights.dtype).copy_(weights)
+    return cpu_memory.kept(torch.cat([c.unflatten(1, (-1, step)).transpose(2, 3).flatten(1) for c in columns], dim=1))
 
 
 def padded(vector: torch.Tensor, lanes: int) -> torch.Tensor:

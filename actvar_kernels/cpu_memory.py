@@ -22,18 +22,26 @@ _reusing: ContextVar[bool] = ContextVar("actvar_kernels_reusing", default=False)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor without values; on Linux from 2 MiB on in huge pages where the system has them."""
+    """A tensor without values; on Linux from 2 MiB on in huge pages where the system has them, and in memory that
+    another one left where it is made within `reused_memory`."""
     size = math.prod(shape) * dtype.itemsize
-    if sys.platform != "linux" or size < HUGE_PAGE:
+    if not _is_large(size):
         return torch.empty(shape, dtype=dtype)
-    block = _taken(size) if _reusing.get() else None
-    if block is None:
-        block = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        block.madvise(mmap.MADV_HUGEPAGE)
+    if not _reusing.get():
+        return _tensor(memoryview(_new(size)), shape, dtype)
+    block = _taken(size) or _new(size)
     memory = memoryview(block)  # lives as long as the tensor's storage
-    if _reusing.get():
-        weakref.finalize(memory, _give_back, block)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+    weakref.finalize(memory, _give_back, block)
+    return _tensor(memory, shape, dtype)
+
+
+def kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy for long, in huge pages as `empty`'s: of weights, which are read at every step. With smaller
+    pages the processor looks up hundreds of addresses for each layer."""
+    size = tensor.numel() * tensor.element_size()
+    if not _is_large(size):
+        return tensor.contiguous()
+    return _tensor(memoryview(_new(size)), tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
 @contextmanager
@@ -54,6 +62,20 @@ def release(kept: int = 0) -> None:
             _free.pop(0)
         except IndexError:  # another thread was faster
             return
+
+
+def _is_large(size: int) -> bool:
+    return sys.platform == "linux" and size >= HUGE_PAGE
+
+
+def _new(size: int) -> mmap.mmap:
+    block = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+def _tensor(memory: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def _give_back(block: mmap.mmap) -> None:

@@ -27,6 +27,7 @@ from actvar.flops import DENSE, without_weights
 from actvar.models.vqvae import Conv3x3
 from actvar.schedule import build_schedule
 from actvar_kernels import cpp_runs
+from actvar_kernels.conv3x3.cpu_kernel import tile_outputs
 
 MIB = 2**20
 
@@ -55,16 +56,16 @@ def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kern
         kernels: sampling runs on the C++ kernels, which pack the layers of every block, the head and the decoder.
     """
     blocks, dtype = len(var.blocks), var.head.weight.dtype
+    side = var.patch_nums[-1]
+    f_hat = torch.empty(batch, var.Cvae, side, side, device="meta", dtype=next(vae.parameters()).dtype)
+    of_vae = copy.deepcopy(vae).to("meta")
     packed = 0
     if kernels:
         layers = [var.head]
         for block in var.blocks:
             layers += [block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2]
-        packed = sum(_bytes([layer.weight]) for layer in layers) + _transformed_bytes(vae)
+        packed = sum(_bytes([layer.weight]) for layer in layers) + _transformed_bytes(of_vae, f_hat)
     last = build_schedule(config, var.patch_nums)[-1]
-    side = var.patch_nums[-1]
-    f_hat = torch.empty(batch, var.Cvae, side, side, device="meta", dtype=next(vae.parameters()).dtype)
-    of_vae = copy.deepcopy(vae).to("meta")
     return Bound(
         weights=_bytes(var.parameters()) + _bytes(vae.parameters()),
         packed=packed,
@@ -74,10 +75,20 @@ def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kern
     )
 
 
-def _transformed_bytes(vae: nn.Module) -> int:
-    """Of the decoder's convolutions: 4 x 4 numbers for a kernel of 3 x 3."""
-    weights = [m.weight for m in (vae.post_quant_conv, *vae.decoder.modules()) if isinstance(m, Conv3x3)]
-    return 16 * _bytes(weight for weight in weights if weight.shape[1] % 16 == 0) // 9
+def _transformed_bytes(vae: nn.Module, f_hat: torch.Tensor) -> int:
+    """Of the convolutions that decode `f_hat`: 4 x 4 or 6 x 6 numbers for a kernel of 3 x 3."""
+    sizes = []
+
+    def note(module: Conv3x3, _: tuple, out: torch.Tensor) -> None:
+        D, C = module.weight.shape[:2]
+        side = tile_outputs(out.dtype, C, D, out.shape[2] * out.shape[3]) + 2
+        sizes.append(side**2 * _bytes([module.weight]) // 9 if C % 16 == 0 else 0)
+
+    hooks = [m.register_forward_hook(note) for m in vae.modules() if isinstance(m, Conv3x3)]
+    vae.fhat_to_img(f_hat)
+    for hook in hooks:
+        hook.remove()
+    return sum(sizes)
 
 
 def _block_bytes(var: nn.Module, rows: int, tokens: int) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from actvar import accelerate, load_pretrained, release_cache
 from actvar_kernels import cpu_memory
-from actvar_kernels.cpu_memory import HUGE_PAGE, empty, release, reused_memory
+from actvar_kernels.cpu_memory import HUGE_PAGE, empty, kept, release, reused_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
 MIB = 2**20
@@ -49,6 +49,19 @@ def test_tensors_have_their_shape_and_type_and_hold_what_is_written(shape, dtype
         assert (tensor.shape, tensor.dtype) == (shape, dtype)
         assert (tensor == value).all()
         assert tensor.is_contiguous()
+
+
+@pytest.mark.parametrize("size", [5, 3 * MIB])
+def test_a_copy_for_long_takes_no_memory_that_is_to_be_used_again(size):
+    with reused_memory():
+        place = empty((3 * MIB,), torch.float32).data_ptr()
+        source = torch.arange(2 * size, dtype=torch.float32)[::2]
+        copy = kept(source)
+        assert copy.data_ptr() != place
+        assert torch.equal(copy, source)
+        assert copy.is_contiguous()
+        del copy
+        assert bytes_kept() == 12 * MIB
 
 
 def test_outside_nothing_is_kept_and_inside_a_limit_stays(monkeypatch):

@@ -44,7 +44,7 @@ def conv3x3(
     level = cpu.best_level() if level is None else level
     layout, (B, C, H, W), D = cpu.layout_of(level), x.shape, weight.shape[0]
     H, W = (2 * H, 2 * W) if enlarge else (H, W)
-    outputs = outputs or _outputs(x.dtype, C, D, H * W)
+    outputs = outputs or tile_outputs(x.dtype, C, D, H * W)
 
     def pack() -> torch.Tensor:
         transform = _weight_transform(POINTS[outputs])
@@ -65,7 +65,7 @@ def conv3x3(
     return out
 
 
-def _outputs(dtype: torch.dtype, C: int, D: int, pixels: int) -> int:
+def tile_outputs(dtype: torch.dtype, C: int, D: int, pixels: int) -> int:
     """The side of a tile. Larger ones take fewer products and more weights, which pays where pixels are many beside
     channels; bfloat16, which rounds transformed inputs, would lose by it what it has of exactness."""
     return 4 if dtype == torch.float32 and pixels >= 4 * max(C, D) else 2
