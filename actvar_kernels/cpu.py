@@ -110,9 +110,12 @@ def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Weights `[N, K, columns]` as the kernels read them, `[N, ...]`: for each panel of columns its rows, `layout.step`
     of them side by side in bfloat16, padded with zeros."""
     step = layout.step if weight.dtype == torch.bfloat16 else 1
-    weight = F.pad(weight, (0, -weight.shape[2] % layout.lanes, 0, -weight.shape[1] % step))
+    missing = -weight.shape[2] % layout.lanes, -weight.shape[1] % step
+    weight = F.pad(weight, (0, missing[0], 0, missing[1])) if any(missing) else weight
     columns = weight.split(layout.lanes * layout.vectors, dim=2)
-    return cpu_memory.kept(torch.cat([c.unflatten(1, (-1, step)).transpose(2, 3).flatten(1) for c in columns], dim=1))
+    if step > 1:
+        columns = [c.unflatten(1, (-1, step)).transpose(2, 3) for c in columns]
+    return cpu_memory.kept(torch.cat([c.flatten(1) for c in columns], dim=1))
 
 
 def padded(vector: torch.Tensor, lanes: int) -> torch.Tensor:

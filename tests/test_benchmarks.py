@@ -17,7 +17,7 @@ import torch
 from actvar.config import ActVARConfig
 from actvar.models import build_vae_var
 from actvar.patch import DENSE, patched_silently
-from benchmarks import against, components, memory, plots, providers, results, sampling, scaling
+from benchmarks import against, components, few_tokens, memory, plots, providers, results, sampling, scaling
 from benchmarks.providers import Case, WrongNumbersError
 from benchmarks.results import Shape
 
@@ -254,6 +254,19 @@ def test_no_row_calls_the_reference_accelerated(command, monkeypatch, tmp_path, 
         command(["--csv", str(tmp_path / "cpu.csv")])
     assert "rows are of the C++ kernels, which do not run here: no compiler" in capsys.readouterr().err
     assert not (tmp_path / "cpu.csv").exists()
+
+
+@pytest.mark.skipif(few_tokens.cpu.why_unavailable() is not None, reason="it times the C++ kernel")
+def test_few_tokens_times_all_experts_beside_those_that_were_chosen(capsys, monkeypatch):
+    few_tokens.main(["--models", "fashion-mnist", "--tokens", "1", "9", "--repeats", "2"])
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.endswith("| 1 | 9 |")
+    assert rows[0].startswith("| fashion-mnist, fp32 | ")
+    assert all(0.2 < float(cell) < 5 for row in rows for cell in row.split("|")[2:4])
+    monkeypatch.setattr(few_tokens.cpu, "why_unavailable", lambda: "no compiler")
+    with pytest.raises(SystemExit):
+        few_tokens.main([])
+    assert "no compiler" in capsys.readouterr().err
 
 
 # --- scaling
