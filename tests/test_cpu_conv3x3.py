@@ -113,6 +113,21 @@ def test_larger_tiles_are_for_maps_that_are_large_beside_their_channels():
         assert torch.equal(conv3x3(image, weight, bias), cpu_kernel.conv3x3(image, weight, bias, outputs=outputs))
 
 
+def test_shapes_that_do_not_fit_are_refused():
+    x, weight, bias = inputs((1, 16, 6, 6, 4), torch.float32)
+    residual = torch.ones(1, 4, 6, 6)
+    for wrong, arguments in {
+        "weight": (x, weight[:, :8], bias),
+        "bias": (x, weight, bias[:3]),
+        "residual": (x, weight, bias, residual[..., :5]),
+        "x": (x[0], weight, bias),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{wrong}: expected shape"):
+            conv3x3(*arguments)
+    with pytest.raises(ValueError, match=r"residual: expected shape \[1, 4, 12, 12\]"):
+        conv3x3(x, weight, bias, residual, enlarge=True)
+
+
 def test_with_a_residual_in_another_type_or_without_the_kernel_it_is_the_sum_of_both():
     x, weight, bias = inputs((1, 16, 6, 6, 4), torch.float32)
     residual = torch.ones(1, 4, 12, 12)

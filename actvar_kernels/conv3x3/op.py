@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from actvar_kernels import cpu
 from actvar_kernels.backend import needs_operator
+from actvar_kernels.checks import expect_shape
 from actvar_kernels.conv3x3 import cpu_kernel
 
 
@@ -33,7 +34,17 @@ def conv3x3(
 
     Returns:
         `[B, D, H, W]`; enlarged `[B, D, 2 * H, 2 * W]`.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
+    expect_shape("x", x, (None, None, None, None))
+    B, C, H, W = x.shape
+    expect_shape("weight", weight, (None, C, 3, 3))
+    if bias is not None:
+        expect_shape("bias", bias, (weight.shape[0],))
+    if residual is not None:
+        expect_shape("residual", residual, (B, weight.shape[0], *((2 * H, 2 * W) if enlarge else (H, W))))
     if cpu.runs(x) and not needs_operator(x, weight, bias) and x.shape[1] % 16 == 0 and bias is not None:
         x = x.to(cpu.computed_dtype(x))
         if residual is None or residual.dtype == x.dtype:
