@@ -53,7 +53,7 @@ def select_tokens(
         share_guidance: the first half of the R rows (conditional) decides for the second half as well.
         in_place: `rest` may be x itself, which the operation that fills it then overwrites; not where gradients are on.
 
-    On Triton it is two launches, for L up to 1024.
+    On Triton it is two launches, or one from 128 sequences on, for L up to 1024.
 
     Raises:
         ValueError: shapes or devices that do not fit, `keep` out of range, an odd R with `share_guidance`.

@@ -1,4 +1,5 @@
-"""Token selection in two Triton launches (scores; the rest), and LayerNorm with modulation in one."""
+"""Token selection in one Triton launch where sequences are many, else in two (scores; the rest), and LayerNorm with
+modulation in one."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.tiles import row_tiles, select_steps
+from actvar_kernels.tiles import SCORE_CHUNK, SCORE_ROWS, row_tiles, select_tiles
 from actvar_kernels.token_select.reference import NORM_EPS
 
 _EPS = tl.constexpr(NORM_EPS)
@@ -31,14 +32,34 @@ def select_tokens(
     index = x.new_empty(R, keep, dtype=torch.int64)
     modulated = x.new_empty(R, keep, C)
     scores = x.new_empty(R, L, dtype=torch.float32)
+    moments = x.new_empty(R, L, 2, dtype=torch.float32)  # mean and 1 / sqrt(variance + eps)
     rest = None if in_place else x.new_empty(R, L, C)
-    tiles = row_tiles(R * L, C)
-    steps = select_steps(R * L, tiles.rows)
-    sizes = dict(C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tiles.rows, num_warps=tiles.warps, enable_fp_fusion=True)
-    _score[(triton.cdiv(L, tiles.rows), R)](x, weight.contiguous(), bias, scores, x.stride(), L, **sizes)
-    _select[(triton.cdiv(L, tiles.rows * steps), R)](
+    weight = weight.contiguous()
+    slots = keep if in_place else L
+    tiles = select_tiles(R, slots, C)
+    if not tiles.scores:
+        rows = row_tiles(R * L, C)
+        _score[(triton.cdiv(L, rows.rows), R)](
+            x,
+            weight,
+            bias,
+            scores,
+            moments,
+            x.stride(),
+            L,
+            C=C,
+            BLOCK_C=triton.next_power_of_2(C),
+            ROWS=rows.rows,
+            num_warps=rows.warps,
+            enable_fp_fusion=True,
+        )
+        weight = bias = None
+    _select[(triton.cdiv(slots, tiles.rows * tiles.steps), R)](
         x,
+        weight,
+        bias,
         scores,
+        moments,
         scale,
         shift,
         index,
@@ -51,8 +72,14 @@ def select_tokens(
         L,
         keep,
         BLOCK_L=triton.next_power_of_2(L),
-        STEPS=steps,
-        **sizes,
+        STEPS=tiles.steps,
+        C=C,
+        BLOCK_C=triton.next_power_of_2(C),
+        ROWS=tiles.rows,
+        SCORE_ROWS=SCORE_ROWS,
+        CHUNK=SCORE_CHUNK,
+        num_warps=tiles.warps,
+        enable_fp_fusion=True,
     )
     return index, modulated, scores, x if in_place else rest
 
@@ -96,27 +123,76 @@ def _score(
     weight_ptr,
     bias_ptr,
     scores_ptr,
+    moments_ptr,
     x_strides,
     length,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """`LN(x) @ weight + bias` of some rows of a sequence, each summed in the same order."""
-    sequence = tl.program_id(1)
+    """Some rows of a sequence, whole."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.arange(0, BLOCK_C)
+    _score_rows(
+        x_ptr, weight_ptr, bias_ptr, scores_ptr, moments_ptr, x_strides, tl.program_id(1), row, length, C, BLOCK_C
+    )
+
+
+@triton.jit
+def _score_rows(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    scores_ptr,
+    moments_ptr,
+    x_strides,
+    sequence,
+    row,
+    length,
+    C: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`LN(x) @ weight + bias` of rows of a sequence, and the moments of their LN; each row summed in the same order.
+
+    Sums over `CHUNK` channels at a time, of `d = x - pivot`: near the mean, so that one pass loses no digits.
+    """
+    channel = tl.arange(0, CHUNK)
     inside = channel < C
     x = load_rows(x_ptr, x_strides, sequence, row, row < length, channel, inside).to(tl.float32)
     weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    scores = tl.sum(normalized(x, inside, C) * weight[None, :], axis=1) + tl.load(bias_ptr).to(tl.float32)
-    tl.store(scores_ptr + sequence * length + row, scores, mask=row < length)
+    pivot = tl.sum(x, axis=1) / min(C, CHUNK)
+    d = x - pivot[:, None]
+    if CHUNK > C:
+        d = tl.where(inside[None, :], d, 0.0)
+    total, squares, product, weights = d, d * d, d * weight[None, :], weight
+    if CHUNK < C:
+        for first in tl.range(CHUNK, C, CHUNK, num_stages=3):
+            inside = first + channel < (first + CHUNK if C % CHUNK == 0 else C)
+            x = load_rows(x_ptr, x_strides, sequence, row, row < length, first + channel, inside).to(tl.float32)
+            weight = tl.load(weight_ptr + first + channel, mask=inside, other=0.0).to(tl.float32)
+            d = x - pivot[:, None]
+            if C % CHUNK != 0:
+                d = tl.where(inside[None, :], d, 0.0)
+            total += d
+            squares += d * d
+            product += d * weight[None, :]
+            weights += weight
+    mean = tl.sum(total, axis=1) / C
+    variance = tl.sum(squares, axis=1) / C - mean * mean
+    product = tl.sum(product, axis=1) - mean * tl.sum(weights, axis=0)
+    root = tl.rsqrt(variance + _EPS)
+    flat = sequence.to(tl.int64) * length + row
+    tl.store(scores_ptr + flat, root * product + tl.load(bias_ptr).to(tl.float32), mask=row < length)
+    tl.store(moments_ptr + 2 * flat, pivot + mean, mask=row < length)
+    tl.store(moments_ptr + 2 * flat + 1, root, mask=row < length)
 
 
 @triton.jit(do_not_specialize=["deciding", "length", "keep"])
 def _select(
     x_ptr,
+    weight_ptr,
+    bias_ptr,
     scores_ptr,
+    moments_ptr,
     scale_ptr,
     shift_ptr,
     index_ptr,
@@ -133,38 +209,57 @@ def _select(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    SCORE_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """`STEPS * ROWS` rows of a sequence: those that are kept go to their places in `modulated`, the others to `rest` if
-    there is one. `deciding` sequences have a choice of their own, the ones after them take it over."""
+    """`STEPS * ROWS` rows of a sequence in the order of their places: those that are kept go to `modulated`, the others
+    to `rest` if there is one. `deciding` sequences have a choice of their own, the ones after them take it over.
+
+    With a weight each program scores its sequence, and the one that decides, by itself: the programs of a sequence
+    write the same numbers. Without one scores and moments are there.
+    """
     sequence = tl.program_id(1)
-    row = tl.program_id(0) * STEPS * ROWS + tl.arange(0, ROWS)
+    decides = sequence % deciding
+    if weight_ptr is not None:
+        for first in range(0, length, SCORE_ROWS):
+            row = first + tl.arange(0, SCORE_ROWS)
+            _score_rows(x_ptr, weight_ptr, bias_ptr, scores_ptr, moments_ptr, x_strides, decides, row, length, C, CHUNK)
+            if decides != sequence:
+                _score_rows(
+                    x_ptr, weight_ptr, bias_ptr, scores_ptr, moments_ptr, x_strides, sequence, row, length, C, CHUNK
+                )
+        tl.debug_barrier()
+    places = _places(scores_ptr + decides * length, length, keep, BLOCK_L)
+
+    token = tl.arange(0, BLOCK_L)
     channel = tl.arange(0, BLOCK_C)
     inside = channel < C
     scale = load_vector(scale_ptr, scale_strides, sequence, channel, inside)
     shift = load_vector(shift_ptr, shift_strides, sequence, channel, inside)
-    places = _places(scores_ptr + sequence % deciding * length, length, keep, BLOCK_L)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-
+    place = tl.program_id(0) * STEPS * ROWS + tl.arange(0, ROWS)
     for _ in range(STEPS):
-        mine = tl.arange(0, BLOCK_L)[None, :] == row[:, None]  # [ROWS, BLOCK_L]
-        place = tl.sum(tl.where(mine, places[None, :], 0), axis=1)
-        kept = (row < length) & (place >= 0)
-        needed = kept if rest_ptr is None else row < length
-        x = load_rows(x_ptr, x_strides, sequence, row, needed, channel, inside)
+        row = tl.sum(tl.where(places[None, :] == place[:, None], token[None, :], 0), axis=1)  # of [ROWS, BLOCK_L]
+        kept = place < keep
+        moments = moments_ptr + 2 * (sequence.to(tl.int64) * length + row)
+        mean, root = tl.load(moments, mask=kept, other=0.0), tl.load(moments + 1, mask=kept, other=0.0)
+        x = load_rows(x_ptr, x_strides, sequence, row, place < length, channel, inside)
         slot = sequence.to(tl.int64) * keep + place
         tl.store(index_ptr + slot, row.to(tl.int64), mask=kept)
         target = slot[:, None] * C + channel[None, :]
-        modulated = normalized(x.to(tl.float32), inside, C) * (1.0 + scale)[None, :] + shift[None, :]
-        tl.store(modulated_ptr + target, modulated.to(dtype), mask=kept[:, None] & inside[None, :])
+        normal = (x.to(tl.float32) - mean[:, None]) * root[:, None]
+        modulated = normal * (1.0 + scale)[None, :] + shift[None, :]
+        tl.store(modulated_ptr + target, modulated.to(x.dtype), mask=kept[:, None] & inside[None, :])
         if rest_ptr is not None:
+            left = (place >= keep) & (place < length)
             source = (sequence.to(tl.int64) * length + row)[:, None] * C + channel[None, :]
-            tl.store(rest_ptr + source, x, mask=((row < length) & (place < 0))[:, None] & inside[None, :])
-        row += ROWS
+            tl.store(rest_ptr + source, x, mask=left[:, None] & inside[None, :])
+        place += ROWS
 
 
 @triton.jit
 def _places(scores_ptr, length, keep, BLOCK_L: tl.constexpr):
-    """For each of `length` scores its position among the `keep` highest in order of their index, -1 if not kept."""
+    """For each of `length` scores its place: first the `keep` highest in order of their index, behind them the others
+    in theirs."""
     index = tl.arange(0, BLOCK_L)
     key = descending_key(tl.load(scores_ptr + index, mask=index < length, other=0.0))
     key = tl.where(index < length, key, _LOWEST)
@@ -180,7 +275,8 @@ def _places(scores_ptr, length, keep, BLOCK_L: tl.constexpr):
     equal = key == threshold
     left = keep - tl.sum(higher.to(tl.int32), axis=0)
     kept = higher | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= left))
-    return tl.where(kept, tl.cumsum(kept.to(tl.int32), axis=0) - 1, -1)
+    before = tl.cumsum(kept.to(tl.int32), axis=0)  # kept ones up to and with each
+    return tl.where(kept, before - 1, keep + index - before)
 
 
 @triton.jit

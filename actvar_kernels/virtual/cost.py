@@ -20,10 +20,11 @@ Arguments = Mapping[str, object]
 # Share of the (tile, expert) blocks that run, given the tokens and the rows of a tile.
 Share = Callable[[int, int], float]
 
-# Executed per (token, program) of `_sort_rows`, per guided logit of `_sample`, and for its guidance, per number of
-# `_channel_moments`: read off the machine code that Triton makes for sm_90. The second is 80 outside the loops and 5.7
-# in each of about 16 passes (`benchmarks/sampler_passes.py`).
+# Executed per (token, program) of `_sort_rows`, per number that `_select` scores and gathers, per guided logit of
+# `_sample`, and for its guidance, per number of `_channel_moments`: read off the machine code that Triton makes for
+# sm_90. The logit's is 80 outside the loops and 5.7 in each of about 16 passes (`benchmarks/sampler_passes.py`).
 SORT_INSTRUCTIONS = 160
+SCORE_INSTRUCTIONS, GATHER_INSTRUCTIONS = 10.3, 11.9
 SAMPLE_INSTRUCTIONS, GUIDE_INSTRUCTIONS = 171, 6
 MOMENTS_INSTRUCTIONS = 6
 
@@ -64,9 +65,15 @@ def _bytes(arguments: Arguments, *without: str) -> int:
 
 
 def _select(a: Arguments, _share: Share) -> Cost:
-    kept = a["keep"] / a["length"]
-    read_or_written = kept if a["rest_ptr"] is None else 1 + (1 - kept)
-    return Cost(_bytes(a, "x_ptr", "rest_ptr") + round(read_or_written * a["x_ptr"].bytes))
+    (R, length, C), in_place, scores = a["x_ptr"].shape, a["rest_ptr"] is None, a["weight_ptr"] is not None
+    slots = a["keep"] if in_place else length
+    moved = length + (0 if in_place else length - a["keep"]) if scores or not in_place else a["keep"]
+    instructions = GATHER_INSTRUCTIONS * R * slots * C
+    if scores:  # in every program; a sequence that does not decide, beside the one that does
+        programs = math.ceil(slots / (a["ROWS"] * a["STEPS"]))
+        instructions += SCORE_INSTRUCTIONS * programs * (2 * R - a["deciding"]) * length * C
+    others = _bytes(a, "x_ptr", "rest_ptr")
+    return Cost(others + moved * a["x_ptr"].bytes // length, instructions=round(instructions))
 
 
 def _add_route(a: Arguments, _share: Share) -> Cost:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actvar_kernels import BackendUnavailableError, normalize_modulate, select_tokens
-from actvar_kernels.tiles import RowTiles
+from actvar_kernels.tiles import RowTiles, SelectTiles
 from actvar_kernels.token_select import reference, triton_kernel
 
 DTYPES = [torch.float32, torch.float16]
@@ -21,13 +21,14 @@ SHAPES = [(1, 1, 20, 1), (2, 16, 192, 12), (3, 25, 65, 1), (2, 7, 20, 7)]
 """Rows, tokens, width, kept tokens."""
 
 
-@pytest.fixture(autouse=True)
-def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+@pytest.fixture(autouse=True, params=[False, True], ids=["two launches", "one launch"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Four rows a tile, and two tiles that share a ranking; a test may set other numbers."""
 
     def choose(rows: int, steps: int) -> None:
+        chosen = SelectTiles(rows, warps=4, steps=steps, scores=request.param)
+        monkeypatch.setattr(triton_kernel, "select_tiles", lambda *_: chosen)
         monkeypatch.setattr(triton_kernel, "row_tiles", lambda tokens, width: RowTiles(rows, warps=4))
-        monkeypatch.setattr(triton_kernel, "select_steps", lambda tokens, rows: steps)
 
     choose(4, 2)
     return choose
@@ -132,9 +133,10 @@ def test_scores_are_ranked_as_by_a_stable_descending_sort(name: str) -> None:
     for keep in {1, (L + 1) // 2, max(1, L - 1), L}:
         places = torch.empty(L, dtype=torch.int32)
         _store_places[(1,)](scores, places, L, keep, triton.next_power_of_2(L))
-        kept = (places >= 0).nonzero().flatten()
+        kept, left = (places < keep).nonzero().flatten(), (places >= keep).nonzero().flatten()
         assert kept.tolist() == reference.top_indices(scores, keep).tolist()
         assert places[kept].tolist() == list(range(keep))
+        assert places[left].tolist() == list(range(keep, L))
 
 
 def test_nan_in_one_sequence_leaves_the_others_alone_and_ranks_first_in_its_own() -> None:
