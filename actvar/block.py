@@ -82,6 +82,7 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
     state = state_of(block, cond, fused)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = state.modulation
     index = scores = rest = mask = logits = None
+    deferred = fused and not cpp_runs(x)  # the sum after attention, to the end of the block
 
     # 1. Select the tokens to update; 2. gather, normalise and modulate their rows
     if scale.select:
@@ -96,7 +97,7 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
     # 3. FFN as experts; 4. scatter: the other tokens keep their value
     if scale.route:
         rows, u, mask, logits = add_normalize_route(
-            x, index, update, gamma1, scale2, shift2, router.weight, router.bias, scale.experts
+            x, index, update, gamma1, scale2, shift2, router.weight, router.bias, scale.experts, deferred
         )
         weights = family.ffn_weights(block)
         schedule = shared.config.expert_schedule

@@ -374,11 +374,18 @@ def _compared(name: str, arguments: dict, copies: dict, reference, result) -> It
     if kinds[0] != kinds[1]:
         yield f"shapes and dtypes {kinds[1]}, expected {kinds[0]}", math.inf, 0.0
         return
-    kept = [_tensors(tuple(v for k, v in of.items() if k not in WRITABLE)) for of in (arguments, copies)]
+    kept = [_not_writable(of) for of in (arguments, copies)]
     yield "arguments left alone", sum(_difference(*pair) for pair in zip(*kept, strict=True)), 0.0
     parts = OPERATIONS[name](**arguments)
     for (what, of_reference, due_of_reference), (_, value, due) in zip(parts(reference), parts(result), strict=True):
         yield what, *_measured(value, due, of_reference, due_of_reference)
+
+
+def _not_writable(arguments: dict) -> list[torch.Tensor]:
+    """Tensors that an operation must leave alone: those that no writable argument is."""
+    written = {id(tensor) for name in WRITABLE for tensor in _tensors(arguments.get(name))}
+    others = _tensors(tuple(value for name, value in arguments.items() if name not in WRITABLE))
+    return [tensor for tensor in others if id(tensor) not in written]
 
 
 def _tensors(value: object) -> list[torch.Tensor]:

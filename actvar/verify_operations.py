@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import actvar_kernels
+from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.token_select.reference import NORM_EPS, gather_rows, top_indices
 
 # What a result holds: its name, its value, and the value that is due: within a tolerance where that is in float64,
@@ -24,7 +25,8 @@ def wide(value):
     if isinstance(value, dict):
         return {name: wide(item) for name, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(wide(item) for item in value)
+        items = [wide(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
@@ -66,15 +68,19 @@ def add_normalize(x, index, update, gamma, scale, shift) -> Callable[..., Parts]
     exact = rows.double() + gamma.double() * update.double()
 
     def parts(result) -> Parts:
-        yield "rows", result[0], exact
+        rows = result[0]
+        if isinstance(rows, Residual):
+            rows = rows.rows(index)
+        else:
+            yield "rows", rows, exact
         # of the sum as it is stored
-        u = actvar_kernels.normalize_modulate(result[0].double(), scale.double(), shift.double())
+        u = actvar_kernels.normalize_modulate(rows.double(), scale.double(), shift.double())
         yield "normalised rows", result[1], u
 
     return parts
 
 
-def add_normalize_route(x, index, update, gamma, scale, shift, weight, bias, active) -> Callable[..., Parts]:
+def add_normalize_route(x, index, update, gamma, scale, shift, weight, bias, active, deferred) -> Callable[..., Parts]:
     before_routing = add_normalize(x, index, update, gamma, scale, shift)
 
     def parts(result) -> Parts:
@@ -87,6 +93,9 @@ def add_normalize_route(x, index, update, gamma, scale, shift, weight, bias, act
 
 
 def expert_ffn_scatter(**arguments) -> Callable[..., Parts]:
+    rows, index = arguments["rows"], arguments["index"]
+    if isinstance(rows, Residual):  # as it would be stored
+        arguments = arguments | {"rows": rows.rows(index)}
     return _scattered(actvar_kernels.expert_ffn_scatter(**wide(arguments)), arguments)
 
 

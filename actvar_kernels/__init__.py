@@ -7,7 +7,7 @@ from actvar_kernels.cpu import runs as cpp_runs
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter, route_experts
 from actvar_kernels.group_norm.op import add_residual, group_norm_silu
 from actvar_kernels.linear.op import gelu_linear, linear, linear_once
-from actvar_kernels.residual_norm.op import Routed, add_normalize, add_normalize_route
+from actvar_kernels.residual_norm.op import Residual, Routed, add_normalize, add_normalize_route
 from actvar_kernels.sampling.op import sample_tokens
 from actvar_kernels.scatter.op import scatter_rows
 from actvar_kernels.subset_attention.op import subset_attention
@@ -15,6 +15,7 @@ from actvar_kernels.token_select.op import Selection, normalize_modulate, select
 
 __all__ = [
     "BackendUnavailableError",
+    "Residual",
     "Routed",
     "Selection",
     "add_normalize",

@@ -103,6 +103,11 @@ def _block_cases(R: int, C: int, scale: Scale, dtype: torch.dtype, is_last: bool
         "add_normalize_route of all tokens",
         lambda: ops.add_normalize_route(rows, None, update, gamma, a, b, *router, ACTIVE_EXPERTS),
     )
+    deferred = ops.Residual(x, update, gamma)
+    yield (
+        "add_normalize_route of a deferred sum",
+        lambda: ops.add_normalize_route(x, index, update, gamma, a, b, *router, ACTIVE_EXPERTS, deferred=True),
+    )
     yield "route_experts", lambda: ops.route_experts(u, *router, ACTIVE_EXPERTS)
     yield "expert_ffn", lambda: ops.expert_ffn(u, mask, ACTIVE_EXPERTS, *ffn)
     for schedule in SCHEDULES:
@@ -110,6 +115,12 @@ def _block_cases(R: int, C: int, scale: Scale, dtype: torch.dtype, is_last: bool
             f"expert_ffn_scatter {schedule}",
             lambda schedule=schedule: ops.expert_ffn_scatter(
                 rest, index, rows, u, mask, ACTIVE_EXPERTS, *ffn, gamma, schedule
+            ),
+        )
+        yield (
+            f"expert_ffn_scatter {schedule} of a deferred sum",
+            lambda schedule=schedule: ops.expert_ffn_scatter(
+                x, index, deferred, u, mask, ACTIVE_EXPERTS, *ffn, gamma, schedule
             ),
         )
     yield (

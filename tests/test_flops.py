@@ -197,9 +197,9 @@ def operator_calls() -> dict[str, tuple]:
         "subset_attention": ((q, q, q, *past), attention),
         "subset_attention_append": ((q, q, q, *past), attention),
         "route_experts": ((rows, *router, M), logits),
-        "add_normalize_route": ((x, index, rows, gate, gate, gate, *router, M), logits),
+        "add_normalize_route": ((x, index, rows, gate, gate, gate, *router, M, False), logits),
         "expert_ffn": ((rows, mask, M, *ffn), experts),
-        "expert_ffn_scatter": ((x, index, rows, rows, mask, M, *ffn, gate, "auto"), experts),
+        "expert_ffn_scatter": ((x, index, rows, None, None, rows, mask, M, *ffn, gate, "auto"), experts),
     }
 
 

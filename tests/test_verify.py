@@ -133,7 +133,7 @@ FAULTS = {
     "not a number": ("subset_attention", "output", lambda r, a: (r[0] * math.nan, *r[1:])),
     "precision": ("subset_attention", "shapes and dtypes", lambda r, a: (r[0].half(), *r[1:])),
     "error": ("subset_attention", "raised RuntimeError('out of shared memory')", fail),
-    "residual": ("add_normalize_route", "rows", lambda r, a: r._replace(rows=nudged(r.rows))),
+    "residual": ("add_normalize_route", "normalised rows", lambda r, a: r._replace(u=nudged(r.u))),
     "logit": ("add_normalize_route", "logits", lambda r, a: r._replace(logits=nudged(r.logits))),
     "expert": ("add_normalize_route", "experts", lambda r, a: r._replace(mask=r.mask.roll(1, dims=-1))),
     "written argument": ("add_normalize_route", "arguments left alone", write_to_rows),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -22,7 +23,7 @@ from actvar import ActVARConfig
 from actvar.flops import model_flops
 from actvar.models.vqvae import VQVAE, AttnBlock, ResnetBlock
 from actvar.patch import patch_silently
-from actvar_kernels import expert_ffn_scatter
+from actvar_kernels import add_normalize_route, expert_ffn_scatter, select_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.compile_cases import Model
 from actvar_kernels.virtual import (
@@ -83,6 +84,50 @@ def test_experts_in_a_tile_list_are_three_launches_without_copies():
 
     names = [launch.name for launch in recorded(90, run) if launch.launches]
     assert names == ["_sort_rows", "_up", "_down"]
+
+
+def test_many_sequences_are_scored_where_they_are_selected_and_read_once():
+    C, keep = 64, 12
+
+    def launches(R: int, in_place: bool) -> list:
+        def run(gpu):
+            gate = cuda(R, 1, C)
+            with using_backend("triton"):
+                select_tokens(cuda(R, 16, C), cuda(1, C), cuda(1), gate, gate, keep, in_place=in_place)
+
+        return [launch for launch in recorded(90, run) if launch.launches]
+
+    few, many = launches(127, in_place=True), launches(128, in_place=True)
+    assert [launch.name for launch in few] == ["_score", "_select"]
+    assert [launch.name for launch in many] == ["_select"]
+    x, modulated, index = 128 * 16 * C * 4, 128 * keep * C * 4, 128 * keep * 8
+    others = 2 * 128 * C * 4 + (C + 1) * 4 + 3 * 128 * 16 * 4  # scale, shift; weight, bias; scores, moments
+    assert many[0].bytes == x + modulated + index + others
+    (copying,) = launches(128, in_place=False)
+    assert copying.bytes - many[0].bytes == x // 4, "rows that are not kept are written as well"
+    assert math.prod(many[0].grid) >= 128
+
+
+def test_a_deferred_sum_is_read_at_the_end_of_the_block_instead_of_written_in_the_middle():
+    R, L, K, C = 2, 16, 12, 64
+
+    def moved(deferred: bool) -> dict[str, int]:
+        def run(gpu):
+            x, update, gate = cuda(R, L, C), cuda(R, K, C), cuda(R, 1, C)
+            index = torch.empty(R, K, dtype=torch.int64, device="cuda")
+            ffn = cuda(256, C), cuda(256), cuda(C, 256), cuda(C)
+            with using_backend("triton"):
+                rows, u, mask, _ = add_normalize_route(
+                    x, index, update, gate, gate, gate, cuda(16, C), cuda(16), 12, deferred=deferred
+                )
+                expert_ffn_scatter(x, index, rows, u, mask, 12, *ffn, gate, "tile_list")
+
+        return {launch.name: launch.bytes for launch in recorded(90, run)}
+
+    stored, deferred = moved(False), moved(True)
+    rows = R * K * C * 4
+    assert deferred["_add_normalize_route"] == stored["_add_normalize_route"] - rows
+    assert deferred["_down"] == stored["_down"] + rows + R * C * 4  # the update and its gate
 
 
 def test_a_triton_launch_is_compiled_and_recorded_with_its_arguments():

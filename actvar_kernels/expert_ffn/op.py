@@ -19,6 +19,7 @@ from actvar_kernels.checks import expect_count, expect_index, expect_one_device,
 from actvar_kernels.expert_ffn import cpu_kernel, reference
 from actvar_kernels.expert_ffn.route import route
 from actvar_kernels.gradients import register_reference_gradient
+from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.scatter.op import scatter_rows
 
 SCHEDULES = ("auto", "dense", "tile_list", "snap")
@@ -104,7 +105,7 @@ def _ffn(backend, u, mask, active, *weights) -> torch.Tensor:
 def expert_ffn_scatter(
     rest: torch.Tensor | None,
     index: torch.Tensor | None,
-    rows: torch.Tensor,
+    rows: torch.Tensor | Residual,
     u: torch.Tensor,
     mask: torch.Tensor,
     active: int,
@@ -119,7 +120,8 @@ def expert_ffn_scatter(
 
     Args:
         rest, index: as in `scatter_rows`; both None when every row was kept: the result is `[R, K, C]`.
-        rows: the kept rows before the FFN, `[R, K, C]`.
+        rows: the kept rows before the FFN, `[R, K, C]`, or what they are the sum of: `add_normalize_route(...,
+            deferred=True).rows`, whose x may be `rest`.
         u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias: as in `expert_ffn`, `[R, K, ...]`.
         gamma: AdaLN gate of the branch, `[R, 1, C]`.
         schedule: one of `SCHEDULES`, for the Triton backend. `"dense"` runs every expert and masks, `"tile_list"` skips
@@ -141,14 +143,22 @@ def expert_ffn_scatter(
     _expect_ffn(u, mask, active, *weights)
     expect_shape("u", u, (None, None, None))
     R, K, C = u.shape
-    expect_shape("rows", rows, (R, K, C))
+    if isinstance(rows, Residual):
+        expect_shape("rows.x", rows.x, (R, K if index is None else None, C))
+        expect_shape("rows.update", rows.update, (R, K, C))
+        expect_shape("rows.gamma", rows.gamma, (R, 1, C))
+    else:
+        expect_shape("rows", rows, (R, K, C))
     expect_shape("gamma", gamma, (R, 1, C))
     if index is not None:
         expect_index(index, (R, K))
         expect_shape("rest", rest, (R, None, C))
-    others = (rows, gamma) if index is None else (rest, rows, gamma)
+    parts = rows if isinstance(rows, Residual) else (rows,)
+    others = (*parts, gamma) if index is None else (rest, *parts, gamma)
     expect_one_device(u, index, *others)
     backend = _backend("expert_ffn_scatter", u, mask, *weights, *others)
+    if backend != "triton" or wants_gradient(u, *weights, *others):  # what writes in place has no gradient
+        rows = rows.rows(index) if isinstance(rows, Residual) else rows
     if backend == "cpu" and schedule != "snap":
         return scatter_rows(rest, index, rows, _ffn(backend, u, mask, active, *weights), gamma)
     if backend != "triton" or wants_gradient(u, *weights, *others):  # what writes in place has no gradient
@@ -157,10 +167,11 @@ def expert_ffn_scatter(
     if index is not None:
         out = rest if rest.stride(2) == 1 else rest.contiguous()
     else:
-        dtype = torch.promote_types(rows.dtype, torch.promote_types(gamma.dtype, u.dtype))
-        out = rows.new_empty(R, K, C, dtype=dtype)
+        dtype = torch.promote_types(parts[0].dtype, torch.promote_types(gamma.dtype, u.dtype))
+        out = parts[0].new_empty(R, K, C, dtype=dtype)
     run = torch.ops.actvar_kernels.expert_ffn_scatter if needs_operator(out) else _run_scatter
-    run(out, index, rows, u, mask, active, *weights, gamma, schedule)
+    before = rows if isinstance(rows, Residual) else (rows, None, None)
+    run(out, index, *before, u, mask, active, *weights, gamma, schedule)
     return out
 
 
@@ -236,16 +247,17 @@ def _run_ffn(backend, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bia
 
 
 def _run_scatter(
-    out, index, rows, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule
+    out, index, rows, update, gate, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule
 ) -> None:
-    arguments = (index, rows, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule)
+    arguments = (u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule)
     tensors = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, out, rows, gamma)
     if _backend("expert_ffn_scatter", u, mask, *tensors) != "triton":
-        out.copy_(_by_parts(out, *arguments))
+        rows = rows if update is None else Residual(rows, update, gate).rows(index)
+        out.copy_(_by_parts(out, index, rows, *arguments))
     else:
         from actvar_kernels.expert_ffn import triton_kernel
 
-        triton_kernel.expert_ffn_scatter(out, *arguments)
+        triton_kernel.expert_ffn_scatter(out, index, rows, update, gate, *arguments)
 
 
 @torch.library.custom_op("actvar_kernels::expert_ffn", mutates_args=())
@@ -275,6 +287,8 @@ def _expert_ffn_scatter(
     out: torch.Tensor,
     index: torch.Tensor | None,
     rows: torch.Tensor,
+    update: torch.Tensor | None,
+    gate: torch.Tensor | None,
     u: torch.Tensor,
     mask: torch.Tensor,
     active: int,
@@ -285,7 +299,9 @@ def _expert_ffn_scatter(
     gamma: torch.Tensor,
     schedule: str,
 ) -> None:
-    _run_scatter(out, index, rows, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule)
+    """With `update` and `gate` the rows are x, and these three a `Residual`."""
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    _run_scatter(out, index, rows, update, gate, u, mask, active, *weights, gamma, schedule)
 
 
 @_expert_ffn_scatter.register_fake
@@ -302,7 +318,7 @@ def expert_ffn_flops(u_shape, mask_shape, active, fc1_shape, *_shapes, **_kwargs
     return 2 * 2 * tokens * C * (D // mask_shape[-1]) * active
 
 
-def expert_ffn_scatter_flops(_out_shape, _index_shape, _rows_shape, *ffn, **_kwargs) -> int:
+def expert_ffn_scatter_flops(_out_shape, _index_shape, _rows_shape, _update_shape, _gate_shape, *ffn, **_kwargs) -> int:
     """FLOPs of one `expert_ffn_scatter` operator: those of its `expert_ffn`."""
     return expert_ffn_flops(*ffn)
 

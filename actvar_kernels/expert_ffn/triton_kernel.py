@@ -37,7 +37,8 @@ def expert_ffn(
     """As `reference.expert_ffn`, for bool masks of at most 32 experts; weights in u's dtype."""
     out = u.new_empty(u.shape)
     one, u, mask = (t.reshape(1, -1, t.shape[-1]) for t in (out, u, mask))
-    _launch(one, None, None, None, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, "auto")
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    _launch(one, None, None, None, None, None, u, mask, active, *weights, "auto")
     return out
 
 
@@ -45,6 +46,8 @@ def expert_ffn_scatter(
     out: torch.Tensor,
     index: torch.Tensor | None,
     rows: torch.Tensor,
+    update: torch.Tensor | None,
+    gate: torch.Tensor | None,
     u: torch.Tensor,
     mask: torch.Tensor,
     active: int,
@@ -55,18 +58,23 @@ def expert_ffn_scatter(
     gamma: torch.Tensor,
     schedule: str,
 ) -> None:
-    """Write `rows + gamma * expert_ffn(u)` to `out[r, index[r, j]]`, or to `out[r, j]` without an index.
+    """Write `rows + gamma * expert_ffn(u)` to `out[r, index[r, j]]`, or to `out[r, j]` without an index. With an
+    update `rows` is x, which may be `out`: the rows are those of x at the index, `+ gate * update`, in x's dtype.
 
     Args:
         out: `[R, L, C]`, any strides with contiguous channels; rows that the index does not name are left alone.
         index, rows, u, mask, active, gamma, schedule: as in `op.expert_ffn_scatter`; u and the weights in one dtype.
     """
-    rows, index = rows.contiguous(), None if index is None else index.contiguous()
-    gamma = gamma if gamma.stride(2) == 1 else gamma.contiguous()
-    _launch(out, index, rows, gamma, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, schedule)
+    index = None if index is None else index.contiguous()
+    update = None if update is None else update.contiguous()
+    rows, gamma, gate = (t if t is None or t.stride(2) == 1 else t.contiguous() for t in (rows, gamma, gate))
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    _launch(out, index, rows, update, gate, gamma, u, mask, active, *weights, schedule)
 
 
-def _launch(out, index, rows, gamma, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, schedule) -> None:
+def _launch(
+    out, index, rows, update, gate, gamma, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, schedule
+) -> None:
     """The launches; `rows` and `gamma` None: no residual."""
     if not fc1_weight.dtype == fc2_weight.dtype == u.dtype:
         raise TypeError(f"fc1_weight, fc2_weight: expected u's {u.dtype}, got {fc1_weight.dtype}, {fc2_weight.dtype}")
@@ -130,9 +138,13 @@ def _launch(out, index, rows, gamma, u, mask, active, fc1_weight, fc1_bias, fc2_
         choice,
         order,
         rows,
+        update,
+        gate,
         gamma,
         index,
         out,
+        (1, 1) if rows is None else rows.stride()[:2],
+        1 if gate is None else gate.stride(0),
         1 if gamma is None else gamma.stride(0),
         out.stride(),
         tokens,
@@ -329,9 +341,13 @@ def _down(
     choice_ptr,
     order_ptr,
     rows_ptr,
+    update_ptr,
+    gate_ptr,
     gamma_ptr,
     index_ptr,
     out_ptr,
+    rows_strides,
+    gate_stride,
     gamma_stride,
     out_strides,
     tokens,
@@ -378,13 +394,21 @@ def _down(
 
     if order_ptr is not None:
         row = tl.load(order_ptr + row, mask=row < T, other=T)
-    sequence, token = (row // tokens).to(tl.int64), row % tokens
+    sequence, slot = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
+    token = slot
     if index_ptr is not None:
-        token = tl.load(index_ptr + row, mask=row < T, other=0)
-    out_rows = out_ptr + sequence * out_strides[0] + token.to(tl.int64) * out_strides[1]
-    residual = None if rows_ptr is None else rows_ptr + row.to(tl.int64) * C
-    gamma = None if gamma_ptr is None else gamma_ptr + sequence * gamma_stride
-    _store_rows(out_rows, acc, channel, b2_ptr, residual, gamma, row < T, C, PARTS)
+        token = tl.load(index_ptr + row, mask=row < T, other=0).to(tl.int64)
+    out_rows = out_ptr + sequence * out_strides[0] + token * out_strides[1]
+    if rows_ptr is None:
+        residual, update, gate, gamma = None, None, None, None
+    else:
+        gamma = gamma_ptr + sequence * gamma_stride
+        if update_ptr is None:
+            residual, update, gate = rows_ptr + sequence * rows_strides[0] + slot * rows_strides[1], None, None
+        else:
+            residual = rows_ptr + sequence * rows_strides[0] + token * rows_strides[1]
+            update, gate = update_ptr + row.to(tl.int64) * C, gate_ptr + sequence * gate_stride
+    _store_rows(out_rows, acc, channel, b2_ptr, residual, update, gate, gamma, row < T, C, PARTS)
 
 
 @triton.jit
@@ -395,18 +419,26 @@ def _lowest_bit(bits):
 
 
 @triton.jit
-def _store_rows(out_rows, acc, channel, b2_ptr, residual, gamma, inside, C: tl.constexpr, PARTS: tl.constexpr):
+def _store_rows(
+    out_rows, acc, channel, b2_ptr, residual, update, gate, gamma, inside, C: tl.constexpr, PARTS: tl.constexpr
+):
     """Bias and residual of rows given by pointers, in `PARTS` parts one after the other for the sake of registers."""
     if PARTS > 1:
         half: tl.constexpr = acc.shape[1] // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, half)), (0, 2, 1)))
-        _store_rows(out_rows, left, channel, b2_ptr, residual, gamma, inside, C, PARTS // 2)
-        _store_rows(out_rows, right, channel + half, b2_ptr, residual, gamma, inside, C, PARTS // 2)
+        rows = (b2_ptr, residual, update, gate, gamma, inside)
+        _store_rows(out_rows, left, channel, *rows, C, PARTS // 2)
+        _store_rows(out_rows, right, channel + half, *rows, C, PARTS // 2)
     else:
         channels = channel + tl.arange(0, acc.shape[1])
         valid = inside[:, None] & (channels < C)[None, :]
         y = acc + tl.load(b2_ptr + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
         if residual is not None:
+            before = tl.load(residual[:, None] + channels[None, :], mask=valid, other=0.0)
+            if update is not None:
+                g = tl.load(gate[:, None] + channels[None, :], mask=valid, other=0.0).to(tl.float32)
+                added = tl.load(update[:, None] + channels[None, :], mask=valid, other=0.0).to(tl.float32)
+                before = (before.to(tl.float32) + g * added).to(before.dtype)
             g = tl.load(gamma[:, None] + channels[None, :], mask=valid, other=0.0).to(tl.float32)
-            y = tl.load(residual[:, None] + channels[None, :], mask=valid, other=0.0).to(tl.float32) + g * y
+            y = before.to(tl.float32) + g * y
         tl.store(out_rows[:, None] + channels[None, :], y.to(out_rows.dtype.element_ty), mask=valid)

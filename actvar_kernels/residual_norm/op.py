@@ -13,15 +13,16 @@ from actvar_kernels.checks import expect_count, expect_index, expect_one_device,
 from actvar_kernels.expert_ffn.route import MAX_EXPERTS
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm import reference
+from actvar_kernels.residual_norm.reference import Residual
 
 _LIMITS = f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts and {MOST_SEQUENCES} sequences"
 
 
 class Routed(NamedTuple):
-    """`rows` `[R, K, C]` after the residual; `u` `[R, K, C]` the FFN's input; `mask` `[R, K, N]` bool, the experts that
-    run; `logits` `[R, K, N]` float32."""
+    """`rows` `[R, K, C]` after the residual, or the `Residual` that gives them; `u` `[R, K, C]` the FFN's input; `mask`
+    `[R, K, N]` bool, the experts that run; `logits` `[R, K, N]` float32."""
 
-    rows: torch.Tensor
+    rows: torch.Tensor | Residual
     u: torch.Tensor
     mask: torch.Tensor
     logits: torch.Tensor
@@ -68,12 +69,15 @@ def add_normalize_route(
     weight: torch.Tensor,
     bias: torch.Tensor,
     active: int,
+    deferred: bool = False,
 ) -> Routed:
     """`add_normalize`, then `route_experts` on the result; one launch on Triton, up to 32 experts.
 
     Args:
         x, index, update, gamma, scale, shift: as in `add_normalize`.
         weight, bias, active: as in `route_experts`.
+        deferred: `rows` is a `Residual` of the arguments, which `expert_ffn_scatter` takes for them: on Triton it sums
+            them again, which costs less than to write and read them.
 
     Raises:
         TypeError: an index that is not int64.
@@ -88,8 +92,10 @@ def add_normalize_route(
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
     backend = _backend("add_normalize_route", *tensors, experts=weight.shape[0])
     if backend == "triton" and needs_operator(*tensors):
-        return Routed(*torch.ops.actvar_kernels.add_normalize_route(*tensors, active))
-    return Routed(*_add_and_route(backend, *tensors, active))
+        rows, *others = torch.ops.actvar_kernels.add_normalize_route(*tensors, active, deferred)
+    else:
+        rows, *others = _add_and_route(backend, *tensors, active, deferred)
+    return Routed(Residual(x, update, gamma) if deferred else rows, *others)
 
 
 def _expect_rows(x, index, update, gamma, scale, shift) -> None:
@@ -118,7 +124,10 @@ def _add(backend, x, index, update, gamma, scale, shift) -> tuple[torch.Tensor, 
     return triton_kernel.add_normalize(x, index, update, gamma, scale, shift)
 
 
-def _add_and_route(backend, x, index, update, gamma, scale, shift, weight, bias, active) -> tuple[torch.Tensor, ...]:
+def _add_and_route(
+    backend, x, index, update, gamma, scale, shift, weight, bias, active, deferred
+) -> tuple[torch.Tensor, ...]:
+    """The first result is None where it is deferred and the backend need not make it."""
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
     if backend == "cpu":
         return cpu_rows.add_normalize_route(*tensors, active)
@@ -126,7 +135,7 @@ def _add_and_route(backend, x, index, update, gamma, scale, shift, weight, bias,
         return reference.add_normalize_route(*tensors, active)
     from actvar_kernels.residual_norm import triton_kernel
 
-    return triton_kernel.add_normalize_route(*tensors, active)
+    return triton_kernel.add_normalize_route(*tensors, active, deferred)
 
 
 @torch.library.custom_op("actvar_kernels::add_normalize", mutates_args=())
@@ -161,19 +170,28 @@ def _add_normalize_route(
     weight: torch.Tensor,
     bias: torch.Tensor,
     active: int,
+    deferred: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first result is empty if it is deferred."""
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
-    return _add_and_route(_backend("add_normalize_route", *tensors, experts=weight.shape[0]), *tensors, active)
+    backend = _backend("add_normalize_route", *tensors, experts=weight.shape[0])
+    rows, *others = _add_and_route(backend, *tensors, active, deferred)
+    return x.new_empty(0) if deferred else rows, *others
 
 
 @_add_normalize_route.register_fake
-def _(x, index, update, gamma, scale, shift, weight, bias, active):
+def _(x, index, update, gamma, scale, shift, weight, bias, active, deferred):
     mask = x.new_empty(*update.shape[:-1], weight.shape[0], dtype=torch.bool)
     logits = torch.empty_like(mask, dtype=torch.float32)
-    return x.new_empty(update.shape), x.new_empty(update.shape), mask, logits
+    return x.new_empty(0 if deferred else update.shape), x.new_empty(update.shape), mask, logits
 
 
-register_reference_gradient(_add_normalize_route, reference.add_normalize_route)
+def _differentiable(x, index, update, gamma, scale, shift, weight, bias, active, deferred) -> tuple[torch.Tensor, ...]:
+    rows, *others = reference.add_normalize_route(x, index, update, gamma, scale, shift, weight, bias, active)
+    return x.new_empty(0) if deferred else rows, *others
+
+
+register_reference_gradient(_add_normalize_route, _differentiable)
 
 
 def add_normalize_route_flops(_x, _index, update_shape, _gamma, _scale, _shift, weight_shape, *_args, **_kwargs) -> int:

@@ -27,7 +27,7 @@ def add_normalize(
     shift: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference.add_normalize`, with one rounding of the sum."""
-    out, u, _, _ = _launch(x, index, update, gamma, scale, shift, None, None, 0)
+    out, u, _, _ = _launch(x, index, update, gamma, scale, shift, None, None, 0, deferred=False)
     return out, u
 
 
@@ -41,15 +41,16 @@ def add_normalize_route(
     weight: torch.Tensor,
     bias: torch.Tensor,
     active: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `reference.add_normalize_route`, with one rounding of the sum."""
-    return _launch(x, index, update, gamma, scale, shift, weight.contiguous(), bias, active)
+    deferred: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `reference.add_normalize_route`, with one rounding of the sum; None for a sum that is `deferred`."""
+    return _launch(x, index, update, gamma, scale, shift, weight.contiguous(), bias, active, deferred)
 
 
-def _launch(x, index, update, gamma, scale, shift, weight, bias, active):
+def _launch(x, index, update, gamma, scale, shift, weight, bias, active, deferred):
     R, K, C = update.shape
     x, update, gamma, scale, shift = channels_last(x, update, gamma, scale, shift)
-    out, u = x.new_empty(R, K, C), x.new_empty(R, K, C)
+    out, u = None if deferred else x.new_empty(R, K, C), x.new_empty(R, K, C)
     mask = logits = None
     experts = 0 if weight is None else weight.shape[0]
     if experts:
@@ -140,7 +141,8 @@ def _add_normalize_route(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Some rows of a sequence, those of x by their index if there is one; without experts there is no routing."""
+    """Some rows of a sequence, those of x by their index if there is one; without experts there is no routing, and
+    without a place for it the sum is not kept."""
     sequence = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
@@ -156,13 +158,14 @@ def _add_normalize_route(
     scale = load_vector(scale_ptr, scale_strides, sequence, channel, inside)
     shift = load_vector(shift_ptr, shift_strides, sequence, channel, inside)
 
-    # both results are used as they are stored
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    # the sum and its LayerNorm are used as they are stored
+    dtype: tl.constexpr = u_ptr.dtype.element_ty
     flat = sequence.to(tl.int64) * length + row
     target = flat[:, None] * C + channel[None, :]
     written = present[:, None] & inside[None, :]
     out = (x + gamma[None, :] * update).to(dtype)
-    tl.store(out_ptr + target, out, mask=written)
+    if out_ptr is not None:
+        tl.store(out_ptr + target, out, mask=written)
     u = normalized(out.to(tl.float32), inside, C) * (1.0 + scale)[None, :] + shift[None, :]
     u = u.to(dtype)
     tl.store(u_ptr + target, u, mask=written)

@@ -132,9 +132,10 @@ def _up(a: Arguments, share: Share) -> Cost:
 
 def _down(a: Arguments, share: Share) -> Cost:
     run, rows = _run(a, share)
-    hidden, weight, out = a["h_ptr"], a["w2_ptr"], a["out_ptr"]
-    written = a["T"] * a["C"] * out.dtype.itemsize
-    moved = _bytes(a, "h_ptr", "out_ptr") + round(run * hidden.bytes) + written
+    hidden, weight = a["h_ptr"], a["w2_ptr"]
+    of_rows = (a[name] for name in ("out_ptr", "rows_ptr") if a[name] is not None)
+    moved = _bytes(a, "h_ptr", "out_ptr", "rows_ptr") + round(run * hidden.bytes)
+    moved += sum(a["T"] * a["C"] * tensor.dtype.itemsize for tensor in of_rows)
     flops = round(2 * rows * weight.shape[0] * weight.shape[1] * run)
     return Cost(moved, flops, weight.dtype, tile=(a["BLOCK_T"], a["BLOCK_C"]))
 

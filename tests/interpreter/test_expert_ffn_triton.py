@@ -9,7 +9,7 @@ import torch
 from comparison import assert_close, exact_and_tolerance, normal
 from torch import Tensor
 
-from actvar_kernels import BackendUnavailableError, expert_ffn, expert_ffn_scatter, tiles
+from actvar_kernels import BackendUnavailableError, Residual, add_normalize, expert_ffn, expert_ffn_scatter, tiles
 from actvar_kernels.expert_ffn import reference, triton_kernel
 from actvar_kernels.expert_ffn.op import expert_ffn_flops, expert_ffn_scatter_flops
 from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
@@ -245,6 +245,57 @@ def test_rows_are_put_into_rest_in_place_whatever_the_strides():
     assert torch.equal(out[untouched], rest[untouched])
 
 
+def deferred_sum(R: int, L: int, K: int, C: int, dtype: torch.dtype = torch.float32) -> Residual:
+    """Of an x of L tokens and an update of K; gamma as a block has it, one of six in a row."""
+    x, update = (normal(R, size, C, seed=seed, dtype=dtype) for seed, size in ((40, L), (41, K)))
+    return Residual(x, update, normal(R, 1, 6, C, seed=42, dtype=dtype).unbind(2)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("schedule", ["dense", "tile_list", "snap"])
+@pytest.mark.parametrize("kept", [75, 90], ids=["scattered", "of all tokens"])
+def test_a_deferred_sum_gives_what_its_rows_give(variant, dtype, schedule, kept):
+    rest, index, _, gamma, u, *weights = block_inputs(2, 90, kept, 72, 4 * 48, dtype)
+    residual, mask = deferred_sum(2, 90, kept, 72, dtype), random_mask(2, kept, 4, active=3)
+    if kept == 90:
+        rest = index = None
+    rows = add_normalize(residual.x, index, residual.update, residual.gamma, gamma, gamma)[0]
+    run = scattered(mask, 3, schedule)
+    assert torch.equal(run(rest, index, residual, gamma, u, *weights), run(rest, index, rows, gamma, u, *weights))
+
+
+@pytest.mark.parametrize("schedule", ["dense", "tile_list", "snap"])
+def test_the_sum_may_be_of_the_tensor_that_is_written_to(schedule, grid_order):
+    _, index, _, gamma, u, *weights = block_inputs(2, 90, 75, 72, 4 * 48)
+    residual, mask = deferred_sum(2, 90, 75, 72), random_mask(2, 75, 4, active=3)
+    expected = scattered(mask, 3, schedule)(residual.x, index, residual, gamma, u, *weights)
+    out = expert_ffn_scatter(residual.x, index, residual, u, mask, 3, *weights, gamma, schedule)
+    assert out is residual.x
+    assert torch.equal(out, expected)
+
+
+def test_a_deferred_sum_of_views_is_that_of_copies():
+    rest, index, _, gamma, u, *weights = block_inputs(2, 9, 5, 24, 48)
+    residual, mask = deferred_sum(2, 9, 5, 24), random_mask(2, 5, 4, active=3)
+    views = Residual(
+        torch.cat((residual.x, residual.x * torch.nan), dim=1)[:, :9],
+        residual.update.transpose(0, 1).contiguous().transpose(0, 1),
+        residual.gamma.repeat_interleave(2, dim=2)[..., ::2],
+    )
+    run = scattered(mask, 3)
+    assert torch.equal(run(rest, index, views, gamma, u, *weights), run(rest, index, residual, gamma, u, *weights))
+
+
+def test_a_deferred_sum_that_does_not_fit_is_refused():
+    rest, index, _, gamma, u, *weights = block_inputs(2, 9, 5, 24, 48)
+    residual, mask = deferred_sum(2, 9, 5, 24), random_mask(2, 5, 4, active=3)
+    for name, bad in (("x", residual.x[..., :5]), ("update", residual.update[:, :4]), ("gamma", gamma[:1])):
+        with pytest.raises(ValueError, match=rf"rows\.{name}: expected"):
+            scattered(mask, 3)(rest, index, residual._replace(**{name: bad}), gamma, u, *weights)
+    with pytest.raises(ValueError, match=r"rows\.x: expected"):
+        scattered(mask, 3)(None, None, residual, gamma, u, *weights)
+
+
 def test_under_autocast_the_products_run_in_its_dtype():
     rest, index, rows, gamma, u, *weights = block_inputs(2, 9, 5, 24, 48)
     mask = random_mask(2, 5, 4, active=3)
@@ -267,9 +318,10 @@ def operator_inputs() -> tuple[list[Tensor], Tensor]:
 def test_the_operators_pass_the_checks_of_torch():
     (rest, index, rows, gamma, u, *weights), mask = operator_inputs()
     torch.library.opcheck(torch.ops.actvar_kernels.expert_ffn.default, (u, mask, 1, *weights))
-    scatter = torch.ops.actvar_kernels.expert_ffn_scatter.default
+    scatter, deferred = torch.ops.actvar_kernels.expert_ffn_scatter.default, deferred_sum(2, 4, 3, 16)
     for out, kept in ((rest, index), (torch.zeros_like(rows), None)):
-        torch.library.opcheck(scatter, (out, kept, rows, u, mask, 1, *weights, gamma, "tile_list"))
+        torch.library.opcheck(scatter, (out, kept, rows, None, None, u, mask, 1, *weights, gamma, "tile_list"))
+    torch.library.opcheck(scatter, (rest, index, *deferred, u, mask, 1, *weights, gamma, "tile_list"))
 
 
 @pytest.mark.parametrize("schedule", ["dense", "snap"])
@@ -302,6 +354,18 @@ def test_gradients_are_those_of_the_reference(schedule, compiled):
     torch.testing.assert_close(actual, gradients(scattered_by_reference(wanted)))
 
 
+def test_gradients_reach_a_deferred_sum():
+    (rest, index, _, gamma, u, *weights), mask = operator_inputs()
+    leaves = [t.detach().clone().requires_grad_() for t in deferred_sum(2, 4, 3, 16)]
+    run = scattered(mask, 1)
+
+    def gradients(rows: Residual | Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(rest, index, rows, gamma, u, *weights).square().sum(), leaves)
+
+    residual = Residual(*leaves)
+    torch.testing.assert_close(gradients(residual), gradients(residual.rows(index)))
+
+
 def test_a_call_that_the_kernels_cannot_take_raises():
     (rest, index, rows, gamma, u, *weights), mask = operator_inputs()
     for operation, arguments in (
@@ -321,7 +385,7 @@ def test_a_call_that_the_kernels_cannot_take_raises():
 def test_flops_of_the_scattering_operator_are_those_of_its_ffn():
     (rest, index, rows, gamma, u, *weights), mask = operator_inputs()
     ffn = (u.shape, mask.shape, 1, *(w.shape for w in weights))
-    scatter = (rest.shape, index.shape, rows.shape, *ffn, gamma.shape, "auto")
+    scatter = (rest.shape, index.shape, rows.shape, None, None, *ffn, gamma.shape, "auto")
     assert expert_ffn_scatter_flops(*scatter, out_shape=None) == expert_ffn_flops(*ffn) == 2 * 2 * 6 * 16 * 16
 
 

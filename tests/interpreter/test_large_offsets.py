@@ -56,10 +56,11 @@ def select(x: Tensor, in_place: bool) -> tuple[Tensor, ...]:
     return found.index, found.modulated, found.scores
 
 
-def experts(rest: Tensor, schedule: str) -> Tensor:
+def experts(rest: Tensor, schedule: str, deferred: bool = False) -> Tensor:
     rows, mask = half(R, KEEP, C, seed=5), normal(R, KEEP, N, seed=6) > 0
     weights = half(4 * C, C, seed=7), half(4 * C, seed=8), half(C, 4 * C, seed=9), half(C, seed=10)
-    return ops.expert_ffn_scatter(rest, index(), rows, rows, mask, 2, *weights, gamma(), schedule)
+    before = ops.Residual(rest, rows, gamma()) if deferred else rows
+    return ops.expert_ffn_scatter(rest, index(), before, rows, mask, 2, *weights, gamma(), schedule)
 
 
 def attention(keys: Tensor) -> tuple[Tensor, ...]:
@@ -83,6 +84,7 @@ OPERATIONS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]] = {
     ),
     "expert_ffn_scatter": ((R, L, C), lambda rest: experts(rest, "dense")),
     "expert_ffn_scatter, sorted": ((R, L, C), lambda rest: experts(rest, "tile_list")),
+    "expert_ffn_scatter of a deferred sum": ((R, L, C), lambda x: experts(x, "tile_list", deferred=True)),
     "scatter_rows": (
         (R, L, C),
         lambda rest: ops.scatter_rows(rest, index(), half(R, KEEP, C, seed=1), half(R, KEEP, C, seed=2), gamma()),

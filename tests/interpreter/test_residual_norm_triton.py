@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from comparison import assert_close, exact_and_tolerance, normal
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from actvar_kernels import BackendUnavailableError, add_normalize, add_normalize_route, route_experts
 from actvar_kernels.expert_ffn import reference as expert_reference
@@ -77,6 +79,18 @@ def test_add_normalize_route_in_any_grid_order(experts: int, active: int, dtype:
     assert torch.equal(routed.rows, rows)
     assert torch.equal(routed.u, u)
     assert_routes(routed.mask, routed.logits, u, *gate, active)
+
+
+@pytest.mark.parametrize("as_operator", [False, True], ids=["launched", "operator"])
+def test_a_deferred_sum_is_not_made_and_the_rest_is_the_same(as_operator: bool, grid_order: str) -> None:
+    (x, _, *others), gate = inputs(2, 5, 65), router(65, 5)
+    index = torch.tensor([[0, 1, 2, 4, 3], [4, 2, 0, 1, 3]])
+    expected = add_normalize_route(x, index, *others, *gate, 3)
+    with FlopCounterMode(display=False) if as_operator else nullcontext():
+        deferred = add_normalize_route(x, index, *others, *gate, 3, deferred=True)
+    assert [a is b for a, b in zip(deferred.rows, (x, *others[:2]), strict=True)] == [True] * 3
+    torch.testing.assert_close(deferred.rows.rows(index), expected.rows)
+    assert all(map(torch.equal, deferred[1:], expected[1:]))
 
 
 @pytest.mark.parametrize(("R", "K", "C"), SHAPES)
@@ -210,7 +224,9 @@ def test_the_operators_pass_the_checks_of_torch() -> None:
     operators = torch.ops.actvar_kernels
     for index in (None, torch.tensor([[0, 1, 2], [2, 0, 1]])):
         torch.library.opcheck(operators.add_normalize.default, (x, index, *tensors))
-        torch.library.opcheck(operators.add_normalize_route.default, (x, index, *tensors, weight, bias, 2))
+        for deferred in (False, True):
+            routed = (x, index, *tensors, weight, bias, 2, deferred)
+            torch.library.opcheck(operators.add_normalize_route.default, routed)
     torch.library.opcheck(operators.route_experts.default, (x, weight, bias, 2))
 
 
@@ -240,6 +256,11 @@ def test_the_gradients_are_those_of_the_reference() -> None:
     for operation, of_reference, arguments in (
         (lambda *t: add_normalize(*t), reference.add_normalize, tensors),
         (lambda *t: add_normalize_route(*t, 3), lambda *t: reference.add_normalize_route(*t, 3), [*tensors, *gate]),
+        (
+            lambda *t: add_normalize_route(*t, 3, deferred=True)[1:],
+            lambda *t: reference.add_normalize_route(*t, 3)[1:],
+            [*tensors, *gate],
+        ),
         (
             lambda *t: add_normalize(*t),
             reference.add_normalize,
