@@ -12,13 +12,19 @@ from torch.nn import functional as F
 
 import actvar
 from actvar import baselines
+from actvar.adapter import read_adapter_config, save_adapter
 from actvar.baselines.fastvar import interpolated, pivotal_tokens
+from actvar.baselines.static_pruning import fix_experts
 from actvar.baselines.token_merging import Matching, destinations
+from actvar.config import ActVARConfig
+from actvar.distill import Stage2
 from actvar.evaluate.predictions import predictions
 from actvar.flops import counted_flops, sampling_flops, total_flops
 from actvar.models import VAR
 from actvar.patch import DENSE, patched_silently
+from actvar.tuned import tuned_parameters
 
+STATIC = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=0.75)
 STARTS = [sum(side * side for side in PATCH_NUMS[:scale]) for scale in range(len(PATCH_NUMS))]
 
 
@@ -30,12 +36,27 @@ def small(tiny_var, make_var) -> VAR:
 
 
 @pytest.fixture
-def applied(tiny_var, small):
+def static_adapter(tiny_var, tmp_path):
+    """File of static pruning with changed weights."""
+    with patched_silently(tiny_var, STATIC, None):
+        fix_experts(tiny_var, baselines.magnitude_units(tiny_var, 0.75))
+        Stage2(tiny_var)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in tuned_parameters(tiny_var).values():
+                weight.mul_(1 + 0.2 * torch.randn(weight.shape, generator=generator))
+        save_adapter(tiny_var, tmp_path / "static.safetensors")
+    return tmp_path / "static.safetensors"
+
+
+@pytest.fixture
+def applied(tiny_var, small, static_adapter):
     """Each baseline by name, on the tiny model."""
     units = {score: getattr(baselines, f"{score}_units") for score in ("magnitude", "wanda")}
     return {
         "static-magnitude": lambda: baselines.static_pruning(tiny_var, units["magnitude"](tiny_var, 0.5)),
         "static-wanda": lambda: baselines.static_pruning(tiny_var, units["wanda"](tiny_var, 0.5)),
+        "static-trained": lambda: baselines.trained_static_pruning(tiny_var, static_adapter),
         "fastvar": lambda: baselines.fastvar(tiny_var, 0.5),
         "tome": lambda: baselines.token_merging(tiny_var, 0.5),
         "skip": lambda: baselines.skip_last_scales(tiny_var, 1),
@@ -44,7 +65,7 @@ def applied(tiny_var, small):
     }
 
 
-NAMES = ("static-magnitude", "static-wanda", "fastvar", "tome", "skip", "unguided", "code")
+NAMES = ("static-magnitude", "static-wanda", "static-trained", "fastvar", "tome", "skip", "unguided", "code")
 
 
 def token_maps(var: VAR, images: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,6 +119,15 @@ def oracle_logits(var: VAR, update) -> list[torch.Tensor]:
     return found
 
 
+def drawn_tokens(var: VAR) -> list[torch.Tensor]:
+    """Token maps `[2, side, side]` of `sample`."""
+    maps, embedding = [], var.vae_proxy[0].quantize.embedding
+    handle = embedding.register_forward_pre_hook(lambda _, arguments: maps.append(arguments[0]))
+    sample(var)
+    handle.remove()
+    return maps
+
+
 def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     assert len(found) == len(expected)
     for of_scale, wanted in zip(found, expected, strict=True):
@@ -114,23 +144,25 @@ def test_predictions_in_steps_are_those_of_teacher_forcing(tiny_var):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_baseline_changes_the_image_repeats_it_and_comes_off_bit_for_bit(tiny_var, applied, name):
-    dense, before = sample(tiny_var), copy.deepcopy(tiny_var.state_dict())
+    dense, before, parameters = sample(tiny_var), copy.deepcopy(tiny_var.state_dict()), list(tiny_var.parameters())
     with applied[name]():
         first, second = sample(tiny_var), sample(tiny_var)
     assert torch.equal(first, second)
     assert not torch.equal(first, dense)
     assert torch.equal(sample(tiny_var), dense)
     assert all(torch.equal(value, before[key]) for key, value in tiny_var.state_dict().items())
+    assert all(a is b for a, b in zip(tiny_var.parameters(), parameters, strict=True))
     assert "predict" not in vars(tiny_var)
     assert not any("forward" in vars(block) for block in tiny_var.blocks)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_baseline_comes_off_after_an_error(tiny_var, applied, name):
-    dense = sample(tiny_var)
+    dense, before = sample(tiny_var), copy.deepcopy(tiny_var.state_dict())
     with pytest.raises(ValueError, match="g_seed"), applied[name]():
         tiny_var.autoregressive_infer_cfg(2, 1, g_seed=[1])
     assert torch.equal(sample(tiny_var), dense)
+    assert all(torch.equal(value, before[key]) for key, value in tiny_var.state_dict().items())
     assert not hasattr(tiny_var, "actvar")
 
 
@@ -181,6 +213,54 @@ def test_static_pruning_is_the_ffn_of_the_other_units_zeroed(tiny_var):
     expected = oracle_logits(tiny_var, update)
     with baselines.static_pruning(tiny_var, units):
         assert_close(logits_of(tiny_var), expected)
+
+
+def test_fixed_experts_are_pruning_to_the_same_units_for_every_token(tiny_var):
+    actvar.apply_patch(tiny_var, ActVARConfig(num_experts=8))
+    units = baselines.wanda_units(tiny_var, 0.75)
+    fix_experts(tiny_var, units)
+    for block, kept in zip(tiny_var.blocks, units, strict=True):
+        assert set(block.actvar.places[:384].tolist()) == set(kept.tolist())
+    with actvar.record(tiny_var) as records:
+        sample(tiny_var)
+    masks = torch.cat([r.mask.flatten(0, -2) for r in records])
+    assert masks[:, :6].all()
+    assert not masks[:, 6:].any()
+    twice = [torch.cat((of_block[:1], of_block[:-1])) for of_block in units]
+    for wrong in (units[:1], [of_block[1:] for of_block in units], twice):
+        with pytest.raises(ValueError, match=r"units: expected \[384, 384\] in the blocks, got \["):
+            fix_experts(tiny_var, wrong)
+
+
+def test_trained_static_pruning_is_the_patched_model_on_smaller_matrices(tiny_var, static_adapter):
+    with patched_silently(tiny_var, read_adapter_config(static_adapter), static_adapter):
+        logits, tokens = logits_of(tiny_var), drawn_tokens(tiny_var)
+    with baselines.static_pruning(tiny_var, baselines.magnitude_units(tiny_var, 0.75)):
+        untrained, flops = drawn_tokens(tiny_var), sampling_flops(tiny_var)
+    with baselines.trained_static_pruning(tiny_var, static_adapter):
+        assert_close(logits_of(tiny_var), logits)
+        assert all(map(torch.equal, drawn_tokens(tiny_var), tokens))
+        assert sampling_flops(tiny_var) == flops, "no router"
+    assert not all(map(torch.equal, untrained, tokens))
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (ActVARConfig(), r"got token_rates \(0.75, 0.75\) and ffn_rate 0.75"),
+        (ActVARConfig(token_rates=(1, 1), ffn_rate=(0.5, 0.75)), r"and ffn_rate \(0.5, 0.75\)"),
+        (STATIC, "got routers whose choice is not the first experts"),
+    ],
+)
+def test_an_adapter_that_is_not_static_is_refused_and_the_model_stays(tiny_var, tmp_path, config, found):
+    dense, path = sample(tiny_var), tmp_path / "mine.safetensors"
+    with patched_silently(tiny_var, config, None):
+        save_adapter(tiny_var, path)
+    message = rf"mine.safetensors: expected an adapter of static pruning.*{found}.*; sample with this one by"
+    with pytest.raises(ValueError, match=message), baselines.trained_static_pruning(tiny_var, path):
+        pass
+    assert not hasattr(tiny_var, "actvar")
+    assert torch.equal(sample(tiny_var), dense)
 
 
 def test_the_units_that_stay_are_the_largest(tiny_var):
@@ -299,10 +379,7 @@ def test_skipping_is_the_image_of_the_first_token_maps(tiny_var):
         tiny_var.decode = lambda f_hat: features.append(f_hat.clone()) or decode(tiny_var, f_hat)
         sample(tiny_var)
     del tiny_var.decode
-    maps, embedding = [], tiny_var.vae_proxy[0].quantize.embedding
-    handle = embedding.register_forward_pre_hook(lambda _, arguments: maps.append(arguments[0]))
-    sample(tiny_var)
-    handle.remove()
+    maps = drawn_tokens(tiny_var)
     quantizer, partial = tiny_var.vae_proxy[0].quantize, torch.zeros_like(features[0])
     for scale in range(2):
         partial, _ = quantizer.add_scale(scale, partial, quantizer.code_map(maps[scale], PATCH_NUMS[scale]))

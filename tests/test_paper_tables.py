@@ -8,10 +8,8 @@ import pytest
 import torch
 from helpers import make_tiny_var
 
-import actvar
-from actvar import ActVARConfig, record
+from actvar import ActVARConfig
 from actvar.adapter import describe_adapter
-from actvar.baselines import wanda_units
 from actvar.distill import run
 from actvar.distill.data import sampled_source
 from benchmarks.paper import measure as measure_module
@@ -21,7 +19,7 @@ from benchmarks.paper.measure import DENSE, Measured, load_measured, measure_all
 from benchmarks.paper.page import write_page
 from benchmarks.paper.published import TABLES
 from benchmarks.paper.recipes import CHOICES
-from benchmarks.paper.train import adapter_file, fix_experts, jobs_of, owner_of, runs_in_order, train
+from benchmarks.paper.train import adapter_file, jobs_of, owner_of, runs_in_order, train
 from benchmarks.paper.trainings import MAIN, SMALL, TRAININGS, Training
 from benchmarks.paper.workers import Job, run_jobs
 
@@ -52,20 +50,6 @@ def test_gates_are_taken_from_a_row_of_the_same_recipe():
             owners = [o for o in TRAININGS if (o.row, o.recipe, o.model) == (t.gates_of, t.recipe, t.model)]
             assert len(owners) == 1
             assert set(t.seeds) <= set(owners[0].seeds)
-
-
-def test_static_experts_are_pruning_to_the_same_units_for_every_token():
-    var = make_tiny_var()
-    actvar.apply_patch(var, ActVARConfig(num_experts=8))
-    units = wanda_units(var, 0.75)
-    fix_experts(var)
-    for block, kept in zip(var.blocks, units, strict=True):
-        assert set(block.actvar.places[:384].tolist()) == set(kept.tolist())
-    with record(var) as records:
-        var.autoregressive_infer_cfg(2, torch.tensor([1, 2]), g_seed=0)
-    masks = torch.cat([r.mask.flatten(0, -2) for r in records])
-    assert masks[:, :6].all()
-    assert not masks[:, 6:].any()
 
 
 @pytest.mark.parametrize("static", [False, True])

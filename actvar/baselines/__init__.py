@@ -7,7 +7,7 @@ from actvar.baselines.collaborative import collaborative_decoding
 from actvar.baselines.fastvar import fastvar
 from actvar.baselines.guidance import without_guidance
 from actvar.baselines.skipping import skip_last_scales
-from actvar.baselines.static_pruning import magnitude_units, static_pruning, wanda_units
+from actvar.baselines.static_pruning import magnitude_units, static_pruning, trained_static_pruning, wanda_units
 from actvar.baselines.token_merging import token_merging
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "skip_last_scales",
     "static_pruning",
     "token_merging",
+    "trained_static_pruning",
     "wanda_units",
     "without_guidance",
 ]

@@ -1,7 +1,8 @@
 """Static pruning of the FFN: the same hidden units are left out for every token of the last scales.
 
 Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, for both scores. Adapted:
-whole hidden units are left out, not single weights, so that smaller matrices save time.
+whole hidden units are left out, not single weights, so that smaller matrices save time; and the weights may be trained
+afterwards, as ActVAR's are: by `fix_experts` static pruning is an ActVAR whose router chooses the same experts for all.
 """
 
 from __future__ import annotations
@@ -10,18 +11,25 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from actvar.adapter import read_adapter_config
 from actvar.baselines.replacing_methods import expect_var, with_forwards
 from actvar.baselines.sublayers import scale_at
 from actvar.calibrate.samples import sampled_inputs
-from actvar.config import share_of
+from actvar.config import ActVARConfig, share_of
+from actvar.gates import update
 from actvar.patch import DENSE, patched_silently, unpatched
+from actvar.recording import shared_state
 from actvar.schedule import build_schedule
+from actvar.tuned import replace_parameters, tuned_parameters
 
 IMAGES, BATCH = 16, 8
+# one expert, since the kernel pads every expert's units to the processor's vectors
+ONE_EXPERT = replace(DENSE, num_experts=1)
 
 
 @contextmanager
@@ -37,6 +45,50 @@ def static_pruning(
     expect_var(var)
     if len(units) != len(var.blocks):
         raise ValueError(f"units: expected those of each of {len(var.blocks)} blocks, got {len(units)} tensors")
+    with patched_silently(var, ONE_EXPERT, None), _smaller_ffns(var, units, scales):
+        yield var
+
+
+@contextmanager
+def trained_static_pruning(var: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
+    """`static_pruning` with the units, scales and changed weights of an adapter that was trained from `fix_experts`;
+    results are those of the model patched with it, to rounding.
+
+    Raises:
+        TypeError: a model of another kind.
+        ValueError: the adapter selects tokens, or its router does not choose the same experts for every token.
+        FileNotFoundError, AdapterError: as `actvar.load_adapter`.
+    """
+    expect_var(var)
+    config = read_adapter_config(adapter)
+    rates = f"token_rates {config.token_rates} and ffn_rate {config.ffn_rate}"
+    _expect_static(set(config.token_rates) == {1.0} and isinstance(config.ffn_rate, float), adapter, rates)
+    with patched_silently(var, config, adapter):
+        gates = [block.actvar for block in var.blocks]
+        fixed = all(not (g.router.weight.any() or (g.router.bias.diff() >= 0).any()) for g in gates)
+        _expect_static(fixed, adapter, "routers whose choice is not the first experts for every token")
+        orders, weights = [g.places.clone() for g in gates], tuned_parameters(var)
+    kept = torch.arange(_expert_units(config, len(orders[0])))
+    with patched_silently(var, replace(config, ffn_rate=1.0, num_experts=1, always_sparse=False), None):
+        for block, order in zip(var.blocks, orders, strict=True):
+            update(block, order)
+        replace_parameters(var, weights)
+        with _smaller_ffns(var, [kept] * len(orders), config.scales):
+            yield var
+
+
+def _expect_static(is_static: bool, adapter: str | Path, found: str) -> None:
+    if not is_static:
+        raise ValueError(
+            f"{adapter}: expected an adapter of static pruning, with token rates of 1, one ffn_rate and routers as "
+            f"actvar.baselines.static_pruning.fix_experts makes them, got {found}; sample with this one by "
+            "actvar.patched, or train another from fix_experts"
+        )
+
+
+@contextmanager
+def _smaller_ffns(var: nn.Module, units: Sequence[torch.Tensor], scales: Sequence[int]) -> Iterator[None]:
+    """On a patched model whose rates are 1: at `scales` each block's FFN is one of `units`, counted as they lie."""
     chosen = {range(len(var.patch_nums))[scale] for scale in scales}
 
     def forward_of(block: nn.Module):
@@ -53,9 +105,36 @@ def static_pruning(
 
         return forward
 
-    # one expert, since the kernel pads every expert's units to the processor's vectors
-    with patched_silently(var, replace(DENSE, num_experts=1), None), with_forwards(var.blocks, forward_of):
-        yield var
+    with with_forwards(var.blocks, forward_of):
+        yield
+
+
+def fix_experts(var: nn.Module, units: Sequence[torch.Tensor]) -> None:
+    """Static pruning as gates of a patched model, in place, so that it can be trained: the first experts are on for
+    every token and hold the hidden units `units` `[m]` int64 of their block; the others are never on.
+
+    Raises:
+        ValueError: the model is not patched, has several FFN rates, or `units` are not as many different ones in each
+            block as the experts that are on have.
+    """
+    config = shared_state(var).config
+    hidden = var.blocks[0].ffn.fc1.out_features
+    if not isinstance(config.ffn_rate, float):
+        raise ValueError(f"ffn_rate: expected one for all scales and blocks, got {config.ffn_rate}")
+    expected, found = [_expert_units(config, hidden)] * len(var.blocks), [len(of_block.unique()) for of_block in units]
+    if found != expected:
+        raise ValueError(f"units: expected {expected} in the blocks, got {found}")
+    for block, of_block in zip(var.blocks, units, strict=True):
+        router, kept = block.actvar.router, of_block.cpu()
+        others = torch.ones(hidden, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
+        bias = -torch.arange(len(router.bias), dtype=router.bias.dtype, device=router.bias.device)
+        values = {router.weight: torch.zeros_like(router.weight), router.bias: bias}
+        update(block, torch.cat((kept, others)), values)
+
+
+def _expert_units(config: ActVARConfig, hidden: int) -> int:
+    """Hidden units of the experts that are on for a token."""
+    return share_of(config.ffn_rate, config.num_experts) * (hidden // config.num_experts)
 
 
 def magnitude_units(var: nn.Module, rate: float) -> list[torch.Tensor]:
@@ -94,6 +173,10 @@ def wanda_units(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1), s
             block.ffn.fc2.weight.norm(dim=0) * total.sqrt() for block, total in zip(var.blocks, energy, strict=True)
         ]
     return [_largest(of_block, rate) for of_block in norms]
+
+
+SCORES = {"magnitude": magnitude_units, "wanda": wanda_units}
+"""Functions of a model and the rate that choose the units which stay."""
 
 
 def _largest(values: torch.Tensor, rate: float) -> torch.Tensor:

@@ -16,12 +16,11 @@ from pathlib import Path
 import torch
 
 from actvar.adapter import load_adapter, read_adapter_config, save_adapter
-from actvar.baselines.static_pruning import wanda_units
+from actvar.baselines.static_pruning import fix_experts, wanda_units
 from actvar.checkpoint import usable_device
 from actvar.distill.data import Source, cached_tokens, fashion_mnist_source
 from actvar.distill.recipes import Recipe
 from actvar.distill.run import Distillation, distill
-from actvar.gates import update
 from actvar.patch import patch_silently
 from actvar.training import barrier, launched_processes, rank, world_size
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
@@ -122,7 +121,7 @@ def gates_of(training: Training, seed: int, work: Path, data: Path, device: torc
     patch_silently(var, replace(training.config, num_experts=read_adapter_config(others).num_experts))
     load_adapter(var, others)
     if training.static:
-        fix_experts(var)
+        fix_experts(var, wanda_units(var, training.config.ffn_rate))
     return _saved(var, path)
 
 
@@ -140,20 +139,6 @@ def _saved(var: torch.nn.Module, path: Path) -> Path:
         save_adapter(var, path)
     barrier()
     return path
-
-
-@torch.no_grad()
-def fix_experts(var: torch.nn.Module) -> None:
-    """Static pruning as gates of a patched model: the first experts are on for every token and hold the hidden units
-    that Wanda ranks highest; the others are never on."""
-    rate = var.actvar.config.ffn_rate
-    kept = wanda_units(var, rate)
-    for block, units in zip(var.blocks, kept, strict=True):
-        gates, units = block.actvar, units.cpu()
-        others = torch.ones(len(gates.places), dtype=torch.bool).index_fill_(0, units, False).nonzero().flatten()
-        bias = -torch.arange(len(gates.router.bias), dtype=torch.float32, device=gates.router.bias.device)
-        values = {gates.router.weight: torch.zeros_like(gates.router.weight), gates.router.bias: bias}
-        update(block, torch.cat((units, others)), values)
 
 
 if __name__ == "__main__":
