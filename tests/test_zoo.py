@@ -6,7 +6,7 @@ import json
 import shutil
 import socket
 import struct
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,20 @@ from safetensors.torch import load_file
 
 import actvar
 from actvar import ActVARConfig, CheckpointError, load_pretrained
+from actvar.baselines import magnitude_units, trained_static_pruning
+from actvar.baselines.static_pruning import SCORES, fix_experts
 from actvar.distill import run
+from actvar.distill.recipes import RECIPES
+from actvar.evaluate.methods import methods_of
+from actvar.patch import patched_silently
 from actvar.zoo import load_feature_network
 from actvar.zoo.checksums import checked, save_checksums
-from actvar.zoo.fashion_mnist.adapters import STAGE2, ship, train_adapter
+from actvar.zoo.fashion_mnist.adapters import STAGE2, STATIC, ship, train_adapter, train_static
 from actvar.zoo.fashion_mnist.data import load_split, read_idx
 from actvar.zoo.fashion_mnist.export import export
 from actvar.zoo.fashion_mnist.small import export_small, small_plan, train_small
 from actvar.zoo.fashion_mnist.train import Build, train
-from actvar.zoo.pretrained import WEIGHTS, weights_folder
+from actvar.zoo.pretrained import WEIGHTS, bundled_adapters, weights_folder
 
 
 def agreement(var, seed: int) -> float:
@@ -57,15 +62,9 @@ def test_the_bundled_adapter_is_the_papers_configuration():
 
 def test_what_ships_is_half_precision_and_small():
     files = list(weights_folder("fashion-mnist").glob("*.safetensors"))
-    assert {f.stem for f in files} == {
-        "var",
-        "vae",
-        "features",
-        "adapter-paper-stage1",
-        "adapter-paper",
-        "adapter-best",
-    }
-    assert sum(f.stat().st_size for f in files) < 25e6
+    expected = {"var", "vae", "features", "adapter-paper-stage1", "adapter-paper", "adapter-best"}
+    assert {f.stem for f in files} in (expected, expected | {f"baseline-static-{score}" for score in SCORES})
+    assert sum(f.stat().st_size for f in files) < 35e6
     for file in files:
         assert {t.dtype for t in load_file(file).values()} <= {torch.float16, torch.int64, torch.int32}
 
@@ -113,6 +112,41 @@ def test_a_file_that_the_table_does_not_name_is_refused(copied_weights):
     shutil.copy(copied_weights / "adapter-paper.safetensors", copied_weights / "adapter-other.safetensors")
     with pytest.raises(CheckpointError, match=r"adapter-other.safetensors: expected SHA-256 None"):
         load_pretrained("fashion-mnist", adapter="other")
+
+
+def test_a_trained_baseline_is_a_method_of_the_model_and_no_adapter(copied_weights):
+    for file in copied_weights.glob("baseline-*"):
+        file.unlink()
+    assert not [name for name in methods_of("fashion-mnist") if "trained" in name]
+    _, var = load_pretrained("fashion-mnist")
+    file = copied_weights / "baseline-static-magnitude.safetensors"
+    with patched_silently(var, STATIC, None):
+        fix_experts(var, magnitude_units(var, 0.75))
+        actvar.save_adapter(var, file)
+    with pytest.raises(CheckpointError, match=r"baseline-static-magnitude.safetensors: expected SHA-256 None"):
+        methods_of("fashion-mnist")
+    save_checksums(copied_weights)
+    known = methods_of("fashion-mnist")
+    assert [name for name in known if "trained" in name] == ["static-magnitude-trained@0.75"]
+    assert "static-magnitude@0.75" in known
+    images = []
+    for name in ("static-magnitude@0.75", "static-magnitude-trained@0.75"):  # whose weights are the model's own
+        with known[name].applied(var):
+            images.append(var.autoregressive_infer_cfg(2, 3, g_seed=0))
+    torch.testing.assert_close(*images)
+    assert bundled_adapters("fashion-mnist") == ["best", "paper", "paper-stage1"]
+    with pytest.raises(ValueError, match="adapter: fashion-mnist comes with"):
+        load_pretrained("fashion-mnist", adapter="static-magnitude")
+
+
+def test_the_bundled_adapter_is_no_static_pruning():
+    _, var = load_pretrained("fashion-mnist")
+    best = weights_folder("fashion-mnist") / "adapter-best.safetensors"
+    with (
+        pytest.raises(ValueError, match=r"adapter-best.safetensors: expected an adapter of static pruning"),
+        trained_static_pruning(var, best),
+    ):
+        pass
 
 
 def write_idx(path: Path, data: np.ndarray) -> None:
@@ -177,6 +211,22 @@ def test_every_stage_runs_and_the_exported_files_load(images_folder, tmp_path, m
         ship(adapter, name, tmp_path / "weights")
         shipped = checked(tmp_path / "weights" / f"adapter-{name}.safetensors")
         with actvar.patched(var, actvar.read_adapter_config(shipped), shipped):
+            assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()
+
+    for score in SCORES:
+        trained = train_static(score, tmp_path / "weights", build.data, build.work, seed=0, steps=1)
+        before, log = load_file(trained), trained.with_suffix(".training") / "stage2.csv"
+        logged = log.read_bytes()
+        assert train_static(score, tmp_path / "weights", build.data, build.work, seed=0, steps=1) == trained
+        assert log.read_bytes() == logged, "finished, not trained again"
+        assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(trained).items())
+        ship(trained, f"static-{score}", tmp_path / "weights", "baseline")
+        shipped = checked(tmp_path / "weights" / f"baseline-static-{score}.safetensors")
+        facts = actvar.adapter.describe_adapter(shipped)
+        assert facts["dtypes"] == ["float16", "int32"]
+        assert facts["changed weights"] > 0
+        assert facts["training"]["recipe"] == asdict(RECIPES["best"]) | {"losses": ["output"]}
+        with trained_static_pruning(var, shipped):
             assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()
 
 

@@ -14,9 +14,10 @@ from torch import nn
 
 from actvar import baselines
 from actvar.adapter import read_adapter_config
+from actvar.baselines.static_pruning import SCORES
 from actvar.fingerprint import model_fingerprint
 from actvar.patch import DENSE, patched_silently, unpatched
-from actvar.zoo.pretrained import adapter_path, bundled_adapters, load_pretrained
+from actvar.zoo.pretrained import adapter_path, bundled_adapters, bundled_baselines, load_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Method:
 
 
 def methods_of(model: str | None = None, **placement: object) -> dict[str, Method]:
-    """All methods by name: of a bundled model with its adapters, or those that any VAR has.
+    """All methods by name: of a bundled model with its adapters and trained baselines, or those that any VAR has.
 
     Args:
         model: a bundled model's name.
@@ -57,6 +58,7 @@ def methods_of(model: str | None = None, **placement: object) -> dict[str, Metho
     found = [Method("dense", unpatched), Method("accelerated", lambda var: patched_silently(var, DENSE, None))]
     for name in bundled_adapters(model) if model else ():
         found += adapter_methods(name, adapter_path(model, name))
+    found += [_trained(*baseline) for baseline in (bundled_baselines(model) if model else {}).items()]
     for rate in RATES:
         found += [_pruned("magnitude", rate), _pruned("wanda", rate)]
         found.append(Method(f"fastvar@{rate}", functools.partial(baselines.fastvar, rate=rate)))
@@ -126,9 +128,15 @@ def code(small: nn.Module, count: int) -> Method:
 
 def _pruned(score: str, rate: float) -> Method:
     """Static pruning; which units stay is found once."""
-    scored = {"magnitude": baselines.magnitude_units, "wanda": baselines.wanda_units}[score]
-    units = functools.cache(functools.partial(scored, rate=rate))
+    units = functools.cache(functools.partial(SCORES[score], rate=rate))
     return Method(f"static-{score}@{rate}", lambda var: baselines.static_pruning(var, units(var)))
+
+
+def _trained(name: str, path: Path) -> Method:
+    """Static pruning with the weights of an adapter."""
+    config = read_adapter_config(path)
+    applied = functools.partial(baselines.trained_static_pruning, adapter=path)
+    return Method(f"{name}-trained@{config.ffn_rate}", applied, config.to_json())
 
 
 @contextmanager

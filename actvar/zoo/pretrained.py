@@ -73,6 +73,17 @@ def bundled_adapters(name: str) -> list[str]:
     return sorted(path.stem.removeprefix("adapter-") for path in weights_folder(name).glob("adapter-*.safetensors"))
 
 
+def bundled_baselines(name: str) -> dict[str, Path]:
+    """Files of the trained baselines that a bundled model comes with, by name: adapters that `actvar evaluate` samples
+    in a way of their own, and none of `bundled_adapters`.
+
+    Raises:
+        CheckpointError: one is not the file that was shipped.
+    """
+    paths = sorted(weights_folder(name).glob("baseline-*.safetensors"))
+    return {path.stem.removeprefix("baseline-"): checked(path) for path in paths}
+
+
 def weights_folder(name: str) -> Path:
     if name not in WEIGHTS:
         raise ValueError(f"model: expected one of {sorted(WEIGHTS)}, got {name!r}")

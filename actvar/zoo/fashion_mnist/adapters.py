@@ -1,4 +1,4 @@
-"""The adapters `paper` and `best`: both stages of the recipe of that name."""
+"""The adapters `paper` and `best`: both stages of the recipe of that name; and static pruning, trained as `best` is."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from actvar.adapter import describe_adapter, load_adapter, read_adapter_config, save_adapter
+from actvar.baselines.static_pruning import SCORES, fix_experts
 from actvar.checkpoint import load_var
 from actvar.config import ActVARConfig
-from actvar.distill.data import fashion_mnist_source
+from actvar.distill.data import Source, fashion_mnist_source
 from actvar.distill.recipes import RECIPES
 from actvar.distill.run import Distillation, distill
 from actvar.models import VAR, VQVAE
-from actvar.patch import patch_silently, remove_patch
+from actvar.patch import patch_silently, patched_silently, remove_patch
 from actvar.zoo.checksums import checked, save_checksums
 from actvar_kernels import cpu
 
@@ -22,6 +23,7 @@ STAGE2 = {
     "paper": Distillation(2, RECIPES["paper"], batch=32, lr=1e-3, bf16=cpu.multiplies_bfloat16()),
     "best": Distillation(2, RECIPES["best"], batch=32, bf16=cpu.multiplies_bfloat16()),
 }
+STATIC = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=0.75)
 
 
 def train_adapter(name: str, folder: Path, data: Path, work: Path, seed: int, steps: int | None = None) -> Path:
@@ -44,20 +46,47 @@ def train_adapter(name: str, folder: Path, data: Path, work: Path, seed: int, st
         if not gates.exists():
             distill(vae, var, ActVARConfig(), None, source, replace(stage2, stage=1, seed=seed), gates)
             remove_patch(var)
-    epochs = (steps or STEPS[name]) / (len(source.labels) // stage2.batch)
-    how = replace(stage2, epochs=epochs, seed=seed)
+    how = _of_steps(stage2, steps or STEPS[name], seed, source)
     return distill(vae, var, read_adapter_config(gates), gates, source, how, work / f"{name}.safetensors")
 
 
-def ship(adapter: Path, name: str, folder: Path) -> None:
-    """Write an adapter of the exported model to `folder` as `adapter-<name>.safetensors`, in float16, with what it
-    says of its training."""
+def train_static(score: str, folder: Path, data: Path, work: Path, seed: int, steps: int = STEPS["best"]) -> Path:
+    """Train static pruning of the FFN's hidden units by `score` at the last two scales as `best` is trained; arguments,
+    resuming and result as in `train_adapter`.
+
+    Args:
+        score: `"magnitude"` or `"wanda"`; the units are those of the baseline that is not trained.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    vae, var = _dense(folder)
+    source = fashion_mnist_source(data, vae)
+    gates = work / f"static-{score}-gates.safetensors"
+    if not gates.exists():
+        units = SCORES[score](var, STATIC.ffn_rate)
+        with patched_silently(var, STATIC, None):
+            fix_experts(var, units)
+            save_adapter(var, gates)
+    how = _of_steps(STAGE2["best"], steps, seed, source)
+    return distill(vae, var, STATIC, gates, source, how, work / f"static-{score}.safetensors")
+
+
+def ship(adapter: Path, name: str, folder: Path, kind: str = "adapter") -> None:
+    """Write an adapter of the exported model to `folder` as `<kind>-<name>.safetensors`, in float16, with what it says
+    of its training.
+
+    Args:
+        kind: `"adapter"`, or `"baseline"` for a rival's weights, which `actvar evaluate` alone uses.
+    """
     _, var = _dense(folder)
     patch_silently(var, read_adapter_config(adapter))
     load_adapter(var, adapter)
     var.half()
-    save_adapter(var, folder / f"adapter-{name}.safetensors", describe_adapter(adapter)["training"])
+    save_adapter(var, folder / f"{kind}-{name}.safetensors", describe_adapter(adapter)["training"])
     save_checksums(folder)
+
+
+def _of_steps(how: Distillation, steps: int, seed: int, source: Source) -> Distillation:
+    return replace(how, epochs=steps / (len(source.labels) // how.batch), seed=seed)
 
 
 def _dense(folder: Path) -> tuple[VQVAE, VAR]:
