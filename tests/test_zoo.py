@@ -117,6 +117,7 @@ def test_a_file_that_the_table_does_not_name_is_refused(copied_weights):
 def test_a_trained_baseline_is_a_method_of_the_model_and_no_adapter(copied_weights):
     for file in copied_weights.glob("baseline-*"):
         file.unlink()
+    save_checksums(copied_weights)
     assert not [name for name in methods_of("fashion-mnist") if "trained" in name]
     _, var = load_pretrained("fashion-mnist")
     file = copied_weights / "baseline-static-magnitude.safetensors"
