@@ -43,19 +43,21 @@ def route_tiles(tokens: int, width: int) -> RowTiles:
 
 
 class SelectTiles(NamedTuple):
-    """Token selection: `rows` at a time, `steps` times a program; `scores`: every program scores its whole sequence."""
+    """Token selection: `rows` at a time, `steps` times a program; `scores`: every program scores its whole sequence;
+    `registers` a thread may have, None: as many as the compiler finds best."""
 
     rows: int
     warps: int
     steps: int
     scores: bool
+    registers: int | None = None
 
 
 SCORE_ROWS, SCORE_CHUNK = 64, 64
 """Rows and channels at a time where every program scores its whole sequence."""
 
 
-def select_tiles(sequences: int, rows: int, width: int) -> SelectTiles:
+def select_tiles(arch: int, sequences: int, rows: int, width: int) -> SelectTiles:
     """For so many sequences, of which `rows` each are read. From 128 sequences on one or two programs each fill a GPU:
     it then costs less to score a sequence in each of them, the second time from the cache, than to read it from memory
     in two launches. Else the scores come from a launch before, and more than one tile share a ranking where programs
@@ -63,7 +65,8 @@ def select_tiles(sequences: int, rows: int, width: int) -> SelectTiles:
     if sequences >= 128:
         at_once = max(1, 8192 // triton.next_power_of_2(width))
         parts = triton.cdiv(256, sequences)
-        return SelectTiles(at_once, warps=8, steps=triton.cdiv(rows, parts * at_once), scores=True)
+        registers = 255 if arch == 120 else None  # the compiler would spill to let two programs share a multiprocessor
+        return SelectTiles(at_once, 8, triton.cdiv(rows, parts * at_once), scores=True, registers=registers)
     at_once, warps = row_tiles(sequences * rows, width)
     return SelectTiles(at_once, warps, steps=min(8, max(1, sequences * rows // (512 * at_once))), scores=False)
 

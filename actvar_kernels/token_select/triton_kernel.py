@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.tiles import SCORE_CHUNK, SCORE_ROWS, row_tiles, select_tiles
+from actvar_kernels.tiles import SCORE_CHUNK, SCORE_ROWS, architecture, row_tiles, select_tiles
 from actvar_kernels.token_select.reference import NORM_EPS
 
 _EPS = tl.constexpr(NORM_EPS)
@@ -36,7 +36,7 @@ def select_tokens(
     rest = None if in_place else x.new_empty(R, L, C)
     weight = weight.contiguous()
     slots = keep if in_place else L
-    tiles = select_tiles(R, slots, C)
+    tiles = select_tiles(architecture(x), R, slots, C)
     if not tiles.scores:
         rows = row_tiles(R * L, C)
         _score[(triton.cdiv(L, rows.rows), R)](
@@ -80,6 +80,7 @@ def select_tokens(
         CHUNK=SCORE_CHUNK,
         num_warps=tiles.warps,
         enable_fp_fusion=True,
+        maxnreg=tiles.registers,
     )
     return index, modulated, scores, x if in_place else rest
 
