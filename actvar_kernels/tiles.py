@@ -65,7 +65,8 @@ def select_tiles(arch: int, sequences: int, rows: int, width: int) -> SelectTile
     if sequences >= 128:
         at_once = max(1, 8192 // triton.next_power_of_2(width))
         parts = triton.cdiv(256, sequences)
-        registers = 255 if arch == 120 else None  # the compiler would spill to let two programs share a multiprocessor
+        # the compiler would spill to let two programs share a multiprocessor
+        registers = 255 if arch in (86, 89, 120) else None
         return SelectTiles(at_once, 8, triton.cdiv(rows, parts * at_once), scores=True, registers=registers)
     at_once, warps = row_tiles(sequences * rows, width)
     return SelectTiles(at_once, warps, steps=min(8, max(1, sequences * rows // (512 * at_once))), scores=False)
