@@ -122,7 +122,7 @@ def measure(choice: Choice, seed: int, work: Path, data: Path, device: torch.dev
 
 def gates_file(choice: Choice, seed: int, work: Path) -> Path:
     if choice.gates == "paper":
-        return adapter_path("fashion-mnist", "paper")
+        return adapter_path("fashion-mnist", "paper-stage1")
     return work / f"gates-{choice.gates}-{choice.config.num_experts}-{choice.config.kv}-seed{seed}.safetensors"
 
 
