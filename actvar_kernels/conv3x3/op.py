@@ -55,17 +55,18 @@ def conv3x3(
     if x.is_cuda and not torch.is_grad_enabled() and x.is_contiguous(memory_format=torch.channels_last):
         # one copy, where autocast and cuDNN would make one each
         weight = weight.to(cpu.computed_dtype(x), memory_format=torch.channels_last)
-        out = whole_vectors(x, weight, bias)
+        out = filled_up(x, weight, bias)
     else:
         out = F.conv2d(x, weight, bias, padding=1)
     return out if residual is None else residual + out
 
 
-def whole_vectors(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.conv2d(x, weight, bias, padding=1)` with the outputs filled up to a multiple of eight and cut off again: with
-    three, the channels of an image, cuDNN takes a kernel without tensor cores."""
+def filled_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.conv2d(x, weight, bias, padding=1)` with few outputs filled up and cut off again. With three, the channels of
+    an image, cuDNN takes a kernel without tensor cores; in 16 bits it still does with eight (26 ms for 64 images of 256
+    pixels on an H100), while 64 are a tile of the kernel that other layers run on."""
     D = weight.shape[0]
-    missing = -D % 8
+    missing = max(64 - D, 0) if weight.itemsize == 2 else -D % 8
     if missing:
         weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
         bias = None if bias is None else F.pad(bias, (0, missing))
