@@ -228,8 +228,25 @@ def test_fixed_experts_are_pruning_to_the_same_units_for_every_token(tiny_var):
     assert not masks[:, 6:].any()
     twice = [torch.cat((of_block[:1], of_block[:-1])) for of_block in units]
     for wrong in (units[:1], [of_block[1:] for of_block in units], twice):
-        with pytest.raises(ValueError, match=r"units: expected \[384, 384\] in the blocks, got \["):
+        with pytest.raises(ValueError, match=r"units: expected \[384, 384\] or more different ones in the blocks, got \["):
             fix_experts(tiny_var, wrong)
+
+
+def test_fixed_experts_of_several_rates_hold_the_units_worth_most_first(tiny_var):
+    rates = ((0.25, 0.5), (0.75, 0.125))
+    actvar.apply_patch(tiny_var, ActVARConfig(ffn_rate=rates, token_rates=(1, 1), num_experts=8))
+    units = baselines.wanda_units(tiny_var, 1.0)
+    with pytest.raises(ValueError, match=r"units: expected \[384, 256\] or more different ones in the blocks, got \["):
+        fix_experts(tiny_var, [of_block[:300] for of_block in units])
+    fix_experts(tiny_var, units)
+    with actvar.record(tiny_var) as records:
+        sample(tiny_var)
+    on = [r.mask.flatten(0, -2) for r in records]
+    assert sorted(int(mask.sum(dim=1).unique()) for mask in on) == [1, 2, 4, 6]
+    assert all(mask[:, : int(mask[0].sum())].all() for mask in on), "the first experts are on"
+    for block, of_block, counts in zip(tiny_var.blocks, units, ((2, 6), (4, 1)), strict=True):
+        for count in counts:
+            assert set(block.actvar.places[: count * 64].tolist()) == set(of_block[: count * 64].tolist())
 
 
 def test_trained_static_pruning_is_the_patched_model_on_smaller_matrices(tiny_var, static_adapter):
@@ -271,7 +288,7 @@ def test_the_units_that_stay_are_the_largest(tiny_var):
     into, out_of = block.ffn.fc1.weight.tolist(), block.ffn.fc2.weight.T.tolist()
     score = [math.hypot(*into[i]) * math.hypot(*out_of[i]) for i in range(len(into))]
     units = baselines.magnitude_units(tiny_var, 0.25)[1].tolist()
-    assert units == sorted(sorted(range(len(score)), key=lambda i: -score[i])[: len(score) // 4])
+    assert units == sorted(range(len(score)), key=lambda i: -score[i])[: len(score) // 4]
     assert 7 in units
     assert 9 not in units
 

@@ -8,6 +8,7 @@ afterwards, as ActVAR's are: by `fix_experts` static pruning is an ActVAR whose 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -68,7 +69,7 @@ def trained_static_pruning(var: nn.Module, adapter: str | Path) -> Iterator[nn.M
         fixed = all(not (g.router.weight.any() or (g.router.bias.diff() >= 0).any()) for g in gates)
         _expect_static(fixed, adapter, "routers whose choice is not the first experts for every token")
         orders, weights = [g.places.clone() for g in gates], tuned_parameters(var)
-    kept = torch.arange(_expert_units(config, len(orders[0])))
+    kept = torch.arange(share_of(config.ffn_rate, config.num_experts) * (len(orders[0]) // config.num_experts))
     with patched_silently(var, replace(config, ffn_rate=1.0, num_experts=1, always_sparse=False), None):
         for block, order in zip(var.blocks, orders, strict=True):
             update(block, order)
@@ -110,20 +111,20 @@ def _smaller_ffns(var: nn.Module, units: Sequence[torch.Tensor], scales: Sequenc
 
 
 def fix_experts(var: nn.Module, units: Sequence[torch.Tensor]) -> None:
-    """Static pruning as gates of a patched model, in place, so that it can be trained: the first experts are on for
-    every token and hold the hidden units `units` `[m]` int64 of their block; the others are never on.
+    """Static pruning as gates of a patched model, in place, so that it can be trained: at every scale the first experts
+    are on for all tokens. They hold the first of the hidden units `units` `[m]` int64 of their block.
 
     Raises:
-        ValueError: the model is not patched, has several FFN rates, or `units` are not as many different ones in each
-            block as the experts that are on have.
+        ValueError: the model is not patched, or `units` are not different ones in each block, at least as many as its
+            experts that are on hold at most.
     """
-    config = shared_state(var).config
+    num_experts = shared_state(var).config.num_experts
     hidden = var.blocks[0].ffn.fc1.out_features
-    if not isinstance(config.ffn_rate, float):
-        raise ValueError(f"ffn_rate: expected one for all scales and blocks, got {config.ffn_rate}")
-    expected, found = [_expert_units(config, hidden)] * len(var.blocks), [len(of_block.unique()) for of_block in units]
-    if found != expected:
-        raise ValueError(f"units: expected {expected} in the blocks, got {found}")
+    most = [max([s.experts for s in block.actvar.schedule if s.route] or [num_experts]) for block in var.blocks]
+    expected, found = [m * (hidden // num_experts) for m in most], [len(of_block.unique()) for of_block in units]
+    different = found == [len(of_block) for of_block in units]
+    if len(found) != len(expected) or not different or any(map(operator.lt, found, expected)):
+        raise ValueError(f"units: expected {expected} or more different ones in the blocks, got {found}")
     for block, of_block in zip(var.blocks, units, strict=True):
         router, kept = block.actvar.router, of_block.cpu()
         others = torch.ones(hidden, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
@@ -132,13 +133,8 @@ def fix_experts(var: nn.Module, units: Sequence[torch.Tensor]) -> None:
         update(block, torch.cat((kept, others)), values)
 
 
-def _expert_units(config: ActVARConfig, hidden: int) -> int:
-    """Hidden units of the experts that are on for a token."""
-    return share_of(config.ffn_rate, config.num_experts) * (hidden // config.num_experts)
-
-
 def magnitude_units(var: nn.Module, rate: float) -> list[torch.Tensor]:
-    """Per block the `rate` of hidden units with the largest `|w1_i| |w2_i|`, ascending: the norms of the weights that
+    """Per block the `rate` of hidden units with the largest `|w1_i| |w2_i|`, largest first: the norms of the weights that
     go in and of those that go out."""
     with unpatched(var):
         norms = [block.ffn.fc1.weight.norm(dim=1) * block.ffn.fc2.weight.norm(dim=0) for block in var.blocks]
@@ -147,7 +143,7 @@ def magnitude_units(var: nn.Module, rate: float) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def wanda_units(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1), seed: int = 0) -> list[torch.Tensor]:
-    """Per block the `rate` of hidden units with the largest `|w2_i| |h_i|`, ascending: Wanda's `|W| |x|` of fc2, summed
+    """Per block the `rate` of hidden units with the largest `|w2_i| |h_i|`, largest first: Wanda's `|W| |x|` of fc2, summed
     over its rows, with the norm of each unit over tokens of `scales` that the dense model samples itself."""
     with unpatched(var):
         batches = sampled_inputs(var, IMAGES, BATCH, seed)
@@ -180,7 +176,7 @@ SCORES = {"magnitude": magnitude_units, "wanda": wanda_units}
 
 
 def _largest(values: torch.Tensor, rate: float) -> torch.Tensor:
-    return values.topk(share_of(rate, len(values))).indices.sort().values
+    return values.sort(descending=True, stable=True).indices[: share_of(rate, len(values))]
 
 
 def _pruned(ffn: nn.Module, units: torch.Tensor) -> nn.Module:

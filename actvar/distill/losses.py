@@ -12,6 +12,8 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
+from actvar.models.sampling import guided
+
 
 def expert_distances(
     u: torch.Tensor, fc1_weight: torch.Tensor, fc1_bias: torch.Tensor, fc2_weight: torch.Tensor, num_experts: int
@@ -94,3 +96,9 @@ def block_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor])
 def output_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """`KL(softmax(teacher) || softmax(student))` of logits `[B, L, V]`, averaged over tokens (Eq. 21)."""
     return distillation_loss(teacher_logits.softmax(dim=-1), logits)
+
+
+def guided_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """`KL(teacher || student)` of what sampling draws from: logits `[2B, L, V]`, conditional half first, guided by
+    `strength` `[L, 1]`; averaged over tokens."""
+    return output_loss(guided(logits, strength), guided(teacher_logits, strength))

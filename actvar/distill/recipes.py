@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LR_PER_256 = 1e-4
 MUON_LR = 2e-3
@@ -17,7 +17,8 @@ class Recipe:
             (`actvar.calibrate`), instead of training them.
         uniform: a calibrated stage 1 leaves the rates as they are, instead of choosing those per block and scale that
             lose the least at their FLOPs.
-        losses: parts of stage 2's loss among `cls`, `block` and `output` (Eq. 22).
+        losses: parts of stage 2's loss among `cls`, `block` and `output` (Eq. 22), and `guided`
+            (`actvar.distill.losses.guided_loss`).
         muon: stage 2 trains the matrices of the blocks with Muon, see `actvar.training.Plan`.
     """
 
@@ -31,4 +32,6 @@ class Recipe:
         return MUON_LR if self.muon and stage == 2 else LR_PER_256 * batch / 256
 
 
-RECIPES = {"paper": Recipe(), "best": Recipe(calibrated=True, losses=("output",), muon=True)}
+_BEST = Recipe(calibrated=True, losses=("output",), muon=True)
+RECIPES = {"paper": Recipe(), "best": _BEST, "guided": replace(_BEST, losses=("output", "guided"))}
+"""`guided` is for a stage 2 that goes on from the adapter of `best`, for samples drawn with guidance."""

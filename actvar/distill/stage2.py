@@ -9,14 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from actvar.distill.losses import block_loss, output_loss
+from actvar.distill.data import GUIDANCE
+from actvar.distill.losses import block_loss, guided_loss, output_loss
 from actvar.distill.stage import Stage
 from actvar.families import family_of
 from actvar.patch import unpatched
 from actvar.recording import shared_state
 from actvar.tuned import replace_parameters, tuned_parameters
 
-LOSSES = ("cls", "block", "output")
+LOSSES = ("cls", "block", "output", "guided")
 
 
 class Stage2(Stage):
@@ -27,18 +28,23 @@ class Stage2(Stage):
     Args:
         var: a patched model; its attention, FFN and head get trainable copies of their weights, the only trainable
             parameters, or go on from those that an adapter brought. `remove_patch` puts the originals back.
-        losses: parts of the loss, of `cls`, `block` and `output`.
+        losses: parts of the loss, of `LOSSES`. With `guided` every image is computed with its class and without, as in
+            sampling, and no label is dropped.
+        cfg: guidance strength of the part `guided`, as in sampling.
 
     Raises:
         ValueError: the model is not patched, or parts that do not exist.
     """
 
-    def __init__(self, var: nn.Module, losses: Collection[str] = LOSSES):
+    def __init__(self, var: nn.Module, losses: Collection[str] = LOSSES[:3], cfg: float = GUIDANCE):
         super().__init__()
         shared_state(var)
         if not losses or not set(losses) <= set(LOSSES):
             raise ValueError(f"losses: expected some of {LOSSES}, got {tuple(losses)}")
         self.var, self.losses = var, tuple(losses)
+        last = len(var.patch_nums) - 1
+        strengths = [torch.full((side * side, 1), cfg * scale / last) for scale, side in enumerate(var.patch_nums)]
+        self.strength = torch.cat(strengths).to(var.head.weight.device)
         var.requires_grad_(False)
         names = family_of(var).finetuned_names(var)
         done = tuned_parameters(var).keys()
@@ -48,21 +54,37 @@ class Stage2(Stage):
         for parameter in tuned_parameters(var).values():
             parameter.requires_grad_(True)
 
+    @property
+    def guides(self) -> bool:
+        return "guided" in self.losses
+
+    def train(self, mode: bool = True) -> Stage2:
+        super().train(mode)
+        self.var.training = mode and not self.guides  # else it drops labels
+        return self
+
     def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Scalar losses over all scales: `loss` (Eq. 22), the sum of those asked for, and `cls`, `block`, `output`.
+        """Scalar losses over all scales: `loss` (Eq. 22), the sum of those asked for, and `cls`, `block`, `output`, with
+        `guided` if that was asked for.
 
         Args:
             labels: classes `[B]`.
             inputs: `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`.
             tokens: the true token maps `[B, L]`.
         """
+        count = len(labels)
+        if self.guides:
+            labels = torch.cat((labels, torch.full_like(labels, self.var.num_classes)))
+            inputs = torch.cat((inputs, inputs))
         teacher_outputs, teacher_logits = self._teacher(labels, inputs)
         with _block_outputs(self.var) as outputs:
             logits = self.var(labels, inputs)
         with torch.autocast(logits.device.type, enabled=False):
-            cls = F.cross_entropy(logits.flatten(0, 1), tokens.flatten().long())
+            cls = F.cross_entropy(logits[:count].flatten(0, 1), tokens.flatten().long())
             block, output = block_loss(outputs, teacher_outputs), output_loss(logits, teacher_logits)
-        parts = {"cls": cls, "block": block, "output": output}
+            parts = {"cls": cls, "block": block, "output": output}
+            if self.guides:
+                parts["guided"] = guided_loss(logits, teacher_logits, self.strength)
         return {"loss": sum(parts[name] for name in self.losses)} | parts
 
     @torch.no_grad()

@@ -54,8 +54,9 @@ def sample_guided(logits: torch.Tensor, guidance: float, top_k: int, top_p: floa
     return by_image(cpu_public.draw, filtered.softmax(dim=-1), rng)
 
 
-def guided(logits: torch.Tensor, strength: float) -> torch.Tensor:
-    """Classifier-free guidance of logits `[2B, L, V]`, conditional half first: `(1 + t) * cond - t * uncond`."""
+def guided(logits: torch.Tensor, strength: float | torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance of logits `[2B, L, V]`, conditional half first: `(1 + t) * cond - t * uncond`; t is a
+    number, or one for each token, `[L, 1]`."""
     conditional, unconditional = logits.float().chunk(2)
     return (1 + strength) * conditional - strength * unconditional
 

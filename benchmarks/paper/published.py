@@ -96,6 +96,7 @@ TABLES = (
             Line(MAIN, "dynamic weight activation", *_D20),
         ),
         (Claim(1, 0, "dynamic weights are better than static pruning"),),
+        ("paper", "best-uniform", "best"),
     ),
     Table(
         "table6",

@@ -118,10 +118,11 @@ def gates_of(training: Training, seed: int, work: Path, data: Path, device: torc
         patch_silently(var, training.config)
         return _saved(var, path)
     others = gates_of(owner, seed, work, data, device)
-    patch_silently(var, replace(training.config, num_experts=read_adapter_config(others).num_experts))
+    config = read_adapter_config(others)
+    patch_silently(var, config if training.static else replace(training.config, num_experts=config.num_experts))
     load_adapter(var, others)
     if training.static:
-        fix_experts(var, wanda_units(var, training.config.ffn_rate))
+        fix_experts(var, wanda_units(var, 1.0))
     return _saved(var, path)
 
 

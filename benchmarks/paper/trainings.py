@@ -27,7 +27,7 @@ class Training:
         tables: the paper's tables and figures that it is in.
         recipe: of `RECIPES_HERE`.
         gates_of: the row of the same recipe whose stage 1 it uses; None: one of its own.
-        static: a fixed set of hidden units in place of the router's choice.
+        static: a fixed set of hidden units in place of the router's choice, at the rates of the other row.
     """
 
     row: str
@@ -85,6 +85,7 @@ def table2(recipe: str) -> tuple[Training, ...]:
 TRAININGS = (
     # best chooses rates per block and scale at the FLOPs of ActVAR's; in the tables of parts it keeps them uniform
     Training(MAIN, ACTVAR, ("1", "recipes"), "best", SEEDS),
+    Training("static weights", ACTVAR, ("5",), "best", SEEDS, gates_of=MAIN, static=True),
     *ablations("paper"),
     *ablations("best-uniform"),
     Training("dense fine-tuned", rates(1, 1, 1), ("control",), "paper", SEEDS),
