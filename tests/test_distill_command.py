@@ -283,6 +283,7 @@ def test_folders_that_cannot_be_used_are_named(image_folder, tmp_path):
         ({"batch": 15, "accumulate": 2}, "a multiple of 1 processes x 2 parts"),
         ({"epochs": 0}, "epochs: expected a number above 0"),
         ({"ema": 1}, "ema: expected"),
+        ({"cfg": -0.5}, "cfg: expected"),
         ({"lr": "nan"}, "lr: expected"),
         ({"scales": "-1"}, "give --rates as well"),
         ({"rates": "0.5"}, "--rates: expected token rates"),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from actvar import ActVARConfig, apply_patch, remove_patch
 from actvar.adapter import gate_parameters
 from actvar.distill import Stage2
-from actvar.distill.losses import block_loss, output_loss
+from actvar.distill.losses import block_loss, guided_loss, output_loss
 from actvar.families.var import finetuned_names
 from actvar.training import Plan, fit, run_in_processes
 from actvar.tuned import tuned_parameters
@@ -53,6 +53,23 @@ def test_output_loss_is_the_divergence_of_the_student_from_the_teacher():
     assert output_loss(logits, teacher).item() == pytest.approx(total / 6, rel=1e-9)
 
 
+def test_guided_loss_is_the_divergence_of_what_is_drawn_from():
+    logits, teacher, strength = normal(4, 3, 5), normal(4, 3, 5, seed=1), torch.tensor([[0.0], [0.5], [1.5]])
+    total = 0.0
+    for b in range(2):
+        for t in range(3):
+            q, p = (
+                [
+                    math.exp((1 + float(strength[t, 0])) * c - float(strength[t, 0]) * u)
+                    for c, u in zip(rows[b, t].tolist(), rows[b + 2, t].tolist(), strict=True)
+                ]
+                for rows in (logits, teacher)
+            )
+            q, p = ([v / sum(row) for v in row] for row in (q, p))
+            total += sum(pi * math.log(pi / qi) for pi, qi in zip(p, q, strict=True))
+    assert guided_loss(logits, teacher, strength).item() == pytest.approx(total / 6, rel=1e-5)
+
+
 def test_gradients_of_the_losses_are_right():
     logits, teacher = normal(2, 3, 5).requires_grad_(), normal(2, 3, 5, seed=1)
     assert torch.autograd.gradcheck(lambda x: output_loss(x, teacher), logits)
@@ -89,10 +106,34 @@ def test_the_losses_are_those_of_the_dense_and_the_patched_model():
     torch.testing.assert_close(module(labels, inputs, tokens)["loss"], output)
 
 
+def test_guidance_is_that_of_sampling_and_drops_no_label():
+    dense = make_tiny_var()
+    module = Stage2(apply_patch(make_tiny_var(), CONFIG), ("output", "guided"), cfg=3.0).train()
+    labels, inputs, tokens = batch(dense)
+    both = torch.cat((labels, torch.full_like(labels, dense.num_classes)))
+    with torch.no_grad():
+        logits, teacher = (model(both, inputs.repeat(2, 1, 1)) for model in (module.var.eval(), dense))
+        scales = [scale for scale, side in enumerate(dense.patch_nums) for _ in range(side * side)]
+        strength = torch.tensor(scales).unsqueeze(1) * 3.0 / scales[-1]
+        (ours, ours_without), (theirs, theirs_without) = logits.chunk(2), teacher.chunk(2)
+        p = ((1 + strength) * theirs - strength * theirs_without).softmax(-1)
+        log_q = ((1 + strength) * ours - strength * ours_without).log_softmax(-1)
+        guided = (p * (p.log() - log_q)).sum(-1).mean()
+        output = (teacher.softmax(-1) * (teacher.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
+        module.train()
+        for seed in range(3):
+            torch.manual_seed(seed)
+            losses = module(labels, inputs, tokens)
+            torch.testing.assert_close(losses["guided"], guided)
+            torch.testing.assert_close(losses["output"], output)
+            torch.testing.assert_close(losses["cls"], F.cross_entropy(ours.transpose(1, 2), tokens))
+            torch.testing.assert_close(losses["loss"], guided + output)
+
+
 def test_unknown_parts_of_the_loss_are_refused():
     var = make_tiny_var()
     apply_patch(var, ActVARConfig(num_experts=8))
-    with pytest.raises(ValueError, match=r"losses: expected some of \('cls', 'block', 'output'\), got \('kl',\)"):
+    with pytest.raises(ValueError, match=r"losses: expected some of \('cls', .*, 'guided'\), got \('kl',\)"):
         Stage2(var, ("kl",))
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import actvar
 from actvar import ActVARConfig, CheckpointError, load_pretrained
 from actvar.baselines import magnitude_units, trained_static_pruning
-from actvar.baselines.static_pruning import SCORES, fix_experts
+from actvar.baselines.static_pruning import fix_experts
 from actvar.distill import run
 from actvar.distill.recipes import RECIPES
 from actvar.evaluate.methods import methods_of
@@ -63,8 +63,8 @@ def test_the_bundled_adapter_is_the_papers_configuration():
 def test_what_ships_is_half_precision_and_small():
     files = list(weights_folder("fashion-mnist").glob("*.safetensors"))
     expected = {"var", "vae", "features", "adapter-paper-stage1", "adapter-paper", "adapter-best"}
-    assert {f.stem for f in files} in (expected, expected | {f"baseline-static-{score}" for score in SCORES})
-    assert sum(f.stat().st_size for f in files) < 35e6
+    assert {f.stem for f in files} in (expected, expected | {f"baseline-{name}" for name in STATIC})
+    assert sum(f.stat().st_size for f in files) < 40e6
     for file in files:
         assert {t.dtype for t in load_file(file).values()} <= {torch.float16, torch.int64, torch.int32}
 
@@ -121,7 +121,7 @@ def test_a_trained_baseline_is_a_method_of_the_model_and_no_adapter(copied_weigh
     assert not [name for name in methods_of("fashion-mnist") if "trained" in name]
     _, var = load_pretrained("fashion-mnist")
     file = copied_weights / "baseline-static-magnitude.safetensors"
-    with patched_silently(var, STATIC, None):
+    with patched_silently(var, ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=0.75), None):
         fix_experts(var, magnitude_units(var, 0.75))
         actvar.save_adapter(var, file)
     with pytest.raises(CheckpointError, match=r"baseline-static-magnitude.safetensors: expected SHA-256 None"):
@@ -214,15 +214,15 @@ def test_every_stage_runs_and_the_exported_files_load(images_folder, tmp_path, m
         with actvar.patched(var, actvar.read_adapter_config(shipped), shipped):
             assert var.autoregressive_infer_cfg(2, 3, g_seed=0).isfinite().all()
 
-    for score in SCORES:
-        trained = train_static(score, tmp_path / "weights", build.data, build.work, seed=0, steps=1)
+    for name in STATIC:
+        trained = train_static(name, tmp_path / "weights", build.data, build.work, seed=0, steps=1)
         before, log = load_file(trained), trained.with_suffix(".training") / "stage2.csv"
         logged = log.read_bytes()
-        assert train_static(score, tmp_path / "weights", build.data, build.work, seed=0, steps=1) == trained
+        assert train_static(name, tmp_path / "weights", build.data, build.work, seed=0, steps=1) == trained
         assert log.read_bytes() == logged, "finished, not trained again"
         assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(trained).items())
-        ship(trained, f"static-{score}", tmp_path / "weights", "baseline")
-        shipped = checked(tmp_path / "weights" / f"baseline-static-{score}.safetensors")
+        ship(trained, name, tmp_path / "weights", "baseline")
+        shipped = checked(tmp_path / "weights" / f"baseline-{name}.safetensors")
         facts = actvar.adapter.describe_adapter(shipped)
         assert facts["dtypes"] == ["float16", "int32"]
         assert facts["changed weights"] > 0

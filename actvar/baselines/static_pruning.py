@@ -21,7 +21,7 @@ from actvar.adapter import read_adapter_config
 from actvar.baselines.replacing_methods import expect_var, with_forwards
 from actvar.baselines.sublayers import scale_at
 from actvar.calibrate.samples import sampled_inputs
-from actvar.config import ActVARConfig, share_of
+from actvar.config import share_of
 from actvar.gates import update
 from actvar.patch import DENSE, patched_silently, unpatched
 from actvar.recording import shared_state
@@ -134,8 +134,8 @@ def fix_experts(var: nn.Module, units: Sequence[torch.Tensor]) -> None:
 
 
 def magnitude_units(var: nn.Module, rate: float) -> list[torch.Tensor]:
-    """Per block the `rate` of hidden units with the largest `|w1_i| |w2_i|`, largest first: the norms of the weights that
-    go in and of those that go out."""
+    """Per block the `rate` of hidden units with the largest `|w1_i| |w2_i|`, largest first: the norms of the weights
+    that go in and of those that go out."""
     with unpatched(var):
         norms = [block.ffn.fc1.weight.norm(dim=1) * block.ffn.fc2.weight.norm(dim=0) for block in var.blocks]
     return [_largest(of_block, rate) for of_block in norms]
@@ -143,8 +143,8 @@ def magnitude_units(var: nn.Module, rate: float) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def wanda_units(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1), seed: int = 0) -> list[torch.Tensor]:
-    """Per block the `rate` of hidden units with the largest `|w2_i| |h_i|`, largest first: Wanda's `|W| |x|` of fc2, summed
-    over its rows, with the norm of each unit over tokens of `scales` that the dense model samples itself."""
+    """Per block the `rate` of hidden units with the largest `|w2_i| |h_i|`, largest first: Wanda's `|W| |x|` of fc2,
+    summed over its rows, with the norm of each unit over tokens of `scales` that the dense model samples itself."""
     with unpatched(var):
         batches = sampled_inputs(var, IMAGES, BATCH, seed)
         spans = [build_schedule(DENSE, var.patch_nums)[scale] for scale in scales]

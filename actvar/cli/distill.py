@@ -11,7 +11,7 @@ import torch
 import actvar
 from actvar.adapter import read_adapter_config
 from actvar.cli.options import adapter_of, add_source, check_source, describe, device_of, load, positive, with_rates
-from actvar.distill.data import source_of
+from actvar.distill.data import GUIDANCE, source_of
 from actvar.distill.recipes import RECIPES
 from actvar.distill.run import Distillation, distill
 from actvar.training import launched_processes, rank
@@ -24,7 +24,10 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast (default fp32)")
     command.add_argument("--stage", type=int, choices=[1, 2], required=True, help="1: selectors, routers; 2: weights")
     command.add_argument(
-        "--recipe", choices=RECIPES, default="paper", help="the paper's choices (default), or the best found here"
+        "--recipe",
+        choices=RECIPES,
+        default="paper",
+        help="the paper's choices (default), the best found here, or that for guidance",
     )
     command.add_argument("--out", type=Path, required=True, help="adapter file; checkpoints and losses go beside it")
     command.add_argument("--data", help="folder of images in a subfolder per class, of Fashion-MNIST's files, or none")
@@ -40,6 +43,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     how.add_argument("--accumulate", type=positive, default=1, help="parts a batch is computed in (default 1)")
     how.add_argument("--ema", type=float, default=0.0, help="decay of the average of the weights, e.g. 0.999")
     how.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
+    how.add_argument("--cfg", type=float, default=GUIDANCE, help="guidance that --recipe guided is for (default 1.5)")
     how.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=run)
 
@@ -58,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     config = with_rates(config, options.rates, options.scales)
     if options.experts:
         config = replace(config, num_experts=options.experts)
-    names = ("stage", "epochs", "batch", "lr", "accumulate", "ema", "clip", "seed")
+    names = ("stage", "epochs", "batch", "lr", "accumulate", "ema", "clip", "seed", "cfg")
     given = {name: getattr(options, name) for name in names}
     how = Distillation(**given, recipe=RECIPES[options.recipe], bf16=options.dtype == "bf16")
     with launched_processes(device_of(options.device)) as device:

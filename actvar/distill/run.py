@@ -13,7 +13,7 @@ import actvar
 from actvar.adapter import load_adapter, save_adapter
 from actvar.calibrate import calibrate
 from actvar.config import ActVARConfig
-from actvar.distill.data import Source, cached_tokens, digest, teacher_inputs
+from actvar.distill.data import GUIDANCE, Source, cached_tokens, digest, teacher_inputs
 from actvar.distill.recipes import RECIPES, Recipe
 from actvar.distill.stage1 import Stage1
 from actvar.distill.stage2 import Stage2
@@ -39,6 +39,7 @@ class Distillation:
         lr: peak learning rate, after a warm-up over 2 % of the steps; None for the recipe's.
         accumulate, ema, clip, seed: see `actvar.training.Plan`.
         bf16: compute in bfloat16 by autocast; weights stay float32.
+        cfg: guidance strength of the loss `guided`.
 
     Raises:
         ValueError: naming the field, what was expected and what came.
@@ -54,6 +55,7 @@ class Distillation:
     ema: float = 0.0
     clip: float = 1.0
     seed: int = 0
+    cfg: float = GUIDANCE
 
     def __post_init__(self):
         if self.stage not in EPOCHS:
@@ -62,6 +64,8 @@ class Distillation:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if not 0 <= self.cfg < float("inf"):
+            raise ValueError(f"cfg: expected a number from 0 on, got {self.cfg}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a number from 0 to below 1, got {self.ema}")
 
@@ -169,7 +173,7 @@ def prepared(var: VAR, config: ActVARConfig, adapter: Path | None, how: Distilla
     patch_silently(var, config)
     if adapter is not None:
         load_adapter(var, adapter)
-    return Stage1(var) if how.stage == 1 else Stage2(var, how.recipe.losses)
+    return Stage1(var) if how.stage == 1 else Stage2(var, how.recipe.losses, how.cfg)
 
 
 def _begin(path: Path, settings: dict[str, object], goes_on: bool) -> None:

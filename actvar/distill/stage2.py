@@ -64,8 +64,8 @@ class Stage2(Stage):
         return self
 
     def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Scalar losses over all scales: `loss` (Eq. 22), the sum of those asked for, and `cls`, `block`, `output`, with
-        `guided` if that was asked for.
+        """Scalar losses over all scales: `loss` (Eq. 22), the sum of those asked for, and `cls`, `block`, `output`,
+        with `guided` if that was asked for.
 
         Args:
             labels: classes `[B]`.

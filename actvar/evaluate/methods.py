@@ -136,7 +136,7 @@ def _trained(name: str, path: Path) -> Method:
     """Static pruning with the weights of an adapter."""
     config = read_adapter_config(path)
     applied = functools.partial(baselines.trained_static_pruning, adapter=path)
-    return Method(f"{name}-trained@{config.ffn_rate}", applied, config.to_json())
+    return Method(f"{name.partition('@')[0]}-trained@{config.ffn_rate}", applied, config.to_json())
 
 
 @contextmanager

@@ -10,9 +10,8 @@ import json
 import logging
 from pathlib import Path
 
-from actvar.baselines.static_pruning import SCORES
 from actvar.training import run_in_processes
-from actvar.zoo.fashion_mnist.adapters import STAGE2, ship, train_adapter, train_static
+from actvar.zoo.fashion_mnist.adapters import STAGE2, STATIC, ship, train_adapter, train_static
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 from actvar.zoo.fashion_mnist.export import export
 from actvar.zoo.fashion_mnist.measure import measure, save
@@ -40,9 +39,9 @@ def main() -> None:
         export_small(plan, small)
         for name in STAGE2:
             ship(train_adapter(name, folder, build.data, build.work, build.seed), name, folder)
-        for score in SCORES:
-            trained = train_static(score, folder, build.data, build.work, build.seed)
-            ship(trained, f"static-{score}", folder, "baseline")
+        for name in STATIC:
+            trained = train_static(name, folder, build.data, build.work, build.seed)
+            ship(trained, name, folder, "baseline")
     figures = measure(options.data)
     save(figures, folder / "quality.json")
     print(json.dumps(figures, indent=2))

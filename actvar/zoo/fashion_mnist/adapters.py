@@ -1,4 +1,5 @@
-"""The adapters `paper` and `best`: both stages of the recipe of that name; and static pruning, trained as `best` is."""
+"""The adapters `paper` and `best`: both stages of the recipe of that name, and for `best` a second stage 2, of the
+recipe `guided`; and static pruning, trained as `best` is at first."""
 
 from __future__ import annotations
 
@@ -17,14 +18,17 @@ from actvar.patch import patch_silently, patched_silently, remove_patch
 from actvar.zoo.checksums import checked, save_checksums
 from actvar_kernels import cpu
 
-STEPS = {"paper": 1000, "best": 8000}
+STEPS = {"paper": 1000, "best": 8000, "guided": 5000}
 STATIC_STEPS = 1500
 STAGE2 = {
     # so few steps need more than the paper's rate
     "paper": Distillation(2, RECIPES["paper"], batch=32, lr=1e-3, bf16=cpu.multiplies_bfloat16()),
     "best": Distillation(2, RECIPES["best"], batch=32, bf16=cpu.multiplies_bfloat16()),
 }
-STATIC = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=0.75)
+GUIDED = Distillation(2, RECIPES["guided"], batch=16, lr=1e-3, bf16=cpu.multiplies_bfloat16())
+"""How the adapter `best` is trained on, for samples with guidance."""
+STATIC = {"static-magnitude": ("magnitude", 0.75), "static-wanda": ("wanda", 0.75), "static-wanda@0.5": ("wanda", 0.5)}
+"""Trained static pruning: the score by which hidden units stay, and their share."""
 
 
 def train_adapter(name: str, folder: Path, data: Path, work: Path, seed: int, steps: int | None = None) -> Path:
@@ -35,7 +39,7 @@ def train_adapter(name: str, folder: Path, data: Path, work: Path, seed: int, st
         name: `"paper"` or `"best"`.
         folder: of `var`, `vae` and `adapter-paper-stage1` `.safetensors`.
         data: folder of the four idx files.
-        steps: of stage 2; None for those of `STEPS`.
+        steps: of every stage 2; None for those of `STEPS`.
     """
     work.mkdir(parents=True, exist_ok=True)
     vae, var = _dense(folder)
@@ -47,28 +51,34 @@ def train_adapter(name: str, folder: Path, data: Path, work: Path, seed: int, st
         if not gates.exists():
             distill(vae, var, ActVARConfig(), None, source, replace(stage2, stage=1, seed=seed), gates)
             remove_patch(var)
-    how = _of_steps(stage2, steps or STEPS[name], seed, source)
-    return distill(vae, var, read_adapter_config(gates), gates, source, how, work / f"{name}.safetensors")
+    config, how = read_adapter_config(gates), _of_steps(stage2, steps or STEPS[name], seed, source)
+    trained = distill(vae, var, config, gates, source, how, work / f"{name}.safetensors")
+    if name != "best":
+        return trained
+    how = _of_steps(GUIDED, steps or STEPS["guided"], seed + 1, source)
+    return distill(vae, var, config, trained, source, how, work / "best-guided.safetensors")
 
 
-def train_static(score: str, folder: Path, data: Path, work: Path, seed: int, steps: int = STATIC_STEPS) -> Path:
-    """Train static pruning of the FFN's hidden units by `score` at the last two scales as `best` is trained, in fewer
+def train_static(name: str, folder: Path, data: Path, work: Path, seed: int, steps: int = STATIC_STEPS) -> Path:
+    """Train static pruning of the FFN's hidden units at the last two scales as `best` is trained at first, in fewer
     steps; arguments, resuming and result as in `train_adapter`.
 
     Args:
-        score: `"magnitude"` or `"wanda"`; the units are those of the baseline that is not trained.
+        name: of `STATIC`; the units are those of the baseline that is not trained.
     """
+    score, rate = STATIC[name]
+    config = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=rate)
     work.mkdir(parents=True, exist_ok=True)
     vae, var = _dense(folder)
     source = fashion_mnist_source(data, vae)
-    gates = work / f"static-{score}-gates.safetensors"
+    gates = work / f"{name}-gates.safetensors"
     if not gates.exists():
-        units = SCORES[score](var, STATIC.ffn_rate)
-        with patched_silently(var, STATIC, None):
+        units = SCORES[score](var, rate)
+        with patched_silently(var, config, None):
             fix_experts(var, units)
             save_adapter(var, gates)
     how = _of_steps(STAGE2["best"], steps, seed, source)
-    return distill(vae, var, STATIC, gates, source, how, work / f"static-{score}.safetensors")
+    return distill(vae, var, config, gates, source, how, work / f"{name}.safetensors")
 
 
 def ship(adapter: Path, name: str, folder: Path, kind: str = "adapter") -> None:
