@@ -143,35 +143,35 @@ def expert_ffn_scatter(
     _expect_ffn(u, mask, active, *weights)
     expect_shape("u", u, (None, None, None))
     R, K, C = u.shape
-    if isinstance(rows, Residual):
-        expect_shape("rows.x", rows.x, (R, K if index is None else None, C))
-        expect_shape("rows.update", rows.update, (R, K, C))
-        expect_shape("rows.gamma", rows.gamma, (R, 1, C))
+    x, update, gate = rows if isinstance(rows, Residual) else (rows, None, None)
+    if update is None:
+        expect_shape("rows", x, (R, K, C))
+        parts = (x, gamma)
     else:
-        expect_shape("rows", rows, (R, K, C))
+        expect_shape("rows.x", x, (R, K if index is None else None, C))
+        expect_shape("rows.update", update, (R, K, C))
+        expect_shape("rows.gamma", gate, (R, 1, C))
+        parts = (x, update, gate, gamma)
     expect_shape("gamma", gamma, (R, 1, C))
     if index is not None:
         expect_index(index, (R, K))
         expect_shape("rest", rest, (R, None, C))
-    parts = rows if isinstance(rows, Residual) else (rows,)
-    others = (*parts, gamma) if index is None else (rest, *parts, gamma)
-    expect_one_device(u, index, *others)
-    backend = _backend("expert_ffn_scatter", u, mask, *weights, *others)
-    if backend != "triton" or wants_gradient(u, *weights, *others):  # what writes in place has no gradient
-        rows = rows.rows(index) if isinstance(rows, Residual) else rows
-    if backend == "cpu" and schedule != "snap":
-        return scatter_rows(rest, index, rows, _ffn(backend, u, mask, active, *weights), gamma)
-    if backend != "triton" or wants_gradient(u, *weights, *others):  # what writes in place has no gradient
+        parts = (rest, *parts)
+    expect_one_device(u, index, *parts)
+    backend = _backend("expert_ffn_scatter", u, mask, *weights, *parts)
+    if backend != "triton" or wants_gradient(u, *weights, *parts):  # what writes in place has no gradient
+        rows = x if update is None else rows.rows(index)
+        if backend == "cpu" and schedule != "snap":
+            return scatter_rows(rest, index, rows, _ffn(backend, u, mask, active, *weights), gamma)
         return _by_parts(rest, index, rows, u, mask, active, *weights, gamma, schedule)
     u, *weights = _as_autocast(u, *weights)
     if index is not None:
         out = rest if rest.stride(2) == 1 else rest.contiguous()
     else:
-        dtype = torch.promote_types(parts[0].dtype, torch.promote_types(gamma.dtype, u.dtype))
-        out = parts[0].new_empty(R, K, C, dtype=dtype)
+        dtype = torch.promote_types(x.dtype, torch.promote_types(gamma.dtype, u.dtype))
+        out = x.new_empty(R, K, C, dtype=dtype)
     run = torch.ops.actvar_kernels.expert_ffn_scatter if needs_operator(out) else _run_scatter
-    before = rows if isinstance(rows, Residual) else (rows, None, None)
-    run(out, index, *before, u, mask, active, *weights, gamma, schedule)
+    run(out, index, x, update, gate, u, mask, active, *weights, gamma, schedule)
     return out
 
 
