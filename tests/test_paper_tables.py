@@ -139,7 +139,7 @@ def test_the_page_says_what_agrees_what_is_noise_and_what_is_missing(tmp_path):
     rows = [measured(DENSE, seed, 0.0, recipe="", stage=0, flops=100) for seed in (0, 1, 2)]
     rows += [measured(MAIN, seed, 0.10 + 0.001 * seed, fid=14.5, num=5000) for seed in (0, 1, 2)]
     rows += [measured("fixed tokens", seed, 0.20 + 0.002 * seed) for seed in (0, 1, 2)]
-    rows += [measured("static weights", seed, (0.05, 0.1, 0.2)[seed]) for seed in (0, 1, 2)]
+    rows += [measured("static weights", seed, (0.05, 0.1, 0.2)[seed], fid=15 + seed, num=5000) for seed in (0, 1, 2)]
     rows += [measured("early scales", 0, 0.05)]
     path = save_measured(rows, tmp_path / "paper" / "results.csv")
     assert load_measured(path) == rows
@@ -149,9 +149,11 @@ def test_the_page_says_what_agrees_what_is_noise_and_what_is_missing(tmp_path):
         "dynamic tokens are better than fixed ones* (dynamic activating token against fixed token pruning; recipe "
         in text
     )
-    assert "`paper`): **agrees**, KL differs by 0.101 ± 0.0025." in text
-    assert "**within noise**" in text
-    assert "**disagrees, one seed**" in text
+    assert "`paper`): **agrees** by KL, which differs by 0.101 ± 0.0025." in text, "one side has no FID"
+    assert (
+        "`paper`): **within noise** by KL, which differs by 0.0157 ± 0.19; **within noise** by FID, 1.5 ± 2.5." in text
+    )
+    assert "**disagrees, one seed** by KL" in text
     assert "not measured yet" in text
     assert "| 25.0% | 0.101 ± 0.0025 | 0.202 ± 0.005 | 14.5" in text
     assert {picture.stem for picture in pictures} >= {"table4", "table5", "table6"}

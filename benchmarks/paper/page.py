@@ -34,8 +34,8 @@ highest, fixed tokens those that the first block selects.
 
 KL is to the dense logits, in nats, over all tokens (and at 8x8), on token maps of 200 test images; FID and IS by the
 bundled feature network, a dash where no images were drawn. Intervals are 95 % by Student's t over the seeds of training
-and sampling; a single number is one seed. A claim is judged by KL: *agrees* and *disagrees* where the paired difference
-is beyond its interval, else *within noise*, and *one seed* where there is no interval.
+and sampling; a single number is one seed. A claim is judged by KL and by FID: *agrees* and *disagrees* where the paired
+difference is beyond its interval, else *within noise*, and *one seed* where there is no interval.
 """
 FIGURES = """## Figures
 
@@ -141,20 +141,26 @@ def _mean(rows: Sequence[Measured], field: str) -> str:
 
 
 def _verdict(table: Table, claim: Claim, recipe: str, rows: Rows) -> str:
-    better, worse = ({row.seed: row.kl for row in rows.of(table.lines[i], recipe)} for i in (claim.better, claim.worse))
-    seeds = sorted(better.keys() & worse.keys())
     lines = f"{table.lines[claim.better].printed} against {table.lines[claim.worse].printed}"
     start = f"- *{claim.text}* ({lines}; recipe `{recipe}`): "
-    if not seeds:
+    better, worse = (rows.of(table.lines[i], recipe) for i in (claim.better, claim.worse))
+    kl, fid = (_judged(better, worse, field) for field in ("kl", "fid"))
+    if kl is None:
         return start + MISSING + "."
-    difference = Mean.of([worse[seed] - better[seed] for seed in seeds])
+    return f"{start}{kl[0]} by KL, which differs by {kl[1]}" + (f"; {fid[0]} by FID, {fid[1]}." if fid else ".")
+
+
+def _judged(better: Sequence[Measured], worse: Sequence[Measured], field: str) -> tuple[str, Mean] | None:
+    """Whether `better` is ahead in `field`, and by how much, over the seeds of both; None where there is none."""
+    ours, theirs = ({m.seed: getattr(m, field) for m in of if getattr(m, field) is not None} for of in (better, worse))
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    difference = Mean.of([theirs[seed] - ours[seed] for seed in seeds])
+    word = "agrees" if difference.mean > 0 else "disagrees"
     if difference.interval is None:
-        word = ("agrees" if difference.mean > 0 else "disagrees") + ", one seed"
-    elif abs(difference.mean) <= difference.interval:
-        word = "within noise"
-    else:
-        word = "agrees" if difference.mean > 0 else "disagrees"
-    return start + f"**{word}**, KL differs by {difference}."
+        return f"**{word}, one seed**", difference
+    return ("**within noise**" if abs(difference.mean) <= difference.interval else f"**{word}**"), difference
 
 
 def _plot(table: Table, rows: Rows) -> Figure | None:
