@@ -73,7 +73,7 @@ def throughput(rows: Iterable[Result]) -> Figure | None:
         axes.set_xticks(sorted({row.batch for row in of_model}), sorted({row.batch for row in of_model}))
         axes.minorticks_off()
         axes.set_title(f"{model}, {dtype}", fontsize=9)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
     return figure
 
 
