@@ -14,7 +14,7 @@ from helpers import make_tiny_var
 import actvar_kernels
 from actvar.models import VAR
 
-pytest.register_assert_rewrite("kernel_loops", "oracle_cases")
+pytest.register_assert_rewrite("kernel_loops", "oracle_cases", "baseline_oracle")
 
 LOCAL = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname()}
 
