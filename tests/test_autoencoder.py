@@ -90,7 +90,9 @@ def test_a_decoder_in_cpp_errs_at_most_four_times_as_much_as_by_pytorch() -> Non
     assert (images["auto"] - exact).abs().max() <= 4 * (images["reference"] - exact).abs().max()
 
 
-@pytest.mark.parametrize(("outputs", "with_bias"), [(3, True), (3, False), (8, True), (64, True), (72, False)])
+@pytest.mark.parametrize(
+    ("outputs", "with_bias"), [(3, True), (3, False), (8, True), (64, True), (70, True), (72, False)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_outputs_that_are_filled_up_change_no_other(outputs, with_bias, dtype):
     x, weight = normal(2, 16, 5, 7, dtype=dtype), normal(outputs, 16, 3, 3, dtype=dtype)

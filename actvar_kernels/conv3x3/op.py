@@ -66,7 +66,7 @@ def filled_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     an image, cuDNN takes a kernel without tensor cores; in 16 bits it still does with eight (26 ms for 64 images of 256
     pixels on an H100), while 64 are a tile of the kernel that other layers run on."""
     D = weight.shape[0]
-    missing = max(64 - D, 0) if weight.itemsize == 2 else -D % 8
+    missing = -D % (64 if weight.itemsize == 2 and D < 64 else 8)
     if missing:
         weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
         bias = None if bias is None else F.pad(bias, (0, missing))
