@@ -24,6 +24,7 @@ from actvar.evaluate.methods import methods_of
 from actvar.patch import patched_silently
 from actvar.zoo import load_feature_network
 from actvar.zoo.checksums import checked, save_checksums
+from actvar.zoo.fashion_mnist import train as zoo_train
 from actvar.zoo.fashion_mnist.adapters import STAGE2, STATIC, ship, train_adapter, train_static
 from actvar.zoo.fashion_mnist.data import load_split, read_idx
 from actvar.zoo.fashion_mnist.export import export
@@ -192,9 +193,11 @@ def test_missing_and_damaged_image_files_are_named(images_folder):
 def test_every_stage_runs_and_the_exported_files_load(images_folder, tmp_path, monkeypatch):
     stages = [field.name.removesuffix("_steps") for field in fields(Build) if field.name.endswith("_steps")]
     build = Build(images_folder, tmp_path / "work", **{f"{stage}_steps": 1 for stage in stages})
+    monkeypatch.setattr(zoo_train, "DRAWN", 40)
+    monkeypatch.setattr(zoo_train, "DRAWN_AT_ONCE", 20)
     train(build, processes=1)
     made = {path.name: path.stat().st_mtime_ns for path in build.work.iterdir()}
-    assert {f"{stage}.csv" for stage in stages} | {"tokens.pt"} <= made.keys()
+    assert {f"{stage}.csv" for stage in stages} | {"tokens.pt", "drawn.pt"} <= made.keys()
     train(build, processes=1)
     assert {path.name: path.stat().st_mtime_ns for path in build.work.iterdir()} == made
 

@@ -71,18 +71,26 @@ class DecoderTraining(nn.Module):
 
     def forward(self, token_maps: Sequence[torch.Tensor], image: torch.Tensor) -> dict[str, torch.Tensor]:
         """Token maps, one `[B, p * p]` per scale, and their images `[B, 1, 32, 32]` in [0, 1]."""
-        vae = self.vae
+        return self.compared(token_maps, image)[0]
+
+    def compared(
+        self, token_maps: Sequence[torch.Tensor], image: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The losses, and the reconstruction, which is not clamped."""
+        reconstruction = self.decoded(self.vae.quantize.features(token_maps))
         with torch.no_grad():
-            features = vae.quantize.features(token_maps)
             wanted = self.network.stages(image)
-        reconstruction = vae.decoder(vae.post_quant_conv(features)).float() * 0.5 + 0.5
         perceptual = sum(
             (F.normalize(a.float()) - F.normalize(b.float())).square().sum(1).mean()
             for a, b in zip(self.network.stages(reconstruction), wanted, strict=True)
         )
         absolute, square = F.l1_loss(reconstruction, image), F.mse_loss(reconstruction, image)
         loss = absolute + square + 0.3 * perceptual
-        return {"loss": loss, "l1": absolute, "mse": square, "perceptual": perceptual}
+        return {"loss": loss, "l1": absolute, "mse": square, "perceptual": perceptual}, reconstruction
+
+    def decoded(self, features: torch.Tensor) -> torch.Tensor:
+        """Images `[B, 1, 32, 32]`, in [0, 1] but not clamped, of features `[B, Cvae, 8, 8]`."""
+        return self.vae.decoder(self.vae.post_quant_conv(features)).float() * 0.5 + 0.5
 
 
 def residual_rows(vae: VQVAE, image: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The stages that rebuild the bundled model, each resumable: features, autoencoder, tokens, transformer, adapter."""
+"""The stages that rebuild the bundled model, each resumable: features, autoencoder, transformer, decoder, adapter."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from actvar.config import ActVARConfig
 from actvar.distill import Stage1
+from actvar.distill.data import sample_token_maps
 from actvar.models import VQVAE
 from actvar.patch import patch_silently
 from actvar.training import (
@@ -27,12 +28,16 @@ from actvar.training import (
     world_size,
 )
 from actvar.zoo.fashion_mnist import architecture
+from actvar.zoo.fashion_mnist.adversarial import AdversarialTraining
 from actvar.zoo.fashion_mnist.autoencoder import AutoencoderTraining, DecoderTraining
-from actvar.zoo.fashion_mnist.data import load_split
+from actvar.zoo.fashion_mnist.data import CLASSES, load_split
 from actvar.zoo.fashion_mnist.features import FeatureNet, training_loss
 from actvar_kernels import cpu
 
 logger = logging.getLogger(__name__)
+
+DRAWN, DRAWN_AT_ONCE, DRAWN_SEED = 10_000, 250, 1000
+"""Token maps drawn for the decoder, and seeds that no measurement takes."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Build:
     decoder_steps: int = 1300
     transformer_steps: int = 4200
     finish_steps: int = 4000
+    adversarial_steps: int = 2000
     stage1_steps: int = 500
 
     @property
@@ -82,12 +88,21 @@ class Build:
         return Plan("finish", self.work, self.finish_steps, batch=64, lr=8e-4, muon=True, seed=self.seed + 1)
 
     @property
+    def adversarial_plan(self) -> Plan:
+        how = dict(batch=64, lr=3e-4, warmup=50, weight_decay=0, betas=(0.0, 0.99), clip=10.0)
+        return Plan("adversarial", self.work, self.adversarial_steps, **how, seed=self.seed)
+
+    @property
     def stage1_plan(self) -> Plan:
         return Plan("stage1", self.work, self.stage1_steps, batch=64, lr=3e-3, warmup=50, seed=self.seed)
 
     @property
     def tokens(self) -> Path:
         return self.work / "tokens.pt"
+
+    @property
+    def drawn(self) -> Path:
+        return self.work / "drawn.pt"
 
 
 def finished(plan: Plan) -> bool:
@@ -158,10 +173,17 @@ def train_decoder(build: Build) -> None:
     )
 
 
-def restore_autoencoder(build: Build) -> VQVAE:
-    """The finished autoencoder: encoder and codebook of the first training, the sharpened decoder."""
+def restore_sharpened(build: Build) -> VQVAE:
+    """Encoder and codebook of the first training, the decoder of `train_decoder`."""
     vae = restore(architecture.build()[0], build.autoencoder_plan)
     load_trained(DecoderTraining(vae, FeatureNet()), build.decoder_plan)
+    return vae.requires_grad_(False)
+
+
+def restore_autoencoder(build: Build) -> VQVAE:
+    """The finished autoencoder: encoder and codebook of the first training, the decoder of the last."""
+    vae = restore(architecture.build()[0], build.autoencoder_plan)
+    load_trained(AdversarialTraining(vae, FeatureNet()), build.adversarial_plan)
     return vae.requires_grad_(False)
 
 
@@ -216,6 +238,58 @@ def fit_next_scale(
     fit(var, loss, plan, len(tokens))
 
 
+@torch.no_grad()
+def draw_tokens(build: Build) -> None:
+    """Token maps `[N, L]` int16 that the finished transformer draws with guidance, classes in turn."""
+    vae, var = architecture.build()
+    restore(vae, build.autoencoder_plan)
+    restore(var, build.finish_plan)
+    labels = (torch.arange(DRAWN) % var.num_classes).split(DRAWN_AT_ONCE)
+    mine = [
+        sample_token_maps(var, labels[index], DRAWN_SEED + index)
+        for index in tqdm(range(rank(), len(labels), world_size()), desc="drawn", disable=rank() != 0)
+    ]
+    # process by process; batches are multiples of the classes, so that the classes are in turn again
+    gathered = all_gather_rows(torch.cat(mine).int())
+    if rank() == 0:
+        save_atomically(gathered.to(torch.int16), build.drawn)
+
+
+def train_adversarial(build: Build) -> None:
+    """Train the decoder on token maps of images and on drawn ones; the rest stays as it is."""
+    network = restore(FeatureNet(), build.perceptual_plan)
+    tokens, drawn = (torch.load(path, weights_only=True) for path in (build.tokens, build.drawn))
+    fit_adversarial(restore_sharpened(build), network, tokens, drawn, build.data, build.adversarial_plan)
+
+
+def fit_adversarial(
+    vae: VQVAE, network: FeatureNet, tokens: torch.Tensor, drawn: torch.Tensor, data: Path, plan: Plan
+) -> None:
+    """`AdversarialTraining` of `vae` in place.
+
+    Args:
+        tokens: maps `[N, L]` of the training images in `data`.
+        drawn: token maps, classes in turn.
+    """
+    images, labels = load_split(data, "train")
+
+    def loss(model: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        half = len(index) // 2
+        seen, other = index[:half], index[half:]
+        chosen = torch.randint(len(drawn), (half,))
+        return model(
+            split_scales(tokens[seen]),
+            images[seen],
+            labels[seen],
+            split_scales(drawn[chosen]),
+            chosen % len(CLASSES),
+            images[other],
+            labels[other],
+        )
+
+    fit(AdversarialTraining(vae, network), loss, plan, len(tokens))
+
+
 def train_stage1(build: Build) -> None:
     """Selectors and routers of the paper's configuration, distilled from the dense model."""
     _, labels = load_split(build.data, "train")
@@ -243,9 +317,12 @@ def train(build: Build, processes: int) -> None:
         (train_decoder, build.decoder_plan),
         (train_transformer, build.transformer_plan),
         (finish_transformer, build.finish_plan),
+        (train_adversarial, build.adversarial_plan),
         (train_stage1, build.stage1_plan),
     ]:
         if plan == build.decoder_plan and not build.tokens.exists():
             run_in_processes(encode_tokens, processes, build)
+        if plan == build.adversarial_plan and not build.drawn.exists():
+            run_in_processes(draw_tokens, processes, build)
         if not finished(plan):
             run_in_processes(stage, processes, build)
