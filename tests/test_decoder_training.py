@@ -1,4 +1,4 @@
-"""The decoder's training against critics: what is trained, by which part of the loss, on how many processes."""
+"""The decoder's training against critics: what is trained, and by which part of the loss."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class AdversarialTraining(nn.Module):
         """Every critic's, of images `[B, 1, 32, 32]` in [0, 1]."""
         network = self.reconstruction.network
         stages = network.stages(images)
-        activations = [*stages, images, network.neck(stages[-1].flatten(1)).relu() / FEATURE_SIZE]
+        activations = [*stages, images, network.features_of(stages[-1]) / FEATURE_SIZE]
         return [critic(of_it, labels) for critic, of_it in zip(self.critics, activations, strict=True)]
 
     def forward(

@@ -32,7 +32,11 @@ class FeatureNet(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """`[B, 1, 32, 32]` in [0, 1] -> `[B, 128]`."""
-        return F.relu(self.neck(self.trunk(images).flatten(1)))
+        return self.features_of(self.trunk(images))
+
+    def features_of(self, last_stage: torch.Tensor) -> torch.Tensor:
+        """The last of `stages` -> `[B, 128]`."""
+        return F.relu(self.neck(last_stage.flatten(1)))
 
     def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Activations after each stage, `[B, 24, 16, 16]`, `[B, 48, 8, 8]` and `[B, 96, 4, 4]`."""
