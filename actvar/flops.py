@@ -157,7 +157,7 @@ def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
     counter = FlopCounterMode(display=False, custom_mapping=counts.formulas())
     steps = []
     with using_backend("reference"), mode, counter:
-        cond = torch.empty(2 * batch, family_of(var).width(var), dtype=var.head.weight.dtype)
+        cond = torch.empty(2 * batch, family_of(var).width(var), dtype=var.head.weight.dtype, device="cpu")
         for block in var.blocks:
             block.attn.kv_caching(True)
         modulation = var.shared_ada_lin(cond)
@@ -190,9 +190,14 @@ def sampling_flops(var: nn.Module) -> int:
 def without_weights(var: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of `var` on the CPU whose parameters and buffers are fake tensors."""
     with mode:
-        copies = {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in var.parameters()}
-        copies |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in var.buffers()}
+        copies = {id(p): nn.Parameter(_on_cpu(p), p.requires_grad) for p in var.parameters()}
+        copies |= {id(b): _on_cpu(b) for b in var.buffers()}
     return copy.deepcopy(var, copies | {id(var.vae_proxy): var.vae_proxy})
+
+
+def _on_cpu(like: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without values, of the shape and dtype of `like`."""
+    return torch.empty(like.shape, dtype=like.dtype, device="cpu")
 
 
 class _CountByModule:

@@ -73,7 +73,7 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
             row[0].set_title(f"{titles[i]}, {side}x{side}", fontsize=8)
             for axis, block in zip(row[1:-1], blocks, strict=True):
                 index = kept.get((block, scale))  # None: the block updates all tokens
-                axis.imshow(_tinted(picture, torch.arange(side * side) if index is None else index[i], side))
+                axis.imshow(_tinted(picture, torch.arange(side * side, device="cpu") if index is None else index[i], side))
                 if i == 0 and j == 0:
                     axis.set_title(f"block {block + 1}", fontsize=8)
             times = times_updated([r.only([i]) for r in records if r.scale.index == scale])[0].view(side, side).numpy()
@@ -88,7 +88,7 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
 def times_updated(records: Sequence[BlockRecord]) -> torch.Tensor:
     """How many of these records, of one scale, updated each token, `[R, L]` int64."""
     scale, rows = records[0].scale, len(records[0].u)
-    times = torch.zeros(rows, scale.tokens, dtype=torch.int64)
+    times = torch.zeros(rows, scale.tokens, dtype=torch.int64, device="cpu")
     for of_block in records:
         if of_block.index is None:
             times += 1
@@ -99,7 +99,7 @@ def times_updated(records: Sequence[BlockRecord]) -> torch.Tensor:
 
 def _tinted(picture: np.ndarray, index: torch.Tensor, side: int) -> np.ndarray:
     """`picture` `[H, W, 3]` with the tokens `index` of a `side` x `side` map tinted."""
-    updated = torch.zeros(side * side, dtype=torch.bool)
+    updated = torch.zeros(side * side, dtype=torch.bool, device="cpu")
     updated[index.cpu()] = True
     height, width, _ = picture.shape
     rows = np.arange(height) * side // height

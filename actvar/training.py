@@ -159,7 +159,7 @@ def stop_requests() -> Iterator[Callable[[torch.device], bool]]:
         if world_size() == 1:
             yield lambda _: asked.is_set()  # without waiting for a GPU
         else:
-            yield lambda device: mean_over_processes(torch.tensor(float(asked.is_set()), device=device)).item() > 0
+            yield lambda device: mean_over_processes(torch.tensor([asked.is_set()], dtype=torch.float32, device=device)).item() > 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -205,7 +205,8 @@ def batch_indices(num_examples: int, step: int, batch: int, seed: int) -> torch.
     """Indices `[batch / world_size]` of this process at `step`: a fresh permutation per pass over the data."""
     per_epoch = num_examples // batch
     epoch, position = divmod(step, per_epoch)
-    order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+    generator = torch.Generator("cpu").manual_seed(seed * 100_003 + epoch)
+    order = torch.randperm(num_examples, generator=generator, device="cpu")
     return order[position * batch : (position + 1) * batch][rank() :: world_size()]
 
 

@@ -26,7 +26,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     another one left where it is made within `reused_memory`."""
     size = math.prod(shape) * dtype.itemsize
     if not _is_large(size):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     if not _reusing.get():
         return _tensor(memoryview(_new(size)), shape, dtype)
     block = _taken(size) or _new(size)

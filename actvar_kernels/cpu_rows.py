@@ -53,8 +53,8 @@ def add_normalize_route(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `residual_norm.reference.add_normalize_route`, with one rounding of the sum."""
     experts = weight.shape[0]
-    mask = torch.empty(*update.shape[:2], experts, dtype=torch.bool)
-    logits = torch.empty(*update.shape[:2], experts)
+    mask = update.new_empty(*update.shape[:2], experts, dtype=torch.bool)
+    logits = update.new_empty(*update.shape[:2], experts, dtype=torch.float32)
     layout = cpu.layout_of(cpu.best_level())
     weights = packed((weight,), ("router", layout), lambda: cpu.panels(weight.detach().float().t()[None], layout))
     bias = _float(bias)
@@ -74,9 +74,9 @@ def select_tokens(
     """`index`, `modulated` and `scores` as in `token_select.reference.select_tokens`."""
     R, L, C = x.shape
     x = _with_neighbouring_channels(x)
-    index = torch.empty(R, keep, dtype=torch.int64)
-    modulated = torch.empty(R, keep, C, dtype=x.dtype)
-    scores = torch.empty(R, L)
+    index = x.new_empty(R, keep, dtype=torch.int64)
+    modulated = x.new_empty(R, keep, C)
+    scores = x.new_empty(R, L, dtype=torch.float32)
     weight, bias, scale, shift = _float(weight), _float(bias), _float(scale), _float(shift)
     tensors = (x, weight, bias, scale, shift, scores, index, modulated)
     pointers = [t.data_ptr() for t in tensors]
@@ -121,7 +121,7 @@ def _normalize(
     R, L, C = x.shape
     x = _with_neighbouring_channels(x)
     kept = L if index is None else index.shape[1]
-    out = torch.empty(R, kept, C, dtype=x.dtype)
+    out = x.new_empty(R, kept, C)
     total = None
     pointers = None, None, None
     if update is not None:

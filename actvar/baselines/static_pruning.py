@@ -69,7 +69,8 @@ def trained_static_pruning(var: nn.Module, adapter: str | Path) -> Iterator[nn.M
         fixed = all(not (g.router.weight.any() or (g.router.bias.diff() >= 0).any()) for g in gates)
         _expect_static(fixed, adapter, "routers whose choice is not the first experts for every token")
         orders, weights = [g.places.clone() for g in gates], tuned_parameters(var)
-    kept = torch.arange(share_of(config.ffn_rate, config.num_experts) * (len(orders[0]) // config.num_experts))
+    units = share_of(config.ffn_rate, config.num_experts) * (len(orders[0]) // config.num_experts)
+    kept = torch.arange(units, device="cpu")
     with patched_silently(var, replace(config, ffn_rate=1.0, num_experts=1, always_sparse=False), None):
         for block, order in zip(var.blocks, orders, strict=True):
             update(block, order)
@@ -127,7 +128,8 @@ def fix_experts(var: nn.Module, units: Sequence[torch.Tensor]) -> None:
         raise ValueError(f"units: expected {expected} or more different ones in the blocks, got {found}")
     for block, of_block in zip(var.blocks, units, strict=True):
         router, kept = block.actvar.router, of_block.cpu()
-        others = torch.ones(hidden, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
+        is_other = torch.ones(hidden, dtype=torch.bool, device="cpu").index_fill_(0, kept, False)
+        others = is_other.nonzero().flatten()
         bias = -torch.arange(len(router.bias), dtype=router.bias.dtype, device=router.bias.device)
         values = {router.weight: torch.zeros_like(router.weight), router.bias: bias}
         update(block, torch.cat((kept, others)), values)

@@ -57,7 +57,7 @@ def token_merging(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1))
 
 def destinations(side: int) -> torch.Tensor:
     """Indices of the top left token of every 2x2 window of a `side` x `side` map."""
-    return torch.arange(side * side).view(side, side)[::2, ::2].flatten()
+    return torch.arange(side * side, device="cpu").view(side, side)[::2, ::2].flatten()
 
 
 class Matching:

@@ -29,7 +29,7 @@ def balanced_kmeans(profiles: torch.Tensor, count: int) -> torch.Tensor:
     The first centres are rows far from each other (farthest first, from the longest one).
     """
     chosen = [int(profiles.square().sum(dim=1).argmax())]
-    distance = torch.full((len(profiles),), torch.inf, device=profiles.device)
+    distance = profiles.new_full((len(profiles),), torch.inf)
     for _ in range(count - 1):
         distance = torch.minimum(distance, (profiles - profiles[chosen[-1]]).square().sum(dim=1))
         chosen.append(int(distance.argmax()))

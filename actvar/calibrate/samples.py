@@ -25,8 +25,9 @@ def sampled_inputs(
     Args:
         cfg: guidance strength.
     """
-    generator = torch.Generator().manual_seed(seed)
-    labels = (torch.arange(images) * var.num_classes // images)[torch.randperm(images, generator=generator)]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(images, generator=generator, device="cpu")
+    labels = (torch.arange(images, device="cpu") * var.num_classes // images)[order]
     batches = []
     with patched_silently(var, DENSE, None), without_decoder(var.vae_proxy[0]), _inputs_of(var.word_embed) as inputs:
         for index, of_batch in enumerate(tqdm(labels.to(var.head.weight.device).split(batch), desc="sampling")):

@@ -70,7 +70,7 @@ def source_of(data: str, vae: VQVAE, var: VAR, samples: int, seed: int) -> Sourc
 
 def sampled_source(var: VAR, samples: int, seed: int) -> Source:
     """Token maps of `samples` images of the dense model, classes in turn, drawn with guidance 1.5."""
-    labels = torch.arange(samples) % var.num_classes
+    labels = torch.arange(samples, device="cpu") % var.num_classes
 
     def tokens_of(start: int, stop: int) -> torch.Tensor:
         return sample_token_maps(var, labels[start:stop].to(var.lvl_1L.device), seed * 1_000_003 + start)
@@ -115,7 +115,7 @@ def folder_source(folder: Path, vae: VQVAE, num_classes: int) -> Source:
 
     names = hashlib.sha256("\n".join(str(path.relative_to(folder)) for path in files).encode()).hexdigest()[:16]
     facts = {"data": str(folder.resolve()), "files": names, "autoencoder": digest(vae.quant_conv.weight)}
-    return Source(torch.tensor(labels), tokens_of, facts)
+    return Source(torch.tensor(labels, device="cpu"), tokens_of, facts)
 
 
 def load_image(path: Path, side: int, channels: int) -> torch.Tensor:

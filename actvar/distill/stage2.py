@@ -43,8 +43,8 @@ class Stage2(Stage):
             raise ValueError(f"losses: expected some of {LOSSES}, got {tuple(losses)}")
         self.var, self.losses = var, tuple(losses)
         last = len(var.patch_nums) - 1
-        strengths = [torch.full((side * side, 1), cfg * scale / last) for scale, side in enumerate(var.patch_nums)]
-        self.strength = torch.cat(strengths).to(var.head.weight.device)
+        of_tokens = [cfg * scale / last for scale, side in enumerate(var.patch_nums) for _ in range(side * side)]
+        self.strength = torch.tensor(of_tokens, dtype=torch.float32, device=var.head.weight.device).unsqueeze(1)
         var.requires_grad_(False)
         names = family_of(var).finetuned_names(var)
         done = tuned_parameters(var).keys()

@@ -25,7 +25,7 @@ def divergence_by_scale(var: nn.Module, batches: Iterable[tuple[torch.Tensor, to
         ValueError: the model is not patched, or there is no batch.
     """
     sizes = [scale.tokens for scale in shared_state(var).schedule]
-    total, images = torch.zeros(len(sizes), dtype=torch.float64), 0
+    total, images = torch.zeros(len(sizes), dtype=torch.float64, device="cpu"), 0
     for labels, inputs in batches:
         patched = var(labels, inputs)
         with patched_silently(var, DENSE, None):

@@ -82,7 +82,7 @@ def explorer_data(inspection: Inspection) -> dict[str, object]:
 
 def _block_data(of_block: BlockRecord | None, tokens: int) -> dict[str, object]:
     index = None if of_block is None else of_block.index
-    kept = torch.arange(tokens) if index is None else index[0].cpu()
+    kept = torch.arange(tokens, device="cpu") if index is None else index[0].cpu()
     data: dict[str, object] = {"kept": kept.sort().values.tolist(), "experts": None, "load": None}
     if of_block is not None and of_block.mask is not None:
         mask = of_block.mask[0].cpu()[kept.argsort()]

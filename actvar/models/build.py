@@ -66,7 +66,7 @@ def build_vae_var(
     )
     if torch.device(device).type == "meta":
         return vae, var
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for module in (vae, var):
         module.to_empty(device="cpu")
         module.init_weights(generator)

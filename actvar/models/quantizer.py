@@ -159,7 +159,7 @@ class VectorQuantizer(nn.Module):
         Position by position it is the partial sum of all coarser scales, averaged to the next scale's grid.
         """
         batch, channels, full = token_maps[0].shape[0], self.Cvae, self.v_patch_nums[-1]
-        partial = torch.zeros(batch, channels, full, full, device=token_maps[0].device)
+        partial = torch.zeros(batch, channels, full, full, dtype=torch.float32, device=token_maps[0].device)
         inputs = []
         for scale in range(len(self.v_patch_nums) - 1):
             codes = self.code_map(token_maps[scale], self.v_patch_nums[scale])

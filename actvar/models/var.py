@@ -302,7 +302,7 @@ class VAR(nn.Module):
             def draw(uniform: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
                 return torch.multinomial(uniform[0], num_samples=len(uniform), replacement=True, generator=generator)
 
-            return by_image(draw, torch.full((B, self.num_classes), 1.0 / self.num_classes, device=device), rng)
+            return by_image(draw, torch.full((B, self.num_classes), 1 / self.num_classes, dtype=torch.float32, device=device), rng)
         if isinstance(label_B, int):
             return torch.full((B,), self.num_classes if label_B < 0 else label_B, device=device)
         return label_B
@@ -319,7 +319,7 @@ class VAR(nn.Module):
         """
         B = x_BLCv_wo_first_l.shape[0]
         if self.training:
-            dropped = torch.rand(B, device=label_B.device) < self.cond_drop_rate
+            dropped = torch.rand(B, dtype=torch.float32, device=label_B.device) < self.cond_drop_rate
             label_B = torch.where(dropped, self.num_classes, label_B)
         with torch.autocast(x_BLCv_wo_first_l.device.type, enabled=False):
             cond_BD = self.class_emb(label_B)

@@ -74,7 +74,7 @@ def tile_outputs(dtype: torch.dtype, C: int, D: int, pixels: int) -> int:
 def _weight_transform(points: tuple[float, ...]) -> torch.Tensor:
     """G of Cook and Toom's construction, `[points + 1, 3]` float64: a kernel w becomes G w G^T."""
     rows = [[p**k / math.prod(p - q for q in points if q != p) for k in range(3)] for p in points]
-    return torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64)
+    return torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64, device="cpu")
 
 
 @functools.cache

@@ -30,7 +30,7 @@ def sample_tokens(
     logits = logits.detach() if logits.dtype in cpu.DTYPES else logits.detach().float()
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     noise = None if noise is None else noise.detach().float().contiguous()
-    tokens = torch.empty(rows if guidance is None else rows // 2, L, dtype=torch.int64)
+    tokens = logits.new_empty(rows if guidance is None else rows // 2, L, dtype=torch.int64)
     failed = library().sample_tokens(
         logits.dtype == torch.bfloat16,
         guidance is not None,

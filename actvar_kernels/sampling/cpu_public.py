@@ -35,8 +35,8 @@ def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: f
     if top_k > V:
         raise ValueError(f"top_k: expected at most {V}, got {top_k}")
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
-    out = torch.empty(rows // 2, L, V)
-    left = torch.empty(rows // 2, L, dtype=torch.uint8)
+    out = logits.new_empty(rows // 2, L, V, dtype=torch.float32)
+    left = logits.new_empty(rows // 2, L, dtype=torch.uint8)
     failed = library().guide_and_filter(
         logits.dtype == torch.bfloat16,
         logits.data_ptr(),
@@ -76,7 +76,7 @@ def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torc
 def _draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     probabilities = probabilities.contiguous()
     V = probabilities.shape[-1]
-    tokens = torch.empty(probabilities.shape[:-1], dtype=torch.int64)
+    tokens = probabilities.new_empty(probabilities.shape[:-1], dtype=torch.int64)
     with _global_generator:
         state = torch.get_rng_state() if generator is None else generator.get_state()
         pointers = probabilities.data_ptr(), state.data_ptr(), tokens.data_ptr()
@@ -95,8 +95,9 @@ def _draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> tor
 @functools.cache
 def _draws_as_torch() -> bool:
     """Whether this version of PyTorch draws as the C++ code supposes: tried once, and logged if not."""
-    probabilities = torch.rand(20, 50, generator=torch.Generator().manual_seed(1)).softmax(dim=-1)
-    twins = [torch.Generator().manual_seed(2) for _ in range(2)]
+    of_cpu = {"dtype": torch.float32, "device": "cpu"}
+    probabilities = torch.rand(20, 50, generator=torch.Generator("cpu").manual_seed(1), **of_cpu).softmax(dim=-1)
+    twins = [torch.Generator("cpu").manual_seed(2) for _ in range(2)]
     drawn = [draw(probabilities, twin) for draw, twin in zip((public.draw, _draw), twins, strict=True)]
     same = torch.equal(*drawn) and torch.equal(*(twin.get_state() for twin in twins))
     if not same:

@@ -46,7 +46,7 @@ def scatter_rows(
         expect_one_device(rows, update, gamma)
         if not (cpu.chosen(rows) and _cpp_takes(rows, rows, update, gamma)):
             return torch.addcmul(rows, gamma.to(update.dtype), update)
-        rest = torch.empty(R, K, C, dtype=rows.dtype)
+        rest = rows.new_empty(R, K, C)
         cpu_rows.scatter_rows(rest, None, rows, update, gamma)
         return rest
     tensors = (rest, rows, update, gamma)
