@@ -209,6 +209,18 @@ def test_an_unknown_revision_is_one_line(capsys):
     assert len(message.splitlines()) == 1
 
 
+def test_a_broken_worker_is_one_line_of_the_command(capsys, monkeypatch):
+    def compare(*arguments):
+        assert arguments == ("HEAD", "all", "block", 2)
+        raise against.WorkerError("HEAD: it ended")
+
+    monkeypatch.setattr(against, "compare", compare)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--against", "HEAD", "--subset", "all", "--only", "block", "--repeats", "2"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "python -m benchmarks: HEAD: it ended (try --help)\n"
+
+
 # --- the worker of this commit
 
 OPERATIONS = (
