@@ -5,7 +5,8 @@
 Official sizes have random weights, which change no time; `fashion-mnist` is the bundled model with its adapter. All
 ways are timed in turn in one process, and the table is of medians. In float32 every dense way must draw the same images
 first. In bfloat16 our weights are in it, while the public code's are in float32 under autocast, decoder included. The
-last two ways are ActVAR with an option that changes numbers.
+last two ways are ActVAR with an option that changes numbers. The operations that each way ran fused, in C++ or Triton,
+are listed below the times.
 `--components` splits every step into its components, `--memory` measures each way in a process of its own.
 """
 
@@ -38,7 +39,7 @@ from actvar_kernels import cpu
 from actvar_kernels.backend import using_backend
 from actvar_kernels.compile_cases import HEAD_DIM, MODELS
 from actvar_kernels.compile_check import LineParser
-from benchmarks import components, memory, results
+from benchmarks import components, fused, memory, results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAYS = ("public code", "dense", "accelerated", "ActVAR", "fast sampler", "bf16 decoder")
@@ -72,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         for figure in of_way[0]
     ]
     print(text(report))
+    report["fused"] = _fused(compared, sampling)
+    print(fused.text(report["fused"]))
     if options.components or options.plot is not None:
         report["components"] = _components(compared, sampling, options.repeats, shape, rows)
         print(components.table(report["components"]))
@@ -148,6 +151,15 @@ def interleaved(compared: dict[str, Callable], measure: Callable, repeats: int, 
             if repeat:
                 runs[name].append(measured)
     return runs
+
+
+def _fused(compared: dict[str, Callable], sampling: Sampling) -> dict[str, dict[str, int]]:
+    """Return how often one sample calls each fused operation, by way."""
+    found = {}
+    for name, way in compared.items():
+        with way() as used:
+            found[name] = fused.fused_operations(partial(sampling.run, used))
+    return found
 
 
 def _components(

@@ -1,15 +1,10 @@
-"""The benchmarks' own machinery: rows, refusals, components, memory, exponents, comparison of commits, plots."""
+"""The benchmarks' own machinery: rows, refusals, components, memory, exponents, plots."""
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +12,10 @@ import torch
 from actvar.config import ActVARConfig
 from actvar.models import build_vae_var
 from actvar.patch import DENSE, patched_silently
-from benchmarks import against, components, few_tokens, memory, plots, providers, results, sampling, scaling
+from benchmarks import components, few_tokens, memory, plots, providers, results, sampling, scaling
 from benchmarks.providers import Case, WrongNumbersError
 from benchmarks.results import Shape
 
-ROOT = Path(__file__).parent.parent
 CASE = Case("fashion-mnist", 1, 0.75)
 SHAPE = Shape("fashion-mnist", 4, "fp32", 0.75, 8)
 
@@ -301,83 +295,6 @@ def test_predicted_cost():
     """8 images in 100 ms are 288,000 an hour; at 2.88 dollars an hour a million costs 10."""
     cost = scaling.predicted_cost(100.0, 8, 2.88)
     assert cost == pytest.approx({"predicted_images_per_gpu_hour": 288_000, "predicted_dollars_per_million": 10})
-
-
-# --- comparison of commits
-
-
-def noisy_timer(seconds: float, seed: int, spread: float = 0.05) -> against.Timer:
-    noise = random.Random(seed)
-    return lambda case: seconds * (1 + noise.uniform(-spread, spread))
-
-
-def test_equal_commits_are_not_slower_and_a_slowdown_beyond_noise_is():
-    cases = [str(number) for number in range(100)]
-    equal = against.changes(cases, noisy_timer(1.0, 0), noisy_timer(1.0, 1))
-    assert not any(change.slower for change in equal)
-    slowed = against.changes(cases, noisy_timer(1.0, 0), noisy_timer(1.2, 1))
-    assert all(change.slower for change in slowed)
-    faster = against.changes(cases, noisy_timer(1.0, 0), noisy_timer(0.5, 1))
-    assert not any(change.slower for change in faster)
-
-
-def test_noise_is_the_larger_spread_of_the_two_and_hides_what_is_smaller():
-    quiet, loud = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [0.9, 1.0, 1.1, 1.2, 1.3, 1.4]
-    assert against.Change.of("case", quiet, loud).noise == pytest.approx((1.3 - 1.0) / 1.15)
-    assert against.Change.of("case", quiet, [1.2] * 6).slower
-    assert not against.Change.of("case", loud, [value * 1.2 for value in loud]).slower
-    assert not against.Change.of("case", quiet, [1.02] * 6).slower  # below SMALLEST
-
-
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory) -> Path:
-    """A git repository of the package as it is here, with one commit."""
-    root = tmp_path_factory.mktemp("repository")
-    for package in ("actvar", "actvar_kernels", "benchmarks"):
-        shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "first"]):
-        subprocess.run(["git", *command], cwd=root, check=True)
-    return root
-
-
-def run_against(root: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmarks", "--subset", "quick", "--against", "HEAD"]
-    return subprocess.run(
-        [*command, "--only", "scatter_rows", "--repeats", "7"],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_the_command_fails_on_a_slowdown_and_only_then(repository):
-    done = run_against(repository)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "scatter_rows, fashion-mnist batch 1" in done.stdout
-    operation = repository / "actvar_kernels" / "scatter" / "op.py"
-    text, marker = operation.read_text(), "    tensors = (rest, rows, update, gamma)\n"
-    assert marker in text
-    operation.write_text(text.replace(marker, '    __import__("time").sleep(0.02)\n' + marker))
-    done = run_against(repository)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "slower than HEAD: scatter_rows, fashion-mnist batch 1" in done.stdout
-    listed = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True).stdout
-    assert len(listed.splitlines()) == 1
-
-
-def test_an_unknown_revision_is_one_line(repository):
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--against", "nowhere"],
-        cwd=repository,
-        env=os.environ | {"PYTHONPATH": str(repository)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "nowhere" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 # --- plots
