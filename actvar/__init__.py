@@ -4,7 +4,7 @@ from actvar.adapter import AdapterError, load_adapter, read_adapter_config, save
 from actvar.checkpoint import CheckpointError, load_var
 from actvar.config import ActVARConfig
 from actvar.graphs import GraphedSampling
-from actvar.patch import accelerate, apply_patch, patched, release_cache, remove_patch
+from actvar.patch import accelerate, apply_patch, patched, refresh, release_cache, remove_patch
 from actvar.recording import guided_rows, record
 from actvar.zoo import load_pretrained
 
@@ -24,6 +24,7 @@ __all__ = [
     "patched",
     "read_adapter_config",
     "record",
+    "refresh",
     "release_cache",
     "remove_patch",
     "save_adapter",

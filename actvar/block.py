@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from actvar.called_layers import begin
 from actvar.families import var as family
 from actvar.per_sample import PerSample, continued, keep
 from actvar.recording import BlockRecord
@@ -14,12 +15,12 @@ from actvar.teacher_forcing import teacher_forced_block
 from actvar_kernels import (
     add_normalize,
     add_normalize_route,
-    backend_of,
     cpp_runs,
     expert_ffn_scatter,
     normalize_modulate,
     scatter_rows,
     subset_attention,
+    triton_runs,
 )
 
 
@@ -36,9 +37,12 @@ class ActVARBlock(nn.Module):
         if attn_bias is not None:
             if not any(scale.active for scale in gates.schedule):
                 return self.dense_forward(x, cond_BD, attn_bias)
+            begin(self)
             return teacher_forced_block(self, x, cond_BD)
         scale = gates.shared.scale_of(gates.block_index, x.shape[1], family.cached_tokens(self))
-        fused = kernels_run(x)
+        if scale.index == 0:
+            begin(self)
+        fused = kernels_run(x) and "ln_wo_grad" not in gates.called
         if scale.active or fused:
             return block_at_scale(self, x, cond_BD, scale, fused)
         return self.dense_forward(x, cond_BD, attn_bias)
@@ -70,9 +74,11 @@ def _reorder_state(state: dict[str, torch.Tensor], prefix: str, order: torch.Ten
 
 
 def kernels_run(x: torch.Tensor) -> bool:
-    """Whether operations run as kernels, Triton's or in C++: then dense scales use them too, and what a sample needs
-    once is kept."""
-    return cpp_runs(x) or backend_of("block", x) == "triton"
+    """Return whether operations run as kernels, Triton's or in C++.
+
+    Then dense scales use them too, and what a sample needs once is kept.
+    """
+    return cpp_runs(x) or triton_runs(x)
 
 
 def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale, fused: bool) -> torch.Tensor:
@@ -123,6 +129,11 @@ def attend(
     """Attention of the rows `u` `[R, K, C]`, normalised and modulated, over the K/V cache and `keys_from` `[R, T, C]`,
     projected: `[R, K, C]`. The cache gets the new keys and values, where a later scale needs them."""
     gates = block.actvar
+    if "attn" in gates.called:
+        out = block.attn(u, attn_bias=None)
+        if fused:
+            keep(block, state, scale)
+        return out
     q, k, v = family.project(block, u, keys_from, state.qkv_bias)
     past = family.read_cache(block)
     grows = block.attn.caching and not scale.is_last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from actvar.families import var as family
 from actvar.modes import inference_mode
 from actvar.per_sample import Kept
-from actvar_kernels.packing import outdate
+from actvar_kernels.packing import drop
+
+logger = logging.getLogger(__name__)
 
 
 class Gate(nn.Module):
@@ -54,6 +57,11 @@ class Gates(nn.Module):
         self.places = torch.arange(hidden, device="cpu")
 
     @property
+    def called(self) -> Mapping[str, str]:
+        """Parts of the block that are called instead of read, and why; see `families.var.parts_called`."""
+        return self.shared.called[self.block_index]
+
+    @property
     def order(self) -> torch.Tensor | None:
         """`places`, or None where every hidden unit is in its own."""
         return None if torch.equal(self.places, self.places.sort().values) else self.places
@@ -68,12 +76,23 @@ def update(
 
     All that changes does so in one call into torch, for which Ctrl-C waits: an interruption finds the block as it was
     or as it shall be, and `places` says which.
+
+    Raises:
+        TypeError: the FFN's layers are wrapped or quantised, so that their hidden units cannot be reordered.
     """
     places = block.actvar.places
     order = places.sort().values if order is None else order.to("cpu", torch.int64)
     changes = {places: order, **(values or {})}
     if not torch.equal(order, places):
         moved = family.reordered_hidden(block, places.argsort()[order])
-        outdate(moved)
+        drop(moved)
         changes |= moved
     torch._foreach_copy_(list(changes), list(changes.values()))
+
+
+def restore_order(block: nn.Module) -> None:
+    """Bring the hidden units of a patched block into their original order, or log that their layers do not allow it."""
+    try:
+        update(block, None)
+    except TypeError as error:
+        logger.warning("%s; they stay in the order of the experts, in which the FFN computes the same sum", error)

@@ -24,6 +24,14 @@ def unmix(module: nn.Module) -> None:
     module.__class__ = type(module).original_class
 
 
+def own_class(module: nn.Module) -> type:
+    """Return the class of `module` without mixins."""
+    kind = type(module)
+    while issubclass(kind, Mixed):
+        kind = kind.original_class
+    return kind
+
+
 @functools.cache
 def _mixed_class(original: type, mixin: type) -> type:
     """The one class that puts `mixin` in front of `original`."""

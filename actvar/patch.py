@@ -12,9 +12,10 @@ from torch import nn
 
 from actvar.adapter import load_adapter
 from actvar.block import ActVARBlock
+from actvar.called_layers import expect_readable, log_called
 from actvar.config import ActVARConfig
 from actvar.families import family_of, family_of_patched, unwrapped
-from actvar.gates import Gates, update
+from actvar.gates import Gates, restore_order, update
 from actvar.mixing import Mixed, mix_in, unmix
 from actvar.models.arguments import checked_labels, one_thread
 from actvar.models.sampling import sample_guided
@@ -23,6 +24,7 @@ from actvar.recording import Shared, shared_state
 from actvar.schedule import build_schedule
 from actvar.tuned import replace_parameters, restore_parameters, tuned_parameters
 from actvar_kernels import cpu_memory, sample_tokens
+from actvar_kernels.packing import drop, drop_changed
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,9 @@ class ActVARModel(nn.Module):
 
     def get_logits(self, x, cond_BD):
         """As the model's own, where kernels run by them."""
+        scales = self.actvar.schedule
+        if x.shape[1] in (scales[0].tokens, scales[-1].start + scales[-1].tokens):  # a sample or a pass begins
+            drop_changed([self.head.weight])
         logits = family_of_patched(self).head_logits(self, x, cond_BD)
         if logits is None:
             return super().get_logits(x, cond_BD)
@@ -108,8 +113,12 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module
             `torch.compile`'s wrapper.
         config: the default is the paper's.
 
+    Layers that are more than their weight (LoRA, hooks, parametrisations, quantised weights) are called as the dense
+    model calls them; a logged line names what is not fused for that.
+
     Raises:
-        TypeError: a model of an unsupported kind.
+        TypeError: a model of an unsupported kind, or a layer that is more than its weight where the configuration's
+            experts or selectors have to read it.
         ValueError: a configuration that does not fit the model, or a block whose `forward` was replaced on the
             instance, which the patch could not reach. The model is unchanged in every case.
         RuntimeError: another thread is sampling from the model.
@@ -118,6 +127,7 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module
     """
     config = ActVARConfig() if config is None else config
     patch_silently(var, config)
+    refresh(var)
     warn_untrained(config)
     return var
 
@@ -164,54 +174,79 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
         if "forward" in block.__dict__:
             raise ValueError(f"expected blocks[{index}] with its class's forward, got one replaced on the instance")
     shared, width, hidden = Shared(config, schedules), family.width(model), family.hidden_size(model)
+    shared.called = [family.parts_called(block) for block in _blocks(model)]
+    for index, called in enumerate(shared.called):
+        expect_readable(index, called, schedules[index], config.kv)
     gates = [
-        Gates(width, hidden, config.num_experts, index, shared, block.ffn.fc1.weight.device)
+        Gates(width, hidden, config.num_experts, index, shared, block.attn.q_bias.device)
         for index, block in enumerate(_blocks(model))
     ]
     with one_thread(model):
         _install(model, shared, gates)
+    log_called(shared)
 
 
 def _install(model: nn.Module, shared: Shared, gates: list[Gates]) -> None:
     """Put a patch in the place of any other."""
     try:
-        remove_patch(model)
+        take_off(model)
         for block, of_block in zip(_blocks(model), gates, strict=True):
             block.actvar = of_block.train(block.training)
             mix_in(block, ActVARBlock)
         model.actvar = shared
         mix_in(model, ActVARModel)
     except BaseException:
-        remove_patch(model)
+        take_off(model)
         raise
 
 
 def remove_patch(var: nn.Module) -> nn.Module:
     """Undo `apply_patch`, bit for bit; returns `var`. An unpatched VAR is left as it is.
 
-    Also takes off what an interrupted `apply_patch` or `remove_patch` left behind.
+    Also takes off what an interrupted `apply_patch` or `remove_patch` left behind. It works whatever has become of the
+    layers since. Where an FFN with reordered hidden units was wrapped or quantised, these stay in that order, which is
+    logged; the FFN computes the same sum in it.
 
     Raises:
         TypeError: a model of an unsupported kind.
         RuntimeError: another thread is sampling from the model.
     """
+    take_off(var)
+    refresh(var)
+    return var
+
+
+def take_off(var: nn.Module) -> None:
+    """Do as `remove_patch`, but keep packed copies, which a sample checks anyway, for the next patch."""
     model = unwrapped(var)
-    family_of(model)
+    if "actvar" not in model.__dict__:
+        family_of(model)
     with one_thread(model):
         restore_parameters(model)
         for module in (model, *_blocks(model)):
             if "actvar" in module._modules:
-                update(module, None)
+                restore_order(module)
             if isinstance(module, Mixed):
                 unmix(module)
             if "actvar" in module.__dict__ or "actvar" in module._modules:
                 del module.actvar
-    return var
+
+
+def refresh(module: nn.Module) -> None:
+    """Drop the packed copies that kernels keep of the weights in `module`, a model or any part of one.
+
+    A sample of a patched model, and `fhat_to_img` of an autoencoder, find changed weights themselves. Direct calls of
+    `actvar_kernels.linear`, `expert_ffn` and `conv3x3` find changes that PyTorch counts or that move the weight. After
+    others (through `.data`, by fused optimizers, through NumPy) call this before them.
+    """
+    drop(parameter for part in module.modules() for parameter in part._parameters.values() if parameter is not None)
 
 
 def release_cache(var: nn.Module) -> None:
-    """Give back the memory of the K/V cache that a patched model keeps from one sample for the next, and on the CPU
-    that of the decoder, of which the process keeps up to 1 GiB.
+    """Give back memory that a patched model keeps from one sample for the next.
+
+    That is the K/V cache, on the CPU packed copies of weights, and what the decoder used, of which the process keeps up
+    to 1 GiB.
 
     Raises:
         ValueError: the model is not patched.
@@ -219,6 +254,7 @@ def release_cache(var: nn.Module) -> None:
     shared_state(var)
     for block in _blocks(unwrapped(var)):
         block.actvar.kept.room = None
+    refresh(var)
     cpu_memory.release()
 
 
@@ -238,10 +274,10 @@ def unpatched(var: nn.Module) -> Iterator[nn.Module]:
     orders = [of_block.places.clone() for of_block in gates]
     weights = tuned_parameters(model)
     try:
-        remove_patch(model)
+        take_off(model)
         yield var
     finally:
-        remove_patch(model)
+        take_off(model)
         if before is not None:
             _install(model, before, gates)
             for block, order in zip(_blocks(model), orders, strict=True):

@@ -73,7 +73,9 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
             row[0].set_title(f"{titles[i]}, {side}x{side}", fontsize=8)
             for axis, block in zip(row[1:-1], blocks, strict=True):
                 index = kept.get((block, scale))  # None: the block updates all tokens
-                axis.imshow(_tinted(picture, torch.arange(side * side, device="cpu") if index is None else index[i], side))
+                axis.imshow(
+                    _tinted(picture, torch.arange(side * side, device="cpu") if index is None else index[i], side)
+                )
                 if i == 0 and j == 0:
                     axis.set_title(f"block {block + 1}", fontsize=8)
             times = times_updated([r.only([i]) for r in records if r.scale.index == scale])[0].view(side, side).numpy()

@@ -47,7 +47,7 @@ class Shared:
     `rows_are_guided`: conditional rows, then as many unconditional ones; `reuses_room`: the K/V cache may stay in the
     memory that the last sample left; `writes_in_place`: a block may write its result into its input; `seed` `[1]`
     int64: of the fast sampler, for samples without a seed of their own; `fixed` `[R, K]` by scale index: the first
-    block's tokens where they are kept for all blocks.
+    block's tokens where they are kept for all blocks; `called`: by block, the parts that kernels do not read, and why.
     """
 
     config: ActVARConfig
@@ -58,6 +58,7 @@ class Shared:
     seed: torch.Tensor | None = None
     records: list[BlockRecord] | None = None
     fixed: dict[int, torch.Tensor] = field(default_factory=dict)
+    called: list[dict[str, str]] = field(init=False)
     schedule: tuple[Scale, ...] = field(init=False)
     by_shape: tuple[dict[tuple[int, int], Scale], ...] = field(init=False)
 
@@ -66,6 +67,7 @@ class Shared:
             replace(of_blocks[0], select=any(s.select for s in of_blocks), route=any(s.route for s in of_blocks))
             for of_blocks in zip(*self.schedules, strict=True)
         )
+        self.called = [{} for _ in self.schedules]
         self.by_shape = tuple({(s.tokens, s.cached_before): s for s in schedule} for schedule in self.schedules)
 
     @contextmanager

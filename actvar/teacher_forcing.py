@@ -42,10 +42,16 @@ def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor) 
 
     u = normalize_modulate(before, scale1, shift1)
     keys_from = normalize_modulate(x, scale1, shift1) if shared.config.kv == "all" else u
-    q, k, v = family.project(block, u, keys_from, family.qkv_bias(block))
-    visible = block_causal_mask(schedule, shared.config.kv, q)
-    out, _, _ = subset_attention(q, k, v, None, family.head_scale(block), block.attn.scale, visible, keep_cache=False)
-    rows = before + gamma1 * block.attn.proj(out)
+    visible = block_causal_mask(schedule, shared.config.kv, u)
+    if "attn" in block.actvar.called:
+        update = block.attn(u, attn_bias=visible)
+    else:
+        q, k, v = family.project(block, u, keys_from, family.qkv_bias(block))
+        head_scale = family.head_scale(block)
+        visible = visible.to(q.dtype)
+        out, _, _ = subset_attention(q, k, v, None, head_scale, block.attn.scale, visible, keep_cache=False)
+        update = block.attn.proj(out)
+    rows = before + gamma1 * update
 
     u = normalize_modulate(rows, scale2, shift2)
     of_scales = u.split([scale.keep for scale in schedule], dim=1)
@@ -105,13 +111,14 @@ def straight_through(scores: torch.Tensor) -> torch.Tensor:
     return 1 + (p - p.detach())
 
 
-def block_causal_mask(schedule: tuple[Scale, ...], kv: str, q: torch.Tensor) -> torch.Tensor:
-    """Additive mask `[queries, keys]` in q's dtype: a row sees its own scale and earlier ones."""
+def block_causal_mask(schedule: tuple[Scale, ...], kv: str, like: torch.Tensor) -> torch.Tensor:
+    """Return the additive mask `[queries, keys]` in the dtype of `like`: a row sees its own scale and earlier ones."""
 
     def levels(counts: list[int]) -> torch.Tensor:
-        return torch.arange(len(counts), device=q.device).repeat_interleave(torch.tensor(counts, device=q.device))
+        index, repeats = torch.arange(len(counts), device=like.device), torch.tensor(counts, device=like.device)
+        return index.repeat_interleave(repeats, output_size=sum(counts))
 
     queries = levels([scale.keep for scale in schedule])
     keys = queries if kv == "compact" else levels([scale.tokens for scale in schedule])
     hidden = queries.unsqueeze(1) < keys.unsqueeze(0)
-    return torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)

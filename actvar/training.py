@@ -159,7 +159,11 @@ def stop_requests() -> Iterator[Callable[[torch.device], bool]]:
         if world_size() == 1:
             yield lambda _: asked.is_set()  # without waiting for a GPU
         else:
-            yield lambda device: mean_over_processes(torch.tensor([asked.is_set()], dtype=torch.float32, device=device)).item() > 0
+            yield (
+                lambda device: (
+                    mean_over_processes(torch.tensor([asked.is_set()], dtype=torch.float32, device=device)).item() > 0
+                )
+            )
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
 """The operations of the ActVAR block. Each folder has the public function (`op.py`) and the PyTorch code that defines
 its result (`reference.py`)."""
 
-from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, set_backend
+from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, set_backend, triton_runs
 from actvar_kernels.conv3x3.op import conv3x3
 from actvar_kernels.cpu import runs as cpp_runs
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter, route_experts
@@ -38,4 +38,5 @@ __all__ = [
     "select_tokens",
     "set_backend",
     "subset_attention",
+    "triton_runs",
 ]

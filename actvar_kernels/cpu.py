@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional as F
 
 from actvar_kernels import cpu_memory
-from actvar_kernels.backend import get_backend
+from actvar_kernels.backend import BackendUnavailableError, get_backend, needs_torch
 
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "cpu_levels.cpp", FOLDER / "cpu_rows.cpp", *sorted(FOLDER.glob("*/cpu_*.cpp")))
+SOURCES = (*sorted(FOLDER.glob("cpu_*.cpp")), *sorted(FOLDER.glob("*/cpu_*.cpp")))
 HEADERS = tuple(sorted(FOLDER.glob("**/cpu_*.h")))
 FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes"]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -88,16 +88,32 @@ def layout_of(level: int) -> Layout:
     return Layout(*numbers)
 
 
-def chosen(x: torch.Tensor) -> bool:
-    """Whether the chosen backend is C++ for `x`, where it can be built and has a kernel."""
-    return x.is_cpu and get_backend() in ("auto", "cpu")
+def why_not(*tensors: torch.Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Return why the C++ kernels do not take CPU `tensors`, or compute in `dtype`; None if they do.
+
+    The library is built if it is not there yet; a reason against that is logged once.
+    """
+    for found in (*(tensor.dtype for tensor in tensors), *(() if dtype is None else (dtype,))):
+        if found not in DTYPES:
+            return f"it takes float32 and bfloat16, got {found}"
+    return None if available() else why_unavailable()
 
 
 def runs(x: torch.Tensor) -> bool:
-    """Whether operations run in C++ for inputs like `x`, a tensor without gradient, under the chosen backend."""
-    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    """Return whether operations run in C++ for inputs like `x`, a tensor without gradient, under the chosen backend.
+
+    Raises:
+        BackendUnavailableError: `"cpu"` was asked for by name and does not take the dtype, or cannot be built.
+    """
+    name = get_backend()
+    if name not in ("auto", "cpu") or not x.is_cpu or torch.is_grad_enabled():
         return False
-    return chosen(x) and computed_dtype(x) in DTYPES and available()
+    if torch.compiler.is_compiling() or needs_torch(x):
+        return False
+    reason = why_not(dtype=computed_dtype(x))
+    if reason is not None and name == "cpu":
+        raise BackendUnavailableError(f"the 'cpu' backend cannot run the model: {reason}")
+    return reason is None
 
 
 def computed_dtype(x: torch.Tensor) -> torch.dtype:

@@ -99,7 +99,8 @@ int normalize(int level, int is_bfloat16, const Rows &job, int threads) {
 extern "C" {
 
 // x [sequences, length, channels]; update, sum and out [sequences, kept, channels]; index [sequences, kept] or null: all
-// rows. Without an update there is no sum. With experts: logits and mask [sequences, kept, experts].
+// rows. Without an update there is no sum, without a scale neither sum nor out. With experts: logits and mask [sequences,
+// kept, experts].
 int add_normalize(
     int level, int is_bfloat16, const void *x, const int64_t *index, const void *update, const float *gamma,
     const float *scale, const float *shift, void *sum, void *out, int64_t sequences, int64_t kept, int64_t channels,

@@ -5,22 +5,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 import torch
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import needs_operator
 from actvar_kernels.packing import packed
 from actvar_kernels.token_select.reference import NORM_EPS
-
-
-def takes(*tensors: torch.Tensor) -> bool:
-    """Whether the C++ code takes these tensors of one device, the CPU: in float32 or bfloat16, where the registered
-    operator need not be called; and whether it can be built, which is tried only then."""
-    for tensor in tensors:
-        if tensor.dtype not in cpu.DTYPES:
-            return False
-    return not needs_operator(*tensors) and cpu.available()
 
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -52,14 +43,21 @@ def add_normalize_route(
     active: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `residual_norm.reference.add_normalize_route`, with one rounding of the sum."""
-    experts = weight.shape[0]
-    mask = update.new_empty(*update.shape[:2], experts, dtype=torch.bool)
-    logits = update.new_empty(*update.shape[:2], experts, dtype=torch.float32)
-    layout = cpu.layout_of(cpu.best_level())
-    weights = packed((weight,), ("router", layout), lambda: cpu.panels(weight.detach().float().t()[None], layout))
-    bias = _float(bias)
-    router = weights.data_ptr(), bias.data_ptr(), logits.data_ptr(), mask.data_ptr(), experts, active
+    mask, logits, router = _router(update, weight, bias, active)
     return *_normalize(x, index, update, gamma, scale, shift, router), mask, logits
+
+
+def route_experts(
+    u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `mask` and `logits` of rows `u` `[..., C]`, as `expert_ffn.reference.route_experts`."""
+    *rows, C = u.shape
+    u = _with_neighbouring_channels(u.reshape(1, -1, C))
+    mask, logits, router = _router(u, weight, bias, active)
+    sizes = (1, u.shape[1], C, u.stride(0), u.stride(1))
+    pointers = (u.data_ptr(), *(None,) * 7)
+    _normalize_rows(u, pointers, sizes, router)
+    return mask.view(*rows, -1), logits.view(*rows, -1)
 
 
 def select_tokens(
@@ -115,8 +113,39 @@ def scatter_rows(
     )
 
 
+class _Router(NamedTuple):
+    """Weight in panels `[N, C]`, bias `[N]`, results `[R, K, N]` and the number of experts per row."""
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    active: int = 0
+
+    def arguments(self) -> tuple[int | None, ...]:
+        """Return what C++ takes: pointers, the number of experts, those of a row."""
+        if self.weight is None:
+            return None, None, None, None, 0, 0
+        pointers = (tensor.data_ptr() for tensor in (self.weight, self.bias, self.logits, self.mask))
+        return *pointers, len(self.bias), self.active
+
+
+_NO_ROUTER = _Router()
+
+
+def _router(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
+) -> tuple[torch.Tensor, torch.Tensor, _Router]:
+    """Return memory for the mask and the logits of `rows` `[R, K, C]`, and the router that fills it."""
+    shape = *rows.shape[:2], weight.shape[0]
+    mask, logits = rows.new_empty(shape, dtype=torch.bool), rows.new_empty(shape, dtype=torch.float32)
+    layout = cpu.layout_of(cpu.best_level())
+    weights = packed((weight,), ("router", layout), lambda: cpu.panels(weight.detach().float().t()[None], layout))
+    return mask, logits, _Router(weights, _float(bias), logits, mask, active)
+
+
 def _normalize(
-    x, index, update, gamma, scale, shift, router=(None, None, None, None, 0, 0)
+    x, index, update, gamma, scale, shift, router: _Router = _NO_ROUTER
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     R, L, C = x.shape
     x = _with_neighbouring_channels(x)
@@ -129,22 +158,18 @@ def _normalize(
         index = None if index is None else index.contiguous()
         pointers = None if index is None else index.data_ptr(), update.data_ptr(), gamma.data_ptr()
     scale, shift = _float(scale), _float(shift)
-    if _library().add_normalize(
-        cpu.best_level(),
-        x.dtype == torch.bfloat16,
-        x.data_ptr(),
-        *pointers,
-        scale.data_ptr(),
-        shift.data_ptr(),
-        None if total is None else total.data_ptr(),
-        out.data_ptr(),
-        *(R, kept, C, x.stride(0), x.stride(1)),
-        NORM_EPS,
-        *router,
-        torch.get_num_threads(),
-    ):
-        raise MemoryError(f"no memory for a row of {C} channels")
+    sums = None if total is None else total.data_ptr()
+    pointers = (x.data_ptr(), *pointers, scale.data_ptr(), shift.data_ptr(), sums, out.data_ptr())
+    _normalize_rows(x, pointers, (R, kept, C, x.stride(0), x.stride(1)), router)
     return total, out
+
+
+def _normalize_rows(x: torch.Tensor, pointers: tuple, sizes: tuple[int, ...], router: _Router) -> None:
+    """Call `add_normalize` of cpu_rows.cpp, whose arguments `pointers` and `sizes` are."""
+    kind = cpu.best_level(), x.dtype == torch.bfloat16
+    arguments = (*pointers, *sizes, NORM_EPS, *router.arguments(), torch.get_num_threads())
+    if _library().add_normalize(*kind, *arguments):
+        raise MemoryError(f"no memory for a row of {x.shape[-1]} channels")
 
 
 def _float(tensor: torch.Tensor) -> torch.Tensor:

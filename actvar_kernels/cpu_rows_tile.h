@@ -52,12 +52,16 @@ inline float mean_squares(const float *row, float mean, int channels) {  // of w
     return sum_of(squares) / channels;
 }
 
-// Row i of the result; `row` [channels] gets the FFN's input in float32.
+// Row i of the result; `row` [channels] gets the FFN's input in float32: without a scale that is the row of x itself.
 template <class T> inline void normalize_row(const Rows &job, int64_t i, float *row) {
     const int C = job.channels;
     const int64_t sequence = i / job.kept, vector = sequence * C;
     const T *x = (const T *)job.x + sequence * job.sequence_stride +
                  (job.index ? job.index[i] : i % job.kept) * job.row_stride;
+    if (!job.scale) {
+        for_vectors(C, [&](int c, int columns, int) { put_first(row + c, first_columns(x + c, columns), columns); });
+        return;
+    }
     vec sums[4] = {};
     if (job.update) {
         const T *update = (const T *)job.update + i * C;

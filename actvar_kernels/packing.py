@@ -1,37 +1,91 @@
-"""Packed copies of weights, made once per tensor and kept as long as it lives and stays as it is."""
+"""Packed copies of weights: made once per tensor, and kept as long as it lives and stays as it is.
+
+PyTorch counts most changes of a tensor (`_version`), but not those through `.data`, by fused optimizers, by NumPy views
+or by other processes. `drop_changed` finds these by a checksum of the original, so a sample begins with it.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from actvar_kernels.backend import needs_operator, needs_torch
+from actvar_kernels.checksums import checksums
+
 T = TypeVar("T")
 
-_cache: dict[tuple[int, Hashable], tuple[tuple, object]] = {}
+
+class Packed(NamedTuple):
+    """A copy, with what its originals were like when it was made."""
+
+    originals: tuple[weakref.ref, ...]
+    states: tuple[tuple, ...]
+    checksums: tuple[int, ...]
+    copy: object
+
+
+_cache: dict[int, dict[Hashable, Packed]] = {}
+"""Copies by the id of their first original and by their layout."""
 
 
 def packed(tensors: Sequence[torch.Tensor], layout: Hashable, pack: Callable[[], T]) -> T:
-    """`pack()`, or what it returned before for the same layout if the tensors are the same and unchanged.
+    """Return `pack()`, or what it returned before for the same layout if the tensors are the same and unchanged.
+
+    A change is seen here by a tensor's version, address or dtype. `drop_changed` sees every change.
 
     Args:
-        tensors: what `pack` reads; the copy is freed with the first of them.
+        tensors: plain CPU tensors that `pack` reads; the copy is freed with the first of them.
+        layout: what else the copy depends on.
     """
-    key = id(tensors[0]), layout
+    states = tuple(_state(tensor) for tensor in tensors)
+    of_tensor = _cache.get(id(tensors[0]))
+    if of_tensor is None:
+        of_tensor = _cache[id(tensors[0])] = {}
+        weakref.finalize(tensors[0], _cache.pop, id(tensors[0]), None)
+    found = of_tensor.get(layout)
+    if (
+        found is None
+        or found.states != states
+        or any(r() is not t for r, t in zip(found.originals, tensors, strict=True))
+    ):
+        before = tuple(checksums(tensors))  # of what `pack` reads, so that a change on the way is found later
+        found = of_tensor[layout] = Packed(tuple(map(weakref.ref, tensors)), states, before, pack())
+    return found.copy
+
+
+def drop_changed(tensors: Iterable[torch.Tensor]) -> None:
+    """Drop copies of those among `tensors` that differ from what was packed, by a checksum of all their values.
+
+    Nothing is looked at while PyTorch records or transforms what runs, since no copy is used then.
+    """
+    if needs_operator() or needs_torch():
+        return
+    kept: list[tuple[dict[Hashable, Packed], Hashable, Packed]] = []
+    originals: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        of_tensor = _cache.get(id(tensor), {})
+        for layout, found in tuple(of_tensor.items()):
+            present = [reference() for reference in found.originals]
+            if None in present or tuple(map(_state, present)) != found.states:
+                of_tensor.pop(layout, None)
+            else:
+                kept.append((of_tensor, layout, found))
+                originals.update((id(original), original) for original in present)
+    found_sums = dict(zip(originals, checksums(list(originals.values())), strict=True))
+    for of_tensor, layout, found in kept:
+        if tuple(found_sums[id(reference())] for reference in found.originals) != found.checksums:
+            of_tensor.pop(layout, None)
+
+
+def drop(tensors: Iterable[torch.Tensor]) -> None:
+    """Drop all copies of `tensors`."""
+    for tensor in tensors:
+        _cache.get(id(tensor), {}).clear()
+
+
+def _state(tensor: torch.Tensor) -> tuple:
     # tensors made in inference mode count no versions
-    state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in tensors)
-    found = _cache.get(key)
-    if found is None or found[0] != state:
-        if found is None:
-            weakref.finalize(tensors[0], _cache.pop, key, None)
-        found = _cache[key] = state, pack()
-    return found[1]
-
-
-def outdate(tensors: Iterable[torch.Tensor]) -> None:
-    """Have copies made anew of tensors that are about to be changed, since those made in inference mode do not tell."""
-    changed = {id(tensor) for tensor in tensors}
-    for key in [key for key in _cache if key[0] in changed]:
-        _cache[key] = (), None
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype

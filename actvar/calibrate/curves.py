@@ -28,7 +28,9 @@ class Curves:
     norm_kept_by_oracle: torch.Tensor = field(init=False)
 
     def __post_init__(self):
-        self.update_lost, self.update_lost_by_oracle = torch.zeros(2, self.tokens + 1, dtype=torch.float64, device="cpu")
+        self.update_lost, self.update_lost_by_oracle = torch.zeros(
+            2, self.tokens + 1, dtype=torch.float64, device="cpu"
+        )
         of_experts = torch.zeros(3, self.num_experts + 1, dtype=torch.float64, device="cpu")
         self.output_lost, self.norm_kept, self.norm_kept_by_oracle = of_experts
 

@@ -101,7 +101,11 @@ def real_images(network: nn.Module, images: torch.Tensor, cache: Path | None = N
     features = network_features(network, images)
     frechet = FrechetInceptionDistance(feature=_as_given(features.shape[1]))
     frechet.update(features.cpu(), real=True)
-    some = features[torch.linspace(0, len(features) - 1, min(MANIFOLD, len(features)), dtype=torch.float64, device="cpu").round().long()].contiguous()
+    some = features[
+        torch.linspace(0, len(features) - 1, min(MANIFOLD, len(features)), dtype=torch.float64, device="cpu")
+        .round()
+        .long()
+    ].contiguous()
     real = RealImages(
         frechet.real_features_sum,
         frechet.real_features_cov_sum,

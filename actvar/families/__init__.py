@@ -7,11 +7,9 @@ from types import ModuleType
 from torch import nn
 
 from actvar.families import var
+from actvar.wrappers import unwrapped
 
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`'s wrapper, or the model itself."""
-    return getattr(model, "_orig_mod", model)
+__all__ = ["family_of", "family_of_patched", "unwrapped"]
 
 
 def family_of(model: nn.Module) -> ModuleType:

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable, Mapping
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from actvar.models.var import VAR
+from actvar.mixing import own_class
+from actvar.models.var import VAR, FeedForward, HeadNorm, SelfAttention, TransformerBlock
+from actvar.plain_layers import why_called, why_not_by_class
+from actvar.wrappers import unwrapped
 from actvar_kernels import (
-    backend_of,
     cpp_runs,
     expert_ffn,
     gelu_linear,
     linear,
     linear_once,
     normalize_modulate,
+    triton_runs,
 )
+from actvar_kernels.backend import are_plain
 
 NAME = "VAR (actvar.models.VAR or the class of the public VAR code)"
 NORM_EPS = 1e-6
 MAX_LOG_SCALE = 4.605170185988092  # log(100)
+PUBLIC_NAMES = {
+    TransformerBlock: "AdaLNSelfAttn",
+    SelfAttention: "SelfAttention",
+    FeedForward: "FFN",
+    HeadNorm: "AdaLNBeforeHead",
+}
+"""Classes of `actvar.models.var`, and what the public code calls those with the same forward."""
+INERT = (nn.Identity, nn.Dropout, nn.GELU)
+"""Layers inside of attention and FFN of the public code that kernels leave out, or compute themselves."""
+SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 HIDDEN_AXES = {"ffn.fc1.weight": 0, "ffn.fc1.bias": 0, "ffn.fc2.weight": 1}
 """The axis of hidden units in a block's tensors."""
 
 
 def mismatch(model: nn.Module) -> str | None:
     """Why `model` is not of this family, or None if it is."""
+    for module in (model, *map(unwrapped, getattr(model, "blocks", ()))):
+        if any(kind.__name__ in SHARDED for kind in type(module).__mro__):
+            return f"expected whole parameters, got those of a {type(module).__name__}; patch it before it is sharded"
     for name in ("blocks", "patch_nums", "autoregressive_infer_cfg", "head", "head_nm"):
         if not hasattr(model, name):
             return f"expected an attribute {name!r}"
@@ -43,26 +62,117 @@ def mismatch(model: nn.Module) -> str | None:
         "ln_wo_grad",
         "shared_aln",
     )
-    first_with: dict[nn.Parameter, int] = {}
-    for index, block in enumerate(model.blocks):
+    first_with: dict[int, int] = {}
+    for index, block in enumerate(map(unwrapped, model.blocks)):
         for path in required:
             part = block
             for name in path.split("."):
                 part = getattr(part, name, None)
             if part is None:
                 return f"expected blocks[{index}].{path}, which {type(block).__name__} does not have"
-        for name in ("fc1", "fc2"):
-            linear = getattr(block.ffn, name)
-            if not isinstance(linear, nn.Linear) or linear.bias is None:
-                return f"expected blocks[{index}].ffn.{name} as nn.Linear with a bias, got {type(linear).__name__}"
-        sizes, first = tuple(block.ffn.fc1.weight.shape), tuple(model.blocks[0].ffn.fc1.weight.shape)
-        if sizes != first:
+        if not _is_known(_class_with_forward(block), TransformerBlock):
+            return f"expected blocks[{index}] with the forward of a known class, got a {type(block).__name__}"
+        sizes, first = _ffn_sizes(block), _ffn_sizes(unwrapped(model.blocks[0]))
+        if None in sizes or sizes != first:
             return f"expected blocks[{index}].ffn of the first block's sizes {first}, got {sizes}"
-        other = first_with.setdefault(block.ffn.fc1.weight, index)
+        other = first_with.setdefault(id(block.ffn.fc1), index)
         if other != index:  # their experts would not be the same
             return f"expected an FFN for every block, got the same one in blocks[{other}] and blocks[{index}]"
         if block.ln_wo_grad.eps != NORM_EPS:
             return f"expected blocks[{index}].ln_wo_grad.eps of {NORM_EPS}, got {block.ln_wo_grad.eps}"
+    return None
+
+
+def _class_with_forward(module: nn.Module) -> type:
+    """Return the class, apart from mixins of a patch, that defines the `forward` of `module`."""
+    return next(kind for kind in own_class(module).__mro__ if "forward" in kind.__dict__)
+
+
+def _is_known(kind: type, own: type) -> bool:
+    """Return whether `kind` is `own`, or the public code's class in its place, in any module path."""
+    return kind is own or (kind.__name__ == PUBLIC_NAMES[own] and kind.__bases__ == (nn.Module,))
+
+
+def _ffn_sizes(block: nn.Module) -> tuple[int | None, int | None]:
+    """Return inputs and hidden units of the FFN, as its first layer says, which may be wrapped."""
+    fc1 = block.ffn.fc1
+    return getattr(fc1, "in_features", None), getattr(fc1, "out_features", None)
+
+
+def parts_called(block: nn.Module) -> dict[str, str]:
+    """Return the parts of a block that kernels must not read, and why not.
+
+    Keys are among `"ln_wo_grad"`, `"ada_lin"`, `"attn"`, `"attn.proj"` and `"ffn"`. A part that is not there is read.
+    `mat_qkv` counts as `attn`, which reads its weight and does not call it.
+    """
+    attn, ffn = block.attn, block.ffn
+    found = {
+        "ln_wo_grad": why_called(block.ln_wo_grad, nn.LayerNorm),
+        "attn": _module_called(attn, SelfAttention, {"mat_qkv", "proj"}) or _weight_called(attn.mat_qkv),
+        "attn.proj": _linear_called(attn.proj),
+        "ffn": _ffn_called(ffn),
+    }
+    if not block.shared_aln:
+        found["ada_lin"] = _ada_lin_called(block.ada_lin)
+    return {part: reason for part, reason in found.items() if reason is not None}
+
+
+def called(block: nn.Module) -> Mapping[str, str]:
+    """Return what `parts_called` said when the sample began, of a block that is not patched what it says."""
+    gates = block._modules.get("actvar")
+    return parts_called(block) if gates is None else gates.called
+
+
+def _linear_called(layer: nn.Module) -> str | None:
+    """Return why a linear layer must be called, or None."""
+    reason = why_called(layer, nn.Linear)
+    return "has no bias" if reason is None and layer.bias is None else reason
+
+
+def _module_called(module: nn.Module, own: type, read: Collection[str]) -> str | None:
+    """Return why a module of several layers must be called, or None; layers named in `read` are looked at elsewhere."""
+    kind = own_class(module)
+    if not _is_known(kind, own):
+        return f"is of {kind.__module__}.{kind.__qualname__}"
+    others = ((name, layer) for name, layer in module._modules.items() if name not in read)
+    return why_not_by_class(module) or _first(others, lambda layer: why_called(layer, *INERT))
+
+
+def _ffn_called(ffn: nn.Module) -> str | None:
+    """Return why an FFN must be called, or None."""
+    reason = _module_called(ffn, FeedForward, {"fc1", "fc2"})
+    reason = reason or _first([("fc1", ffn.fc1), ("fc2", ffn.fc2)], _linear_called)
+    if reason is None and getattr(ffn._modules.get("act"), "approximate", "tanh") != "tanh":
+        return "act is another GELU than that of tanh"
+    return reason
+
+
+def _ada_lin_called(ada_lin: nn.Module) -> str | None:
+    """Return why a block's AdaLN must be called, or None."""
+    reason = why_called(ada_lin, nn.Sequential)
+    if reason is None and len(ada_lin) != 2:
+        return f"has {len(ada_lin)} layers"
+    return (
+        reason
+        or _first([("0", ada_lin[0])], lambda silu: why_called(silu, nn.SiLU))
+        or (_first([("1", ada_lin[1])], _linear_called))
+    )
+
+
+def _weight_called(layer: nn.Module) -> str | None:
+    """Return why the weight of `mat_qkv`, of which attention calls nothing, must not be read by kernels, or None."""
+    weight = layer._parameters.get("weight")
+    if own_class(layer) is nn.Linear and weight is not None and are_plain(weight):
+        return None
+    return f"mat_qkv is a {type(layer).__qualname__}, or has a weight of a tensor subclass"
+
+
+def _first(layers: Iterable[tuple[str, nn.Module]], reason_of: Callable[[nn.Module], str | None]) -> str | None:
+    """Return the first reason among `layers`, behind the layer's name, or None."""
+    for name, layer in layers:
+        reason = reason_of(layer)
+        if reason is not None:
+            return f"{name} {reason}"
     return None
 
 
@@ -82,11 +192,13 @@ def draw_is_ours(model: nn.Module) -> bool:
 
 
 def width(model: nn.Module) -> int:
-    return model.blocks[0].ffn.fc1.in_features
+    """Return the channels of a token."""
+    return _ffn_sizes(unwrapped(model.blocks[0]))[0]
 
 
 def hidden_size(model: nn.Module) -> int:
-    return model.blocks[0].ffn.fc1.out_features
+    """Return the hidden units of an FFN."""
+    return _ffn_sizes(unwrapped(model.blocks[0]))[1]
 
 
 def finetuned_names(model: nn.Module) -> list[str]:
@@ -114,9 +226,11 @@ def embedded(model: nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> tu
 
 
 def modulation(block: nn.Module, cond: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`, of the block's condition."""
+    """gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`, of a patched block's condition."""
     if block.shared_aln:
         return (block.ada_gss + cond).unbind(2)
+    if "ada_lin" in called(block):
+        return block.ada_lin(cond).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
     silu, last = block.ada_lin
     return linear_once(silu(cond), last.weight, last.bias).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
 
@@ -193,9 +307,9 @@ def _tokens_first(attn: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def attention_output(block: nn.Module, out: torch.Tensor) -> torch.Tensor:
-    """The projection after attention, `[R, K, C]`."""
+    """Return the projection after attention, `[R, K, C]`, of a patched block."""
     proj = block.attn.proj
-    return linear(out, proj.weight, proj.bias)
+    return proj(out) if "attn.proj" in called(block) else linear(out, proj.weight, proj.bias)
 
 
 def head_logits(
@@ -207,15 +321,16 @@ def head_logits(
     With `guidance` they are those after it, `[R / 2, L, V]`, which the head, a linear layer, lets through from the norm
     before it; on Triton only. There the norm is one launch, if neither the head's dtype nor autocast has a say in which
     dtype to compute in."""
+    if _linear_called(model.head):
+        return None
     if cpp_runs(x) and guidance is None:
         h = model.head_nm(x.float(), cond)
         h = h if torch.is_autocast_enabled("cpu") else h.to(model.head.weight.dtype)
         return linear(h, model.head.weight, model.head.bias)
-    if (
-        backend_of("head", x) != "triton"
-        or x.dtype != model.head.weight.dtype
-        or torch.is_autocast_enabled(x.device.type)
-    ):
+    if not triton_runs(x) or x.dtype != model.head.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return None
+    norm = model.head_nm
+    if _module_called(norm, HeadNorm, {"ada_lin", "ln_wo_grad"}) or why_called(norm.ln_wo_grad, nn.LayerNorm):
         return None
     scale, shift = model.head_nm.ada_lin(cond).unsqueeze(1).chunk(2, dim=-1)
     return model.head(normalize_modulate(x, scale, shift, guidance))
@@ -224,6 +339,8 @@ def head_logits(
 def dense_ffn(block: nn.Module, u: torch.Tensor, num_experts: int) -> torch.Tensor:
     """The block's own FFN of `u` `[R, K, C]`, on CUDA without gradients by `gelu_linear`; where experts run in C++, all
     `num_experts` of them, on the weights that are packed for the sparse scales."""
+    if "ffn" in called(block):
+        return block.ffn(u)
     weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias = ffn_weights(block)
     if cpp_runs(u):
         every = u.new_ones(*u.shape[:-1], num_experts, dtype=torch.bool)
@@ -233,12 +350,27 @@ def dense_ffn(block: nn.Module, u: torch.Tensor, num_experts: int) -> torch.Tens
     return F.linear(gelu_linear(u.flatten(0, 1), fc1_weight, fc1_bias), fc2_weight, fc2_bias).view_as(u)
 
 
+def packed_weights(block: nn.Module) -> list[torch.Tensor]:
+    """Return the weights of a block that kernels keep packed copies of."""
+    layers = (block.attn.mat_qkv, block.attn.proj, block.ffn.fc1)
+    return [layer._parameters["weight"] for layer in layers if layer._parameters.get("weight") is not None]
+
+
 def reordered_hidden(block: nn.Module, order: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
     """The FFN's weights, and what they are with hidden unit `order[i]` in place `i`, for a permutation `order` `[D]`.
 
     The FFN computes the same sum in another order; `order.argsort()` takes every weight back, bit for bit.
+
+    Raises:
+        TypeError: a layer of the FFN is more than its weight.
     """
-    weights = {block.get_parameter(name): axis for name, axis in HIDDEN_AXES.items()}
+    weights = {}
+    for name, axis in HIDDEN_AXES.items():
+        layer, leaf = block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        weight = layer._parameters.get(leaf)
+        if own_class(layer) is not nn.Linear or weight is None or not are_plain(weight):
+            raise TypeError(f"{name}: expected a plain layer, whose hidden units can be reordered, got {layer}")
+        weights[weight] = axis
     return {weight: weight.index_select(axis, order.to(weight.device)) for weight, axis in weights.items()}
 
 

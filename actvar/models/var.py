@@ -302,7 +302,9 @@ class VAR(nn.Module):
             def draw(uniform: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
                 return torch.multinomial(uniform[0], num_samples=len(uniform), replacement=True, generator=generator)
 
-            return by_image(draw, torch.full((B, self.num_classes), 1 / self.num_classes, dtype=torch.float32, device=device), rng)
+            return by_image(
+                draw, torch.full((B, self.num_classes), 1 / self.num_classes, dtype=torch.float32, device=device), rng
+            )
         if isinstance(label_B, int):
             return torch.full((B,), self.num_classes if label_B < 0 else label_B, device=device)
         return label_B

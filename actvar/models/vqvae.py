@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.models.quantizer import VectorQuantizer
-from actvar_kernels import add_residual, backend_of, conv3x3, cpp_runs, group_norm_silu
-from actvar_kernels.backend import kernel_backends
+from actvar.plain_layers import is_plain
+from actvar_kernels import add_residual, conv3x3, cpp_runs, group_norm_silu, triton_runs
+from actvar_kernels.backend import needs_torch
 from actvar_kernels.cpu_memory import reused_memory
+from actvar_kernels.packing import drop_changed
 
 OFFICIAL_CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
 NORM_GROUPS = 32
@@ -23,13 +25,14 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=NORM_GROUPS, num_channels=channels, eps=1e-6)
 
 
-def _kernels_run(x: torch.Tensor) -> bool:
-    """Whether what is between the convolutions runs on Triton; without gradients only."""
-    return not torch.is_grad_enabled() and backend_of("autoencoder", x, kernel_backends(x)) == "triton"
+def _kernels_run(x: torch.Tensor, *layers: nn.Module) -> bool:
+    """Return whether what is between the convolutions runs on Triton; without gradients, and on plain layers only."""
+    return not torch.is_grad_enabled() and triton_runs(x) and all(is_plain(layer, *_READ) for layer in layers)
 
 
 def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, silu: bool = True, **options) -> torch.Tensor:
-    if _kernels_run(x) or cpp_runs(x):
+    """Return `silu(norm(x))`; a norm that is more than its weight is called."""
+    if (_kernels_run(x) or cpp_runs(x)) and is_plain(norm, nn.GroupNorm):
         return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, **options)
     return F.silu(norm(x)) if silu else norm(x)
 
@@ -44,8 +47,27 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
-    def forward(self, x: torch.Tensor, add_bias: bool = True, **options) -> torch.Tensor:
-        return conv3x3(x, self.weight, self.bias if add_bias else None, **options)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # kernels take channels in multiples of 16, and pack weights that stay
+        if self.in_channels % 16 or "weight" not in self._parameters:
+            return super().forward(x)
+        return conv3x3(x, self.weight, self.bias)
+
+
+_READ = (Conv3x3, nn.Conv2d, nn.GroupNorm, nn.Identity)
+
+
+def _conv(
+    conv: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None, enlarge: bool = False
+) -> torch.Tensor:
+    """Return `conv(x) + residual`, with `enlarge` of x in twice its size.
+
+    A layer that is more than its weight is called.
+    """
+    if is_plain(conv, Conv3x3) and conv.in_channels % 16 == 0:
+        return conv3x3(x, conv.weight, conv.bias, residual, enlarge)
+    out = conv(F.interpolate(x, scale_factor=2, mode="nearest") if enlarge else x)
+    return out if residual is None else residual + out
 
 
 class ResnetBlock(nn.Module):
@@ -59,15 +81,18 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
-        """Of `x + offset` where kernels run, `offset` `[C]` being the bias of the convolution before. There a bias is
-        added by what comes next, since on its own it would be a pass over the convolution's output."""
-        if _kernels_run(x):
-            h = self.conv1(_norm_silu(self.norm1, x, offset=offset), add_bias=False)
-            h = self.conv2(_norm_silu(self.norm2, h, offset=self.conv1.bias), add_bias=False)
+        """Return the block of `x + offset`, with `offset` `[C]` the bias of the convolution before, where kernels run.
+
+        There a bias is added by what comes next, since on its own it would be a pass over the convolution's output.
+        """
+        if _kernels_run(x, self.norm1, self.conv1, self.norm2, self.conv2, self.nin_shortcut):
+            h = conv3x3(_norm_silu(self.norm1, x, offset=offset), self.conv1.weight, None)
+            h = conv3x3(_norm_silu(self.norm2, h, offset=self.conv1.bias), self.conv2.weight, None)
             shortcut, bias = self._shortcut(x, offset)
             return add_residual(shortcut, h, self.conv2.bias if bias is None else self.conv2.bias + bias)
-        h = self.conv1(_norm_silu(self.norm1, x))
-        return self.conv2(_norm_silu(self.norm2, h, overwrite=True), residual=self.nin_shortcut(x))
+        x = x if offset is None else x + offset.view(-1, 1, 1)
+        h = _conv(self.conv1, _norm_silu(self.norm1, x))
+        return _conv(self.conv2, _norm_silu(self.norm2, h, overwrite=True), residual=self.nin_shortcut(x))
 
     def _shortcut(self, x: torch.Tensor, offset: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The shortcut of `x + offset` in two parts, the second one for every pixel, `[out_channels]`."""
@@ -93,7 +118,7 @@ class AttnBlock(nn.Module):
         q, k, v = self.qkv(_norm_silu(self.norm, x, silu=False)).reshape(B, 3, C, H * W).unbind(1)
         weights = torch.bmm(q.transpose(1, 2), k).mul_(C**-0.5).softmax(dim=2)  # [B, query, key]
         h = torch.bmm(v, weights.transpose(1, 2)).view(B, C, H, W)
-        if _kernels_run(x):
+        if _kernels_run(x, self.proj_out):
             return add_residual(x, F.conv2d(_channels_last(h), self.proj_out.weight), self.proj_out.bias)
         return x + self.proj_out(h)
 
@@ -114,9 +139,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The convolution without its bias, and this bias, where kernels run; else the convolution and None."""
-        if _kernels_run(x):
-            return self.conv(twice_as_large(x), add_bias=False), self.conv.bias
-        return self.conv(x, enlarge=True), None
+        if _kernels_run(x, self.conv):
+            return conv3x3(twice_as_large(x), self.conv.weight, None), self.conv.bias
+        return _conv(self.conv, x, enlarge=True), None
 
 
 def twice_as_large(x: torch.Tensor) -> torch.Tensor:
@@ -250,7 +275,9 @@ class VQVAE(nn.Module):
 
     def fhat_to_img(self, f_hat: torch.Tensor) -> torch.Tensor:
         """Decode quantized features `[B, Cvae, P, P]` to an image `[B, in_channels, H, W]` in [-1, 1]."""
-        if f_hat.device.type == "cpu" or _kernels_run(f_hat):  # oneDNN's and cuDNN's convolutions take less time so
+        drop_changed(self.parameters())
+        # oneDNN's and cuDNN's convolutions take less time so; PyTorch's transforms do not take all of it
+        if _kernels_run(f_hat) or (f_hat.device.type == "cpu" and not needs_torch(f_hat)):
             f_hat = _channels_last(f_hat)
         with reused_memory():
             return self.decoder(self.post_quant_conv(f_hat)).contiguous().clamp_(-1, 1)
@@ -258,6 +285,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def img_to_idxBl(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Token maps of an image `[B, in_channels, H, W]` in [-1, 1]: one `[B, p * p]` int64 tensor per scale."""
+        drop_changed(self.parameters())
         image = _channels_last(image) if _kernels_run(image) else image
         return self.quantize.tokens(self.quant_conv(self.encoder(image)))
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import needs_operator
+from actvar_kernels.backend import backend_of, get_backend, needs_operator
 from actvar_kernels.checks import expect_shape
 from actvar_kernels.conv3x3 import cpu_kernel
 
@@ -45,7 +45,7 @@ def conv3x3(
         expect_shape("bias", bias, (weight.shape[0],))
     if residual is not None:
         expect_shape("residual", residual, (B, weight.shape[0], *((2 * H, 2 * W) if enlarge else (H, W))))
-    if cpu.runs(x) and not needs_operator(x, weight, bias) and x.shape[1] % 16 == 0 and bias is not None:
+    if _runs_in_cpp(x, weight, bias, residual):
         x = x.to(cpu.computed_dtype(x))
         if residual is None or residual.dtype == x.dtype:
             return cpu_kernel.conv3x3(x, weight, bias, residual, enlarge)
@@ -59,6 +59,28 @@ def conv3x3(
     else:
         out = F.conv2d(x, weight, bias, padding=1)
     return out if residual is None else residual + out
+
+
+def _runs_in_cpp(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+) -> bool:
+    """Return whether the C++ kernel runs; on the Triton backend the convolution is PyTorch's.
+
+    Raises:
+        BackendUnavailableError: `"cpu"` was asked for by name and does not take the call.
+    """
+    tensors = (x, weight, bias, residual)
+    if x.is_cuda or get_backend() == "triton":
+        return False
+
+    def why_not_in_cpp() -> str | None:
+        if bias is None or x.shape[1] % 16:
+            return f"it takes a bias and channels in multiples of 16, got {x.shape[1]} channels"
+        if needs_operator(*tensors):
+            return "it has no gradient, and no registered operator for what records the call"
+        return cpu.why_not(dtype=cpu.computed_dtype(x))
+
+    return backend_of("conv3x3", *tensors, why_not_in_cpp=why_not_in_cpp) == "cpu"
 
 
 def filled_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -9,10 +9,9 @@ from actvar_kernels import cpu
 from actvar_kernels.backend import (
     MOST_SEQUENCES,
     backend_of,
-    cpp_takes,
-    get_backend,
     kernel_backends,
     needs_operator,
+    needs_torch,
     wants_gradient,
 )
 from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape, expect_tensor
@@ -91,7 +90,7 @@ def expert_ffn(
 
 
 def _ffn(backend, u, mask, active, *weights) -> torch.Tensor:
-    if backend == "reference" and wants_gradient(u, mask, *weights):
+    if backend == "reference" and (wants_gradient(u, mask, *weights) or needs_torch(u, mask, *weights)):
         return reference.expert_ffn(u, mask, *weights)
     if backend == "triton" or torch.compiler.is_compiling():
         u, *weights = _as_autocast(u, *weights)
@@ -204,27 +203,15 @@ def _backend(operation: str, u: torch.Tensor, mask: torch.Tensor, *others: torch
     fits = mask.dtype == torch.bool and experts <= _MAX_EXPERTS and mask.numel() <= experts * _MOST_TOKENS
     supported = kernel_backends(u, *others, fits=fits)
 
-    def in_cpp() -> bool:
-        return cpp_takes(operation, _why_not_on_cpu(u, mask, *others))
+    def why_not_in_cpp() -> str | None:
+        dtype, weights_dtype = cpu.computed_dtype(u), others[0].dtype
+        same = torch.is_autocast_enabled("cpu") or weights_dtype == dtype
+        if dtype not in cpu.DTYPES or not same or mask.dtype != torch.bool or u.shape[-1] % 2:
+            found = f"{dtype}, weights in {weights_dtype}, a mask in {mask.dtype} and width {u.shape[-1]}"
+            return f"it takes float32 and bfloat16, weights alike, a bool mask and an even width, got {found}"
+        return cpu.why_not()
 
-    return backend_of(operation, u, supported, _LIMITS, in_cpp)
-
-
-def _why_not_on_cpu(u: torch.Tensor, mask: torch.Tensor, fc1_weight: torch.Tensor, *others: torch.Tensor) -> str | None:
-    """Why the C++ kernel does not run a call, or None; under `auto` it leaves gradients to the reference."""
-    dtype = cpu.computed_dtype(u)
-    same = torch.is_autocast_enabled("cpu") or fc1_weight.dtype == dtype
-    if dtype not in cpu.DTYPES or not same or mask.dtype != torch.bool or u.shape[-1] % 2:
-        found = f"{dtype}, weights in {fc1_weight.dtype}, a mask in {mask.dtype} and width {u.shape[-1]}"
-        return f"it takes float32 and bfloat16, weights alike, a bool mask and an even width, got {found}"
-    if torch.compiler.is_compiling():  # the operator decides when it runs
-        return None if get_backend() == "cpu" else "the call is being compiled"
-    if wants_gradient(u, mask, fc1_weight, *others) and get_backend() != "cpu":
-        return "a gradient is wanted"
-    reason = cpu.why_unavailable()
-    if reason is not None and get_backend() != "cpu":
-        cpu.available()  # logs the reason once
-    return reason
+    return backend_of(operation, u, mask, *others, supported=supported, limits=_LIMITS, why_not_in_cpp=why_not_in_cpp)
 
 
 def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:

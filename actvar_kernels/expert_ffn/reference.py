@@ -12,7 +12,7 @@ def route_experts(
     with torch.autocast(u.device.type, enabled=False):
         logits = F.linear(u.float(), weight.float(), bias.float())
     chosen = logits.sort(dim=-1, descending=True, stable=True).indices[..., :active]
-    mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
+    mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, 1)
     return mask, logits
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from actvar_kernels import cpu, cpu_rows
 from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
 from actvar_kernels.expert_ffn import reference
 from actvar_kernels.gradients import register_reference_gradient
@@ -18,7 +19,7 @@ MAX_EXPERTS = 32
 def route(u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`route_experts` with arguments that fit."""
     backend = _backend(u, weight, bias)
-    if backend == "triton" and needs_operator(u, weight, bias):
+    if backend != "reference" and needs_operator(u, weight, bias):
         logits, mask = torch.ops.actvar_kernels.route_experts(u, weight, bias, active)
         return mask, logits
     return _run(backend, u, weight, bias, active)
@@ -26,11 +27,21 @@ def route(u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
 
 def _backend(u, weight, bias) -> str:
     supported = kernel_backends(u, weight, bias, fits=weight.shape[0] <= MAX_EXPERTS)
-    return backend_of("route_experts", u, supported, f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts")
+    return backend_of(
+        "route_experts",
+        u,
+        weight,
+        bias,
+        supported=supported,
+        limits=f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts",
+        why_not_in_cpp=lambda: cpu.why_not(u, weight, bias),
+    )
 
 
 def _run(backend, u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
-    if backend != "triton":
+    if backend == "cpu":
+        return cpu_rows.route_experts(u, weight, bias, active)
+    if backend == "reference":
         return reference.route_experts(u, weight, bias, active)
     from actvar_kernels.residual_norm import triton_kernel
 

@@ -51,11 +51,9 @@ def group_norm_silu(
     expect_one_device(x, weight, bias, offset)
     arguments = (x, weight, bias, groups, eps, silu, offset)
     backend = _norm_backend(x, weight, bias, offset)
-    if backend == "cpu":
-        return cpu_kernel.group_norm_silu(x, weight, bias, groups, eps, silu, overwrite)
-    if backend == "triton" and needs_operator(x, weight, bias, offset):
+    if backend != "reference" and needs_operator(x, weight, bias, offset):
         return torch.ops.actvar_kernels.group_norm_silu(*arguments)
-    return _normalize(backend, *arguments)
+    return _normalize(backend, *arguments, overwrite)
 
 
 def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -77,7 +75,7 @@ def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> t
     expect_one_device(x, update, bias)
     tensors = (x, update, bias)
     backend = _residual_backend(*tensors)
-    if backend == "triton" and needs_operator(*tensors):
+    if backend != "reference" and needs_operator(*tensors):
         return torch.ops.actvar_kernels.add_residual(*tensors)
     return _add(backend, *tensors)
 
@@ -86,20 +84,23 @@ def _norm_backend(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, off
     present = [vector for vector in (weight, bias, offset) if vector is not None]
     supported = kernel_backends(x, *present, fits=x.shape[0] <= MOST_SEQUENCES)
 
-    def in_cpp() -> bool:
-        fits = offset is None and x.dtype in cpu.DTYPES and x.shape[1] % 16 == 0
-        return fits and not needs_operator(*present) and cpu.runs(x)
+    def why_not_in_cpp() -> str | None:
+        if offset is not None or x.shape[1] % 16:
+            return f"it takes channels in multiples of 16 and no offset, got {x.shape[1]} channels"
+        return cpu.why_not(x)
 
-    return backend_of("group_norm_silu", x, supported, LIMITS, in_cpp)
+    return backend_of("group_norm_silu", x, *present, supported=supported, limits=LIMITS, why_not_in_cpp=why_not_in_cpp)
 
 
 def _residual_backend(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> str:
     supported = kernel_backends(x, update, bias, fits=x.shape[0] <= MOST_SEQUENCES)
-    return backend_of("add_residual", x, supported, LIMITS)
+    return backend_of("add_residual", x, update, bias, supported=supported, limits=LIMITS)
 
 
-def _normalize(backend, x, weight, bias, groups, eps, silu, offset) -> torch.Tensor:
-    if backend != "triton":
+def _normalize(backend, x, weight, bias, groups, eps, silu, offset, overwrite=False) -> torch.Tensor:
+    if backend == "cpu":
+        return cpu_kernel.group_norm_silu(x, weight, bias, groups, eps, silu, overwrite)
+    if backend == "reference":
         return reference.group_norm_silu(x, weight, bias, groups, eps, silu, offset)
     from actvar_kernels.group_norm import triton_kernel
 

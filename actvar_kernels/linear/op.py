@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import needs_operator
+from actvar_kernels.backend import backend_of, get_backend, needs_operator
 from actvar_kernels.linear import cpu_kernel
 
 
@@ -21,7 +21,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
         weight: `[D, C]`, a tensor that stays, since its copy is kept with it; with `bias` `[D]` in x's dtype, or in any
             under autocast.
     """
-    if not cpu.runs(x) or needs_operator(x, weight, bias):
+    if _runs_in_pytorch("linear", x, weight, bias):
         return F.linear(x, weight, bias)
     dtype = cpu.computed_dtype(x)
     return cpu_kernel.linear(x if x.dtype == dtype else x.to(dtype), weight, bias)
@@ -36,11 +36,28 @@ def linear_once(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
         x: `[R, C]`, with `weight` `[D, C]` and `bias` `[D]` in one dtype, or in any under autocast.
     """
     fits = x.shape[0] <= cpu_kernel.FEW_ROWS and x.shape[1] % 32 == 0 and weight.is_contiguous()
-    if not fits or not cpu.runs(x) or needs_operator(x, weight, bias):
+    if not fits or not x.dtype == weight.dtype == cpu.computed_dtype(x):
         return F.linear(x, weight, bias)
-    if not x.dtype == weight.dtype == cpu.computed_dtype(x):
+    if _runs_in_pytorch("linear_once", x, weight, bias):
         return F.linear(x, weight, bias)
     return cpu_kernel.unpacked_linear(x, weight, bias)
+
+
+def _runs_in_pytorch(operation: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
+    """Return whether PyTorch's product runs, which is that of the Triton backend as well.
+
+    Raises:
+        BackendUnavailableError: `"cpu"` was asked for by name and does not take the call.
+    """
+    if x.is_cuda or get_backend() == "triton":
+        return True
+
+    def why_not_in_cpp() -> str | None:
+        if needs_operator(x, weight, bias):
+            return "it has no gradient, and no registered operator for what records the call"
+        return cpu.why_not(dtype=cpu.computed_dtype(x))
+
+    return backend_of(operation, x, weight, bias, why_not_in_cpp=why_not_in_cpp) != "cpu"
 
 
 def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

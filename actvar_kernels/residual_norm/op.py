@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels import cpu_rows
+from actvar_kernels import cpu, cpu_rows
 from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape
 from actvar_kernels.expert_ffn.route import MAX_EXPERTS
@@ -54,7 +54,7 @@ def add_normalize(
     _expect_rows(x, index, update, gamma, scale, shift)
     tensors = (x, index, update, gamma, scale, shift)
     backend = _backend("add_normalize", *tensors)
-    if backend == "triton" and needs_operator(*tensors):
+    if backend != "reference" and needs_operator(*tensors):
         return torch.ops.actvar_kernels.add_normalize(*tensors)
     return _add(backend, *tensors)
 
@@ -91,7 +91,7 @@ def add_normalize_route(
     expect_one_device(x, weight, bias)
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
     backend = _backend("add_normalize_route", *tensors, experts=weight.shape[0])
-    if backend == "triton" and needs_operator(*tensors):
+    if backend != "reference" and needs_operator(*tensors):
         rows, *others = torch.ops.actvar_kernels.add_normalize_route(*tensors, active, deferred)
     else:
         rows, *others = _add_and_route(backend, *tensors, active, deferred)
@@ -111,7 +111,14 @@ def _expect_rows(x, index, update, gamma, scale, shift) -> None:
 
 def _backend(operation: str, x: torch.Tensor, _index, *others: torch.Tensor, experts: int = 0) -> str:
     supported = kernel_backends(x, *others, fits=experts <= MAX_EXPERTS and x.shape[0] <= MOST_SEQUENCES)
-    return backend_of(operation, x, supported, _LIMITS, lambda: cpu_rows.takes(x, *others))
+    return backend_of(
+        operation,
+        x,
+        *others,
+        supported=supported,
+        limits=_LIMITS,
+        why_not_in_cpp=lambda: cpu.why_not(x, *others),
+    )
 
 
 def _add(backend, x, index, update, gamma, scale, shift) -> tuple[torch.Tensor, torch.Tensor]:

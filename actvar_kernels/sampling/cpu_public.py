@@ -9,7 +9,7 @@ import threading
 import torch
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import needs_operator
+from actvar_kernels.backend import backend_of, get_backend, needs_operator
 from actvar_kernels.sampling import public
 from actvar_kernels.sampling.cpu_kernel import library
 
@@ -20,8 +20,15 @@ _BOTH, _MASS = 1, 2  # filters that a row is still to go through, as in public.c
 
 
 def runs(logits: torch.Tensor) -> bool:
-    """Whether the C++ code takes these logits under the chosen backend: on the CPU in float32 or bfloat16."""
-    return cpu.chosen(logits) and logits.dtype in cpu.DTYPES and not needs_operator(logits) and cpu.available()
+    """Return whether the C++ code takes these logits under the chosen backend: on the CPU in float32 or bfloat16.
+
+    Raises:
+        BackendUnavailableError: `"cpu"` was asked for by name and does not take them.
+    """
+    if get_backend() == "triton":  # where PyTorch draws
+        return False
+    backend = backend_of("sampling", logits, why_not_in_cpp=lambda: cpu.why_not(logits))
+    return backend == "cpu" and not needs_operator(logits)
 
 
 def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: float) -> torch.Tensor:

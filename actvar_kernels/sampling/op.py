@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import backend_of, cpp_takes, needs_operator
+from actvar_kernels.backend import backend_of, needs_operator, needs_torch
 from actvar_kernels.checks import expect_one_device, expect_shape
 from actvar_kernels.sampling import cpu_kernel, reference
 
@@ -76,7 +76,7 @@ def sample_tokens(
     elif seed is not None:
         seed_number = (seed + 2**63) % 2**64 - 2**63
     arguments = (logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise)
-    if needs_operator(logits):
+    if needs_operator(logits) and not needs_torch(logits, noise):
         return torch.ops.actvar_kernels.sample_tokens(*arguments)
     return _run(*arguments)
 
@@ -90,7 +90,10 @@ def _expect_seed(seed: torch.Tensor, device: torch.device) -> None:
 
 def _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) -> torch.Tensor:
     supported = ("reference", "triton") if logits.shape[2] <= MOST_TOKENS else ("reference",)
-    backend = backend_of("sample_tokens", logits, supported, in_cpp=_runs_in_cpp)
+    limits = f"a vocabulary of up to {MOST_TOKENS} tokens"
+    backend = backend_of(
+        "sample_tokens", logits, noise, supported=supported, limits=limits, why_not_in_cpp=_why_not_in_cpp
+    )
     if backend == "triton":
         from actvar_kernels.sampling import triton_kernel
 
@@ -106,8 +109,8 @@ def _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) 
     return reference.sample_tokens(logits, guidance, top_k, top_p, noise)
 
 
-def _runs_in_cpp() -> bool:
-    return cpp_takes("sample_tokens", cpu.why_unavailable()) or cpu.available()  # which logs the reason once
+def _why_not_in_cpp() -> str | None:
+    return None if cpu.available() else cpu.why_unavailable()
 
 
 @torch.library.custom_op("actvar_kernels::sample_tokens", mutates_args=())

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from actvar_kernels import cpu, cpu_rows
-from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
+from actvar_kernels.backend import (
+    MOST_SEQUENCES,
+    backend_of,
+    get_backend,
+    kernel_backends,
+    needs_operator,
+    wants_gradient,
+)
 from actvar_kernels.checks import expect_index, expect_one_device, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.scatter import reference
@@ -44,39 +51,59 @@ def scatter_rows(
     expect_shape("gamma", gamma, (R, 1, C))
     if index is None:
         expect_one_device(rows, update, gamma)
-        if not (cpu.chosen(rows) and _cpp_takes(rows, rows, update, gamma)):
-            return torch.addcmul(rows, gamma.to(update.dtype), update)
-        rest = rows.new_empty(R, K, C)
-        cpu_rows.scatter_rows(rest, None, rows, update, gamma)
-        return rest
+        return _add(rows, update, gamma)
     tensors = (rest, rows, update, gamma)
     expect_one_device(*tensors, index)
     backend = _backend(*tensors)
-    if backend == "cpu":
-        cpu_rows.scatter_rows(rest, index, rows, update, gamma)
-        return rest
     if backend == "reference":
         return reference.scatter_rows(rest, index, rows, update, gamma)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if wants_gradient(*tensors):
         return torch.ops.actvar_kernels.scatter_rows(rest, index, rows, update, gamma)
     write = torch.ops.actvar_kernels.scatter_rows_ if needs_operator() else _write
     write(rest, index, rows, update, gamma)
     return rest
 
 
-def _backend(*tensors: torch.Tensor) -> str:
-    supported = kernel_backends(*tensors, fits=tensors[0].shape[0] <= MOST_SEQUENCES)
-    return backend_of("scatter_rows", tensors[0], supported, _LIMITS, lambda: _cpp_takes(*tensors))
+def _add(rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """Return `rows + gamma * update`: in C++, or by one operation of PyTorch's."""
+    if get_backend() == "triton" or _backend(None, rows, update, gamma) != "cpu":
+        return torch.addcmul(rows, gamma.to(update.dtype), update)
+    if needs_operator(rows, update, gamma):
+        index = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2])
+        return torch.ops.actvar_kernels.scatter_rows(rows, index, rows, update, gamma)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    cpu_rows.scatter_rows(out, None, rows, update, gamma)
+    return out
 
 
-def _cpp_takes(rest, rows, update, gamma) -> bool:
-    """In float32 or bfloat16; under autocast the update may be in a lower type than the rows."""
-    fits = rest.dtype == rows.dtype == torch.promote_types(rows.dtype, update.dtype) and rest.is_contiguous()
-    return fits and cpu_rows.takes(rest, rows, update, gamma)
+def _backend(rest: torch.Tensor | None, rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor) -> str:
+    """Return the backend of a call; without `rest` it is made anew."""
+    tensors = tuple(tensor for tensor in (rows, rest, update, gamma) if tensor is not None)
+    supported = kernel_backends(*tensors, fits=rows.shape[0] <= MOST_SEQUENCES)
+    return backend_of(
+        "scatter_rows",
+        *tensors,
+        supported=supported,
+        limits=_LIMITS,
+        why_not_in_cpp=lambda: _why_not_in_cpp(rest, rows, update, gamma),
+    )
+
+
+def _why_not_in_cpp(rest, rows, update, gamma) -> str | None:
+    """Return why C++ does not take a call; under autocast the update may be in a lower dtype than the rows."""
+    if rest is not None and (rest.dtype != rows.dtype or not rest.is_contiguous()):
+        return f"it writes to rest in {rows.dtype} without gaps, got {rest.dtype} and strides {rest.stride()}"
+    if rows.dtype != torch.promote_types(rows.dtype, update.dtype):
+        return f"it takes an update whose dtype {rows.dtype} holds, got {update.dtype}"
+    return cpu.why_not(rows, update, gamma)
 
 
 def _write(rest, index, rows, update, gamma) -> None:
-    if _backend(rest, rows, update, gamma) != "triton":
+    backend = _backend(rest, rows, update, gamma)
+    if backend == "cpu":
+        cpu_rows.scatter_rows(rest, index, rows, update, gamma)
+        return
+    if backend == "reference":
         rest.copy_(reference.scatter_rows(rest, index, rows, update, gamma))
         return
     from actvar_kernels.scatter import triton_kernel

@@ -74,11 +74,16 @@ def _backend(q, k, v, past, head_scale, mask) -> str:
     tensors = [t for t in (q, k, v, *(past or ()), head_scale, mask) if t is not None]
     supported = kernel_backends(*tensors, fits=q.shape[3] in _TRITON_HEAD_SIZES)
 
-    def in_cpp() -> bool:
-        alike = mask is None and all(t.dtype == q.dtype for t in (k, v, *(past or ())))
-        return alike and cpu.computed_dtype(q) == q.dtype and not needs_operator(*tensors) and cpu.runs(q)
+    def why_not_in_cpp() -> str | None:
+        if mask is not None:
+            return "it takes no mask"
+        dtypes = [t.dtype for t in (q, k, v, *(past or ()))]
+        if set(dtypes) != {cpu.computed_dtype(q)}:
+            return f"it takes queries, keys and values in the dtype to compute in, got {dtypes}"
+        return cpu.why_not(q)
 
-    return backend_of("subset_attention", q, supported, in_cpp=in_cpp)
+    limits = f"float32, float16 and bfloat16, heads of {', '.join(map(str, _TRITON_HEAD_SIZES))} channels"
+    return backend_of("subset_attention", *tensors, supported=supported, limits=limits, why_not_in_cpp=why_not_in_cpp)
 
 
 def _with_kernel(

@@ -7,8 +7,15 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels import cpu_rows
-from actvar_kernels.backend import MOST_SEQUENCES, backend_of, get_backend, kernel_backends, needs_operator
+from actvar_kernels import cpu, cpu_rows
+from actvar_kernels.backend import (
+    MOST_SEQUENCES,
+    backend_of,
+    get_backend,
+    kernel_backends,
+    needs_operator,
+    needs_torch,
+)
 from actvar_kernels.checks import expect_count, expect_one_device, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.token_select import reference
@@ -72,7 +79,7 @@ def select_tokens(
     tensors = (x, weight, bias, scale, shift)
     expect_one_device(*tensors)
     backend = _selection_backend(*tensors)
-    if backend == "triton" and needs_operator(*tensors):
+    if backend != "reference" and needs_operator(*tensors):
         operator = torch.ops.actvar_kernels.select_tokens
         modulated, scores, rest, index = operator(*tensors, keep, share_guidance, in_place)
     else:
@@ -102,15 +109,22 @@ def normalize_modulate(
         raise ValueError(f"x: expected conditional and unconditional rows, got an odd number of rows, {x.shape[0]}")
     tensors = (x, scale, shift)
     expect_one_device(*tensors)
-    backend = _norm_backend(*tensors)
-    if backend == "triton" and needs_operator(*tensors):
+    backend = _norm_backend(*tensors, guided=guidance is not None)
+    if backend != "reference" and needs_operator(*tensors):
         return torch.ops.actvar_kernels.normalize_modulate(*tensors, guidance)
     return _normalize(backend, *tensors, guidance)
 
 
 def _selection_backend(x, *others) -> str:
     supported = kernel_backends(x, *others, fits=x.shape[1] <= MAX_TOKENS and x.shape[0] <= MOST_SEQUENCES)
-    return backend_of("select_tokens", x, supported, _SELECTION_LIMITS, lambda: cpu_rows.takes(x, *others))
+    return backend_of(
+        "select_tokens",
+        x,
+        *others,
+        supported=supported,
+        limits=_SELECTION_LIMITS,
+        why_not_in_cpp=lambda: cpu.why_not(x, *others),
+    )
 
 
 def _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place) -> tuple[torch.Tensor, ...]:
@@ -120,7 +134,7 @@ def _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_pla
     if backend == "reference":
         *selected, rest = reference.select_tokens(*tensors, keep, share_guidance)
         # kernels that fill `rest` must not fill x
-        may_fill = get_backend() == "auto" if x.is_cuda else get_backend() != "reference" and not needs_operator(x)
+        may_fill = get_backend() == "auto" and not needs_torch(*tensors) and (x.is_cuda or not needs_operator(x))
         return *selected, rest.clone() if may_fill and not in_place else rest
     from actvar_kernels.token_select import triton_kernel
 
@@ -169,15 +183,21 @@ def select_tokens_flops(x_shape, *_shapes, **_kwargs) -> int:
 register_flop_formula(torch.ops.actvar_kernels.select_tokens)(select_tokens_flops)
 
 
-def _norm_backend(*tensors) -> str:
+def _norm_backend(*tensors, guided: bool) -> str:
     supported = kernel_backends(*tensors, fits=tensors[0].shape[0] <= MOST_SEQUENCES)
-    return backend_of("normalize_modulate", tensors[0], supported, _NORM_LIMITS, lambda: cpu_rows.takes(*tensors))
+
+    def why_not_in_cpp() -> str | None:
+        return "it takes no guidance" if guided else cpu.why_not(*tensors)
+
+    return backend_of(
+        "normalize_modulate", *tensors, supported=supported, limits=_NORM_LIMITS, why_not_in_cpp=why_not_in_cpp
+    )
 
 
 def _normalize(backend, x, scale, shift, guidance) -> torch.Tensor:
-    if backend == "cpu" and guidance is None:
+    if backend == "cpu":
         return cpu_rows.normalize_modulate(x, scale, shift)
-    if backend != "triton":
+    if backend == "reference":
         return reference.normalize_modulate(x, scale, shift, guidance)
     from actvar_kernels.token_select import triton_kernel
 
@@ -188,7 +208,8 @@ def _normalize(backend, x, scale, shift, guidance) -> torch.Tensor:
 def _normalize_modulate(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None
 ) -> torch.Tensor:
-    return _normalize(_norm_backend(x, scale, shift), x, scale, shift, guidance)
+    backend = _norm_backend(x, scale, shift, guided=guidance is not None)
+    return _normalize(backend, x, scale, shift, guidance)
 
 
 @_normalize_modulate.register_fake
