@@ -11,7 +11,7 @@ import torch
 from actvar_kernels import cpu
 from actvar_kernels.backend import needs_operator
 from actvar_kernels.sampling import public
-from actvar_kernels.sampling.cpu_kernel import library
+from actvar_kernels.sampling.cpu_kernel import available, library
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _BOTH, _MASS = 1, 2  # filters that a row is still to go through, as in public.c
 
 def runs(logits: torch.Tensor) -> bool:
     """Whether the C++ code takes these logits under the chosen backend: on the CPU in float32 or bfloat16."""
-    return cpu.chosen(logits) and logits.dtype in cpu.DTYPES and not needs_operator(logits) and cpu.available()
+    return cpu.chosen(logits) and logits.dtype in cpu.DTYPES and not needs_operator(logits) and available()
 
 
 def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: float) -> torch.Tensor:

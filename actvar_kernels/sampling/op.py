@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels import cpu
 from actvar_kernels.backend import backend_of, cpp_takes, needs_operator
 from actvar_kernels.checks import expect_one_device, expect_shape
 from actvar_kernels.sampling import cpu_kernel, reference
@@ -107,7 +106,9 @@ def _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) 
 
 
 def _runs_in_cpp() -> bool:
-    return cpp_takes("sample_tokens", cpu.why_unavailable()) or cpu.available()  # which logs the reason once
+    return (
+        cpp_takes("sample_tokens", cpu_kernel.why_unavailable()) or cpu_kernel.available()
+    )  # which logs the reason once
 
 
 @torch.library.custom_op("actvar_kernels::sample_tokens", mutates_args=())
