@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels import cpu_memory
+from actvar_kernels import building, cpu_memory
 from actvar_kernels.backend import get_backend
+from actvar_kernels.building import Library
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "cpu_levels.cpp", FOLDER / "cpu_rows.cpp", *sorted(FOLDER.glob("*/cpu_*.cpp")))
 HEADERS = tuple(sorted(FOLDER.glob("**/cpu_*.h")))
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes")
+LIBRARY = Library("actvar_cpu", "the C++ kernels", "about a minute", SOURCES, HEADERS, FLAGS, "level_name")
 DTYPES = (torch.float32, torch.bfloat16)
 MOST = 2**30  # sizes and their sums are 32-bit integers in C++, offsets 64-bit ones
 
@@ -41,11 +43,9 @@ def multiplies_bfloat16() -> bool:
 @functools.cache
 def why_unavailable() -> str | None:
     """Return None if the library can be loaded, otherwise why not. The first call compiles it where it is missing."""
-    from actvar_kernels.building import BuildError
-
     try:
         library()
-    except BuildError as error:
+    except building.BuildError as error:
         return str(error)
     return None
 
@@ -66,9 +66,7 @@ def library() -> ctypes.CDLL:
     Raises:
         BuildError: it can be neither found nor compiled.
     """
-    from actvar_kernels.building import Library, load
-
-    loaded = load(Library("actvar_cpu", "the C++ kernels", "about a minute", SOURCES, HEADERS, FLAGS, "level_name"))
+    loaded = building.load(LIBRARY)
     loaded.level_name.restype = ctypes.c_char_p
     return loaded
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from actvar_kernels import cpu
+from actvar_kernels import building, cpu
+from actvar_kernels.building import Library
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,7 @@ FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / "public.cpp", FOLDER / "sample.cpp"]
 HEADERS = [FOLDER / "filters.h", FOLDER.with_name("cpu_numbers.h"), FOLDER.with_name("cpu_keys.h")]
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+LIBRARY = Library("actvar_sampling", "the C++ samplers", "a few seconds", SOURCES, HEADERS, FLAGS, "sample_tokens")
 
 
 def sample_tokens(
@@ -70,11 +72,9 @@ def available() -> bool:
 
 @functools.cache
 def _why_not_loaded() -> str | None:
-    from actvar_kernels.building import BuildError
-
     try:
         library()
-    except BuildError as error:
+    except building.BuildError as error:
         return str(error)
     return None
 
@@ -94,11 +94,7 @@ def library() -> ctypes.CDLL:
     Raises:
         BuildError: it can be neither found nor compiled.
     """
-    from actvar_kernels.building import Library, load
-
-    loaded = load(
-        Library("actvar_sampling", "the C++ samplers", "a few seconds", SOURCES, HEADERS, FLAGS, "sample_tokens")
-    )
+    loaded = building.load(LIBRARY)
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     real, double = ctypes.c_float, ctypes.c_double
     loaded.guide_and_filter.argtypes = (
