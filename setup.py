@@ -20,6 +20,9 @@ setup(
     author="ActVAR contributors",
     license="MIT",
     python_requires=">=3.10",
+    # With a folder named, an editable install adds that folder to sys.path, where the package is found also from the
+    # folder above a clone named "actvar". Without one it adds an import hook, which comes after every folder.
+    package_dir={"": "."},
     packages=find_packages(include=["actvar", "actvar.*", "actvar_kernels", "actvar_kernels.*"]),
     package_data={
         "actvar": [
@@ -33,7 +36,6 @@ setup(
         'triton>=3.0; platform_system == "Linux"',
         "numpy>=1.26",
         "einops>=0.7",
-        "ninja>=1.10",
         "safetensors>=0.4",
         "tqdm>=4.64",
         "matplotlib>=3.7",

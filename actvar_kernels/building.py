@@ -1,79 +1,250 @@
-"""C++ that is compiled when it is first needed, by torch's extension builder."""
+"""C++ that is compiled when it is first needed, and found in a cache the next time."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
+import logging
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import signal
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch.utils import cpp_extension
+
+from actvar_kernels import build_folders
+from actvar_kernels.build_folders import Folder
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 600
+"""Time that a build may take, also together with waiting for the build of another process."""
+_REMEDY = "install g++ or set CXX to a C++ compiler"
+
+
+class BuildError(RuntimeError):
+    """A C++ library can be neither found nor built; the message is one line that says why and what to do."""
+
+
+class Library(NamedTuple):
+    """Describe a shared library.
+
+    Attributes:
+        name: beginning of its file's name.
+        title: name for messages.
+        duration: time that a build takes, for messages.
+        sources: C++ files.
+        headers: files that the sources include.
+        flags: arguments of the compiler, also when it links.
+        symbol: a function that the library has.
+    """
+
+    name: str
+    title: str
+    duration: str
+    sources: Sequence[Path]
+    headers: Sequence[Path]
+    flags: Sequence[str]
+    symbol: str
 
 
 def why_no_compiler() -> str | None:
-    """What is missing for a build, or None."""
-    compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
-    if shutil.which(compiler) is None:
-        return f"it needs a C++ compiler: {compiler!r} is not there; install g++ or set CXX"
-    with ninja_on_path():
-        if not cpp_extension.is_ninja_available():
-            return "it needs ninja: pip install ninja"
+    """Return what is wrong with the compiler that the environment names, or None."""
+    try:
+        _compiler()
+    except BuildError as error:
+        return str(error)
     return None
 
 
-def built(
-    name: str, sources: Sequence[Path], headers: Sequence[Path], compiler_flags: list[str], linker_flags: list[str]
-) -> Path:
-    """The shared library of C++ `sources`, which include `headers`: from torch's extension cache, or compiled into it.
+def load(library: Library) -> ctypes.CDLL:
+    """Load a library from the cache, or compile it into the cache first.
+
+    A library that was compiled from the same sources is loaded wherever the package lies, and without a compiler. Where
+    the cache cannot be used, a folder of this user among the temporary files takes its place.
 
     Raises:
-        RuntimeError, OSError: it does not compile, or the cache cannot be written.
+        BuildError: there is no such library, and it cannot be compiled or kept.
     """
-    contents = b"".join(source.read_bytes() for source in (*sources, *headers))
-    # with the path, which is in ninja's file: installations that share a folder would build it anew in turn
-    digest = hashlib.sha256(contents + f"{torch.__version__} {sources[0]}".encode()).hexdigest()[:12]
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    folder = Path(root) / f"{name}_{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), ninja_on_path():
-        # torch's own lock, for which it waits for ever, can only be that of a process that was killed
-        (folder / "lock").unlink(missing_ok=True)
-        path = cpp_extension.load(
-            folder.name,
-            [str(source) for source in sources],
-            extra_cflags=compiler_flags,
-            extra_ldflags=linker_flags,
-            build_directory=str(folder),
-            is_python_module=False,
-        )
-    return Path(path)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with its process, also when that is killed."""
-    import fcntl  # where there is none (Windows) the build fails, and `cpu_kernel` says why
-
-    with (folder / "actvar.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def ninja_on_path() -> Iterator[None]:
-    """Let torch find the `ninja` of the package of that name, also where its environment is not activated."""
+    if os.name != "posix":
+        raise BuildError(f"{library.title} are compiled on Linux and macOS only")
     try:
-        import ninja
-    except ImportError:
-        yield
-        return
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join((before, ninja.BIN_DIR))
+        stem = f"{library.name}_{_digest(library)}"
+    except OSError as error:
+        raise BuildError(f"its sources cannot be read: {error}; install the package anew") from error
+    folders = build_folders.folders()
+    for folder in folders:
+        loaded = _found(library, folder, stem)
+        if loaded is not None:
+            return loaded
+    compiler, deadline, refused = _compiler(), time.monotonic() + SECONDS, []
+    for folder in folders:
+        try:
+            folder.prepare()
+            with build_folders.lock(folder.path / f"{stem}.lock", deadline, library.title) as alone:
+                loaded = _found(library, folder, stem)
+                if loaded is None:
+                    place = f"{folder.path}, since {_without(refused)}" if refused else folder.path
+                    logger.warning("compiling %s once (%s) into %s", library.title, library.duration, place)
+                    if alone:
+                        _remove_leftovers(folder.path, stem)
+                    loaded = _built(library, folder.path, stem, compiler, deadline)
+                return loaded
+        except TimeoutError as error:
+            raise BuildError(f"{error} in {SECONDS} s; end that process and try again") from error
+        except OSError as error:
+            refused.append(f"{folder.path} cannot be used ({error.strerror or error})")
+    raise BuildError(f"there is no folder for the compiled library: {_without(refused)}")
+
+
+def _without(refused: list[str]) -> str:
+    """Say why folders cannot be used, and what to do."""
+    return "; ".join([*refused, "set TORCH_EXTENSIONS_DIR to a folder that you can write to"])
+
+
+def _digest(library: Library) -> str:
+    """Return a number of all that decides what is in the library, wherever its sources lie."""
+    digest = hashlib.sha256(repr((torch.__version__, sysconfig.get_platform(), *library.flags)).encode())
+    for path in (*library.sources, *library.headers):
+        contents = path.read_bytes()
+        digest.update(b"%d " % len(contents) + contents)
+    return digest.hexdigest()[:12]
+
+
+def _file_name(stem: str, file: Path) -> str:
+    """Return the name of a library with the contents of `file`: a file that was cut off can crash the process."""
+    return f"{stem}_{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _found(library: Library, folder: Folder, stem: str) -> ctypes.CDLL | None:
+    """Return the library if `folder` has a file of it that is complete, trusted, and runs on this system."""
     try:
-        yield
+        files = sorted(folder.path.iterdir()) if folder.is_trusted() else []
+    except OSError:
+        return None
+    for file in files:
+        with contextlib.suppress(OSError, BuildError):
+            if not file.name.startswith(f"{stem}_") or not build_folders.is_trusted_file(file):
+                continue
+            if file.name == _file_name(stem, file):
+                return _opened(library, file)
+    return None
+
+
+def _opened(library: Library, file: Path) -> ctypes.CDLL:
+    try:
+        loaded = ctypes.CDLL(str(file))
+        getattr(loaded, library.symbol)
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"the compiled library cannot be loaded: {error}; {_REMEDY}") from error
+    return loaded
+
+
+def _compiler() -> list[str]:
+    """Return the command of the compiler: `CXX` or `c++`.
+
+    Raises:
+        BuildError: it is not there.
+    """
+    named = os.environ.get("CXX", "")
+    try:
+        command = shlex.split(named) or ["c++"]
+    except ValueError as error:
+        raise BuildError(f"CXX: expected a command, got {named!r} ({error}); {_REMEDY}") from error
+    path = shutil.which(command[0])
+    if path is None:
+        raise BuildError(f"it needs a C++ compiler: {command[0]!r} is not there; {_REMEDY}")
+    return [os.path.abspath(path), *command[1:]]
+
+
+def _remove_leftovers(folder: Path, stem: str) -> None:
+    """Remove what builds left that were killed."""
+    for path in folder.glob(f".{stem}.*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _built(library: Library, folder: Path, stem: str, compiler: list[str], deadline: float) -> ctypes.CDLL:
+    """Compile the library into `folder`, under a temporary name until it is complete.
+
+    Raises:
+        BuildError: the compiler fails.
+        OSError: the folder cannot be written.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{stem}.", dir=folder, ignore_cleanup_errors=True) as temporary:
+        objects = [Path(temporary, f"{number}.o") for number in range(len(library.sources))]
+        out = Path(temporary, "library.so")
+        compiling = [
+            _Step([*compiler, "-fPIC", *library.flags, "-c", str(source), "-o", str(file)], file)
+            for source, file in zip(library.sources, objects, strict=True)
+        ]
+        _run(compiling, deadline)
+        _run([_Step([*compiler, "-shared", *map(str, objects), *library.flags, "-o", str(out)], out)], deadline)
+        out.chmod(out.stat().st_mode & 0o755)
+        file = folder / _file_name(stem, out)
+        out.replace(file)
+    return _opened(library, file)
+
+
+class _Step(NamedTuple):
+    """Name a command of the build and the file that it makes."""
+
+    command: list[str]
+    out: Path
+
+    @property
+    def log(self) -> Path:
+        return self.out.with_suffix(".log")
+
+
+def _run(steps: Sequence[_Step], deadline: float) -> None:
+    """Run steps, as many at a time as there are processors; at an error or an interruption end those that run.
+
+    Raises:
+        BuildError: one fails, makes no file, or does not end before the deadline.
+    """
+    waiting, running = list(steps), []
+    at_once = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                step = waiting.pop(0)
+                running.append((step, _started(step)))
+            for step, process in [pair for pair in running if pair[1].poll() is not None]:
+                running.remove((step, process))
+                if process.returncode or not step.out.is_file():
+                    raise BuildError(_failure(step, process.returncode))
+            if running and time.monotonic() > deadline:
+                raise BuildError(f"{running[0][0].command[0]} did not end in {SECONDS} s; {_REMEDY}")
+            time.sleep(0.02)
     finally:
-        os.environ["PATH"] = before
+        for _, process in running:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)  # the compiler's own processes too
+            process.wait()
+
+
+def _started(step: _Step) -> subprocess.Popen:
+    environment = os.environ | {"TMPDIR": str(step.out.parent), "LC_ALL": "C"}
+    # The log is no pipe, which a process that the compiler leaves behind would keep open.
+    with step.log.open("wb") as log:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        try:
+            return subprocess.Popen(step.command, env=environment, start_new_session=True, **streams)
+        except OSError as error:
+            raise BuildError(f"{step.command[0]} does not start: {error.strerror}; {_REMEDY}") from error
+
+
+def _failure(step: _Step, code: int) -> str:
+    """Say in one line how a step failed, with what the compiler says about it."""
+    lines = step.log.read_text("utf-8", "replace").split("\n")
+    said = next((line for line in lines if "error" in line), "".join(lines[:1])).strip()[:300]
+    ended = f"failed with exit code {code}" if code else "made no file"
+    return f"{step.command[0]} {ended}{': ' if said else ''}{said}; {_REMEDY}"

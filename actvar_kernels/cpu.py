@@ -1,4 +1,4 @@
-"""The C++ kernels for the CPU, compiled for every instruction set: one library, made by torch's extension builder."""
+"""The C++ kernels for the CPU, compiled for every instruction set into one library."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels import cpu_memory
+from actvar_kernels import building, cpu_memory
 from actvar_kernels.backend import BackendUnavailableError, get_backend, needs_torch
+from actvar_kernels.building import Library
 
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = (*sorted(FOLDER.glob("cpu_*.cpp")), *sorted(FOLDER.glob("*/cpu_*.cpp")))
 HEADERS = tuple(sorted(FOLDER.glob("**/cpu_*.h")))
-FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes"]
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes")
+LIBRARY = Library("actvar_cpu", "the C++ kernels", "about a minute", SOURCES, HEADERS, FLAGS, "level_name")
 DTYPES = (torch.float32, torch.bfloat16)
 MOST = 2**30  # sizes and their sums are 32-bit integers in C++, offsets 64-bit ones
 
@@ -40,33 +42,31 @@ def multiplies_bfloat16() -> bool:
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """None if the library is built and loaded, which the first call does, else why it cannot be."""
-    from actvar_kernels.building import why_no_compiler
-
-    reason = why_no_compiler()
-    if reason is not None:
-        return reason
+    """Return None if the library can be loaded, otherwise why not. The first call compiles it where it is missing."""
     try:
         library()
-    except (OSError, RuntimeError, ImportError) as error:
-        return f"it does not build: {str(error).strip().splitlines()[0]}"
+    except building.BuildError as error:
+        return str(error)
     return None
 
 
 @functools.cache
 def available() -> bool:
-    """As `why_unavailable() is None`; the reason is logged once."""
+    """Return whether the library can be loaded; log once why not."""
     reason = why_unavailable()
     if reason is not None:
-        logger.warning("the C++ kernels are off, so experts save no time on this CPU: %s", reason)
+        logger.warning("the C++ kernels are off, so PyTorch runs in their place and experts save no time: %s", reason)
     return reason is None
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    from actvar_kernels.building import built
+    """Return the loaded library.
 
-    loaded = ctypes.CDLL(str(built("actvar_cpu", SOURCES, HEADERS, FLAGS, ["-fopenmp"])))
+    Raises:
+        BuildError: it can be neither found nor compiled.
+    """
+    loaded = building.load(LIBRARY)
     loaded.level_name.restype = ctypes.c_char_p
     return loaded
 

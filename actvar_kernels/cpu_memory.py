@@ -8,7 +8,7 @@ import mmap
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 import torch
@@ -27,11 +27,12 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     size = math.prod(shape) * dtype.itemsize
     if not _is_large(size):
         return torch.empty(shape, dtype=dtype, device="cpu")
-    if not _reusing.get():
-        return _tensor(memoryview(_new(size)), shape, dtype)
-    block = _taken(size) or _new(size)
+    block = (_taken(size) if _reusing.get() else None) or _new(size)
+    if block is None:
+        return torch.empty(shape, dtype=dtype, device="cpu")
     memory = memoryview(block)  # lives as long as the tensor's storage
-    weakref.finalize(memory, _give_back, block)
+    if _reusing.get():
+        weakref.finalize(memory, _give_back, block)
     return _tensor(memory, shape, dtype)
 
 
@@ -39,9 +40,10 @@ def kept(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous copy for long, in huge pages as `empty`'s: of weights, which are read at every step. With smaller
     pages the processor looks up hundreds of addresses for each layer."""
     size = tensor.numel() * tensor.element_size()
-    if not _is_large(size):
+    block = _new(size) if _is_large(size) else None
+    if block is None:
         return tensor.contiguous()
-    return _tensor(memoryview(_new(size)), tuple(tensor.shape), tensor.dtype).copy_(tensor)
+    return _tensor(memoryview(block), tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
 @contextmanager
@@ -68,9 +70,20 @@ def _is_large(size: int) -> bool:
     return sys.platform == "linux" and size >= HUGE_PAGE
 
 
-def _new(size: int) -> mmap.mmap:
-    block = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
+def _new(size: int) -> mmap.mmap | None:
+    """Return memory from the system, in huge pages where it has them; None where it grants no more in this way."""
+    rounded = -(-size // HUGE_PAGE) * HUGE_PAGE
+    for _ in range(2):
+        try:
+            block = mmap.mmap(-1, rounded, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            break
+        except (OSError, OverflowError, ValueError):
+            release()  # what no tensor has may be what is missing
+    else:
+        return None
+    # Huge pages are faster, and not every kernel, sandbox or build of Python has them.
+    with suppress(OSError, AttributeError):
+        block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,16 @@ def reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations run PyTorch's reference, whatever the environment says."""
     monkeypatch.delenv("ACTVAR_BACKEND", raising=False)
     monkeypatch.setattr(actvar_kernels.backend, "_chosen", "reference")
+
+
+@pytest.fixture
+def compiled_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Name an empty cache and an empty folder for temporary files, and the compiler that everybody has."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    return tmp_path / "cache" / "actvar"
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -118,3 +120,62 @@ def test_an_image_keeps_its_values_when_the_next_one_is_decoded_and_the_memory_i
     assert 0 < bytes_kept() <= cpu_memory.KEPT
     release_cache(var)
     assert bytes_kept() == 0
+
+
+class Limited(mmap.mmap):
+    """Memory of a system that grants it only `grants` times, and answers advice with an error."""
+
+    grants = 0
+
+    def __new__(cls, *arguments):
+        if cls.grants == 0:
+            raise OSError(12, "Cannot allocate memory")
+        cls.grants -= 1
+        return super().__new__(cls, *arguments)
+
+    def madvise(self, *_):
+        raise OSError(22, "Invalid argument")
+
+
+@pytest.mark.parametrize("grants", [0, 1, 2])
+@pytest.mark.parametrize("advice", ["refused", "unknown to Python", "without a function"])
+@pytest.mark.parametrize("reuses", [False, True])
+def test_where_the_system_has_no_huge_pages_or_no_such_memory_tensors_are_made_all_the_same(
+    grants, advice, reuses, monkeypatch
+):
+    monkeypatch.setattr(Limited, "grants", grants)
+    if advice == "unknown to Python":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    elif advice == "without a function":
+        monkeypatch.delattr(Limited, "madvise")
+    monkeypatch.setattr(mmap, "mmap", Limited)
+    with reused_memory() if reuses else nullcontext():
+        first = empty((3, MIB), torch.float32).fill_(1)
+        second = kept(torch.full((2 * MIB,), 2.0)[::2])
+        third = empty((MIB,), torch.bfloat16).fill_(3)
+    for value, tensor in zip((1, 2, 3), (first, second, third), strict=True):
+        assert (tensor == value).all()
+        assert tensor.is_contiguous()
+
+
+def test_memory_that_no_tensor_has_is_given_back_where_the_system_grants_no_more(monkeypatch):
+    with reused_memory():
+        empty((MIB,), torch.float32)
+        assert bytes_kept() == 4 * MIB
+        granted = mmap.mmap
+
+        def grant(*arguments):
+            if bytes_kept():
+                raise OSError(12, "Cannot allocate memory")
+            return granted(*arguments)
+
+        monkeypatch.setattr(mmap, "mmap", grant)
+        tensor = empty((8, MIB), torch.float32)
+        del tensor
+        assert bytes_kept() == 32 * MIB  # it was made in such memory
+
+
+@pytest.mark.parametrize("shape", [(2**60,), (2**48,), (2**62 - 1,)])
+def test_more_than_any_system_has_is_torchs_own_error(shape):
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        empty(shape, torch.uint8)

@@ -12,6 +12,7 @@ import actvar
 from actvar.adapter import describe_adapter
 from actvar.checkpoint import describe_checkpoint
 from actvar_kernels import cpu, get_backend
+from actvar_kernels.sampling import cpu_kernel
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -30,7 +31,8 @@ def run(options: argparse.Namespace) -> None:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "threads": torch.get_num_threads(),
             "backend": get_backend(),
-            "C++ experts": cpu.why_unavailable() or cpu.level_name(cpu.best_level()),
+            "C++ kernels": cpu.why_unavailable() or f"{cpu.level_name(cpu.best_level())}, from {cpu.library()._name}",
+            "C++ samplers": cpu_kernel.why_unavailable() or f"from {cpu_kernel.library()._name}",
         }
     else:
         facts = _describe_file(options.file)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from pathlib import Path
 
 import torch
 
-from actvar_kernels import cpu
+from actvar_kernels import building, cpu
+from actvar_kernels.building import Library
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / "public.cpp", FOLDER / "sample.cpp"]
-HEADERS = [FOLDER / "filters.h", FOLDER.with_name("cpu_numbers.h")]
+HEADERS = [FOLDER / "filters.h", FOLDER.with_name("cpu_numbers.h"), FOLDER.with_name("cpu_keys.h")]
+FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+LIBRARY = Library("actvar_sampling", "the C++ samplers", "a few seconds", SOURCES, HEADERS, FLAGS, "sample_tokens")
 
 
 def sample_tokens(
@@ -54,13 +60,41 @@ def sample_tokens(
     return tokens
 
 
+def why_unavailable() -> str | None:
+    """Return None if this library and that of the other kernels can be loaded, otherwise why not."""
+    return cpu.why_unavailable() or _why_not_loaded()
+
+
+def available() -> bool:
+    """Return whether both libraries can be loaded; log once why not."""
+    return cpu.available() and _loads()
+
+
+@functools.cache
+def _why_not_loaded() -> str | None:
+    try:
+        library()
+    except building.BuildError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _loads() -> bool:
+    reason = _why_not_loaded()
+    if reason is not None:
+        logger.warning("the C++ samplers are off, so PyTorch draws the tokens: %s", reason)
+    return reason is None
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Both samplers."""
-    from actvar_kernels.building import built
+    """Return the loaded library of both samplers.
 
-    flags = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    loaded = ctypes.CDLL(str(built("actvar_sampling", SOURCES, HEADERS, flags, ["-fopenmp"])))
+    Raises:
+        BuildError: it can be neither found nor compiled.
+    """
+    loaded = building.load(LIBRARY)
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     real, double = ctypes.c_float, ctypes.c_double
     loaded.guide_and_filter.argtypes = (

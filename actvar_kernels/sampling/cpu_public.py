@@ -11,7 +11,7 @@ import torch
 from actvar_kernels import cpu
 from actvar_kernels.backend import backend_of, get_backend, needs_operator
 from actvar_kernels.sampling import public
-from actvar_kernels.sampling.cpu_kernel import library
+from actvar_kernels.sampling.cpu_kernel import available, library, why_unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,15 @@ def runs(logits: torch.Tensor) -> bool:
     """
     if get_backend() == "triton":  # where PyTorch draws
         return False
-    backend = backend_of("sampling", logits, why_not_in_cpp=lambda: cpu.why_not(logits))
+    backend = backend_of("sampling", logits, why_not_in_cpp=lambda: why_not(logits))
     return backend == "cpu" and not needs_operator(logits)
+
+
+def why_not(logits: torch.Tensor) -> str | None:
+    """Return why the C++ code does not take logits on the CPU, or None."""
+    if logits.dtype not in cpu.DTYPES:
+        return f"it takes float32 and bfloat16, got {logits.dtype}"
+    return None if available() else why_unavailable()
 
 
 def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: float) -> torch.Tensor:

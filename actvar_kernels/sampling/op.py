@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels import cpu
 from actvar_kernels.backend import backend_of, needs_operator, needs_torch
 from actvar_kernels.checks import expect_one_device, expect_shape
 from actvar_kernels.sampling import cpu_kernel, reference
@@ -110,7 +109,7 @@ def _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) 
 
 
 def _why_not_in_cpp() -> str | None:
-    return None if cpu.available() else cpu.why_unavailable()
+    return None if cpu_kernel.available() else cpu_kernel.why_unavailable()
 
 
 @torch.library.custom_op("actvar_kernels::sample_tokens", mutates_args=())

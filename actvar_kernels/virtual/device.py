@@ -5,20 +5,31 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import cpp_extension
 
 from actvar_kernels.backend import interpreted
-from actvar_kernels.building import ninja_on_path, why_no_compiler
+from actvar_kernels.building import BuildError, Library, load, why_no_compiler
 
-# Slicing, `copy_` and others switch to the tensor's device first; without CUDA there is nothing that could.
-_GUARD = """
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
-"""
+TORCH = Path(torch.__file__).parent
+GUARD = Library(
+    "actvar_device_guard",
+    "a device guard",
+    "a few seconds",
+    [Path(__file__).with_name("device_guard.cpp")],
+    [],
+    [
+        "-std=c++20",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        f"-isystem{TORCH / 'include'}",
+        f"-L{TORCH / 'lib'}",
+        "-lc10",
+    ],
+    "actvar_device_guard",
+)
 
 
 class VirtualGPUUnavailableError(RuntimeError):
@@ -74,5 +85,7 @@ def why_unavailable() -> str | None:
 
 @functools.cache
 def _install_device_guard() -> None:
-    with ninja_on_path():
-        cpp_extension.load_inline("actvar_noop_cuda_guard", _GUARD, is_python_module=False, no_implicit_headers=True)
+    try:
+        load(GUARD)
+    except BuildError as error:
+        raise VirtualGPUUnavailableError(f"virtual GPU: {error}") from error

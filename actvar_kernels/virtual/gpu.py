@@ -57,7 +57,7 @@ def virtual_gpu(arch: int, *, limit_shared_memory: bool = True) -> Iterator[Virt
 
     Raises:
         ValueError: an unknown architecture.
-        VirtualGPUUnavailableError: no C++ compiler or ninja in a torch without CUDA, or `TRITON_INTERPRET=1`.
+        VirtualGPUUnavailableError: no C++ compiler that works in a torch without CUDA, or `TRITON_INTERPRET=1`.
         HostSyncError: inside, from an operation that makes the host wait for the GPU.
     """
     if arch not in SHARED_MEMORY_KIB:
