@@ -100,7 +100,7 @@ def load_var(
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device of that name.
+    """Return the device of that name.
 
     Raises:
         ValueError: this torch cannot put tensors with values there.
