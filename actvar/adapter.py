@@ -15,7 +15,7 @@ from torch import nn
 
 from actvar.config import EXECUTION_FIELDS, ActVARConfig
 from actvar.families import family_of, unwrapped
-from actvar.files import replacing
+from actvar.files import read_mapped, replacing
 from actvar.gates import update
 from actvar.modes import no_grad
 from actvar.recording import shared_state
@@ -72,9 +72,9 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
 
     The adapter must have been made for the model's sizes and number of experts. Other rates, scales or K/V mode than
     it was trained for are allowed, with a logged warning. Changed weights, those of an adapter from stage 2 of the
-    distillation, take the place of the model's own, which are kept in memory until `remove_patch` puts them back; on
-    the CPU and in the model's dtype they stay mapped from the file, which must not be overwritten in place meanwhile.
-    After an exception or Ctrl-C on the way the model is as it was.
+    distillation, take the place of the model's own, which are kept in memory until `remove_patch` puts them back.
+    Everything is read into memory, so that the file may be written to afterwards. After an exception or Ctrl-C on the
+    way the model is as it was.
 
     Raises:
         FileNotFoundError: no such file.
@@ -137,12 +137,12 @@ def _put(
 
 
 def _checked(path: str | Path, name: str, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """`found` in the dtype of `expected`."""
+    """Return the values of `found` in the dtype of `expected`, read into memory."""
     if found.shape != expected.shape:
         raise AdapterError(f"{path}: {name}: expected shape {list(expected.shape)}, got {list(found.shape)}")
     if found.dtype not in DTYPES:
         raise AdapterError(f"{path}: {name}: expected floating-point values of {DTYPES}, got {found.dtype}")
-    converted = found.to(expected.dtype)
+    converted = read_mapped(found, "cpu", expected.dtype)
     if not converted.isfinite().all():
         raise AdapterError(f"{path}: {name}: expected finite values in {expected.dtype}")
     return converted
@@ -170,9 +170,10 @@ def read_adapter_config(path: str | Path) -> ActVARConfig:
 
 
 def describe_adapter(path: str | Path) -> dict[str, object]:
-    """Model sizes, configuration, training, parameter counts and dtypes of an adapter file; errors as `load_adapter`.
+    """Return model sizes, configuration, training, parameter counts and dtypes of an adapter; errors as `load_adapter`.
 
-    `parameters` counts gates and changed weights, `changed weights` the latter alone.
+    `parameters` counts gates and changed weights, `changed weights` the latter alone; `not_finite` names the tensors
+    that hold NaN or infinity, with which no adapter is loaded.
     """
     metadata, tensors = _read(Path(path))
     return {
@@ -183,6 +184,7 @@ def describe_adapter(path: str | Path) -> dict[str, object]:
         "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
         "changed weights": sum(t.numel() for name, t in tensors.items() if name.startswith(WEIGHTS)),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+        "not_finite": [name for name, t in tensors.items() if t.dtype in DTYPES and not t.isfinite().all()],
     }
 
 
@@ -211,6 +213,7 @@ def _sizes(var: nn.Module) -> dict[str, object]:
 
 
 def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    path = path.expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
     try:

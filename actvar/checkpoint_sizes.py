@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from actvar.models.build import skeleton
+from actvar.models.build import OFFICIAL_PATCH_NUMS, skeleton
 from actvar.models.var import HEAD_DIM, VAR
 from actvar.models.vqvae import NORM_GROUPS, VQVAE
 
 VAR_KIND, AUTOENCODER_KIND = "var", "autoencoder"
+HIT_COUNTS = "quantize.ema_vocab_hit_SV"
+DERIVED = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
+"""Last parts of the names of buffers that a file need not hold: they follow from the sizes."""
+_OFFICIAL_SIDES = (OFFICIAL_PATCH_NUMS, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
+_MOST_SCALES = 100
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,11 @@ class VarSizes:
 
 @dataclass(frozen=True)
 class AutoencoderSizes:
-    """Sizes of an autoencoder; names as in `build_vae_var`. `scales`: the number of token maps in its training."""
+    """Sizes of an autoencoder; names as in `build_vae_var`.
+
+    Args:
+        scales: the number of token maps in its training, None where the file does not tell.
+    """
 
     V: int
     Cvae: int
@@ -43,20 +53,11 @@ class AutoencoderSizes:
     num_res_blocks: int
     image_channels: int
     share_quant_resi: int
-    scales: int
-
-
-def kind_of(keys: Collection[str]) -> str | None:
-    """`"var"`, `"autoencoder"`, or None for names that belong to neither."""
-    if any(key.startswith("blocks.") for key in keys):
-        return VAR_KIND
-    if any(key.startswith(("encoder.", "decoder.", "quantize.")) for key in keys):
-        return AUTOENCODER_KIND
-    return None
+    scales: int | None
 
 
 def var_sizes(tensors: Mapping[str, Tensor]) -> VarSizes:
-    """Sizes of a transformer from its state dict; of the tensors' values only those of `lvl_1L` are read.
+    """Read the sizes of a transformer off its state dict: shapes, and the values of `lvl_1L` if it is there.
 
     Raises:
         ValueError: a tensor that a size is read from is missing or cannot belong to a VAR transformer.
@@ -84,7 +85,7 @@ def var_sizes(tensors: Mapping[str, Tensor]) -> VarSizes:
 
 
 def autoencoder_sizes(tensors: Mapping[str, Tensor]) -> AutoencoderSizes:
-    """Sizes of an autoencoder from its state dict; no values are read.
+    """Read the sizes of an autoencoder off its state dict; no values are read.
 
     Raises:
         ValueError: a tensor that a size is read from is missing or cannot belong to VAR's autoencoder.
@@ -99,7 +100,7 @@ def autoencoder_sizes(tensors: Mapping[str, Tensor]) -> AutoencoderSizes:
             f"of the first, found {ch} and {widths}"
         )
     share_quant_resi = _share_quant_resi(tensors)
-    trained_scales = _shape(tensors, "quantize.ema_vocab_hit_SV", 2)[0]
+    trained_scales = _shape(tensors, HIT_COUNTS, 2)[0] if HIT_COUNTS in tensors else None
     return AutoencoderSizes(
         V=V,
         Cvae=Cvae,
@@ -190,6 +191,8 @@ def _share_quant_resi(tensors: Mapping[str, Tensor]) -> int:
 
 def _patch_nums(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Sides of the token maps: scale `s` fills `patch_nums[s] ** 2` places of `lvl_1L` with its index."""
+    if "lvl_1L" not in tensors:
+        return _sides_from_totals(tensors)
     _shape(tensors, "lvl_1L", 2)
     levels, counts = torch.unique_consecutive(tensors["lvl_1L"].flatten(), return_counts=True)
     sides = tuple(math.isqrt(count) for count in counts.tolist())
@@ -199,3 +202,38 @@ def _patch_nums(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
             f"found {levels.tolist()[:12]} with counts {counts.tolist()[:12]}"
         )
     return sides
+
+
+def _sides_from_totals(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Return the official sides, or the only possible ones, with the numbers of scales and tokens that the file has."""
+    scales = _shape(tensors, "lvl_embed.weight", 2)[0]
+    tokens, first = _shape(tensors, "pos_1LC", 3)[1], _shape(tensors, "pos_start", 3)[1]
+    for sides in _OFFICIAL_SIDES:
+        if (len(sides), sum(side * side for side in sides), sides[0] ** 2) == (scales, tokens, first):
+            return sides
+    start = math.isqrt(first)
+    possible = _ascending_sides(scales - 1, tokens - first, start) if 2 <= scales <= _MOST_SCALES else ()
+    if start * start != first or len(possible) != 1:
+        raise ValueError(
+            f"expected `lvl_1L`, without which the sides of {scales} token maps with {tokens} tokens together cannot "
+            f"be told ({'several are' if possible else 'none is'} possible), found no tensor of that name"
+        )
+    return (start, *possible[0])
+
+
+def _ascending_sides(scales: int, tokens: int, above: int) -> tuple[tuple[int, ...], ...]:
+    """Return up to two ascending sequences of `scales` sides beyond `above` whose squares add up to `tokens`."""
+
+    @cache
+    def search(scales: int, tokens: int, above: int) -> tuple[tuple[int, ...], ...]:
+        if scales == 1:
+            side = math.isqrt(max(tokens, 0))
+            return ((side,),) if side > above and side * side == tokens else ()
+        found: list[tuple[int, ...]] = []
+        side = above + 1
+        while len(found) < 2 and sum((side + i) ** 2 for i in range(scales)) <= tokens:
+            found += [(side, *rest) for rest in search(scales - 1, tokens - side * side, side)]
+            side += 1
+        return tuple(found[:2])
+
+    return search(scales, tokens, above)

@@ -1,4 +1,4 @@
-"""Files that are either complete or not there."""
+"""Files that are either complete or not there, and values read from files that may change afterwards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 
@@ -34,3 +35,12 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(f"{path}: cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_mapped(tensor: torch.Tensor, device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return a contiguous copy of a tensor in memory of its own.
+
+    A tensor that is mapped from a file changes with the file, and the process ends by a bus error if the file is cut
+    short, as `torch.save` over it does.
+    """
+    return torch.empty(tensor.shape, device=device, dtype=dtype).copy_(tensor)

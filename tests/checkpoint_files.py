@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -29,4 +30,20 @@ def write(state: object, path: Path) -> Path:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     else:
         torch.save(state, path)
+    return path
+
+
+def write_shards(state: Tensors, folder: Path, count: int, index: bool = True) -> Path:
+    """Write safetensors shards as other libraries do; the path of the index, or the folder without one."""
+    folder.mkdir(exist_ok=True)
+    names = sorted(state)
+    weight_map = {}
+    for shard in range(count):
+        file = f"model-{shard + 1:05}-of-{count:05}.safetensors"
+        write({name: state[name] for name in names[shard::count]}, folder / file)
+        weight_map |= dict.fromkeys(names[shard::count], file)
+    if not index:
+        return folder
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     return path

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import io
+import json
 import logging
 import random
 import re
@@ -59,6 +60,10 @@ class Targets:
             save_file(state, folder / f"{name}.safetensors")
             torch.save(state, folder / f"{name}.pth")
         torch.save(states["var"], folder / "old.pth", _use_new_zipfile_serialization=False)
+        nested = {"epoch": 3, "trainer": {"ema": {f"module.{name}": t for name, t in states["var"].items()}}}
+        torch.save(nested, folder / "nested.ckpt")
+        weight_map = dict.fromkeys(states["var"], "var.safetensors")
+        (folder / "var.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         apply_patch(self.var, ActVARConfig(num_experts=4))
         save_adapter(self.var, folder / "adapter.safetensors")
         images = bytes(range(256)) * 6

@@ -92,11 +92,11 @@ def test_a_file_of_something_else_is_refused(content: bytes, suffix: str, tmp_pa
     assert_refused(file, repr(content[:16]))
 
 
-@pytest.mark.parametrize("suffix", [".ckpt", ""])
+@pytest.mark.parametrize("suffix", [".npz", "", ".json"])
 def test_an_unknown_file_name_is_refused(suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"var{suffix}"
     file.write_bytes(b"content")
-    assert_refused(file, ".pth", ".safetensors", repr(suffix))
+    assert_refused(file, ".pth", ".ckpt", ".safetensors", f"`{suffix}`")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -169,7 +169,14 @@ def rename_block(state: Tensors) -> None:
 
 BAD_TRANSFORMERS = {
     "a missing bias": (drop("head.bias"), ["1 missing ['head.bias']", "0 unexpected"]),
-    "a missing scale index": (drop("lvl_1L"), ["`lvl_1L`"]),
+    "no scale index, and positions that fit no scales": (
+        lambda s: (s.pop("lvl_1L"), s.update({"pos_1LC": torch.zeros(1, 15, 128)})),
+        ["`lvl_1L`", "15 tokens", "none is possible"],
+    ),
+    "a buffer of another shape": (
+        put("blocks.1.attn.zero_k_bias", lambda s: torch.zeros(64)),
+        ["`blocks.1.attn.zero_k_bias`", "(128,)", "(64,)"],
+    ),
     "a missing codebook head": (drop("head.weight"), ["`head.weight`"]),
     "an extra tensor": (put("extra", lambda s: torch.zeros(2)), ["1 unexpected ['extra']"]),
     "a gap in the blocks": (rename_block, ["blocks.", "[0, 999999999]"]),
@@ -212,7 +219,10 @@ def test_a_transformer_is_refused_that_has(
 
 BAD_AUTOENCODERS = {
     "a missing bias": (drop("quant_conv.bias"), ["1 missing ['quant_conv.bias']"]),
-    "no hit counts": (drop("quantize.ema_vocab_hit_SV"), ["`quantize.ema_vocab_hit_SV`"]),
+    "a scalar in place of hit counts": (
+        put("quantize.ema_vocab_hit_SV", lambda s: torch.tensor(1.0)),
+        ["`quantize.ema_vocab_hit_SV`"],
+    ),
     "no codebook": (drop("quantize.embedding.weight"), ["`quantize.embedding.weight`"]),
     "a gap in the levels": (
         lambda s: [s.pop(name) for name in list(s) if name.startswith("encoder.down.0.")],

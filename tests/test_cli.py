@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -7,8 +8,12 @@ import pytest
 import torch
 from helpers import make_tiny_var
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from actvar import ActVARConfig, apply_patch, save_adapter
+from actvar.adapter import describe_adapter
+from actvar.checkpoint import describe_checkpoint
 from actvar.cli import main
 
 
@@ -65,16 +70,78 @@ def test_sample_writes_one_grid(files, tmp_path, flag, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def info(capsys, *arguments) -> dict[str, str]:
+    """What `actvar info` prints: names with values, in one column each."""
+    main(["info", *map(str, arguments)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.index(line.split(":", 1)[1].lstrip(), line.index(":")) for line in lines}) == 1
+    assert not any(set("{}'") & set(line) for line in lines)
+    return {name: value.strip() for name, value in (line.split(":", 1) for line in lines)}
+
+
 def test_info_describes_checkpoints_adapters_and_the_installation(files, capsys):
-    for name, word in {
-        "var.pth": "patch_nums",
-        "vae.pth": "autoencoder",
-        "adapter.safetensors": "num_experts=8",
-    }.items():
-        main(["info", str(files / name)])
-        assert word in capsys.readouterr().out
-    main(["info"])
-    assert f"torch           {torch.__version__}" in capsys.readouterr().out
+    sides = " ".join(map(str, make_tiny_var().patch_nums))
+    assert info(capsys, files / "var.pth").items() >= {"kind": "var", "patch_nums": sides, "values": "finite"}.items()
+    vae = info(capsys, files / "vae.pth")
+    assert vae.items() >= {"kind": "autoencoder", "share_quant_resi": "4", "key": "(top level)"}.items()
+    adapter = info(capsys, files / "adapter.safetensors")
+    assert adapter.items() >= {"config.num_experts": "8", "config.scales": "-2 -1", "values": "finite"}.items()
+    assert info(capsys)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("name", ["var.pth", "vae.pth", "adapter.safetensors", None])
+def test_info_as_json_has_the_same_facts(files, capsys, name):
+    main(["info", *([] if name is None else [str(files / name)]), "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    if name is None:
+        assert facts["torch"] == torch.__version__
+    elif name.startswith("adapter"):
+        described = describe_adapter(files / name)
+        assert ActVARConfig(**facts.pop("config")) == described.pop("config")
+        assert facts == json.loads(json.dumps(described))
+    else:
+        assert facts == describe_checkpoint(files / name)
+
+
+def test_info_says_when_values_are_not_finite(files, tmp_path, capsys):
+    state = torch.load(files / "vae.pth", weights_only=True)
+    torch.save({name: tensor * float("nan") for name, tensor in state.items()}, tmp_path / "vae.pth")
+    value = info(capsys, tmp_path / "vae.pth")["values"]
+    assert value.startswith(f"NOT FINITE in {len(state) - 1} tensors: encoder.")
+    tensors = load_file(files / "adapter.safetensors")
+    tensors["blocks.0.selector.bias"].fill_(float("inf"))
+    with safe_open(files / "adapter.safetensors", "pt") as file:
+        save_file(tensors, tmp_path / "adapter.safetensors", file.metadata())
+    assert info(capsys, tmp_path / "adapter.safetensors")["values"] == "NOT FINITE in 1 tensors: blocks.0.selector.bias"
+
+
+@pytest.fixture
+def trainers_file(files, tmp_path):
+    """One file with both models, as the public trainer saves it, and an average of the transformer's weights."""
+    var, vae = (torch.load(files / f"{name}.pth", weights_only=True) for name in ("var", "vae"))
+    path = tmp_path / "ar-ckpt-last.pth"
+    torch.save({"epoch": 3, "trainer": {"var_wo_ddp": var, "vae_local": vae}, "ema": dict(var)}, path)
+    return str(path)
+
+
+def test_a_key_chooses_within_the_trainers_file(trainers_file, tmp_path, capsys):
+    source = ["--var", trainers_file, "--vae", trainers_file]
+    assert (
+        info(capsys, trainers_file, "--key", "trainer.var_wo_ddp").items()
+        >= {
+            "key": "trainer.var_wo_ddp",
+            "kind": "var",
+        }.items()
+    )
+    main(["sample", *source, "--key", "ema", "--dense", "--labels", "0", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "dense.png").exists()
+    for arguments in (["info", trainers_file], ["sample", *source, "--labels", "0"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        error = capsys.readouterr().err
+        assert (stopped.value.code, error.count("\n")) == (2, 1)
+        for fragment in ("`trainer.var_wo_ddp` (var)", "`ema` (var)", "--key"):
+            assert fragment in error
 
 
 @pytest.mark.parametrize(
@@ -113,6 +180,8 @@ def test_info_describes_checkpoints_adapters_and_the_installation(files, capsys)
         (["verify", "--model", "fashion-mnist", "--batch", "0"], "at least 1"),
         (["verify", "--model", "fashion-mnist", "--json", "missing/verify.json"], "a folder that exists"),
         (["verify", "--model", "fashion-mnist", "--json", "/"], "a folder that exists"),
+        (["sample", "--model", "fashion-mnist", "--labels", "0", "--key", "ema"], "--key chooses"),
+        (["info", __file__, "--key", "ema"], "expected a file name that ends in"),
         (["flops", "--model", "d16", "--rates", "0.5", "2"], "ffn_rate: expected"),
         (["info", "/dev/null"], "expected a checkpoint file"),
         (["info", __file__], "expected a file name that ends in"),

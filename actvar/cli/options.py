@@ -26,8 +26,17 @@ def add_source(command: argparse.ArgumentParser, adapter: str | None = "paper") 
     """`adapter`: the bundled one that --model takes by default; None for a command that reads none."""
     source = command.add_argument_group("model")
     source.add_argument("--model", choices=sorted(WEIGHTS), help="a model that comes with the package")
-    source.add_argument("--var", help="transformer checkpoint: .pth, .safetensors, or owner/repo:file on the hub")
-    source.add_argument("--vae", help="autoencoder checkpoint, likewise")
+    source.add_argument(
+        "--var",
+        help="transformer checkpoint: .pth, .ckpt, .safetensors, a folder of shards, or owner/repo[@revision]:file on "
+        "the hub",
+    )
+    source.add_argument("--vae", help="autoencoder checkpoint, in the same formats; may be the same file")
+    source.add_argument(
+        "--key",
+        action="append",
+        help="which state dict of a checkpoint that has several, e.g. ema; give it twice for two files",
+    )
     if adapter:
         source.add_argument(
             "--adapter", help=f"adapter file, or the name of a bundled one (default for --model: {adapter})"
@@ -60,6 +69,8 @@ def check_source(options: argparse.Namespace) -> None:
         raise ValueError("give either --model, or --var with --vae")
     if (options.var is None) != (options.vae is None):
         raise ValueError("--var needs --vae, the checkpoint of its autoencoder, and the other way round")
+    if options.model and options.key:
+        raise ValueError("--key chooses within the files of --var and --vae; leave it out with --model")
 
 
 def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[VQVAE, VAR]:
@@ -69,7 +80,7 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[VQVAE, VAR]:
     placement = dict(device=device_of(options.device), dtype=dtype)
     if options.model:
         return actvar.load_pretrained(options.model, **placement)
-    return actvar.load_var(options.var, options.vae, **placement)
+    return actvar.load_var(options.var, options.vae, key=options.key, **placement)
 
 
 def load_to_sample(

@@ -1,0 +1,263 @@
+"""Find and read checkpoint files of every format; nothing in a file is trusted, and no code in a file runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+INDEX_SUFFIX = ".safetensors.index.json"
+SHARD_NAME = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?:(.+)")
+REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+
+PathLike = str | os.PathLike[str]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message names the file, what was expected and what was found."""
+
+
+def fail(path: PathLike, expected: str, found: str, cause: BaseException | None = None) -> NoReturn:
+    """Raise the CheckpointError of a file."""
+    raise CheckpointError(f"{path}: expected {expected}, found {found}") from cause
+
+
+def read_file(path: PathLike) -> Mapping[object, object]:
+    """Read what a checkpoint holds: names with tensors, or with mappings of that kind, or with other plain values.
+
+    Tensors are on the CPU and are mapped from the file where its format allows. They are read before the function that
+    asked for them returns to the user, who may then write to the file.
+
+    Args:
+        path: `.pth`, `.pt`, `.bin` or `.ckpt` from `torch.save`, read as weights only; `.safetensors`; a folder of
+            safetensors shards, or their `.safetensors.index.json`; or `owner/repo:file` or `owner/repo@revision:file`
+            on the hub. A leading `~` is the home folder.
+
+    Raises:
+        CheckpointError: an empty, truncated or otherwise unreadable file; shards that are missing or hold the same
+            tensor; a pickle with Python objects.
+        FileNotFoundError: no such file, here or on the hub.
+        ImportError: a hub id without `huggingface_hub` installed.
+    """
+    file = locate(path)
+    if file.is_dir():
+        return _read_folder(path, file)
+    if not file.is_file():
+        fail(path, "a checkpoint file, or a folder of safetensors shards", "neither a file nor a folder")
+    if file.stat().st_size == 0:
+        fail(path, "a checkpoint", "an empty file")
+    suffix = file.suffix.lower()
+    if file.name.endswith(INDEX_SUFFIX):
+        return _read_index(path, file)
+    if suffix == ".safetensors":
+        return _read_safetensors(path, file)
+    if suffix in PICKLE_SUFFIXES:
+        return _read_pickle(path, file)
+    fail(path, f"a file name that ends in {', '.join(PICKLE_SUFFIXES)}, .safetensors or {INDEX_SUFFIX}", f"`{suffix}`")
+
+
+def locate(path: PathLike) -> Path:
+    """Return the file on this machine; one on the hub is downloaded into the hub's cache.
+
+    Raises:
+        FileNotFoundError, ImportError: as in `read_file`.
+    """
+    try:
+        file = Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{path}: expected a home folder that is known: {error}") from error
+    if file.exists():
+        return file
+    hub_id = HUB_ID.fullmatch(os.fspath(path))
+    if hub_id is None:
+        raise FileNotFoundError(
+            f"{path}: no such file (a file on the hub is written `owner/repo:file.pth` or "
+            "`owner/repo@revision:file.pth`)"
+        )
+    return _downloaded(os.fspath(path), dict(repo_id=hub_id[1], filename=hub_id[3], revision=hub_id[2]))
+
+
+def _downloaded(path: str, place: dict[str, str | None]) -> Path:
+    """Return the cached copy of a file on the hub.
+
+    `hf_hub_download` tries an unreachable hub for 20 seconds and logs every try, so the hub is asked once before.
+    """
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+        from huggingface_hub.utils import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    except ImportError as error:
+        raise ImportError(f"{path} is on the hub; to download it, run `pip install actvar[hub]`") from error
+    not_there = EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    unreachable = None
+    try:
+        get_hf_file_metadata(hf_hub_url(**place))
+    except not_there as error:
+        raise FileNotFoundError(f"{path}: not found on the hub: {_first_line(error)}") from error
+    except Exception as error:  # of whichever network library this version of the hub's package uses
+        unreachable = error
+    try:
+        return Path(hf_hub_download(**place, local_files_only=unreachable is not None))
+    except (*not_there, OSError, ValueError) as error:
+        reason = f"the hub cannot be reached ({_first_line(unreachable)})" if unreachable else _first_line(error)
+        raise FileNotFoundError(f"{path}: not in the hub's cache on this machine, and {reason}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Safetensors
+
+
+def _read_safetensors(path: PathLike, file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Map the tensors of `names`, by default all."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            stored = list(opened.keys())
+            missing = [] if names is None else sorted(set(names).difference(stored))
+            tensors = {name: opened.get_tensor(name) for name in names or stored} if not missing else {}
+    except Exception as error:
+        place = path if os.fspath(path).endswith(file.name) else f"{path}: {file.name}"
+        fail(place, "a complete safetensors file", _start_of(file), error)
+    if missing:
+        fail(path, f"{len(missing)} more tensors in {file.name}, as the index says", f"no {missing[:3]} there")
+    return tensors
+
+
+def _read_folder(path: PathLike, folder: Path) -> dict[str, Tensor]:
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indices) > 1:
+        names = ", ".join(index.name for index in indices)
+        fail(path, "a folder with one index; name the one to load", f"the indices {names}")
+    if indices:
+        return _read_index(path, indices[0])
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        fail(path, "a checkpoint file, or a folder of safetensors shards", "a folder without any .safetensors file")
+    _expect_all_parts(path, [shard.name for shard in shards])
+    tensors: dict[str, Tensor] = {}
+    shard_of: dict[str, str] = {}
+    for shard in shards:
+        found = _read_safetensors(path, shard)
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            fail(
+                path,
+                "shards of one checkpoint (name a file to load that one)",
+                f"`{twice[0]}` in both {shard_of[twice[0]]} and {shard.name}",
+            )
+        tensors |= found
+        shard_of |= dict.fromkeys(found, shard.name)
+    return tensors
+
+
+def _expect_all_parts(path: PathLike, names: list[str]) -> None:
+    """Check that of files named `<stem>-<number>-of-<count>` every number is there."""
+    numbers: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        if match := SHARD_NAME.fullmatch(name):
+            numbers.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    for (stem, count), found in numbers.items():
+        if len(found) < count:
+            missing = [number for number in range(1, count + 1) if number not in found]
+            fail(path, f"{count} shards of {stem}", f"{len(found)}: missing are those with the numbers {missing[:8]}")
+
+
+def _read_index(path: PathLike, index: Path) -> dict[str, Tensor]:
+    expected = 'an index of shards: {"weight_map": {"name": "file.safetensors", ...}}'
+    try:
+        parsed = json.loads(index.read_bytes())
+    except (ValueError, RecursionError) as error:
+        fail(path, expected, _start_of(index), error)
+    shard_of = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(shard_of, dict) or not shard_of:
+        fail(path, expected, f"no `weight_map` in {index.name}")
+    names_of: dict[str, list[str]] = {}
+    for name, shard in shard_of.items():
+        if not _is_shard_name(shard):
+            fail(path, "file names of .safetensors shards beside the index", f"{shard!r} for `{name}`")
+        names_of.setdefault(shard, []).append(name)
+    files = {shard: index.with_name(shard) for shard in names_of}
+    missing = [shard for shard, file in files.items() if not file.is_file()]
+    if missing and not Path(path).expanduser().exists():
+        folder = os.fspath(path).removesuffix(index.name)
+        files |= {shard: locate(folder + shard) for shard in missing}
+    elif missing:
+        fail(path, f"{len(files)} shards beside {index.name}", f"{len(missing)} of them missing: {missing[:8]}")
+    tensors: dict[str, Tensor] = {}
+    for shard, names in names_of.items():
+        tensors |= _read_safetensors(path, files[shard], names)
+    return tensors
+
+
+def _is_shard_name(shard: object) -> bool:
+    """Tell whether an index may name `shard`: a file in the index's own folder."""
+    return (
+        isinstance(shard, str)
+        and shard.endswith(".safetensors")
+        and PurePosixPath(shard).name == shard
+        and not set(shard) & {"\\", ":", "\0"}
+    )
+
+
+# Pickles
+
+
+def _read_pickle(path: PathLike, file: Path) -> Mapping[object, object]:
+    expected = "a complete file from `torch.save(module.state_dict())`, without Python objects other than tensors"
+    try:
+        is_zip = _is_zip_of_stored_records(file)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:
+        refused = REFUSED_GLOBAL.search(str(error))
+        fail(path, expected, _start_of(file) if refused is None else _how_to_save_anew(file, refused[1]), error)
+    if not isinstance(content, Mapping):
+        fail(path, expected, f"a {type(content).__name__}")
+    return content
+
+
+def _how_to_save_anew(file: Path, refused: str) -> str:
+    return (
+        f"`{refused}`, which could run code and is not loaded. Only if you trust whoever made the file, save its "
+        f"weights anew: import torch; saved = torch.load({str(file)!r}, map_location='cpu', weights_only=False); "
+        "torch.save(saved['model'], 'weights.pth'), with the key that the weights are under instead of 'model', or "
+        "saved.state_dict() if the file holds a whole module"
+    )
+
+
+def _is_zip_of_stored_records(file: Path) -> bool:
+    """Tell whether a file is a zip file, as `torch.save` has written them since 1.6, with every record stored as it is.
+
+    A compressed record could unfold to any size.
+
+    Raises:
+        ValueError: a zip file with other records, or with more than it has room for.
+        zipfile.BadZipFile: one that is damaged.
+    """
+    with file.open("rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":
+            return False
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+    if any(
+        record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size for record in records
+    ):
+        raise ValueError("its records are compressed")
+    if sum(record.file_size for record in records) > file.stat().st_size:
+        raise ValueError("its records claim more bytes than the file has")
+    return True
+
+
+def _start_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return f"{file.stat().st_size} bytes that start with {stream.read(16)!r}"
