@@ -20,10 +20,7 @@ class PerSample:
 
     def __init__(self, block: nn.Module, cond: torch.Tensor):
         self.cond = cond
-        modulation = family.modulation(block, cond)
-        if cpp_runs(cond):  # which reads float32 without gaps
-            modulation = tuple(part.float().contiguous() for part in modulation)
-        self.modulation = modulation
+        self.modulation = _modulation(block, cond)
         self.qkv_bias = family.qkv_bias(block)
         self.head_scale = family.head_scale(block)
         self.room: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -39,6 +36,14 @@ class PerSample:
                 for buffer, cached in zip(self.room, past, strict=True):
                     buffer[:, :, : cached.shape[2]] = cached
         return self.room
+
+
+def _modulation(block: nn.Module, cond: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what `PerSample.modulation` is."""
+    modulation = family.modulation(block, cond)
+    if cpp_runs(cond):  # which reads float32 without gaps
+        modulation = tuple(part.float().contiguous() for part in modulation)
+    return modulation
 
 
 class Kept:
@@ -71,6 +76,8 @@ def continued(block: nn.Module, cond: torch.Tensor) -> PerSample:
     """The state that the block's previous scale kept if this call goes on from it, otherwise a new one."""
     kept: Kept = block.actvar.kept
     if _is_sampling(block) and kept.cache is not None and kept.cache is block.attn.cached_k and kept.state.cond is cond:
+        if "ada_lin" in block.actvar.called:  # which the dense model calls at every scale
+            kept.state.modulation = _modulation(block, cond)
         return kept.state
     return PerSample(block, cond)
 

@@ -124,7 +124,9 @@ def test_distillation_gives_the_adapter_that_it_gives_without_another_default(
         folder = tmp_path / name
         folder.mkdir()
         source = sampled_source(var, 8, seed=0)
-        out = distill(var.vae_proxy[0], var, ActVARConfig(num_experts=4), adapter, source, how, folder / "a.safetensors")
+        out = distill(
+            var.vae_proxy[0], var, ActVARConfig(num_experts=4), adapter, source, how, folder / "a.safetensors"
+        )
         labels = torch.tensor([1, 2], device="cpu")
         return out, var.autoregressive_infer_cfg(2, labels, g_seed=0)
 
