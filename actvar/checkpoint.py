@@ -102,7 +102,8 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: expected one that this torch can use, got {device!r}: {error}") from error
+        reason = str(error).partition(". ")[0]  # torch goes on with all that it knows of its devices
+        raise ValueError(f"device: expected cpu or cuda, as this torch can use it, got {device!r}: {reason}") from error
     if found.type == "meta":
         raise ValueError("device: expected one with memory, got 'meta'")
     return found
@@ -157,7 +158,7 @@ def read_tensors(path: PathLike) -> dict[str, Tensor]:
     """
     file = _local(path)
     if not file.is_file():
-        _fail(path, "a checkpoint file", "a folder")
+        _fail(path, "a checkpoint file", "a folder" if file.is_dir() else "a device or a pipe")
     if file.stat().st_size == 0:
         _fail(path, "a checkpoint", "an empty file")
     suffix = file.suffix.lower()
