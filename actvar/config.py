@@ -26,7 +26,7 @@ Rate = float | tuple[float, ...]
 
 def share_of(rate: float, count: int) -> int:
     """`floor(rate * count + 0.5)`, at least 1."""
-    return max(1, math.floor(rate * count + 0.5))
+    return max(1, math.floor(float(rate) * count + 0.5))
 
 
 @dataclass(frozen=True)

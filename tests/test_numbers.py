@@ -17,12 +17,15 @@ from hypothesis import strategies as st
 import actvar_kernels
 from actvar import ActVARConfig, accelerate, remove_patch
 from actvar.adapter import save_adapter
+from actvar.baselines import skip_last_scales, token_merging, without_guidance
 from actvar.bulk import Bulk
 from actvar.calibrate import calibrate
 from actvar.compare import Sampling
+from actvar.config import share_of
 from actvar.distill import data
 from actvar.distill.run import Distillation
 from actvar.evaluate.run import Evaluation
+from actvar.flops import counted_flops, model_flops
 from actvar.models import build_vae_var
 from actvar.patch import patch_silently
 from actvar.training import Plan
@@ -296,6 +299,32 @@ def test_functions_that_sample_take_numbers_of_any_kind(var, integer):
         for kind, real in ((int, float), (integer, np.float32))
     ]
     assert reports[0].as_dict() == reports[1].as_dict()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, torch.tensor])
+def test_flops_of_a_batch_of_any_kind_do_not_overflow(var, kind):
+    remove_patch(var)
+    for count in (model_flops, counted_flops):
+        assert count(var, kind(200)) == count(var, 200)
+        with pytest.raises(TypeError, match="batch: expected an integer of at least 1, got True"):
+            count(var, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "value"),
+    [(skip_last_scales, np.int8(1)), (without_guidance, np.array(2)), (token_merging, np.float16(0.75))],
+)
+def test_other_methods_take_numbers_of_any_kind(var, method, value):
+    remove_patch(var)
+    images = []
+    for number in (value.item(), value):
+        with method(var, number):
+            images.append(var.autoregressive_infer_cfg(**SAMPLING))
+    assert torch.equal(*images)
+
+
+def test_shares_are_computed_in_full_precision():
+    assert share_of(np.float16(0.75), 4097) == share_of(0.75, 4097) == 3073
 
 
 @pytest.mark.parametrize(
