@@ -26,9 +26,12 @@ from actvar.families import unwrapped
 from actvar.files import replacing
 from actvar.fingerprint import model_fingerprint
 from actvar.models import VAR
+from actvar.models.arguments import checked_integer
 from actvar.pictures import pixel_values
 
 MANIFEST = "manifest.json"
+MOST_IMAGES = 2**63 - 1
+"""What `len` of a range can count."""
 SEEDS = 2**32
 """How many different seeds torch's generator has on the CPU; it ignores the higher bits."""
 
@@ -38,8 +41,9 @@ class Bulk:
     """`num` images in batches of `batch`; image `i` is of class `sampling.labels[i % len(sampling.labels)]`.
 
     Raises:
-        TypeError: a seed that is not one int.
-        ValueError: a number of images or a batch below 1, or images that the classes cannot share equally.
+        TypeError: a seed that is not one int, a number of images or a batch that is no integer.
+        ValueError: a number of images or a batch that is not in 1 ... `MOST_IMAGES`, or images that the classes cannot
+            share equally.
     """
 
     sampling: Sampling
@@ -49,10 +53,10 @@ class Bulk:
     def __post_init__(self):
         if not isinstance(self.sampling.seed, int):
             raise TypeError(f"seed: expected an int, from which every image's follows, got {self.sampling.seed!r}")
-        if self.batch < 1:
-            raise ValueError(f"batch: expected at least 1, got {self.batch}")
+        for name in ("num", "batch"):
+            object.__setattr__(self, name, checked_integer(name, getattr(self, name), 1, MOST_IMAGES))
         classes = len(self.sampling.labels)
-        if self.num < 1 or not classes or self.num % classes:
+        if not classes or self.num % classes:
             raise ValueError(
                 f"num: expected a multiple of the {classes} classes, so that each has as many images, got {self.num}"
             )
@@ -63,6 +67,11 @@ class Bulk:
 
     def images_of(self, shard: int) -> range:
         return range(shard * self.batch, min((shard + 1) * self.batch, self.num))
+
+    def count_of(self, shards: range) -> int:
+        """Return how many images the shards have together, without a look at each."""
+        fill_of_last = len(self.images_of(self.shards - 1))
+        return len(shards) * self.batch - (self.batch - fill_of_last if self.shards - 1 in shards else 0)
 
     def labels_of(self, shard: int) -> tuple[int, ...]:
         classes = self.sampling.labels
@@ -102,14 +111,13 @@ def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, process
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, _settings(var, bulk))
     mine = range(rank, bulk.shards, processes)
-    missing = [shard for shard in mine if not _is_complete(folder, bulk, shard)]
-    total, left = (sum(len(bulk.images_of(shard)) for shard in shards) for shards in (mine, missing))
-    with tqdm(total=total, initial=total - left, desc="sampling", unit="image", disable=rank != 0) as bar:
-        for shard in missing:
-            images = bulk.run(var, shard)
-            with replacing(_path(folder, shard)) as temporary:
-                save_file({"images": images, "labels": np.array(bulk.labels_of(shard))}, temporary)
-            bar.update(len(images))
+    with tqdm(total=bulk.count_of(mine), desc="sampling", unit="image", disable=rank != 0) as bar:
+        for shard in mine:  # looked at one by one, since there may be very many
+            if not _is_complete(folder, bulk, shard):
+                images = bulk.run(var, shard)
+                with replacing(_path(folder, shard)) as temporary:
+                    save_file({"images": images, "labels": np.array(bulk.labels_of(shard))}, temporary)
+            bar.update(len(bulk.images_of(shard)))
     if rank == 0:
         for shard in range(bulk.shards):
             while not _is_complete(folder, bulk, shard):

@@ -108,7 +108,8 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: expected one that this torch can use, got {device!r}: {error}") from error
+        reason = str(error).partition(". ")[0]  # torch goes on with all that it knows of its devices
+        raise ValueError(f"device: expected cpu or cuda, as this torch can use it, got {device!r}: {reason}") from error
     if found.type == "meta":
         raise ValueError("device: expected one with memory, got 'meta'")
     return found

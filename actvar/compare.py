@@ -12,12 +12,13 @@ from torch import nn
 
 from actvar.config import ActVARConfig
 from actvar.flops import counted_flops, model_flops, total_flops
-from actvar.models.arguments import expect_sampling
+from actvar.models.arguments import checked_draw, checked_integer
 from actvar.patch import DENSE, patched_silently, unpatched
 from actvar.pictures import save_grid, save_token_overlay
 from actvar.recording import record, shared_state
 from actvar.schedule import build_schedule
 from actvar.timing import block_seconds, interleaved_medians, seconds_of
+from actvar_kernels.checks import as_integer, as_items
 
 Measured = TypeVar("Measured")
 
@@ -26,8 +27,10 @@ Measured = TypeVar("Measured")
 class Sampling:
     """What to sample: arguments of `autoregressive_infer_cfg`; `seed` may be one per image.
 
+    Numbers of any kind, also in arrays, become Python's own.
+
     Raises:
-        TypeError, ValueError: as `expect_sampling`.
+        TypeError, ValueError: as `actvar.models.arguments.checked_draw`; labels that are no integers.
     """
 
     labels: tuple[int, ...]
@@ -37,7 +40,14 @@ class Sampling:
     seed: int | tuple[int, ...] = 0
 
     def __post_init__(self):
-        expect_sampling(self.seed, self.cfg, self.top_k, self.top_p)
+        draw = checked_draw(self.seed, self.cfg, self.top_k, self.top_p)
+        labels = as_items(self.labels)
+        if labels is None:
+            raise TypeError(f"labels: expected a sequence of class numbers, got {self.labels!r:.100}")
+        numbers = {"labels": tuple(as_integer("labels", label) for label in labels)}
+        numbers |= dict(cfg=draw.cfg, top_k=draw.top_k, top_p=draw.top_p, seed=draw.g_seed)
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
 
     def run(self, var: nn.Module) -> torch.Tensor:
         """Images `[B, C, H, W]` in [0, 1]."""
@@ -92,8 +102,10 @@ def compare(
     """Measure an unpatched `var`, the same accelerated, and with ActVAR, in turn, medians of `repeats`.
 
     Raises:
-        ValueError: a configuration or adapter that does not fit the model.
+        TypeError: repeats that are no integer.
+        ValueError: a configuration or adapter that does not fit the model, repeats below 1.
     """
+    repeats = checked_integer("repeats", repeats, 1)
     device = var.head.weight.device
     schedules = [build_schedule(config, var.patch_nums, block) for block in range(len(var.blocks))]
     active_tokens = {scale.tokens for schedule in schedules for scale in schedule if scale.active}

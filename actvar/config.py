@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
+import numpy as np
+
+from actvar_kernels.checks import as_integer, as_items, as_number
 from actvar_kernels.expert_ffn.op import SCHEDULES
 
 KV_MODES = ("compact", "all")
@@ -23,7 +26,7 @@ Rate = float | tuple[float, ...]
 
 def share_of(rate: float, count: int) -> int:
     """`floor(rate * count + 0.5)`, at least 1."""
-    return max(1, math.floor(rate * count + 0.5))
+    return max(1, math.floor(float(rate) * count + 0.5))
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class ActVARConfig:
         decoder_dtype: `"bfloat16"` or `"float16"` decodes images under autocast to it, which changes them slightly;
             None leaves the autoencoder as it is. For `actvar.models.VAR` only.
 
+    Numbers of any kind become Python's own: numpy's, and arrays and tensors without dimensions. Arrays and tensors with
+    dimensions, and lists, become tuples.
+
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
     """
@@ -66,12 +72,18 @@ class ActVARConfig:
     decoder_dtype: str | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "scales", _tuple_of("scales", self.scales, _integer))
-        object.__setattr__(self, "token_rates", _tuple_of("token_rates", self.token_rates, _of_blocks))
-        if isinstance(self.ffn_rate, Sequence):
-            object.__setattr__(self, "ffn_rate", _tuple_of("ffn_rate", self.ffn_rate, _of_blocks))
-        else:
-            object.__setattr__(self, "ffn_rate", _rate("ffn_rate", self.ffn_rate))
+        converted = {
+            "scales": _tuple_of("scales", self.scales, as_integer),
+            "token_rates": _tuple_of("token_rates", self.token_rates, _rate_or_rates),
+            "ffn_rate": _rate_or_rates("ffn_rate", self.ffn_rate, _rate_or_rates),
+            "num_experts": as_integer("num_experts", self.num_experts),
+        }
+        for name in ("share_cfg_selection", "fixed_tokens", "always_sparse"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
+            converted[name] = bool(getattr(self, name))
+        for name, value in converted.items():
+            object.__setattr__(self, name, value)
         for name in ("token_rates", "ffn_rate"):
             rates = getattr(self, name)
             if isinstance(rates, tuple) and len(rates) != len(self.scales):
@@ -79,7 +91,7 @@ class ActVARConfig:
         counts = {len(rate) for rate in (*self.token_rates, *self.ffn_rates) if isinstance(rate, tuple)}
         if len(counts) > 1:
             raise ValueError(f"token_rates, ffn_rate: expected rates for equally many blocks, got {sorted(counts)}")
-        if not 1 <= _integer("num_experts", self.num_experts) <= MOST_EXPERTS:
+        if not 1 <= self.num_experts <= MOST_EXPERTS:
             raise ValueError(f"num_experts: expected between 1 and {MOST_EXPERTS}, got {self.num_experts}")
         for name, choices in (
             ("kv", KV_MODES),
@@ -92,9 +104,6 @@ class ActVARConfig:
                 raise TypeError(f"{name}: expected one of {choices}, got {value!r}")
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-        for name in ("share_cfg_selection", "fixed_tokens", "always_sparse"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
         if self.fixed_tokens and any(isinstance(rate, tuple) for rate in self.token_rates):
             raise ValueError(f"token_rates: expected those of all blocks, with fixed_tokens, got {self.token_rates}")
 
@@ -135,26 +144,20 @@ class ActVARConfig:
         return cls(**values)
 
 
-def _integer(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    return value
-
-
 def _rate(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number in (0, 1], got {value!r}")
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}: expected a number in (0, 1], got {value!r}")
-    return float(value)
+    rate = as_number(name, value, "a number in (0, 1]")
+    if not 0 < rate <= 1:
+        raise ValueError(f"{name}: expected a number in (0, 1], got {rate}")
+    return rate
 
 
-def _of_blocks(name: str, value: object) -> Rate:
-    """One rate, or a tuple of them."""
-    return _tuple_of(name, value, _rate) if isinstance(value, Sequence) else _rate(name, value)
+def _rate_or_rates(name: str, value: object, of_item: Callable = _rate) -> Rate:
+    """Return one rate, or a tuple of what `of_item` returns for each item."""
+    return _rate(name, value) if as_items(value) is None else _tuple_of(name, value, of_item)
 
 
-def _tuple_of(name: str, values: object, check) -> tuple:
-    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-        raise TypeError(f"{name}: expected a non-empty tuple, got {values!r}")
-    return tuple(check(name, value) for value in values)
+def _tuple_of(name: str, values: object, of_item: Callable) -> tuple:
+    items = as_items(values)
+    if not items:
+        raise TypeError(f"{name}: expected a non-empty tuple, got {values!r:.100}")
+    return tuple(of_item(name, item) for item in items)

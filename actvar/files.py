@@ -21,11 +21,13 @@ def _umask() -> int:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it takes `path`'s place when the context ends without an error.
 
-    After an error the old file is as it was and the temporary one is gone.
+    Folders above `path` that are missing are made. After an error the old file is as it was and the
+    temporary one is gone.
 
     Raises:
         OSError: the file cannot be written, also if safetensors found that.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_c
 
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
+from actvar.models.arguments import checked_integer
 from actvar.models.vqvae import without_decoder
 from actvar.recording import Shared
 from actvar.schedule import Scale, build_schedule
@@ -68,6 +69,7 @@ def formula_flops(
     Args:
         width, hidden, depth, vocab_size, code_size, patch_nums, shared_aln: sizes C, D, blocks, V, Cvae, ... of a VAR.
     """
+    batch = checked_integer("batch", batch, 1)
     rows, C = 2 * batch, width
     steps = []
     for of_blocks in zip(*(build_schedule(config, patch_nums, block) for block in range(depth)), strict=True):
@@ -151,6 +153,7 @@ def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
     backend. An expert FFN counts the experts that are on, whatever is done with the others. A product belongs to the
     module whose weight is in it, one without a weight to attention.
     """
+    batch = checked_integer("batch", batch, 1)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     var = without_weights(unwrapped(var), mode)
     counts = _CountByModule(var)

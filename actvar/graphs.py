@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from actvar.families import family_of, unwrapped
-from actvar.models.arguments import SEEDS, checked_labels, expect_integer
+from actvar.models.arguments import SEEDS, checked_draw, checked_integer, checked_labels
 from actvar.modes import no_grad
 from actvar.patch import release_cache
 from actvar.recording import shared_state
@@ -32,11 +32,13 @@ class GraphedSampling:
 
     Raises:
         ValueError: the model is not patched, not on a GPU, of another sampling loop, or of another sampler than
-            `"fast"`, the one that a graph can hold; or Triton does not run.
+            `"fast"`, the one that a graph can hold; or Triton does not run; or a number is out of its range.
+        TypeError: an argument that is no number.
     """
 
     def __init__(self, var: nn.Module, cfg: float = 1.5, top_k: int = 0, top_p: float = 0.0):
         self.var = unwrapped(var)
+        _, cfg, top_k, top_p = checked_draw(None, cfg, top_k, top_p)
         self.arguments = dict(cfg=cfg, top_k=top_k, top_p=top_p)
         self._captured_for: tuple | None = None
         self._check()
@@ -64,7 +66,7 @@ class GraphedSampling:
         if not isinstance(labels, torch.Tensor) or labels.ndim != 1:
             raise TypeError(f"labels: expected an integer tensor [B], got {labels!r:.100}")
         labels = checked_labels(len(labels), labels, self.var.num_classes, labels.device)
-        expect_integer("seed", seed, SEEDS[0], SEEDS[-1])
+        seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1])
         weights = tuple(parameter.data_ptr() for parameter in self.var.parameters())
         wanted = (labels.shape, self.var.actvar, weights)
         if wanted != self._captured_for:

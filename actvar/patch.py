@@ -144,10 +144,10 @@ def accelerate(var: nn.Module) -> nn.Module:
     return apply_patch(var, DENSE)
 
 
-def warn_untrained(config: ActVARConfig) -> None:
-    """Say that a model is used without an adapter, unless every rate is 1."""
+def warn_untrained(config: ActVARConfig, todo: str = "load trained ones with actvar.load_adapter(var, path)") -> None:
+    """Say that a model is used without an adapter, and what to do, unless every rate is 1."""
     if config.is_sparse:
-        logger.warning("selectors and routers are untrained: load trained ones with actvar.load_adapter(var, path)")
+        logger.warning("selectors and routers are untrained: %s", todo)
 
 
 def patch_silently(var: nn.Module, config: ActVARConfig) -> None:

@@ -27,10 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from actvar.files import replacing
+from actvar.models.arguments import checked_finite, checked_integer
 from actvar.muon import Muon
 from actvar_kernels import cpu
+from actvar_kernels.checks import as_integer
 
 logger = logging.getLogger(__name__)
+
+SEEDS = range(-(2**31), 2**32)
+"""Seeds of a training: those of its steps and processes, which are multiples, are still seeds for torch."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,17 @@ class Plan:
         ema: decay of the exponential moving average of the weights, which the model ends with; 0 switches it off. At
             step `i` it is at most `(1 + i) / (10 + i)`.
         clip: largest norm of the gradient over all parameters.
+        seed: one of `SEEDS`, of the order of the examples and of every step's random numbers.
         muon: train the weight matrices of the transformer blocks with Muon (`actvar.muon`), and the rest with
             AdamW. False: AdamW for all.
         bf16: compute in bfloat16 by autocast; by default where the processor has instructions for it.
         checkpoint_seconds: time between checkpoints.
+
+    Numbers of any kind become Python's own.
+
+    Raises:
+        TypeError: an argument that is no number.
+        ValueError: a number that is not finite, parts below 1, steps below 0, a seed outside `SEEDS`.
     """
 
     name: str
@@ -66,6 +78,14 @@ class Plan:
     seed: int = 0
     bf16: bool = field(default_factory=cpu.multiplies_bfloat16)
     checkpoint_seconds: float = 60.0
+
+    def __post_init__(self):
+        for name, least in (("steps", 0), ("accumulate", 1), ("warmup", 0)):
+            object.__setattr__(self, name, checked_integer(name, getattr(self, name), least))
+        object.__setattr__(self, "batch", as_integer("batch", self.batch))
+        object.__setattr__(self, "seed", checked_integer("seed", self.seed, SEEDS[0], SEEDS[-1]))
+        for name in ("lr", "weight_decay", "clip", "ema", "checkpoint_seconds"):
+            object.__setattr__(self, name, checked_finite(name, getattr(self, name)))
 
     @property
     def checkpoint(self) -> Path:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import numpy as np
 import torch
 
 
@@ -27,10 +31,63 @@ def expect_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...])
     raise ValueError(f"{name}: expected shape [{wanted}], got {list(found)}")
 
 
-def expect_count(name: str, count: int, most: int) -> None:
-    """Raise ValueError unless `1 <= count <= most`."""
+def expect_count(name: str, count: int, most: int) -> int:
+    """Return `count` as an int; raise TypeError unless it is an integer, ValueError unless `1 <= count <= most`."""
+    count = as_integer(name, count)
     if not 1 <= count <= most:
         raise ValueError(f"{name}: expected between 1 and {most}, got {count}")
+    return count
+
+
+def as_integer(name: str, value: object, wanted: str = "an integer") -> int:
+    """Return an integer of any kind as an int: Python's, numpy's, or an array or tensor without dimensions.
+
+    Args:
+        wanted: what the error says that was expected.
+
+    Raises:
+        TypeError: `value` is no integer; a bool is none.
+    """
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    number = _unwrapped(value)
+    if isinstance(number, bool | np.bool_) or not isinstance(number, Integral):
+        raise TypeError(f"{name}: expected {wanted}, got {value!r:.100}")
+    return int(number)
+
+
+def as_number(name: str, value: object, wanted: str = "a number") -> float:
+    """Return a real number of any kind as a float: Python's, numpy's, or an array or tensor without dimensions.
+
+    Args:
+        wanted: what the error says that was expected.
+
+    Raises:
+        TypeError: `value` is no real number; a bool is none.
+        ValueError: `value` is too large for a float.
+    """
+    if type(value) is float or isinstance(value, torch.SymFloat | torch.SymInt):
+        return value
+    number = _unwrapped(value)
+    if isinstance(number, bool | np.bool_) or not isinstance(number, Real):
+        raise TypeError(f"{name}: expected {wanted}, got {value!r:.100}")
+    try:
+        return float(number)
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected {wanted}, got one that is too large for a float") from error
+
+
+def as_items(value: object) -> tuple | None:
+    """Return the items of a list, a tuple or another sequence, or of an array or tensor with a dimension; None where
+    `value` is none of these. A string is none."""
+    is_array = isinstance(value, np.ndarray | torch.Tensor) and value.ndim > 0
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return tuple(value) if is_array or is_sequence else None
+
+
+def _unwrapped(value: object) -> object:
+    """Return the number in an array or tensor without dimensions, and anything else as it is."""
+    return value.item() if isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0 else value
 
 
 def expect_index(index: torch.Tensor, shape: tuple[int | None, ...]) -> None:

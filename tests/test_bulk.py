@@ -172,6 +172,35 @@ def test_the_seed_of_many_images_is_one():
         Bulk(replace(SAMPLING, seed=(1, 2)), 10)
 
 
+@pytest.mark.parametrize(("num", "batch"), [(10, 3), (10, 5), (10, 20), (40, 7), (10**12, 50)])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_images_of_a_process_are_counted_without_a_look_at_each_shard(num, batch, processes):
+    bulk = Bulk(SAMPLING, num, batch)
+    shards = [range(rank, bulk.shards, processes) for rank in range(processes)]
+    counts = [bulk.count_of(mine) for mine in shards]
+    assert sum(counts) == num
+    if num < 100:
+        assert counts == [sum(len(bulk.images_of(shard)) for shard in mine) for mine in shards]
+
+
+def test_a_number_that_takes_years_begins_with_its_first_shard(exact_var, tmp_path, monkeypatch, capsys):
+    looked_at, drawn = [], []
+
+    def run(self, var, shard):
+        drawn.append(shard)
+        if shard == 1:
+            raise KeyboardInterrupt
+        return np.zeros((len(self.images_of(shard)), 4, 4, 1), np.uint8)
+
+    monkeypatch.setattr(Bulk, "run", run)
+    monkeypatch.setattr("actvar.bulk._is_complete", lambda folder, bulk, shard: looked_at.append(shard))
+    with pytest.raises(KeyboardInterrupt):
+        sample_many(exact_var, Bulk(SAMPLING, 10**12, 4), tmp_path)
+    assert (looked_at, drawn) == ([0, 1], [0, 1])
+    assert "sampling:" in capsys.readouterr().err
+    assert len(shards_of(tmp_path)) == 1
+
+
 def evaluators_arrays(file) -> dict[str, tuple[tuple[int, ...], bytes]]:
     """Shape and pixels the way guided-diffusion's evaluator reads an npz: header 1.0, C order, then a stream."""
     arrays = {}
@@ -244,7 +273,7 @@ def test_the_command_writes_shards_and_the_npz(tmp_path, capsys):
         (["--num", "0"], "at least 1"),
         (["--num", "10", "--compare"], "leave out --compare"),
         (["--num", "10", "--per-class", "2"], "--per-class"),
-        (["--num", "10", "--npz", "nowhere/a.npz"], "folder that exists"),
+        (["--num", "10", "--npz", f"{__file__}/a.npz"], "--npz: expected a folder at"),
         (["--labels", "0", "--npz", "a.npz"], "belong to --num"),
         (["--labels", "0", "--batch", "4"], "belong to --num"),
     ],

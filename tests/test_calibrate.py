@@ -318,13 +318,13 @@ def test_command_line_writes_adapter_and_report(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "x/y/adapter.safetensors"], "--out"),
+        (["--out", f"{__file__}/y/adapter.safetensors"], "--out: expected a folder at"),
         (["--out", "adapter.json"], "--out"),
         (["--out", "adapter.safetensors", "--rates", "0.5"], "--rates"),
         (["--out", "adapter.safetensors", "--rates", "1", "1", "1"], "no selector or router to fit"),
-        (["--out", "adapter.safetensors", "--images", "3"], "images: expected at least 4"),
-        (["--out", "adapter.safetensors", "--cfg", "nan"], "cfg: expected a finite number"),
-        (["--out", "adapter.safetensors", "--experts", "7"], "num_experts"),
+        (["--out", "adapter.safetensors", "--images", "3"], "--images: expected an integer of at least 4, got 3"),
+        (["--out", "adapter.safetensors", "--cfg", "nan"], "--cfg: expected a finite number"),
+        (["--out", "adapter.safetensors", "--experts", "7"], "--experts"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message, capsys):

@@ -132,7 +132,7 @@ def test_one_image_is_expected(tiny_var):
     [
         (["--label", "10"], "--label: the model has classes 0-9, got 10"),
         (["--label", "-1"], "--label: the model has classes 0-9, got -1"),
-        (["--label", "1", "--out", "no/such/folder/page.html"], "--out"),
+        (["--label", "1", "--out", f"{__file__}/page.html"], "--out: expected a folder at"),
         ([], "--label"),
     ],
 )

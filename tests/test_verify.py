@@ -326,11 +326,11 @@ def test_wrong_rates_dtypes_and_backends_are_errors(monkeypatch):
         (["--model", "fashion-mnist", "--dtype", "fp64"], "invalid choice"),
         (["--model", "fashion-mnist", "--rates", "0.5"], "--rates: expected"),
         (["--model", "fashion-mnist", "--rates", "0.5", "2"], "expected a number in (0, 1]"),
-        (["--model", "fashion-mnist", "--batch", "0"], "at least 1"),
+        (["--model", "fashion-mnist", "--batch", "0"], "from 1 to 1000000"),
         (["--model", "fashion-mnist", "--device", "nowhere"], "--device"),
         (["--model", "fashion-mnist", "--adapter", "missing.safetensors"], "missing.safetensors"),
         (["--model", "fashion-mnist", "--public-var", "nowhere"], "clone of the public VAR code"),
-        (["--model", "fashion-mnist", "--json", "nowhere/report.json"], "folder that exists"),
+        (["--model", "fashion-mnist", "--json", f"{__file__}/report.json"], "--json: expected a folder at"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, capsys):

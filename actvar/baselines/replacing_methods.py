@@ -9,6 +9,7 @@ from types import MethodType
 from torch import nn
 
 from actvar.models import VAR
+from actvar_kernels.checks import as_integer
 
 
 @contextmanager
@@ -48,8 +49,10 @@ def expect_last_scales(name: str, count: int, var: VAR) -> int:
     """Number of the first of the last `count` scales, before which there must be others.
 
     Raises:
+        TypeError: `count` is no integer.
         ValueError: there are none, or `count` is below 1.
     """
+    count = as_integer(name, count)
     if not 1 <= count < len(var.patch_nums):
         raise ValueError(f"{name}: expected from 1 to {len(var.patch_nums) - 1} of the model's scales, got {count}")
     return len(var.patch_nums) - count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from actvar.calibrate.sensitivity import divergence_per_block
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.gates import update
+from actvar.models.arguments import SEEDS, checked_finite, checked_integer
 from actvar.patch import patch_silently, remove_patch
 from actvar.schedule import Scale, build_schedule
 
@@ -51,16 +51,15 @@ def calibrate(
         cluster: experts of hidden units that matter for the same tokens, instead of contiguous ones.
 
     Raises:
-        TypeError: a model of an unsupported kind.
+        TypeError: a model of an unsupported kind, or an argument that is no number.
         ValueError: a configuration that does not fit the model, rates of 1, a budget that is too low, fewer than 4
-            images, a cfg that is not finite, or a model in train mode.
+            images, a seed or cfg out of its range, or a model in train mode.
     """
     model = unwrapped(var)
     config = ActVARConfig() if config is None else config
-    if images < HELD_OUT:
-        raise ValueError(f"images: expected at least {HELD_OUT}, got {images}")
-    if not math.isfinite(cfg):
-        raise ValueError(f"cfg: expected a finite number, got {cfg}")
+    images = checked_integer("images", images, HELD_OUT)
+    seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1] - images)  # every batch takes the next one
+    cfg = checked_finite("cfg", cfg)
     if model.training:
         raise ValueError("expected a model in eval mode: call var.eval()")
     if not config.is_sparse:

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import actvar
 from actvar.calibrate import calibrate
-from actvar.cli.options import DTYPES, add_dtype, add_source, check_source, load, positive, with_rates, write_json
+from actvar.cli.options import (
+    DTYPES,
+    add_dtype,
+    add_source,
+    at_once,
+    check_source,
+    expect_file,
+    integer,
+    load,
+    number,
+    positive,
+    with_rates,
+    write_json,
+)
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -19,22 +32,24 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "--out", type=Path, required=True, help="adapter file to write; the report goes beside it as .json"
     )
     command.add_argument(
-        "--rates", nargs="+", type=float, help="token rates of the last scales, then the FFN's (default 0.75 0.75 0.75)"
+        "--rates",
+        nargs="+",
+        type=number,
+        help="token rates of the last scales, then the FFN's (default 0.75 0.75 0.75)",
     )
     command.add_argument(
         "--uniform", action="store_true", help="these rates in every block, not the best at their FLOPs"
     )
     command.add_argument("--experts", type=positive, default=16, help="groups of hidden units (default 16)")
-    command.add_argument("--images", type=positive, default=16, help="samples to fit to (default 16)")
-    command.add_argument("--cfg", type=float, default=1.5, help="guidance strength of the samples (default 1.5)")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--images", type=at_once, default=16, help="samples to fit to (default 16)")
+    command.add_argument("--cfg", type=number, default=1.5, help="guidance strength of the samples (default 1.5)")
+    command.add_argument("--seed", type=integer, default=0, help="of the samples (default 0)")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     check_source(options)
-    if not options.out.parent.is_dir():
-        raise ValueError(f"--out: expected a file in a folder that exists, got {options.out}")
+    expect_file("--out", options.out)
     if options.out.suffix == ".json":
         raise ValueError(f"--out: expected the adapter's name, such as adapter.safetensors, got {options.out}")
     config = with_rates(actvar.ActVARConfig(num_experts=options.experts), options.rates)

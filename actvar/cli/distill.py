@@ -10,7 +10,19 @@ import torch
 
 import actvar
 from actvar.adapter import read_adapter_config
-from actvar.cli.options import adapter_of, add_source, check_source, describe, device_of, load, positive, with_rates
+from actvar.checkpoint import usable_device
+from actvar.cli.options import (
+    adapter_of,
+    add_source,
+    check_source,
+    describe,
+    expect_file,
+    integer,
+    load,
+    number,
+    positive,
+    with_rates,
+)
 from actvar.distill.data import GUIDANCE, source_of
 from actvar.distill.recipes import RECIPES
 from actvar.distill.run import Distillation, distill
@@ -22,7 +34,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("distill", help="train an adapter; run the same command again to go on with it")
     add_source(command)
     command.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast (default fp32)")
-    command.add_argument("--stage", type=int, choices=[1, 2], required=True, help="1: selectors, routers; 2: weights")
+    command.add_argument(
+        "--stage", type=integer, choices=[1, 2], required=True, help="1: selectors, routers; 2: weights"
+    )
     command.add_argument(
         "--recipe",
         choices=RECIPES,
@@ -31,20 +45,27 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--out", type=Path, required=True, help="adapter file; checkpoints and losses go beside it")
     command.add_argument("--data", help="folder of images in a subfolder per class, of Fashion-MNIST's files, or none")
+    command.add_argument(
+        "--classes",
+        type=Path,
+        help="JSON file with the class number of each folder of --data by its name, for folders that are not as many "
+        "as the model's classes and have no class numbers for names",
+    )
+    command.add_argument("--skip-bad", action="store_true", help="leave out images of --data that cannot be read")
     command.add_argument("--samples", type=positive, default=10_000, help="token maps for --data none (default 10000)")
     what = command.add_argument_group("what is sparse (default: as in --adapter, else the paper's)")
-    what.add_argument("--scales", nargs="+", type=int, help="e.g. -2 -1 for the last two")
-    what.add_argument("--rates", nargs="+", type=float, help="token rate of each scale, then the FFN's")
+    what.add_argument("--scales", nargs="+", type=integer, help="e.g. -2 -1 for the last two")
+    what.add_argument("--rates", nargs="+", type=number, help="token rate of each scale, then the FFN's")
     what.add_argument("--experts", type=positive, help="experts the FFN is cut into")
     how = command.add_argument_group("training")
-    how.add_argument("--epochs", type=float, help="passes over the data (default 2 for stage 1, 10 for stage 2)")
+    how.add_argument("--epochs", type=number, help="passes over the data (default 2 for stage 1, 10 for stage 2)")
     how.add_argument("--batch", type=positive, default=256, help="over all processes (default 256)")
-    how.add_argument("--lr", type=float, help="peak (default 1e-4 per 256 of the batch; stage 2 of best 2e-3)")
+    how.add_argument("--lr", type=number, help="peak (default 1e-4 per 256 of the batch; stage 2 of best 2e-3)")
     how.add_argument("--accumulate", type=positive, default=1, help="parts a batch is computed in (default 1)")
-    how.add_argument("--ema", type=float, default=0.0, help="decay of the average of the weights, e.g. 0.999")
-    how.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1)")
-    how.add_argument("--cfg", type=float, default=GUIDANCE, help="guidance that --recipe guided is for (default 1.5)")
-    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--ema", type=number, default=0.0, help="decay of the average of the weights, e.g. 0.999")
+    how.add_argument("--clip", type=number, default=1.0, help="largest norm of the gradient (default 1)")
+    how.add_argument("--cfg", type=number, default=GUIDANCE, help="guidance that --recipe guided is for (default 1.5)")
+    how.add_argument("--seed", type=integer, default=0, help="of order and noise (default 0)")
     command.set_defaults(run=run)
 
 
@@ -53,8 +74,9 @@ def run(options: argparse.Namespace) -> None:
     data = options.data or (str(DEBIAN_FOLDER) if options.model else None)
     if data is None:
         raise ValueError("--data: expected a folder, or none to sample token maps from the model itself")
-    if options.out.suffix != ".safetensors" or not options.out.parent.is_dir():
-        raise ValueError(f"--out: expected a .safetensors file in a folder that exists, got {options.out}")
+    if options.out.suffix != ".safetensors":
+        raise ValueError(f"--out: expected a .safetensors file, got {options.out}")
+    expect_file("--out", options.out)
     adapter = adapter_of(options) if options.stage == 2 or options.adapter else None
     config = actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter)
     if options.scales and not options.rates:
@@ -65,10 +87,21 @@ def run(options: argparse.Namespace) -> None:
     names = ("stage", "epochs", "batch", "lr", "accumulate", "ema", "clip", "seed", "cfg")
     given = {name: getattr(options, name) for name in names}
     how = Distillation(**given, recipe=RECIPES[options.recipe], bf16=options.dtype == "bf16")
-    with launched_processes(device_of(options.device)) as device:
+    with launched_processes(usable_device(options.device)) as device:
         options.device = str(device)
         vae, var = load(options, torch.float32)
-        source = source_of(data, vae, var, options.samples, options.seed)
+        source = source_of(
+            data,
+            vae,
+            var,
+            options.samples,
+            options.seed,
+            mapping=options.classes,
+            skip_bad=options.skip_bad,
+            cache=options.out.parent,
+        )
+        if rank() == 0 and source.description:
+            print(source.description, flush=True)
         written = distill(vae, var, config, adapter, source, how, options.out)
         if rank() == 0:
             print(f"wrote {written}; {describe(config)}")

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
+from actvar.checkpoint import usable_device
 from actvar.cli.options import (
     DTYPES,
     add_draw,
     add_dtype,
     add_source,
+    at_once,
     check_source,
-    device_of,
+    expect_file,
     expect_folder,
     load,
     positive,
@@ -33,7 +35,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--num", type=positive, default=5000, help="images per method and seed (default 5000)")
     command.add_argument("--repeats", type=positive, default=1, help="seeds, from --seed on (default 1)")
-    command.add_argument("--batch", type=positive, default=50, help="images per batch (default 50)")
+    command.add_argument("--batch", type=at_once, default=50, help="images per batch (default 50)")
     command.add_argument("--rounds", type=positive, default=5, help="timed batches per method (default 5)")
     add_draw(command)
     command.add_argument(
@@ -49,8 +51,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     check_source(options)
-    expect_folder("--json", options.json)
-    expect_folder("--plot", options.plot)
+    expect_file("--json", options.json)
+    expect_file("--plot", options.plot)
+    expect_folder("--npz", options.npz)
     if options.plot and not options.model:
         raise ValueError("--plot: quality is measured of the bundled model; of others --npz writes the images")
     try:
@@ -63,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     names = ("num", "seed", "repeats", "batch", "cfg", "top_k", "top_p", "rounds")
     how = Evaluation(**{name: getattr(options, name) for name in names})
     vae, var = load(options, DTYPES[options.dtype])
-    placement = dict(device=device_of(options.device), dtype=DTYPES[options.dtype])
+    placement = dict(device=usable_device(options.device), dtype=DTYPES[options.dtype])
     methods = chosen_methods(options.methods, methods_of(options.model, **placement))
     quality = dense = None
     how.bulk(var, options.seed)  # says what is wrong with the numbers before anything is read

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import actvar
-from actvar.cli.options import add_rates, describe, expect_folder, positive, with_rates, write_json
+from actvar.cli.options import add_rates, describe, expect_file, positive, with_rates, write_json
 from actvar.flops_report import AGREEMENT, MODEL_NAMES, flops_report, save_plot
 
 
@@ -22,8 +22,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    expect_folder("--json", options.json)
-    expect_folder("--plot", options.plot)
+    expect_file("--json", options.json)
+    expect_file("--plot", options.plot)
     config = with_rates(actvar.ActVARConfig(), options.rates)
     report = flops_report(options.model, config, options.batch, options.paper)
     print(f"{options.model}, batch {options.batch}; {describe(config)}")

@@ -9,13 +9,15 @@ import torch
 
 import actvar
 from actvar.cli.options import (
+    UNTRAINED,
     add_draw,
     add_dtype,
     add_source,
     check_source,
     class_name,
     describe,
-    expect_folder,
+    expect_file,
+    integer,
     load_to_sample,
     positive,
 )
@@ -30,7 +32,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     )
     add_source(command, "best")
     add_dtype(command)
-    command.add_argument("--label", "--class", type=int, required=True, help="the image's class, e.g. 7")
+    command.add_argument("--label", "--class", type=integer, required=True, help="the image's class, e.g. 7")
     add_draw(command)
     command.add_argument("--repeats", type=positive, default=5, help="timed runs of each way (default 5)")
     command.add_argument("--out", type=Path, default=Path("inspect.html"), help="the page (default inspect.html)")
@@ -39,11 +41,11 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     check_source(options)
-    expect_folder("--out", options.out)
+    expect_file("--out", options.out)
     sampling = Sampling((options.label,), options.cfg, options.top_k, options.top_p, options.seed)
     var, config, adapter = load_to_sample(options, sampling.labels, "--label")
     if adapter is None:
-        warn_untrained(config)
+        warn_untrained(config, UNTRAINED)
     inspection = inspect_sample(var, config, adapter, sampling, options.repeats)
     facts = (
         f"{options.model or Path(options.var).name}, {options.dtype}",

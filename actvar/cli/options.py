@@ -18,6 +18,10 @@ from actvar.models import VAR, VQVAE
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import WEIGHTS, adapter_path, bundled_adapters
 
+UNTRAINED = "give trained ones by --adapter FILE; actvar calibrate makes some in minutes"
+MOST_AT_ONCE = 1_000_000
+"""What one sample, or one batch, may be asked for: more fits into no memory."""
+FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".html", ".json", ".csv", ".npz", ".npy", ".safetensors"}
 _SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES = _SHORT | {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -51,15 +55,15 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
 
 def add_draw(command: argparse._ActionsContainer) -> None:
     """How tokens are drawn."""
-    command.add_argument("--cfg", type=float, default=1.5, help="guidance strength (default 1.5)")
-    command.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default 0: all)")
-    command.add_argument("--top-p", type=float, default=0.0, help="from the likeliest that reach p (default 0: all)")
-    command.add_argument("--seed", type=int, default=0, help="of the sampling noise (default 0)")
+    command.add_argument("--cfg", type=number, default=1.5, help="guidance strength (default 1.5)")
+    command.add_argument("--top-k", type=integer, default=0, help="draw from the k likeliest tokens (default 0: all)")
+    command.add_argument("--top-p", type=number, default=0.0, help="from the likeliest that reach p (default 0: all)")
+    command.add_argument("--seed", type=integer, default=0, help="of the sampling noise (default 0)")
 
 
 def add_rates(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--rates", nargs="+", type=float, help="token rates of the last scales, then the FFN's, e.g. 0.75 0.75 0.75"
+        "--rates", nargs="+", type=number, help="token rates of the last scales, then the FFN's, e.g. 0.75 0.75 0.75"
     )
 
 
@@ -77,7 +81,7 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[VQVAE, VAR]:
     """Autoencoder and transformer, on the device that is asked for, or that torchrun gives this process."""
     if torch.cuda.is_available():
         torch.cuda.set_device(of_process("LOCAL_RANK", 0) % torch.cuda.device_count())
-    placement = dict(device=device_of(options.device), dtype=dtype)
+    placement = dict(device=usable_device(options.device), dtype=dtype)
     if options.model:
         return actvar.load_pretrained(options.model, **placement)
     return actvar.load_var(options.var, options.vae, key=options.key, **placement)
@@ -107,14 +111,6 @@ def of_process(variable: str, default: int) -> int:
     return int(os.environ.get(variable, default))
 
 
-def device_of(name: str) -> torch.device:
-    """The device, or a ValueError that names the option."""
-    try:
-        return usable_device(name)
-    except ValueError as error:
-        raise ValueError(f"--{error}") from error
-
-
 def adapter_of(options: argparse.Namespace, bundled: str = "paper") -> Path | None:
     """The adapter's file, with --model by default the `bundled` one; a name without a suffix is a bundled one."""
     comes_with = bundled_adapters(options.model) if options.model else []
@@ -137,12 +133,32 @@ def describe(config: actvar.ActVARConfig) -> str:
     return f"tokens {tokens}, FFN {ffn} of {config.num_experts} experts at scales {config.scales}"
 
 
-def expect_folder(option: str, file: Path | None) -> None:
-    """`file`, if given, must be one that can be written."""
-    if file is not None and (not file.parent.is_dir() or file.is_dir()):
-        raise ValueError(f"{option}: expected a file in a folder that exists, got {file}")
-    if file is not None and not os.access(file.parent, os.W_OK):
-        raise ValueError(f"{option}: expected a file in a folder that can be written to, got {file}")
+def expect_file(option: str, file: Path | None) -> None:
+    """Raise a ValueError unless `file`, if given, can be written, in a folder that exists or can be made."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise ValueError(f"{option}: expected the name of a file, got the folder {file}")
+    _expect_folder(option, file, file.parent)
+
+
+def expect_folder(option: str, folder: Path | None) -> None:
+    """Raise a ValueError unless `folder`, if given, exists or can be made, and can be written to."""
+    if folder is None:
+        return
+    if folder.suffix.lower() in FILE_SUFFIXES and not folder.is_dir():
+        raise ValueError(f"{option}: expected a folder, in which files get names of their own, got the file {folder}")
+    _expect_folder(option, folder, folder)
+
+
+def _expect_folder(option: str, given: Path, folder: Path) -> None:
+    """Look at `folder`, or at the nearest folder above it that exists, where it would be made."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{option}: expected a folder at {folder}, where there is a file, to write {given}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{option}: expected a folder that can be written to at {folder}, to write {given}")
 
 
 def with_rates(
@@ -159,10 +175,58 @@ def with_rates(
 
 
 def positive(text: str) -> int:
-    """Type of an argument: a whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+    """Return the whole number of at least 1 that an option's text says."""
+    return _whole(text, 1)
+
+
+def at_once(text: str) -> int:
+    """Return the whole number that an option's text says, of things that are in memory together."""
+    return _whole(text, 1, MOST_AT_ONCE)
+
+
+def _whole(text: str, least: int, most: int | None = None) -> int:
+    number = _parsed(int, text)
+    if number is None or number < least or (most is not None and number > most):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise argparse.ArgumentTypeError(f"expected a whole number {wanted}, got {text!r:.100}")
+    return number
+
+
+def integer(text: str) -> int:
+    """Return the whole number that an option's text says."""
+    number = _parsed(int, text)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r:.100}")
+    return number
+
+
+def number(text: str) -> float:
+    """Return the number that an option's text says."""
+    found = _parsed(float, text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r:.100}")
+    return found
+
+
+def labels_of(text: str) -> tuple[int, ...]:
+    """Return the classes that an option's text says, such as `0-9` or `207,980`."""
+    labels: list[int] = []
+    for part in text.split(","):
+        ends = [_parsed(int, end) if end.isdecimal() else None for end in part.split("-")]
+        if None in ends or len(ends) > 2:
+            raise argparse.ArgumentTypeError(f"expected class numbers such as 0-9 or 207,980, got {text!r:.100}")
+        if not 0 <= ends[-1] - ends[0] < MOST_AT_ONCE:
+            raise argparse.ArgumentTypeError(f"expected a range of 1 to {MOST_AT_ONCE} classes, got {part!r:.100}")
+        labels.extend(range(ends[0], ends[-1] + 1))
+    return tuple(labels)
+
+
+def _parsed(kind: type, text: str) -> int | float | None:
+    """Return the number that `text` says; None where it says none, or one of thousands of digits."""
+    try:
+        return kind(text)
+    except ValueError:
+        return None
 
 
 def write_json(path: Path, values: dict[str, object]) -> None:

@@ -11,13 +11,18 @@ import torch
 
 from actvar.bulk import Bulk, sample_many, write_npz
 from actvar.cli.options import (
+    MOST_AT_ONCE,
+    UNTRAINED,
     add_draw,
     add_dtype,
     add_source,
+    at_once,
     check_source,
     class_name,
     describe,
+    expect_file,
     expect_folder,
+    labels_of,
     load_to_sample,
     of_process,
     positive,
@@ -26,8 +31,6 @@ from actvar.compare import Sampling, compare, save_pictures
 from actvar.patch import patched_silently, warn_untrained
 from actvar.pictures import save_grid
 
-MOST_LABELS = 1_000_000
-
 
 def add_to(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("sample", help="sample images; --compare also times dense against ActVAR")
@@ -35,7 +38,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add_dtype(command)
     what = command.add_argument_group("images")
     what.add_argument("--labels", "--classes", type=labels_of, help="e.g. 0-9 or 207,980 (default for --num: all)")
-    what.add_argument("--per-class", type=positive, help="images per class (default 1)")
+    what.add_argument("--per-class", type=at_once, help="images per class (default 1)")
     add_draw(what)
     command.add_argument("--dense", action="store_true", help="sample without ActVAR")
     command.add_argument("--compare", action="store_true", help="dense and ActVAR with the same seed, side by side")
@@ -45,7 +48,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "many images; by 2 processes: torchrun --nproc-per-node 2 -m -- actvar sample ..."
     )
     many.add_argument("--num", type=positive, help="so many images of all classes together, as shards; resumes")
-    many.add_argument("--batch", type=positive, help="images per batch and shard (default 50)")
+    many.add_argument("--batch", type=at_once, help="images per batch and shard (default 50)")
     many.add_argument("--npz", type=Path, help="file to write all of them to, shuffled, for OpenAI's evaluator")
     command.set_defaults(run=run)
 
@@ -56,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = Sampling(options.labels or (), options.cfg, options.top_k, options.top_p, options.seed)
     var, config, adapter = load_to_sample(options, sampling.labels, "--labels")
     if adapter is None and not options.dense:
-        warn_untrained(config)
+        warn_untrained(config, UNTRAINED)
     if options.num:
         with contextlib.nullcontext() if options.dense else patched_silently(var, config, adapter):
             _sample_many(var, sampling, options)
@@ -81,17 +84,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_images(options: argparse.Namespace) -> None:
-    """Options of a few images and of many do not mix."""
+    """Raise a ValueError where options of a few images and of many are mixed, or ask for what cannot be."""
+    expect_folder("--out", options.out)
     if options.dense and options.compare:
         raise ValueError("--dense samples without ActVAR; leave it out for --compare")
     if options.num:
         if options.compare or options.per_class:
             raise ValueError("--num draws shards; leave out --compare and --per-class")
-        expect_folder("--npz", options.npz)
+        expect_file("--npz", options.npz)
     elif options.batch or options.npz:
         raise ValueError("--batch and --npz belong to --num, which draws many images")
     elif options.labels is None:
         raise ValueError("--labels: say which classes to draw, e.g. 0-9, or how many images of all of them with --num")
+    elif len(options.labels) * (options.per_class or 1) > MOST_AT_ONCE:
+        raise ValueError(f"--per-class: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
 
 
 def _sample_many(var: torch.nn.Module, sampling: Sampling, options: argparse.Namespace) -> None:
@@ -104,16 +110,3 @@ def _sample_many(var: torch.nn.Module, sampling: Sampling, options: argparse.Nam
         if options.npz:
             write_npz(options.out, bulk, options.npz)
             print(f"wrote {options.npz}")
-
-
-def labels_of(text: str) -> tuple[int, ...]:
-    labels: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise argparse.ArgumentTypeError(f"expected class numbers such as 0-9 or 207,980, got {text!r}")
-        numbers = range(int(first), int(last if dash else first) + 1)
-        if not 1 <= len(numbers) <= MOST_LABELS:
-            raise argparse.ArgumentTypeError(f"expected a range of 1 to {MOST_LABELS} classes, got {part!r}")
-        labels.extend(numbers)
-    return tuple(labels)

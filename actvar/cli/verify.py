@@ -13,11 +13,11 @@ from actvar.cli.options import (
     adapter_of,
     add_rates,
     add_source,
+    at_once,
     check_source,
     describe,
-    expect_folder,
+    expect_file,
     load,
-    positive,
     with_rates,
     write_json,
 )
@@ -34,7 +34,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "--backend", nargs="+", choices=sorted(set(BACKENDS) - {"auto"}), help="default: those that run on the device"
     )
     add_rates(command)
-    command.add_argument("--batch", type=positive, default=1, help="images per sample (default 1)")
+    command.add_argument("--batch", type=at_once, default=1, help="images per sample (default 1)")
     command.add_argument("--public-var", type=Path, help="clone of the public VAR code: its class must agree as well")
     command.add_argument("--json", type=Path, help="file to write every comparison to")
     command.set_defaults(run=run)
@@ -42,7 +42,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> None:
     check_source(options)
-    expect_folder("--json", options.json)
+    expect_file("--json", options.json)
     adapter = adapter_of(options)
     config = with_rates(actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter), options.rates)
     sampling = Sampling((0,) * options.batch)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,17 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
+from actvar.distill.image_folder import find_images
+from actvar.distill.images import load_image
 from actvar.files import replacing
 from actvar.models import VAR, VQVAE
-from actvar.training import barrier, rank, world_size
+from actvar.models.arguments import checked_integer
+from actvar.training import SEEDS, barrier, rank, world_size
 from actvar.zoo.fashion_mnist.data import load_labels, load_split
 
 BATCH = 64
 GUIDANCE = 1.5
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MISSING = -1
 
 
@@ -38,38 +38,61 @@ class Source:
         labels: classes `[N]` int64.
         tokens_of: token maps `[stop - start, L]` of examples `start` to `stop`.
         facts: what the token maps depend on, JSON-compatible.
+        description: what was found, for people.
     """
 
     labels: torch.Tensor
     tokens_of: Callable[[int, int], torch.Tensor]
     facts: dict[str, object]
+    description: str = ""
 
 
-def source_of(data: str, vae: VQVAE, var: VAR, samples: int, seed: int) -> Source:
-    """The source that `data` names.
+def source_of(
+    data: str,
+    vae: VQVAE,
+    var: VAR,
+    samples: int,
+    seed: int,
+    *,
+    mapping: Path | None = None,
+    skip_bad: bool = False,
+    cache: Path | None = None,
+) -> Source:
+    """Return the source that `data` names.
 
     Args:
         data: `"none"` for token maps sampled from `var`, a folder with the four files of Fashion-MNIST, or a folder
             with a subfolder of images per class.
         vae, var: the dense model and its autoencoder.
         samples, seed: number of token maps to sample, and the seed of the sampling noise; for `"none"` only.
+        mapping, skip_bad, cache: see `folder_source`; for a folder of images only.
 
     Raises:
-        ValueError: a folder that holds neither, or not one subfolder per class of the model.
+        ValueError: a folder that holds neither, or as `folder_source`; a mapping or `skip_bad` without such a folder.
         FileNotFoundError: no such folder, or an incomplete one.
     """
+    folder = Path(data)
+    is_folder_of_images = data != "none" and not any(folder.glob("train-images-idx3-ubyte*"))
+    if (mapping or skip_bad) and not is_folder_of_images:
+        raise ValueError(f"expected a folder of images for --classes and --skip-bad, got {data}")
     if data == "none":
         return sampled_source(var, samples, seed)
-    folder = Path(data)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder (or `none`, to sample token maps from the model itself)")
-    if any(folder.glob("train-images-idx3-ubyte*")):
-        return fashion_mnist_source(folder, vae)
-    return folder_source(folder, vae, var.num_classes)
+    if is_folder_of_images:
+        return folder_source(folder, vae, var.num_classes, mapping, skip_bad, cache)
+    return fashion_mnist_source(folder, vae)
 
 
 def sampled_source(var: VAR, samples: int, seed: int) -> Source:
-    """Token maps of `samples` images of the dense model, classes in turn, drawn with guidance 1.5."""
+    """Return token maps of `samples` images of the dense model, classes in turn, drawn with guidance 1.5.
+
+    Raises:
+        TypeError, ValueError: samples that are no integer of at least 1, a seed that is none of
+            `actvar.training.SEEDS`.
+    """
+    samples = checked_integer("samples", samples, 1)
+    seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1])
     labels = torch.arange(samples, device="cpu") % var.num_classes
 
     def tokens_of(start: int, stop: int) -> torch.Tensor:
@@ -90,52 +113,37 @@ def fashion_mnist_source(folder: Path, vae: VQVAE) -> Source:
     return Source(labels, tokens_of, {"data": str(folder.resolve()), "autoencoder": digest(vae.quant_conv.weight)})
 
 
-def folder_source(folder: Path, vae: VQVAE, num_classes: int) -> Source:
-    """Token maps of `folder/<class>/<image>`, classes in the order of the subfolders' names.
+def folder_source(
+    folder: Path,
+    vae: VQVAE,
+    num_classes: int,
+    mapping: Path | None = None,
+    skip_bad: bool = False,
+    cache: Path | None = None,
+) -> Source:
+    """Return the token maps of `folder/<class>/<image>`, see `actvar.distill.image_folder.find_images`.
 
-    Images are prepared as the public code prepares those it validates on: the shorter side becomes 1.125 times the
-    model's, by Lanczos, and the centre is cut out.
+    Every image is looked at first. Images are prepared as the public code prepares those it validates on, see
+    `load_image`.
+
+    Args:
+        mapping: a JSON file with the class of each folder; None: the folders' names say it.
+        skip_bad: leave out images that cannot be read.
+        cache: folder that keeps which images cannot be read; None: nothing is kept.
+
+    Raises:
+        ValueError: folders whose classes are not known, no image, or some that cannot be read.
     """
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if len(classes) != num_classes:
-        raise ValueError(f"{folder}: expected a subfolder for each of the model's {num_classes} classes, got {classes}")
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        files += found
-        labels += [label] * len(found)
-    if not files:
-        raise ValueError(f"{folder}: expected images {sorted(IMAGE_SUFFIXES)} in its subfolders, got none")
     side = vae.quantize.v_patch_nums[-1] * vae.downsample
+    images = find_images(folder, num_classes, mapping).readable(side, vae.in_channels, skip_bad, cache)
 
     def tokens_of(start: int, stop: int) -> torch.Tensor:
         with ThreadPoolExecutor() as pool:
-            loaded = pool.map(lambda path: load_image(path, side, vae.in_channels), files[start:stop])
+            loaded = pool.map(lambda path: load_image(path, side, vae.in_channels), images.files[start:stop])
             return _encoded(vae, torch.stack(list(loaded)))
 
-    names = hashlib.sha256("\n".join(str(path.relative_to(folder)) for path in files).encode()).hexdigest()[:16]
-    facts = {"data": str(folder.resolve()), "files": names, "autoencoder": digest(vae.quant_conv.weight)}
-    return Source(torch.tensor(labels, device="cpu"), tokens_of, facts)
-
-
-def load_image(path: Path, side: int, channels: int) -> torch.Tensor:
-    """`[channels, side, side]` in [0, 1] of a file, with 1 channel (grey) or 3.
-
-    Raises:
-        ValueError: a file that is no image.
-    """
-    try:
-        with Image.open(path) as file:
-            image = file.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: expected an image: {error}") from error
-    shorter = round(side * 1.125)
-    factor = shorter / min(image.size)
-    width, height = (max(shorter, round(length * factor)) for length in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - side) // 2, (height - side) // 2
-    pixels = np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float32) / 255
-    return torch.from_numpy(pixels).view(side, side, channels).permute(2, 0, 1)
+    facts = {"data": str(folder.resolve()), "files": images.key(), "autoencoder": digest(vae.quant_conv.weight)}
+    return Source(torch.tensor(images.labels, device="cpu"), tokens_of, facts, images.described())
 
 
 @torch.no_grad()

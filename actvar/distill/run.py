@@ -19,9 +19,10 @@ from actvar.distill.stage1 import Stage1
 from actvar.distill.stage2 import Stage2
 from actvar.files import replacing
 from actvar.models import VAR, VQVAE
+from actvar.models.arguments import checked_finite, checked_integer
 from actvar.patch import patch_silently, unpatched
 from actvar.pictures import save_loss_plot
-from actvar.training import Plan, barrier, fit, rank
+from actvar.training import SEEDS, Plan, barrier, fit, rank
 
 EPOCHS = {1: 2.0, 2: 10.0}
 CALIBRATION_IMAGES = 64
@@ -41,8 +42,10 @@ class Distillation:
         bf16: compute in bfloat16 by autocast; weights stay float32.
         cfg: guidance strength of the loss `guided`.
 
+    Numbers of any kind become Python's own.
+
     Raises:
-        ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: naming the field, what was expected and what came.
     """
 
     stage: int
@@ -58,13 +61,23 @@ class Distillation:
     cfg: float = GUIDANCE
 
     def __post_init__(self):
-        if self.stage not in EPOCHS:
-            raise ValueError(f"stage: expected 1 or 2, got {self.stage}")
+        numbers = {
+            "stage": checked_integer("stage", self.stage, 1, len(EPOCHS)),
+            "batch": checked_integer("batch", self.batch, 1),
+            "accumulate": checked_integer("accumulate", self.accumulate, 1),
+            "seed": checked_integer("seed", self.seed, SEEDS[0], SEEDS[-1]),
+            "epochs": None if self.epochs is None else checked_finite("epochs", self.epochs),
+            "lr": None if self.lr is None else checked_finite("lr", self.lr),
+            "clip": checked_finite("clip", self.clip),
+            "cfg": checked_finite("cfg", self.cfg),
+            "ema": checked_finite("ema", self.ema),
+        }
+        for name, number in numbers.items():
+            object.__setattr__(self, name, number)
         for name in ("epochs", "lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name}: expected a number above 0, got {value}")
-        if not 0 <= self.cfg < float("inf"):
+            if numbers[name] is not None and numbers[name] <= 0:
+                raise ValueError(f"{name}: expected a number above 0, got {numbers[name]}")
+        if self.cfg < 0:
             raise ValueError(f"cfg: expected a number from 0 on, got {self.cfg}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a number from 0 to below 1, got {self.ema}")

@@ -22,6 +22,8 @@ BATCH = 500
 NEIGHBOURS = 3
 MANIFOLD = 10_000
 """Real images, evenly spaced, whose neighbourhoods are the real manifold of precision and recall."""
+FEWEST_IMAGES = 20
+"""What the Inception Score, in ten parts, needs."""
 METRICS = ("fid", "is", "precision", "recall", "agreement")
 
 
@@ -68,8 +70,8 @@ class ImageQuality:
         Raises:
             ValueError: fewer images.
         """
-        if len(images) < 20:
-            raise ValueError(f"expected at least 20 images to compare, got {len(images)}")
+        if len(images) < FEWEST_IMAGES:
+            raise ValueError(f"expected at least {FEWEST_IMAGES} images to compare, got {len(images)}")
         features = network_features(self.network, images)
         logits = self.network.classifier(features).cpu()
         self.frechet.reset()

@@ -19,11 +19,12 @@ from actvar.bulk import Bulk, read_images, sample_many, write_npz
 from actvar.compare import Sampling
 from actvar.evaluate.methods import Method
 from actvar.evaluate.predictions import DensePredictions
-from actvar.evaluate.quality import ImageQuality
+from actvar.evaluate.quality import FEWEST_IMAGES, ImageQuality
 from actvar.files import replacing
 from actvar.fingerprint import model_fingerprint
 from actvar.flops import sampling_flops
 from actvar.models import VAR
+from actvar.models.arguments import SEEDS, checked_draw, checked_integer
 from actvar.timing import seconds_of
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,10 @@ class Evaluation:
         cfg, top_k, top_p: as in `VAR.autoregressive_infer_cfg`.
         rounds: timed batches of every method.
 
+    Numbers of any kind become Python's own.
+
     Raises:
-        TypeError, ValueError: as `Sampling`.
+        TypeError, ValueError: naming the field, what was expected and what came.
     """
 
     num: int = 5000
@@ -52,6 +55,15 @@ class Evaluation:
     top_k: int = 0
     top_p: float = 0.0
     rounds: int = 5
+
+    def __post_init__(self):
+        draw = checked_draw(None, self.cfg, self.top_k, self.top_p)
+        numbers = {name: checked_integer(name, getattr(self, name), 1) for name in ("num", "repeats", "batch")}
+        numbers["rounds"] = checked_integer("rounds", self.rounds, 0)
+        numbers["seed"] = checked_integer("seed", self.seed, SEEDS[0], SEEDS[-1] - numbers["repeats"] + 1)
+        numbers |= dict(cfg=draw.cfg, top_k=draw.top_k, top_p=draw.top_p)
+        for name, number in numbers.items():
+            object.__setattr__(self, name, number)
 
     def bulk(self, var: VAR, seed: int) -> Bulk:
         """The images of one seed.
@@ -131,6 +143,8 @@ def evaluate(
     """
     parts = Parts(folder)
     how.bulk(var, how.seed)
+    if quality and how.num < FEWEST_IMAGES:
+        raise ValueError(f"num: expected at least {FEWEST_IMAGES} images to compare, got {how.num}")
     results = []
     for method in tqdm(methods, desc="methods"):
         with method.applied(var):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from actvar.compare import Sampling, all_ways
 from actvar.config import ActVARConfig
 from actvar.flops import StepFlops, model_flops
+from actvar.models.arguments import checked_integer
 from actvar.patch import patched_silently
 from actvar.recording import BlockRecord, record
 from actvar.timing import after_each_scale, interleaved_seconds, step_seconds
@@ -43,8 +44,10 @@ def inspect_sample(
     """Draw the one image of `sampling` with an `actvar.models.VAR`, and time it `repeats` times.
 
     Raises:
-        ValueError: a configuration or adapter that does not fit the model, or more than one image.
+        TypeError: repeats that are no integer.
+        ValueError: a configuration or adapter that does not fit the model, more than one image, or repeats below 1.
     """
+    repeats = checked_integer("repeats", repeats, 1)
     if len(sampling.labels) != 1:
         raise ValueError(f"sampling: expected one image to look at, got {len(sampling.labels)} labels")
     images = {"dense": _images_by_scale(var, sampling)}

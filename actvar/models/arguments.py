@@ -7,10 +7,12 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from actvar_kernels.checks import as_integer, as_items, as_number
 
 SEEDS = range(-(2**63), 2**64)
 """What `torch.Generator.manual_seed` takes."""
@@ -21,21 +23,49 @@ _threads: dict[int, int] = {}
 """The thread that uses a model, by the model's id; `dict.setdefault` is atomic, and no lock can be left locked."""
 
 
-def expect_integer(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Raise TypeError unless `value` is an integer, ValueError unless it is from `least` to `most`."""
+def checked_integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    """Return an integer of any kind (`actvar_kernels.checks.as_integer`) as an int.
+
+    Raises:
+        TypeError: `value` is no integer.
+        ValueError: `value` is not from `least` to `most`.
+    """
     wanted = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected {wanted}, got {value!r}")
-    if value < least or (most is not None and value > most):
-        raise ValueError(f"{name}: expected {wanted}, got {value}")
+    number = as_integer(name, value, wanted)
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{name}: expected {wanted}, got {number}")
+    return number
 
 
-def expect_sampling(
+def checked_finite(name: str, value: object) -> float:
+    """Return a real number of any kind (`actvar_kernels.checks.as_number`) as a float.
+
+    Raises:
+        TypeError: `value` is no number.
+        ValueError: `value` is not finite.
+    """
+    number = as_number(name, value, "a finite number")
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    return number
+
+
+class Draw(NamedTuple):
+    """The arguments of `VAR.autoregressive_infer_cfg` that say how tokens are drawn, as Python's own numbers."""
+
+    g_seed: int | tuple[int, ...] | None
+    cfg: float
+    top_k: int
+    top_p: float
+
+
+def checked_draw(
     g_seed: int | Sequence[int] | None, cfg: float, top_k: int, top_p: float, vocabulary: int | None = None
-) -> None:
-    """Check the arguments of `VAR.autoregressive_infer_cfg` but for the labels.
+) -> Draw:
+    """Check the arguments of `VAR.autoregressive_infer_cfg` except the labels, and convert numbers of any kind.
 
     Args:
+        g_seed: one seed, several as a sequence or a 1-d array or tensor of integers, or None.
         vocabulary: tokens to choose from, which bounds `top_k`; None: not known yet.
 
     Raises:
@@ -43,19 +73,18 @@ def expect_sampling(
         ValueError: a seed outside `SEEDS`, a cfg that is not finite, a top_k outside 0 ... vocabulary, a top_p outside
             [0, 1].
     """
-    if g_seed is not None:
-        for seed in g_seed if isinstance(g_seed, Sequence) else (g_seed,):
-            expect_integer("g_seed", seed, SEEDS[0], SEEDS[-1])
-    for name, value in (("cfg", cfg), ("top_p", top_p)):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not math.isfinite(cfg):
-        raise ValueError(f"cfg: expected a finite number, got {cfg}")
+    seeds = as_items(g_seed)
+    if seeds is not None:
+        g_seed = tuple(checked_integer("g_seed", seed, SEEDS[0], SEEDS[-1]) for seed in seeds)
+    elif g_seed is not None:
+        g_seed = checked_integer("g_seed", g_seed, SEEDS[0], SEEDS[-1])
+    cfg, top_p = checked_finite("cfg", cfg), as_number("top_p", top_p)
     if not 0 <= top_p <= 1:
         raise ValueError(f"top_p: expected a number from 0 to 1, got {top_p}")
-    expect_integer("top_k", top_k, 0)
+    top_k = checked_integer("top_k", top_k, 0)
     if vocabulary is not None and top_k > vocabulary:
         raise ValueError(f"top_k: the model has {vocabulary} tokens to choose from, got {top_k}")
+    return Draw(g_seed, cfg, top_k, top_p)
 
 
 def checked_labels(
@@ -73,16 +102,19 @@ def checked_labels(
         ValueError: a batch of none, a label outside 0 ... num_classes - 1 that is not negative, a tensor that is not
             `[B]` or on another device.
     """
-    expect_integer("B", B, 1)
+    B = checked_integer("B", B, 1)
     classes = f"labels from 0 to {num_classes - 1}, or negative for unconditional images"
     if label_B is None:
         return None
     if not isinstance(label_B, torch.Tensor):
-        if isinstance(label_B, bool) or not isinstance(label_B, Integral):
-            raise TypeError(f"label_B: expected None, an int or an integer tensor [B], got {type(label_B).__name__}")
+        try:
+            label_B = as_integer("label_B", label_B)
+        except TypeError as error:
+            wanted = "None, an int or an integer tensor [B]"
+            raise TypeError(f"label_B: expected {wanted}, got {type(label_B).__name__}") from error
         if label_B >= num_classes:
             raise ValueError(f"label_B: expected {classes}, got {label_B}")
-        return int(label_B)
+        return label_B
     if label_B.dtype not in LABEL_DTYPES or label_B.layout != torch.strided:
         raise TypeError(f"label_B: expected an integer tensor, got {label_B.dtype}, {label_B.layout}")
     if label_B.shape != (B,) or label_B.device != device:

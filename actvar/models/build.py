@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from actvar.models.arguments import expect_integer
+from actvar.models.arguments import SEEDS, checked_integer
 from actvar.models.var import HEAD_DIM, VAR
 from actvar.models.vqvae import OFFICIAL_CHANNEL_MULTIPLIERS, VQVAE
 from actvar.modes import inference_mode
@@ -49,6 +49,7 @@ def build_vae_var(
         TypeError, ValueError: a size that is not an integer of at least 1, a width that is not a multiple of 64, or
             patch_nums that are not two or more ascending sides.
     """
+    seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1])
     vae, var = skeleton(
         V=V,
         Cvae=Cvae,
@@ -92,14 +93,14 @@ def skeleton(
 ) -> tuple[VQVAE, VAR]:
     """The two modules on the meta device, in eval mode: shapes without memory. Arguments as in `build_vae_var`."""
     counts = dict(V=V, Cvae=Cvae, ch=ch, num_classes=num_classes, depth=depth, num_res_blocks=num_res_blocks)
-    for name, count in (counts | {"image_channels": image_channels}).items():
-        expect_integer(name, count, 1)
-    expect_integer("share_quant_resi", share_quant_resi, 0)
-    for name, numbers in (("patch_nums", patch_nums), ("ch_mult", ch_mult)):
-        for number in numbers:
-            expect_integer(name, number, 1)
-    width = HEAD_DIM * depth if width is None else width
-    if width < 1 or width % HEAD_DIM:
+    counts |= dict(image_channels=image_channels)
+    checked = [checked_integer(name, count, 1) for name, count in counts.items()]
+    V, Cvae, ch, num_classes, depth, num_res_blocks, image_channels = checked
+    share_quant_resi = checked_integer("share_quant_resi", share_quant_resi, 0)
+    patch_nums = tuple(checked_integer("patch_nums", side, 1) for side in patch_nums)
+    ch_mult = tuple(checked_integer("ch_mult", factor, 1) for factor in ch_mult)
+    width = HEAD_DIM * depth if width is None else checked_integer("width", width, 1)
+    if width % HEAD_DIM:
         raise ValueError(f"width must be a multiple of the head size {HEAD_DIM}, got {width}")
     if len(patch_nums) < 2 or any(a >= b for a, b in zip(patch_nums, patch_nums[1:], strict=False)):
         raise ValueError(f"patch_nums must be at least two ascending sides, got {tuple(patch_nums)}")

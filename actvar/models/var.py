@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from actvar.models.arguments import by_one_thread, checked_labels, expect_sampling
+from actvar.models.arguments import by_one_thread, checked_draw, checked_integer, checked_labels
 from actvar.models.quantizer import uninitialised_embedding
 from actvar.models.sampling import Randomness, by_image, generators, guided, gumbel_softmax, sample_top_k_top_p
 from actvar.models.vqvae import VQVAE
@@ -210,7 +210,8 @@ class VAR(nn.Module):
             TypeError, ValueError: an argument of another type or out of its range; nothing was sampled.
             RuntimeError: another thread is sampling from this model.
         """
-        expect_sampling(g_seed, cfg, top_k, top_p, self.V)
+        g_seed, cfg, top_k, top_p = checked_draw(g_seed, cfg, top_k, top_p, self.V)
+        B = checked_integer("B", B, 1)
         label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
         device, vae = self.lvl_1L.device, self.vae_proxy[0]
         rng = generators(g_seed, B, device)

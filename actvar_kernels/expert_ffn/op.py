@@ -52,7 +52,7 @@ def route_experts(
     expect_tensor("u", u)
     expect_shape("weight", weight, (None, u.shape[-1]))
     expect_shape("bias", bias, (weight.shape[0],))
-    expect_count("active", active, weight.shape[0])
+    active = expect_count("active", active, weight.shape[0])
     expect_one_device(u, weight, bias)
     return route(u, weight, bias, active)
 
@@ -85,7 +85,7 @@ def expert_ffn(
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    _expect_ffn(u, mask, active, *weights)
+    active = _expect_ffn(u, mask, active, *weights)
     return _ffn(_backend("expert_ffn", u, mask, *weights), u, mask, active, *weights)
 
 
@@ -139,7 +139,7 @@ def expert_ffn_scatter(
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    _expect_ffn(u, mask, active, *weights)
+    active = _expect_ffn(u, mask, active, *weights)
     expect_shape("u", u, (None, None, None))
     R, K, C = u.shape
     x, update, gate = rows if isinstance(rows, Residual) else (rows, None, None)
@@ -183,7 +183,7 @@ def _by_parts(
     return scatter_rows(rest, index, rows, update, gamma)
 
 
-def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
+def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> int:
     expect_tensor("u", u)
     expect_shape("fc1_weight", fc1_weight, (None, None))
     D, C = fc1_weight.shape
@@ -194,8 +194,8 @@ def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> 
     expect_shape("mask", mask, (*u.shape[:-1], None))
     if D % mask.shape[-1]:
         raise ValueError(f"mask: expected a number of experts that divides the hidden size {D}, got {mask.shape[-1]}")
-    expect_count("active", active, mask.shape[-1])
     expect_one_device(u, mask, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return expect_count("active", active, mask.shape[-1])
 
 
 def _backend(operation: str, u: torch.Tensor, mask: torch.Tensor, *others: torch.Tensor) -> str:

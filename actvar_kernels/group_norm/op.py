@@ -6,7 +6,7 @@ import torch
 
 from actvar_kernels import cpu
 from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
-from actvar_kernels.checks import expect_one_device, expect_shape
+from actvar_kernels.checks import as_integer, as_number, expect_one_device, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.group_norm import cpu_kernel, reference
 
@@ -46,6 +46,7 @@ def group_norm_silu(
     for name, vector in (("weight", weight), ("bias", bias), ("offset", offset)):
         if vector is not None:
             expect_shape(name, vector, (C,))
+    groups, eps = as_integer("groups", groups), as_number("eps", eps)
     if groups < 1 or C % groups:
         raise ValueError(f"groups: expected a divisor of {C} channels, got {groups}")
     expect_one_device(x, weight, bias, offset)

@@ -87,7 +87,7 @@ def add_normalize_route(
     _expect_rows(x, index, update, gamma, scale, shift)
     expect_shape("weight", weight, (None, x.shape[2]))
     expect_shape("bias", bias, (weight.shape[0],))
-    expect_count("active", active, weight.shape[0])
+    active = expect_count("active", active, weight.shape[0])
     expect_one_device(x, weight, bias)
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
     backend = _backend("add_normalize_route", *tensors, experts=weight.shape[0])

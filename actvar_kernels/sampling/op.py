@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from actvar_kernels.backend import backend_of, needs_operator, needs_torch
-from actvar_kernels.checks import expect_one_device, expect_shape
+from actvar_kernels.checks import as_integer, as_number, expect_one_device, expect_shape
 from actvar_kernels.sampling import cpu_kernel, reference
 
 MOST_TOKENS = 16384
@@ -59,6 +59,8 @@ def sample_tokens(
     images = rows if guidance is None else rows // 2
     if rows % 2 and guidance is not None:
         raise ValueError(f"logits: expected conditional and unconditional rows, got an odd number of rows, {rows}")
+    guidance = None if guidance is None else as_number("guidance", guidance)
+    top_k, top_p, step = as_integer("top_k", top_k), as_number("top_p", top_p), as_integer("step", step)
     if not 0 <= top_k <= V:
         raise ValueError(f"top_k: expected between 0 and {V}, got {top_k}")
     if not 0 <= top_p <= 1:
@@ -73,7 +75,7 @@ def sample_tokens(
         _expect_seed(seed, logits.device)
         seed_tensor = seed
     elif seed is not None:
-        seed_number = (seed + 2**63) % 2**64 - 2**63
+        seed_number = (as_integer("seed", seed) + 2**63) % 2**64 - 2**63
     arguments = (logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise)
     if needs_operator(logits) and not needs_torch(logits, noise):
         return torch.ops.actvar_kernels.sample_tokens(*arguments)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels import cpu
 from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
-from actvar_kernels.checks import expect_one_device, expect_shape
+from actvar_kernels.checks import as_number, expect_one_device, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.subset_attention import cpu_kernel, reference
 
@@ -62,6 +62,7 @@ def subset_attention(
     if room is not None:
         _expect_room(room, past, k)
     expect_one_device(q, k, v, *(past or ()), head_scale, mask, *(room or ()))
+    softmax_scale = as_number("softmax_scale", softmax_scale)
     backend = _backend(q, k, v, room or past, head_scale, mask)
     if backend == "reference":
         out, keys, values = reference.subset_attention(q, k, v, past, head_scale, softmax_scale, mask, room)

@@ -16,7 +16,7 @@ from actvar_kernels.backend import (
     needs_operator,
     needs_torch,
 )
-from actvar_kernels.checks import expect_count, expect_one_device, expect_shape
+from actvar_kernels.checks import as_number, expect_count, expect_one_device, expect_shape
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.token_select import reference
 
@@ -72,7 +72,7 @@ def select_tokens(
     expect_shape("bias", bias, (1,))
     expect_shape("scale", scale, (R, 1, C))
     expect_shape("shift", shift, (R, 1, C))
-    expect_count("keep", keep, L)
+    keep = expect_count("keep", keep, L)
     if share_guidance and R % 2:
         raise ValueError(f"share_guidance: expected conditional and unconditional rows in equal number, got {R} rows")
     in_place = in_place and not torch.is_grad_enabled() and x.stride(2) == 1
@@ -105,6 +105,7 @@ def normalize_modulate(
     expect_shape("x", x, (None, None, None))
     expect_shape("scale", scale, (x.shape[0], 1, x.shape[2]))
     expect_shape("shift", shift, (x.shape[0], 1, x.shape[2]))
+    guidance = None if guidance is None else as_number("guidance", guidance)
     if guidance is not None and x.shape[0] % 2:
         raise ValueError(f"x: expected conditional and unconditional rows, got an odd number of rows, {x.shape[0]}")
     tensors = (x, scale, shift)
