@@ -219,7 +219,7 @@ def remove_patch(var: nn.Module) -> nn.Module:
 def take_off(var: nn.Module) -> None:
     """Do as `remove_patch`, but keep packed copies, which a sample checks anyway, for the next patch."""
     model = unwrapped(var)
-    if "actvar" not in model.__dict__:
+    if not isinstance(model, nn.Module) or "actvar" not in model.__dict__:
         family_of(model)
     with one_thread(model):
         restore_parameters(model)

@@ -6,7 +6,9 @@ hooks, parametrisations, quantised weights) has to be called instead.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 
@@ -55,6 +57,11 @@ def why_not_by_class(layer: nn.Module) -> str | None:
         if hooks and not all(isinstance(getattr(h, "__self__", None), ModuleTracker) for h in hooks.values()):
             return "is watched by global module hooks"
     parameters = state["_parameters"]
-    if not are_plain(*(parameters.get(name, state.get(name)) for name in ("weight", "bias"))):
+    if not all(map(is_ordinary, (parameters.get(name, state.get(name)) for name in ("weight", "bias")))):
         return "has a weight of a tensor subclass"
     return None
+
+
+def is_ordinary(tensor: torch.Tensor | None) -> bool:
+    """Return whether a weight is a plain tensor, or a fake one, which stands for one where nothing is computed."""
+    return are_plain(tensor) or isinstance(tensor, FakeTensor)

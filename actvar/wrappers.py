@@ -11,10 +11,11 @@ _INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return the module inside the wrappers of `torch.compile`, activation checkpointing and data parallelism."""
-    while True:
+    while isinstance(module, nn.Module):
         inner = next((module._modules[name] for name in _INNER if name in module._modules), None)
         if inner is None and isinstance(module, DistributedDataParallel | DataParallel):
             inner = module.module
         if inner is None:
-            return module
+            break
         module = inner
+    return module

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from actvar.mixing import own_class
 from actvar.models.var import VAR, FeedForward, HeadNorm, SelfAttention, TransformerBlock
-from actvar.plain_layers import why_called, why_not_by_class
+from actvar.plain_layers import is_ordinary, why_called, why_not_by_class
 from actvar.wrappers import unwrapped
 from actvar_kernels import (
     cpp_runs,
@@ -75,7 +75,7 @@ def mismatch(model: nn.Module) -> str | None:
         sizes, first = _ffn_sizes(block), _ffn_sizes(unwrapped(model.blocks[0]))
         if None in sizes or sizes != first:
             return f"expected blocks[{index}].ffn of the first block's sizes {first}, got {sizes}"
-        other = first_with.setdefault(id(block.ffn.fc1), index)
+        other = first_with.setdefault(id(block.ffn.fc1._parameters.get("weight", block.ffn.fc1)), index)
         if other != index:  # their experts would not be the same
             return f"expected an FFN for every block, got the same one in blocks[{other}] and blocks[{index}]"
         if block.ln_wo_grad.eps != NORM_EPS:
@@ -94,9 +94,9 @@ def _is_known(kind: type, own: type) -> bool:
 
 
 def _ffn_sizes(block: nn.Module) -> tuple[int | None, int | None]:
-    """Return inputs and hidden units of the FFN, as its first layer says, which may be wrapped."""
+    """Return hidden units and inputs of the FFN, as its first layer says, which may be wrapped."""
     fc1 = block.ffn.fc1
-    return getattr(fc1, "in_features", None), getattr(fc1, "out_features", None)
+    return getattr(fc1, "out_features", None), getattr(fc1, "in_features", None)
 
 
 def parts_called(block: nn.Module) -> dict[str, str]:
@@ -162,7 +162,7 @@ def _ada_lin_called(ada_lin: nn.Module) -> str | None:
 def _weight_called(layer: nn.Module) -> str | None:
     """Return why the weight of `mat_qkv`, of which attention calls nothing, must not be read by kernels, or None."""
     weight = layer._parameters.get("weight")
-    if own_class(layer) is nn.Linear and weight is not None and are_plain(weight):
+    if own_class(layer) is nn.Linear and weight is not None and is_ordinary(weight):
         return None
     return f"mat_qkv is a {type(layer).__qualname__}, or has a weight of a tensor subclass"
 
@@ -193,12 +193,12 @@ def draw_is_ours(model: nn.Module) -> bool:
 
 def width(model: nn.Module) -> int:
     """Return the channels of a token."""
-    return _ffn_sizes(unwrapped(model.blocks[0]))[0]
+    return _ffn_sizes(unwrapped(model.blocks[0]))[1]
 
 
 def hidden_size(model: nn.Module) -> int:
     """Return the hidden units of an FFN."""
-    return _ffn_sizes(unwrapped(model.blocks[0]))[1]
+    return _ffn_sizes(unwrapped(model.blocks[0]))[0]
 
 
 def finetuned_names(model: nn.Module) -> list[str]:
