@@ -21,9 +21,10 @@ from actvar.cli.options import (
     load_to_sample,
     of_process,
     positive,
+    warn_without_adapter,
 )
 from actvar.compare import Sampling, compare, save_pictures
-from actvar.patch import patched_silently, warn_untrained
+from actvar.patch import patched_silently
 from actvar.pictures import save_grid
 
 MOST_LABELS = 1_000_000
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = Sampling(options.labels or (), options.cfg, options.top_k, options.top_p, options.seed)
     var, config, adapter = load_to_sample(options, sampling.labels, "--labels")
     if adapter is None and not options.dense:
-        warn_untrained(config)
+        warn_without_adapter(config)
     if options.num:
         with contextlib.nullcontext() if options.dense else patched_silently(var, config, adapter):
             _sample_many(var, sampling, options)
