@@ -101,7 +101,7 @@ def gradients(var, guided, walk_all, segments, reentrant, one_condition=False, *
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert actual.keys() == expected.keys()
-    assert any(name.startswith("blocks.2.") for name in expected)
+    assert any(name.startswith("blocks.1.") for name in expected)
     for name in expected:
         error = (actual[name] - expected[name]).norm()
         assert error <= 1e-6 * expected[name].norm() + 1e-12, name  # gates compute in float32
@@ -272,7 +272,7 @@ def test_gates_that_a_reentrant_checkpoint_hides_from_the_loss_are_refused(make_
 def test_transforms_give_the_gradients_of_backward(make_patched, name):
     var = make_patched(name)
     batch = batches_of(var)[0]
-    parameters = {name: p for name, p in var.named_parameters() if name.startswith("blocks.2.ffn")}
+    parameters = {name: p for name, p in var.named_parameters() if name.startswith("blocks.1.ffn")}
 
     def loss(parameters):
         return torch.func.functional_call(var, parameters, batch).square().mean()
@@ -283,10 +283,9 @@ def test_transforms_give_the_gradients_of_backward(make_patched, name):
 
 
 @pytest.mark.parametrize("compiled", ["model", "blocks"])
-@pytest.mark.parametrize("name", FIXED)
-def test_compiled_models_have_the_gradients_of_others(make_patched, name, compiled):
+def test_compiled_models_have_the_gradients_of_others(make_var, reference_backend, compiled):
     torch._dynamo.reset()
-    var = make_patched(name)
+    var = apply_patch(make_var().double(), ActVARConfig(**RATES, fixed_tokens=True)).requires_grad_(True)
 
     def of_both(run: Callable) -> dict[str, torch.Tensor]:
         var.zero_grad()

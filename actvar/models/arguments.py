@@ -105,7 +105,7 @@ def expect_own_blocks(model: nn.Module) -> None:
     if torch.compiler.is_compiling() or "actvar" in vars(model):
         return
     for index, block in enumerate(model.blocks):
-        if "actvar" in block._modules:
+        if hasattr(block, "actvar"):
             raise ValueError(
                 f"expected the blocks of an unpatched model, but blocks[{index}] has the patch of another model, as in "
                 "a shallow copy (copy.copy) of it: call actvar.remove_patch(var), which takes the patch off the block, "
