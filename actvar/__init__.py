@@ -1,10 +1,10 @@
 """ActVAR: dynamic activation of weights and tokens for pretrained VAR image generators."""
 
-from actvar.adapter import AdapterError, load_adapter, read_adapter_config, save_adapter
+from actvar.adapter import AdapterError, read_adapter_config, save_adapter
 from actvar.checkpoint import CheckpointError, load_var
 from actvar.config import ActVARConfig
 from actvar.graphs import GraphedSampling
-from actvar.patch import accelerate, apply_patch, patched, refresh, release_cache, remove_patch
+from actvar.patch import accelerate, apply_patch, load_adapter, patched, refresh, release_cache, remove_patch
 from actvar.recording import guided_rows, record
 from actvar.zoo import load_pretrained
 

@@ -1,12 +1,16 @@
-"""Adapter files: selectors, routers and changed weights in safetensors, the configuration as JSON in the metadata."""
+"""Adapter files: selectors, routers and changed weights in safetensors, the configuration as JSON in the metadata.
+
+`actvar.patch.load_adapter` loads them.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -64,33 +68,43 @@ def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object
         save_file(tensors, temporary, metadata)
 
 
-@no_grad
-def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
-    """Load selectors, routers and changed weights into a patched model, and bring the FFN's hidden units into the
-    adapter's order, in place (`remove_patch` takes them back); returns `var`. Everything is checked before anything
-    changes.
+class Adapter(NamedTuple):
+    """What an adapter file holds.
 
-    The adapter must have been made for the model's sizes and number of experts. Other rates, scales or K/V mode than
-    it was trained for are allowed, with a logged warning. Changed weights, those of an adapter from stage 2 of the
-    distillation, take the place of the model's own, which are kept in memory until `remove_patch` puts them back.
-    Everything is read into memory, so that the file may be written to afterwards. After an exception or Ctrl-C on the
-    way the model is as it was.
+    Args:
+        path: the file.
+        sizes: those of the model that it was made for, as `_sizes` gives them.
+        config: what the model was patched with when the file was saved.
+        training: how it was made.
+        tensors: all tensors of the file by name, as `save_adapter` describes them.
+    """
+
+    path: Path
+    sizes: dict[str, object]
+    config: ActVARConfig
+    training: object
+    tensors: dict[str, torch.Tensor]
+
+    def expect_made_for(self, model: nn.Module) -> None:
+        """Raise AdapterError unless the adapter was made for the sizes of `model`."""
+        if self.sizes != _sizes(model):
+            raise AdapterError(f"{self.path}: made for a model with {self.sizes}, this one has {_sizes(model)}")
+
+
+@no_grad
+def put_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Bring an adapter into a patched model, all of it or, after any exception, nothing.
 
     Raises:
-        FileNotFoundError: no such file.
-        AdapterError: not an adapter, or one for another model; names the file, what was expected and what came.
-        ValueError: the model is not patched.
+        AdapterError: the adapter does not fit the model; names the file, what was expected and what came.
+        ValueError: the model is not patched, or its blocks are not those that were patched.
     """
-    model = unwrapped(var)
-    config = shared_state(model).config
-    metadata, tensors = _read(Path(path))
-    if metadata["model"] != _sizes(model):
-        raise AdapterError(f"{path}: made for a model with {metadata['model']}, this one has {_sizes(model)}")
-    trained = metadata["config"]
-    if trained.num_experts != config.num_experts:
+    config, path, tensors = shared_state(model).config, adapter.path, dict(adapter.tensors)
+    adapter.expect_made_for(model)
+    if adapter.config.num_experts != config.num_experts:
         raise AdapterError(
-            f"{path}: made for num_experts={trained.num_experts}, the model is patched with "
-            f"{config.num_experts}; patch it with ActVARConfig(num_experts={trained.num_experts})"
+            f"{path}: made for num_experts={adapter.config.num_experts}, the model is patched with "
+            f"{config.num_experts}; patch it with ActVARConfig(num_experts={adapter.config.num_experts})"
         )
     orders = [tensors.pop(f"blocks.{index}.order", None) for index in range(len(model.blocks))]
     _check_orders(path, model, orders)
@@ -109,8 +123,9 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
         own = model.get_parameter(changeable[stored])
         weight = _checked(path, stored, tensors[stored], own).to(own.device)
         weights[changeable[stored]] = nn.Parameter(weight, requires_grad=False)
-    if replace(trained, **{name: getattr(config, name) for name in EXECUTION_FIELDS}) != config:
-        logger.warning("%s was trained with %s and is used with %s", path, trained, config)
+    differences = _differences(adapter.config, config)
+    if differences:
+        logger.warning("%s: %s", path, "; ".join(differences))
     gates_before = {name: gate.clone() for name, gate in gates.items()}
     orders_before = [unwrapped(block).actvar.places.clone() for block in model.blocks]
     weights_before = tuned_parameters(model)
@@ -119,7 +134,26 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
     except BaseException:
         _put(model, gates_before, orders_before, weights_before)
         raise
-    return var
+
+
+def _differences(trained: ActVARConfig, used: ActVARConfig) -> list[str]:
+    """Return a clause per field that differs, except those of the execution."""
+    clauses = []
+    for name in (field.name for field in fields(ActVARConfig) if field.name not in EXECUTION_FIELDS):
+        before, now = getattr(trained, name), getattr(used, name)
+        if before != now:
+            texts = _short(before), _short(now)
+            before, now = texts if texts[0] != texts[1] else (before, now)
+            clauses.append(f"{name}: trained with {before}, used with {now}")
+    return clauses
+
+
+def _short(value: object) -> str:
+    """Return a field of a configuration as text, with the range of rates that every block has its own of."""
+    if not isinstance(value, tuple):
+        return str(value)
+    parts = [f"{min(part):g} to {max(part):g} by block" if isinstance(part, tuple) else str(part) for part in value]
+    return f"({', '.join(parts)})"
 
 
 def _put(
@@ -161,26 +195,30 @@ def _check_orders(path: str | Path, model: nn.Module, orders: list[torch.Tensor 
 
 
 def read_adapter_config(path: str | Path) -> ActVARConfig:
-    """The configuration an adapter was trained with: `apply_patch(var, read_adapter_config(path))`.
+    """Return the configuration of an adapter, which `load_adapter` patches an unpatched model with.
 
     Raises:
-        FileNotFoundError, AdapterError: as `load_adapter`.
+        FileNotFoundError, AdapterError: as `read_adapter`.
     """
-    return _read(Path(path))[0]["config"]
+    return read_adapter(path).config
 
 
 def describe_adapter(path: str | Path) -> dict[str, object]:
-    """Return model sizes, configuration, training, parameter counts and dtypes of an adapter; errors as `load_adapter`.
+    """Return model sizes, configuration, training, parameter counts and dtypes of an adapter file.
 
     `parameters` counts gates and changed weights, `changed weights` the latter alone; `not_finite` names the tensors
     that hold NaN or infinity, with which no adapter is loaded.
+
+    Raises:
+        FileNotFoundError, AdapterError: as `read_adapter`.
     """
-    metadata, tensors = _read(Path(path))
+    adapter = read_adapter(path)
+    tensors = adapter.tensors
     return {
         "kind": "adapter",
-        **metadata["model"],
-        "config": metadata["config"],
-        "training": metadata["training"],
+        **adapter.sizes,
+        "config": adapter.config,
+        "training": adapter.training,
         "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
         "changed weights": sum(t.numel() for name, t in tensors.items() if name.startswith(WEIGHTS)),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
@@ -212,8 +250,14 @@ def _sizes(var: nn.Module) -> dict[str, object]:
     }
 
 
-def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    path = path.expanduser()
+def read_adapter(path: str | Path) -> Adapter:
+    """Read an adapter file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        AdapterError: it is no adapter, or a damaged one.
+    """
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
     try:
@@ -226,14 +270,10 @@ def _read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         found = f"format {metadata.get('format')!r} version {metadata.get('version')!r}"
         raise AdapterError(f"{path}: expected an ActVAR adapter ({FORMAT!r} version {VERSION!r}), got {found}")
     try:
-        parsed = {
-            "model": _sizes_from(metadata["model"]),
-            "config": ActVARConfig.from_json(metadata["config"]),
-            "training": json.loads(metadata.get("training", "{}")),
-        }
+        sizes, config = _sizes_from(metadata["model"]), ActVARConfig.from_json(metadata["config"])
+        return Adapter(path, sizes, config, json.loads(metadata.get("training", "{}")), tensors)
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path}: its metadata is damaged: {error}") from error
-    return parsed, tensors
 
 
 def _sizes_from(text: str) -> dict[str, object]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from actvar.called_layers import begin
 from actvar.families import var as family
+from actvar.passes import Pass, computing_again
 from actvar.per_sample import PerSample, continued, keep
 from actvar.recording import BlockRecord
 from actvar.schedule import Scale
@@ -32,19 +33,36 @@ class ActVARBlock(nn.Module):
 
         Raises:
             ValueError: the token count and cache length fit no scale of the model.
+            RuntimeError: activation checkpointing runs the block again, and its K/V cache or its pass is lost.
         """
+        shared = self.actvar.shared
+        current = shared.pass_of(self.actvar.block_index, x, cond_BD)
+        out = self._forward_in(current, x, cond_BD, attn_bias)
+        shared.hand_on(current, out)
+        return out
+
+    def _forward_in(
+        self, current: Pass, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`forward` within a pass."""
         gates = self.actvar
         if attn_bias is not None:
             if not any(scale.active for scale in gates.schedule):
                 return self.dense_forward(x, cond_BD, attn_bias)
             begin(self)
-            return teacher_forced_block(self, x, cond_BD)
+            return teacher_forced_block(self, x, cond_BD, current)
+        if computing_again():
+            raise RuntimeError(
+                "expected one forward pass over a scale, got another one by activation checkpointing, for which the "
+                "K/V cache is no longer what it was; call blocks without a checkpoint, or pass attn_bias (teacher "
+                "forcing)"
+            )
         scale = gates.shared.scale_of(gates.block_index, x.shape[1], family.cached_tokens(self))
         if scale.index == 0:
             begin(self)
         fused = kernels_run(x) and "ln_wo_grad" not in gates.called
         if scale.active or fused:
-            return block_at_scale(self, x, cond_BD, scale, fused)
+            return block_at_scale(self, x, cond_BD, scale, fused, current)
         return self.dense_forward(x, cond_BD, attn_bias)
 
     def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, torch.Tensor]:
@@ -81,8 +99,11 @@ def kernels_run(x: torch.Tensor) -> bool:
     return cpp_runs(x) or triton_runs(x)
 
 
-def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale, fused: bool) -> torch.Tensor:
-    """One scale `x` `[R, L, C]` with the K/V cache; an operation whose rate is 1 is left out. `fused`: kernels run."""
+def block_at_scale(
+    block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale, fused: bool, current: Pass
+) -> torch.Tensor:
+    """One scale `x` `[R, L, C]` of the pass `current` with the K/V cache; an operation whose rate is 1 is left out.
+    `fused`: kernels run."""
     gates = block.actvar
     shared, router = gates.shared, gates.router
     state = state_of(block, cond, fused)
@@ -92,7 +113,7 @@ def block_at_scale(block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scal
 
     # 1. Select the tokens to update; 2. gather, normalise and modulate their rows
     if scale.select:
-        index, u, scores, rest = selected(block, x, scale1, shift1, scale, shared.writes_in_place and fused)
+        index, u, scores, rest = selected(block, x, scale1, shift1, scale, current, shared.writes_in_place and fused)
     else:
         u = normalize_modulate(x, scale1, shift1)
 

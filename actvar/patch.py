@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from actvar.adapter import load_adapter
+from actvar.adapter import AdapterError, put_adapter, read_adapter
 from actvar.block import ActVARBlock
 from actvar.called_layers import expect_readable, log_called
 from actvar.config import ActVARConfig
@@ -19,8 +19,9 @@ from actvar.gates import Gates, restore_order, update
 from actvar.mixing import Mixed, mix_in, unmix
 from actvar.models.arguments import checked_labels, one_thread
 from actvar.models.sampling import sample_guided
+from actvar.passes import Pass
 from actvar.per_sample import forget
-from actvar.recording import Shared, shared_state
+from actvar.recording import Shared, is_patched, shared_state
 from actvar.schedule import build_schedule
 from actvar.tuned import replace_parameters, restore_parameters, tuned_parameters
 from actvar_kernels import cpu_memory, sample_tokens
@@ -34,9 +35,26 @@ DENSE = ActVARConfig(token_rates=(1, 1), ffn_rate=1)
 class ActVARModel(nn.Module):
     """Mixed into the class of a patched model, in front of it."""
 
+    def forward(self, label_B, x_BLCv_wo_first_l, *args, **kwargs):
+        """Run teacher forcing as the model itself does.
+
+        Raises:
+            ValueError: the blocks are not those that were patched.
+        """
+        if not torch.compiler.is_compiling():
+            shared_state(self)
+            return super().forward(label_B, x_BLCv_wo_first_l, *args, **kwargs)
+        try:  # one graph holds the whole pass
+            self.actvar.traced = Pass(self.actvar.rows_are_guided)
+            return super().forward(label_B, x_BLCv_wo_first_l, *args, **kwargs)
+        finally:
+            self.actvar.traced = None
+
     def autoregressive_infer_cfg(self, B, label_B, *args, **kwargs):
         """As the model's own, with labels as `actvar.models.VAR.autoregressive_infer_cfg` takes them and its errors for
-        them. When it ends, also by an exception, the K/V caches are empty."""
+        them; also a ValueError if the blocks are not those that were patched. When it ends, also by an exception, the
+        K/V caches are empty."""
+        shared_state(self)
         family = family_of_patched(self)
         loop_is_ours = family.loop_is_ours(self)
         if not loop_is_ours:
@@ -144,10 +162,10 @@ def accelerate(var: nn.Module) -> nn.Module:
     return apply_patch(var, DENSE)
 
 
-def warn_untrained(config: ActVARConfig, todo: str = "load trained ones with actvar.load_adapter(var, path)") -> None:
+def warn_untrained(config: ActVARConfig, advice: str = "load trained ones with actvar.load_adapter(var, path)") -> None:
     """Say that a model is used without an adapter, and what to do, unless every rate is 1."""
     if config.is_sparse:
-        logger.warning("selectors and routers are untrained: %s", todo)
+        logger.warning("selectors and routers are untrained: %s", advice)
 
 
 def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
@@ -203,9 +221,10 @@ def _install(model: nn.Module, shared: Shared, gates: list[Gates]) -> None:
 def remove_patch(var: nn.Module) -> nn.Module:
     """Undo `apply_patch`, bit for bit; returns `var`. An unpatched VAR is left as it is.
 
-    Also takes off what an interrupted `apply_patch` or `remove_patch` left behind. It works whatever has become of the
-    layers since. Where an FFN with reordered hidden units was wrapped or quantised, these stay in that order, which is
-    logged; the FFN computes the same sum in it.
+    Also takes off what an interrupted `apply_patch` or `remove_patch` left behind, and the patch of any block, which
+    may have come from another model or be wrapped. It works whatever has become of the layers since. Where an FFN with
+    reordered hidden units was wrapped or quantised, these stay in that order, which is logged; the FFN computes the
+    same sum in it.
 
     Raises:
         TypeError: a model of an unsupported kind.
@@ -219,11 +238,11 @@ def remove_patch(var: nn.Module) -> nn.Module:
 def take_off(var: nn.Module) -> None:
     """Do as `remove_patch`, but keep packed copies, which a sample checks anyway, for the next patch."""
     model = unwrapped(var)
-    if not isinstance(model, nn.Module) or "actvar" not in model.__dict__:
+    if not is_patched(model):
         family_of(model)
     with one_thread(model):
         restore_parameters(model)
-        for module in (model, *_blocks(model)):
+        for module in list(model.modules()):
             if "actvar" in module._modules:
                 restore_order(module)
             if isinstance(module, Mixed):
@@ -266,10 +285,11 @@ def unpatched(var: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         TypeError: a model of an unsupported kind.
+        ValueError: the blocks are not those that were patched.
     """
     model = unwrapped(var)
+    before = shared_state(model) if is_patched(model) else None
     family_of(model)
-    before = model.actvar if isinstance(model, Mixed) else None
     gates = [block.actvar for block in _blocks(model)] if before is not None else []
     orders = [of_block.places.clone() for of_block in gates]
     weights = tuned_parameters(model)
@@ -285,29 +305,85 @@ def unpatched(var: nn.Module) -> Iterator[nn.Module]:
             replace_parameters(model, weights)
 
 
+def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
+    """Load selectors, routers and changed weights of an adapter, in place; returns `var`.
+
+    A model that is not patched is patched with the adapter's own configuration. A patched one keeps its configuration:
+    rates, scales or a K/V mode that differ from the adapter's own are logged in one line.
+
+    The FFN's hidden units are brought into the adapter's order, and changed weights, those of stage 2 of the
+    distillation, take the place of the model's own. `remove_patch` takes both back. The model's own weights stay in
+    memory until then. Everything is read into memory, so the file may be written to afterwards.
+
+    Args:
+        var: as in `apply_patch`.
+        path: a file of `save_adapter`, made for the model's sizes and, if it is patched, its number of experts.
+
+    Raises:
+        FileNotFoundError: no such file.
+        TypeError: a model of an unsupported kind.
+        AdapterError: not an adapter, or one that does not fit the model; names the file, what was expected and what
+            came.
+        ValueError: the blocks are not those that were patched.
+        RuntimeError: another thread is sampling from the model.
+
+    After an exception or Ctrl-C on the way the model is as it was, patched or not.
+    """
+    load_silently(var, path)
+    refresh(var)
+    return var
+
+
+def load_silently(var: nn.Module, path: str | Path) -> None:
+    """Do as `load_adapter`, but keep packed copies, which a sample checks anyway."""
+    model = unwrapped(var)
+    if is_patched(model):
+        put_adapter(model, read_adapter(path))
+        return
+    family_of(model)
+    adapter = read_adapter(path)
+    adapter.expect_made_for(model)
+    try:
+        try:
+            patch_silently(model, adapter.config)
+        except ValueError as error:
+            raise AdapterError(f"{path}: {error}") from error
+        put_adapter(model, adapter)
+    except BaseException:
+        take_off(model)
+        raise
+
+
 @contextmanager
 def patched(
     var: nn.Module, config: ActVARConfig | None = None, adapter: str | Path | None = None
 ) -> Iterator[nn.Module]:
-    """`apply_patch` (and `load_adapter`, if one is given) for the duration of the context.
+    """`apply_patch`, or `load_adapter` if an adapter is given, for the duration of the context.
 
-    A patch that was there before is put back afterwards, with its gates and weights. Errors as in `apply_patch` and
-    `load_adapter`.
+    A patch that was there before is put back afterwards, with its gates and weights.
+
+    Args:
+        config: None for the adapter's own, or without an adapter the paper's; another one than the adapter's is logged
+            as in `load_adapter`.
+        adapter: a file of `save_adapter`.
+
+    Raises:
+        As `apply_patch` and `load_adapter`.
     """
-    config = ActVARConfig() if config is None else config
     with patched_silently(var, config, adapter):
         if adapter is None:
-            warn_untrained(config)
+            warn_untrained(shared_state(var).config)
         yield var
 
 
 @contextmanager
-def patched_silently(var: nn.Module, config: ActVARConfig, adapter: str | Path | None) -> Iterator[nn.Module]:
+def patched_silently(var: nn.Module, config: ActVARConfig | None, adapter: str | Path | None) -> Iterator[nn.Module]:
     """`patched` without the warning, for callers that have given it."""
     with unpatched(var):
-        patch_silently(var, config)
+        if config is not None or adapter is None:
+            patch_silently(var, ActVARConfig() if config is None else config)
         if adapter is not None:
-            load_adapter(var, adapter)
+            load_silently(var, adapter)
         yield var
 
 

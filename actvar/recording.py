@@ -11,6 +11,7 @@ from torch import nn
 
 from actvar.config import ActVARConfig
 from actvar.families import unwrapped
+from actvar.passes import Pass, Passes
 from actvar.schedule import Scale
 
 
@@ -46,8 +47,9 @@ class Shared:
     `schedule` is that of the first block, except that a scale is selected or routed where it is in any block.
     `rows_are_guided`: conditional rows, then as many unconditional ones; `reuses_room`: the K/V cache may stay in the
     memory that the last sample left; `writes_in_place`: a block may write its result into its input; `seed` `[1]`
-    int64: of the fast sampler, for samples without a seed of their own; `fixed` `[R, K]` by scale index: the first
-    block's tokens where they are kept for all blocks; `called`: by block, the parts that kernels do not read, and why.
+    int64: of the fast sampler, for samples without a seed of their own; `passes`: those of which tensors are alive;
+    `traced`: the one that a compiler is tracing as a whole, if any; `called`: by block, the parts that kernels do not
+    read, and why.
     """
 
     config: ActVARConfig
@@ -57,7 +59,8 @@ class Shared:
     writes_in_place: bool = False
     seed: torch.Tensor | None = None
     records: list[BlockRecord] | None = None
-    fixed: dict[int, torch.Tensor] = field(default_factory=dict)
+    passes: Passes = field(default_factory=Passes)
+    traced: Pass | None = None
     called: list[dict[str, str]] = field(init=False)
     schedule: tuple[Scale, ...] = field(init=False)
     by_shape: tuple[dict[tuple[int, int], Scale], ...] = field(init=False)
@@ -80,9 +83,26 @@ class Shared:
         finally:
             state.update(previous)
 
+    def pass_of(self, block: int, x: torch.Tensor, cond: torch.Tensor) -> Pass:
+        """Return the pass in which block number `block` gets `x` `[R, L, C]` and the condition `cond`.
+
+        Raises:
+            RuntimeError: activation checkpointing runs the block again, and its pass is not known.
+        """
+        if self.traced is not None:
+            return self.traced
+        if not self._needs_passes:
+            return Pass(self.rows_are_guided)
+        return self.passes.enter(block, x, cond, self.rows_are_guided)
+
+    def hand_on(self, current: Pass, out: torch.Tensor) -> None:
+        """Let a block's output lead the next block to the pass."""
+        if self.traced is None and self._needs_passes:
+            self.passes.bind(current, out)
+
     @property
-    def selection_is_shared(self) -> bool:
-        return self.config.share_cfg_selection and self.rows_are_guided
+    def _needs_passes(self) -> bool:
+        return self.config.fixed_tokens or self.config.share_cfg_selection
 
     def scale_of(self, block: int, tokens: int, cached: int) -> Scale:
         """The scale that has `tokens` tokens and finds `cached` rows in the K/V cache of block number `block`.
@@ -130,13 +150,43 @@ def guided_rows(model: nn.Module) -> Iterator[None]:
 
 
 def shared_state(model: nn.Module) -> Shared:
-    """The shared state of a patched model.
+    """Return the shared state of a patched model.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or its blocks are not the ones that were patched.
     """
     model = unwrapped(model)
-    shared = getattr(model, "__dict__", {}).get("actvar")
-    if not isinstance(shared, Shared):
+    if not is_patched(model):
         raise ValueError(f"expected a model patched by actvar.apply_patch, got an unpatched {type(model).__name__}")
-    return shared
+    _expect_own_blocks(model)
+    return model.actvar
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Return True for a model that a patch has been put on."""
+    return isinstance(getattr(model, "__dict__", {}).get("actvar"), Shared)
+
+
+def _expect_own_blocks(model: nn.Module) -> None:
+    """Raise ValueError unless the blocks of a patched model are those that were patched, in their order."""
+    blocks, count = model.blocks, len(model.actvar.schedules)
+    for index, block in enumerate(blocks):
+        gates = getattr(block, "actvar", None)
+        if gates is None:
+            problem = f"the patch is gone from blocks[{index}], or the block is new"
+        elif gates.shared is not model.actvar:
+            problem = f"the patch on blocks[{index}] is that of another model"
+        elif gates.block_index != index:
+            problem = f"blocks[{index}] is the one that was patched as blocks[{gates.block_index}]"
+        else:
+            continue
+        break
+    else:
+        if len(blocks) == count:
+            return
+        problem = f"{len(blocks)} blocks are left"
+    raise ValueError(
+        f"expected the {count} blocks that were patched, in their order, but {problem}; call actvar.remove_patch(var), "
+        "then actvar.apply_patch(var, config) again. A shallow copy (copy.copy) shares the blocks of its model; "
+        "copy.deepcopy makes others"
+    )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from actvar.passes import Pass
 from actvar.schedule import Scale
 from actvar_kernels import normalize_modulate, select_tokens
 from actvar_kernels.token_select.reference import gather_rows
@@ -22,17 +23,33 @@ class Selected(NamedTuple):
 
 
 def selected(
-    block: nn.Module, x: torch.Tensor, scale1: torch.Tensor, shift1: torch.Tensor, scale: Scale, in_place: bool = False
+    block: nn.Module,
+    x: torch.Tensor,
+    scale1: torch.Tensor,
+    shift1: torch.Tensor,
+    scale: Scale,
+    current: Pass,
+    in_place: bool = False,
 ) -> Selected:
-    """The tokens that a patched block keeps of `x` `[R, L, C]`, the tokens of one scale, modulated by `scale1` and
-    `shift1` `[R, 1, C]`; `in_place` as in `select_tokens`."""
-    gates, shared = block.actvar, block.actvar.shared
-    if shared.config.fixed_tokens and gates.block_index > 0:
-        index = shared.fixed[scale.index]
+    """Return the tokens that a patched block keeps of one scale.
+
+    Args:
+        x: the tokens of the scale, `[R, L, C]`.
+        scale1, shift1: AdaLN by which the kept tokens are modulated, `[R, 1, C]`.
+        current: the pass that the call belongs to; the first block adds its choice where all blocks update the same.
+        in_place: as in `actvar_kernels.select_tokens`.
+
+    Raises:
+        ValueError: all blocks update the first block's tokens, and it did not choose any in this pass.
+    """
+    gates, config = block.actvar, block.actvar.shared.config
+    if config.fixed_tokens and gates.block_index > 0:
+        index = current.tokens_of(scale.index, len(x))
         modulated = normalize_modulate(gather_rows(x, index), scale1, shift1)
         return Selected(index, modulated, None, x if in_place else x.clone())
-    weight, bias, share = gates.selector.weight, gates.selector.bias, shared.selection_is_shared
+    weight, bias = gates.selector.weight, gates.selector.bias
+    share = config.share_cfg_selection and current.are_guided()
     chosen = select_tokens(x, weight, bias, scale1, shift1, scale.keep, share_guidance=share, in_place=in_place)
-    if shared.config.fixed_tokens:
-        shared.fixed[scale.index] = chosen.index
+    if config.fixed_tokens:
+        current.tokens[scale.index] = chosen.index
     return Selected(*chosen)

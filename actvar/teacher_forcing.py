@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from actvar.families import var as family
+from actvar.passes import Pass, computing_again
 from actvar.recording import BlockRecord
 from actvar.schedule import Scale
 from actvar.selection import selected
@@ -22,8 +23,9 @@ class KeptTokens(NamedTuple):
     scores: torch.Tensor | None
 
 
-def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-    """All scales `x` `[R, L, C]`: rows that a scale dropped are invisible to every later query, as in sampling.
+def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor, current: Pass) -> torch.Tensor:
+    """All scales `x` `[R, L, C]` of the pass `current`: rows that a scale dropped are invisible to every later query,
+    as in sampling.
 
     While a gate is being trained, the kept tokens' updates or the chosen experts' outputs are multiplied by
     `1 + p - stopgrad(p)` (straight-through), p the softmax of its scores; values change by rounding only.
@@ -35,7 +37,7 @@ def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor) 
     schedule = _scales_of(block.actvar.schedule, x.shape[1])
     gamma1, gamma2, scale1, scale2, shift1, shift2 = family.modulation(block, cond)
 
-    kept = [_select(block, x, scale1, shift1, scale) for scale in schedule]
+    kept = [_select(block, x, scale1, shift1, scale, current) for scale in schedule]
     index = torch.cat([k.index + k.scale.start for k in kept], dim=1)
     index = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     before = x.gather(1, index)
@@ -63,10 +65,12 @@ def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor) 
     return x.scatter(1, index, rows.to(x.dtype))
 
 
-def _select(block: nn.Module, x: torch.Tensor, scale1: torch.Tensor, shift1: torch.Tensor, scale: Scale) -> KeptTokens:
+def _select(
+    block: nn.Module, x: torch.Tensor, scale1: torch.Tensor, shift1: torch.Tensor, scale: Scale, current: Pass
+) -> KeptTokens:
     if not scale.select:
         return KeptTokens(scale, torch.arange(scale.tokens, device=x.device).expand(x.shape[0], -1), None)
-    selection = selected(block, x[:, scale.start : scale.start + scale.tokens], scale1, shift1, scale)
+    selection = selected(block, x[:, scale.start : scale.start + scale.tokens], scale1, shift1, scale, current)
     return KeptTokens(scale, selection.index, selection.scores)
 
 
@@ -80,7 +84,7 @@ def _ffn(block: nn.Module, u: torch.Tensor, kept: KeptTokens, x: torch.Tensor, c
         update = expert_ffn(u, gate, scale.experts, *family.ffn_weights(block))
     else:
         update = block.ffn(u)
-    if records is not None and scale.active:
+    if records is not None and scale.active and not computing_again():
         index = kept.index if scale.select else None
         records.append(BlockRecord(block.actvar.block_index, scale, index, kept.scores, u, mask, logits, x, cond))
     return update

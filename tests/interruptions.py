@@ -196,7 +196,7 @@ class Adapters:
         plain = self.plain_file()
 
         def use_another(var: nn.Module) -> None:
-            with actvar.patched(var, CONFIG, second):
+            with actvar.patched(var, adapter=second):
                 pass
 
         def use_the_dense_one(var: nn.Module) -> None:
@@ -212,6 +212,7 @@ class Adapters:
             "load": Change(patched_model, lambda var: actvar.load_adapter(var, first), keeps=True),
             "load another": Change(lambda: self.loaded(0), lambda var: actvar.load_adapter(var, second), keeps=True),
             "load a plain one": Change(lambda: self.loaded(0), lambda var: actvar.load_adapter(var, plain), keeps=True),
+            "load and patch": Change(small_model, lambda var: actvar.load_adapter(var, first), keeps=True),
             "patched": Change(small_model, use_another),
             "patched instead of an adapter": Change(lambda: self.loaded(0), use_another),
             "unpatched": Change(lambda: self.loaded(0), use_the_dense_one),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from actvar import (
     save_adapter,
 )
 from actvar.adapter import describe_adapter, gate_parameters
+from actvar.models import VAR
 
 CONFIG = ActVARConfig(token_rates=(0.5, 0.75), ffn_rate=0.5, num_experts=8)
 
@@ -85,11 +87,140 @@ def test_the_file_describes_itself(adapter):
     assert sorted(load_file(adapter))[:2] == ["blocks.0.router.bias", "blocks.0.router.weight"]
 
 
-def test_other_rates_than_trained_ones_are_allowed_and_announced(adapter, tiny_var, caplog):
-    apply_patch(tiny_var, ActVARConfig(num_experts=8))
+def loaded_after_patching(var, config, path):
+    return load_adapter(apply_patch(var, config), path)
+
+
+def loaded_in_a_context(var, config, path):
+    with patched(var, config, path):
+        return sample(var)
+
+
+OTHER_FIELDS = {
+    "token_rates: trained with (0.5, 0.75), used with (0.75, 0.75)": dict(token_rates=(0.75, 0.75)),
+    "token_rates: trained with (0.5, 0.75), used with (0.5 to 1 by block, 0.75)": dict(token_rates=((0.5, 1), 0.75)),
+    "ffn_rate: trained with 0.5, used with 1.0": dict(ffn_rate=1),
+    "scales: trained with (-2, -1), used with (-3, -1)": dict(scales=(-3, -1)),
+    "kv: trained with compact, used with all": dict(kv="all"),
+    "share_cfg_selection: trained with False, used with True": dict(share_cfg_selection=True),
+    "ffn_rate: trained with 0.5, used with 0.25; fixed_tokens: trained with False, used with True": dict(
+        ffn_rate=0.25, fixed_tokens=True
+    ),
+    "": dict(sampler="fast", decoder_dtype="bfloat16", expert_schedule="dense"),
+}
+
+
+@pytest.mark.parametrize("load", [loaded_after_patching, loaded_in_a_context])
+@pytest.mark.parametrize(("message", "fields"), OTHER_FIELDS.items(), ids=[str(f) for f in OTHER_FIELDS.values()])
+def test_fields_that_differ_from_the_adapters_own_are_logged_in_one_line(
+    adapter, tiny_var, caplog, load, message, fields
+):
+    load(tiny_var, replace(CONFIG, **fields), adapter)
+    lines = [r.getMessage() for r in caplog.records if r.name == "actvar.adapter"]
+    assert lines == ([f"{adapter}: {message}"] if message else [])
+
+
+def test_rates_of_blocks_that_differ_within_one_range_are_logged_in_full(make_var, tmp_path, caplog):
+    rates = [((0.5, 1.0), 0.75), ((1.0, 0.5), 0.75)]
+    own, other = (replace(CONFIG, token_rates=of_scales) for of_scales in rates)
+    save_adapter(apply_patch(make_var(), own), tmp_path / "adapter.safetensors")
+    loaded_after_patching(make_var(), other, tmp_path / "adapter.safetensors")
+    assert f"token_rates: trained with {rates[0]}, used with {rates[1]}" in caplog.messages[-1]
+
+
+def loaded(var, path):
+    return load_adapter(var, path)
+
+
+def loaded_into_a_compiled_one(var, path):
+    return load_adapter(torch.compile(var, backend="eager"), path)._orig_mod
+
+
+@pytest.mark.parametrize("load", [loaded, loaded_into_a_compiled_one])
+@pytest.mark.parametrize(
+    "own",
+    [
+        CONFIG,
+        ActVARConfig(),
+        ActVARConfig(token_rates=((0.5, 1), 1), ffn_rate=((1, 0.5), 0.25), num_experts=32),
+        ActVARConfig(scales=(1,), token_rates=(0.5,), kv="all", fixed_tokens=True, share_cfg_selection=True),
+        ActVARConfig(token_rates=(1, 1), sampler="fast", decoder_dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def test_an_unpatched_model_gets_the_configuration_of_the_adapter(make_var, tmp_path, caplog, load, own):
+    var, path = make_var(), tmp_path / "adapter.safetensors"
+    save_adapter(apply_patch(var, own), path)
     caplog.clear()
-    load_adapter(tiny_var, adapter)
-    assert "was trained with" in caplog.text
+    other = load(make_var(), path)
+    assert other.actvar.config == own
+    assert torch.equal(sample(other), sample(var))
+    remove_patch(other)
+    with patched(other, adapter=path):
+        assert other.actvar.config == own
+        assert torch.equal(sample(other), sample(var))
+    assert type(other) is VAR
+    assert caplog.records == []
+
+
+def test_the_context_puts_back_an_earlier_patch_after_the_adapters_own(adapter, tiny_var):
+    image = sample(apply_patch(tiny_var, ActVARConfig(token_rates=(0.25, 0.25))))
+    with patched(tiny_var, adapter=adapter):
+        assert tiny_var.actvar.config == CONFIG
+    assert torch.equal(sample(tiny_var), image)
+
+
+def test_without_an_adapter_the_context_takes_the_papers_configuration(tiny_var, caplog):
+    with patched(tiny_var):
+        assert tiny_var.actvar.config == ActVARConfig()
+    assert "untrained" in caplog.text
+
+
+FILES_THAT_DO_NOT_FIT = {
+    "nothing": (lambda path: path.unlink(), FileNotFoundError, "no such adapter"),
+    "text": (lambda path: path.write_text("text"), AdapterError, "expected a safetensors file"),
+    "another size": (
+        lambda path: rewritten(path, model=json.dumps({"depth": 3, "width": 128, "hidden": 512, "patch_nums": [1, 2]})),
+        AdapterError,
+        "'depth': 3",
+    ),
+    "scales": (lambda path: rewritten(path, config=replace(CONFIG, scales=(0, 9)).to_json()), AdapterError, "4 scales"),
+    "rates of three blocks": (
+        lambda path: rewritten(path, config=replace(CONFIG, ffn_rate=((0.5,) * 3, 1)).to_json()),
+        AdapterError,
+        "2 blocks, got 3 rates",
+    ),
+    "experts": (
+        lambda path: rewritten(path, config=replace(CONFIG, num_experts=7).to_json()),
+        AdapterError,
+        "divisor of the FFN's hidden size 512, got 7",
+    ),
+    "gates of other experts": (
+        lambda path: rewritten(path, config=replace(CONFIG, num_experts=16).to_json()),
+        AdapterError,
+        r"router.*expected shape \[16",
+    ),
+}
+
+
+@pytest.mark.parametrize("context", [False, True], ids=["load_adapter", "patched"])
+@pytest.mark.parametrize("name", FILES_THAT_DO_NOT_FIT)
+def test_after_an_error_an_unpatched_model_is_unpatched(adapter, tiny_var, name, context):
+    spoil, error, message = FILES_THAT_DO_NOT_FIT[name]
+    spoil(adapter)
+    before, image = tiny_var.state_dict(), sample(tiny_var)
+    with pytest.raises(error, match=message) as caught:
+        loaded_in_a_context(tiny_var, None, adapter) if context else load_adapter(tiny_var, adapter)
+    assert str(caught.value).startswith(f"{adapter}: ")
+    assert type(tiny_var) is VAR
+    assert not any(name.endswith("actvar") for name, _ in tiny_var.named_modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny_var.state_dict().items())
+    assert torch.equal(sample(tiny_var), image)
+
+
+def test_a_model_of_another_kind_is_named_before_the_file_is_read(tmp_path):
+    with pytest.raises(TypeError, match="Linear cannot be patched"):
+        load_adapter(torch.nn.Linear(2, 2), tmp_path / "none.safetensors")
 
 
 def test_a_half_precision_adapter_loads_into_float32_gates(trained, tmp_path, tiny_var):
@@ -116,10 +247,9 @@ def test_saving_replaces_the_old_file_only_when_complete(trained, adapter, monke
     assert [p.name for p in adapter.parent.iterdir()] == [adapter.name]
 
 
-@pytest.mark.parametrize("function", [save_adapter, load_adapter])
-def test_an_unpatched_model_is_refused(function, tiny_var, adapter):
+def test_an_unpatched_model_cannot_be_saved(tiny_var, adapter):
     with pytest.raises(ValueError, match=r"patched by actvar.apply_patch"):
-        function(tiny_var, adapter)
+        save_adapter(tiny_var, adapter)
 
 
 def test_a_missing_file_is_named(tiny_var, tmp_path):

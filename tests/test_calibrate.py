@@ -21,7 +21,6 @@ from actvar.cli import main
 from actvar.evaluate.divergence import divergence_by_scale, token_divergence
 from actvar.families.var import embedded, ffn_weights
 from actvar.flops import model_flops
-from actvar.teacher_forcing import teacher_forced_block
 
 CONFIG = ActVARConfig(num_experts=8)
 
@@ -350,7 +349,7 @@ def test_sampling_and_teacher_forcing_agree_with_rates_per_block(tiny_var):
     with torch.no_grad():
         x, cond = embedded(tiny_var, labels, inputs)
         for block in tiny_var.blocks:
-            forced, parts = teacher_forced_block(block, x, cond), []
+            forced, parts = block(x, cond, tiny_var.attn_bias_for_masking), []
             block.attn.kv_caching(True)
             for part in x.split([side * side for side in tiny_var.patch_nums], dim=1):
                 parts.append(block(x=part, cond_BD=cond, attn_bias=None))

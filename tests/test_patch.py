@@ -238,10 +238,10 @@ def test_guidance_rows_choose_alone_unless_shared(tiny_var):
 
 def test_an_own_loop_says_itself_that_rows_are_guided(tiny_var):
     apply_patch(tiny_var, ActVARConfig(share_cfg_selection=True))
-    assert not tiny_var.actvar.selection_is_shared
+    assert not tiny_var.actvar.rows_are_guided
     with guided_rows(tiny_var):
-        assert tiny_var.actvar.selection_is_shared
-    assert not tiny_var.actvar.selection_is_shared
+        assert tiny_var.actvar.rows_are_guided
+    assert not tiny_var.actvar.rows_are_guided
 
 
 def test_records_show_each_active_scale_of_each_block(tiny_var):

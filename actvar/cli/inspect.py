@@ -9,7 +9,6 @@ import torch
 
 import actvar
 from actvar.cli.options import (
-    UNTRAINED,
     add_draw,
     add_dtype,
     add_source,
@@ -20,10 +19,10 @@ from actvar.cli.options import (
     integer,
     load_to_sample,
     positive,
+    warn_without_adapter,
 )
 from actvar.compare import Sampling
 from actvar.inspection import inspect_sample, save_page
-from actvar.patch import warn_untrained
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -45,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = Sampling((options.label,), options.cfg, options.top_k, options.top_p, options.seed)
     var, config, adapter = load_to_sample(options, sampling.labels, "--label")
     if adapter is None:
-        warn_untrained(config, UNTRAINED)
+        warn_without_adapter(config)
     inspection = inspect_sample(var, config, adapter, sampling, options.repeats)
     facts = (
         f"{options.model or Path(options.var).name}, {options.dtype}",

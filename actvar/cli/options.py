@@ -15,10 +15,10 @@ from actvar.adapter import read_adapter_config
 from actvar.checkpoint import usable_device
 from actvar.files import replacing
 from actvar.models import VAR, VQVAE
+from actvar.patch import warn_untrained
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import WEIGHTS, adapter_path, bundled_adapters
 
-UNTRAINED = "give trained ones by --adapter FILE; actvar calibrate makes some in minutes"
 MOST_AT_ONCE = 1_000_000
 """What one sample, or one batch, may be asked for: more fits into no memory."""
 FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".html", ".json", ".csv", ".npz", ".npy", ".safetensors"}
@@ -99,6 +99,11 @@ def load_to_sample(
         raise ValueError(f"{option}: the model has classes 0-{var.num_classes - 1}, got {bad[0]}")
     adapter = adapter_of(options, "best")
     return var, actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter), adapter
+
+
+def warn_without_adapter(config: actvar.ActVARConfig) -> None:
+    """Say that a model is used without an adapter, and which command makes one."""
+    warn_untrained(config, "run actvar calibrate first, then give its file as --adapter")
 
 
 def class_name(options: argparse.Namespace, label: int) -> str:

@@ -12,7 +12,6 @@ import torch
 from actvar.bulk import Bulk, sample_many, write_npz
 from actvar.cli.options import (
     MOST_AT_ONCE,
-    UNTRAINED,
     add_draw,
     add_dtype,
     add_source,
@@ -26,9 +25,10 @@ from actvar.cli.options import (
     load_to_sample,
     of_process,
     positive,
+    warn_without_adapter,
 )
 from actvar.compare import Sampling, compare, save_pictures
-from actvar.patch import patched_silently, warn_untrained
+from actvar.patch import patched_silently
 from actvar.pictures import save_grid
 
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = Sampling(options.labels or (), options.cfg, options.top_k, options.top_p, options.seed)
     var, config, adapter = load_to_sample(options, sampling.labels, "--labels")
     if adapter is None and not options.dense:
-        warn_untrained(config, UNTRAINED)
+        warn_without_adapter(config)
     if options.num:
         with contextlib.nullcontext() if options.dense else patched_silently(var, config, adapter):
             _sample_many(var, sampling, options)

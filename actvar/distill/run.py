@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import actvar
-from actvar.adapter import load_adapter, save_adapter
+from actvar.adapter import save_adapter
 from actvar.calibrate import calibrate
 from actvar.config import ActVARConfig
 from actvar.distill.data import GUIDANCE, Source, cached_tokens, digest, teacher_inputs
@@ -20,7 +20,7 @@ from actvar.distill.stage2 import Stage2
 from actvar.files import replacing
 from actvar.models import VAR, VQVAE
 from actvar.models.arguments import checked_finite, checked_integer
-from actvar.patch import patch_silently, unpatched
+from actvar.patch import load_adapter, patch_silently, unpatched
 from actvar.pictures import save_loss_plot
 from actvar.training import SEEDS, Plan, barrier, fit, rank
 

@@ -52,9 +52,13 @@ class Stage1(Stage):
             labels: classes `[B]`.
             inputs: `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`.
             tokens: the true token maps `[B, L]`.
+
+        Raises:
+            RuntimeError: blocks run under reentrant activation checkpointing, which hides the gates from the loss.
         """
         with record(self.var) as records:
             logits = self.var(labels, inputs)
+        _expect_gradients(records)
         parts = {"router": [], "selector": [], "balance": []}
         for index, of_block in groupby(records, key=lambda r: r.block):
             for name, value in self._block_losses(self.var.blocks[index], list(of_block)).items():
@@ -98,3 +102,13 @@ class Stage1(Stage):
         u = r.u.float().flatten(0, -2)
         distances = expert_distances(u, fc1_weight, fc1_bias, fc2_weight, r.logits.shape[-1])
         return router_target(distances, r.scale.experts)
+
+
+def _expect_gradients(records: list[BlockRecord]) -> None:
+    """Raise RuntimeError if gradients are wanted and no gradient leads from the loss to a gate."""
+    outputs = [output for r in records for output in (r.scores, r.logits) if output is not None]
+    if torch.is_grad_enabled() and not all(output.requires_grad for output in outputs):
+        raise RuntimeError(
+            "expected scores and logits of the gates with gradients, got some without, as blocks under "
+            "torch.utils.checkpoint with use_reentrant=True have them; use use_reentrant=False"
+        )

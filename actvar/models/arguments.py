@@ -132,6 +132,19 @@ def checked_labels(
     return torch.where(label_B < 0, num_classes, label_B) if lowest < 0 else label_B
 
 
+def expect_own_blocks(model: nn.Module) -> None:
+    """Raise ValueError if `model` is not patched and one of its blocks is."""
+    if torch.compiler.is_compiling() or "actvar" in vars(model):
+        return
+    for index, block in enumerate(model.blocks):
+        if hasattr(block, "actvar"):
+            raise ValueError(
+                f"expected the blocks of an unpatched model, but blocks[{index}] has the patch of another model, as in "
+                "a shallow copy (copy.copy) of it: call actvar.remove_patch(var), which takes the patch off the block, "
+                "then actvar.apply_patch(var, config) if this model is to have one; copy.deepcopy makes other blocks"
+            )
+
+
 @contextmanager
 def one_thread(model: nn.Module) -> Iterator[None]:
     """Keep other threads from using `model` while the context is open: its blocks hold the K/V cache of one sample.

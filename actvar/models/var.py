@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from actvar.models.arguments import by_one_thread, checked_draw, checked_integer, checked_labels
+from actvar.models.arguments import by_one_thread, checked_draw, checked_integer, checked_labels, expect_own_blocks
 from actvar.models.quantizer import uninitialised_embedding
 from actvar.models.sampling import Randomness, by_image, generators, guided, gumbel_softmax, sample_top_k_top_p
 from actvar.models.vqvae import VQVAE
@@ -207,9 +207,11 @@ class VAR(nn.Module):
             images `[B, channels, H, W]` in [0, 1].
 
         Raises:
-            TypeError, ValueError: an argument of another type or out of its range; nothing was sampled.
+            TypeError, ValueError: an argument of another type or out of its range, or a block with the patch of another
+                model; nothing was sampled.
             RuntimeError: another thread is sampling from this model.
         """
+        expect_own_blocks(self)
         g_seed, cfg, top_k, top_p = checked_draw(g_seed, cfg, top_k, top_p, self.V)
         B = checked_integer("B", B, 1)
         label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
@@ -319,7 +321,11 @@ class VAR(nn.Module):
 
         Returns:
             logits `[B, L, V]` in float32.
+
+        Raises:
+            ValueError: a block with the patch of another model.
         """
+        expect_own_blocks(self)
         B = x_BLCv_wo_first_l.shape[0]
         if self.training:
             dropped = torch.rand(B, dtype=torch.float32, device=label_B.device) < self.cond_drop_rate

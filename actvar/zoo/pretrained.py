@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from actvar.adapter import load_adapter, read_adapter_config
 from actvar.checkpoint import load_var
 from actvar.models import VAR, VQVAE
-from actvar.patch import patch_silently
+from actvar.patch import load_adapter
 from actvar.zoo.checksums import checked
 from actvar.zoo.fashion_mnist.features import FeatureNet
 
@@ -41,9 +40,7 @@ def load_pretrained(
     vae_file = checked(WEIGHTS["fashion-mnist"] / "vae.safetensors")
     vae, var = load_var(var_file, vae_file, device=device, dtype=dtype)
     if adapter is not None:
-        path = adapter_path(name, adapter)
-        patch_silently(var, read_adapter_config(path))
-        load_adapter(var, path)
+        load_adapter(var, adapter_path(name, adapter))
     return vae, var
 
 

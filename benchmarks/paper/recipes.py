@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from actvar.adapter import load_adapter, read_adapter_config, save_adapter
+from actvar.adapter import read_adapter_config, save_adapter
 from actvar.calibrate import calibrate
 from actvar.calibrate.rates import blocks_flops
 from actvar.config import ActVARConfig
@@ -24,7 +24,7 @@ from actvar.distill.recipes import RECIPES, Recipe
 from actvar.distill.run import CALIBRATION_IMAGES, distill
 from actvar.evaluate.bundled import batches_of_test_images
 from actvar.evaluate.divergence import divergence_by_scale
-from actvar.patch import DENSE, patch_silently, remove_patch
+from actvar.patch import DENSE, load_adapter, remove_patch
 from actvar.pictures import save_table
 from actvar.zoo.pretrained import adapter_path, load_pretrained
 from benchmarks.paper.train import add_arguments, prepare_tokens, stage_of
@@ -109,7 +109,6 @@ def measure(choice: Choice, seed: int, work: Path, data: Path, device: torch.dev
     gates = gates_file(choice, seed, work)
     config = read_adapter_config(gates)
     saved = 1 - blocks_flops(var, config) / blocks_flops(var, DENSE)
-    patch_silently(var, config)
     load_adapter(var, gates)
     found = divergence_by_scale(var, batches)[-2:]
     remove_patch(var)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from actvar.adapter import describe_adapter, load_adapter, read_adapter_config, save_adapter
+from actvar.adapter import describe_adapter, read_adapter_config, save_adapter
 from actvar.baselines.static_pruning import SCORES, fix_experts
 from actvar.checkpoint import load_var
 from actvar.config import ActVARConfig
@@ -14,7 +14,7 @@ from actvar.distill.data import Source, fashion_mnist_source
 from actvar.distill.recipes import RECIPES
 from actvar.distill.run import Distillation, distill
 from actvar.models import VAR, VQVAE
-from actvar.patch import patch_silently, patched_silently, remove_patch
+from actvar.patch import load_adapter, patched_silently, remove_patch
 from actvar.zoo.checksums import checked, save_checksums
 from actvar_kernels import cpu
 
@@ -89,7 +89,6 @@ def ship(adapter: Path, name: str, folder: Path, kind: str = "adapter") -> None:
         kind: `"adapter"`, or `"baseline"` for a rival's weights, which `actvar evaluate` alone uses.
     """
     _, var = _dense(folder)
-    patch_silently(var, read_adapter_config(adapter))
     load_adapter(var, adapter)
     var.half()
     save_adapter(var, folder / f"{kind}-{name}.safetensors", describe_adapter(adapter)["training"])
