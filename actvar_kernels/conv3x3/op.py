@@ -27,7 +27,8 @@ def conv3x3(
 
     Args:
         x: `[B, C, H, W]`, fastest in the memory format `channels_last`.
-        weight: `[D, C, 3, 3]`, a tensor that stays; with `bias` `[D]` in x's dtype, or in any under autocast.
+        weight: `[D, C, 3, 3]`, a tensor that stays; with `bias` `[D]` in x's dtype, or in any under autocast. A change
+            of its version, address or dtype is seen; after others call `actvar.refresh` on its module.
         bias: None: none is added.
         residual: of the result's shape; None: nothing is added.
         enlarge: of `F.interpolate(x, scale_factor=2, mode="nearest")` in place of x.
@@ -37,6 +38,7 @@ def conv3x3(
 
     Raises:
         ValueError: shapes that do not fit.
+        BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     expect_shape("x", x, (None, None, None, None))
     B, C, H, W = x.shape

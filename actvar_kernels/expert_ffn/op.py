@@ -76,9 +76,10 @@ def expert_ffn(
         active: experts that are on per token; what the FLOP count of a call is based on.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`.
 
-    On Triton it is three launches, for float32, float16 and
-    bfloat16, bool masks and up to 32 experts. On the CPU a C++ kernel runs the chosen experts only, for float32 and
-    bfloat16, bool masks and even C; it keeps a packed copy of the weights.
+    On Triton it is three launches, for float32, float16 and bfloat16, bool masks and up to 32 experts. On the CPU a C++
+    kernel runs the chosen experts only, for float32 and bfloat16, bool masks and even C. It keeps a packed copy of the
+    weights, which is made anew when their versions, addresses or dtypes change; after changes that PyTorch does not
+    count (through `.data`, by fused optimizers) call `actvar.refresh` on their module.
 
     Raises:
         ValueError: shapes or devices that do not fit, or N that does not divide D.

@@ -19,7 +19,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
     Args:
         x: `[..., C]`.
         weight: `[D, C]`, a tensor that stays, since its copy is kept with it; with `bias` `[D]` in x's dtype, or in any
-            under autocast.
+            under autocast. A change of its version, address or dtype is seen; after others (through `.data`, by fused
+            optimizers) call `actvar.refresh` on its module.
+
+    Raises:
+        BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     if _runs_in_pytorch("linear", x, weight, bias):
         return F.linear(x, weight, bias)
