@@ -168,6 +168,8 @@ class Worker:
 
     def __init__(self, commit: str, folder: Path, subset: str, variables: Mapping[str, str]):
         self.commit, self.cases = commit, []
+        if not (folder / "benchmarks" / "against_worker.py").is_file():  # that of an installed package would run
+            raise self._error("a worker", "no such file")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.against_worker", subset],
             cwd=folder,

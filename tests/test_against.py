@@ -69,6 +69,7 @@ class Repository:
     def write(self, worker: str, package: str = "") -> None:
         """Write the files of the working tree; the worker is Python code, or a dictionary of made-up cases."""
         (self.root / "benchmarks").mkdir(exist_ok=True)
+        (self.root / "benchmarks" / "__init__.py").touch()  # otherwise a package elsewhere on the path comes first
         code = FAKE.format(cases=worker) if worker.startswith("{") else worker
         (self.root / "benchmarks" / "against_worker.py").write_text(code)
         (self.root / "package.py").write_text(package)
@@ -191,13 +192,12 @@ def test_a_worker_that_does_not_speak_the_protocol(repository, worker, expected,
     assert repository.worktrees() == 1
 
 
-def test_a_commit_without_a_worker(repository, capfd):
+def test_a_commit_without_a_worker(repository):
     (repository.root / "README").write_text("nothing\n")
     repository.commit()
     repository.write("{'case': 1.0}")
-    with pytest.raises(against.WorkerError, match=r"HEAD: expected a JSON list of case names .* exit code 1"):
+    with pytest.raises(against.WorkerError, match=r"HEAD: expected a worker from its benchmarks/.* got no such file"):
         repository.compare()
-    assert "benchmarks" in capfd.readouterr().err
 
 
 def test_an_unknown_revision_is_one_line(capsys):
