@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 from helpers import make_tiny_var
+from hypothesis import HealthCheck, settings
 
 import actvar_kernels
 from actvar.models import VAR
 
 pytest.register_assert_rewrite("kernel_loops", "oracle_cases", "baseline_oracle")
+
+# An example may take long on a machine that is busy with other work.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 LOCAL = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname()}
 

@@ -164,9 +164,7 @@ def test_a_worker_that_dies_ends_the_training_with_its_reason_and_the_checkpoint
     script.write_text(DIES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, timeout=200, env=environment, check=False
-    )
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode != 0
     assert "RuntimeError: no room left on this machine" in done.stderr
     assert torch.load(tmp_path / "net.checkpoint.pt", weights_only=True)["step"] == 2
