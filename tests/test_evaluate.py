@@ -307,6 +307,7 @@ def images_folder(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_measures_the_bundled_model(images_folder, tmp_path, capsys):
     file, plot = tmp_path / "found.json", tmp_path / "plot.png"
     arguments = ["evaluate", "--model", "fashion-mnist", "--methods", "dense,best,skip@1"]
@@ -349,6 +350,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_figures(images_folder, tmp_path, monkeypatch):
     arguments = ["evaluate", "--model", "fashion-mnist", "--methods", "skip@2", "--num", "20", "--repeats", "2"]
     arguments += ["--batch", "5", "--rounds", "1", "--data", str(images_folder), "--json"]

@@ -76,6 +76,7 @@ def deterministic_loss(net: nn.Module, index: torch.Tensor) -> dict[str, torch.T
     return {"loss": (net(DATA[index]) - DATA[index].sum(1, keepdim=True) * 2).square().mean()}
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(tmp_path):
     weights = []
     for processes in (1, 2):
@@ -159,6 +160,7 @@ with launched_processes(torch.device("cpu")):
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_training_with_its_reason_and_the_checkpoint_stays(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(DIES)
