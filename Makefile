@@ -33,8 +33,8 @@ test: $(INSTALLED) ## Run all tests except the slow ones, in under 20 minutes; w
 	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreter $(OR_NO_TEST)
 
 test-slow: $(INSTALLED) ## Run the tests that take more than some seconds each, before an issue is called resolved
-	$(PYTEST) -m slow --timeout 1800 --ignore tests/interpreter
-	TRITON_INTERPRET=1 $(PYTEST) -m slow --timeout 1800 tests/interpreter $(OR_NO_TEST)
+	$(PYTEST) -m slow --ignore tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreter $(OR_NO_TEST)
 
 test-fast: $(INSTALLED) ## Run a part of the tests in under 3 minutes, while you work
 	$(PYTEST) -m "not slow" $(FAST)

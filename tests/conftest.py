@@ -39,7 +39,11 @@ sys.addaudithook(refuse_network)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests marked public_var unless `ACTVAR_PUBLIC_VAR` gives the folder of the public code."""
+    """Give slow tests half an hour, and deselect tests marked public_var unless `ACTVAR_PUBLIC_VAR` gives the folder of
+    the public code."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))
     if "ACTVAR_PUBLIC_VAR" in os.environ:
         return
     chosen = [item for item in items if not item.get_closest_marker("public_var")]
