@@ -111,7 +111,11 @@ def parse_alone(arguments: list[str], monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in commands() if why_not_run(c) is not None and re.search(r"\bactvar (?!=)\w+ ", c)]
+    "command",
+    [
+        *(c for c in commands() if why_not_run(c) is not None and re.search(r"\bactvar (?!=)\w+ ", c)),
+        *SMALLER.values(),
+    ],
 )
 def test_a_command_that_does_not_run_here_has_arguments_that_exist(command, monkeypatch):
     words = shlex.split(command.replace("$source", "--model fashion-mnist"))
