@@ -1,8 +1,9 @@
 """Say how far rounding may move a value: the tolerances of `actvar.verify`.
 
-A tolerance is `FACTOR` times the largest of three errors: the error of the reference in the same dtype against
-float64, half a unit in the last place of the largest value, and the effect of `moved` arguments. The third does not
-depend on the processor, on which the first may be very small by luck. It follows from how sums are rounded:
+A tolerance is the largest of three: `FACTOR` times the error of the reference in the same dtype against float64,
+`FACTOR` times half a unit in the last place of the largest value, and `MOVES` times the effect of `moved` arguments.
+The third does not depend on the processor, on which the first may be very small by luck. It follows from how sums are
+rounded:
 
 1. Backends sum n products in float32, each in another order. The rounded sum is the exact sum of products that are
    changed by a relative `t sqrt(n) u`, `u = 2^-24`, except with a probability of `2 n exp(-t^2 / 2)` (Higham and Mary
@@ -13,7 +14,8 @@ depend on the processor, on which the first may be very small by luck. It follow
 3. `moved` changes a tensor by `sqrt(n) u` with random signs: one for each run of n, n / 2, n / 4, ... 1 elements of the
    summed axis. A sum moves by about `sqrt(n) u m`, where m is the root of the sum of squares of all runs' sums. Every
    partial sum consists of at most one run of each length, so m is about s or more. In a random order s^2 is on average
-   below the square of the whole sum and the squares of all products, which are runs too.
+   below the square of the whole sum and the squares of all products, which are runs too. So `MOVES` moves are at least
+   `2 sqrt(3)`, three and a half, standard deviations.
 4. The other steps (LayerNorm's scaling, softmax, GELU, residuals) round by a few u, which is less than `sqrt(n) u`.
 
 A fault of realistic size is far above: products of bfloat16 numbers err by `2^-9` of each product.
@@ -26,7 +28,7 @@ from collections.abc import Callable
 
 import torch
 
-FACTOR = 4
+FACTOR, MOVES = 4, 2
 UNIT = 2.0**-24
 """Half a unit in the last place of 1 in float32, in which every backend sums."""
 
@@ -98,5 +100,5 @@ def measured(
     rounding = torch.finfo(reference.dtype).eps / 2 * due.abs().max().item()
     tolerance = FACTOR * max(difference(reference, due_of_reference), rounding)
     if tolerance < error < math.inf:
-        tolerance = max(tolerance, FACTOR * difference(due_if_moved(), due))
+        tolerance = max(tolerance, MOVES * difference(due_if_moved(), due))
     return error, tolerance

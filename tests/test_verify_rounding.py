@@ -17,7 +17,7 @@ import actvar.families.var
 from actvar import ActVARConfig, load_pretrained
 from actvar.compare import Sampling
 from actvar.verify import verify
-from actvar.verify_rounding import FACTOR, UNIT, measured, moved, unmoved
+from actvar.verify_rounding import FACTOR, MOVES, UNIT, measured, moved, unmoved
 from actvar_kernels import cpu
 
 CPP = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"the C++ kernels: {cpu.why_unavailable()}")
@@ -90,7 +90,7 @@ def test_products_of_shorter_numbers_are_beyond_the_tolerance(length, bits):
 
     x, weight = factors(length, 0.0, 0)
     error, tolerance = limits(F.linear(shortened(x), shortened(weight)), x, weight)
-    assert error > 2 * tolerance
+    assert error > 4 * tolerance
 
 
 def test_a_move_is_a_sign_for_each_run_and_the_same_in_every_call():
@@ -113,7 +113,7 @@ def test_the_floor_is_asked_for_where_it_decides_alone():
     assert measured(due.float()[:2], due, due.float(), due, fail)[0] == math.inf
     assert math.isnan(measured(due.float() * math.nan, due, due.float(), due, fail)[0])
     assert measured(within, due, due.float(), due, lambda: due + 1) == (2**-23, FACTOR * UNIT)
-    assert measured(due.float() + 2, due, due.float(), due, lambda: due + 1) == (2.0, FACTOR)
+    assert measured(due.float() + 2, due, due.float(), due, lambda: due + 1) == (2.0, MOVES)
 
 
 # --- whole models
