@@ -9,7 +9,14 @@ export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
 SOAK_SECONDS ?= 600
-.PHONY: help demo test soak bench bench-full bench-against plots paper paper-train compile-check gpu triton-matrix lint format clean
+.PHONY: help demo test test-slow test-fast soak bench bench-full bench-against plots paper paper-train compile-check gpu triton-matrix lint format clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --benchmark-disable --durations 10
+OR_NO_TEST := || [ $$? -eq 5 ] # 5: no Triton here, so no test
+# The method, its references and its C++ kernels; bad input and bad files; the small commands.
+FAST := $(addprefix tests/test_,$(addsuffix .py,adapter arguments_and_backends autoencoder bad_input block_bit_for_bit \
+	checkpoint checkpoint_bad_files config cpu_attention cpu_conv3x3 cpu_group_norm cpu_rows distill \
+	expert_ffn_reference golden graphs muon per_sample public_draw residual_norm_reference sampling scatter_reference \
+	subset_attention_reference token_select_reference tuned verify_rounding))
 # Releases of Triton that the kernels are tested with; "triton" alone is the newest. The interpreter of 3.6 needs NumPy
 # before 2.4.
 TRITONS := triton==3.6.0 triton==3.8.0 triton
@@ -21,9 +28,16 @@ demo: $(INSTALLED) ## Draw Fashion-MNIST pictures with the dense and the acceler
 	$(BIN)/actvar sample --model fashion-mnist --labels 0-9 --per-class 8 --compare --out demo
 	@echo "The pictures are in demo/:" && ls demo
 
-test: $(INSTALLED) ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --benchmark-disable --ignore tests/interpreter
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --benchmark-disable tests/interpreter || [ $$? -eq 5 ] # 5: no Triton here, so no test
+test: $(INSTALLED) ## Run all tests except the slow ones, in under 20 minutes; what CI runs
+	$(PYTEST) -m "not slow" --ignore tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreter $(OR_NO_TEST)
+
+test-slow: $(INSTALLED) ## Run the tests that take more than some seconds each, before an issue is called resolved
+	$(PYTEST) -m slow --ignore tests/interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -m slow tests/interpreter $(OR_NO_TEST)
+
+test-fast: $(INSTALLED) ## Run a part of the tests in under 3 minutes, while you work
+	$(PYTEST) -m "not slow" $(FAST)
 
 soak: $(INSTALLED) ## Damaged files, faults, kills and long runs for SOAK_SECONDS (600); one line of counts
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m soak --seconds $(SOAK_SECONDS)

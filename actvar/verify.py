@@ -1,7 +1,6 @@
 """Check a model with ActVAR: rates of 1 against dense, backends against the reference, removal, the public class.
 
-A tolerance is `FACTOR` times the error that the reference has in the same dtype against float64, or, where that is
-more, half a unit in the last place of the largest value. Choices, copies and tokens have a tolerance of 0, and their
+The tolerances are derived in `actvar.verify_rounding`. Choices, copies and tokens have a tolerance of 0, and their
 error is the number of elements that differ.
 """
 
@@ -9,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import wraps
 from pathlib import Path
 
 import torch
@@ -29,11 +28,10 @@ from actvar.compare import Sampling
 from actvar.config import ActVARConfig
 from actvar.patch import patched_silently
 from actvar.public_code import public_classes, public_twin
-from actvar.verify_operations import OPERATIONS, WRITABLE, wide
+from actvar.verify_operations import OPERATIONS, WRITABLE, Widen
+from actvar.verify_rounding import difference, measured, moved, unmoved, wide
 from actvar_kernels import cpu
 from actvar_kernels.backend import BackendUnavailableError, get_backend, triton_runs, using_backend
-
-FACTOR = 4
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ def _all_checks(var, config, adapter, sampling, backends, classes) -> Iterator[C
         for what, due in before.items():
             differing = sum(due.get(name) != after[what].get(name) for name in due.keys() | after[what].keys())
             yield Check("removal", "float32", "reference", what, float(differing))
-        yield Check("removal", "float32", "reference", "images", _difference(again.images, dense.images))
+        yield Check("removal", "float32", "reference", "images", difference(again.images, dense.images))
         yield from _same_tokens("removal", var, again, dense)
         if classes is not None:
             public = public_twin(var, classes)
@@ -253,27 +251,7 @@ def _dtype_of(var: nn.Module) -> str:
 
 def _same_tokens(name: str, var: nn.Module, sampled: _Sampled, due: _Sampled) -> Iterator[Check]:
     for scale, (got, wanted) in enumerate(zip(sampled.tokens, due.tokens, strict=True)):
-        yield Check(name, _dtype_of(var), get_backend(), "tokens", _difference(got, wanted), scale=scale)
-
-
-def _difference(value: torch.Tensor, due: torch.Tensor) -> float:
-    """The largest error where `due` is in float64, otherwise the number of elements that differ."""
-    if value.shape != due.shape:
-        return math.inf
-    if due.dtype != torch.float64:
-        return float((value != due).sum())
-    return (value - due).abs().max().item() if due.numel() else 0.0
-
-
-def _measured(
-    value: torch.Tensor, due: torch.Tensor, reference: torch.Tensor, due_of_reference: torch.Tensor
-) -> tuple[float, float]:
-    """Error of `value` and its tolerance: from the error of `reference`, both against what is due."""
-    error = _difference(value, due)
-    if due.dtype != torch.float64 or not due.numel():
-        return error, 0.0
-    rounding = torch.finfo(reference.dtype).eps / 2 * due.abs().max().item()
-    return error, FACTOR * max(_difference(reference, due_of_reference), rounding)
+        yield Check(name, _dtype_of(var), get_backend(), "tokens", difference(got, wanted), scale=scale)
 
 
 @contextmanager
@@ -291,14 +269,18 @@ def _blocks(var: nn.Module, name: str) -> Iterator[list[Check]]:
         scale = _scale_of(var, output)
         parts = ("output",) if scale == len(var.patch_nums) - 1 else ("output", "keys", "values")
         got, dense = (output, *grown)[: len(parts)], _dense(block, past, inputs)[: len(parts)]
-        exact = dense
-        if not all(torch.equal(*pair) for pair in zip(got, dense, strict=True)):
-            block.attn.kv_caching(True)  # the copy needs no cache
-            exact = _dense(copy.deepcopy(block).double(), wide(past), wide(inputs))[: len(parts)]
+        block.attn.kv_caching(True)  # copies need no cache
+
+        @functools.cache
+        def due(widen: Widen) -> tuple[torch.Tensor, ...]:
+            return _dense(_widened(block, widen), wide(past), wide(inputs))[: len(parts)]
+
+        equal = all(torch.equal(*pair) for pair in zip(got, dense, strict=True))
+        for i, (part, value, reference) in enumerate(zip(parts, got, dense, strict=True)):
+            of_part = dense[i] if equal else due(unmoved)[i]
+            limits = measured(value, of_part, reference, of_part, lambda i=i: due(moved)[i])
+            checks.append(Check(name, dtype, backend, part, *limits, block.actvar.block_index, scale))
         block.attn.cached_k, block.attn.cached_v = grown
-        for part, value, reference, due in zip(parts, got, dense, exact, strict=True):
-            measured = _measured(value, due, reference, due)
-            checks.append(Check(name, dtype, backend, part, *measured, block.actvar.block_index, scale))
 
     handles = []
     for block in var.blocks:
@@ -313,6 +295,15 @@ def _dense(block: nn.Module, past: tuple, inputs: dict) -> tuple[torch.Tensor, .
     block.attn.cached_k, block.attn.cached_v = past
     output = block.dense_forward(**inputs)
     return output, block.attn.cached_k, block.attn.cached_v
+
+
+def _widened(block: nn.Module, widen: Widen) -> nn.Module:
+    """Return a copy of the block in float64, with the matrices that `widen` gives."""
+    twin = copy.deepcopy(block).double()
+    for parameter, own in zip(twin.parameters(), block.parameters(), strict=True):
+        if parameter.dim() > 1:
+            parameter.data = widen(own)
+    return twin
 
 
 def _scale_of(var: nn.Module, x: torch.Tensor) -> int:
@@ -333,7 +324,7 @@ def _operations(var: nn.Module) -> Iterator[list[Check]]:
     def compared(name: str, operation: Callable) -> Callable:
         signature = inspect.signature(operation)
 
-        @wraps(operation)
+        @functools.wraps(operation)
         def call(*args, **kwargs):
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
@@ -375,10 +366,15 @@ def _compared(name: str, arguments: dict, copies: dict, reference, result) -> It
         yield f"shapes and dtypes {kinds[1]}, expected {kinds[0]}", math.inf, 0.0
         return
     kept = [_not_writable(of) for of in (arguments, copies)]
-    yield "arguments left alone", sum(_difference(*pair) for pair in zip(*kept, strict=True)), 0.0
-    parts = OPERATIONS[name](**arguments)
-    for (what, of_reference, due_of_reference), (_, value, due) in zip(parts(reference), parts(result), strict=True):
-        yield what, *_measured(value, due, of_reference, due_of_reference)
+    yield "arguments left alone", sum(difference(*pair) for pair in zip(*kept, strict=True)), 0.0
+    parts = OPERATIONS[name](unmoved, **arguments)
+
+    def if_moved(position: int) -> torch.Tensor:
+        return list(OPERATIONS[name](moved, **arguments)(result))[position][2]
+
+    compared = zip(parts(reference), parts(result), strict=True)
+    for i, ((what, of_reference, due_of_reference), (_, value, due)) in enumerate(compared):
+        yield what, *measured(value, due, of_reference, due_of_reference, lambda i=i: if_moved(i))
 
 
 def _not_writable(arguments: dict) -> list[torch.Tensor]:

@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 from helpers import make_tiny_var
+from hypothesis import HealthCheck, settings
 
 import actvar_kernels
 from actvar.models import VAR
 
 pytest.register_assert_rewrite("kernel_loops", "oracle_cases", "baseline_oracle")
+
+# An example may take long on a machine that is busy with other work.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 LOCAL = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname()}
 
@@ -35,7 +40,11 @@ sys.addaudithook(refuse_network)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests marked public_var unless `ACTVAR_PUBLIC_VAR` gives the folder of the public code."""
+    """Give slow tests half an hour, and deselect tests marked public_var unless `ACTVAR_PUBLIC_VAR` gives the folder of
+    the public code."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))
     if "ACTVAR_PUBLIC_VAR" in os.environ:
         return
     chosen = [item for item in items if not item.get_closest_marker("public_var")]

@@ -23,6 +23,7 @@ NAN, INF = float("nan"), float("inf")
 
 # Configurations
 
+SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 rates = st.floats(0, 1, exclude_min=True) | st.sampled_from([1, 1.0, 1e-300])
 
 
@@ -54,7 +55,7 @@ def model():
     return var, state_of(var), draw(var)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=SUPPRESSED)
 @given(fields=configurations())
 def test_any_valid_configuration_patches_samples_and_comes_off_bit_for_bit(model, fields):
     var, before, image = model
@@ -83,7 +84,7 @@ BAD_FIELDS = {
 }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=SUPPRESSED)
 @given(data=st.data(), fields=configurations())
 def test_any_invalid_configuration_is_refused_and_leaves_the_model_alone(model, data, fields):
     var, before, _ = model

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
+from actvar import timing
 from actvar.config import ActVARConfig
 from actvar.models import build_vae_var
 from actvar.patch import DENSE, patched_silently
@@ -145,50 +147,52 @@ def test_numbers_that_are_not_numbers_are_wrong(monkeypatch):
         providers.measure(replace(CASE, rate=1.0), "cpu")
 
 
-def test_calls_are_timed_in_turn():
-    order: list[str] = []
-    seconds = providers.interleaved({name: lambda name=name: _slept(order, name) for name in "ab"}, budget=0.0)
-    assert [len(values) for values in seconds.values()] == [providers.REPEATS[0]] * 2
-    assert all(value >= 0.006 for values in seconds.values() for value in values)
+class Clock:
+    """In place of the module `time`: it stands still but for `sleep`, and `tick` seconds with every look at it."""
+
+    def __init__(self, tick: float = 0.0):
+        self.now, self.tick, self.looks = 0.0, tick, 0
+
+    def perf_counter(self) -> float:
+        self.now, self.looks = self.now + self.tick, self.looks + 1
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_calls_are_timed_in_turn(monkeypatch):
+    order, clock = [], Clock()
+    monkeypatch.setattr(timing, "time", clock)
+
+    def slept(name: str, seconds: float) -> None:
+        order.append(name)
+        clock.sleep(seconds)
+
+    ways = {"a": lambda: slept("a", 0.25), "b": lambda: slept("b", 0.5)}
+    seconds = providers.interleaved(ways, budget=0.0)
+    assert seconds == {"a": [0.25] * providers.REPEATS[0], "b": [0.5] * providers.REPEATS[0]}
     assert order[-2 * providers.REPEATS[0] :] == ["a", "b"] * providers.REPEATS[0]
-
-
-def _slept(order: list[str], name: str) -> None:
-    order.append(name)
-    time.sleep(0.006)
 
 
 # --- components and memory
 
 
 @pytest.mark.parametrize("config", [None, DENSE, ActVARConfig()], ids=["dense", "accelerated", "ActVAR"])
-def test_components_add_up_to_the_sample_and_name_what_ran(tiny_var, config):
+def test_components_add_up_to_the_sample_and_name_what_ran(tiny_var, config, monkeypatch):
     def sample() -> None:
         tiny_var.autoregressive_infer_cfg(2, torch.tensor([1, 2]), g_seed=0, top_k=20, top_p=0.95)
 
-    if config is None:
-        steps, whole = timed_components(tiny_var, sample)
-    else:
-        with patched_silently(tiny_var, config, None):
-            steps, whole = timed_components(tiny_var, sample)
+    clock = Clock(tick=1.0)
+    monkeypatch.setattr(components, "time", clock)
+    with nullcontext() if config is None else patched_silently(tiny_var, config, None):
+        steps = components.components(tiny_var, sample)
     assert len(steps) == len(tiny_var.patch_nums)
-    assert sum(sum(step.values()) for step in steps) == pytest.approx(whole, rel=0.2)
+    assert sum(sum(step.values()) for step in steps) == clock.looks - 2  # the second look is the start
     always = ("qkv", "attention", "proj", "ffn", "norms", "head", "sampling")
     assert all(step[name] > 0 for step in steps for name in always)
     assert [step["select"] > 0 for step in steps] == [config == ActVARConfig() and number >= 2 for number in range(4)]
     assert [step["decoder"] > 0 for step in steps] == [False, False, False, True]
-
-
-def timed_components(var, sample) -> tuple[components.Steps, float]:
-    seconds = []
-
-    def timed() -> None:
-        start = time.perf_counter()
-        sample()
-        seconds.append(time.perf_counter() - start)
-
-    sample()
-    return components.components(var, timed), seconds[0]
 
 
 def test_nothing_stays_wrapped(tiny_var):
@@ -199,11 +203,13 @@ def test_nothing_stays_wrapped(tiny_var):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny_var.modules())
 
 
-def test_a_nested_component_does_not_count_in_the_outer_one():
+def test_a_nested_component_does_not_count_in_the_outer_one(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(components, "time", clock)
     watch = components.Stopwatch()
-    inner = watch.wrapped(lambda: time.sleep(0.03), "attention")
-    watch.wrapped(lambda: (time.sleep(0.01), inner()), "norms")()
-    assert 0.01 <= watch.steps[0]["norms"] < 0.03 <= watch.steps[0]["attention"]
+    inner = watch.wrapped(lambda: clock.sleep(3.0), "attention")
+    watch.wrapped(lambda: (clock.sleep(1.0), inner(), clock.sleep(0.5)), "norms")()
+    assert watch.steps[0] == {"other": 0.0, "norms": 1.5, "attention": 3.0}
 
 
 def test_live_bytes_are_those_of_tensors_alive_at_once():
@@ -252,11 +258,13 @@ def test_no_row_calls_the_reference_accelerated(command, monkeypatch, tmp_path, 
 
 @pytest.mark.skipif(few_tokens.cpu.why_unavailable() is not None, reason="it times the C++ kernel")
 def test_few_tokens_times_all_experts_beside_those_that_were_chosen(capsys, monkeypatch):
+    seconds = itertools.cycle([3.0, 2.0])  # of all experts, of those that were chosen
+    monkeypatch.setattr(few_tokens, "seconds_of", lambda run, device: (run(), next(seconds))[1])
     few_tokens.main(["--models", "fashion-mnist", "--tokens", "1", "9", "--repeats", "2"])
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert header.endswith("| 1 | 9 |")
     assert rows[0].startswith("| fashion-mnist, fp32 | ")
-    assert all(float(cell) > 0 for row in rows for cell in row.split("|")[2:4])
+    assert all(row.endswith(" | 1.50 | 1.50 |") for row in rows)
     monkeypatch.setattr(few_tokens.cpu, "why_unavailable", lambda: "no compiler")
     with pytest.raises(SystemExit):
         few_tokens.main([])

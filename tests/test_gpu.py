@@ -108,7 +108,7 @@ print(checked.tolist())
 @pytest.mark.parametrize(("label", "printed"), [(9, "[0, 10, 9]"), (10, None), (2**40, None)])
 def test_labels_are_checked_without_waiting_for_the_gpu(label, printed):
     command = [sys.executable, "-c", LABELS, str(label)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True)
     if printed is not None:
         assert done.stdout.strip() == printed, done.stderr
     else:

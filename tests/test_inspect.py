@@ -194,7 +194,7 @@ class TestInABrowser:
             "--virtual-time-budget=2000",
             "--dump-dom",
         ]
-        run = subprocess.run([*command, copy.as_uri() + fragment], capture_output=True, text=True, timeout=60)
+        run = subprocess.run([*command, copy.as_uri() + fragment], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         assert _Elements(run.stdout).all("html") == [{"lang": "en"}], "no data-error"
         return run.stdout

@@ -104,7 +104,7 @@ def write(path, *after):
         return path.name
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_jobs_are_done_once_and_after_those_they_wait_for(tmp_path, processes):
     files = [tmp_path / name for name in "abcd"]
     after = {"a": "b", "b": "", "c": "ab", "d": ""}

@@ -102,6 +102,7 @@ def test_random_routing_leaves_out_more_with_more_tokens():
     assert 0.75 < share(8192, 128) < share(1024, 128) <= 1
 
 
+@pytest.mark.slow
 def test_a_small_model_samples_on_the_virtual_gpu(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(benchmark.MODELS, "d16", Model(128, (1, 2, 3, 5)))
     file = tmp_path / "report.json"
@@ -119,6 +120,7 @@ def test_a_small_model_samples_on_the_virtual_gpu(monkeypatch, capsys, tmp_path)
         assert 0 < report[name]["last_two_steps_ms"] < parts < report[name]["whole_run_ms"]
 
 
+@pytest.mark.slow
 def test_torchs_counter_sees_the_operators_of_a_patched_model():
     var = make_tiny_var()
     steps = model_flops(var, 2, ActVARConfig())

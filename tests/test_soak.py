@@ -11,10 +11,12 @@ from soak.killing import run_bulk_kills, run_evaluation_kills
 from actvar.bulk import Bulk
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_many_samples():
     assert run_samples(120, batch=10) == {"samples drawn": 120}
 
 
+@pytest.mark.slow
 def test_killed_bulk_sampling_goes_on_to_the_images_of_an_unbroken_run():
     assert run_bulk_kills(1, seed=1)["kills survived"] == 1
 

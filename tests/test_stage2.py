@@ -239,6 +239,7 @@ def _train(folder, steps=1) -> None:
     torch.save(gradients, folder / "gradients.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one_on_the_joint_batch(tmp_path):
     gradients = []
     for processes in (1, 2):

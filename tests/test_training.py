@@ -76,6 +76,7 @@ def deterministic_loss(net: nn.Module, index: torch.Tensor) -> dict[str, torch.T
     return {"loss": (net(DATA[index]) - DATA[index].sum(1, keepdim=True) * 2).square().mean()}
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(tmp_path):
     weights = []
     for processes in (1, 2):
@@ -159,14 +160,13 @@ with launched_processes(torch.device("cpu")):
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_training_with_its_reason_and_the_checkpoint_stays(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(DIES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, timeout=200, env=environment, check=False
-    )
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode != 0
     assert "RuntimeError: no room left on this machine" in done.stderr
     assert torch.load(tmp_path / "net.checkpoint.pt", weights_only=True)["step"] == 2

@@ -120,6 +120,18 @@ def overwrite_a_row_left_alone(result, arguments):
     return changed
 
 
+def of_bfloat16(*names: str) -> Callable[[dict], dict]:
+    return lambda arguments: {name: arguments[name].bfloat16().float() for name in names}
+
+
+def without(name: str) -> Callable[[dict], dict]:
+    return lambda arguments: {name: torch.zeros_like(arguments[name])}
+
+
+def with_the_next_row(name: str) -> Callable[[dict], dict]:
+    return lambda arguments: {name: arguments[name].roll(1, dims=-2)}
+
+
 FAULTS = {
     "score": ("select_tokens", "scores", lambda r, a: r._replace(scores=nudged(r.scores))),
     "token": (
@@ -140,6 +152,31 @@ FAULTS = {
     "experts' sum": ("expert_ffn_scatter", "output", lambda r, a: nudged(r)),
     "row left alone": ("expert_ffn_scatter", "rows left alone", overwrite_a_row_left_alone),
 }
+# The reference's result for changed arguments.
+ARGUMENT_FAULTS = {
+    "experts of bfloat16": ("expert_ffn_scatter", "output", of_bfloat16("u", "fc1_weight", "fc2_weight")),
+    "first bias skipped": ("expert_ffn_scatter", "output", without("fc1_bias")),
+    "last bias skipped": ("expert_ffn_scatter", "output", without("fc2_bias")),
+    "row of another token": ("expert_ffn_scatter", "output", with_the_next_row("u")),
+    "queries of bfloat16": ("subset_attention", "output", of_bfloat16("q")),
+    "values of bfloat16": ("subset_attention", "output", of_bfloat16("v")),
+    "key of another token": ("subset_attention", "output", with_the_next_row("k")),
+    "shift skipped": ("add_normalize_route", "normalised rows", without("shift")),
+    "router of bfloat16": ("add_normalize_route", "logits", of_bfloat16("weight")),
+    "selector of bfloat16": ("select_tokens", "scores", of_bfloat16("weight")),
+}
+
+
+def with_changed_arguments(operation: str, change: Callable[[dict], dict]) -> Callable:
+    def fault(_result, arguments):
+        with using_backend("reference"):
+            return getattr(actvar_kernels, operation)(**arguments | change(arguments))
+
+    return fault
+
+
+for name, (operation, what, change) in ARGUMENT_FAULTS.items():
+    FAULTS[name] = operation, what, with_changed_arguments(operation, change)
 
 
 @pytest.fixture

@@ -190,6 +190,7 @@ def test_missing_and_damaged_image_files_are_named(images_folder):
         read_idx(path)
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_the_exported_files_load(images_folder, tmp_path, monkeypatch):
     stages = [field.name.removesuffix("_steps") for field in fields(Build) if field.name.endswith("_steps")]
     build = Build(images_folder, tmp_path / "work", **{f"{stage}_steps": 1 for stage in stages})

@@ -27,7 +27,7 @@ from actvar.distill.data import GUIDANCE, source_of
 from actvar.distill.recipes import RECIPES
 from actvar.distill.run import Distillation, distill
 from actvar.training import launched_processes, rank
-from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
+from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER, WHERE_FROM
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -74,6 +74,11 @@ def run(options: argparse.Namespace) -> None:
     data = options.data or (str(DEBIAN_FOLDER) if options.model else None)
     if data is None:
         raise ValueError("--data: expected a folder, or none to sample token maps from the model itself")
+    if options.data is None and not DEBIAN_FOLDER.is_dir():
+        raise FileNotFoundError(
+            f"{DEBIAN_FOLDER}: expected the images of Fashion-MNIST, got no such folder; {WHERE_FROM} (or --data none "
+            "to sample token maps from the model itself)"
+        )
     if options.out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a .safetensors file, got {options.out}")
     expect_file("--out", options.out)

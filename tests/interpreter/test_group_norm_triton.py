@@ -223,6 +223,7 @@ def vae() -> VQVAE:
     return vae.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @torch.no_grad()
 def test_an_autoencoder_gives_what_the_reference_gives(vae: VQVAE, dtype: torch.dtype) -> None:

@@ -30,6 +30,7 @@ def sampled_tokens(var: VAR, monkeypatch: pytest.MonkeyPatch, backend: str, labe
     return tokens
 
 
+SLOW = pytest.mark.slow
 CASES = {
     "paper": (ActVARConfig(num_experts=8), {}),
     "shared AdaLN, no QK norm": (ActVARConfig(num_experts=8), {"shared_aln": True, "attn_l2_norm": False}),
@@ -44,7 +45,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case if case == "paper" else pytest.param(case, marks=SLOW) for case in CASES])
 def test_a_small_model_draws_the_reference_tokens(case, monkeypatch):
     config, layout = CASES[case]
     var = apply_patch(make_tiny_var(depth=1, **layout), config)
@@ -53,7 +54,7 @@ def test_a_small_model_draws_the_reference_tokens(case, monkeypatch):
     assert all(map(torch.equal, sampled_tokens(var, monkeypatch, "triton", labels), expected))
 
 
-@pytest.mark.timeout(900)
+@SLOW
 def test_the_bundled_model_draws_the_reference_tokens(monkeypatch):
     _, var = load_pretrained("fashion-mnist", adapter="paper")
     labels = torch.tensor([7])
@@ -74,7 +75,7 @@ def test_dense_scales_too_run_on_the_kernels_and_removal_is_exact(monkeypatch):
     assert torch.equal(var.autoregressive_infer_cfg(1, 3, g_seed=0), before)
 
 
-@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("hooked", [False, pytest.param(True, marks=SLOW)])
 def test_blocks_write_into_their_input_only_where_no_hook_sees_it(hooked, monkeypatch):
     var = apply_patch(make_tiny_var(depth=2), ActVARConfig(num_experts=8))
     schedule, seen = var.actvar.schedule, []
@@ -95,6 +96,7 @@ def test_blocks_write_into_their_input_only_where_no_hook_sees_it(hooked, monkey
     assert all(torch.equal(*pair) for pair in outputs)
 
 
+@SLOW
 def test_the_fast_sampler_is_reproducible_and_stays_in_the_vocabulary(monkeypatch):
     var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8, sampler="fast"))
     labels = torch.tensor([1, 2])
@@ -103,6 +105,7 @@ def test_the_fast_sampler_is_reproducible_and_stays_in_the_vocabulary(monkeypatc
     assert all(int(tokens.min()) >= 0 and int(tokens.max()) < var.V for tokens in first)
 
 
+@SLOW
 def test_a_seed_in_a_tensor_draws_as_the_number_does(monkeypatch):
     var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8, sampler="fast"))
     labels = torch.tensor([1, 2])

@@ -14,6 +14,10 @@ from torch.nn import functional as F
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 MOST_BYTES = 2**30
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+WHERE_FROM = (
+    "install the Debian package dataset-fashion-mnist, or put the four idx files of Fashion-MNIST "
+    "(https://github.com/zalandoresearch/fashion-mnist, data/fashion) into a folder and pass it by --data"
+)
 
 
 def read_idx(path: Path) -> torch.Tensor:
@@ -76,8 +80,5 @@ def _file(folder: Path, split: str, kind: str) -> Path:
     candidates = [folder / f"{split}-{kind}-ubyte{suffix}" for suffix in ("", ".gz")]
     path = next((p for p in candidates if p.exists()), None)
     if path is None:
-        raise FileNotFoundError(
-            f"{candidates[0]}[.gz] not found; install the Debian package dataset-fashion-mnist or pass --data with the "
-            "folder of the four idx files"
-        )
+        raise FileNotFoundError(f"{candidates[0]}[.gz] not found; {WHERE_FROM}")
     return path
