@@ -110,7 +110,7 @@ class Shared:
         Raises:
             ValueError: there is none.
         """
-        scale = self.by_shape[block].get((tokens, cached))
+        scale = self.by_shape[block].get((int(tokens), int(cached)))  # which a trace has as tensors
         if scale is None:
             known = ", ".join(f"{t} after {c}" for t, c in self.by_shape[block])
             raise ValueError(

@@ -96,7 +96,10 @@ def why_not(*tensors: torch.Tensor, dtype: torch.dtype | None = None) -> str | N
     for found in (*(tensor.dtype for tensor in tensors), *(() if dtype is None else (dtype,))):
         if found not in DTYPES:
             return f"it takes float32 and bfloat16, got {found}"
-    return None if available() else why_unavailable()
+    reason = why_unavailable()
+    if reason is not None:
+        available()  # which logs the reason once
+    return reason
 
 
 def runs(x: torch.Tensor) -> bool:

@@ -84,9 +84,10 @@ def _watching(var: nn.Module, watch: Stopwatch) -> Iterator[None]:
                 function = watch.wrapped(getattr(owner, name), component)
                 stack.enter_context(mock.patch.object(owner, name, function))
         stack.enter_context(mock.patch.object(F, "linear", _with_qkv(var, watch)))
-        for module, component in _modules(var):
-            stack.callback(module.register_forward_pre_hook(partial(_enter, watch, component)).remove)
-            stack.callback(module.register_forward_hook(partial(_leave, watch)).remove)
+        by_id = {id(module): component for module, component in _modules(var)}
+        forwards = {kind: kind.forward for kind in {type(module) for module, _ in _modules(var)}}
+        for kind, forward in forwards.items():  # of classes, since a layer with hooks does not run fused
+            stack.enter_context(mock.patch.object(kind, "forward", _timed_forward(forward, by_id, watch)))
         begun = [0]
         first = var.blocks[0].register_forward_pre_hook(partial(_next_step, watch, begun), prepend=True)
         stack.callback(first.remove)
@@ -104,12 +105,15 @@ def _with_qkv(var: nn.Module, watch: Stopwatch) -> Callable:
     return linear
 
 
-def _enter(watch: Stopwatch, component: str, _module, _args) -> None:
-    watch.enter(component)
+def _timed_forward(forward: Callable, by_id: Mapping[int, str], watch: Stopwatch) -> Callable:
+    """Return `forward` of a class, timed for those of its modules whose id has a component."""
 
+    def timed(module, *args, **kwargs):
+        component = by_id.get(id(module))
+        call = forward if component is None else watch.wrapped(forward, component)
+        return call(module, *args, **kwargs)
 
-def _leave(watch: Stopwatch, _module, _args, _output) -> None:
-    watch.leave()
+    return timed
 
 
 def _next_step(watch: Stopwatch, begun: list[int], _module, _args) -> None:

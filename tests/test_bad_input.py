@@ -265,7 +265,7 @@ def test_what_is_no_patched_model_has_nothing_to_record_or_save(value, tmp_path)
             pass
     with pytest.raises(ValueError, match="expected a model patched"):
         actvar.save_adapter(value, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="expected a model patched"):
+    with pytest.raises(TypeError, match="cannot be patched"):
         load_adapter(value, tmp_path / "a.safetensors")
 
 

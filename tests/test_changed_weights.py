@@ -49,7 +49,7 @@ def by_exchanged_rows(module: nn.Module) -> None:
 
 def by_one_number(module: nn.Module) -> None:
     for parameter in module.parameters():
-        parameter.data.view(-1)[-1] += 3
+        parameter.data.view(-1)[-1] += 500
 
 
 def by_a_flat_buffer(module: nn.Module) -> None:
@@ -72,7 +72,7 @@ def by_assignment(module: nn.Module) -> None:
 def by_optimizer(kind: type, **options) -> Callable[[nn.Module], None]:
     def change(module: nn.Module) -> None:
         for parameter in module.requires_grad_(True).parameters():
-            parameter.grad = torch.full_like(parameter, 2.0)
+            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
         kind(module.parameters(), lr=0.5, **options).step()
         module.requires_grad_(False)
         module.zero_grad(set_to_none=True)

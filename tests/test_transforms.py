@@ -42,7 +42,7 @@ def teacher_forced(prepare: Callable[[VAR], VAR]) -> tuple[Computation, torch.Te
 
 def decoded(_prepare: Callable) -> tuple[Computation, torch.Tensor]:
     vae = make_tiny_var(Cvae=16).vae_proxy[0].requires_grad_(False)
-    return vae.fhat_to_img, torch.randn(2, 16, 5, 5, generator=torch.Generator().manual_seed(0))
+    return lambda f_hat: vae.fhat_to_img(f_hat), torch.randn(2, 16, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
 def encoded(_prepare: Callable) -> tuple[Computation, torch.Tensor]:

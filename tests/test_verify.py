@@ -286,26 +286,26 @@ def change_a_weight(var):
     [(leave_an_attribute, "classes and attributes"), (change_a_weight, "state_dict tensors")],
 )
 def test_a_removal_that_leaves_something_is_found(change, what, monkeypatch):
-    remove = actvar.patch.remove_patch
+    remove = actvar.patch.take_off
 
     def remove_badly(var):
         remove(var)
         change(var)
         return var
 
-    monkeypatch.setattr(actvar.patch, "remove_patch", remove_badly)
+    monkeypatch.setattr(actvar.patch, "take_off", remove_badly)
     failures = report_of(backends=["reference"]).failures
     assert next((c.what, c.error) for c in failures if c.check == "removal") == (what, 1)
 
 
 def test_other_tokens_after_removal_are_found(monkeypatch):
-    remove = actvar.patch.remove_patch
+    remove = actvar.patch.take_off
 
     def remove_badly(var):
         var.lvl_embed.weight.data.mul_(1.5)
         return remove(var)
 
-    monkeypatch.setattr(actvar.patch, "remove_patch", remove_badly)
+    monkeypatch.setattr(actvar.patch, "take_off", remove_badly)
     failures = report_of(backends=["reference"]).failures
     assert {"state_dict tensors", "images", "tokens"} <= {c.what for c in failures if c.check == "removal"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -279,7 +279,7 @@ class VQVAE(nn.Module):
         # oneDNN's and cuDNN's convolutions take less time so; PyTorch's transforms do not take all of it
         if _kernels_run(f_hat) or (f_hat.device.type == "cpu" and not needs_torch(f_hat)):
             f_hat = _channels_last(f_hat)
-        with reused_memory():
+        with nullcontext() if torch.compiler.is_compiling() else reused_memory():
             return self.decoder(self.post_quant_conv(f_hat)).contiguous().clamp_(-1, 1)
 
     @torch.no_grad()
