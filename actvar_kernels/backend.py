@@ -67,6 +67,7 @@ def backend_of(
     supported: tuple[str, ...] = ("reference", "triton"),
     limits: str = "",
     why_not_in_cpp: Callable[[], str | None] | None = None,
+    library_on_triton: bool = False,
 ) -> str:
     """Return the backend that runs `operation` on `tensors`: `"reference"`, `"cpu"` or `"triton"`.
 
@@ -81,11 +82,14 @@ def backend_of(
         limits: what Triton takes, for the error.
         why_not_in_cpp: tells why the C++ kernel does not take this call, or None; asked only where it would run.
             Without it there is no such kernel.
+        library_on_triton: the Triton backend leaves the operation to PyTorch, as the reference does.
 
     Raises:
         BackendUnavailableError: the backend was asked for by name and cannot run this call here.
     """
     name, first = get_backend(), tensors[0]
+    if library_on_triton and (name == "triton" or first.is_cuda):
+        return "reference"
     if needs_torch(*tensors):
         if name in ("auto", "reference"):
             return "reference"

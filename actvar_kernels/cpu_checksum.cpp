@@ -1,36 +1,47 @@
 // Checksums of memory, by which a change of any number is found, also one that PyTorch does not count.
 
-#include "cpu_keys.h"
-
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace {
 
-constexpr int LANES = 8;                  // words of 64 bits that are summed side by side
-constexpr int64_t CHUNK = 256 * 1024;     // bytes that one thread sums at once
+typedef uint64_t pair __attribute__((vector_size(16)));  // a register of every processor
+
+constexpr int PAIRS = 4;
+constexpr int64_t CHUNK = 256 * 1024;  // bytes that one thread sums at once
 constexpr uint64_t ODD = 0x9e3779b97f4a7c15;
 
-// Every lane has the sum of its words and the sum of those sums, which depends on their order (Fletcher 1982), modulo 2^64.
-FOR_EVERY_PROCESSOR uint64_t chunk_sum(const char *data, int64_t bytes) {
-    uint64_t sums[LANES] = {}, sums_of_sums[LANES] = {}, words[LANES];
-    int64_t at = 0;
-    for (; at + int64_t(sizeof words) <= bytes; at += sizeof words) {
-        std::memcpy(words, data + at, sizeof words);
-        for (int lane = 0; lane < LANES; ++lane) {
-            sums[lane] += words[lane];
-            sums_of_sums[lane] += sums[lane];
+// Every lane has the sum of its words and the sum of those sums, which depends on their order (Fletcher 1982), modulo
+// 2^64.
+struct Sums {
+    pair sums[PAIRS] = {}, sums_of_sums[PAIRS] = {};
+
+    inline void add(const char *data) {
+#pragma GCC unroll 4
+        for (int i = 0; i < PAIRS; ++i) {
+            pair next;
+            std::memcpy(&next, data + i * sizeof next, sizeof next);
+            sums[i] += next;
+            sums_of_sums[i] += sums[i];
         }
     }
-    std::memset(words, 0, sizeof words);
-    std::memcpy(words, data + at, bytes - at);
+};
+
+uint64_t chunk_sum(const char *data, int64_t bytes) {
+    constexpr int64_t STEP = PAIRS * sizeof(pair);
+    Sums sums;
+    int64_t at = 0;
+    for (; at + STEP <= bytes; at += STEP) sums.add(data + at);
+    char rest[STEP] = {};
+    std::memcpy(rest, data + at, bytes - at);
+    sums.add(rest);
     uint64_t total = bytes;
-    for (int lane = 0; lane < LANES; ++lane) {
-        sums[lane] += words[lane];
-        sums_of_sums[lane] += sums[lane];
-        total = (total ^ sums[lane]) * ODD;
-        total = (total ^ (total >> 32) ^ sums_of_sums[lane]) * ODD;
-    }
+    for (int i = 0; i < PAIRS; ++i)
+        for (int lane = 0; lane < 2; ++lane) {
+            total = (total ^ sums.sums[i][lane]) * ODD;
+            total = (total ^ (total >> 32) ^ sums.sums_of_sums[i][lane]) * ODD;
+        }
     return total;
 }
 

@@ -66,10 +66,12 @@ def drop_changed(tensors: Iterable[torch.Tensor]) -> None:
     kept: list[tuple[dict[Hashable, Packed], Hashable, Packed]] = []
     originals: dict[int, torch.Tensor] = {}
     for tensor in tensors:
-        of_tensor = _cache.get(id(tensor), {})
+        of_tensor = _cache.get(id(tensor))
+        if not of_tensor:
+            continue
         for layout, found in tuple(of_tensor.items()):
             present = [reference() for reference in found.originals]
-            if None in present or tuple(map(_state, present)) != found.states:
+            if any(p is None for p in present) or tuple(map(_state, present)) != found.states:
                 of_tensor.pop(layout, None)
             else:
                 kept.append((of_tensor, layout, found))

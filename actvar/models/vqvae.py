@@ -239,6 +239,14 @@ class Decoder(nn.Module):
         return self.conv_out(_norm_silu(self.norm_out, h, overwrite=True))
 
 
+def _convolution_weights(*modules: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the weights that kernels keep packed copies of."""
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, Conv3x3) and layer._parameters.get("weight") is not None:
+                yield layer._parameters["weight"]
+
+
 class VQVAE(nn.Module):
     """Autoencoder with a multi-scale residual quantizer; images are in [-1, 1] inside.
 
@@ -275,7 +283,7 @@ class VQVAE(nn.Module):
 
     def fhat_to_img(self, f_hat: torch.Tensor) -> torch.Tensor:
         """Decode quantized features `[B, Cvae, P, P]` to an image `[B, in_channels, H, W]` in [-1, 1]."""
-        drop_changed(self.parameters())
+        drop_changed(_convolution_weights(self.post_quant_conv, self.decoder))
         # oneDNN's and cuDNN's convolutions take less time so; PyTorch's transforms do not take all of it
         if _kernels_run(f_hat) or (f_hat.device.type == "cpu" and not needs_torch(f_hat)):
             f_hat = _channels_last(f_hat)
@@ -285,7 +293,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def img_to_idxBl(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Token maps of an image `[B, in_channels, H, W]` in [-1, 1]: one `[B, p * p]` int64 tensor per scale."""
-        drop_changed(self.parameters())
+        drop_changed(_convolution_weights(self.encoder, self.quant_conv))
         image = _channels_last(image) if _kernels_run(image) else image
         return self.quantize.tokens(self.quant_conv(self.encoder(image)))
 

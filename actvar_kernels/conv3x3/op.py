@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import backend_of, get_backend, needs_operator
+from actvar_kernels.backend import backend_of, needs_operator
 from actvar_kernels.checks import expect_shape
 from actvar_kernels.conv3x3 import cpu_kernel
 
@@ -72,8 +72,6 @@ def _runs_in_cpp(
         BackendUnavailableError: `"cpu"` was asked for by name and does not take the call.
     """
     tensors = (x, weight, bias, residual)
-    if x.is_cuda or get_backend() == "triton":
-        return False
 
     def why_not_in_cpp() -> str | None:
         if bias is None or x.shape[1] % 16:
@@ -82,7 +80,7 @@ def _runs_in_cpp(
             return "it has no gradient, and no registered operator for what records the call"
         return cpu.why_not(dtype=cpu.computed_dtype(x))
 
-    return backend_of("conv3x3", *tensors, why_not_in_cpp=why_not_in_cpp) == "cpu"
+    return backend_of("conv3x3", *tensors, why_not_in_cpp=why_not_in_cpp, library_on_triton=True) == "cpu"
 
 
 def filled_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

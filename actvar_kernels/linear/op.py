@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import backend_of, get_backend, needs_operator
+from actvar_kernels.backend import backend_of, needs_operator
 from actvar_kernels.linear import cpu_kernel
 
 
@@ -53,15 +53,14 @@ def _runs_in_pytorch(operation: str, x: torch.Tensor, weight: torch.Tensor, bias
     Raises:
         BackendUnavailableError: `"cpu"` was asked for by name and does not take the call.
     """
-    if x.is_cuda or get_backend() == "triton":
-        return True
 
     def why_not_in_cpp() -> str | None:
         if needs_operator(x, weight, bias):
             return "it has no gradient, and no registered operator for what records the call"
         return cpu.why_not(dtype=cpu.computed_dtype(x))
 
-    return backend_of(operation, x, weight, bias, why_not_in_cpp=why_not_in_cpp) != "cpu"
+    tensors = (x, weight, bias)
+    return backend_of(operation, *tensors, why_not_in_cpp=why_not_in_cpp, library_on_triton=True) != "cpu"
 
 
 def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

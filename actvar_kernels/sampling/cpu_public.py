@@ -9,7 +9,7 @@ import threading
 import torch
 
 from actvar_kernels import cpu
-from actvar_kernels.backend import backend_of, get_backend, needs_operator
+from actvar_kernels.backend import backend_of, needs_operator
 from actvar_kernels.sampling import public
 from actvar_kernels.sampling.cpu_kernel import available, library, why_unavailable
 
@@ -25,9 +25,7 @@ def runs(logits: torch.Tensor) -> bool:
     Raises:
         BackendUnavailableError: `"cpu"` was asked for by name and does not take them.
     """
-    if get_backend() == "triton":  # where PyTorch draws
-        return False
-    backend = backend_of("sampling", logits, why_not_in_cpp=lambda: why_not(logits))
+    backend = backend_of("sampling", logits, why_not_in_cpp=lambda: why_not(logits), library_on_triton=True)
     return backend == "cpu" and not needs_operator(logits)
 
 

@@ -8,7 +8,6 @@ from actvar_kernels import cpu, cpu_rows
 from actvar_kernels.backend import (
     MOST_SEQUENCES,
     backend_of,
-    get_backend,
     kernel_backends,
     needs_operator,
     wants_gradient,
@@ -66,7 +65,7 @@ def scatter_rows(
 
 def _add(rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     """Return `rows + gamma * update`: in C++, or by one operation of PyTorch's."""
-    if get_backend() == "triton" or _backend(None, rows, update, gamma) != "cpu":
+    if _backend(None, rows, update, gamma) != "cpu":
         return torch.addcmul(rows, gamma.to(update.dtype), update)
     if needs_operator(rows, update, gamma):
         index = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2])
@@ -86,6 +85,7 @@ def _backend(rest: torch.Tensor | None, rows: torch.Tensor, update: torch.Tensor
         supported=supported,
         limits=_LIMITS,
         why_not_in_cpp=lambda: _why_not_in_cpp(rest, rows, update, gamma),
+        library_on_triton=rest is None,
     )
 
 
