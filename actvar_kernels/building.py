@@ -92,7 +92,7 @@ def load(library: Library) -> ctypes.CDLL:
             with build_folders.lock(folder.path / f"{stem}.lock", deadline, library.title) as alone:
                 loaded = _found(library, folder, stem)
                 if loaded is None:
-                    place = f"{folder.path}, since {_without(refused)}" if refused else folder.path
+                    place = f"{shown(folder.path)}, since {_without(refused)}" if refused else shown(folder.path)
                     logger.warning("compiling %s once (%s) into %s", library.title, library.duration, place)
                     if alone:
                         _remove_leftovers(folder.path, stem)
@@ -101,8 +101,13 @@ def load(library: Library) -> ctypes.CDLL:
         except TimeoutError as error:
             raise BuildError(f"{error} in {SECONDS} s; end that process and try again") from error
         except OSError as error:
-            refused.append(f"{folder.path} cannot be used ({error.strerror or error})")
+            refused.append(f"{shown(folder.path)} cannot be used ({error.strerror or error})")
     raise BuildError(f"there is no folder for the compiled library: {_without(refused)}")
+
+
+def shown(path: str | Path) -> str:
+    """Return a path as text that every stream can write, also where its name is not in the file system's encoding."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _without(refused: list[str]) -> str:
@@ -222,7 +227,7 @@ def _run(steps: Sequence[_Step], deadline: float) -> None:
                 if process.returncode or not step.out.is_file():
                     raise BuildError(_failure(step, process.returncode))
             if running and time.monotonic() > deadline:
-                raise BuildError(f"{running[0][0].command[0]} did not end in {SECONDS} s; {_REMEDY}")
+                raise BuildError(f"{shown(running[0][0].command[0])} did not end in {SECONDS} s; {_REMEDY}")
             time.sleep(0.02)
     finally:
         for _, process in running:
@@ -239,7 +244,7 @@ def _started(step: _Step) -> subprocess.Popen:
         try:
             return subprocess.Popen(step.command, env=environment, start_new_session=True, **streams)
         except OSError as error:
-            raise BuildError(f"{step.command[0]} does not start: {error.strerror}; {_REMEDY}") from error
+            raise BuildError(f"{shown(step.command[0])} does not start: {error.strerror}; {_REMEDY}") from error
 
 
 def _failure(step: _Step, code: int) -> str:
@@ -247,4 +252,4 @@ def _failure(step: _Step, code: int) -> str:
     lines = step.log.read_text("utf-8", "replace").split("\n")
     said = next((line for line in lines if "error" in line), "".join(lines[:1])).strip()[:300]
     ended = f"failed with exit code {code}" if code else "made no file"
-    return f"{step.command[0]} {ended}{': ' if said else ''}{said}; {_REMEDY}"
+    return f"{shown(step.command[0])} {ended}{': ' if said else ''}{said}; {_REMEDY}"
