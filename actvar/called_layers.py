@@ -28,13 +28,23 @@ def begin(block: nn.Module) -> None:
         return
     gates, shared = block.actvar, block.actvar.shared
     called = family.parts_called(block)
-    changed = called != shared.called[gates.block_index]
+    shared.called_is_new |= called != shared.called[gates.block_index]
     shared.called[gates.block_index] = called
     if called:
         expect_readable(gates.block_index, called, gates.schedule, shared.config.kv)
-    if changed:
-        log_called(shared)
     drop_changed([*family.packed_weights(block), gates.router.weight])
+
+
+def begin_head(model: nn.Module, shared: Shared) -> None:
+    """Do as `begin` for the head, whose turn comes last, and log in one line what is called anew."""
+    if torch.compiler.is_compiling():
+        return
+    head = family.head_called(model)
+    shared.called_is_new |= head != shared.head_called
+    shared.head_called = head
+    if shared.called_is_new:
+        log_called(shared)
+    drop_changed(weight for weight in (model.head._parameters.get("weight"),) if weight is not None)
 
 
 def expect_readable(index: int, called: Mapping[str, str], schedule: Sequence[Scale], kv: str) -> None:
@@ -62,10 +72,13 @@ def expect_readable(index: int, called: Mapping[str, str], schedule: Sequence[Sc
 
 def log_called(shared: Shared) -> None:
     """Log which parts are called, in one line; nothing if there are none."""
+    shared.called_is_new = False
     blocks_by_part: dict[str, list[str]] = {}
     for index, called in enumerate(shared.called):
         for part, reason in called.items():
             blocks_by_part.setdefault(f"{part} ({reason})", []).append(str(index))
-    if blocks_by_part:
-        parts = "; ".join(f"{part} in blocks {', '.join(blocks)}" for part, blocks in blocks_by_part.items())
-        logger.warning("not fused, since only the layer itself computes what it is: %s", parts)
+    parts = [f"{part} in blocks {', '.join(blocks)}" for part, blocks in blocks_by_part.items()]
+    if shared.head_called is not None:
+        parts.append(f"head ({shared.head_called})")
+    if parts:
+        logger.warning("not fused, since only the layer itself computes what it is: %s", "; ".join(parts))

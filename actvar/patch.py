@@ -12,7 +12,7 @@ from torch import nn
 
 from actvar.adapter import AdapterError, put_adapter, read_adapter
 from actvar.block import ActVARBlock
-from actvar.called_layers import expect_readable, log_called
+from actvar.called_layers import begin_head, expect_readable, log_called
 from actvar.config import ActVARConfig
 from actvar.families import family_of, family_of_patched, unwrapped
 from actvar.gates import Gates, restore_order, update
@@ -25,7 +25,7 @@ from actvar.recording import Shared, is_patched, shared_state
 from actvar.schedule import build_schedule
 from actvar.tuned import replace_parameters, restore_parameters, tuned_parameters
 from actvar_kernels import cpu_memory, sample_tokens
-from actvar_kernels.packing import drop, drop_changed
+from actvar_kernels.packing import drop
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class ActVARModel(nn.Module):
         """As the model's own, where kernels run by them."""
         scales = self.actvar.schedule
         if x.shape[1] in (scales[0].tokens, scales[-1].start + scales[-1].tokens):  # a sample or a pass begins
-            drop_changed([self.head.weight])
+            begin_head(self, self.actvar)
         logits = family_of_patched(self).head_logits(self, x, cond_BD)
         if logits is None:
             return super().get_logits(x, cond_BD)
@@ -193,6 +193,7 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
             raise ValueError(f"expected blocks[{index}] with its class's forward, got one replaced on the instance")
     shared, width, hidden = Shared(config, schedules), family.width(model), family.hidden_size(model)
     shared.called = [family.parts_called(block) for block in _blocks(model)]
+    shared.head_called = family.head_called(model)
     for index, called in enumerate(shared.called):
         expect_readable(index, called, schedules[index], config.kv)
     gates = [

@@ -49,7 +49,7 @@ class Shared:
     memory that the last sample left; `writes_in_place`: a block may write its result into its input; `seed` `[1]`
     int64: of the fast sampler, for samples without a seed of their own; `passes`: those of which tensors are alive;
     `traced`: the one that a compiler is tracing as a whole, if any; `called`: by block, the parts that kernels do not
-    read, and why.
+    read, and why; `head_called`: why the head is not read; `called_is_new`: these are not logged yet.
     """
 
     config: ActVARConfig
@@ -62,6 +62,8 @@ class Shared:
     passes: Passes = field(default_factory=Passes)
     traced: Pass | None = None
     called: list[dict[str, str]] = field(init=False)
+    head_called: str | None = None
+    called_is_new: bool = False
     schedule: tuple[Scale, ...] = field(init=False)
     by_shape: tuple[dict[tuple[int, int], Scale], ...] = field(init=False)
 

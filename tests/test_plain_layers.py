@@ -250,6 +250,20 @@ def test_one_line_names_what_is_not_fused(caplog: pytest.LogCaptureFixture) -> N
     assert not caplog.records
 
 
+def test_one_line_names_what_is_not_fused_any_more(caplog: pytest.LogCaptureFixture) -> None:
+    var, calls = accelerate(make_tiny_var()), []
+    sample(var)
+    for layer in (*(block.attn.proj for block in var.blocks), var.head):
+        forward_hook(layer, calls)
+    with caplog.at_level(logging.WARNING):
+        sample(var)
+        sample(var)
+    assert [record.message for record in caplog.records] == [
+        "not fused, since only the layer itself computes what it is: "
+        "attn.proj (has forward hooks) in blocks 0, 1; head (has forward hooks)"
+    ]
+
+
 @pytest.mark.parametrize("wrap", WRAPS, ids=lambda wrap: wrap.__name__)
 @pytest.mark.parametrize("name", ["ffn.fc1", "ffn.fc2"])
 def test_a_patch_with_reordered_units_comes_off_whatever_the_layers_have_become(tmp_path, name, wrap, caplog) -> None:

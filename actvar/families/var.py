@@ -123,6 +123,11 @@ def called(block: nn.Module) -> Mapping[str, str]:
     return parts_called(block) if gates is None else gates.called
 
 
+def head_called(model: nn.Module) -> str | None:
+    """Return why the head must be called instead of read, or None."""
+    return _linear_called(model.head)
+
+
 def _linear_called(layer: nn.Module) -> str | None:
     """Return why a linear layer must be called, or None."""
     reason = why_called(layer, nn.Linear)
@@ -321,7 +326,7 @@ def head_logits(
     With `guidance` they are those after it, `[R / 2, L, V]`, which the head, a linear layer, lets through from the norm
     before it; on Triton only. There the norm is one launch, if neither the head's dtype nor autocast has a say in which
     dtype to compute in."""
-    if _linear_called(model.head):
+    if head_called(model) is not None:
         return None
     if cpp_runs(x) and guidance is None:
         h = model.head_nm(x.float(), cond)
