@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 import actvar
 from actvar import ActVARConfig, accelerate, apply_patch, refresh, release_cache, remove_patch
 from actvar.models import VAR
+from actvar.public_code import public_classes, public_twin
 from actvar_kernels import conv3x3, cpu, expert_ffn, linear, packing
 from actvar_kernels.checksums import checksums
 
@@ -112,6 +114,16 @@ def test_a_sample_of_an_accelerated_model_has_the_changed_weights(change: Callab
     due = sample(remove_patch(var))
     assert not torch.allclose(due, before, atol=1e-3)
     torch.testing.assert_close(found, due, rtol=0, atol=1e-4)
+
+
+@pytest.mark.public_var
+@pytest.mark.parametrize("change", CHANGES, ids=named)
+def test_a_sample_of_the_public_class_has_the_changed_weights(change: Callable, public_var_folder: Path) -> None:
+    var = accelerate(public_twin(make_tiny_var(), public_classes(public_var_folder)))
+    sample(var)
+    change(var.blocks[1])
+    found = sample(var)
+    torch.testing.assert_close(found, sample(remove_patch(var)), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=named)

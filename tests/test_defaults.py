@@ -15,6 +15,7 @@ from actvar.calibrate import calibrate
 from actvar.distill.data import sampled_source
 from actvar.distill.run import Distillation, distill
 from actvar.models import VAR
+from actvar.public_code import public_classes, public_twin
 from actvar_kernels import cpu
 from actvar_kernels.backend import using_backend
 
@@ -64,6 +65,18 @@ def test_images_are_those_without_another_default(
         found = images(2, labels, g_seed=0, cfg=1.5, top_k=20, top_p=0.95)
     assert found.device.type == "cpu"
     assert torch.equal(found, expected)
+
+
+@pytest.mark.public_var
+@pytest.mark.parametrize("prepare", [accelerate, apply_patch])
+def test_images_of_the_public_class_are_those_without_another_default(
+    other_default: Callable[[], None], prepare: Callable, public_var_folder: Path
+) -> None:
+    var = prepare(public_twin(make_tiny_var(), public_classes(public_var_folder)))
+    labels = torch.tensor([1, 2], device="cpu")
+    expected = var.autoregressive_infer_cfg(2, labels, g_seed=0, cfg=1.5, top_k=20, top_p=0.95)
+    other_default()
+    assert torch.equal(var.autoregressive_infer_cfg(2, labels, g_seed=0, cfg=1.5, top_k=20, top_p=0.95), expected)
 
 
 @pytest.mark.parametrize("backend", backends())

@@ -17,6 +17,7 @@ from actvar import ActVARConfig, accelerate, apply_patch, load_adapter, remove_p
 from actvar.models import VAR
 from actvar.models import var as var_module
 from actvar.plain_layers import why_called
+from actvar.public_code import public_classes, public_twin
 
 LINEARS = ["attn.proj", "ffn.fc1", "ffn.fc2", "ada_lin.1"]
 CALLED = [*LINEARS, "attn", "ffn", "ada_lin", "ln_wo_grad"]
@@ -149,6 +150,21 @@ def test_images_are_those_of_the_dense_model(name: str, wrap: Callable, when: st
         sample(accelerate(var))
         wrap(var.blocks[1], name)
     close(sample(var), due)
+    close(sample(remove_patch(var)), due)
+
+
+@pytest.mark.public_var
+@pytest.mark.parametrize("change", [*WRAPS, *HOOKS], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("name", LINEARS)
+def test_images_of_the_public_class_are_those_of_its_dense_model(
+    name: str, change: Callable, public_var_folder
+) -> None:
+    var = public_twin(make_tiny_var(), public_classes(public_var_folder))
+    plain = sample(var)
+    change(var.blocks[1], name) if change in WRAPS else change(var.blocks[1].get_submodule(name), [])
+    due = sample(var)
+    assert not torch.allclose(due, plain, atol=1e-4), "the test needs a layer that changes something"
+    close(sample(accelerate(var)), due)
     close(sample(remove_patch(var)), due)
 
 
