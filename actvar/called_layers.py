@@ -44,7 +44,7 @@ def begin_head(model: nn.Module, shared: Shared) -> None:
     shared.head_called = head
     if shared.called_is_new:
         log_called(shared)
-    drop_changed(weight for weight in (model.head._parameters.get("weight"),) if weight is not None)
+    drop_changed([model.head._parameters.get("weight")])
 
 
 def expect_readable(index: int, called: Mapping[str, str], schedule: Sequence[Scale], kv: str) -> None:

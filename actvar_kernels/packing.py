@@ -56,10 +56,11 @@ def packed(tensors: Sequence[torch.Tensor], layout: Hashable, pack: Callable[[],
     return found.copy
 
 
-def drop_changed(tensors: Iterable[torch.Tensor]) -> None:
+def drop_changed(tensors: Iterable[torch.Tensor | None]) -> None:
     """Drop copies of those among `tensors` that differ from what was packed, by a checksum of all their values.
 
-    Nothing is looked at while PyTorch records or transforms what runs, since no copy is used then.
+    None, the weight of a layer that has none of its own, is passed over. Nothing is looked at while PyTorch records or
+    transforms what runs, since no copy is used then.
     """
     if needs_operator() or needs_torch():
         return

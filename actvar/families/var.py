@@ -355,10 +355,10 @@ def dense_ffn(block: nn.Module, u: torch.Tensor, num_experts: int) -> torch.Tens
     return F.linear(gelu_linear(u.flatten(0, 1), fc1_weight, fc1_bias), fc2_weight, fc2_bias).view_as(u)
 
 
-def packed_weights(block: nn.Module) -> list[torch.Tensor]:
-    """Return the weights of a block that kernels keep packed copies of."""
+def packed_weights(block: nn.Module) -> list[torch.Tensor | None]:
+    """Return the weights of a block that kernels keep packed copies of; None for a layer without one of its own."""
     layers = (block.attn.mat_qkv, block.attn.proj, block.ffn.fc1)
-    return [layer._parameters["weight"] for layer in layers if layer._parameters.get("weight") is not None]
+    return [layer._parameters.get("weight") for layer in layers]
 
 
 def reordered_hidden(block: nn.Module, order: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
