@@ -208,6 +208,24 @@ def test_parts_are_kept_by_their_facts_and_made_again_when_damaged(tmp_path):
     assert get("a") == {"value": 3}
 
 
+def test_the_folder_of_a_part_goes_although_a_process_died_before_it_could_remove_it(tmp_path):
+    parts = Parts(tmp_path / "parts")
+    folders = []
+
+    def images(folder):
+        folder.mkdir(parents=True)
+        folders.append(folder)
+        return "found"
+
+    assert parts.get("part", "facts", images) == "found"
+    assert not folders[0].exists()
+    folders[0].mkdir()
+    (folders[0] / "shard").touch()
+    assert parts.get("part", "facts", images) == "found"
+    assert len(folders) == 1
+    assert not folders[0].exists()
+
+
 def test_methods_are_timed_in_turn_and_each_is_warm(tiny_var):
     order = []
 

@@ -105,12 +105,15 @@ class Parts:
         """What `compute(folder)` returned, JSON-compatible, now or before."""
         key = hashlib.sha256(json.dumps([actvar.__version__, facts]).encode()).hexdigest()[:12]
         path = self.folder / f"{name}-{key}.json"
+        unfinished = path.with_suffix("")
         if path.exists():
             try:
-                return json.loads(path.read_text("utf-8"))
+                found = json.loads(path.read_text("utf-8"))
             except ValueError:
                 logger.warning("%s is damaged and is made again", path)
-        unfinished = path.with_suffix("")
+            else:
+                shutil.rmtree(unfinished, ignore_errors=True)  # a process killed after it wrote the file leaves it
+                return found
         found = compute(unfinished)
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_by_a_kill in self.folder.glob(f".{glob.escape(path.name)}.*"):
