@@ -27,7 +27,7 @@ setup(
     package_data={
         "actvar": [
             *(f"zoo/**/*.{suffix}" for suffix in ("safetensors", "json", "md", "csv")),
-            *(f"inspection/page.{suffix}" for suffix in ("html", "css", "js")),
+            *(f"reports/inspection/page.{suffix}" for suffix in ("html", "css", "js")),
         ],
         "actvar_kernels": ["**/*.cpp", "**/*.h"],
     },

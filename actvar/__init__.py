@@ -1,11 +1,11 @@
 """ActVAR: dynamic activation of weights and tokens for pretrained VAR image generators."""
 
-from actvar.adapter import AdapterError, read_adapter_config, save_adapter
-from actvar.checkpoint import CheckpointError, load_var
 from actvar.config import ActVARConfig
-from actvar.graphs import GraphedSampling
-from actvar.patch import accelerate, apply_patch, load_adapter, patched, refresh, release_cache, remove_patch
-from actvar.recording import guided_rows, record
+from actvar.models.checkpoint import CheckpointError, load_var
+from actvar.patching.adapter import AdapterError, read_adapter_config, save_adapter
+from actvar.patching.patch import accelerate, apply_patch, load_adapter, patched, refresh, release_cache, remove_patch
+from actvar.sampling.cuda_graph import GraphedSampling
+from actvar.sparse.state import guided_rows, record
 from actvar.zoo import load_pretrained
 
 __version__ = "0.1.0"

@@ -17,8 +17,8 @@ from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
 from actvar.models.arguments import checked_integer
 from actvar.models.vqvae import without_decoder
-from actvar.recording import Shared
-from actvar.schedule import Scale, build_schedule
+from actvar.sparse.schedule import Scale, build_schedule
+from actvar.sparse.state import Shared
 from actvar_kernels.backend import using_backend
 
 DENSE = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=1.0)

@@ -22,8 +22,8 @@ from torch import nn
 
 from actvar import ActVARConfig, accelerate, load_pretrained
 from actvar.models import build_vae_var
-from actvar.patch import patch_silently
-from actvar.timing import seconds_of
+from actvar.patching.patch import patch_silently
+from actvar.sampling.timing import seconds_of
 from actvar_kernels import cpu
 from benchmarks.operations import SIZES, BlockShape, block_inputs, operations
 

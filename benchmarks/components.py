@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-import actvar.block
-import actvar.selection
-from actvar.files import replacing
+import actvar.sparse.block
+import actvar.sparse.selection
+from actvar.utils.files import replacing
 
 COMPONENTS = (
     "qkv", "attention", "proj", "ffn", "adaln", "select", "route", "norms", "head", "sampling", "decoder", "other",
@@ -124,15 +124,15 @@ def _next_step(watch: Stopwatch, begun: list[int], _module, _args) -> None:
 
 def _functions(var: nn.Module) -> Iterator[tuple[object, str, str]]:
     """Owner, attribute and component: of the kernels' block, of the loop, of the public code."""
-    family = actvar.block.family
+    family = actvar.sparse.block.family
     yield family, "project", "qkv"
     yield from ((family, name, "adaln") for name in ("modulation", "qkv_bias"))
     yield family, "attention_output", "proj"
     yield family, "dense_ffn", "ffn"
-    yield actvar.block, "subset_attention", "attention"
-    yield from ((actvar.block, name, "ffn") for name in ("expert_ffn_scatter", "scatter_rows"))
-    yield actvar.selection, "select_tokens", "select"
-    yield actvar.block, "add_normalize_route", "route"
+    yield actvar.sparse.block, "subset_attention", "attention"
+    yield from ((actvar.sparse.block, name, "ffn") for name in ("expert_ffn_scatter", "scatter_rows"))
+    yield actvar.sparse.selection, "select_tokens", "select"
+    yield actvar.sparse.block, "add_normalize_route", "route"
     of_model = sys.modules[getattr(type(var), "original_class", type(var)).__module__]
     yield of_model, "sample_with_top_k_top_p_", "sampling"
     vae = var.vae_proxy[0]

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
-from actvar.timing import interleaved_seconds, seconds_of
+from actvar.sampling.timing import interleaved_seconds, seconds_of
 from actvar_kernels import cpu, expert_ffn
 from benchmarks.operations import SIZES
 from benchmarks.sampling import DTYPES

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from actvar import ActVARConfig, GraphedSampling
-from actvar.patch import patched_silently
-from actvar.public_code import public_classes, public_twin
+from actvar.models.public_code import public_classes, public_twin
+from actvar.patching.patch import patched_silently
 from benchmarks.sampling import autocast, model
 
 ACTVAR = ActVARConfig(sampler="fast", decoder_dtype="bfloat16")

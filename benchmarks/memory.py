@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from actvar.config import ActVARConfig
 from actvar.flops import DENSE, without_weights
 from actvar.models.vqvae import Conv3x3
-from actvar.schedule import build_schedule
+from actvar.sparse.schedule import build_schedule
 from actvar_kernels import cpp_runs
 from actvar_kernels.conv3x3.cpu_kernel import tile_outputs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from actvar.files import replacing
+from actvar.utils.files import replacing
 from actvar_kernels.compile_check import LineParser
 from benchmarks import components, results
 from benchmarks.results import Result

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from actvar.timing import interleaved_seconds, seconds_of
+from actvar.sampling.timing import interleaved_seconds, seconds_of
 from actvar_kernels import cpu, expert_ffn, linear, sample_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.compile_cases import GUIDANCE, HEAD_DIM, TOP_K, TOP_P, VOCABULARY

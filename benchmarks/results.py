@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from actvar.files import replacing
+from actvar.utils.files import replacing
 from actvar_kernels import cpu
 from benchmarks.operations import SIZES
 

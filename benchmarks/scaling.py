@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from actvar.compare import Sampling
 from actvar.config import ActVARConfig
 from actvar.flops import DENSE, StepFlops, model_flops, total_flops
-from actvar.flops_report import shapes_of
 from actvar.models import build_vae_var
-from actvar.patch import patched_silently
-from actvar.timing import block_seconds
+from actvar.patching.patch import patched_silently
+from actvar.reports.compare import Sampling
+from actvar.reports.flops import shapes_of
+from actvar.sampling.timing import block_seconds
 from actvar_kernels.compile_cases import HEAD_DIM
 from actvar_kernels.compile_check import LineParser
 from benchmarks import results, sampling

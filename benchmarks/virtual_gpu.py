@@ -20,7 +20,7 @@ import torch
 
 from actvar import ActVARConfig
 from actvar.models.build import OFFICIAL_CHANNEL_MULTIPLIERS, skeleton
-from actvar.patch import patch_silently
+from actvar.patching.patch import patch_silently
 from actvar_kernels.backend import using_backend
 from actvar_kernels.compile_cases import MODELS
 from actvar_kernels.compile_check import LineParser

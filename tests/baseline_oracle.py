@@ -8,14 +8,14 @@ import torch
 from helpers import PATCH_NUMS, sample
 
 from actvar import baselines
-from actvar.adapter import save_adapter
 from actvar.baselines.static_pruning import fix_experts
 from actvar.config import ActVARConfig
 from actvar.distill import Stage2
 from actvar.evaluate.predictions import predictions
 from actvar.models import VAR
-from actvar.patch import patched_silently
-from actvar.tuned import tuned_parameters
+from actvar.patching.adapter import save_adapter
+from actvar.patching.patch import patched_silently
+from actvar.patching.weight_override import tuned_parameters
 
 STATIC = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=0.75)
 STARTS = [sum(side * side for side in PATCH_NUMS[:scale]) for scale in range(len(PATCH_NUMS))]

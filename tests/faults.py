@@ -27,16 +27,16 @@ from torch import nn
 
 import actvar
 from actvar import ActVARConfig
-from actvar.adapter import gate_parameters
 from actvar.config import KV_MODES
 from actvar.families.var import finetuned_names
-from actvar.files import replacing
-from actvar.gates import update
 from actvar.models import VAR, build_vae_var
-from actvar.patch import patch_silently
-from actvar.pictures import save_grid
-from actvar.training import Plan, fit, save_atomically
-from actvar.tuned import replace_parameters
+from actvar.patching.adapter import gate_parameters
+from actvar.patching.patch import patch_silently
+from actvar.patching.weight_override import replace_parameters
+from actvar.sparse.gates import update
+from actvar.training.loop import Plan, fit, save_atomically
+from actvar.utils.files import replacing
+from actvar.utils.pictures import save_grid
 from actvar_kernels import packing
 
 CONFIG = ActVARConfig(num_experts=8)

@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from actvar import ActVARConfig, AdapterError, CheckpointError, apply_patch, load_adapter, load_var, save_adapter
-from actvar.adapter import describe_adapter, gate_parameters
-from actvar.checkpoint import describe_checkpoint
 from actvar.models import VAR, build_vae_var
-from actvar.training import Plan, load_trained, save_atomically
+from actvar.models.checkpoint import describe_checkpoint
+from actvar.patching.adapter import describe_adapter, gate_parameters
+from actvar.training.loop import Plan, load_trained, save_atomically
 from actvar.zoo.fashion_mnist.data import read_idx
 
 MOST_GROWTH = 512 * 2**20

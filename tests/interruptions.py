@@ -22,12 +22,12 @@ from torch import nn
 import actvar
 from actvar import ActVARConfig
 from actvar.config import KV_MODES
-from actvar.patch import patch_silently
+from actvar.patching.patch import patch_silently
 from actvar_kernels import packing
 
 PACKAGES = (Path(actvar.__file__).parent, Path(packing.__file__).parent)
 TORCHS_MODES = (Path(torch.autograd.grad_mode.__file__), Path(torch.utils._contextlib.__file__))
-WITHOUT_SIGNALS = actvar.modes.__file__
+WITHOUT_SIGNALS = actvar.utils.modes.__file__
 """Between its lines Python handles no signal, so none is raised there."""
 Action = Callable[[nn.Module], object]
 
@@ -200,7 +200,7 @@ class Adapters:
                 pass
 
         def use_the_dense_one(var: nn.Module) -> None:
-            with actvar.patch.unpatched(var):
+            with actvar.patching.patch.unpatched(var):
                 pass
 
         return {

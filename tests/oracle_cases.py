@@ -1,7 +1,7 @@
 """Models, inputs and tolerances to compare the patched block with the float64 oracle.
 
 Tolerances are three times the largest error of the *dense* model against the oracle, with the same weights and in the
-same dtype, or, where that is more, the effect of weights that `actvar.verify_rounding.moved` changes: the first depends
+same dtype, or, where that is more, the effect of weights that `actvar.verify.rounding.moved` changes: the first depends
 on the order in which this processor adds, the second does not. In float64 models LayerNorm, scores and logits of an
 active scale are still in float32, so these are held to the error of the float32 dense model. Scores and logits have to
 agree within the tolerance, and every choice of the oracle has to be clear by more than twice of it: so the chosen
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import actvar
 from actvar import ActVARConfig
 from actvar.models import build_vae_var
-from actvar.recording import BlockRecord
-from actvar.verify_rounding import moved
+from actvar.sparse.state import BlockRecord
+from actvar.verify.rounding import moved
 
 PATCH_NUMS = (1, 2, 3, 4, 5)
 LENGTHS = [side * side for side in PATCH_NUMS]

@@ -21,8 +21,8 @@ from actvar import (
     remove_patch,
     save_adapter,
 )
-from actvar.adapter import describe_adapter, gate_parameters
 from actvar.models import VAR
+from actvar.patching.adapter import describe_adapter, gate_parameters
 
 CONFIG = ActVARConfig(token_rates=(0.5, 0.75), ffn_rate=0.5, num_experts=8)
 
@@ -116,7 +116,7 @@ def test_fields_that_differ_from_the_adapters_own_are_logged_in_one_line(
     adapter, tiny_var, caplog, load, message, fields
 ):
     load(tiny_var, replace(CONFIG, **fields), adapter)
-    lines = [r.getMessage() for r in caplog.records if r.name == "actvar.adapter"]
+    lines = [r.getMessage() for r in caplog.records if r.name == "actvar.patching.adapter"]
     assert lines == ([f"{adapter}: {message}"] if message else [])
 
 
@@ -240,7 +240,7 @@ def test_saving_replaces_the_old_file_only_when_complete(trained, adapter, monke
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("actvar.adapter.save_file", broken)
+    monkeypatch.setattr("actvar.patching.adapter.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(trained, adapter)
     assert adapter.read_bytes() == before

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import actvar
 from actvar import ActVARConfig, AdapterError, CheckpointError, load_adapter
-from actvar.adapter import gate_parameters
-from actvar.checkpoint import describe_checkpoint, load_var, read_tensors
-from actvar.patch import patch_silently
+from actvar.models.checkpoint import describe_checkpoint, load_var, read_tensors
+from actvar.patching.adapter import gate_parameters
+from actvar.patching.patch import patch_silently
 from actvar.zoo.fashion_mnist.data import load_split, read_idx
 
 NAN, INF = float("nan"), float("inf")

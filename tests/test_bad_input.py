@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 import actvar
 from actvar import ActVARConfig, apply_patch, load_adapter, patched, remove_patch
-from actvar.adapter import gate_parameters
 from actvar.config import KV_MODES, SAMPLERS
 from actvar.models import build_vae_var
 from actvar.models.arguments import checked_labels
-from actvar.patch import patch_silently
+from actvar.patching.adapter import gate_parameters
+from actvar.patching.patch import patch_silently
 from actvar_kernels.expert_ffn.op import SCHEDULES
 
 HIDDEN, SCALES, NUM_CLASSES, V = 256, 3, 5, 32

@@ -18,7 +18,7 @@ from actvar.baselines.fastvar import interpolated, pivotal_tokens
 from actvar.baselines.token_merging import Matching, destinations
 from actvar.flops import counted_flops, sampling_flops, total_flops
 from actvar.models import VAR
-from actvar.patch import DENSE, patched_silently
+from actvar.patching.patch import DENSE, patched_silently
 
 
 @pytest.fixture

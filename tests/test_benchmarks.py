@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from actvar import timing
 from actvar.config import ActVARConfig
 from actvar.models import build_vae_var
-from actvar.patch import DENSE, patched_silently
+from actvar.patching.patch import DENSE, patched_silently
+from actvar.sampling import timing
 from benchmarks import components, few_tokens, memory, plots, providers, results, sampling, scaling
 from benchmarks.providers import Case, WrongNumbersError
 from benchmarks.results import Shape

@@ -20,9 +20,9 @@ from helpers import make_tiny_var
 from safetensors.numpy import load_file
 
 from actvar import ActVARConfig, apply_patch, load_pretrained
-from actvar.bulk import SEEDS, Bulk, image_seed, sample_many, write_npz
 from actvar.cli import main
-from actvar.compare import Sampling
+from actvar.reports.compare import Sampling
+from actvar.sampling.shards import SEEDS, Bulk, image_seed, sample_many, write_npz
 
 SAMPLING = Sampling(tuple(range(10)), top_k=20, top_p=0.95, seed=3)
 
@@ -193,7 +193,7 @@ def test_a_number_that_takes_years_begins_with_its_first_shard(exact_var, tmp_pa
         return np.zeros((len(self.images_of(shard)), 4, 4, 1), np.uint8)
 
     monkeypatch.setattr(Bulk, "run", run)
-    monkeypatch.setattr("actvar.bulk._is_complete", lambda folder, bulk, shard: looked_at.append(shard))
+    monkeypatch.setattr("actvar.sampling.shards._is_complete", lambda folder, bulk, shard: looked_at.append(shard))
     with pytest.raises(KeyboardInterrupt):
         sample_many(exact_var, Bulk(SAMPLING, 10**12, 4), tmp_path)
     assert (looked_at, drawn) == ([0, 1], [0, 1])

@@ -15,12 +15,12 @@ from actvar.calibrate.clusters import balanced_kmeans, exchanged, expert_order, 
 from actvar.calibrate.curves import Curves, expert_outputs
 from actvar.calibrate.rates import blocks_flops, rates_under_budget
 from actvar.calibrate.ridge import NormalEquations, fitted
-from actvar.calibrate.samples import sampled_inputs
 from actvar.calibrate.sensitivity import divergence_per_block
 from actvar.cli import main
 from actvar.evaluate.divergence import divergence_by_scale, token_divergence
 from actvar.families.var import embedded, ffn_weights
 from actvar.flops import model_flops
+from actvar.sampling.token_maps import sampled_inputs
 
 CONFIG = ActVARConfig(num_experts=8)
 

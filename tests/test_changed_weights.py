@@ -17,7 +17,7 @@ from torch import nn
 import actvar
 from actvar import ActVARConfig, accelerate, apply_patch, refresh, release_cache, remove_patch
 from actvar.models import VAR
-from actvar.public_code import public_classes, public_twin
+from actvar.models.public_code import public_classes, public_twin
 from actvar_kernels import conv3x3, cpu, expert_ffn, linear, packing
 from actvar_kernels.checksums import checksums
 

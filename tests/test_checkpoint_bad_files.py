@@ -15,7 +15,7 @@ import torch
 from checkpoint_files import Tensors, tiny_pair, write
 from torch import Tensor, nn
 
-from actvar.checkpoint import CheckpointError, load_var, read_tensors
+from actvar.models.checkpoint import CheckpointError, load_var, read_tensors
 
 
 @pytest.fixture(scope="module")

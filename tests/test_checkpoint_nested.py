@@ -18,8 +18,8 @@ from checkpoint_files import Tensors, tiny_pair, write, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actvar.checkpoint import CheckpointError, describe_checkpoint, load_var
-from actvar.checkpoint_states import as_keys, state_dicts
+from actvar.models.checkpoint import CheckpointError, describe_checkpoint, load_var
+from actvar.models.checkpoint_states import as_keys, state_dicts
 
 KINDS = {"autoencoder": 0, "var": 1}
 

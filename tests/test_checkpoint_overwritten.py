@@ -17,9 +17,9 @@ from torch import nn
 
 import actvar
 from actvar import ActVARConfig, load_adapter, load_var, save_adapter
-from actvar.gates import update
-from actvar.patch import patch_silently
-from actvar.tuned import replace_parameters
+from actvar.patching.patch import patch_silently
+from actvar.patching.weight_override import replace_parameters
+from actvar.sparse.gates import update
 
 FORMS = [".pth", ".ckpt", ".safetensors", "before zip", "nested", "shards"]
 
@@ -78,7 +78,7 @@ def tuned_model(path: Path) -> tuple[nn.Module, Callable[[], list[torch.Tensor]]
     replace_parameters(other, {name: nn.Parameter(other.get_parameter(name) + 1, False) for name in names})
     save_adapter(other, path)
     load_adapter(var, path)
-    gates = actvar.adapter.gate_parameters(var)
+    gates = actvar.patching.adapter.gate_parameters(var)
     state = [*gates.values(), *(var.get_parameter(name) for name in names), var.blocks[1].actvar.places]
     return var, lambda: [tensor.detach().clone() for tensor in state]
 

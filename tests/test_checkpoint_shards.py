@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoint_files import Tensors, tiny_pair, write, write_shards
 
-from actvar.checkpoint import CheckpointError, describe_checkpoint, load_var, read_tensors
+from actvar.models.checkpoint import CheckpointError, describe_checkpoint, load_var, read_tensors
 
 SHARD = "model-00002-of-00003.safetensors"
 

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from actvar import ActVARConfig, apply_patch, save_adapter
-from actvar.adapter import describe_adapter
-from actvar.checkpoint import describe_checkpoint
 from actvar.cli import main
+from actvar.models.checkpoint import describe_checkpoint
+from actvar.patching.adapter import describe_adapter
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from actvar import ActVARConfig
 from actvar.config import share_of
-from actvar.schedule import build_schedule
+from actvar.sparse.schedule import build_schedule
 
 OFFICIAL = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 

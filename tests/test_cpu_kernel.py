@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actvar import ActVARConfig, accelerate, apply_patch, load_pretrained, remove_patch
-from actvar.patch import DENSE
+from actvar.patching.patch import DENSE
 from actvar_kernels import BackendUnavailableError, cpu, expert_ffn, linear, linear_once, packing, select_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.expert_ffn import cpu_kernel, reference

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from actvar.zoo.fashion_mnist import architecture
-from actvar.zoo.fashion_mnist.adversarial import AdversarialTraining, frozen
 from actvar.zoo.fashion_mnist.features import FeatureNet
-from actvar.zoo.fashion_mnist.train import split_scales
+from scripts.fashion_mnist.adversarial import AdversarialTraining, frozen
+from scripts.fashion_mnist.train import split_scales
 
 B = 4
 

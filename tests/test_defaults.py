@@ -10,12 +10,12 @@ import torch
 from helpers import make_tiny_var, sample
 
 from actvar import ActVARConfig, accelerate, apply_patch, load_adapter, save_adapter
-from actvar.adapter import read_adapter
 from actvar.calibrate import calibrate
 from actvar.distill.data import sampled_source
 from actvar.distill.run import Distillation, distill
 from actvar.models import VAR
-from actvar.public_code import public_classes, public_twin
+from actvar.models.public_code import public_classes, public_twin
+from actvar.patching.adapter import read_adapter
 from actvar_kernels import cpu
 from actvar_kernels.backend import using_backend
 

@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from actvar import ActVARConfig, apply_patch
-from actvar.adapter import gate_parameters
 from actvar.distill import Stage1
 from actvar.distill.losses import (
     balance_loss,
@@ -14,6 +13,7 @@ from actvar.distill.losses import (
     router_target,
     selector_target,
 )
+from actvar.patching.adapter import gate_parameters
 
 
 def normal(*shape, seed=0):
@@ -151,7 +151,7 @@ def test_each_loss_is_averaged_over_the_scales_where_its_gate_runs(tiny_var, bat
 
 def test_frozen_gates_are_no_straight_through_gates(tiny_var, batch, monkeypatch):
     calls = []
-    monkeypatch.setattr("actvar.teacher_forcing.straight_through", lambda scores: calls.append(scores) or scores)
+    monkeypatch.setattr("actvar.sparse.teacher_forcing.straight_through", lambda scores: calls.append(scores) or scores)
     apply_patch(tiny_var, ActVARConfig(num_experts=8))
     labels, inputs, _ = batch
     assert tiny_var(labels, inputs.requires_grad_()).requires_grad

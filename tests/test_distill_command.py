@@ -16,13 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from actvar import ActVARConfig, apply_patch, load_adapter, patched, read_adapter_config, remove_patch, save_adapter
-from actvar.adapter import describe_adapter, gate_parameters
 from actvar.calibrate import calibrate
 from actvar.cli import main
 from actvar.distill import data, run
 from actvar.distill.run import Distillation, distill
 from actvar.evaluate.divergence import divergence_by_scale
-from actvar.tuned import tuned_parameters
+from actvar.patching.adapter import describe_adapter, gate_parameters
+from actvar.patching.weight_override import tuned_parameters
 
 CONFIG = ActVARConfig(num_experts=8)
 SAMPLES = 48

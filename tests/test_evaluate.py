@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils import cpp_extension
 
 import actvar
-from actvar.bulk import Bulk
 from actvar.cli import main
 from actvar.evaluate.methods import Method, chosen_methods, methods_of
 from actvar.evaluate.precision_recall import precision_recall, radii
@@ -27,7 +26,8 @@ from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import ImageQuality, RealImages, real_images
 from actvar.evaluate.report import Mean, Report, save_quality_plot
 from actvar.evaluate.run import Evaluation, Parts, Result, evaluate, image_seconds
-from actvar.patch import DENSE, patched_silently, unpatched
+from actvar.patching.patch import DENSE, patched_silently, unpatched
+from actvar.sampling.shards import Bulk
 from actvar.zoo import load_feature_network, pretrained
 
 
@@ -353,7 +353,7 @@ def test_the_command_measures_the_bundled_model(images_folder, tmp_path, capsys)
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from actvar.bulk import Bulk
+from actvar.sampling.shards import Bulk
 from actvar.cli import main
 
 run, parts = Bulk.run, Path(sys.argv[-1]).with_suffix(".parts")

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import actvar
 import actvar_kernels
 from actvar import ActVARConfig, apply_patch, remove_patch
-from actvar.files import replacing
-from actvar.training import Plan, fit, load_trained
+from actvar.training.loop import Plan, fit, load_trained
+from actvar.utils.files import replacing
 from actvar_kernels import BackendUnavailableError, get_backend, set_backend
 from actvar_kernels.backend import using_backend
 
@@ -65,13 +65,13 @@ def test_an_interruption_at_any_moment_of_patching_and_loading_can_be_unpatched_
 
 
 def test_an_interrupted_load_that_is_not_taken_back_would_be_found(monkeypatch):
-    put = actvar.adapter._put
+    put = actvar.patching.adapter._put
 
     def only_forward(*arguments):
         if sys.exc_info()[0] is None:
             put(*arguments)
 
-    monkeypatch.setattr("actvar.adapter._put", only_forward)
+    monkeypatch.setattr("actvar.patching.adapter._put", only_forward)
     with pytest.raises(AssertionError, match="load another: fault"):
         interruptions.run_patching_faults(0, names=("load another",))
 
@@ -289,7 +289,7 @@ def test_the_soak_would_notice_a_leak(monkeypatch):
     monkeypatch.setattr(
         faults,
         "patch_silently",
-        lambda var, config: kept.append(actvar.patch.patch_silently(var, config) or var.blocks[0].actvar),
+        lambda var, config: kept.append(actvar.patching.patch.patch_silently(var, config) or var.blocks[0].actvar),
     )
     with pytest.raises(AssertionError, match="more objects"):
         faults.run_patching(5)

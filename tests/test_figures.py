@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from actvar import load_pretrained, record
-from actvar.compare import Sampling
-from actvar.figures import figure3, figure4, figure5, figure6, figures7and8
-from actvar.figures.__main__ import main
 from actvar.flops import model_flops, total_flops
+from actvar.reports.compare import Sampling
+from actvar.reports.figures import figure3, figure4, figure5, figure6, figures7and8
+from actvar.reports.figures.__main__ import main
 
 
 def rows_of(written: list[Path]) -> list[dict[str, str]]:

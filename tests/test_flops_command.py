@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from actvar import flops_report as report_module
 from actvar.cli import main
 from actvar.flops import MODULES
-from actvar.flops_report import MODEL_NAMES, decoder_flops, shapes_of
-from actvar.paper_tables import ROWS, reproduce
+from actvar.reports import flops as report_module
+from actvar.reports.flops import MODEL_NAMES, decoder_flops, shapes_of
+from actvar.reports.paper_tables import ROWS, reproduce
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from actvar import ActVARConfig, accelerate, load_pretrained
-from actvar.patch import patched_silently
+from actvar.patching.patch import patched_silently
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels import cpu, group_norm_silu, scatter_rows
 from actvar_kernels.backend import using_backend

@@ -19,12 +19,12 @@ from PIL import Image
 
 from actvar import ActVARConfig, record
 from actvar.cli import main
-from actvar.compare import Sampling
 from actvar.flops import total_flops
-from actvar.inspection import inspect_sample, save_page
-from actvar.inspection.page import explorer_data, page
-from actvar.patch import patched_silently
-from actvar.pictures import pixel_values
+from actvar.patching.patch import patched_silently
+from actvar.reports.compare import Sampling
+from actvar.reports.inspection import inspect_sample, save_page
+from actvar.reports.inspection.page import explorer_data, page
+from actvar.utils.pictures import pixel_values
 
 CONFIG = ActVARConfig(num_experts=8, token_rates=((0.5, 1.0), 0.75), ffn_rate=((1.0, 1.0), 0.5))
 SAMPLING = Sampling((3,), seed=5, top_k=20)

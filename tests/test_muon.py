@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from actvar.muon import Muon, orthogonalized
+from actvar.training.muon import Muon, orthogonalized
 
 SHAPES = ((48, 16), (16, 16), (16, 48))
 

@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 
 import actvar_kernels
 from actvar import ActVARConfig, accelerate, remove_patch
-from actvar.adapter import save_adapter
 from actvar.baselines import skip_last_scales, token_merging, without_guidance
-from actvar.bulk import Bulk
 from actvar.calibrate import calibrate
-from actvar.compare import Sampling
 from actvar.config import share_of
 from actvar.distill import data
 from actvar.distill.run import Distillation
 from actvar.evaluate.run import Evaluation
 from actvar.flops import counted_flops, model_flops
 from actvar.models import build_vae_var
-from actvar.patch import patch_silently
-from actvar.training import Plan
+from actvar.patching.adapter import save_adapter
+from actvar.patching.patch import patch_silently
+from actvar.reports.compare import Sampling
+from actvar.sampling.shards import Bulk
+from actvar.training.loop import Plan
 from actvar_kernels.backend import using_backend
 from actvar_kernels.checks import as_integer, as_number
 

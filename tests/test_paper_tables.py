@@ -9,9 +9,9 @@ import torch
 from helpers import make_tiny_var
 
 from actvar import ActVARConfig
-from actvar.adapter import describe_adapter
 from actvar.distill import run
 from actvar.distill.data import sampled_source
+from actvar.patching.adapter import describe_adapter
 from benchmarks.paper import measure as measure_module
 from benchmarks.paper import recipes
 from benchmarks.paper import train as training_module

@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from actvar import ActVARConfig, apply_patch, guided_rows, record
-from actvar.adapter import gate_parameters
 from actvar.distill.stage1 import Stage1
 from actvar.families import var as family
+from actvar.patching.adapter import gate_parameters
 
 RATES = dict(token_rates=(0.5, 0.75), ffn_rate=0.5, num_experts=8)
 CONFIGS = {

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from actvar import ActVARConfig, apply_patch, record
-from actvar.pictures import save_token_overlay
+from actvar.utils.pictures import save_token_overlay
 
 
 @pytest.mark.parametrize("ffn_rate", [1.0, 0.5], ids=["dense blocks", "blocks with experts alone"])

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_map
 from actvar import ActVARConfig, accelerate, apply_patch, load_adapter, remove_patch, save_adapter
 from actvar.models import VAR
 from actvar.models import var as var_module
-from actvar.plain_layers import why_called
-from actvar.public_code import public_classes, public_twin
+from actvar.models.public_code import public_classes, public_twin
+from actvar.utils.plain_layers import why_called
 
 LINEARS = ["attn.proj", "ffn.fc1", "ffn.fc2", "ada_lin.1"]
 CALLED = [*LINEARS, "attn", "ffn", "ada_lin", "ln_wo_grad"]
@@ -285,7 +285,7 @@ def test_one_line_names_what_is_not_fused_any_more(caplog: pytest.LogCaptureFixt
 def test_a_patch_with_reordered_units_comes_off_whatever_the_layers_have_become(tmp_path, name, wrap, caplog) -> None:
     config = ActVARConfig(num_experts=4)
     donor = apply_patch(make_tiny_var(), config)
-    from actvar.gates import update
+    from actvar.sparse.gates import update
 
     update(donor.blocks[0], torch.randperm(512, generator=torch.Generator().manual_seed(0)))
     save_adapter(donor, tmp_path / "adapter.safetensors")

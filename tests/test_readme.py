@@ -13,7 +13,7 @@ from test_public_var import build_public  # noqa: F401, a fixture
 
 from actvar import ActVARConfig, apply_patch, read_adapter_config, save_adapter
 from actvar.models import build_vae_var
-from actvar.patch import ActVARModel
+from actvar.patching.patch import ActVARModel
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)

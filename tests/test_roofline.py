@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from actvar import ActVARConfig
 from actvar.flops import model_flops
-from actvar.patch import patch_silently
+from actvar.patching.patch import patch_silently
 from actvar_kernels.backend import using_backend
 from actvar_kernels.compile_cases import Model
 from actvar_kernels.virtual import (

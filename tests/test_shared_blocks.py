@@ -24,7 +24,7 @@ from actvar import (
 )
 from actvar.models import VAR
 from actvar.models.var import TransformerBlock
-from actvar.patch import unpatched
+from actvar.patching.patch import unpatched
 
 CONFIG = ActVARConfig(token_rates=(0.5, 0.75), ffn_rate=0.5, num_experts=8)
 MESSAGE = r"(?s)patch.*call actvar\.remove_patch\(var\), .*then actvar\.apply_patch\(var, config\)"

@@ -8,7 +8,7 @@ from soak.__main__ import Part, soak
 from soak.drawing import run_samples
 from soak.killing import run_bulk_kills, run_evaluation_kills
 
-from actvar.bulk import Bulk
+from actvar.sampling.shards import Bulk
 
 
 @pytest.mark.slow

@@ -8,12 +8,12 @@ from helpers import make_tiny_var
 from torch.nn import functional as F
 
 from actvar import ActVARConfig, apply_patch, remove_patch
-from actvar.adapter import gate_parameters
 from actvar.distill import Stage2
 from actvar.distill.losses import block_loss, guided_loss, output_loss
 from actvar.families.var import finetuned_names
-from actvar.training import Plan, fit, run_in_processes
-from actvar.tuned import tuned_parameters
+from actvar.patching.adapter import gate_parameters
+from actvar.patching.weight_override import tuned_parameters
+from actvar.training.loop import Plan, fit, run_in_processes
 
 CONFIG = ActVARConfig(num_experts=8)
 BATCH = 4

@@ -12,11 +12,11 @@ from helpers import sample
 
 import actvar
 from actvar import baselines
-from actvar.adapter import read_adapter_config, save_adapter
 from actvar.baselines.static_pruning import fix_experts
 from actvar.config import ActVARConfig
 from actvar.flops import sampling_flops
-from actvar.patch import patched_silently
+from actvar.patching.adapter import read_adapter_config, save_adapter
+from actvar.patching.patch import patched_silently
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from actvar.training import Plan, batch_indices, fit, run_in_processes
+from actvar.training.loop import Plan, batch_indices, fit, run_in_processes
 
 DATA = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
 
@@ -147,7 +147,7 @@ DIES = """
 import sys
 import torch
 from pathlib import Path
-from actvar.training import Plan, fit, launched_processes, rank
+from actvar.training.loop import Plan, fit, launched_processes, rank
 
 def after(step):
     if step == 2 and rank() == 1:

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from actvar import ActVARConfig, AdapterError, apply_patch, load_adapter, patched, remove_patch, save_adapter
-from actvar.adapter import describe_adapter, gate_parameters
 from actvar.families.var import finetuned_names
-from actvar.patch import unpatched
-from actvar.tuned import replace_parameters, restore_parameters, tuned_parameters
+from actvar.patching.adapter import describe_adapter, gate_parameters
+from actvar.patching.patch import unpatched
+from actvar.patching.weight_override import replace_parameters, restore_parameters, tuned_parameters
 
 CONFIG = ActVARConfig(num_experts=8)
 CHANGED = ("head.weight", "blocks.0.attn.q_bias", "blocks.1.ffn.fc2.weight")

@@ -11,16 +11,16 @@ import pytest
 import torch
 from helpers import make_tiny_var
 
-import actvar.block
 import actvar.families.var
-import actvar.patch
-import actvar.selection
+import actvar.patching.patch
+import actvar.sparse.block
+import actvar.sparse.selection
 import actvar_kernels
 from actvar import ActVARConfig, apply_patch, save_adapter
 from actvar.cli import main
-from actvar.compare import Sampling
-from actvar.verify import Check, Report, available_backends, verify
-from actvar.verify_operations import OPERATIONS
+from actvar.reports.compare import Sampling
+from actvar.verify.operations import OPERATIONS
+from actvar.verify.run import Check, Report, available_backends, verify
 from actvar_kernels import BackendUnavailableError, backend, cpu, get_backend, normalize_modulate
 from actvar_kernels.backend import using_backend
 
@@ -86,7 +86,11 @@ def test_every_configuration_passes_in_every_dtype(config, layout):
 
 
 def test_every_operation_that_a_block_calls_is_compared():
-    called = {name for name in actvar_kernels.__all__ if hasattr(actvar.block, name) or hasattr(actvar.selection, name)}
+    called = {
+        name
+        for name in actvar_kernels.__all__
+        if hasattr(actvar.sparse.block, name) or hasattr(actvar.sparse.selection, name)
+    }
     assert set(OPERATIONS) == called - {"cpp_runs", "triton_runs"}
 
 
@@ -204,7 +208,7 @@ def break_backend(monkeypatch) -> Callable[[str, Callable], Callable]:
             return call
 
         for name in OPERATIONS:
-            caller = actvar.block if hasattr(actvar.block, name) else actvar.selection
+            caller = actvar.sparse.block if hasattr(actvar.sparse.block, name) else actvar.sparse.selection
             monkeypatch.setattr(caller, name, as_triton(getattr(caller, name)))
         monkeypatch.setattr(actvar.families.var, "normalize_modulate", as_triton(normalize_modulate))
 
@@ -259,14 +263,14 @@ def test_a_failure_is_one_line_and_exit_code_1(break_backend, files, monkeypatch
 
 
 def test_what_the_reference_gets_wrong_at_rates_of_1_is_found(monkeypatch):
-    right = actvar.block.subset_attention
+    right = actvar.sparse.block.subset_attention
 
     @functools.wraps(right)
     def wrong(*args, **kwargs):
         out, keys, values = right(*args, **kwargs)
         return nudged(out), keys, values
 
-    monkeypatch.setattr(actvar.block, "subset_attention", wrong)
+    monkeypatch.setattr(actvar.sparse.block, "subset_attention", wrong)
     failures = report_of(backends=["reference"]).failures
     assert {c.check for c in failures} <= {"rates 1, forced", "rates 1, forced, tokens"}
     assert (failures[0].what, failures[0].block, failures[0].scale) == ("output", 0, 2)
@@ -286,26 +290,26 @@ def change_a_weight(var):
     [(leave_an_attribute, "classes and attributes"), (change_a_weight, "state_dict tensors")],
 )
 def test_a_removal_that_leaves_something_is_found(change, what, monkeypatch):
-    remove = actvar.patch.take_off
+    remove = actvar.patching.patch.take_off
 
     def remove_badly(var):
         remove(var)
         change(var)
         return var
 
-    monkeypatch.setattr(actvar.patch, "take_off", remove_badly)
+    monkeypatch.setattr(actvar.patching.patch, "take_off", remove_badly)
     failures = report_of(backends=["reference"]).failures
     assert next((c.what, c.error) for c in failures if c.check == "removal") == (what, 1)
 
 
 def test_other_tokens_after_removal_are_found(monkeypatch):
-    remove = actvar.patch.take_off
+    remove = actvar.patching.patch.take_off
 
     def remove_badly(var):
         var.lvl_embed.weight.data.mul_(1.5)
         return remove(var)
 
-    monkeypatch.setattr(actvar.patch, "take_off", remove_badly)
+    monkeypatch.setattr(actvar.patching.patch, "take_off", remove_badly)
     failures = report_of(backends=["reference"]).failures
     assert {"state_dict tensors", "images", "tokens"} <= {c.what for c in failures if c.check == "removal"}
 
@@ -387,7 +391,7 @@ def test_the_public_class_gives_the_same_tokens(layout, public_var_folder: Path)
 
 @pytest.mark.public_var
 def test_a_public_class_that_differs_is_found(public_var_folder: Path, monkeypatch):
-    from actvar.public_code import public_classes
+    from actvar.models.public_code import public_classes
 
     VAR, _ = public_classes(public_var_folder)
     get_logits = VAR.get_logits

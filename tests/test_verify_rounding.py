@@ -1,4 +1,4 @@
-"""The tolerances of `actvar.verify`: above what rounding does in any order of the sums, below faults of real size."""
+"""The tolerances of `verify`: above what rounding does in any order of the sums, below faults of real size."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 import actvar.families.var
 from actvar import ActVARConfig, load_pretrained
-from actvar.compare import Sampling
-from actvar.verify import verify
-from actvar.verify_rounding import FACTOR, MOVES, UNIT, measured, moved, unmoved
+from actvar.reports.compare import Sampling
+from actvar.verify.rounding import FACTOR, MOVES, UNIT, measured, moved, unmoved
+from actvar.verify.run import verify
 from actvar_kernels import cpu
 
 CPP = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"the C++ kernels: {cpu.why_unavailable()}")

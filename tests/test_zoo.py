@@ -21,16 +21,16 @@ from actvar.baselines.static_pruning import fix_experts
 from actvar.distill import run
 from actvar.distill.recipes import RECIPES
 from actvar.evaluate.methods import methods_of
-from actvar.patch import patched_silently
+from actvar.patching.patch import patched_silently
 from actvar.zoo import load_feature_network
 from actvar.zoo.checksums import checked, save_checksums
-from actvar.zoo.fashion_mnist import train as zoo_train
-from actvar.zoo.fashion_mnist.adapters import STAGE2, STATIC, ship, train_adapter, train_static
 from actvar.zoo.fashion_mnist.data import load_split, read_idx
-from actvar.zoo.fashion_mnist.export import export
-from actvar.zoo.fashion_mnist.small import export_small, small_plan, train_small
-from actvar.zoo.fashion_mnist.train import Build, train
 from actvar.zoo.pretrained import WEIGHTS, bundled_adapters, weights_folder
+from scripts.fashion_mnist import train as zoo_train
+from scripts.fashion_mnist.adapters import STAGE2, STATIC, ship, train_adapter, train_static
+from scripts.fashion_mnist.export import export
+from scripts.fashion_mnist.small import export_small, small_plan, train_small
+from scripts.fashion_mnist.train import Build, train
 
 
 def agreement(var, seed: int) -> float:
@@ -227,7 +227,7 @@ def test_every_stage_runs_and_the_exported_files_load(images_folder, tmp_path, m
         assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(trained).items())
         ship(trained, name, tmp_path / "weights", "baseline")
         shipped = checked(tmp_path / "weights" / f"baseline-{name}.safetensors")
-        facts = actvar.adapter.describe_adapter(shipped)
+        facts = actvar.patching.adapter.describe_adapter(shipped)
         assert facts["dtypes"] == ["float16", "int32"]
         assert facts["changed weights"] > 0
         assert facts["training"]["recipe"] == asdict(RECIPES["best"]) | {"losses": ["output"]}

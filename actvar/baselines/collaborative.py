@@ -17,8 +17,8 @@ from torch import nn
 from actvar.baselines.replacing_methods import expect_last_scales, expect_var, with_methods
 from actvar.models import VAR
 from actvar.models.var import Condition
-from actvar.patch import DENSE, patched_silently
-from actvar.recording import shared_state
+from actvar.patching.patch import DENSE, patched_silently
+from actvar.sparse.state import shared_state
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from actvar.baselines.replacing_methods import expect_last_scales, expect_var, w
 from actvar.families import var as family
 from actvar.models.sampling import sample_top_k_top_p
 from actvar.models.var import Condition
-from actvar.patch import DENSE, patched_silently
+from actvar.patching.patch import DENSE, patched_silently
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from actvar.baselines.replacing_methods import expect_last_scales, expect_var, with_methods
-from actvar.patch import DENSE, patched_silently
+from actvar.patching.patch import DENSE, patched_silently
 
 
 @contextmanager

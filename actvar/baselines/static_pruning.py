@@ -17,16 +17,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from actvar.adapter import read_adapter_config
 from actvar.baselines.replacing_methods import expect_var, with_forwards
 from actvar.baselines.sublayers import scale_at
-from actvar.calibrate.samples import sampled_inputs
 from actvar.config import share_of
-from actvar.gates import update
-from actvar.patch import DENSE, patched_silently, unpatched
-from actvar.recording import shared_state
-from actvar.schedule import build_schedule
-from actvar.tuned import replace_parameters, tuned_parameters
+from actvar.patching.adapter import read_adapter_config
+from actvar.patching.patch import DENSE, patched_silently, unpatched
+from actvar.patching.weight_override import replace_parameters, tuned_parameters
+from actvar.sampling.token_maps import sampled_inputs
+from actvar.sparse.gates import update
+from actvar.sparse.schedule import build_schedule
+from actvar.sparse.state import shared_state
 
 IMAGES, BATCH = 16, 8
 # one expert, since the kernel pads every expert's units to the processor's vectors

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from actvar.block import ActVARBlock, attend, kernels_run, state_of
 from actvar.families import var as family
-from actvar.schedule import Scale
+from actvar.sparse.block import ActVARBlock, attend, kernels_run, state_of
+from actvar.sparse.schedule import Scale
 from actvar_kernels import normalize_modulate
 
 Pick = Callable[[torch.Tensor], torch.Tensor]

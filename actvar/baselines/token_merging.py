@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from actvar.baselines.replacing_methods import expect_var, with_forwards
 from actvar.baselines.sublayers import Sublayers, rows_of, scale_at
-from actvar.patch import DENSE, patched_silently
+from actvar.patching.patch import DENSE, patched_silently
 
 
 @contextmanager

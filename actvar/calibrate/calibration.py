@@ -12,14 +12,14 @@ from tqdm import tqdm
 from actvar.calibrate.fit import HELD_OUT, Batch, BlockFit, fit_block
 from actvar.calibrate.rates import expect_budget, rates_under_budget
 from actvar.calibrate.report import Report, report_of
-from actvar.calibrate.samples import sampled_inputs
 from actvar.calibrate.sensitivity import divergence_per_block
 from actvar.config import ActVARConfig
 from actvar.families import family_of, unwrapped
-from actvar.gates import update
 from actvar.models.arguments import SEEDS, checked_finite, checked_integer
-from actvar.patch import patch_silently, remove_patch
-from actvar.schedule import Scale, build_schedule
+from actvar.patching.patch import patch_silently, remove_patch
+from actvar.sampling.token_maps import sampled_inputs
+from actvar.sparse.gates import update
+from actvar.sparse.schedule import Scale, build_schedule
 
 BATCH = 8
 

@@ -13,7 +13,7 @@ from actvar.calibrate.clusters import expert_order
 from actvar.calibrate.curves import Curves, expert_outputs
 from actvar.calibrate.ridge import NormalEquations, fitted
 from actvar.families import var as family
-from actvar.schedule import Scale
+from actvar.sparse.schedule import Scale
 from actvar_kernels.token_select.reference import NORM_EPS
 
 CLUSTERED_TOKENS = 4096

@@ -12,7 +12,7 @@ from actvar.calibrate.sensitivity import FFN_RATE, TOKEN_RATE
 from actvar.config import ActVARConfig, share_of
 from actvar.families import family_of
 from actvar.flops import block_flops
-from actvar.schedule import Scale, build_schedule
+from actvar.sparse.schedule import Scale, build_schedule
 
 TOKEN_RATES = tuple(sixteenths / 16 for sixteenths in range(8, 17))
 LEAST_FFN_RATE = 0.25

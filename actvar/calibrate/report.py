@@ -9,8 +9,8 @@ from torch import nn
 from actvar.calibrate.curves import Curves
 from actvar.calibrate.rates import blocks_flops
 from actvar.config import ActVARConfig
-from actvar.patch import DENSE
-from actvar.schedule import Scale
+from actvar.patching.patch import DENSE
+from actvar.sparse.schedule import Scale
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from actvar.config import ActVARConfig
 from actvar.evaluate.divergence import token_divergence
 from actvar.families import family_of, unwrapped
-from actvar.schedule import build_schedule
+from actvar.sparse.schedule import build_schedule
 
 TOKEN_RATE, FFN_RATE = 0.75, 0.5
 """Rates that are tried, one of them below 1 in one block."""

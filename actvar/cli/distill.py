@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 
 import actvar
-from actvar.adapter import read_adapter_config
-from actvar.checkpoint import usable_device
 from actvar.cli.options import (
     adapter_of,
     add_source,
@@ -26,7 +24,9 @@ from actvar.cli.options import (
 from actvar.distill.data import GUIDANCE, source_of
 from actvar.distill.recipes import RECIPES
 from actvar.distill.run import Distillation, distill
-from actvar.training import launched_processes, rank
+from actvar.models.checkpoint import usable_device
+from actvar.patching.adapter import read_adapter_config
+from actvar.training.loop import launched_processes, rank
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER, WHERE_FROM
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from actvar.checkpoint import usable_device
 from actvar.cli.options import (
     DTYPES,
     add_draw,
@@ -21,6 +20,7 @@ from actvar.cli.options import (
     positive,
     write_json,
 )
+from actvar.models.checkpoint import usable_device
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 
 

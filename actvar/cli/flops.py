@@ -7,7 +7,7 @@ from pathlib import Path
 
 import actvar
 from actvar.cli.options import add_rates, describe, expect_file, positive, with_rates, write_json
-from actvar.flops_report import AGREEMENT, MODEL_NAMES, flops_report, save_plot
+from actvar.reports.flops import AGREEMENT, MODEL_NAMES, flops_report, save_plot
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import actvar
-from actvar.adapter import describe_adapter
-from actvar.checkpoint import describe_checkpoint
+from actvar.models.checkpoint import describe_checkpoint
+from actvar.patching.adapter import describe_adapter
 from actvar_kernels import cpu, get_backend
 from actvar_kernels.sampling import cpu_kernel
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 import actvar
-from actvar.adapter import read_adapter_config
-from actvar.checkpoint import usable_device
-from actvar.files import replacing
 from actvar.models import VAR, VQVAE
-from actvar.patch import warn_untrained
+from actvar.models.checkpoint import usable_device
+from actvar.patching.adapter import read_adapter_config
+from actvar.patching.patch import warn_untrained
+from actvar.utils.files import replacing
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import WEIGHTS, adapter_path, bundled_adapters
 

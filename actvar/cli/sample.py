@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from actvar.bulk import Bulk, sample_many, write_npz
 from actvar.cli.options import (
     MOST_AT_ONCE,
     add_draw,
@@ -27,9 +26,10 @@ from actvar.cli.options import (
     positive,
     warn_without_adapter,
 )
-from actvar.compare import Sampling, compare, save_pictures
-from actvar.patch import patched_silently
-from actvar.pictures import save_grid
+from actvar.patching.patch import patched_silently
+from actvar.reports.compare import Sampling, compare, save_pictures
+from actvar.sampling.shards import Bulk, sample_many, write_npz
+from actvar.utils.pictures import save_grid
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:

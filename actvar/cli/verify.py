@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import actvar
-from actvar.adapter import read_adapter_config
 from actvar.cli.options import (
     DTYPES,
     adapter_of,
@@ -21,8 +20,9 @@ from actvar.cli.options import (
     with_rates,
     write_json,
 )
-from actvar.compare import Sampling
-from actvar.verify import verify
+from actvar.patching.adapter import read_adapter_config
+from actvar.reports.compare import Sampling
+from actvar.verify.run import verify
 from actvar_kernels.backend import BACKENDS
 
 

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from actvar.distill.image_folder import find_images
 from actvar.distill.images import load_image
-from actvar.files import replacing
 from actvar.models import VAR, VQVAE
 from actvar.models.arguments import checked_integer
-from actvar.training import SEEDS, barrier, rank, world_size
+from actvar.training.loop import SEEDS, barrier, rank, world_size
+from actvar.utils.files import replacing
 from actvar.zoo.fashion_mnist.data import load_labels, load_split
 
 BATCH = 64
@@ -89,7 +89,7 @@ def sampled_source(var: VAR, samples: int, seed: int) -> Source:
 
     Raises:
         TypeError, ValueError: samples that are no integer of at least 1, a seed that is none of
-            `actvar.training.SEEDS`.
+            `actvar.training.loop.SEEDS`.
     """
     samples = checked_integer("samples", samples, 1)
     seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1])

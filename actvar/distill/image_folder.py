@@ -15,8 +15,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from actvar.distill.images import check_image
-from actvar.files import replacing
-from actvar.training import rank, world_size
+from actvar.training.loop import rank, world_size
+from actvar.utils.files import replacing
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 SHOWN = 10

@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 import actvar
-from actvar.adapter import save_adapter
 from actvar.calibrate import calibrate
 from actvar.config import ActVARConfig
 from actvar.distill.data import GUIDANCE, Source, cached_tokens, digest, teacher_inputs
 from actvar.distill.recipes import RECIPES, Recipe
 from actvar.distill.stage1 import Stage1
 from actvar.distill.stage2 import Stage2
-from actvar.files import replacing
 from actvar.models import VAR, VQVAE
 from actvar.models.arguments import checked_finite, checked_integer
-from actvar.patch import load_adapter, patch_silently, unpatched
-from actvar.pictures import save_loss_plot
-from actvar.training import SEEDS, Plan, barrier, fit, rank
+from actvar.patching.adapter import save_adapter
+from actvar.patching.patch import load_adapter, patch_silently, unpatched
+from actvar.training.loop import SEEDS, Plan, barrier, fit, rank
+from actvar.utils.files import replacing
+from actvar.utils.pictures import save_loss_plot
 
 EPOCHS = {1: 2.0, 2: 10.0}
 CALIBRATION_IMAGES = 64
@@ -38,7 +38,7 @@ class Distillation:
         epochs: passes over the token maps; None for the paper's 2 and 10.
         batch: token maps per step, over all processes.
         lr: peak learning rate, after a warm-up over 2 % of the steps; None for the recipe's.
-        accumulate, ema, clip, seed: see `actvar.training.Plan`.
+        accumulate, ema, clip, seed: see `actvar.training.loop.Plan`.
         bf16: compute in bfloat16 by autocast; weights stay float32.
         cfg: guidance strength of the loss `guided`.
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from actvar.adapter import gate_parameters
 from actvar.distill.losses import (
     balance_loss,
     distillation_loss,
@@ -18,7 +17,8 @@ from actvar.distill.losses import (
 )
 from actvar.distill.stage import Stage
 from actvar.families import family_of
-from actvar.recording import BlockRecord, record, shared_state
+from actvar.patching.adapter import gate_parameters
+from actvar.sparse.state import BlockRecord, record, shared_state
 
 DISTILLATION_WEIGHT, BALANCE_WEIGHT = 0.05, 0.01
 

@@ -13,9 +13,9 @@ from actvar.distill.data import GUIDANCE
 from actvar.distill.losses import block_loss, guided_loss, output_loss
 from actvar.distill.stage import Stage
 from actvar.families import family_of
-from actvar.patch import unpatched
-from actvar.recording import shared_state
-from actvar.tuned import replace_parameters, tuned_parameters
+from actvar.patching.patch import unpatched
+from actvar.patching.weight_override import replace_parameters, tuned_parameters
+from actvar.sparse.state import shared_state
 
 LOSSES = ("cls", "block", "output", "guided")
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from actvar.patch import DENSE, patched_silently
-from actvar.recording import shared_state
+from actvar.patching.patch import DENSE, patched_silently
+from actvar.sparse.state import shared_state
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from pathlib import Path
 from torch import nn
 
 from actvar import baselines
-from actvar.adapter import read_adapter_config
 from actvar.baselines.static_pruning import SCORES
-from actvar.fingerprint import model_fingerprint
-from actvar.patch import DENSE, patched_silently, unpatched
+from actvar.patching.adapter import read_adapter_config
+from actvar.patching.patch import DENSE, patched_silently, unpatched
+from actvar.utils.fingerprint import model_fingerprint
 from actvar.zoo.pretrained import adapter_path, bundled_adapters, bundled_baselines, load_pretrained
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def _trained(name: str, path: Path) -> Method:
 @contextmanager
 def _unwarned() -> Iterator[None]:
     """Without the warning that an adapter is used at other rates than it was trained for."""
-    adapter_logger = logging.getLogger("actvar.adapter")
+    adapter_logger = logging.getLogger("actvar.patching.adapter")
     before, adapter_logger.disabled = adapter_logger.disabled, True
     try:
         yield

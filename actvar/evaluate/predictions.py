@@ -8,11 +8,11 @@ from contextlib import nullcontext
 import torch
 
 from actvar.evaluate.divergence import token_divergence
-from actvar.fingerprint import fingerprint
 from actvar.models import VAR
 from actvar.models.sampling import guided
-from actvar.per_sample import forget
-from actvar.recording import guided_rows
+from actvar.sparse.block_cache import forget
+from actvar.sparse.state import guided_rows
+from actvar.utils.fingerprint import fingerprint
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Labels `[B]` and inputs `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`."""

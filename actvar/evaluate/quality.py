@@ -15,8 +15,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 from actvar.evaluate.precision_recall import precision_recall, radii
-from actvar.files import replacing
-from actvar.fingerprint import fingerprint
+from actvar.utils.files import replacing
+from actvar.utils.fingerprint import fingerprint
 
 BATCH = 500
 NEIGHBOURS = 3

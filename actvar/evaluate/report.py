@@ -14,7 +14,7 @@ from scipy import stats
 
 from actvar.evaluate.quality import METRICS
 from actvar.evaluate.run import Evaluation, Result
-from actvar.pictures import COLOURS, save_figure
+from actvar.utils.pictures import COLOURS, save_figure
 
 DENSE = "dense"
 TITLES = {"fid": "FID", "is": "IS", "precision": "precision", "recall": "recall", "agreement": "wanted class"}

@@ -15,17 +15,17 @@ import torch
 from tqdm import tqdm
 
 import actvar
-from actvar.bulk import Bulk, read_images, sample_many, write_npz
-from actvar.compare import Sampling
 from actvar.evaluate.methods import Method
 from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import FEWEST_IMAGES, ImageQuality
-from actvar.files import replacing
-from actvar.fingerprint import model_fingerprint
 from actvar.flops import sampling_flops
 from actvar.models import VAR
 from actvar.models.arguments import SEEDS, checked_draw, checked_integer
-from actvar.timing import seconds_of
+from actvar.reports.compare import Sampling
+from actvar.sampling.shards import Bulk, read_images, sample_many, write_npz
+from actvar.sampling.timing import seconds_of
+from actvar.utils.files import replacing
+from actvar.utils.fingerprint import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def image_seconds(var: VAR, methods: Sequence[Method], how: Evaluation) -> list[
 
 def write_samples(var: VAR, methods: Sequence[Method], how: Evaluation, folder: Path) -> list[Path]:
     """`<method>-seed<n>.npz` in `folder` for OpenAI's evaluator, of every method and seed; resumes, see
-    `actvar.bulk.sample_many`."""
+    `actvar.sampling.shards.sample_many`."""
     written = []
     for method in methods:
         for seed in how.seeds:
@@ -204,7 +204,7 @@ def write_samples(var: VAR, methods: Sequence[Method], how: Evaluation, folder: 
 
 def sampled_images(var: VAR, bulk: Bulk, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The images `[N, C, H, W]` in [0, 1], in steps of 1 / 255, and labels `[N]` of `bulk`; those that `folder` has are
-    not drawn again, see `actvar.bulk.sample_many`."""
+    not drawn again, see `actvar.sampling.shards.sample_many`."""
     sample_many(var, bulk, folder)
     pixels, labels = read_images(folder, bulk)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels)

@@ -7,7 +7,7 @@ from types import ModuleType
 from torch import nn
 
 from actvar.families import var
-from actvar.wrappers import unwrapped
+from actvar.utils.wrappers import unwrapped
 
 __all__ = ["family_of", "family_of_patched", "unwrapped"]
 

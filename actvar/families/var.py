@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from actvar.mixing import own_class
 from actvar.models.var import VAR, FeedForward, HeadNorm, SelfAttention, TransformerBlock
-from actvar.plain_layers import is_ordinary, why_called, why_not_by_class
-from actvar.wrappers import unwrapped
+from actvar.utils.class_swap import own_class
+from actvar.utils.plain_layers import is_ordinary, why_called, why_not_by_class
+from actvar.utils.wrappers import unwrapped
 from actvar_kernels import (
     cpp_runs,
     expert_ffn,

@@ -9,7 +9,7 @@ import torch
 from actvar.models.arguments import SEEDS, checked_integer
 from actvar.models.var import HEAD_DIM, VAR
 from actvar.models.vqvae import OFFICIAL_CHANNEL_MULTIPLIERS, VQVAE
-from actvar.modes import inference_mode
+from actvar.utils.modes import inference_mode
 
 OFFICIAL_PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 

@@ -18,7 +18,7 @@ from actvar.models.arguments import by_one_thread, checked_draw, checked_integer
 from actvar.models.quantizer import uninitialised_embedding
 from actvar.models.sampling import Randomness, by_image, generators, guided, gumbel_softmax, sample_top_k_top_p
 from actvar.models.vqvae import VQVAE
-from actvar.modes import no_grad
+from actvar.utils.modes import no_grad
 from actvar_kernels.subset_attention.reference import attend
 
 HEAD_DIM = 64

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.models.quantizer import VectorQuantizer
-from actvar.plain_layers import is_plain
+from actvar.utils.plain_layers import is_plain
 from actvar_kernels import add_residual, conv3x3, cpp_runs, group_norm_silu, triton_runs
 from actvar_kernels.backend import needs_torch
 from actvar_kernels.cpu_memory import reused_memory

@@ -6,8 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from actvar.checkpoint import CheckpointError
-from actvar.files import replacing
+from actvar.models.checkpoint import CheckpointError
+from actvar.utils.files import replacing
 
 TABLE = "sha256.json"
 

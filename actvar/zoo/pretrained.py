@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from actvar.checkpoint import load_var
 from actvar.models import VAR, VQVAE
-from actvar.patch import load_adapter
+from actvar.models.checkpoint import load_var
+from actvar.patching.patch import load_adapter
 from actvar.zoo.checksums import checked
 from actvar.zoo.fashion_mnist.features import FeatureNet
 

@@ -10,7 +10,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from actvar.figures import FIGURES
+from actvar.reports.figures import FIGURES
 from benchmarks.paper.measure import load_measured, measure_all, save_measured
 from benchmarks.paper.page import write_page
 from benchmarks.paper.train import add_arguments

@@ -16,8 +16,8 @@ from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import ImageQuality
 from actvar.evaluate.run import Evaluation, Result, evaluate
 from actvar.models import VAR
-from actvar.patch import unpatched
-from actvar.pictures import save_table
+from actvar.patching.patch import unpatched
+from actvar.utils.pictures import save_table
 from actvar.zoo.pretrained import load_pretrained
 from benchmarks.paper.train import adapter_file, runs_in_order
 from benchmarks.paper.trainings import MAIN, SEEDS, TRAININGS

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from actvar.evaluate.report import Mean
-from actvar.pictures import COLOURS, save_figure
+from actvar.utils.pictures import COLOURS, save_figure
 from benchmarks.paper.measure import DENSE, Measured
 from benchmarks.paper.published import TABLES, Claim, Line, Table
 from benchmarks.paper.recipes import STEPS as RECIPE_STEPS
@@ -47,7 +47,7 @@ FIGURES = """## Figures
 | Figure 6: updated tokens per block | [figure6.png](paper/figure6.png) |
 | Figures 7 and 8: samples side by side | [figure7.png](paper/figure7.png), [figure8.png](paper/figure8.png) |
 
-(`python -m actvar.figures`)
+(`python -m actvar.reports.figures`)
 """
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from actvar.adapter import read_adapter_config, save_adapter
 from actvar.calibrate import calibrate
 from actvar.calibrate.rates import blocks_flops
 from actvar.config import ActVARConfig
@@ -24,8 +23,9 @@ from actvar.distill.recipes import RECIPES, Recipe
 from actvar.distill.run import CALIBRATION_IMAGES, distill
 from actvar.evaluate.bundled import batches_of_test_images
 from actvar.evaluate.divergence import divergence_by_scale
-from actvar.patch import DENSE, load_adapter, remove_patch
-from actvar.pictures import save_table
+from actvar.patching.adapter import read_adapter_config, save_adapter
+from actvar.patching.patch import DENSE, load_adapter, remove_patch
+from actvar.utils.pictures import save_table
 from actvar.zoo.pretrained import adapter_path, load_pretrained
 from benchmarks.paper.train import add_arguments, prepare_tokens, stage_of
 from benchmarks.paper.trainings import ACTVAR

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from actvar.adapter import read_adapter_config, save_adapter
 from actvar.baselines.static_pruning import fix_experts, wanda_units
-from actvar.checkpoint import usable_device
 from actvar.distill.data import Source, cached_tokens, fashion_mnist_source
 from actvar.distill.recipes import Recipe
 from actvar.distill.run import Distillation, distill
-from actvar.patch import load_adapter, patch_silently
-from actvar.training import barrier, launched_processes, rank, world_size
+from actvar.models.checkpoint import usable_device
+from actvar.patching.adapter import read_adapter_config, save_adapter
+from actvar.patching.patch import load_adapter, patch_silently
+from actvar.training.loop import barrier, launched_processes, rank, world_size
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 from actvar.zoo.pretrained import load_pretrained
 from actvar_kernels import cpu

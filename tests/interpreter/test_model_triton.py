@@ -6,10 +6,11 @@ import pytest
 import torch
 from helpers import make_tiny_var
 
-from actvar import ActVARConfig, apply_patch, load_pretrained, remove_patch, selection
+from actvar import ActVARConfig, apply_patch, load_pretrained, remove_patch
 from actvar.models import VAR, VQVAE
 from actvar.models.sampling import guided
 from actvar.models.var import Condition
+from actvar.sparse import selection
 from actvar_kernels.backend import using_backend
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from actvar import load_pretrained
-from actvar.bulk import Bulk
-from actvar.compare import Sampling
+from actvar.reports.compare import Sampling
+from actvar.sampling.shards import Bulk
 
 MOST_GROWTH = 8 * 2**20
 """Bytes. The K/V cache of a batch has more; tensors that stay behind are counted apart."""

@@ -20,15 +20,15 @@ from torch import nn
 from tqdm import tqdm
 
 from actvar import load_pretrained
-from actvar.bulk import Bulk, sample_many
-from actvar.compare import Sampling
 from actvar.evaluate.methods import chosen_methods, methods_of
 from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import ImageQuality, real_images
 from actvar.evaluate.run import Evaluation, Parts, evaluate
+from actvar.reports.compare import Sampling
+from actvar.sampling.shards import Bulk, sample_many
 
 IMPORTED_ONCE = [
-    "actvar.bulk",
+    "actvar.sampling.shards",
     "actvar.evaluate.bundled",
     "actvar.evaluate.methods",
     "actvar.evaluate.run",

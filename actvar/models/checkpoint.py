@@ -1,0 +1,264 @@
+"""Load VAR and its autoencoder from official or own checkpoints; every size is read off the tensors.
+
+Files are never trusted: pickles are read as weights only, and sizes that do not fit together are an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from actvar.models import checkpoint_sizes as sizes_of
+from actvar.models.checkpoint_files import CheckpointError, PathLike, fail, read_file
+from actvar.models.checkpoint_sizes import DERIVED, HIT_COUNTS
+from actvar.models.checkpoint_states import KIND_NAMES, StateDict, as_keys, choose, expect_found, state_dicts
+from actvar.models.var import VAR
+from actvar.models.vqvae import VQVAE
+from actvar.utils.files import read_mapped
+from actvar.utils.modes import inference_mode
+
+__all__ = ["CheckpointError", "describe_checkpoint", "load_var", "read_tensors", "usable_device"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NOT_FINITE_BY_DESIGN = ("attn_bias_for_masking", HIT_COUNTS)
+
+logger = logging.getLogger(__name__)
+
+
+@inference_mode(False)  # weights of an inference tensor's kind could not be trained, nor checked for changes
+def load_var(
+    var_checkpoint: PathLike,
+    vae_checkpoint: PathLike,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    key: str | Sequence[str] | None = None,
+) -> tuple[VQVAE, VAR]:
+    """Load a transformer and its autoencoder in eval mode, without gradients.
+
+    Weights are read into memory, so that the files may be written to afterwards.
+
+    The weights may be nested in what a training run saved, as in the public trainer's
+    `{"trainer": {"var_wo_ddp": ..., "vae_local": ...}}`, which may be given as both files. Prefixes that all their
+    names share, such as `module.` and `_orig_mod.`, are taken off, and what stands beside is not read. The buffers
+    `lvl_1L`, `attn_bias_for_masking`, `zero_k_bias` and `ema_vocab_hit_SV` may be left out.
+
+    Args:
+        var_checkpoint: transformer as `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors`; sharded safetensors as their
+            folder or their `.safetensors.index.json`; or a file on the hub as `owner/repo:file.pth` or
+            `owner/repo@revision:file.pth`. A leading `~` is the home folder.
+        vae_checkpoint: autoencoder, in the same formats. It may have been trained with other patch_nums than the
+            transformer's, which are the ones used; its codebook hit counts are then zeros `[S, V]`.
+        device: where both models go.
+        dtype: floating dtype of the transformer's parameters and buffers (`lvl_1L` stays int64); the autoencoder is
+            float32. Files of another precision are converted.
+        key: which state dict to load where a file has several of the same kind: its keys joined by dots, such as
+            `"ema"` or `"trainer.var_wo_ddp"`, or the first of them. It holds for both files; several keys may be given.
+
+    Returns:
+        `(vae, var)`, with `vae` also at `var.vae_proxy[0]`.
+
+    Raises:
+        CheckpointError: a file that is damaged, of the wrong kind, incomplete, of inconsistent sizes, or holds values
+            that are not finite in `dtype`; a pickle with Python objects, which are never loaded; several state dicts
+            to choose from, all of which the message names; or two files that do not belong together.
+        FileNotFoundError: no such file, here or on the hub.
+        ImportError: a hub id without `huggingface_hub` installed.
+        ValueError: a `device` that this torch cannot use.
+        TypeError: a `dtype` that is not a floating one of 16 to 64 bits, or a `key` that is not a string.
+    """
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    device = usable_device(device)
+    keys = as_keys(key)
+    var_states = _states_of_kind(var_checkpoint, sizes_of.VAR_KIND)
+    vae_states = _states_of_kind(vae_checkpoint, sizes_of.AUTOENCODER_KIND)
+    expect_found(f"{var_checkpoint} and {vae_checkpoint}", keys, [*var_states, *vae_states])
+    var_state = _chosen(var_checkpoint, var_states, keys)
+    vae_state = _chosen(vae_checkpoint, vae_states, keys)
+    del var_states, vae_states
+    var_sizes = _sizes(var_checkpoint, var_state)
+    vae_sizes = _sizes(vae_checkpoint, vae_state)
+    try:
+        vae, var = sizes_of.pair_skeleton(var_sizes, vae_sizes)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{var_checkpoint} with {vae_checkpoint}: {error}") from error
+    vae_tensors = vae_state.tensors
+    if HIT_COUNTS in vae_tensors and vae_tensors[HIT_COUNTS].shape != vae.quantize.ema_vocab_hit_SV.shape:
+        del vae_tensors[HIT_COUNTS]
+    _assign(vae_checkpoint, vae, vae_tensors, device, torch.float32)
+    _assign(var_checkpoint, var, var_state.tensors, device, dtype)
+    logger.info(
+        "loaded %s%s (%s) and %s%s (%s)",
+        *(var_checkpoint, _place(var_state), var_sizes),
+        *(vae_checkpoint, _place(vae_state), vae_sizes),
+    )
+    return vae, var
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        ValueError: this torch cannot put tensors with values there.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition(". ")[0]  # torch goes on with all that it knows of its devices
+        raise ValueError(f"device: expected cpu or cuda, as this torch can use it, got {device!r}: {reason}") from error
+    if found.type == "meta":
+        raise ValueError("device: expected one with memory, got 'meta'")
+    return found
+
+
+def describe_checkpoint(path: PathLike, key: str | Sequence[str] | None = None) -> dict[str, object]:
+    """Describe what a checkpoint holds; `path` and `key` are those of `load_var`.
+
+    Returns:
+        `kind` (`"var"` or `"autoencoder"`), `key` (where in the file it is, empty for the top level), its sizes under
+        the names of `build_vae_var` (a transformer also has `heads`, an autoencoder the `scales` it was trained with,
+        None where the file does not tell), `parameters` (their number, without buffers), `bytes` (of all tensors),
+        `dtypes` (name -> number of tensors) and `not_finite` (names of weights that hold NaN or infinity, with which
+        no model is loaded). Values are JSON-compatible.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ImportError, TypeError: as in `load_var`, except that values which are not
+            finite are no error.
+    """
+    state = _read_state(path, key)
+    sizes, tensors = _sizes(path, state), state.tensors
+    is_var = state.kind == sizes_of.VAR_KIND
+    try:
+        module = sizes_of.var_skeleton(sizes) if is_var else sizes_of.autoencoder_skeleton(sizes)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    expected = module.state_dict()
+    if HIT_COUNTS in tensors:
+        expected[HIT_COUNTS] = tensors[HIT_COUNTS]
+    _check(path, expected, tensors)
+    return {
+        "kind": state.kind,
+        "key": state.key,
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in vars(sizes).items()},
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "dtypes": dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())),
+        "not_finite": [
+            name for name, tensor in tensors.items() if _must_be_finite(name, tensor) and not _finite(tensor)
+        ],
+    }
+
+
+def read_tensors(path: PathLike, key: str | Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Read the tensors of the state dict in a file; `path` and `key` are those of `load_var`.
+
+    Returns:
+        name -> tensor on the CPU, in the file's shapes and dtypes, with the model's names. They are mapped from the
+        file where its format allows: copy what is kept before anyone may write to the file.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ImportError, TypeError: as in `load_var`.
+    """
+    return _read_state(path, key).tensors
+
+
+def _read_state(path: PathLike, key: str | Sequence[str] | None) -> StateDict:
+    keys, states = as_keys(key), state_dicts(path, read_file(path))
+    expect_found(path, keys, states)
+    return _chosen(path, states, keys)
+
+
+def _states_of_kind(path: PathLike, kind: str) -> list[StateDict]:
+    """Read the state dicts of one kind, of which there must be one or more."""
+    states = state_dicts(path, read_file(path))
+    of_kind = [state for state in states if state.kind == kind]
+    if not of_kind:
+        hint = "; the order is load_var(var_checkpoint, vae_checkpoint)"
+        fail(path, KIND_NAMES[kind], KIND_NAMES[states[0].kind] + hint)
+    return of_kind
+
+
+def _chosen(path: PathLike, states: Sequence[StateDict], keys: Sequence[str]) -> StateDict:
+    state = choose(path, states, keys)
+    _check_plain(path, state.tensors)
+    return state
+
+
+def _place(state: StateDict) -> str:
+    return f" under `{state.key}`" if state.key else ""
+
+
+def _check_plain(path: PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """Reject what has no memory of its own size behind it: a small file could claim any shape."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            fail(path, f"`{name}` as a plain tensor", f"{tensor.layout} {tensor.dtype} on {tensor.device}")
+        stored = tensor.untyped_storage().nbytes()
+        if stored < tensor.nbytes:
+            fail(path, f"{tensor.nbytes} bytes for `{name}` of shape {tuple(tensor.shape)}", f"{stored} bytes")
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    storages = {storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, tensors.values())}
+    if total > sum(storages.values()):
+        fail(path, f"{total} bytes for its tensors together", f"{sum(storages.values())} bytes")
+
+
+def _sizes(path: PathLike, state: StateDict) -> sizes_of.VarSizes | sizes_of.AutoencoderSizes:
+    try:
+        return (sizes_of.var_sizes if state.kind == sizes_of.VAR_KIND else sizes_of.autoencoder_sizes)(state.tensors)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check(path: PathLike, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Check names, shapes and kinds of numbers; one error names the first few that differ."""
+    missing = [name for name in expected if name not in found and not name.endswith(DERIVED)]
+    unexpected = [name for name in found if name not in expected]
+    if missing or unexpected:
+        fail(
+            path,
+            f"{len(expected)} tensors",
+            f"{len(found)}: {len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}",
+        )
+    for name, meta in expected.items():
+        if name not in found:
+            continue
+        if found[name].shape != meta.shape:
+            fail(path, f"`{name}` of shape {tuple(meta.shape)}", f"{tuple(found[name].shape)}")
+        if meta.is_floating_point() and not found[name].is_floating_point():
+            fail(path, f"`{name}` with floating point values", f"{found[name].dtype}")
+
+
+def _assign(
+    path: PathLike, module: nn.Module, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype
+) -> None:
+    """Read the weights of the meta `module` into memory, one at a time; empties `tensors`."""
+    expected = module.state_dict()
+    _check(path, expected, tensors)
+    missing = expected.keys() - tensors.keys()
+    values = {}
+    for name, meta in expected.items():
+        target = dtype if meta.is_floating_point() else meta.dtype
+        if name in missing:
+            values[name] = torch.zeros(meta.shape, device=device, dtype=target)
+            continue
+        values[name] = read_mapped(tensors.pop(name), device, target)
+        if _must_be_finite(name, meta) and not _finite(values[name]):
+            low, high = (bound.item() for bound in values[name].aminmax())
+            fail(path, f"finite values of `{name}` in {target}", f"a range of [{low}, {high}]")
+    module.requires_grad_(False)
+    module.load_state_dict(values, assign=True)
+    if isinstance(module, VAR) and missing:
+        module.init_buffers()
+
+
+def _must_be_finite(name: str, tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not name.endswith(NOT_FINITE_BY_DESIGN)
+
+
+def _finite(tensor: Tensor) -> bool:
+    low, high = (tensor if tensor.dtype in DTYPES else tensor.float()).aminmax()  # 8-bit types have no `aminmax`
+    return bool(low.isfinite() and high.isfinite())

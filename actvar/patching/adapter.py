@@ -1,0 +1,287 @@
+"""Adapter files: selectors, routers and changed weights in safetensors, the configuration as JSON in the metadata.
+
+`actvar.patching.patch.load_adapter` loads them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from actvar.config import EXECUTION_FIELDS, ActVARConfig
+from actvar.families import family_of, unwrapped
+from actvar.patching.weight_override import replace_parameters, restore_parameters, tuned_parameters
+from actvar.sparse.gates import update
+from actvar.sparse.state import shared_state
+from actvar.utils.files import read_mapped, replacing
+from actvar.utils.modes import no_grad
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "actvar-adapter"
+VERSION = "1"
+WEIGHTS = "weights."
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class AdapterError(ValueError):
+    """An adapter file that cannot be read, or does not fit the model; the model is unchanged."""
+
+
+def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object] | None = None) -> None:
+    """Write selectors, routers and changed weights of a patched model, under a temporary name first.
+
+    Tensors `blocks.<i>.selector.weight` `[1, C]`, `.selector.bias` `[1]`, `.router.weight` `[N, C]`, `.router.bias`
+    `[N]`, where hidden units were reordered for the experts `.order` `[D]` int32, and `weights.<name>` for each changed
+    weight under its name in the model's `state_dict`, hidden units in that order; all in their own dtype; metadata:
+    format, version, the model's sizes, the configuration, and `training`.
+
+    Args:
+        training: how the adapter was made, JSON-compatible; for `describe_adapter`.
+
+    Raises:
+        ValueError: the model is not patched, or what is saved has values that are not finite.
+        OSError: the file cannot be written; an older one is as it was.
+    """
+    var = unwrapped(var)
+    config = shared_state(var).config
+    metadata = {"format": FORMAT, "version": VERSION, "model": json.dumps(_sizes(var)), "config": config.to_json()}
+    metadata["training"] = json.dumps(dict(training or {}))
+    parameters = gate_parameters(var) | {WEIGHTS + name: weight for name, weight in tuned_parameters(var).items()}
+    for name, parameter in parameters.items():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name}: expected finite values, got some that are not; nothing was written to {path}")
+    tensors = {name: parameter.detach().contiguous() for name, parameter in parameters.items()}
+    for index, block in enumerate(var.blocks):
+        if block.actvar.order is not None:
+            tensors[f"blocks.{index}.order"] = block.actvar.order.int().contiguous()
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+class Adapter(NamedTuple):
+    """What an adapter file holds.
+
+    Args:
+        path: the file.
+        sizes: those of the model that it was made for, as `_sizes` gives them.
+        config: what the model was patched with when the file was saved.
+        training: how it was made.
+        tensors: all tensors of the file by name, as `save_adapter` describes them.
+    """
+
+    path: Path
+    sizes: dict[str, object]
+    config: ActVARConfig
+    training: object
+    tensors: dict[str, torch.Tensor]
+
+    def expect_made_for(self, model: nn.Module) -> None:
+        """Raise AdapterError unless the adapter was made for the sizes of `model`."""
+        if self.sizes != _sizes(model):
+            raise AdapterError(f"{self.path}: made for a model with {self.sizes}, this one has {_sizes(model)}")
+
+
+@no_grad
+def put_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Bring an adapter into a patched model, all of it or, after any exception, nothing.
+
+    Raises:
+        AdapterError: the adapter does not fit the model; names the file, what was expected and what came.
+        ValueError: the model is not patched, or its blocks are not those that were patched.
+    """
+    config, path, tensors = shared_state(model).config, adapter.path, dict(adapter.tensors)
+    adapter.expect_made_for(model)
+    if adapter.config.num_experts != config.num_experts:
+        raise AdapterError(
+            f"{path}: made for num_experts={adapter.config.num_experts}, the model is patched with "
+            f"{config.num_experts}; patch it with ActVARConfig(num_experts={adapter.config.num_experts})"
+        )
+    orders = [tensors.pop(f"blocks.{index}.order", None) for index in range(len(model.blocks))]
+    _check_orders(path, model, orders)
+    gates = gate_parameters(model)
+    missing = sorted(gates.keys() - tensors.keys())
+    if missing:
+        raise AdapterError(f"{path}: expected the gates of {len(model.blocks)} blocks, missing: {missing[:4]}")
+    changeable = {WEIGHTS + name: name for name in family_of(model).finetuned_names(model)}
+    unknown = sorted(tensors.keys() - gates.keys() - changeable.keys())
+    if unknown:
+        raise AdapterError(f"{path}: expected gates and weights of attention, FFN and head, got also: {unknown[:4]}")
+    for name, gate in gates.items():
+        tensors[name] = _checked(path, name, tensors[name], gate).to(gate.device)
+    weights = {}
+    for stored in tensors.keys() & changeable.keys():
+        own = model.get_parameter(changeable[stored])
+        weight = _checked(path, stored, tensors[stored], own).to(own.device)
+        weights[changeable[stored]] = nn.Parameter(weight, requires_grad=False)
+    differences = _differences(adapter.config, config)
+    if differences:
+        logger.warning("%s: %s", path, "; ".join(differences))
+    gates_before = {name: gate.clone() for name, gate in gates.items()}
+    orders_before = [unwrapped(block).actvar.places.clone() for block in model.blocks]
+    weights_before = tuned_parameters(model)
+    try:
+        _put(model, tensors, orders, weights)
+    except BaseException:
+        _put(model, gates_before, orders_before, weights_before)
+        raise
+
+
+def _differences(trained: ActVARConfig, used: ActVARConfig) -> list[str]:
+    """Return a clause per field that differs, except those of the execution."""
+    clauses = []
+    for name in (field.name for field in fields(ActVARConfig) if field.name not in EXECUTION_FIELDS):
+        before, now = getattr(trained, name), getattr(used, name)
+        if before != now:
+            texts = _short(before), _short(now)
+            before, now = texts if texts[0] != texts[1] else (before, now)
+            clauses.append(f"{name}: trained with {before}, used with {now}")
+    return clauses
+
+
+def _short(value: object) -> str:
+    """Return a field of a configuration as text, with the range of rates that every block has its own of."""
+    if not isinstance(value, tuple):
+        return str(value)
+    parts = [f"{min(part):g} to {max(part):g} by block" if isinstance(part, tuple) else str(part) for part in value]
+    return f"({', '.join(parts)})"
+
+
+def _put(
+    model: nn.Module,
+    gates: Mapping[str, torch.Tensor],
+    orders: Sequence[torch.Tensor | None],
+    weights: Mapping[str, nn.Parameter],
+) -> None:
+    """Bring what has been checked into the model."""
+    restore_parameters(model)
+    for index, block in enumerate(model.blocks):
+        values = {parameter: gates[name] for name, parameter in _gates_of(block, index).items()}
+        update(unwrapped(block), orders[index], values)
+    replace_parameters(model, weights)
+
+
+def _checked(path: str | Path, name: str, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return the values of `found` in the dtype of `expected`, read into memory."""
+    if found.shape != expected.shape:
+        raise AdapterError(f"{path}: {name}: expected shape {list(expected.shape)}, got {list(found.shape)}")
+    if found.dtype not in DTYPES:
+        raise AdapterError(f"{path}: {name}: expected floating-point values of {DTYPES}, got {found.dtype}")
+    converted = read_mapped(found, "cpu", expected.dtype)
+    if not converted.isfinite().all():
+        raise AdapterError(f"{path}: {name}: expected finite values in {expected.dtype}")
+    return converted
+
+
+def _check_orders(path: str | Path, model: nn.Module, orders: list[torch.Tensor | None]) -> None:
+    for index, (block, order) in enumerate(zip(model.blocks, orders, strict=True)):
+        if order is None:
+            continue
+        hidden = block.ffn.fc1.out_features
+        if order.shape != (hidden,) or order.is_floating_point():
+            found = f"shape {list(order.shape)} in {order.dtype}"
+            raise AdapterError(f"{path}: blocks.{index}.order: expected {hidden} integers, got {found}")
+        if not torch.equal(order.long().sort().values, torch.arange(hidden, device="cpu")):
+            raise AdapterError(f"{path}: blocks.{index}.order: expected each of 0 ... {hidden - 1} once")
+
+
+def read_adapter_config(path: str | Path) -> ActVARConfig:
+    """Return the configuration of an adapter, which `load_adapter` patches an unpatched model with.
+
+    Raises:
+        FileNotFoundError, AdapterError: as `read_adapter`.
+    """
+    return read_adapter(path).config
+
+
+def describe_adapter(path: str | Path) -> dict[str, object]:
+    """Return model sizes, configuration, training, parameter counts and dtypes of an adapter file.
+
+    `parameters` counts gates and changed weights, `changed weights` the latter alone; `not_finite` names the tensors
+    that hold NaN or infinity, with which no adapter is loaded.
+
+    Raises:
+        FileNotFoundError, AdapterError: as `read_adapter`.
+    """
+    adapter = read_adapter(path)
+    tensors = adapter.tensors
+    return {
+        "kind": "adapter",
+        **adapter.sizes,
+        "config": adapter.config,
+        "training": adapter.training,
+        "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
+        "changed weights": sum(t.numel() for name, t in tensors.items() if name.startswith(WEIGHTS)),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+        "not_finite": [name for name, t in tensors.items() if t.dtype in DTYPES and not t.isfinite().all()],
+    }
+
+
+def gate_parameters(var: nn.Module) -> dict[str, nn.Parameter]:
+    """Selector and router parameters of a patched model by their name in an adapter file."""
+    blocks = enumerate(var.blocks)
+    return {name: parameter for index, block in blocks for name, parameter in _gates_of(block, index).items()}
+
+
+def _gates_of(block: nn.Module, index: int) -> dict[str, nn.Parameter]:
+    return {
+        f"blocks.{index}.{gate}.{name}": parameter
+        for gate in ("selector", "router")
+        for name, parameter in getattr(block.actvar, gate).named_parameters()
+    }
+
+
+def _sizes(var: nn.Module) -> dict[str, object]:
+    fc1 = var.blocks[0].ffn.fc1
+    return {
+        "depth": len(var.blocks),
+        "width": fc1.in_features,
+        "hidden": fc1.out_features,
+        "patch_nums": list(var.patch_nums),
+    }
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read an adapter file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        AdapterError: it is no adapter, or a damaged one.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such adapter file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # of any kind, since the header is untrusted
+        raise AdapterError(f"{path}: expected a safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+        found = f"format {metadata.get('format')!r} version {metadata.get('version')!r}"
+        raise AdapterError(f"{path}: expected an ActVAR adapter ({FORMAT!r} version {VERSION!r}), got {found}")
+    try:
+        sizes, config = _sizes_from(metadata["model"]), ActVARConfig.from_json(metadata["config"])
+        return Adapter(path, sizes, config, json.loads(metadata.get("training", "{}")), tensors)
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{path}: its metadata is damaged: {error}") from error
+
+
+def _sizes_from(text: str) -> dict[str, object]:
+    """The model's sizes as `_sizes` gives them, from JSON."""
+    sizes = json.loads(text)
+    if not isinstance(sizes, dict) or sorted(sizes) != ["depth", "hidden", "patch_nums", "width"]:
+        raise ValueError(f"expected the sizes of a model, got {text[:200]!r}")
+    sides = sizes["patch_nums"] if isinstance(sizes["patch_nums"], list) else [None]
+    if not all(type(number) is int for number in (sizes["depth"], sizes["width"], sizes["hidden"], *sides)):
+        raise ValueError(f"expected sizes that are integers, got {text[:200]!r}")
+    return sizes

@@ -1,0 +1,392 @@
+"""Patch a model in place, and take the patch off again. Knows no model family."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from actvar.config import ActVARConfig
+from actvar.families import family_of, family_of_patched, unwrapped
+from actvar.models.arguments import checked_labels, one_thread
+from actvar.models.sampling import sample_guided
+from actvar.patching.adapter import AdapterError, put_adapter, read_adapter
+from actvar.patching.weight_override import replace_parameters, restore_parameters, tuned_parameters
+from actvar.sparse.block import ActVARBlock
+from actvar.sparse.block_cache import forget
+from actvar.sparse.called_layers import begin_head, expect_readable, log_called
+from actvar.sparse.gates import Gates, restore_order, update
+from actvar.sparse.passes import Pass
+from actvar.sparse.schedule import build_schedule
+from actvar.sparse.state import Shared, is_patched, shared_state
+from actvar.utils.class_swap import Mixed, mix_in, unmix
+from actvar_kernels import cpu_memory, sample_tokens
+from actvar_kernels.packing import drop
+
+logger = logging.getLogger(__name__)
+
+DENSE = ActVARConfig(token_rates=(1, 1), ffn_rate=1)
+
+
+class ActVARModel(nn.Module):
+    """Mixed into the class of a patched model, in front of it."""
+
+    def forward(self, label_B, x_BLCv_wo_first_l, *args, **kwargs):
+        """Run teacher forcing as the model itself does.
+
+        Raises:
+            ValueError: the blocks are not those that were patched.
+        """
+        if not torch.compiler.is_compiling():
+            shared_state(self)
+            return super().forward(label_B, x_BLCv_wo_first_l, *args, **kwargs)
+        try:  # one graph holds the whole pass
+            self.actvar.traced = Pass(self.actvar.rows_are_guided)
+            return super().forward(label_B, x_BLCv_wo_first_l, *args, **kwargs)
+        finally:
+            self.actvar.traced = None
+
+    def autoregressive_infer_cfg(self, B, label_B, *args, **kwargs):
+        """As the model's own, with labels as `actvar.models.VAR.autoregressive_infer_cfg` takes them and its errors for
+        them; also a ValueError if the blocks are not those that were patched. When it ends, also by an exception, the
+        K/V caches are empty."""
+        shared_state(self)
+        family = family_of_patched(self)
+        loop_is_ours = family.loop_is_ours(self)
+        if not loop_is_ours:
+            label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
+        # a sampling loop of another make, or a hook, may still need a block's input when the block has run
+        watched = any(b._forward_hooks or b._forward_pre_hooks for b in (*self.blocks, *_blocks(self)))
+        in_place = loop_is_ours and not watched
+        with one_thread(self), self.actvar.during(rows_are_guided=True, reuses_room=True, writes_in_place=in_place):
+            try:
+                return super().autoregressive_infer_cfg(B, label_B, *args, **kwargs)
+            finally:
+                for block in _blocks(self):
+                    family.drop_cache(block)
+                    forget(block)
+
+    def decode(self, f_hat):
+        """As `actvar.models.VAR.decode`, in the precision of the configuration."""
+        dtype = self.actvar.config.decoder_dtype
+        if dtype is None:
+            return super().decode(f_hat)
+        with torch.autocast(f_hat.device.type, getattr(torch, dtype)):
+            return super().decode(f_hat).float()
+
+    def get_logits(self, x, cond_BD):
+        """As the model's own, where kernels run by them."""
+        scales = self.actvar.schedule
+        if x.shape[1] in (scales[0].tokens, scales[-1].start + scales[-1].tokens):  # a sample or a pass begins
+            begin_head(self, self.actvar)
+        logits = family_of_patched(self).head_logits(self, x, cond_BD)
+        if logits is None:
+            return super().get_logits(x, cond_BD)
+        ours = self.actvar.rows_are_guided and family_of_patched(self).has_draw_and_decode(self)
+        return logits if ours else logits.float()
+
+    def next_tokens(self, scale, inputs, condition, guidance, *sampling):
+        """As `actvar.models.VAR.next_tokens`; where kernels draw, guidance before the head saves half of it."""
+        if self.actvar.config.sampler == "torch":
+            return super().next_tokens(scale, inputs, condition, guidance, *sampling)
+        x = self.run_blocks(scale, inputs, condition)
+        logits = family_of_patched(self).head_logits(self, x, condition.embedded, guidance)
+        if logits is None:
+            return self.draw(self.get_logits(x, condition.embedded), guidance, *sampling, scale)
+        return self.draw(logits, None, *sampling, scale)
+
+    def draw(self, logits, guidance, top_k, top_p, rng, scale):
+        """As `actvar.models.VAR.draw`, by the sampler of the configuration."""
+        if self.actvar.config.sampler == "torch":
+            if family_of_patched(self).draw_is_ours(self):
+                return sample_guided(logits, guidance, top_k, top_p, rng)
+            return super().draw(logits, guidance, top_k, top_p, rng, scale)
+
+        def drawn(logits, seed):
+            return sample_tokens(logits, guidance, top_k, top_p, seed=seed, step=scale)
+
+        if rng is None:
+            seed = self.actvar.seed
+            return drawn(logits, torch.randint(2**62, (1,), device=logits.device) if seed is None else seed)
+        if isinstance(rng, torch.Generator):
+            return drawn(logits, rng.initial_seed())
+        B = len(rng)
+        return torch.cat([drawn(logits[b::B], generator.initial_seed()) for b, generator in enumerate(rng)])
+
+
+def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module:
+    """Make the last scales of a VAR sparse, in place; returns `var`.
+
+    The classes of `var` and its blocks are swapped for subclasses, and each block gets a selector and a router.
+    Parameters and `state_dict` stay as they are; an adapter may reorder hidden units of the FFN, in place. A model that
+    is patched already is re-patched with fresh gates. Active scales are computed as in eval mode: without dropout and
+    stochastic depth.
+
+    Args:
+        var: `actvar.models.VAR`, or an instance of the public VAR class; the model or its blocks may be inside
+            `torch.compile`'s wrapper.
+        config: the default is the paper's.
+
+    Layers that are more than their weight (LoRA, hooks, parametrisations, quantised weights) are called as the dense
+    model calls them; a logged line names what is not fused for that.
+
+    Raises:
+        TypeError: a model of an unsupported kind, or a layer that is more than its weight where the configuration's
+            experts or selectors have to read it.
+        ValueError: a configuration that does not fit the model, or a block whose `forward` was replaced on the
+            instance, which the patch could not reach. The model is unchanged in every case.
+        RuntimeError: another thread is sampling from the model.
+
+    An interruption (Ctrl-C) on the way leaves the model unpatched.
+    """
+    config = ActVARConfig() if config is None else config
+    patch_silently(var, config)
+    refresh(var)
+    warn_untrained(config)
+    return var
+
+
+def accelerate(var: nn.Module) -> nn.Module:
+    """The dense model on the kernels, in place; returns `var`. `remove_patch` undoes it.
+
+    Results are the dense model's to rounding. It is `apply_patch` with rates of 1; to change other fields of the
+    configuration too, call that.
+
+    Raises:
+        TypeError: a model of an unsupported kind.
+    """
+    return apply_patch(var, DENSE)
+
+
+def warn_untrained(config: ActVARConfig, advice: str = "load trained ones with actvar.load_adapter(var, path)") -> None:
+    """Say that a model is used without an adapter, and what to do, unless every rate is 1."""
+    if config.is_sparse:
+        logger.warning("selectors and routers are untrained: %s", advice)
+
+
+def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
+    """`apply_patch` without the warning, for callers that load an adapter next."""
+    model = unwrapped(var)
+    family = family_of(model)
+    if not isinstance(config, ActVARConfig):
+        raise TypeError(f"config: expected an ActVARConfig, got {type(config).__name__}")
+    if config.blocks not in (None, len(model.blocks)):
+        raise ValueError(f"token_rates, ffn_rate: the model has {len(model.blocks)} blocks, got {config.blocks} rates")
+    schedules = tuple(build_schedule(config, model.patch_nums, block) for block in range(len(model.blocks)))
+    if family.hidden_size(model) % config.num_experts:
+        raise ValueError(
+            f"num_experts: expected a divisor of the FFN's hidden size {family.hidden_size(model)}, "
+            f"got {config.num_experts}"
+        )
+    for name, value, default in (("sampler", config.sampler, "torch"), ("decoder_dtype", config.decoder_dtype, None)):
+        if value != default and not family.has_draw_and_decode(model):
+            raise ValueError(
+                f"{name}: {value!r} needs actvar.models.VAR, whose sampling loop it is part of, got "
+                f"{type(model).__name__}; load the checkpoint with actvar.load_var, or use {name}={default!r}"
+            )
+    for index, block in enumerate(_blocks(model)):
+        if "forward" in block.__dict__:
+            raise ValueError(f"expected blocks[{index}] with its class's forward, got one replaced on the instance")
+    shared, width, hidden = Shared(config, schedules), family.width(model), family.hidden_size(model)
+    shared.called = [family.parts_called(block) for block in _blocks(model)]
+    shared.head_called = family.head_called(model)
+    for index, called in enumerate(shared.called):
+        expect_readable(index, called, schedules[index], config.kv)
+    gates = [
+        Gates(width, hidden, config.num_experts, index, shared, block.attn.q_bias.device)
+        for index, block in enumerate(_blocks(model))
+    ]
+    with one_thread(model):
+        _install(model, shared, gates)
+    log_called(shared)
+
+
+def _install(model: nn.Module, shared: Shared, gates: list[Gates]) -> None:
+    """Put a patch in the place of any other."""
+    try:
+        take_off(model)
+        for block, of_block in zip(_blocks(model), gates, strict=True):
+            block.actvar = of_block.train(block.training)
+            mix_in(block, ActVARBlock)
+        model.actvar = shared
+        mix_in(model, ActVARModel)
+    except BaseException:
+        take_off(model)
+        raise
+
+
+def remove_patch(var: nn.Module) -> nn.Module:
+    """Undo `apply_patch`, bit for bit; returns `var`. An unpatched VAR is left as it is.
+
+    Also takes off what an interrupted `apply_patch` or `remove_patch` left behind, and the patch of any block, which
+    may have come from another model or be wrapped. It works whatever has become of the layers since. Where an FFN with
+    reordered hidden units was wrapped or quantised, these stay in that order, which is logged; the FFN computes the
+    same sum in it.
+
+    Raises:
+        TypeError: a model of an unsupported kind.
+        RuntimeError: another thread is sampling from the model.
+    """
+    take_off(var)
+    refresh(var)
+    return var
+
+
+def take_off(var: nn.Module) -> None:
+    """Do as `remove_patch`, but keep packed copies, which a sample checks anyway, for the next patch."""
+    model = unwrapped(var)
+    if not is_patched(model):
+        family_of(model)
+    with one_thread(model):
+        restore_parameters(model)
+        for module in list(model.modules()):
+            if "actvar" in module._modules:
+                restore_order(module)
+            if isinstance(module, Mixed):
+                unmix(module)
+            if "actvar" in module.__dict__ or "actvar" in module._modules:
+                del module.actvar
+
+
+def refresh(module: nn.Module) -> None:
+    """Drop the packed copies that kernels keep of the weights in `module`, a model or any part of one.
+
+    A sample of a patched model, and `fhat_to_img` of an autoencoder, find changed weights themselves. Direct calls of
+    `actvar_kernels.linear`, `expert_ffn` and `conv3x3` find changes that PyTorch counts or that move the weight. After
+    others (through `.data`, by fused optimizers, through NumPy) call this before them.
+    """
+    drop(parameter for part in module.modules() for parameter in part._parameters.values() if parameter is not None)
+
+
+def release_cache(var: nn.Module) -> None:
+    """Give back memory that a patched model keeps from one sample for the next.
+
+    That is the K/V cache, on the CPU packed copies of weights, and what the decoder used, of which the process keeps up
+    to 1 GiB.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    shared_state(var)
+    for block in _blocks(unwrapped(var)):
+        block.actvar.kept.room = None
+    refresh(var)
+    cpu_memory.release()
+
+
+@contextmanager
+def unpatched(var: nn.Module) -> Iterator[nn.Module]:
+    """The dense model with its own weights for the duration of the context.
+
+    A patch that was there before is put back afterwards, with its gates and weights: the same objects.
+
+    Raises:
+        TypeError: a model of an unsupported kind.
+        ValueError: the blocks are not those that were patched.
+    """
+    model = unwrapped(var)
+    before = shared_state(model) if is_patched(model) else None
+    family_of(model)
+    gates = [block.actvar for block in _blocks(model)] if before is not None else []
+    orders = [of_block.places.clone() for of_block in gates]
+    weights = tuned_parameters(model)
+    try:
+        take_off(model)
+        yield var
+    finally:
+        take_off(model)
+        if before is not None:
+            _install(model, before, gates)
+            for block, order in zip(_blocks(model), orders, strict=True):
+                update(block, order)
+            replace_parameters(model, weights)
+
+
+def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
+    """Load selectors, routers and changed weights of an adapter, in place; returns `var`.
+
+    A model that is not patched is patched with the adapter's own configuration. A patched one keeps its configuration:
+    rates, scales or a K/V mode that differ from the adapter's own are logged in one line.
+
+    The FFN's hidden units are brought into the adapter's order, and changed weights, those of stage 2 of the
+    distillation, take the place of the model's own. `remove_patch` takes both back. The model's own weights stay in
+    memory until then. Everything is read into memory, so the file may be written to afterwards.
+
+    Args:
+        var: as in `apply_patch`.
+        path: a file of `save_adapter`, made for the model's sizes and, if it is patched, its number of experts.
+
+    Raises:
+        FileNotFoundError: no such file.
+        TypeError: a model of an unsupported kind.
+        AdapterError: not an adapter, or one that does not fit the model; names the file, what was expected and what
+            came.
+        ValueError: the blocks are not those that were patched.
+        RuntimeError: another thread is sampling from the model.
+
+    After an exception or Ctrl-C on the way the model is as it was, patched or not.
+    """
+    load_silently(var, path)
+    refresh(var)
+    return var
+
+
+def load_silently(var: nn.Module, path: str | Path) -> None:
+    """Do as `load_adapter`, but keep packed copies, which a sample checks anyway."""
+    model = unwrapped(var)
+    if is_patched(model):
+        put_adapter(model, read_adapter(path))
+        return
+    family_of(model)
+    adapter = read_adapter(path)
+    adapter.expect_made_for(model)
+    try:
+        try:
+            patch_silently(model, adapter.config)
+        except ValueError as error:
+            raise AdapterError(f"{path}: {error}") from error
+        put_adapter(model, adapter)
+    except BaseException:
+        take_off(model)
+        raise
+
+
+@contextmanager
+def patched(
+    var: nn.Module, config: ActVARConfig | None = None, adapter: str | Path | None = None
+) -> Iterator[nn.Module]:
+    """`apply_patch`, or `load_adapter` if an adapter is given, for the duration of the context.
+
+    A patch that was there before is put back afterwards, with its gates and weights.
+
+    Args:
+        config: None for the adapter's own, or without an adapter the paper's; another one than the adapter's is logged
+            as in `load_adapter`.
+        adapter: a file of `save_adapter`.
+
+    Raises:
+        As `apply_patch` and `load_adapter`.
+    """
+    with patched_silently(var, config, adapter):
+        if adapter is None:
+            warn_untrained(shared_state(var).config)
+        yield var
+
+
+@contextmanager
+def patched_silently(var: nn.Module, config: ActVARConfig | None, adapter: str | Path | None) -> Iterator[nn.Module]:
+    """`patched` without the warning, for callers that have given it."""
+    with unpatched(var):
+        if config is not None or adapter is None:
+            patch_silently(var, ActVARConfig() if config is None else config)
+        if adapter is not None:
+            load_silently(var, adapter)
+        yield var
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [unwrapped(block) for block in model.blocks]

@@ -1,0 +1,174 @@
+"""Sample the same images dense and with ActVAR: pictures, time and FLOPs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from actvar.config import ActVARConfig
+from actvar.flops import counted_flops, model_flops, total_flops
+from actvar.models.arguments import checked_draw, checked_integer
+from actvar.patching.patch import DENSE, patched_silently, unpatched
+from actvar.sampling.timing import block_seconds, interleaved_medians, seconds_of
+from actvar.sparse.schedule import build_schedule
+from actvar.sparse.state import record, shared_state
+from actvar.utils.pictures import save_grid, save_token_overlay
+from actvar_kernels.checks import as_integer, as_items
+
+Measured = TypeVar("Measured")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What to sample: arguments of `autoregressive_infer_cfg`; `seed` may be one per image.
+
+    Numbers of any kind, also in arrays, become Python's own.
+
+    Raises:
+        TypeError, ValueError: as `actvar.models.arguments.checked_draw`; labels that are no integers.
+    """
+
+    labels: tuple[int, ...]
+    cfg: float = 1.5
+    top_k: int = 0
+    top_p: float = 0.0
+    seed: int | tuple[int, ...] = 0
+
+    def __post_init__(self):
+        draw = checked_draw(self.seed, self.cfg, self.top_k, self.top_p)
+        labels = as_items(self.labels)
+        if labels is None:
+            raise TypeError(f"labels: expected a sequence of class numbers, got {self.labels!r:.100}")
+        numbers = {"labels": tuple(as_integer("labels", label) for label in labels)}
+        numbers |= dict(cfg=draw.cfg, top_k=draw.top_k, top_p=draw.top_p, seed=draw.g_seed)
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
+
+    def run(self, var: nn.Module) -> torch.Tensor:
+        """Images `[B, C, H, W]` in [0, 1]."""
+        labels = torch.tensor(self.labels, device=var.head.weight.device)
+        return var.autoregressive_infer_cfg(
+            len(labels), labels, g_seed=self.seed, cfg=self.cfg, top_k=self.top_k, top_p=self.top_p
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of a whole sample, seconds of the blocks at the active scales, and FLOPs of the transformer, by formula
+    and by torch's counter; each by name: `dense`, `actvar`, and seconds also of `accelerated`, the dense model on the
+    kernels (`actvar.accelerate`)."""
+
+    images: int
+    seconds: dict[str, float]
+    block_seconds: dict[str, float]
+    formula_flops: dict[str, int]
+    counted_flops: dict[str, int]
+
+    def table(self) -> str:
+        """The comparison as aligned text."""
+
+        def row(label: str, values: dict[str, float], unit: float, digits: int, gain: Sequence[str] = ()) -> str:
+            columns = (values.get(name, values["dense"]) / unit for name in ("dense", "accelerated", "actvar"))
+            return f"{label:<34}" + "".join(f"{value:>13.{digits}f}" for value in columns) + "".join(gain)
+
+        def speedup(values: dict[str, float]) -> list[str]:
+            return [f"{values[name] / values['actvar']:>12.2f}x" for name in ("dense", "accelerated")]
+
+        def saving(values: dict[str, int]) -> list[str]:
+            return [f"{1 - values['actvar'] / values['dense']:>12.1%} saved"]
+
+        rate = {name: self.images / seconds for name, seconds in self.seconds.items()}
+        titles = ("dense", "accelerated", "ActVAR", "vs dense", "vs accel.")
+        return "\n".join(
+            [
+                f"{'':<34}" + "".join(f"{title:>13}" for title in titles),
+                row("whole sample, ms", self.seconds, 1e-3, 1, speedup(self.seconds)),
+                row("images per second", rate, 1, 1),
+                row("blocks of the active scales, ms", self.block_seconds, 1e-3, 1, speedup(self.block_seconds)),
+                row("transformer GFLOP, formula", self.formula_flops, 1e9, 2, saving(self.formula_flops)),
+                row("transformer GFLOP, counted", self.counted_flops, 1e9, 2, saving(self.counted_flops)),
+            ]
+        )
+
+
+def compare(
+    var: nn.Module, config: ActVARConfig, adapter: str | Path | None, sampling: Sampling, repeats: int
+) -> Comparison:
+    """Measure an unpatched `var`, the same accelerated, and with ActVAR, in turn, medians of `repeats`.
+
+    Raises:
+        TypeError: repeats that are no integer.
+        ValueError: a configuration or adapter that does not fit the model, repeats below 1.
+    """
+    repeats = checked_integer("repeats", repeats, 1)
+    device = var.head.weight.device
+    schedules = [build_schedule(config, var.patch_nums, block) for block in range(len(var.blocks))]
+    active_tokens = {scale.tokens for schedule in schedules for scale in schedule if scale.active}
+
+    def blocks() -> float:
+        with block_seconds(var) as seconds:
+            sampling.run(var)
+        return sum(seconds[tokens] for tokens in active_tokens)
+
+    def whole() -> float:
+        return seconds_of(lambda: sampling.run(var), device)
+
+    batch = len(sampling.labels)
+    formula = {"dense": total_flops(model_flops(var, batch))}
+    counted = {"dense": total_flops(counted_flops(var, batch))}
+    with patched_silently(var, config, adapter):  # once, so that what is packed of an adapter's weights stays
+        seconds = interleaved_medians(all_ways(var, config, whole), repeats, "whole samples")
+        block_times = interleaved_medians(all_ways(var, config, blocks), repeats, "blocks")
+        formula["actvar"] = total_flops(model_flops(var, batch))
+        counted["actvar"] = total_flops(counted_flops(var, batch))
+    return Comparison(batch, seconds, block_times, formula, counted)
+
+
+def all_ways(
+    var: nn.Module, config: ActVARConfig, measure: Callable[[], Measured]
+) -> dict[str, Callable[[], Measured]]:
+    """`measure` by name of what it finds: `actvar`, the model as it is patched with `config`; `dense`, without its
+    patch; `accelerated`, the dense model on the kernels."""
+
+    def dense() -> Measured:
+        with unpatched(var):
+            return measure()
+
+    def accelerated() -> Measured:
+        with patched_silently(var, replace(DENSE, sampler=config.sampler, decoder_dtype=config.decoder_dtype), None):
+            return measure()
+
+    return {"dense": dense, "accelerated": accelerated, "actvar": measure}
+
+
+def save_pictures(
+    var: nn.Module,
+    config: ActVARConfig,
+    adapter: str | Path | None,
+    sampling: Sampling,
+    folder: Path,
+    columns: int,
+    titles: Sequence[str],
+) -> list[Path]:
+    """Write `dense.png`, `actvar.png`, `difference.png` and, where tokens are selected, `tokens.png`; returns them.
+
+    Args:
+        columns: images per row of the grids.
+        titles: a label per image, for the token overlay, which shows the first image of up to five rows.
+    """
+    dense = sampling.run(var)
+    with patched_silently(var, config, adapter), record(var) as records:
+        sparse = sampling.run(var)
+        selects = any(scale.select for scale in shared_state(var).schedule)
+    grids = {"dense": dense, "actvar": sparse, "difference": (dense - sparse).abs()}
+    written = [save_grid(images, folder / f"{name}.png", columns) for name, images in grids.items()]
+    if selects:
+        shown = list(range(0, len(sparse), columns))[:5]
+        of_shown, names = [r.only(shown) for r in records], [titles[i] for i in shown]
+        written.append(save_token_overlay(sparse[shown], of_shown, folder / "tokens.png", names))
+    return written

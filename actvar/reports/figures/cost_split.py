@@ -1,0 +1,23 @@
+"""Figure 4: FLOPs by module; most are the FFN's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from actvar.config import ActVARConfig
+from actvar.flops import MODULES, total_flops
+from actvar.reports.flops import flops_report, save_plot
+from actvar.utils.pictures import save_table
+
+
+def figure4(folder: Path) -> list[Path]:
+    """Write `figure4.png` and `figure4.csv` (`model, step, side, module, flops, share`: of the model's own total)."""
+    report = flops_report("fashion-mnist", ActVARConfig(), batch=1, paper=False)
+    rows = [
+        (name, step, side, module, getattr(of_step, module), f"{getattr(of_step, module) / total_flops(steps):.5f}")
+        for name, steps in report.formula.items()
+        for step, (side, of_step) in enumerate(zip(report.sides, steps, strict=True), 1)
+        for module in MODULES
+    ]
+    columns = ("model", "step", "side", "module", "flops", "share")
+    return [save_plot(report, folder / "figure4.png"), save_table(folder / "figure4.csv", columns, rows)]

@@ -1,0 +1,133 @@
+"""Figure 5: which experts the tokens want, by step and by class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.colors import CenteredNorm
+from matplotlib.figure import Figure
+from torch import nn
+
+from actvar.distill.losses import expert_distances, router_target
+from actvar.families import var as family
+from actvar.patching.patch import unpatched
+from actvar.reports.compare import Sampling
+from actvar.sparse.state import record, shared_state
+from actvar.utils.pictures import save_figure, save_table
+from actvar.zoo import load_pretrained
+from actvar.zoo.fashion_mnist.data import CLASSES
+
+Shares = dict[int, np.ndarray]
+"""By step, from 0: `[blocks, classes, N]`, for each expert the share of tokens that want it; NaN where the FFN is
+dense."""
+
+
+def figure5(folder: Path, adapter: str = "paper", per_class: int = 8) -> list[Path]:
+    """Write `figure5.png` and `figure5.csv` (`chosen_by, step, block, class, expert, share`).
+
+    By the dense model, at every step and over all classes: the experts whose outputs are nearest to the FFN's (Eq. 4,
+    5), as many as are on at the last step. By the router, at the sparse steps: those that it chose, of the tokens that
+    a block updated.
+
+    Args:
+        adapter: a name among those of the bundled model.
+        per_class: images drawn of each class.
+    """
+    _, var = load_pretrained("fashion-mnist", adapter)
+    sampling = Sampling(tuple(label for label in range(len(CLASSES)) for _ in range(per_class)))
+    by_model, by_router = wanted_by_model(var, sampling), chosen_by_router(var, sampling)
+    by_model = {step: of_step.mean(axis=1, keepdims=True) for step, of_step in by_model.items()}
+    rows = [
+        (chosen_by, step + 1, block + 1, classes[label], expert + 1, f"{share:.4f}")
+        for chosen_by, shares, classes in (("dense model", by_model, ["all"]), ("router", by_router, CLASSES))
+        for step, of_step in shares.items()
+        for (block, label, expert), share in np.ndenumerate(of_step)
+    ]
+    columns = ("chosen_by", "step", "block", "class", "expert", "share")
+    figure = _drawn(by_model, by_router, var.patch_nums)
+    return [save_figure(figure, folder / "figure5.png"), save_table(folder / "figure5.csv", columns, rows)]
+
+
+@torch.no_grad()
+def wanted_by_model(var: nn.Module, sampling: Sampling) -> Shares:
+    """What the weights of a patched model want, in its order of hidden units, while it samples unpatched."""
+    shared, images = shared_state(var), len(sampling.labels)
+    weights = [[tensor.clone() for tensor in family.ffn_weights(block)[:3]] for block in var.blocks]
+    with unpatched(var), _ffn_inputs(var) as inputs:
+        sampling.run(var)
+    shares = _nothing(var, sampling, range(len(var.patch_nums)))
+    for block, of_block in enumerate(inputs):
+        active = shared.schedules[block][-1].experts
+        for step, u in enumerate(of_block):
+            distances = expert_distances(u[:images].flatten(0, 1), *weights[block], shared.config.num_experts)
+            wanted = router_target(distances, active) > 0
+            shares[step][block] = _by_class(wanted.view(images, -1, shared.config.num_experts), sampling)
+    return shares
+
+
+def chosen_by_router(var: nn.Module, sampling: Sampling) -> Shares:
+    """What the routers of a patched model chose, at its sparse steps."""
+    with record(var) as records:
+        sampling.run(var)
+    routed = [of_block for of_block in records if of_block.mask is not None]
+    shares = _nothing(var, sampling, sorted({of_block.scale.index for of_block in routed}))
+    for of_block in routed:
+        mask = of_block.mask[: len(sampling.labels)]  # the conditional rows
+        shares[of_block.scale.index][of_block.block] = _by_class(mask, sampling)
+    return shares
+
+
+@contextmanager
+def _ffn_inputs(var: nn.Module) -> Iterator[list[list[torch.Tensor]]]:
+    """Collect the inputs `[R, L, C]` of every FFN of an unpatched model: for each block, one per step."""
+    inputs: list[list[torch.Tensor]] = [[] for _ in var.blocks]
+
+    def keep(block: int, _ffn: nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        inputs[block].append(arguments[0])
+
+    handles = [block.ffn.register_forward_pre_hook(partial(keep, number)) for number, block in enumerate(var.blocks)]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _nothing(var: nn.Module, sampling: Sampling, steps: range | list[int]) -> Shares:
+    shape = len(var.blocks), len(set(sampling.labels)), shared_state(var).config.num_experts
+    return {step: np.full(shape, np.nan) for step in steps}
+
+
+def _by_class(wanted: torch.Tensor, sampling: Sampling) -> np.ndarray:
+    """Shares `[classes, N]` of `wanted` `[images, tokens, N]`."""
+    of_images, labels = wanted.float().mean(dim=1).cpu().numpy(), np.array(sampling.labels)
+    return np.stack([of_images[labels == label].mean(axis=0) for label in sorted(set(sampling.labels))])
+
+
+def _drawn(by_model: Shares, by_router: Shares, sides: tuple[int, ...]) -> Figure:
+    """A column per block; a row of heat maps by step, then one by class for each sparse step."""
+    panels = [("best for the\ndense model", [f"{side}x{side}" for side in sides])]
+    panels += [(f"chosen by the router,\n{sides[step]}x{sides[step]} tokens", list(CLASSES)) for step in by_router]
+    tables = [np.concatenate(list(by_model.values()), axis=1), *by_router.values()]
+    blocks, _, experts = tables[0].shape
+    heights = [len(names) for _, names in panels]
+    figure = Figure(figsize=(1.75 * blocks + 2.4, 0.2 * sum(heights) + 1.4), layout="constrained")
+    rows = figure.subplots(len(panels), blocks, sharex=True, height_ratios=heights, squeeze=False)
+    norm = CenteredNorm(np.nanmean(tables[-1]), 0.25)
+    for axes_of_row, (title, names), table in zip(rows, panels, tables, strict=True):
+        for axes, of_block in zip(axes_of_row, table, strict=True):
+            drawn = axes.imshow(of_block, cmap="PuOr_r", norm=norm, aspect="auto", interpolation="nearest")
+            axes.set_yticks([])
+        axes_of_row[0].set_yticks(range(len(names)), names, fontsize=8)
+        axes_of_row[0].set_ylabel(title, fontsize=9)
+    for block, (first, last) in enumerate(zip(rows[0], rows[-1], strict=True)):
+        first.set_title(f"block {block + 1}", fontsize=10)
+        last.set_xticks(range(0, experts, 5), range(1, experts + 1, 5))
+        last.set_xlabel("expert")
+    figure.colorbar(drawn, ax=rows, label="share of the tokens that want it", extend="both", shrink=0.6, pad=0.01)
+    return figure

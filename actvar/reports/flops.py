@@ -1,0 +1,184 @@
+"""What `actvar flops` says: FLOPs of a model by module and step as text, JSON and a plot like the paper's Figure 4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from actvar.config import ActVARConfig
+from actvar.flops import DENSE, MODULES, StepFlops, counted_flops, model_flops, total_flops
+from actvar.models import VAR, VQVAE, build_vae_var
+from actvar.patching.patch import patch_silently
+from actvar.reports.paper_tables import FIXED_FLOPS_PER_ROW, ROWS, Reproduced, reproduce
+from actvar.utils.pictures import COLOURS, save_figure
+from actvar.zoo.fashion_mnist import architecture
+from actvar_kernels.compile_cases import HEAD_DIM, MODELS
+
+MODEL_NAMES = (*MODELS, "fashion-mnist")
+AGREEMENT = 0.01
+
+
+@dataclass(frozen=True)
+class FlopsReport:
+    """FLOPs of `batch` images under guidance, by name: `dense` and `actvar`, scale by scale; of the autoencoder's
+    decoder for one image; and the paper's rows, if they were asked for."""
+
+    model: str
+    batch: int
+    config: ActVARConfig
+    sides: tuple[int, ...]
+    formula: dict[str, list[StepFlops]]
+    counted: dict[str, list[StepFlops]]
+    decoder: int
+    paper: list[Reproduced]
+
+    @property
+    def worst_difference(self) -> float:
+        """The largest relative difference between formula and counter in any module of any step."""
+        return max(
+            abs(getattr(counted, module) - getattr(formula, module)) / max(getattr(formula, module), 1)
+            for name in self.formula
+            for formula, counted in zip(self.formula[name], self.counted[name], strict=True)
+            for module in MODULES
+        )
+
+    @property
+    def saving(self) -> dict[str, float]:
+        """Share of the transformer's FLOPs that ActVAR saves, by formula and by counter."""
+        ways = {"formula": self.formula, "counted": self.counted}
+        return {way: 1 - total_flops(flops["actvar"]) / total_flops(flops["dense"]) for way, flops in ways.items()}
+
+    def text(self) -> str:
+        """The tables, in GFLOP and percent."""
+        lines = []
+        for name, title in (("dense", "dense"), ("actvar", "ActVAR")):
+            lines += _steps_table(title, self.sides, self.formula[name], self.counted[name])
+        saving = self.saving
+        lines += [
+            f"saved by ActVAR: {saving['formula']:.2%} by formula, {saving['counted']:.2%} by counter; "
+            f"formula and counter differ by at most {self.worst_difference:.2%} in any module of any step",
+            f"decoder of the autoencoder, counted, in none of the tables: {self.decoder / 1e9:.1f} GFLOP an image",
+        ]
+        for table, rows in groupby(self.paper, key=lambda reproduced: reproduced.row.table):
+            lines += ["", *_paper_table(table, list(rows))]
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, object]:
+        """JSON-compatible; FLOPs are whole numbers, percentages those of `Reproduced.as_dict`."""
+        return {
+            "model": self.model,
+            "batch": self.batch,
+            "config": asdict(self.config),
+            "sides": self.sides,
+            "formula": {name: [asdict(step) for step in steps] for name, steps in self.formula.items()},
+            "counted": {name: [asdict(step) for step in steps] for name, steps in self.counted.items()},
+            "saving": self.saving,
+            "worst_difference": self.worst_difference,
+            "decoder_per_image": self.decoder,
+            "fixed_cost_per_row": FIXED_FLOPS_PER_ROW,
+            "paper": [reproduced.as_dict() for reproduced in self.paper],
+        }
+
+
+def flops_report(model: str, config: ActVARConfig, batch: int, paper: bool) -> FlopsReport:
+    """FLOPs of a model of `MODEL_NAMES`, which is made of shapes alone.
+
+    Raises:
+        ValueError: a configuration that does not fit the model.
+    """
+    vae, var = shapes_of(model)
+    formula, counted = {}, {}
+    for name, of_name in tqdm({"dense": DENSE, "actvar": config}.items(), desc="counting", leave=False):
+        patch_silently(var, of_name)
+        formula[name], counted[name] = model_flops(var, batch), counted_flops(var, batch)
+    rows = reproduce({name: shapes_of(name)[1] for name in {row.model for row in ROWS}}) if paper else []
+    return FlopsReport(model, batch, config, var.patch_nums, formula, counted, decoder_flops(vae), rows)
+
+
+def shapes_of(model: str) -> tuple[VQVAE, VAR]:
+    """Autoencoder and transformer on the meta device."""
+    if model == "fashion-mnist":
+        return architecture.build(device="meta")
+    width, sides = MODELS[model]
+    return build_vae_var(depth=width // HEAD_DIM, patch_nums=sides, shared_aln=model == "d36", device="meta")
+
+
+@torch.no_grad()
+def decoder_flops(vae: VQVAE) -> int:
+    """FLOPs of decoding one image by torch's counter; `vae` is on the meta device."""
+    side = vae.quantize.v_patch_nums[-1]
+    with FlopCounterMode(display=False) as counter:
+        vae.fhat_to_img(torch.empty(1, vae.Cvae, side, side, device="meta"))
+    return counter.get_total_flops()
+
+
+def _steps_table(
+    title: str, sides: Sequence[int], formula: Sequence[StepFlops], counted: Sequence[StepFlops]
+) -> list[str]:
+    """A row per step by formula, their sums, and the sums by the counter."""
+
+    def line(label: str, values: Sequence[int]) -> str:
+        return f"{label:<20}" + "".join(f"{value / 1e9:>10.3f}" for value in values)
+
+    def values(steps: Sequence[StepFlops]) -> list[int]:
+        return [sum(getattr(step, module) for step in steps) for module in MODULES] + [total_flops(steps)]
+
+    lines = [f"{title + ', GFLOP':<20}" + "".join(f"{name:>10}" for name in (*MODULES, "total", "counted"))]
+    for number, (side, step, other) in enumerate(zip(sides, formula, counted, strict=True), 1):
+        lines.append(line(f"step {number:>2}, {side}x{side}", [*values([step]), other.total]))
+    lines.append(line("all steps", [*values(formula), total_flops(counted)]))
+    lines.append(line("by torch's counter", values(counted)))
+    return [*lines, ""]
+
+
+def _paper_table(table: int, rows: Sequence[Reproduced]) -> list[str]:
+    fixed = f"+{FIXED_FLOPS_PER_ROW // 10**9} GFLOP a row"
+    head = f"Table {table}, % saved"
+    lines = [f"{head:<20}{'model':>6}{'paper':>8}{'transformer':>14}{'dev.':>7}{fixed:>18}{'dev.':>7}{'Eq. 12':>9}"]
+    for reproduced in rows:
+        row, values = reproduced.row, reproduced.as_dict()
+        lines.append(
+            f"{row.name:<20}{row.model:>6}{row.saving:>8.1f}"
+            f"{reproduced.transformer:>14.1f}{values['transformer_deviation']:>+7.1f}"
+            f"{reproduced.with_fixed_cost:>18.1f}{values['with_fixed_cost_deviation']:>+7.1f}"
+            f"{reproduced.equation_12:>9.1f}"
+        )
+    return lines
+
+
+def save_plot(report: FlopsReport, path: Path) -> Path:
+    """Write a PNG: FLOPs by module over all steps, and by step, the dense model beside ActVAR."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_module, by_step = figure.subplots(1, 2, width_ratios=(1, 2))
+    steps = range(1, len(report.sides) + 1)
+    for name, offset, hatch in (("dense", -0.2, ""), ("actvar", 0.2, "///")):
+        formula = report.formula[name]
+        sums = [sum(getattr(step, module) for step in formula) / 1e9 for module in MODULES]
+        bottom = [0.0] * len(formula)
+        for place, module in enumerate(MODULES):
+            style = dict(color=COLOURS[place], hatch=hatch, edgecolor="white", linewidth=0.3)
+            bar = by_module.bar(place + offset, sums[place], 0.4, **style)
+            by_module.bar_label(bar, [f"{sums[place] / sum(sums):.1%}"], fontsize=6, rotation=90, padding=2)
+            heights = [getattr(step, module) / 1e9 for step in formula]
+            label = module if name == "dense" else None
+            by_step.bar([step + offset for step in steps], heights, 0.4, bottom=bottom, label=label, **style)
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    by_module.set_xticks(range(len(MODULES)), MODULES, rotation=45, ha="right")
+    by_module.set_ylabel("GFLOP")
+    by_module.margins(y=0.15)
+    by_module.set_title("all steps, and share of the run", fontsize=9)
+    by_step.set_xticks(steps, [f"{step}\n{side}x{side}" for step, side in zip(steps, report.sides, strict=True)])
+    by_step.set_xlabel("step, token map")
+    by_step.legend(fontsize=8)
+    by_step.set_title("by step: dense, and ActVAR hatched", fontsize=9)
+    figure.suptitle(
+        f"VAR {report.model}: FLOPs of {report.batch} image{'s' * (report.batch > 1)} by module", fontsize=10
+    )
+    return save_figure(figure, path)

@@ -1,0 +1,102 @@
+"""Sampling as a CUDA graph: the GPU runs a whole sample without waiting for Python to launch its kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from actvar.families import family_of, unwrapped
+from actvar.models.arguments import SEEDS, checked_draw, checked_integer, checked_labels
+from actvar.patching.patch import release_cache
+from actvar.sparse.state import shared_state
+from actvar.utils.modes import no_grad
+from actvar_kernels import backend_of
+
+WARM_UP_RUNS = 2  # compile kernels, fill the allocator
+
+
+class GraphedSampling:
+    """Sample a patched model on a GPU by replaying one CUDA graph, images and all.
+
+        apply_patch(var, ActVARConfig(sampler="fast"))
+        sample = GraphedSampling(var, cfg=4.0, top_k=900, top_p=0.95)
+        images = sample(labels, seed=0)
+
+    Images are those of `var.autoregressive_infer_cfg(B, labels, g_seed=seed, ...)`. The graph is captured on the first
+    call, and again when the batch size, the patch, or where the weights lie has changed; weights that are changed in
+    place are used as they are. It has memory of its own for the K/V cache and all that is in between.
+
+    Args:
+        var: a patched `actvar.models.VAR`, all of it on a GPU.
+        cfg, top_k, top_p: as in `autoregressive_infer_cfg`.
+
+    Raises:
+        ValueError: the model is not patched, not on a GPU, of another sampling loop, or of another sampler than
+            `"fast"`, the one that a graph can hold; or Triton does not run; or a number is out of its range.
+        TypeError: an argument that is no number.
+    """
+
+    def __init__(self, var: nn.Module, cfg: float = 1.5, top_k: int = 0, top_p: float = 0.0):
+        self.var = unwrapped(var)
+        _, cfg, top_k, top_p = checked_draw(None, cfg, top_k, top_p)
+        self.arguments = dict(cfg=cfg, top_k=top_k, top_p=top_p)
+        self._captured_for: tuple | None = None
+        self._check()
+
+    def _check(self) -> None:
+        config, weight = shared_state(self.var).config, self.var.head.weight
+        if not family_of(self.var).loop_is_ours(self.var):
+            raise ValueError(f"var: expected an actvar.models.VAR, got {type(self.var).__name__}; use actvar.load_var")
+        if config.sampler != "fast":
+            raise ValueError(f"sampler: expected 'fast' in the patch's ActVARConfig, got {config.sampler!r}")
+        if not weight.is_cuda:
+            raise ValueError(f"var: expected a model on a GPU, got one on {weight.device}")
+        if backend_of("sample_tokens", weight) != "triton":
+            raise ValueError("backend: expected Triton, without which a graph cannot read its seed; see actvar info")
+
+    @no_grad
+    def __call__(self, labels: torch.Tensor, seed: int) -> torch.Tensor:
+        """Images `[B, channels, H, W]` in [0, 1] of the classes `labels` `[B]`, on the GPU or the CPU.
+
+        Raises:
+            TypeError, ValueError: labels that are no integer tensor, or, on the CPU, one out of range; as
+                `autoregressive_infer_cfg`; a seed outside -2^63 ... 2^64 - 1. And as in the constructor.
+        """
+        self._check()
+        if not isinstance(labels, torch.Tensor) or labels.ndim != 1:
+            raise TypeError(f"labels: expected an integer tensor [B], got {labels!r:.100}")
+        labels = checked_labels(len(labels), labels, self.var.num_classes, labels.device)
+        seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1])
+        weights = tuple(parameter.data_ptr() for parameter in self.var.parameters())
+        wanted = (labels.shape, self.var.actvar, weights)
+        if wanted != self._captured_for:
+            self._capture(labels)
+            self._captured_for = wanted
+        self._labels.copy_(labels)
+        self._seed.fill_(seed - 2**64 if seed >= 2**63 else seed)  # the same modulo 2^64
+        self._graph.replay()
+        return self._images.clone()
+
+    def _capture(self, labels: torch.Tensor) -> None:
+        device, shared = self.var.head.weight.device, self.var.actvar
+        self._captured_for = self._graph = self._images = None
+        self._labels = labels.to(device, torch.int64, copy=True)
+        self._seed = torch.zeros(1, dtype=torch.int64, device=device)
+        shared.seed = self._seed
+        try:
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_RUNS):
+                    self._sample()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            release_cache(self.var)  # so that the graph's cache lies in its own memory
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._images = self._sample()
+        finally:
+            shared.seed = None
+            release_cache(self.var)
+
+    def _sample(self) -> torch.Tensor:
+        return self.var.autoregressive_infer_cfg(len(self._labels), self._labels, **self.arguments)

@@ -1,0 +1,225 @@
+"""Many images of one model: in shards, resumable, shared out between processes, exported for OpenAI's evaluator.
+
+Image `i` has a class and noise of its own, which follow from the settings and `i` alone. Batch `b` is always the same
+images and becomes shard `b`, whichever process draws it: on one kind of machine, with one number of threads, the shards
+are the same bit for bit however many processes there are. With another batch size matrix products may round
+differently: images agree to rounding, and a token differs where rounding decides its draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import zipfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from actvar.families import unwrapped
+from actvar.models import VAR
+from actvar.models.arguments import checked_integer
+from actvar.reports.compare import Sampling
+from actvar.utils.files import replacing
+from actvar.utils.fingerprint import model_fingerprint
+from actvar.utils.pictures import pixel_values
+
+MANIFEST = "manifest.json"
+MOST_IMAGES = 2**63 - 1
+"""What `len` of a range can count."""
+SEEDS = 2**32
+"""How many different seeds torch's generator has on the CPU; it ignores the higher bits."""
+
+
+@dataclass(frozen=True)
+class Bulk:
+    """`num` images in batches of `batch`; image `i` is of class `sampling.labels[i % len(sampling.labels)]`.
+
+    Raises:
+        TypeError: a seed that is not one int, a number of images or a batch that is no integer.
+        ValueError: a number of images or a batch that is not in 1 ... `MOST_IMAGES`, or images that the classes cannot
+            share equally.
+    """
+
+    sampling: Sampling
+    num: int
+    batch: int = 50
+
+    def __post_init__(self):
+        if not isinstance(self.sampling.seed, int):
+            raise TypeError(f"seed: expected an int, from which every image's follows, got {self.sampling.seed!r}")
+        for name in ("num", "batch"):
+            object.__setattr__(self, name, checked_integer(name, getattr(self, name), 1, MOST_IMAGES))
+        classes = len(self.sampling.labels)
+        if not classes or self.num % classes:
+            raise ValueError(
+                f"num: expected a multiple of the {classes} classes, so that each has as many images, got {self.num}"
+            )
+
+    @property
+    def shards(self) -> int:
+        return -(-self.num // self.batch)
+
+    def images_of(self, shard: int) -> range:
+        return range(shard * self.batch, min((shard + 1) * self.batch, self.num))
+
+    def count_of(self, shards: range) -> int:
+        """Return how many images the shards have together, without a look at each."""
+        fill_of_last = len(self.images_of(self.shards - 1))
+        return len(shards) * self.batch - (self.batch - fill_of_last if self.shards - 1 in shards else 0)
+
+    def labels_of(self, shard: int) -> tuple[int, ...]:
+        classes = self.sampling.labels
+        return tuple(classes[image % len(classes)] for image in self.images_of(shard))
+
+    def run(self, var: nn.Module, shard: int) -> np.ndarray:
+        """Images `[b, H, W, C]` uint8 of a shard."""
+        seeds = tuple(image_seed(self.sampling.seed, image) for image in self.images_of(shard))
+        images = replace(self.sampling, labels=self.labels_of(shard), seed=seeds).run(var)
+        return pixel_values(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def image_seed(seed: int, image: int) -> int:
+    """Seed of image number `image`; different for the first 2^32 images of a run."""
+    first = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "big")
+    return (first + image) % SEEDS
+
+
+def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, processes: int = 1) -> None:
+    """Draw the images that `folder` does not have yet.
+
+    `folder` gets `manifest.json`, the settings, and one file per batch, `shard-<number>.safetensors`: `images`
+    `[b, H, W, C]` uint8 and `labels` `[b]` int64, in the order of the images. A shard is complete or not there; one
+    that is damaged is drawn again.
+
+    Args:
+        var: dense or patched.
+        rank, processes: this process's number, and how many share the work; they need no connection but the folder.
+            Process 0 returns when all shards are there, the others when theirs are.
+
+    Raises:
+        TypeError: a model that takes no seed per image.
+        ValueError: `folder` holds images of other settings or another model; names what differs.
+    """
+    if not isinstance(unwrapped(var), VAR):
+        raise TypeError(f"var: expected actvar.models.VAR (actvar.load_var makes one), got {type(var).__name__}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, _settings(var, bulk))
+    mine = range(rank, bulk.shards, processes)
+    with tqdm(total=bulk.count_of(mine), desc="sampling", unit="image", disable=rank != 0) as bar:
+        for shard in mine:  # looked at one by one, since there may be very many
+            if not _is_complete(folder, bulk, shard):
+                images = bulk.run(var, shard)
+                with replacing(_path(folder, shard)) as temporary:
+                    save_file({"images": images, "labels": np.array(bulk.labels_of(shard))}, temporary)
+            bar.update(len(bulk.images_of(shard)))
+    if rank == 0:
+        for shard in range(bulk.shards):
+            while not _is_complete(folder, bulk, shard):
+                time.sleep(0.2)
+        for left_by_a_kill in (*folder.glob(f".{MANIFEST}.*"), *folder.glob(".shard-*")):
+            left_by_a_kill.unlink(missing_ok=True)
+
+
+def read_images(folder: Path, bulk: Bulk) -> tuple[np.ndarray, np.ndarray]:
+    """Images `[num, H, W, C]` uint8 and labels `[num]` int64 of `sample_many`, in the order of the images.
+
+    Raises:
+        ValueError: a shard is missing or damaged.
+    """
+    _expect_complete(folder, bulk)
+    shards = [load_file(_path(folder, shard)) for shard in range(bulk.shards)]
+    return tuple(np.concatenate([shard[name] for shard in shards]) for name in ("images", "labels"))
+
+
+def write_npz(folder: Path, bulk: Bulk, file: Path) -> None:
+    """Write the images of `sample_many` as OpenAI's evaluator reads them, one image in memory at a time.
+
+    `arr_0` `[num, H, W, 3]` uint8, grey images with three equal channels, and `arr_1` `[num]` int64, their classes. The
+    order is a permutation by the seed: the evaluator's Inception Score is that of consecutive parts.
+
+    Raises:
+        ValueError: a shard is missing or damaged.
+    """
+    _expect_complete(folder, bulk)
+    order = np.random.default_rng(image_seed(bulk.sampling.seed, 0)).permutation(bulk.num)
+    height, width, _ = _image(folder, bulk, 0).shape
+    header = {"descr": "|u1", "fortran_order": False, "shape": (bulk.num, height, width, 3)}
+    labels = np.array([label for shard in range(bulk.shards) for label in bulk.labels_of(shard)])
+    with replacing(file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for image in tqdm(order.tolist(), desc=file.name, unit="image"):
+                pixels = _image(folder, bulk, image)
+                stream.write(np.broadcast_to(pixels, (height, width, 3)).tobytes())
+        with archive.open("arr_1.npy", "w") as stream:
+            np.lib.format.write_array(stream, labels[order])
+
+
+def _path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def _is_complete(folder: Path, bulk: Bulk, shard: int) -> bool:
+    labels = bulk.labels_of(shard)
+    try:
+        with safe_open(_path(folder, shard), "np") as file:
+            shape = file.get_slice("images").get_shape()
+            return shape[0] == len(labels) and file.get_tensor("labels").tolist() == list(labels)
+    except (OSError, SafetensorError):
+        return False
+
+
+def _expect_complete(folder: Path, bulk: Bulk) -> None:
+    for shard in range(bulk.shards):
+        if not _is_complete(folder, bulk, shard):
+            raise ValueError(f"{_path(folder, shard)}: expected a complete shard; sample again with the same settings")
+
+
+def _image(folder: Path, bulk: Bulk, image: int) -> np.ndarray:
+    """Image number `image`, `[H, W, C]`, read alone."""
+    shard, row = divmod(image, bulk.batch)
+    with safe_open(_path(folder, shard), "np") as file:
+        return file.get_slice("images")[row]
+
+
+def _settings(var: nn.Module, bulk: Bulk) -> dict[str, object]:
+    """All that the images follow from, as JSON has it."""
+    model = unwrapped(var)
+    weight = model.head.weight
+    settings = asdict(bulk.sampling) | {
+        "num": bulk.num,
+        "batch": bulk.batch,
+        "actvar": asdict(model.actvar.config) if hasattr(model, "actvar") else None,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": weight.device.type,
+        "weights": model_fingerprint(model, model.vae_proxy[0]),
+    }
+    return json.loads(json.dumps(settings))
+
+
+def _claim(folder: Path, settings: dict[str, object]) -> None:
+    """Write the manifest, or check the one that is there."""
+    path = folder / MANIFEST
+    shards = any(folder.glob("shard-*.safetensors"))  # looked for first: another process may be about to start
+    if not path.exists():
+        if shards:
+            raise ValueError(f"{folder}: expected {MANIFEST} beside the shards; choose another folder")
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(settings) + "\n", "utf-8")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}; choose another folder") from error
+    if not isinstance(found, dict) or found.keys() != settings.keys():
+        raise ValueError(f"{path}: expected settings named {', '.join(settings)}; choose another folder")
+    differing = [
+        f"{name} {found[name]} there, {settings[name]} here" for name in settings if found[name] != settings[name]
+    ]
+    if differing:
+        raise ValueError(f"{path}: made with other settings: {'; '.join(differing)}; choose another folder")

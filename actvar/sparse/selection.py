@@ -1,0 +1,55 @@
+"""Which tokens a block updates at one scale: its own selector's choice, or that of the first block."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from actvar.sparse.passes import Pass
+from actvar.sparse.schedule import Scale
+from actvar_kernels import normalize_modulate, select_tokens
+from actvar_kernels.token_select.reference import gather_rows
+
+
+class Selected(NamedTuple):
+    """As `actvar_kernels.token_select.Selection`; `scores` is None where the first block has chosen."""
+
+    index: torch.Tensor
+    modulated: torch.Tensor
+    scores: torch.Tensor | None
+    rest: torch.Tensor
+
+
+def selected(
+    block: nn.Module,
+    x: torch.Tensor,
+    scale1: torch.Tensor,
+    shift1: torch.Tensor,
+    scale: Scale,
+    current: Pass,
+    in_place: bool = False,
+) -> Selected:
+    """Return the tokens that a patched block keeps of one scale.
+
+    Args:
+        x: the tokens of the scale, `[R, L, C]`.
+        scale1, shift1: AdaLN by which the kept tokens are modulated, `[R, 1, C]`.
+        current: the pass that the call belongs to; the first block adds its choice where all blocks update the same.
+        in_place: as in `actvar_kernels.select_tokens`.
+
+    Raises:
+        ValueError: all blocks update the first block's tokens, and it did not choose any in this pass.
+    """
+    gates, config = block.actvar, block.actvar.shared.config
+    if config.fixed_tokens and gates.block_index > 0:
+        index = current.tokens_of(scale.index, len(x))
+        modulated = normalize_modulate(gather_rows(x, index), scale1, shift1)
+        return Selected(index, modulated, None, x if in_place else x.clone())
+    weight, bias = gates.selector.weight, gates.selector.bias
+    share = config.share_cfg_selection and current.are_guided()
+    chosen = select_tokens(x, weight, bias, scale1, shift1, scale.keep, share_guidance=share, in_place=in_place)
+    if config.fixed_tokens:
+        current.tokens[scale.index] = chosen.index
+    return Selected(*chosen)

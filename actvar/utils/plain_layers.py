@@ -1,0 +1,67 @@
+"""Which layers kernels may read: plain ones, of which PyTorch would run nothing but the known forward.
+
+A kernel takes a layer's weight and computes what its `forward` would. A layer that is more than its weight (LoRA,
+hooks, parametrisations, quantised weights) has to be called instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensor
+from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
+
+from actvar.utils.class_swap import own_class
+from actvar_kernels.backend import are_plain
+
+_GLOBAL_HOOKS = tuple(
+    getattr(torch_module, name)
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    )
+)
+
+
+def is_plain(layer: nn.Module, *classes: type) -> bool:
+    """Return whether `layer` is exactly of one of `classes` and may be read; see `why_called`."""
+    return why_called(layer, *classes) is None
+
+
+def why_called(layer: nn.Module, *classes: type) -> str | None:
+    """Return why a layer must be called instead of read, or None.
+
+    Args:
+        classes: those with a known forward, of which the layer must be exactly one: a subclass may do anything.
+    """
+    kind = own_class(layer)
+    if kind not in classes:
+        return f"is of {kind.__module__}.{kind.__qualname__}"
+    return why_not_by_class(layer)
+
+
+def why_not_by_class(layer: nn.Module) -> str | None:
+    """Return why a layer of a known class must be called all the same, or None."""
+    state = layer.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return "has forward hooks"
+    if state["_backward_hooks"] or state["_backward_pre_hooks"]:
+        return "has backward hooks"
+    if "forward" in state:
+        return "has a forward of its own"
+    for hooks in _GLOBAL_HOOKS:
+        # a counter's hooks follow the names of modules, and it counts registered operators
+        if hooks and not all(isinstance(getattr(h, "__self__", None), ModuleTracker) for h in hooks.values()):
+            return "is watched by global module hooks"
+    parameters = state["_parameters"]
+    if not all(map(is_ordinary, (parameters.get(name, state.get(name)) for name in ("weight", "bias")))):
+        return "has a weight of a tensor subclass"
+    return None
+
+
+def is_ordinary(tensor: torch.Tensor | None) -> bool:
+    """Return whether a weight is a plain tensor, or a fake one, which stands for one where nothing is computed."""
+    return are_plain(tensor) or isinstance(tensor, FakeTensor)
