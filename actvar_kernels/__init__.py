@@ -3,11 +3,12 @@ its result (`reference.py`)."""
 
 from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, set_backend, triton_runs
 from actvar_kernels.conv3x3.op import conv3x3
-from actvar_kernels.cpu import runs as cpp_runs
-from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter, route_experts
+from actvar_kernels.cpu_backend.cpu import runs as cpp_runs
+from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter
 from actvar_kernels.group_norm.op import add_residual, group_norm_silu
 from actvar_kernels.linear.op import gelu_linear, linear, linear_once
 from actvar_kernels.residual_norm.op import Residual, Routed, add_normalize, add_normalize_route
+from actvar_kernels.routing.op import route_experts
 from actvar_kernels.sampling.op import sample_tokens
 from actvar_kernels.scatter.op import scatter_rows
 from actvar_kernels.subset_attention.op import subset_attention

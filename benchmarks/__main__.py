@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from actvar_kernels import cpu
-from actvar_kernels.compile_check import LineParser
+from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.tools.compile_check import LineParser
 from benchmarks import against, results, sampling, scaling
 from benchmarks.providers import SUBSETS
 

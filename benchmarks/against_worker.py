@@ -24,7 +24,7 @@ from actvar import ActVARConfig, accelerate, load_pretrained
 from actvar.models import build_vae_var
 from actvar.patching.patch import patch_silently
 from actvar.sampling.timing import seconds_of
-from actvar_kernels import cpu
+from actvar_kernels.cpu_backend import cpu
 from benchmarks.operations import SIZES, BlockShape, block_inputs, operations
 
 SHORTEST = 0.01  # seconds that are timed at once

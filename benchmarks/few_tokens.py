@@ -14,7 +14,8 @@ from collections.abc import Iterable
 import torch
 
 from actvar.sampling.timing import interleaved_seconds, seconds_of
-from actvar_kernels import cpu, expert_ffn
+from actvar_kernels import expert_ffn
+from actvar_kernels.cpu_backend import cpu
 from benchmarks.operations import SIZES
 from benchmarks.sampling import DTYPES
 

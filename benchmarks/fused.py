@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-from actvar_kernels import cpu
 from actvar_kernels.backend import triton_installed
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.sampling import cpu_kernel as cpu_sampling
 
 QUERIES = ("best_level", "checksums", "level_layout", "level_name")

@@ -15,7 +15,7 @@ from actvar_kernels import (
     select_tokens,
     subset_attention,
 )
-from actvar_kernels.compile_cases import HEAD_DIM, MODELS, Model
+from actvar_kernels.tools.compile_cases import HEAD_DIM, MODELS, Model
 
 SIZES = MODELS | {"fashion-mnist": Model(192, (1, 2, 3, 4, 6, 8))}
 # An operation may err this many times as much as PyTorch's plain code does in the same type.

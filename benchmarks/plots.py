@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from actvar.utils.files import replacing
-from actvar_kernels.compile_check import LineParser
+from actvar_kernels.tools.compile_check import LineParser
 from benchmarks import components, results
 from benchmarks.results import Result
 

@@ -15,10 +15,11 @@ import torch
 from torch.nn import functional as F
 
 from actvar.sampling.timing import interleaved_seconds, seconds_of
-from actvar_kernels import cpu, expert_ffn, linear, sample_tokens
+from actvar_kernels import expert_ffn, linear, sample_tokens
 from actvar_kernels.backend import using_backend
-from actvar_kernels.compile_cases import GUIDANCE, HEAD_DIM, TOP_K, TOP_P, VOCABULARY
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.expert_ffn.reference import snapped
+from actvar_kernels.tools.compile_cases import GUIDANCE, HEAD_DIM, TOP_K, TOP_P, VOCABULARY
 from benchmarks.operations import SIZES, BlockInputs, BlockShape, allowed_error, block_inputs, operations
 from benchmarks.results import Result, Shape
 

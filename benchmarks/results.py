@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from actvar.utils.files import replacing
-from actvar_kernels import cpu
+from actvar_kernels.cpu_backend import cpu
 from benchmarks.operations import SIZES
 
 FOLDER = Path(__file__).parent / "results"

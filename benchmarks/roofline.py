@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_kernels.virtual import Launch
-from actvar_kernels.virtual.cost import Cost, Share, triton_cost
-from actvar_kernels.virtual.resources import resources
+from actvar_kernels.tools.virtual import Launch
+from actvar_kernels.tools.virtual.cost import Cost, Share, triton_cost
+from actvar_kernels.tools.virtual.resources import resources
 
 
 class Card(NamedTuple):
@@ -59,7 +59,7 @@ def seconds(launch: Launch, card: Card, share: Share) -> float:
     """Predicted time of one launch: the longest of memory, products and instructions, and the time to launch it.
 
     Args:
-        share: see `actvar_kernels.virtual.cost`.
+        share: see `actvar_kernels.tools.virtual.cost`.
     """
     cost = launch_cost(launch, share)
     memory = cost.bytes / (card.gigabytes_per_second * 1e9 * BANDWIDTH)

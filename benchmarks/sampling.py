@@ -35,10 +35,10 @@ from actvar.patching.patch import DENSE, patched_silently
 from actvar.reports.compare import Sampling
 from actvar.sampling.timing import block_seconds
 from actvar.zoo.pretrained import adapter_path
-from actvar_kernels import cpu
 from actvar_kernels.backend import using_backend
-from actvar_kernels.compile_cases import HEAD_DIM, MODELS
-from actvar_kernels.compile_check import LineParser
+from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.tools.compile_cases import HEAD_DIM, MODELS
+from actvar_kernels.tools.compile_check import LineParser
 from benchmarks import components, fused, memory, results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

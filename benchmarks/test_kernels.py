@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from actvar_kernels import cpu
+from actvar_kernels.cpu_backend import cpu
 from benchmarks import results
 from benchmarks.providers import SUBSETS, Case, measure, names, rows
 

@@ -37,7 +37,7 @@ from actvar.sparse.gates import update
 from actvar.training.loop import Plan, fit, save_atomically
 from actvar.utils.files import replacing
 from actvar.utils.pictures import save_grid
-from actvar_kernels import packing
+from actvar_kernels.cpu_backend import packing
 
 CONFIG = ActVARConfig(num_experts=8)
 

@@ -23,7 +23,7 @@ import actvar
 from actvar import ActVARConfig
 from actvar.config import KV_MODES
 from actvar.patching.patch import patch_silently
-from actvar_kernels import packing
+from actvar_kernels.cpu_backend import packing
 
 PACKAGES = (Path(actvar.__file__).parent, Path(packing.__file__).parent)
 TORCHS_MODES = (Path(torch.autograd.grad_mode.__file__), Path(torch.utils._contextlib.__file__))

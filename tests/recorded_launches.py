@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.virtual import virtual_gpu
+from actvar_kernels.tools.virtual import virtual_gpu
 
 
 @triton.jit

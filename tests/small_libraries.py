@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from actvar_kernels.building import Library
+from actvar_kernels.cpu_backend.building import Library
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="it compiles a small library")
 SOURCE = 'extern "C" int answer() { return %d; }\n'

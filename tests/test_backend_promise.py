@@ -17,7 +17,6 @@ from actvar_kernels import (
     add_residual,
     backend,
     conv3x3,
-    cpu,
     expert_ffn,
     expert_ffn_scatter,
     group_norm_silu,
@@ -31,6 +30,7 @@ from actvar_kernels import (
     subset_attention,
 )
 from actvar_kernels.backend import using_backend
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.sampling import cpu_kernel as sampling_kernel
 
 R, L, K, C, N, D, H = 2, 9, 5, 64, 4, 256, 2

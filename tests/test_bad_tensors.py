@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import actvar_kernels as ops
-from actvar_kernels import cpu
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.expert_ffn import cpu_kernel
 
 

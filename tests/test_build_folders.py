@@ -24,8 +24,8 @@ from small_libraries import (
     script,
 )
 
-from actvar_kernels import build_folders, building
-from actvar_kernels.building import BuildError, load
+from actvar_kernels.cpu_backend import build_folders, building
+from actvar_kernels.cpu_backend.building import BuildError, load
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="libraries are compiled on Linux and macOS")
 
@@ -78,7 +78,8 @@ def test_a_library_that_is_there_is_loaded_without_anything_else(
 def test_without_any_stream_a_process_builds_it(compiled_cache, tmp_path):
     """With descriptors 0 to 2 closed, as a service may start it."""
     library = probe(tmp_path / "source")
-    code = "import pathlib, sys; from actvar_kernels.building import Library, load; assert sys.stdout is None; "
+    code = "import pathlib, sys; from actvar_kernels.cpu_backend.building import Library, load; "
+    code += "assert sys.stdout is None; "
     code += "source = pathlib.Path(sys.argv[1]); library = Library('probe', 'a probe', 'a moment', [source], "
     code += "[source.with_name('probe.h')], (), 'answer'); "
     code += "pathlib.Path(sys.argv[2]).write_text(str(load(library).answer()))"

@@ -21,8 +21,8 @@ from small_libraries import (
     script,
 )
 
-from actvar_kernels import building, cpu
-from actvar_kernels.building import BuildError, load
+from actvar_kernels.cpu_backend import building, cpu
+from actvar_kernels.cpu_backend.building import BuildError, load
 from actvar_kernels.sampling import cpu_kernel
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="libraries are compiled on Linux and macOS")

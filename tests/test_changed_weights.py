@@ -18,8 +18,9 @@ import actvar
 from actvar import ActVARConfig, accelerate, apply_patch, refresh, release_cache, remove_patch
 from actvar.models import VAR
 from actvar.models.public_code import public_classes, public_twin
-from actvar_kernels import conv3x3, cpu, expert_ffn, linear, packing
-from actvar_kernels.checksums import checksums
+from actvar_kernels import conv3x3, expert_ffn, linear
+from actvar_kernels.cpu_backend import cpu, packing
+from actvar_kernels.cpu_backend.checksums import checksums
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 

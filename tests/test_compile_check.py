@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 import actvar_kernels
-from actvar_kernels import compile_cases, compile_check
-from actvar_kernels.compile_check import Job, Row, check, main
-from actvar_kernels.virtual import why_unavailable
+from actvar_kernels.tools import compile_cases, compile_check
+from actvar_kernels.tools.compile_check import Job, Row, check, main
+from actvar_kernels.tools.virtual import why_unavailable
 
 if why_unavailable() is not None:
     pytest.skip(why_unavailable(), allow_module_level=True)

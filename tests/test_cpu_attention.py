@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels import cpu, subset_attention
+from actvar_kernels import subset_attention
 from actvar_kernels.backend import using_backend
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.subset_attention import cpu_kernel, reference
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))

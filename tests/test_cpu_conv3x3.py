@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels import conv3x3, cpu
+from actvar_kernels import conv3x3
 from actvar_kernels.backend import using_backend
 from actvar_kernels.conv3x3 import cpu_kernel
+from actvar_kernels.cpu_backend import cpu
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 LEVELS = range(cpu.best_level() + 1) if cpu.why_unavailable() is None else ()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels import cpu, group_norm_silu
+from actvar_kernels import group_norm_silu
 from actvar_kernels.backend import using_backend
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.group_norm import cpu_kernel, reference
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))

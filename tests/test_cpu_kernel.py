@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from actvar import ActVARConfig, accelerate, apply_patch, load_pretrained, remove_patch
 from actvar.patching.patch import DENSE
-from actvar_kernels import BackendUnavailableError, cpu, expert_ffn, linear, linear_once, packing, select_tokens
+from actvar_kernels import BackendUnavailableError, expert_ffn, linear, linear_once, select_tokens
 from actvar_kernels.backend import using_backend
+from actvar_kernels.cpu_backend import cpu, packing
 from actvar_kernels.expert_ffn import cpu_kernel, reference
 from actvar_kernels.linear import cpu_kernel as linear_kernel
 

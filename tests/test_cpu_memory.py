@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from actvar import accelerate, load_pretrained, release_cache
-from actvar_kernels import cpu_memory
-from actvar_kernels.cpu_memory import HUGE_PAGE, empty, kept, release, reused_memory
+from actvar_kernels.cpu_backend import memory
+from actvar_kernels.cpu_backend.memory import HUGE_PAGE, empty, kept, release, reused_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
 MIB = 2**20
@@ -27,7 +27,7 @@ def _nothing_kept():
 
 
 def bytes_kept() -> int:
-    return sum(map(len, cpu_memory._free))
+    return sum(map(len, memory._free))
 
 
 def test_what_a_tensor_and_its_views_leave_is_taken_by_the_next_one_of_about_its_size():
@@ -69,7 +69,7 @@ def test_a_copy_for_long_takes_no_memory_that_is_to_be_used_again(size):
 def test_outside_nothing_is_kept_and_inside_a_limit_stays(monkeypatch):
     empty((MIB,), torch.float32)
     assert bytes_kept() == 0
-    monkeypatch.setattr(cpu_memory, "KEPT", 20 * MIB)
+    monkeypatch.setattr(memory, "KEPT", 20 * MIB)
     with reused_memory():
         tensors = [empty((2 * MIB,), torch.float32) for _ in range(4)]
         escaped = tensors.pop()
@@ -117,7 +117,7 @@ def test_an_image_keeps_its_values_when_the_next_one_is_decoded_and_the_memory_i
     assert torch.equal(first, before)
     del first
     gc.collect()
-    assert 0 < bytes_kept() <= cpu_memory.KEPT
+    assert 0 < bytes_kept() <= memory.KEPT
     release_cache(var)
     assert bytes_kept() == 0
 

@@ -6,16 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from actvar_kernels import (
-    add_normalize,
-    add_normalize_route,
-    cpu,
-    cpu_rows,
-    normalize_modulate,
-    scatter_rows,
-    select_tokens,
-)
+from actvar_kernels import add_normalize, add_normalize_route, normalize_modulate, scatter_rows, select_tokens
 from actvar_kernels.backend import using_backend
+from actvar_kernels.cpu_backend import cpu, row_ops
 from actvar_kernels.residual_norm import reference
 from actvar_kernels.scatter import reference as scatter_reference
 from actvar_kernels.token_select import reference as token_reference
@@ -63,21 +56,21 @@ def assert_close(actual: Tensor, exact: Tensor) -> None:
 def test_residual_and_norm_are_those_of_float64(R, L, K, C, dtype, with_index) -> None:
     x, index, *others = inputs(R, L, K if with_index else L, C, dtype)
     tensors = [x, index if with_index else None, *others]
-    rows, u = cpu_rows.add_normalize(*tensors)
+    rows, u = row_ops.add_normalize(*tensors)
     assert rows.dtype == u.dtype == dtype
     assert_close(rows, reference.add_normalize(*wide(tensors))[0])
     # of the sum as it is stored
     scale, shift = tensors[4:]
     assert_close(u, token_reference.normalize_modulate(rows.double(), scale.double(), shift.double()))
     exact = token_reference.normalize_modulate(x.double(), scale.double(), shift.double())
-    assert_close(cpu_rows.normalize_modulate(x, scale, shift), exact)
+    assert_close(row_ops.normalize_modulate(x, scale, shift), exact)
 
 
 def test_sums_in_bfloat16_are_rounded_to_the_nearest_and_nan_stays_nan() -> None:
     x = torch.tensor([1.0, 1.0, 1.0, 2.0**-130, torch.nan, torch.inf]).bfloat16().view(1, 1, 6)
     update = torch.tensor([2.0**-8, 2.0**-8 + 2.0**-12, 3 * 2.0**-8, 0.0, 0.0, 0.0]).bfloat16().view(1, 1, 6)
     ones = torch.ones(1, 1, 6).bfloat16()
-    rows, _ = cpu_rows.add_normalize(x, None, update, ones, ones, ones)
+    rows, _ = row_ops.add_normalize(x, None, update, ones, ones, ones)
     expected = (x.float() + update.float()).bfloat16()
     assert torch.equal(rows.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert rows.isnan().tolist() == expected.isnan().tolist()
@@ -86,25 +79,25 @@ def test_sums_in_bfloat16_are_rounded_to_the_nearest_and_nan_stays_nan() -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_result_depends_neither_on_threads_nor_on_strides_nor_on_the_other_rows(dtype: torch.dtype) -> None:
     x, index, update, *vectors = inputs(3, 9, 5, 65, dtype)
-    expected = cpu_rows.add_normalize(x, index, update, *vectors)
+    expected = row_ops.add_normalize(x, index, update, *vectors)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3 if threads != 3 else 2)
-        assert all(map(torch.equal, cpu_rows.add_normalize(x, index, update, *vectors), expected))
+        assert all(map(torch.equal, row_ops.add_normalize(x, index, update, *vectors), expected))
     finally:
         torch.set_num_threads(threads)
     views = torch.cat((x * torch.nan, x, x), dim=1)[:, 9:18], index.t().contiguous().t()
-    assert all(map(torch.equal, cpu_rows.add_normalize(*views, update, *vectors), expected))
+    assert all(map(torch.equal, row_ops.add_normalize(*views, update, *vectors), expected))
     apart = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert all(map(torch.equal, cpu_rows.add_normalize(apart, index, update, *vectors), expected))
+    assert all(map(torch.equal, row_ops.add_normalize(apart, index, update, *vectors), expected))
     x[torch.ones(3, 9, dtype=torch.bool).scatter(1, index, False)] = torch.nan  # must not be read
-    assert all(map(torch.equal, cpu_rows.add_normalize(x, index, update, *vectors), expected))
+    assert all(map(torch.equal, row_ops.add_normalize(x, index, update, *vectors), expected))
 
 
 def test_the_operations_take_the_code_on_the_cpu_and_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    library = cpu_rows._library
-    monkeypatch.setattr(cpu_rows, "_library", lambda: calls.append(1) or library())
+    library = row_ops._library
+    monkeypatch.setattr(row_ops, "_library", lambda: calls.append(1) or library())
     tensors = inputs(2, 9, 5, 64, torch.float32)
     x, index, update, gamma, scale, shift = tensors
     weight, bias = normal(4, 64, seed=5), normal(4, seed=6)
@@ -140,13 +133,13 @@ def test_the_highest_scores_are_kept_and_their_rows_modulated(R, L, K, C, dtype,
     R += R % 2
     x, _, _, _, scale, shift = inputs(R, L, K, C, dtype)
     weight, bias = normal(1, C, seed=5, dtype=dtype), normal(1, seed=6, dtype=dtype)
-    index, modulated, scores = cpu_rows.select_tokens(x, weight, bias, scale, shift, K, shared)
+    index, modulated, scores = row_ops.select_tokens(x, weight, bias, scale, shift, K, shared)
     exact = token_reference.select_tokens(*wide([x, weight, bias, scale, shift]), K, shared)[2]
     torch.testing.assert_close(scores.double(), exact.double(), rtol=1e-5, atol=2e-6 * C**0.5)
     deciding = scores[: R // 2].repeat(2, 1) if shared else scores
     assert torch.equal(index, token_reference.top_indices(deciding, K))
     rows = token_reference.gather_rows(x, index)
-    assert torch.equal(modulated, cpu_rows.normalize_modulate(rows, scale, shift))
+    assert torch.equal(modulated, row_ops.normalize_modulate(rows, scale, shift))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 5, 8, 9])
@@ -155,7 +148,7 @@ def test_equal_scores_go_to_the_lower_index_and_nan_comes_first(keep: int) -> No
     x[1, 4] = x[1, 7] = torch.nan
     x[1, 2] = torch.inf
     ones = torch.ones(2, 1, 64)
-    index, _, scores = cpu_rows.select_tokens(x, normal(1, 64), torch.zeros(1), ones, ones, keep, False)
+    index, _, scores = row_ops.select_tokens(x, normal(1, 64), torch.zeros(1), ones, ones, keep, False)
     assert scores[0].unique().numel() == 3
     assert torch.equal(index, token_reference.top_indices(scores, keep))
 
@@ -169,8 +162,8 @@ def test_the_router_reads_the_rows_as_they_are_stored(R, L, K, C, experts, activ
     weight, bias = normal(experts, C, seed=5, dtype=dtype), normal(experts, seed=6, dtype=dtype)
     weight[experts // 2 :] = weight[: experts - experts // 2]  # equal logits
     bias[experts // 2 :] = bias[: experts - experts // 2]
-    rows, u, mask, logits = cpu_rows.add_normalize_route(*tensors, weight, bias, active)
-    assert all(map(torch.equal, (rows, u), cpu_rows.add_normalize(*tensors)))
+    rows, u, mask, logits = row_ops.add_normalize_route(*tensors, weight, bias, active)
+    assert all(map(torch.equal, (rows, u), row_ops.add_normalize(*tensors)))
     exact = u.double() @ weight.double().t() + bias.double()
     torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=2e-6 * C**0.5)
     chosen = logits.sort(dim=-1, descending=True, stable=True).indices[..., :active]
@@ -182,7 +175,7 @@ def test_experts_of_a_row_that_is_not_a_number_are_those_of_the_reference() -> N
     tensors[0][0, 3, 5] = torch.nan
     weight, bias = normal(8, 64, seed=5), normal(8, seed=6)
     expected = reference.add_normalize_route(*tensors, weight, bias, 3)
-    for found, wanted in zip(cpu_rows.add_normalize_route(*tensors, weight, bias, 3), expected, strict=True):
+    for found, wanted in zip(row_ops.add_normalize_route(*tensors, weight, bias, 3), expected, strict=True):
         torch.testing.assert_close(found, wanted, equal_nan=True)
 
 
@@ -216,8 +209,8 @@ def test_selection_and_routing_depend_neither_on_threads_nor_on_strides() -> Non
     try:
         for count, rows in ((1, x), (2, x), (3, apart), (3, torch.cat((x, x), dim=1)[:, 30:])):
             torch.set_num_threads(count)
-            selected = cpu_rows.select_tokens(rows, weight[:1], bias[:1], *vectors[1:], 20, False)
-            routed = cpu_rows.add_normalize_route(rows, index, update, *vectors, weight, bias, 4)
+            selected = row_ops.select_tokens(rows, weight[:1], bias[:1], *vectors[1:], 20, False)
+            routed = row_ops.add_normalize_route(rows, index, update, *vectors, weight, bias, 4)
             found.append((*selected, *routed))
     finally:
         torch.set_num_threads(threads)
@@ -226,7 +219,7 @@ def test_selection_and_routing_depend_neither_on_threads_nor_on_strides() -> Non
 
 def test_under_autocast_an_update_in_bfloat16_is_added_to_rows_in_float32() -> None:
     x, index, update, *vectors = inputs(2, 9, 5, 65, torch.float32)
-    rows, u = cpu_rows.add_normalize(x, index, update.bfloat16(), *vectors)
+    rows, u = row_ops.add_normalize(x, index, update.bfloat16(), *vectors)
     assert rows.dtype == u.dtype == torch.float32
     exact = reference.add_normalize(*wide([x, index, update.bfloat16(), *vectors]))[0]
     assert_close(rows, exact)

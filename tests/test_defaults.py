@@ -16,8 +16,8 @@ from actvar.distill.run import Distillation, distill
 from actvar.models import VAR
 from actvar.models.public_code import public_classes, public_twin
 from actvar.patching.adapter import read_adapter
-from actvar_kernels import cpu
 from actvar_kernels.backend import using_backend
+from actvar_kernels.cpu_backend import cpu
 
 DEFAULTS = [torch.float16, torch.bfloat16, torch.float64, "meta"]
 """Dtypes, and a device on which no kernel of the CPU could write."""

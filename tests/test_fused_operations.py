@@ -12,8 +12,9 @@ from torch import nn
 from actvar import ActVARConfig, accelerate, load_pretrained
 from actvar.patching.patch import patched_silently
 from actvar.zoo.pretrained import adapter_path
-from actvar_kernels import cpu, group_norm_silu, scatter_rows
+from actvar_kernels import group_norm_silu, scatter_rows
 from actvar_kernels.backend import using_backend
+from actvar_kernels.cpu_backend import cpu
 from benchmarks.fused import QUERIES, fused_operations, text
 
 AUTOENCODER = {"conv3x3", "group_norm_silu"}
@@ -164,7 +165,7 @@ def test_launches_of_our_triton_kernels_are_counted():
     pytest.importorskip("triton")
     from recorded_launches import cuda, launch_scale
 
-    from actvar_kernels import virtual
+    from actvar_kernels.tools import virtual
 
     if virtual.why_unavailable() is not None:
         pytest.skip(virtual.why_unavailable())

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from actvar import accelerate
 from actvar.models.sampling import guided, sample_guided, sample_top_k_top_p
-from actvar_kernels import cpu
 from actvar_kernels.backend import using_backend
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.sampling import cpu_public, public
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))

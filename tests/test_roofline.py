@@ -17,8 +17,8 @@ from actvar import ActVARConfig
 from actvar.flops import model_flops
 from actvar.patching.patch import patch_silently
 from actvar_kernels.backend import using_backend
-from actvar_kernels.compile_cases import Model
-from actvar_kernels.virtual import (
+from actvar_kernels.tools.compile_cases import Model
+from actvar_kernels.tools.virtual import (
     CompiledKernel,
     HostSyncError,
     Launch,
@@ -27,8 +27,8 @@ from actvar_kernels.virtual import (
     virtual_gpu,
     why_unavailable,
 )
-from actvar_kernels.virtual.cost import COSTS, Cost
-from actvar_kernels.virtual.resources import resources
+from actvar_kernels.tools.virtual.cost import COSTS, Cost
+from actvar_kernels.tools.virtual.resources import resources
 from benchmarks import roofline, routing
 from benchmarks import virtual_gpu as benchmark
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import actvar_kernels
 from actvar.models.sampling import sample_top_k_top_p
-from actvar_kernels import cpu, sample_tokens
+from actvar_kernels import sample_tokens
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.sampling import reference
 from actvar_kernels.sampling.reference import LARGEST, SMALLEST, token_weights
 

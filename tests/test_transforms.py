@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from actvar import ActVARConfig, accelerate, apply_patch
 from actvar.models import VAR
-from actvar_kernels import BackendUnavailableError, cpu, normalize_modulate
+from actvar_kernels import BackendUnavailableError, normalize_modulate
 from actvar_kernels.backend import using_backend
+from actvar_kernels.cpu_backend import cpu
 
 Computation = Callable[[torch.Tensor], torch.Tensor]
 

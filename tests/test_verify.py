@@ -21,8 +21,9 @@ from actvar.cli import main
 from actvar.reports.compare import Sampling
 from actvar.verify.operations import OPERATIONS
 from actvar.verify.run import Check, Report, available_backends, verify
-from actvar_kernels import BackendUnavailableError, backend, cpu, get_backend, normalize_modulate
+from actvar_kernels import BackendUnavailableError, backend, get_backend, normalize_modulate
 from actvar_kernels.backend import using_backend
+from actvar_kernels.cpu_backend import cpu
 
 PAPER = ActVARConfig(num_experts=8)
 ONE_IMAGE = Sampling((1,))

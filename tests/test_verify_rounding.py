@@ -18,7 +18,7 @@ from actvar import ActVARConfig, load_pretrained
 from actvar.reports.compare import Sampling
 from actvar.verify.rounding import FACTOR, MOVES, UNIT, measured, moved, unmoved
 from actvar.verify.run import verify
-from actvar_kernels import cpu
+from actvar_kernels.cpu_backend import cpu
 
 CPP = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"the C++ kernels: {cpu.why_unavailable()}")
 LEVELS = range(cpu.best_level() + 1) if cpu.why_unavailable() is None else ()

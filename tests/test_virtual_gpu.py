@@ -20,14 +20,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from actvar.models.vqvae import VQVAE, AttnBlock, ResnetBlock
 from actvar_kernels import add_normalize_route, expert_ffn_scatter, select_tokens
 from actvar_kernels.backend import using_backend
-from actvar_kernels.virtual import (
+from actvar_kernels.tools.virtual import (
     HostSyncError,
     VirtualGPUUnavailableError,
     to_fake_cuda,
     virtual_gpu,
     why_unavailable,
 )
-from actvar_kernels.virtual.resources import resources
+from actvar_kernels.tools.virtual.resources import resources
 
 if why_unavailable() is not None:
     pytest.skip(why_unavailable(), allow_module_level=True)

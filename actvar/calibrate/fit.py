@@ -14,7 +14,7 @@ from actvar.calibrate.curves import Curves, expert_outputs
 from actvar.calibrate.ridge import NormalEquations, fitted
 from actvar.families import var as family
 from actvar.sparse.schedule import Scale
-from actvar_kernels.token_select.reference import NORM_EPS
+from actvar_kernels.constants import NORM_EPS
 
 CLUSTERED_TOKENS = 4096
 MEASURED_TOKENS = 1024

@@ -14,7 +14,8 @@ import torch
 import actvar
 from actvar.models.checkpoint import describe_checkpoint
 from actvar.patching.adapter import describe_adapter
-from actvar_kernels import cpu, get_backend
+from actvar_kernels import get_backend
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.sampling import cpu_kernel
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from actvar.models.var import VAR, FeedForward, HeadNorm, SelfAttention, TransformerBlock
+from actvar.models.var import MAX_LOG_SCALE, VAR, FeedForward, HeadNorm, SelfAttention, TransformerBlock
 from actvar.utils.class_swap import own_class
 from actvar.utils.plain_layers import is_ordinary, why_called, why_not_by_class
 from actvar.utils.wrappers import unwrapped
@@ -22,10 +22,9 @@ from actvar_kernels import (
     triton_runs,
 )
 from actvar_kernels.backend import are_plain
+from actvar_kernels.constants import NORM_EPS
 
 NAME = "VAR (actvar.models.VAR or the class of the public VAR code)"
-NORM_EPS = 1e-6
-MAX_LOG_SCALE = 4.605170185988092  # log(100)
 PUBLIC_NAMES = {
     TransformerBlock: "AdaLNSelfAttn",
     SelfAttention: "SelfAttention",

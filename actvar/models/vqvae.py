@@ -14,8 +14,8 @@ from actvar.models.quantizer import VectorQuantizer
 from actvar.utils.plain_layers import is_plain
 from actvar_kernels import add_residual, conv3x3, cpp_runs, group_norm_silu, triton_runs
 from actvar_kernels.backend import needs_torch
-from actvar_kernels.cpu_memory import reused_memory
-from actvar_kernels.packing import drop_changed
+from actvar_kernels.cpu_backend.memory import reused_memory
+from actvar_kernels.cpu_backend.packing import drop_changed
 
 OFFICIAL_CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
 NORM_GROUPS = 32

@@ -24,8 +24,9 @@ from actvar.sparse.passes import Pass
 from actvar.sparse.schedule import build_schedule
 from actvar.sparse.state import Shared, is_patched, shared_state
 from actvar.utils.class_swap import Mixed, mix_in, unmix
-from actvar_kernels import cpu_memory, sample_tokens
-from actvar_kernels.packing import drop
+from actvar_kernels import sample_tokens
+from actvar_kernels.cpu_backend import memory
+from actvar_kernels.cpu_backend.packing import drop
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +276,7 @@ def release_cache(var: nn.Module) -> None:
     for block in _blocks(unwrapped(var)):
         block.actvar.kept.room = None
     refresh(var)
-    cpu_memory.release()
+    memory.release()
 
 
 @contextmanager

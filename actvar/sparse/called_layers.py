@@ -11,7 +11,7 @@ from torch import nn
 from actvar.families import var as family
 from actvar.sparse.schedule import Scale
 from actvar.sparse.state import Shared
-from actvar_kernels.packing import drop_changed
+from actvar_kernels.cpu_backend.packing import drop_changed
 
 logger = logging.getLogger(__name__)
 

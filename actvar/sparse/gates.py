@@ -11,7 +11,7 @@ from torch import nn
 from actvar.families import var as family
 from actvar.sparse.block_cache import Kept
 from actvar.utils.modes import inference_mode
-from actvar_kernels.packing import drop
+from actvar_kernels.cpu_backend.packing import drop
 
 logger = logging.getLogger(__name__)
 

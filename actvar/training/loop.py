@@ -29,8 +29,8 @@ from tqdm import tqdm
 from actvar.models.arguments import checked_finite, checked_integer
 from actvar.training.muon import Muon
 from actvar.utils.files import replacing
-from actvar_kernels import cpu
 from actvar_kernels.checks import as_integer
+from actvar_kernels.cpu_backend import cpu
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from actvar_kernels import cpu
+from actvar_kernels.cpu_backend import cpu
 
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 """Of the Newton-Schulz polynomial `a x + b x^3 + c x^5`: Jordan's, as in `torch.optim.Muon`."""

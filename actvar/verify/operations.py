@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import actvar_kernels
 from actvar.verify.rounding import wide
+from actvar_kernels.constants import NORM_EPS
 from actvar_kernels.residual_norm.reference import Residual
-from actvar_kernels.token_select.reference import NORM_EPS, gather_rows, top_indices
+from actvar_kernels.token_select.reference import gather_rows, top_indices
 
 # What a result holds: its name, its value, and the value that is due: within a tolerance where that is in float64,
 # otherwise bit for bit.

@@ -30,8 +30,8 @@ from actvar.patching.patch import patched_silently
 from actvar.reports.compare import Sampling
 from actvar.verify.operations import OPERATIONS, WRITABLE, Widen
 from actvar.verify.rounding import difference, measured, moved, unmoved, wide
-from actvar_kernels import cpu
 from actvar_kernels.backend import BackendUnavailableError, get_backend, triton_runs, using_backend
+from actvar_kernels.cpu_backend import cpu
 
 
 @dataclass(frozen=True)

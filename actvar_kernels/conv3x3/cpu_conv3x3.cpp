@@ -26,8 +26,8 @@ constexpr int MOST = 48;  // tiles of a group
 
 }  // namespace
 
-#define KERNEL "conv3x3/cpu_tile.h"
-#include "../cpu_levels.h"
+#define KERNEL "../conv3x3/cpu_tile.h"
+#include "../cpu_backend/levels.h"
 
 namespace {
 

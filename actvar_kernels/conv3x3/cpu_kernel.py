@@ -8,8 +8,8 @@ import math
 
 import torch
 
-from actvar_kernels import cpu, cpu_memory
-from actvar_kernels.packing import packed
+from actvar_kernels.cpu_backend import cpu, memory
+from actvar_kernels.cpu_backend.packing import packed
 
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.6875, -0.6875, 1.5, -1.5)}
 """Where polynomials are multiplied, by the outputs of a tile; infinity comes last. Those of 4 err little."""
@@ -56,7 +56,7 @@ def conv3x3(
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    out = cpu_memory.empty((B, H, W, D), x.dtype).permute(0, 3, 1, 2)
+    out = memory.empty((B, H, W, D), x.dtype).permute(0, 3, 1, 2)
     sizes = cpu.checked_sizes(B, H, W, C, D)
     pointers = x.data_ptr(), copy.data_ptr(), bias.data_ptr(), None if residual is None else residual.data_ptr()
     kind = level, x.dtype == torch.bfloat16, outputs

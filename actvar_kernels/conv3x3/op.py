@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels import cpu
 from actvar_kernels.backend import backend_of, needs_operator
 from actvar_kernels.checks import expect_shape
 from actvar_kernels.conv3x3 import cpu_kernel
+from actvar_kernels.cpu_backend import cpu
 
 
 def conv3x3(

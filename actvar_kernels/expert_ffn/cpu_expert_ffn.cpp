@@ -20,8 +20,8 @@ constexpr int FEW = 64;  // tokens up to which threads share columns
 
 }  // namespace
 
-#define KERNEL "expert_ffn/cpu_tile.h"
-#include "../cpu_levels.h"
+#define KERNEL "../expert_ffn/cpu_tile.h"
+#include "../cpu_backend/levels.h"
 
 namespace {
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_kernels import cpu
-from actvar_kernels.packing import packed
+from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.cpu_backend.packing import packed
 
 
 class Packed(NamedTuple):

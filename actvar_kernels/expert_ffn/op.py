@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels import cpu
 from actvar_kernels.backend import (
     MOST_SEQUENCES,
     backend_of,
@@ -15,46 +14,18 @@ from actvar_kernels.backend import (
     wants_gradient,
 )
 from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape, expect_tensor
+from actvar_kernels.constants import MAX_EXPERTS
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.expert_ffn import cpu_kernel, reference
-from actvar_kernels.expert_ffn.route import route
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.scatter.op import scatter_rows
 
 SCHEDULES = ("auto", "dense", "tile_list", "snap")
 
-_MAX_EXPERTS = 32
-"""Of the Triton backend: a token's experts are the bits of an int32."""
 _MOST_TOKENS = 64 * MOST_SEQUENCES
 """Of the Triton backend: the smallest tiles have 64."""
-_LIMITS = f"float32, float16 and bfloat16, a bool mask of up to {_MAX_EXPERTS} experts, {_MOST_TOKENS} tokens"
-
-
-def route_experts(
-    u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the `active` experts with the highest logits for each token, ties to the lower index.
-
-    Args:
-        u: FFN input, `[..., C]`.
-        weight, bias: the router, `[N, C]` and `[N]`; logits are in float32 and outside autocast.
-        active: experts per token, 1 ... N.
-
-    Returns:
-        mask `[..., N]` bool, logits `[..., N]` float32.
-
-    On Triton it is one launch, for N up to 32.
-
-    Raises:
-        ValueError: shapes or devices that do not fit, or `active` out of range.
-        BackendUnavailableError: see `actvar_kernels.set_backend`.
-    """
-    expect_tensor("u", u)
-    expect_shape("weight", weight, (None, u.shape[-1]))
-    expect_shape("bias", bias, (weight.shape[0],))
-    active = expect_count("active", active, weight.shape[0])
-    expect_one_device(u, weight, bias)
-    return route(u, weight, bias, active)
+_LIMITS = f"float32, float16 and bfloat16, a bool mask of up to {MAX_EXPERTS} experts, {_MOST_TOKENS} tokens"
 
 
 def expert_ffn(
@@ -126,7 +97,8 @@ def expert_ffn_scatter(
         gamma: AdaLN gate of the branch, `[R, 1, C]`.
         schedule: one of `SCHEDULES`, for the Triton backend. `"dense"` runs every expert and masks, `"tile_list"` skips
             experts that no row of a tile of sorted tokens wants; both are equal but for rounding. `"auto"` takes what
-            a table of `actvar_kernels.tune` says, without one `"dense"`, which an H100 was faster with at every size.
+            a table of `actvar_kernels.tools.tune` says, without one `"dense"`, which an H100 was faster with at every
+            size.
             `"snap"` changes results: every 4096 tokens are sorted by their experts, and every tile of 128 runs the
             `active` experts that most of its rows want (`reference.snapped`, for at most 32 experts).
 
@@ -201,7 +173,7 @@ def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> 
 
 def _backend(operation: str, u: torch.Tensor, mask: torch.Tensor, *others: torch.Tensor) -> str:
     experts = mask.shape[-1]
-    fits = mask.dtype == torch.bool and experts <= _MAX_EXPERTS and mask.numel() <= experts * _MOST_TOKENS
+    fits = mask.dtype == torch.bool and experts <= MAX_EXPERTS and mask.numel() <= experts * _MOST_TOKENS
     supported = kernel_backends(u, *others, fits=fits)
 
     def why_not_in_cpp() -> str | None:

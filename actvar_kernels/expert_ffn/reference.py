@@ -1,19 +1,9 @@
-"""Routing and the expert FFN in plain PyTorch: what the operations compute."""
+"""The expert FFN in plain PyTorch: what the operation computes."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
-
-
-def route_experts(
-    u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.autocast(u.device.type, enabled=False):
-        logits = F.linear(u.float(), weight.float(), bias.float())
-    chosen = logits.sort(dim=-1, descending=True, stable=True).indices[..., :active]
-    mask = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, 1)
-    return mask, logits
 
 
 def expert_ffn(

@@ -20,7 +20,7 @@ from actvar_kernels import tiles
 from actvar_kernels.expert_ffn.reference import SNAP_SEGMENT, SNAP_TILE
 from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
 from actvar_kernels.linear.op import gelu_linear
-from actvar_kernels.tuned import tuned_expert_ffn
+from actvar_kernels.tuning_table import tuned_expert_ffn
 
 _SNAP_TILE = tl.constexpr(SNAP_TILE)
 

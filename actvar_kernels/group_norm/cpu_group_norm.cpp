@@ -27,8 +27,8 @@ struct Moments {  // of a group's numbers in a chunk, about their own mean
 
 }  // namespace
 
-#define KERNEL "group_norm/cpu_tile.h"
-#include "../cpu_levels.h"
+#define KERNEL "../group_norm/cpu_tile.h"
+#include "../cpu_backend/levels.h"
 
 namespace {
 

@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from actvar_kernels import cpu, cpu_memory
+from actvar_kernels.cpu_backend import cpu, memory
 
 
 def group_norm_silu(
@@ -36,7 +36,7 @@ def group_norm_silu(
     B, C, H, W = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias = weight.detach().float().contiguous(), bias.detach().float().contiguous()
-    out = x if overwrite else cpu_memory.empty((B, H, W, C), x.dtype).permute(0, 3, 1, 2)
+    out = x if overwrite else memory.empty((B, H, W, C), x.dtype).permute(0, 3, 1, 2)
     sizes = cpu.checked_sizes(B, H * W, C, groups)
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
     kind = level, x.dtype == torch.bfloat16

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels import cpu
 from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import as_integer, as_number, expect_one_device, expect_shape
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.group_norm import cpu_kernel, reference
 

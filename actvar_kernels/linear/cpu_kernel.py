@@ -7,8 +7,8 @@ import functools
 
 import torch
 
-from actvar_kernels import cpu
-from actvar_kernels.packing import packed
+from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.cpu_backend.packing import packed
 
 FEW_ROWS = 8
 """As FEW in cpu_linear.cpp."""

@@ -15,8 +15,8 @@ constexpr int FEW = 8;  // rows for which a weight may stay as it is
 
 }  // namespace
 
-#define KERNEL "linear/cpu_tile.h"
-#include "../cpu_levels.h"
+#define KERNEL "../linear/cpu_tile.h"
+#include "../cpu_backend/levels.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// A linear layer for one instruction set, included by ../cpu_levels.h behind ../cpu_vectors.h.
+// A linear layer for one instruction set, included by ../cpu_backend/levels.h behind ../cpu_backend/vectors.h.
 
 namespace NAMESPACE {
 

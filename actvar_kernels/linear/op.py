@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels import cpu
 from actvar_kernels.backend import backend_of, needs_operator
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.linear import cpu_kernel
 
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels import cpu, cpu_rows
 from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
 from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape
-from actvar_kernels.expert_ffn.route import MAX_EXPERTS
+from actvar_kernels.constants import MAX_EXPERTS
+from actvar_kernels.cpu_backend import cpu, row_ops
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm import reference
 from actvar_kernels.residual_norm.reference import Residual
@@ -123,7 +123,7 @@ def _backend(operation: str, x: torch.Tensor, _index, *others: torch.Tensor, exp
 
 def _add(backend, x, index, update, gamma, scale, shift) -> tuple[torch.Tensor, torch.Tensor]:
     if backend == "cpu":
-        return cpu_rows.add_normalize(x, index, update, gamma, scale, shift)
+        return row_ops.add_normalize(x, index, update, gamma, scale, shift)
     if backend == "reference":
         return reference.add_normalize(x, index, update, gamma, scale, shift)
     from actvar_kernels.residual_norm import triton_kernel
@@ -137,7 +137,7 @@ def _add_and_route(
     """The first result is None where it is deferred and the backend need not make it."""
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
     if backend == "cpu":
-        return cpu_rows.add_normalize_route(*tensors, active)
+        return row_ops.add_normalize_route(*tensors, active)
     if backend == "reference":
         return reference.add_normalize_route(*tensors, active)
     from actvar_kernels.residual_norm import triton_kernel

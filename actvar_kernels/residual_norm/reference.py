@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_kernels.expert_ffn.reference import route_experts
+from actvar_kernels.routing.reference import route_experts
 from actvar_kernels.token_select.reference import gather_rows, normalize_modulate
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from actvar_kernels import building, cpu
-from actvar_kernels.building import Library
+from actvar_kernels.cpu_backend import building, cpu
+from actvar_kernels.cpu_backend.building import Library
 
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / "public.cpp", FOLDER / "sample.cpp"]
-HEADERS = [FOLDER / "filters.h", FOLDER.with_name("cpu_numbers.h"), FOLDER.with_name("cpu_keys.h")]
+HEADERS = [FOLDER / "filters.h", *(cpu.FOLDER / name for name in ("numbers.h", "keys.h"))]
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 LIBRARY = Library("actvar_sampling", "the C++ samplers", "a few seconds", SOURCES, HEADERS, FLAGS, "sample_tokens")
 

@@ -8,8 +8,8 @@ import threading
 
 import torch
 
-from actvar_kernels import cpu
 from actvar_kernels.backend import backend_of, needs_operator
+from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.sampling import public
 from actvar_kernels.sampling.cpu_kernel import available, library, why_unavailable
 

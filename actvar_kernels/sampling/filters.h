@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "../cpu_numbers.h"
+#include "../cpu_backend/numbers.h"
 
 #include <limits>
 

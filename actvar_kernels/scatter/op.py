@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels import cpu, cpu_rows
 from actvar_kernels.backend import (
     MOST_SEQUENCES,
     backend_of,
@@ -13,6 +12,7 @@ from actvar_kernels.backend import (
     wants_gradient,
 )
 from actvar_kernels.checks import expect_index, expect_one_device, expect_shape
+from actvar_kernels.cpu_backend import cpu, row_ops
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.scatter import reference
 
@@ -71,7 +71,7 @@ def _add(rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor) -> torch
         index = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2])
         return torch.ops.actvar_kernels.scatter_rows(rows, index, rows, update, gamma)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    cpu_rows.scatter_rows(out, None, rows, update, gamma)
+    row_ops.scatter_rows(out, None, rows, update, gamma)
     return out
 
 
@@ -101,7 +101,7 @@ def _why_not_in_cpp(rest, rows, update, gamma) -> str | None:
 def _write(rest, index, rows, update, gamma) -> None:
     backend = _backend(rest, rows, update, gamma)
     if backend == "cpu":
-        cpu_rows.scatter_rows(rest, index, rows, update, gamma)
+        row_ops.scatter_rows(rest, index, rows, update, gamma)
         return
     if backend == "reference":
         rest.copy_(reference.scatter_rows(rest, index, rows, update, gamma))

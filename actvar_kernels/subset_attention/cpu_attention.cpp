@@ -25,8 +25,8 @@ constexpr int QUERIES = 48;  // whose scores a thread holds at a time
 
 }  // namespace
 
-#define KERNEL "subset_attention/cpu_tile.h"
-#include "../cpu_levels.h"
+#define KERNEL "../subset_attention/cpu_tile.h"
+#include "../cpu_backend/levels.h"
 
 namespace {
 

@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from actvar_kernels import cpu
+from actvar_kernels.cpu_backend import cpu
 
 
 def subset_attention(

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels import cpu, cpu_rows
 from actvar_kernels.backend import (
     MOST_SEQUENCES,
     backend_of,
@@ -17,6 +16,7 @@ from actvar_kernels.backend import (
     needs_torch,
 )
 from actvar_kernels.checks import as_number, expect_count, expect_one_device, expect_shape
+from actvar_kernels.cpu_backend import cpu, row_ops
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.token_select import reference
 
@@ -131,7 +131,7 @@ def _selection_backend(x, *others) -> str:
 def _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place) -> tuple[torch.Tensor, ...]:
     tensors = (x, weight, bias, scale, shift)
     if backend == "cpu":
-        return *cpu_rows.select_tokens(*tensors, keep, share_guidance), x if in_place else x.clone()
+        return *row_ops.select_tokens(*tensors, keep, share_guidance), x if in_place else x.clone()
     if backend == "reference":
         *selected, rest = reference.select_tokens(*tensors, keep, share_guidance)
         # kernels that fill `rest` must not fill x
@@ -197,7 +197,7 @@ def _norm_backend(*tensors, guided: bool) -> str:
 
 def _normalize(backend, x, scale, shift, guidance) -> torch.Tensor:
     if backend == "cpu":
-        return cpu_rows.normalize_modulate(x, scale, shift)
+        return row_ops.normalize_modulate(x, scale, shift)
     if backend == "reference":
         return reference.normalize_modulate(x, scale, shift, guidance)
     from actvar_kernels.token_select import triton_kernel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-NORM_EPS = 1e-6
+from actvar_kernels.constants import NORM_EPS
 
 
 def top_indices(scores: torch.Tensor, keep: int) -> torch.Tensor:

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from actvar_kernels.constants import NORM_EPS
 from actvar_kernels.tiles import SCORE_CHUNK, SCORE_ROWS, architecture, row_tiles, select_tiles
-from actvar_kernels.token_select.reference import NORM_EPS
 
 _EPS = tl.constexpr(NORM_EPS)
 _LOWEST = tl.constexpr(-(2**31))

@@ -25,7 +25,7 @@ from actvar.patching.patch import load_adapter, patch_silently
 from actvar.training.loop import barrier, launched_processes, rank, world_size
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 from actvar.zoo.pretrained import load_pretrained
-from actvar_kernels import cpu
+from actvar_kernels.cpu_backend import cpu
 from benchmarks.paper.trainings import BATCH, LR, SEEDS, STEPS, TRAININGS, Training
 from benchmarks.paper.workers import Job, run_jobs
 

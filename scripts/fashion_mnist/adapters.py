@@ -16,7 +16,7 @@ from actvar.models.checkpoint import load_var
 from actvar.patching.adapter import describe_adapter, read_adapter_config, save_adapter
 from actvar.patching.patch import load_adapter, patched_silently, remove_patch
 from actvar.zoo.checksums import checked, save_checksums
-from actvar_kernels import cpu
+from actvar_kernels.cpu_backend import cpu
 
 STEPS = {"paper": 1000, "best": 8000, "guided": 5000}
 STATIC_STEPS = 1500

@@ -30,7 +30,7 @@ from actvar.training.loop import (
 from actvar.zoo.fashion_mnist import architecture
 from actvar.zoo.fashion_mnist.data import CLASSES, load_split
 from actvar.zoo.fashion_mnist.features import FeatureNet, training_loss
-from actvar_kernels import cpu
+from actvar_kernels.cpu_backend import cpu
 from scripts.fashion_mnist.adversarial import AdversarialTraining
 from scripts.fashion_mnist.autoencoder import AutoencoderTraining, DecoderTraining
 

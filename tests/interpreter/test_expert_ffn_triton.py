@@ -15,7 +15,7 @@ from actvar_kernels.expert_ffn.op import expert_ffn_flops, expert_ffn_scatter_fl
 from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
 from actvar_kernels.scatter.reference import scatter_rows
 from actvar_kernels.tiles import ExpertTiles, ProductTiles, SortTiles
-from actvar_kernels.tuned import Entry
+from actvar_kernels.tuning_table import Entry
 
 # Experts of 48 hidden units: 32 and 16 beside them in the first product, three steps of 16 in the second.
 PRODUCTS = dict(up=ProductTiles(32, 16, 64, 4, 1), down=ProductTiles(64, 0, 16, 4, 1), parts=2)

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from actvar_kernels import BackendUnavailableError, add_normalize, add_normalize_route, route_experts
-from actvar_kernels.expert_ffn import reference as expert_reference
-from actvar_kernels.expert_ffn.route import route_experts_flops
 from actvar_kernels.residual_norm import reference, triton_kernel
 from actvar_kernels.residual_norm.op import add_normalize_route_flops
+from actvar_kernels.routing import reference as routing_reference
+from actvar_kernels.routing.op import route_experts_flops
 from actvar_kernels.tiles import RowTiles
 
 DTYPES = [torch.float32, torch.float16]
@@ -52,7 +52,7 @@ def router(C: int, experts: int, dtype: torch.dtype = torch.float32) -> list[Ten
 def assert_routes(mask: Tensor, logits: Tensor, u: Tensor, weight: Tensor, bias: Tensor, active: int) -> None:
     """The logits of `u` to float32's rounding, and the mask of exactly these logits."""
     exact = F.linear(u.double(), weight.double(), bias.double())
-    error = (expert_reference.route_experts(u, weight, bias, active)[1] - exact).abs().max().item()
+    error = (routing_reference.route_experts(u, weight, bias, active)[1] - exact).abs().max().item()
     assert logits.dtype == torch.float32
     assert_close(logits, exact, 4 * error)
     order = logits.sort(dim=-1, descending=True, stable=True).indices[..., :active]
@@ -144,7 +144,7 @@ def test_logits_are_ranked_as_by_a_stable_descending_sort(active: int) -> None:
         u, weight, bias = torch.ones(1, 1, 4), torch.zeros(6, 4), torch.tensor(biases)
         mask, logits = route_experts(u, weight, bias, active)
         assert torch.equal(logits[0, 0].nan_to_num(7.0), bias.nan_to_num(7.0))
-        assert torch.equal(mask, expert_reference.route_experts(u, weight, bias, active)[0])
+        assert torch.equal(mask, routing_reference.route_experts(u, weight, bias, active)[0])
 
 
 def test_nan_in_one_sequence_leaves_the_others_alone() -> None:
@@ -268,7 +268,7 @@ def test_the_gradients_are_those_of_the_reference() -> None:
         ),
         (
             lambda *t: route_experts(*t, 3),
-            lambda *t: expert_reference.route_experts(*t, 3),
+            lambda *t: routing_reference.route_experts(*t, 3),
             [normal(2, 3, 20, dtype=torch.float32), *gate],
         ),
     ):

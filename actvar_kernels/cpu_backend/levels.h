@@ -1,5 +1,5 @@
 // Compiles code once per instruction set: #define KERNEL as its header and include this. Every set gets a namespace with the
-// vectors and register tiles of cpu_vectors.h and what is in KERNEL; FOR_EVERY_LEVEL lists them, the highest last.
+// vectors and register tiles of vectors.h and what is in KERNEL; FOR_EVERY_LEVEL lists them, the highest last.
 
 #include <cstdint>
 #include <cstdlib>
@@ -20,7 +20,7 @@ inline int smaller(int a, int b) { return a < b ? a : b; }
 #define VECTORS 2
 #define ROWS 4
 #define DOT 0
-#include "cpu_vectors.h"
+#include "vectors.h"
 #include KERNEL
 #undef NAMESPACE
 #undef LANES
@@ -34,7 +34,7 @@ inline int smaller(int a, int b) { return a < b ? a : b; }
 #define LANES 8
 #define VECTORS 2
 #define ROWS 6
-#include "cpu_vectors.h"
+#include "vectors.h"
 #include KERNEL
 #undef NAMESPACE
 #undef LANES
@@ -48,7 +48,7 @@ inline int smaller(int a, int b) { return a < b ? a : b; }
 #define LANES 16
 #define VECTORS 4
 #define ROWS 6
-#include "cpu_vectors.h"
+#include "vectors.h"
 #include KERNEL
 #undef NAMESPACE
 #undef DOT
@@ -58,7 +58,7 @@ inline int smaller(int a, int b) { return a < b ? a : b; }
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
 #define NAMESPACE avx512_bf16
 #define DOT 1
-#include "cpu_vectors.h"
+#include "vectors.h"
 #include KERNEL
 #undef NAMESPACE
 #pragma GCC pop_options

@@ -127,7 +127,7 @@ def _block_cases(R: int, C: int, scale: Scale, dtype: torch.dtype, is_last: bool
         "expert_ffn_scatter of all tokens",
         lambda: ops.expert_ffn_scatter(None, None, rows, u, mask, ACTIVE_EXPERTS, *ffn, gamma),
     )
-    if is_last:  # what `actvar_kernels.tune` may choose
+    if is_last:  # what `actvar_kernels.tools.tune` may choose
 
         def with_tile(tile: ExpertTiles, schedule: str) -> None:
             with using_expert_tiles(tile):

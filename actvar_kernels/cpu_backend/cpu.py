@@ -11,15 +11,15 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels import building, cpu_memory
 from actvar_kernels.backend import BackendUnavailableError, get_backend, needs_torch
-from actvar_kernels.building import Library
+from actvar_kernels.cpu_backend import building, memory
+from actvar_kernels.cpu_backend.building import Library
 
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = (*sorted(FOLDER.glob("cpu_*.cpp")), *sorted(FOLDER.glob("*/cpu_*.cpp")))
-HEADERS = tuple(sorted(FOLDER.glob("**/cpu_*.h")))
+SOURCES = (*sorted(FOLDER.glob("*.cpp")), *sorted(FOLDER.parent.glob("*/cpu_*.cpp")))
+HEADERS = (*sorted(FOLDER.glob("*.h")), *sorted(FOLDER.parent.glob("*/cpu_*.h")))
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes")
 LIBRARY = Library("actvar_cpu", "the C++ kernels", "about a minute", SOURCES, HEADERS, FLAGS, "level_name")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -134,7 +134,7 @@ def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
     columns = weight.split(layout.lanes * layout.vectors, dim=2)
     if step > 1:
         columns = [c.unflatten(1, (-1, step)).transpose(2, 3) for c in columns]
-    return cpu_memory.kept(torch.cat([c.flatten(1) for c in columns], dim=1))
+    return memory.kept(torch.cat([c.flatten(1) for c in columns], dim=1))
 
 
 def padded(vector: torch.Tensor, lanes: int) -> torch.Tensor:

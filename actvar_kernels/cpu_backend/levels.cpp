@@ -1,7 +1,7 @@
 // Which instruction sets the library is compiled for, which of them the processor has, and how weights are packed for them.
 
-#define KERNEL "cpu_layout.h"
-#include "cpu_levels.h"
+#define KERNEL "layout.h"
+#include "levels.h"
 
 namespace {
 

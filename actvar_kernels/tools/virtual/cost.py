@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_kernels.compile_cases import ACTIVE_EXPERTS, EXPERTS
-from actvar_kernels.virtual.records import TensorInfo
+from actvar_kernels.tools.compile_cases import ACTIVE_EXPERTS, EXPERTS
+from actvar_kernels.tools.virtual.records import TensorInfo
 
 Arguments = Mapping[str, object]
 # Share of the (tile, expert) blocks that run, given the tokens and the rows of a tile.

@@ -1,8 +1,8 @@
 // Steps that go over rows of channels on the CPU, each in one or two passes over memory: LayerNorm with modulation, alone,
 // of the rows that a selector keeps, or after the residual of rows that are taken by their index and before a router;
-// and a residual that is put back. Sums are in float32. cpu_rows.py calls the functions at the end.
+// and a residual that is put back. Sums are in float32. row_ops.py calls the functions at the end.
 
-#include "cpu_keys.h"
+#include "keys.h"
 
 #include <cmath>
 #include <cstddef>
@@ -36,8 +36,8 @@ INLINED int32_t rank_key(float score) {  // NaN before all others, as PyTorch so
 
 }  // namespace
 
-#define KERNEL "cpu_rows_tile.h"
-#include "cpu_levels.h"
+#define KERNEL "rows_tile.h"
+#include "levels.h"
 
 namespace {
 

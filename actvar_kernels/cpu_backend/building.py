@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_kernels import build_folders
-from actvar_kernels.build_folders import Folder
+from actvar_kernels.cpu_backend import build_folders
+from actvar_kernels.cpu_backend.build_folders import Folder
 
 logger = logging.getLogger(__name__)
 

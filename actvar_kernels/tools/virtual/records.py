@@ -57,7 +57,7 @@ class Launch:
         name: of the Triton kernel, or of the ATen operation (`"aten.mm"`).
         region: what `VirtualGPU.region` was at the time.
         bytes, flops: estimate of memory traffic and matrix-product work; for Triton kernels what is in
-            `actvar_kernels.virtual.cost` at full work.
+            `actvar_kernels.tools.virtual.cost` at full work.
         launches: GPU kernels behind the call; more than 1 for some ATen operations.
         dtype: of the matrix products' operands, or None without any.
         kernel, grid, arguments: of Triton launches: arguments by name, tensors as `TensorInfo`.

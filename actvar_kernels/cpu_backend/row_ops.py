@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_kernels import cpu
-from actvar_kernels.packing import packed
-from actvar_kernels.token_select.reference import NORM_EPS
+from actvar_kernels.constants import NORM_EPS
+from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.cpu_backend.packing import packed
 
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -50,7 +50,7 @@ def add_normalize_route(
 def route_experts(
     u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `mask` and `logits` of rows `u` `[..., C]`, as `expert_ffn.reference.route_experts`."""
+    """Return `mask` and `logits` of rows `u` `[..., C]`, as `routing.reference.route_experts`."""
     *rows, C = u.shape
     u = _with_neighbouring_channels(u.reshape(1, -1, C))
     mask, logits, router = _router(u, weight, bias, active)
@@ -165,7 +165,7 @@ def _normalize(
 
 
 def _normalize_rows(x: torch.Tensor, pointers: tuple, sizes: tuple[int, ...], router: _Router) -> None:
-    """Call `add_normalize` of cpu_rows.cpp, whose arguments `pointers` and `sizes` are."""
+    """Call `add_normalize` of rows.cpp, whose arguments `pointers` and `sizes` are."""
     kind = cpu.best_level(), x.dtype == torch.bfloat16
     arguments = (*pointers, *sizes, NORM_EPS, *router.arguments(), torch.get_num_threads())
     if _library().add_normalize(*kind, *arguments):

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from actvar_kernels.backend import interpreted
-from actvar_kernels.building import BuildError, Library, load, why_no_compiler
+from actvar_kernels.cpu_backend.building import BuildError, Library, load, why_no_compiler
 
 TORCH = Path(torch.__file__).parent
 GUARD = Library(

@@ -1,6 +1,6 @@
 """Time the expert FFN's schedules and tiles on this GPU and write what is fastest to a table.
 
-    python -m actvar_kernels.tune --models d16 --out tuned.json
+    python -m actvar_kernels.tools.tune --models d16 --out tuned.json
     ACTVAR_TUNED=tuned.json actvar sample ...
 
 Routing is that of a router with random weights: what a tile list leaves out, and so the choice of the schedule, is
@@ -20,10 +20,10 @@ import triton
 from tqdm import tqdm
 
 from actvar_kernels import expert_ffn_scatter, route_experts, tiles
-from actvar_kernels.compile_cases import ACTIVE_EXPERTS, DTYPES, EXPERTS, MODELS
-from actvar_kernels.compile_check import LineParser
 from actvar_kernels.tiles import expert_ffn_candidates, using_expert_tiles
-from actvar_kernels.tuned import ENVIRONMENT_VARIABLE, SCHEDULES, Entry, Table, write_table
+from actvar_kernels.tools.compile_cases import ACTIVE_EXPERTS, DTYPES, EXPERTS, MODELS
+from actvar_kernels.tools.compile_check import LineParser
+from actvar_kernels.tuning_table import ENVIRONMENT_VARIABLE, SCHEDULES, Entry, Table, write_table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = LineParser("python -m actvar_kernels.tune", description=__doc__.split("\n\n")[0])
+    parser = LineParser("python -m actvar_kernels.tools.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["d16", "d30"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="images (default 1 8 64)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from actvar_kernels.virtual.records import TensorInfo
+from actvar_kernels.tools.virtual.records import TensorInfo
 
 aten = torch.ops.aten
 

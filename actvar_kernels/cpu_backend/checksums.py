@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from actvar_kernels import cpu
+from actvar_kernels.cpu_backend import cpu
 
 
 def checksums(tensors: Sequence[torch.Tensor]) -> list[int]:

@@ -1,9 +1,9 @@
 """A GPU that is not there: code for CUDA runs without one, and every launch is compiled and noted down instead."""
 
-from actvar_kernels.virtual.aten import HostSyncError
-from actvar_kernels.virtual.device import VirtualGPUUnavailableError, to_fake_cuda, why_unavailable
-from actvar_kernels.virtual.gpu import VirtualGPU, virtual_gpu
-from actvar_kernels.virtual.records import CompiledKernel, Launch, TensorInfo
+from actvar_kernels.tools.virtual.aten import HostSyncError
+from actvar_kernels.tools.virtual.device import VirtualGPUUnavailableError, to_fake_cuda, why_unavailable
+from actvar_kernels.tools.virtual.gpu import VirtualGPU, virtual_gpu
+from actvar_kernels.tools.virtual.records import CompiledKernel, Launch, TensorInfo
 
 __all__ = [
     "CompiledKernel",

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from actvar_kernels.backend import needs_operator, needs_torch
-from actvar_kernels.checksums import checksums
+from actvar_kernels.cpu_backend.checksums import checksums
 
 T = TypeVar("T")
 

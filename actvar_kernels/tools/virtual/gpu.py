@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from actvar_kernels.virtual.aten import Recorder
-from actvar_kernels.virtual.cost import triton_cost
-from actvar_kernels.virtual.device import VirtualGPUUnavailableError, fake_cuda_tensors, why_unavailable
-from actvar_kernels.virtual.driver import SHARED_MEMORY_KIB, VirtualDriver, active_driver
-from actvar_kernels.virtual.records import CompiledKernel, Launch, TensorInfo
+from actvar_kernels.tools.virtual.aten import Recorder
+from actvar_kernels.tools.virtual.cost import triton_cost
+from actvar_kernels.tools.virtual.device import VirtualGPUUnavailableError, fake_cuda_tensors, why_unavailable
+from actvar_kernels.tools.virtual.driver import SHARED_MEMORY_KIB, VirtualDriver, active_driver
+from actvar_kernels.tools.virtual.records import CompiledKernel, Launch, TensorInfo
 
 
 class VirtualGPU:

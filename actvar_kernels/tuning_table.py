@@ -1,4 +1,4 @@
-"""Measured choices for the expert FFN on one GPU: JSON that `actvar_kernels.tune` writes and `ACTVAR_TUNED` names.
+"""Measured choices for the expert FFN on one GPU: JSON by `actvar_kernels.tools.tune`, which `ACTVAR_TUNED` names.
 
 A call takes the entry of its type, channels and expert width whose number of tokens is nearest, by at most a factor of
 two; other calls take what `tiles.py` says.
@@ -70,7 +70,7 @@ def read_table(path: Path) -> Table:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:  # also text that is not UTF-8
-        raise ValueError(f"{path}: expected JSON as actvar_kernels.tune writes it: {error}") from error
+        raise ValueError(f"{path}: expected JSON as actvar_kernels.tools.tune writes it: {error}") from error
     table = _of_fields(Table, content, f"{path}:")
     if table.capability not in tiles.ARCHITECTURES:
         supported = ", ".join(map(str, tiles.ARCHITECTURES))
@@ -136,7 +136,7 @@ def _nearest(
     if table.capability != capability or device not in (None, table.device):
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE}: {path} was measured on {table.device}, sm_{table.capability}; this is {device}, "
-            f"sm_{capability}: run python -m actvar_kernels.tune here, or unset the variable"
+            f"sm_{capability}: run python -m actvar_kernels.tools.tune here, or unset the variable"
         )
 
     def distance(entry: Entry) -> float:

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "cpu_keys.h"
+#include "keys.h"
 
 namespace {
 

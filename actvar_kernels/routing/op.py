@@ -1,4 +1,4 @@
-"""The backends of `route_experts` and its operator."""
+"""The router's choice of experts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,38 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels import cpu, cpu_rows
 from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
-from actvar_kernels.expert_ffn import reference
+from actvar_kernels.checks import expect_count, expect_one_device, expect_shape, expect_tensor
+from actvar_kernels.constants import MAX_EXPERTS
+from actvar_kernels.cpu_backend import cpu, row_ops
 from actvar_kernels.gradients import register_reference_gradient
-
-MAX_EXPERTS = 32
-"""Experts that the Triton kernels rank."""
+from actvar_kernels.routing import reference
 
 
-def route(u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`route_experts` with arguments that fit."""
+def route_experts(
+    u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the `active` experts with the highest logits for each token, ties to the lower index.
+
+    Args:
+        u: FFN input, `[..., C]`.
+        weight, bias: the router, `[N, C]` and `[N]`; logits are in float32 and outside autocast.
+        active: experts per token, 1 ... N.
+
+    Returns:
+        mask `[..., N]` bool, logits `[..., N]` float32.
+
+    On Triton it is one launch, for N up to 32.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or `active` out of range.
+        BackendUnavailableError: see `actvar_kernels.set_backend`.
+    """
+    expect_tensor("u", u)
+    expect_shape("weight", weight, (None, u.shape[-1]))
+    expect_shape("bias", bias, (weight.shape[0],))
+    active = expect_count("active", active, weight.shape[0])
+    expect_one_device(u, weight, bias)
     backend = _backend(u, weight, bias)
     if backend != "reference" and needs_operator(u, weight, bias):
         logits, mask = torch.ops.actvar_kernels.route_experts(u, weight, bias, active)
@@ -40,10 +61,10 @@ def _backend(u, weight, bias) -> str:
 
 def _run(backend, u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
     if backend == "cpu":
-        return cpu_rows.route_experts(u, weight, bias, active)
+        return row_ops.route_experts(u, weight, bias, active)
     if backend == "reference":
         return reference.route_experts(u, weight, bias, active)
-    from actvar_kernels.residual_norm import triton_kernel
+    from actvar_kernels.routing import triton_kernel
 
     return triton_kernel.route_experts(u, weight, bias, active)
 

@@ -1,0 +1,204 @@
+"""Compile every kernel for every architecture at the shapes of the official models, and check the machine code.
+
+    python -m actvar_kernels.compile_check --arch 90 --models d16
+
+needs no GPU: the operations are called on a virtual one. A kernel passes if nothing is spilled, its shared memory fits,
+and its matrix products run on tensor cores with asynchronous copies in their loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from actvar_kernels.tiles import ARCHITECTURES
+from actvar_kernels.tools.compile_cases import DTYPES, MODELS, cases
+from actvar_kernels.tools.virtual import CompiledKernel, virtual_gpu, why_unavailable
+from actvar_kernels.tools.virtual.driver import SHARED_MEMORY_KIB
+from actvar_kernels.tools.virtual.resources import Resources, resources
+
+TENSOR_CORES = {90: "HGMMA", 100: "UTC.*MMA"}  # others: HMMA
+# A product with fewer rows than a warp group's 64 runs on the older instruction, which these architectures have too.
+WARP_GROUP_ROWS = 64
+ASYNCHRONOUS_COPIES = ("LDGSTS", "UTMALDG")
+_PRODUCT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \*")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process compiles: all cases of a model, batch and type for one architecture."""
+
+    arch: int
+    model: str
+    batch: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel, or one operation that could not be compiled.
+
+    `loop`: counts of tensor-core and copy instructions in the main loop; `faults`: what is wrong, empty when nothing.
+    """
+
+    kernel: str
+    arch: int
+    case: str
+    configuration: str
+    registers: int
+    spilled: int
+    shared: int
+    loop: dict[str, int]
+    faults: tuple[str, ...]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if why_unavailable() is not None:
+        parser.error(f"virtual GPU: {why_unavailable()}")
+    todo = jobs(options.arch, options.models, options.quick)
+    if not todo:
+        parser.error("--quick: covers sm_80 and sm_90 with d16 and d30, of which --arch or --models leave out all")
+    rows = check(todo, options.processes)
+    print(table(rows))
+    failures = sum(bool(row.faults) for row in rows)
+    architectures = ", ".join(f"sm_{arch}" for arch in sorted({row.arch for row in rows}))
+    print(f"{len(rows)} kernels on {architectures}: {failures} failures")
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 1 if failures else 0
+
+
+class LineParser(argparse.ArgumentParser):
+    """Errors are one line, exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (try --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = LineParser("python -m actvar_kernels.compile_check", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES, metavar="ARCH")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS), metavar="MODEL")
+    parser.add_argument("--quick", action="store_true", help="sm_80 and sm_90, d16 and d30, one batch and type each")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: one per core)")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    return parser
+
+
+def jobs(architectures: Iterable[int], models: Iterable[str], quick: bool) -> list[Job]:
+    """Batches 1 and 64 in bfloat16, where tiles may differ, and one case in float32."""
+    if quick:
+        return [
+            Job(arch, model, batch, "bf16")
+            for arch in (80, 90)
+            for model, batch in (("d16", 1), ("d30", 64))
+            if arch in architectures and model in models
+        ]
+    kinds = (("bf16", 64), ("bf16", 1), ("fp32", 1))
+    return [Job(arch, model, batch, dtype) for arch in architectures for model in models for dtype, batch in kinds]
+
+
+def check(todo: list[Job], processes: int) -> list[Row]:
+    """A row for every distinct kernel of the jobs, in the order of architecture and name."""
+    rows: dict[object, Row] = {}
+    with (
+        ProcessPoolExecutor(min(processes, len(todo)), get_context("spawn")) if processes > 1 else nullcontext() as pool
+    ):
+        results = map(compiled, todo) if pool is None else pool.map(compiled, todo)
+        for found in tqdm(results, total=len(todo), desc="compile", leave=False):
+            rows = found | rows
+    return sorted(rows.values(), key=lambda row: (row.arch, row.kernel, row.configuration, row.case))
+
+
+def compiled(job: Job) -> dict[object, Row]:
+    """Rows of a job's kernels by machine code, so that equal ones are found, or by case for those that failed."""
+    rows: dict[object, Row] = {}
+    with torch.no_grad(), virtual_gpu(job.arch, limit_shared_memory=False) as gpu:
+        for name, run in cases(job.model, job.batch, DTYPES[job.dtype]):
+            case = f"{name}, {job.model} batch {job.batch} {job.dtype}"
+            gpu.launches.clear()
+            try:
+                run()
+            except Exception as error:  # whatever the compiler raises is the result
+                text = str(error).strip().splitlines() or [""]
+                failed = (f"{type(error).__name__}: {text[-1][:200]}",)
+                rows[job, name] = Row(name, job.arch, case, "", 0, 0, 0, {}, failed)
+                continue
+            kernels = [launch.kernel for launch in gpu.launches if launch.kernel is not None]
+            if not kernels:
+                rows[job, name] = Row(name, job.arch, case, "", 0, 0, 0, {}, ("launched no Triton kernel",))
+            for kernel in kernels:
+                rows.setdefault((job.arch, kernel.cubin), row_of(kernel, case))
+    return rows
+
+
+def row_of(kernel: CompiledKernel, case: str) -> Row:
+    """Measure and judge a kernel."""
+    found = resources(kernel.cubin)
+    configuration = " ".join(f"{name}={value}" for name, value in kernel.constants.items())
+    loop = main_loop(found)
+    shown = {name: count for name, count in loop.items() if "MMA" in name or name in (*ASYNCHRONOUS_COPIES, "LDG")}
+    return Row(
+        kernel=kernel.name,
+        arch=kernel.arch,
+        case=case,
+        configuration=f"{configuration} warps={kernel.num_warps} stages={kernel.num_stages}".strip(),
+        registers=found.registers,
+        spilled=found.stack + found.local,
+        shared=kernel.shared,
+        loop=shown,
+        faults=tuple(faults(kernel)),
+    )
+
+
+def main_loop(found: Resources) -> collections.Counter:
+    """Of the innermost loops with a matrix product the shortest that copies asynchronously, else the shortest; all of
+    the kernel where the loop was unrolled; empty without matrix products on tensor cores."""
+    if not any("MMA" in name for name in found.instructions):
+        return collections.Counter()
+    loops = found.loops or (found.instructions,)
+    copying = [loop for loop in loops if any(loop[name] for name in ASYNCHRONOUS_COPIES)]
+    return min(copying or loops, key=collections.Counter.total)
+
+
+def faults(kernel: CompiledKernel) -> Iterator[str]:
+    """What is wrong with a kernel."""
+    found, limit = resources(kernel.cubin), SHARED_MEMORY_KIB[kernel.arch] * 1024
+    if found.stack or found.local:
+        yield f"spills {found.stack + found.local} bytes per thread"
+    if kernel.shared > limit:
+        yield f"{kernel.shared} bytes of shared memory, of {limit}"
+    rows = [int(rows) for rows, dtype in _PRODUCT.findall(kernel.ttir) if dtype in ("f16", "bf16")]
+    if rows:
+        loop = main_loop(found)
+        wanted = TENSOR_CORES.get(kernel.arch, "HMMA") if min(rows) >= WARP_GROUP_ROWS else ".*MMA"
+        if not any(re.fullmatch(wanted, name) for name in loop):
+            yield f"no {wanted} in the main loop"
+        if not any(loop[name] for name in ASYNCHRONOUS_COPIES):
+            yield "no asynchronous copy in the main loop"
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text, one line each."""
+    lines = []
+    for row in rows:
+        loop = " ".join(f"{name} {count}" for name, count in sorted(row.loop.items()))
+        numbers = f"{row.registers:3d} regs {row.spilled:4d} spilled {row.shared / 1024:6.1f} K  {loop:34s}"
+        verdict = "; ".join(row.faults) or "ok"
+        lines.append(f"{row.kernel:24s} sm_{row.arch:<3d} {numbers} {verdict:4s} {row.configuration}  ({row.case})")
+    return "\n".join(lines)
