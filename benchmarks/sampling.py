@@ -32,7 +32,7 @@ from actvar import ActVARConfig, load_pretrained
 from actvar.models import build_vae_var
 from actvar.models.public_code import public_classes, public_twin
 from actvar.patching.patch import DENSE, patched_silently
-from actvar.reports.compare import Sampling
+from actvar.sampling.request import Sampling
 from actvar.sampling.timing import block_seconds
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels.backend import using_backend

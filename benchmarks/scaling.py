@@ -27,8 +27,8 @@ from actvar.config import ActVARConfig
 from actvar.flops import DENSE, StepFlops, model_flops, total_flops
 from actvar.models import build_vae_var
 from actvar.patching.patch import patched_silently
-from actvar.reports.compare import Sampling
 from actvar.reports.flops import shapes_of
+from actvar.sampling.request import Sampling
 from actvar.sampling.timing import block_seconds
 from actvar_kernels.tools.compile_cases import HEAD_DIM
 from actvar_kernels.tools.compile_check import LineParser

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import make_tiny_var
 from hypothesis import HealthCheck, settings
+from support.helpers import make_tiny_var
 
 import actvar_kernels
 from actvar.models import VAR
 
-pytest.register_assert_rewrite("kernel_loops", "oracle_cases", "baseline_oracle")
+pytest.register_assert_rewrite("support.kernel_loops", "support.oracle_cases", "support.baseline_oracle")
 
 # An example may take long on a machine that is busy with other work.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -26,7 +26,7 @@ from actvar.distill.recipes import RECIPES
 from actvar.distill.run import Distillation, distill
 from actvar.models.checkpoint import usable_device
 from actvar.patching.adapter import read_adapter_config
-from actvar.training.loop import launched_processes, rank
+from actvar.training.processes import launched_processes, rank
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER, WHERE_FROM
 
 

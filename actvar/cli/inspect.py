@@ -21,8 +21,8 @@ from actvar.cli.options import (
     positive,
     warn_without_adapter,
 )
-from actvar.reports.compare import Sampling
 from actvar.reports.inspection import inspect_sample, save_page
+from actvar.sampling.request import Sampling
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:

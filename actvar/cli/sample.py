@@ -27,7 +27,8 @@ from actvar.cli.options import (
     warn_without_adapter,
 )
 from actvar.patching.patch import patched_silently
-from actvar.reports.compare import Sampling, compare, save_pictures
+from actvar.reports.compare import compare, save_pictures
+from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many, write_npz
 from actvar.utils.pictures import save_grid
 

@@ -21,7 +21,7 @@ from actvar.cli.options import (
     write_json,
 )
 from actvar.patching.adapter import read_adapter_config
-from actvar.reports.compare import Sampling
+from actvar.sampling.request import Sampling
 from actvar.verify.run import verify
 from actvar_kernels.backend import BACKENDS
 

@@ -21,7 +21,8 @@ from actvar.distill.image_folder import find_images
 from actvar.distill.images import load_image
 from actvar.models import VAR, VQVAE
 from actvar.models.arguments import checked_integer
-from actvar.training.loop import SEEDS, barrier, rank, world_size
+from actvar.training.plan import SEEDS
+from actvar.training.processes import barrier, rank, world_size
 from actvar.utils.files import replacing
 from actvar.zoo.fashion_mnist.data import load_labels, load_split
 
@@ -89,7 +90,7 @@ def sampled_source(var: VAR, samples: int, seed: int) -> Source:
 
     Raises:
         TypeError, ValueError: samples that are no integer of at least 1, a seed that is none of
-            `actvar.training.loop.SEEDS`.
+            `actvar.training.plan.SEEDS`.
     """
     samples = checked_integer("samples", samples, 1)
     seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from actvar.distill.images import check_image
-from actvar.training.loop import rank, world_size
+from actvar.training.processes import rank, world_size
 from actvar.utils.files import replacing
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}

@@ -19,7 +19,7 @@ class Recipe:
             lose the least at their FLOPs.
         losses: parts of stage 2's loss among `cls`, `block` and `output` (Eq. 22), and `guided`
             (`actvar.distill.losses.guided_loss`).
-        muon: stage 2 trains the matrices of the blocks with Muon, see `actvar.training.loop.Plan`.
+        muon: stage 2 trains the matrices of the blocks with Muon, see `actvar.training.plan.Plan`.
     """
 
     calibrated: bool = False

@@ -20,7 +20,9 @@ from actvar.models import VAR, VQVAE
 from actvar.models.arguments import checked_finite, checked_integer
 from actvar.patching.adapter import save_adapter
 from actvar.patching.patch import load_adapter, patch_silently, unpatched
-from actvar.training.loop import SEEDS, Plan, barrier, fit, rank
+from actvar.training.loop import fit
+from actvar.training.plan import SEEDS, Plan
+from actvar.training.processes import barrier, rank
 from actvar.utils.files import replacing
 from actvar.utils.pictures import save_loss_plot
 
@@ -38,7 +40,7 @@ class Distillation:
         epochs: passes over the token maps; None for the paper's 2 and 10.
         batch: token maps per step, over all processes.
         lr: peak learning rate, after a warm-up over 2 % of the steps; None for the recipe's.
-        accumulate, ema, clip, seed: see `actvar.training.loop.Plan`.
+        accumulate, ema, clip, seed: see `actvar.training.plan.Plan`.
         bf16: compute in bfloat16 by autocast; weights stay float32.
         cfg: guidance strength of the loss `guided`.
 

@@ -21,7 +21,7 @@ from actvar.evaluate.quality import FEWEST_IMAGES, ImageQuality
 from actvar.flops import sampling_flops
 from actvar.models import VAR
 from actvar.models.arguments import SEEDS, checked_draw, checked_integer
-from actvar.reports.compare import Sampling
+from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, read_images, sample_many, write_npz
 from actvar.sampling.timing import seconds_of
 from actvar.utils.files import replacing

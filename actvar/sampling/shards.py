@@ -24,7 +24,7 @@ from tqdm import tqdm
 from actvar.families import unwrapped
 from actvar.models import VAR
 from actvar.models.arguments import checked_integer
-from actvar.reports.compare import Sampling
+from actvar.sampling.request import Sampling
 from actvar.utils.files import replacing
 from actvar.utils.fingerprint import model_fingerprint
 from actvar.utils.pictures import pixel_values

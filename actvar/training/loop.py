@@ -6,223 +6,22 @@ ends with the same weights as an unbroken one, unless the loss keeps a state of 
 
 from __future__ import annotations
 
-import csv
-import glob
 import logging
-import math
-import os
-import signal
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from actvar.models.arguments import checked_finite, checked_integer
+from actvar.training.checkpoint import append_row, resume, save_atomically, trained_tensors
 from actvar.training.muon import Muon
-from actvar.utils.files import replacing
-from actvar_kernels.checks import as_integer
-from actvar_kernels.cpu_backend import cpu
+from actvar.training.plan import Plan
+from actvar.training.processes import mean_over_processes, rank, stop_requests, world_size
 
 logger = logging.getLogger(__name__)
-
-SEEDS = range(-(2**31), 2**32)
-"""Seeds of a training: those of its steps and processes, which are multiples, are still seeds for torch."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how to train.
-
-    Args:
-        folder: where `<name>.checkpoint.pt` and the loss log `<name>.csv` live.
-        steps, batch: optimizer steps, and examples per step over all processes together.
-        accumulate: parts, equally long, into which each process cuts its share of the batch to save memory.
-        lr: peak learning rate; linear warm-up over `warmup` steps, then a cosine to zero.
-        ema: decay of the exponential moving average of the weights, which the model ends with; 0 switches it off. At
-            step `i` it is at most `(1 + i) / (10 + i)`.
-        clip: largest norm of the gradient over all parameters.
-        seed: one of `SEEDS`, of the order of the examples and of every step's random numbers.
-        muon: train the weight matrices of the transformer blocks with Muon (`actvar.training.muon`), and the rest with
-            AdamW. False: AdamW for all.
-        bf16: compute in bfloat16 by autocast; by default where the processor has instructions for it.
-        checkpoint_seconds: time between checkpoints.
-
-    Numbers of any kind become Python's own.
-
-    Raises:
-        TypeError: an argument that is no number.
-        ValueError: a number that is not finite, parts below 1, steps below 0, a seed outside `SEEDS`.
-    """
-
-    name: str
-    folder: Path
-    steps: int
-    batch: int
-    lr: float
-    warmup: int = 200
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    accumulate: int = 1
-    ema: float = 0.0
-    muon: bool = False
-    seed: int = 0
-    bf16: bool = field(default_factory=cpu.multiplies_bfloat16)
-    checkpoint_seconds: float = 60.0
-
-    def __post_init__(self):
-        for name, least in (("steps", 0), ("accumulate", 1), ("warmup", 0)):
-            object.__setattr__(self, name, checked_integer(name, getattr(self, name), least))
-        object.__setattr__(self, "batch", as_integer("batch", self.batch))
-        object.__setattr__(self, "seed", checked_integer("seed", self.seed, SEEDS[0], SEEDS[-1]))
-        for name in ("lr", "weight_decay", "clip", "ema", "checkpoint_seconds"):
-            object.__setattr__(self, name, checked_finite(name, getattr(self, name)))
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / f"{self.name}.checkpoint.pt"
-
-    @property
-    def log(self) -> Path:
-        return self.folder / f"{self.name}.csv"
-
-    def check(self, num_examples: int) -> None:
-        """Raise a ValueError unless batches of so many examples can be cut into equal parts."""
-        if not 1 <= self.batch <= num_examples or self.batch % (world_size() * self.accumulate):
-            raise ValueError(
-                f"batch: expected a multiple of {world_size()} processes x {self.accumulate} parts, from 1 to the "
-                f"{num_examples} examples, got {self.batch}"
-            )
-
-    def lr_at(self, step: int) -> float:
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def all_gather_rows(part: torch.Tensor) -> torch.Tensor:
-    """The processes' parts, equally long and of a type that gloo knows, joined along the first axis in rank order."""
-    if world_size() == 1:
-        return part
-    parts = [torch.empty_like(part) for _ in range(world_size())]
-    dist.all_gather(parts, part)
-    return torch.cat(parts)
-
-
-@contextmanager
-def launched_processes(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that `torchrun` started, if it did: by NCCL on GPUs, by gloo on CPUs.
-
-    Yields this process's device: its own GPU where `device` is CUDA, else `device`.
-    """
-    if not dist.is_torchelastic_launched():
-        yield device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
-
-
-def barrier() -> None:
-    """Wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
-    if world_size() > 1:
-        values = values.clone()
-        dist.all_reduce(values)
-    return values / world_size()
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[torch.device], bool]]:
-    """Let Ctrl-C and SIGTERM wait for a good moment: yields a function that says whether one of them came.
-
-    The function is called by every process at the same point, with the device of the processes' messages, and tells
-    all the same. A second signal acts at once. In a thread that cannot receive signals nothing is changed.
-    """
-    asked = threading.Event()
-
-    def ask(number: int, _frame) -> None:
-        asked.set()
-        signal.signal(number, previous[number])
-
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        if world_size() == 1:
-            yield lambda _: asked.is_set()  # without waiting for a GPU
-        else:
-            yield (
-                lambda device: (
-                    mean_over_processes(torch.tensor([asked.is_set()], dtype=torch.float32, device=device)).item() > 0
-                )
-            )
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def run_in_processes(worker: Callable[..., None], processes: int, *args) -> None:
-    """Run `worker(*args)` in `processes` processes of one thread each, joined by gloo; one process runs in place."""
-    if processes == 1:
-        worker(*args)
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _process, args=(processes, port, worker, args), nprocs=processes, start_method="spawn"
-    )
-
-
-def _process(index: int, processes: int, port: int, worker: Callable[..., None], args: tuple) -> None:
-    torch.set_num_threads(1)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=processes)
-    try:
-        worker(*args)
-    finally:
-        dist.destroy_process_group()
-
-
-def save_atomically(payload: object, path: Path) -> None:
-    """`torch.save` under a temporary name, then rename: a reader never sees half a file.
-
-    Raises:
-        OSError: the file cannot be written; an older one is as it was.
-    """
-    with replacing(path) as temporary:
-        try:
-            torch.save(payload, temporary)
-        except RuntimeError as error:  # as which torch reports a full disk
-            raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def batch_indices(num_examples: int, step: int, batch: int, seed: int) -> torch.Tensor:
@@ -258,7 +57,7 @@ def fit(
     device = trainable[0].device
     optimizers = _optimizers(model, plan)
     average = [p.detach().clone() for p in trainable] if plan.ema else []
-    start = _resume(model, optimizers, average, plan)
+    start = resume(model, optimizers, average, plan)
     parallel = DistributedDataParallel(model) if world_size() > 1 else model
     model.train()
     saved = time.monotonic()
@@ -288,7 +87,7 @@ def fit(
                 means = mean_over_processes(torch.stack([value.float() for value in losses.values()])).tolist()
                 values = dict(zip(losses, means, strict=True))
                 if rank() == 0:
-                    _log(plan.log, done, values)
+                    append_row(plan.log, done, values)
                     bar.set_postfix(values, refresh=False)
             due = time.monotonic() - saved > plan.checkpoint_seconds or done == plan.steps
             if rank() == 0 and (due or stopping):
@@ -333,77 +132,3 @@ def _optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     if matrices:
         optimizers.append(Muon(matrices.values(), plan.lr, plan.weight_decay))
     return optimizers
-
-
-def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: parameters that require a gradient, and buffers."""
-    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return trainable | dict(model.named_buffers())
-
-
-@torch.no_grad()
-def load_trained(model: nn.Module, plan: Plan) -> dict:
-    """Copy the tensors of the plan's checkpoint into `model`; returns the whole checkpoint.
-
-    Raises:
-        ValueError: the file is damaged, or of another model; `model` is unchanged.
-    """
-    state, tensors = _read_checkpoint(plan.checkpoint), trained_tensors(model)
-    for name, tensor in tensors.items():
-        found = state["model"].get(name)
-        if not isinstance(found, torch.Tensor) or found.shape != tensor.shape:
-            got = list(found.shape) if isinstance(found, torch.Tensor) else "none"
-            raise ValueError(f"{plan.checkpoint}: {name}: expected a tensor of shape {list(tensor.shape)}, got {got}")
-    for name, tensor in tensors.items():
-        tensor.copy_(state["model"][name])
-    return state
-
-
-def _read_checkpoint(path: Path) -> dict:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path}: expected a training checkpoint, it cannot be read: {error}") from error
-    kinds = {"step": int, "model": dict, "optimizers": list}
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
-        raise ValueError(f"{path}: expected a training checkpoint with {', '.join(kinds)}, found something else")
-    return state
-
-
-def _resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], average: list[torch.Tensor], plan: Plan) -> int:
-    """Load the checkpoint if there is one; the step to go on from."""
-    if rank() == 0:
-        for left_behind in plan.folder.glob(f".{glob.escape(plan.name)}.*"):  # by a process that was killed
-            left_behind.unlink(missing_ok=True)
-    if not plan.checkpoint.exists():
-        if rank() == 0:
-            plan.log.unlink(missing_ok=True)
-        return 0
-    state = load_trained(model, plan)
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    for mean, saved in zip(average, state["average"], strict=True):
-        mean.copy_(saved)
-    if rank() == 0 and plan.log.exists():
-        _shorten(plan.log, state["step"])
-    logger.info("%s: resuming at step %d of %d", plan.name, state["step"], plan.steps)
-    return state["step"]
-
-
-def _shorten(log: Path, step: int) -> None:
-    """Keep the header and the rows up to `step`; a row without its line end was being written when the process died."""
-    with log.open(newline="") as file:
-        header, *rows = [line for line in file if line.endswith("\n")] or [""]
-    with replacing(log) as temporary, temporary.open("w", newline="") as file:
-        file.writelines([header, *(row for row in rows if int(row.split(",")[0]) <= step)])
-
-
-def _log(path: Path, step: int, values: dict[str, float]) -> None:
-    new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["step", *values])
-        writer.writerow([step, *(f"{value:.5g}" for value in values.values())])

@@ -14,7 +14,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,82 +27,12 @@ import actvar.sparse.selection
 from actvar.config import ActVARConfig
 from actvar.models.public_code import public_classes, public_twin
 from actvar.patching.patch import patched_silently
-from actvar.reports.compare import Sampling
+from actvar.sampling.request import Sampling
 from actvar.verify.operations import OPERATIONS, WRITABLE, Widen
+from actvar.verify.report import Check, Report
 from actvar.verify.rounding import difference, measured, moved, unmoved, wide
 from actvar_kernels.backend import BackendUnavailableError, get_backend, triton_runs, using_backend
 from actvar_kernels.cpu_backend import cpu
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison: of `what` (`"output"`, `"tokens"`), in the group `check` (an operation, `"removal"`, ...)."""
-
-    check: str
-    dtype: str
-    backend: str
-    what: str
-    error: float
-    tolerance: float = 0.0
-    block: int | None = None
-    scale: int | None = None
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.tolerance < math.inf
-
-    @property
-    def excess(self) -> float:
-        """The error as a multiple of the tolerance; infinite where that is no number."""
-        if self.error == 0:
-            return 0.0
-        return self.error / self.tolerance if self.tolerance > 0 and math.isfinite(self.error) else math.inf
-
-    def __str__(self) -> str:
-        place = [f"{name} {value}" for name in ("block", "scale") if (value := getattr(self, name)) is not None]
-        where = ", ".join([*place, self.check, self.what])
-        return f"{where} ({self.dtype}, {self.backend}): error {self.error:.3g}, tolerance {self.tolerance:.3g}"
-
-
-@dataclass(frozen=True)
-class Report:
-    """Every comparison, in the order in which they were made."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def failures(self) -> list[Check]:
-        return [check for check in self.checks if not check.passed]
-
-    def table(self) -> str:
-        """A line per check, dtype and backend with its worst comparison, as aligned text."""
-        lines = [
-            f"{'check':<25}{'dtype':<10}{'backend':<11}{'compared':>8}  {'result':<8}{'error':>11}{'tolerance':>11}"
-        ]
-        groups: dict[tuple[str, str, str], list[Check]] = {}
-        for check in self.checks:
-            groups.setdefault((check.check, check.dtype, check.backend), []).append(check)
-        for (name, dtype, backend), members in groups.items():
-            worst = max(members, key=lambda check: check.excess)
-            result = "ok" if all(check.passed for check in members) else "FAILED"
-            numbers = f"{worst.error:>11.2g}{worst.tolerance:>11.2g}" if worst.error else f"{'exact':>11}"
-            lines.append(f"{name:<25}{dtype:<10}{backend:<11}{len(members):>8}  {result:<8}{numbers}")
-        return "\n".join(lines)
-
-    def summary(self) -> str:
-        """One line; of failures the first."""
-        if not self.failures:
-            return f"ok: {len(self.checks)} comparisons"
-        return f"FAILED: {len(self.failures)} of {len(self.checks)} comparisons; first {self.failures[0]}"
-
-    def as_dict(self) -> dict[str, object]:
-        """JSON-compatible: numbers that are not finite become strings."""
-
-        def plain(value: object) -> object:
-            return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-        checks = [{k: plain(v) for k, v in asdict(c).items()} | {"passed": c.passed} for c in self.checks]
-        return {"passed": not self.failures, "summary": self.summary(), "checks": checks}
 
 
 def verify(

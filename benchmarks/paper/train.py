@@ -22,7 +22,7 @@ from actvar.distill.run import Distillation, distill
 from actvar.models.checkpoint import usable_device
 from actvar.patching.adapter import read_adapter_config, save_adapter
 from actvar.patching.patch import load_adapter, patch_silently
-from actvar.training.loop import barrier, launched_processes, rank, world_size
+from actvar.training.processes import barrier, launched_processes, rank, world_size
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 from actvar.zoo.pretrained import load_pretrained
 from actvar_kernels.cpu_backend import cpu

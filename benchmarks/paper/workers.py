@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from actvar.training.loop import rank
+from actvar.training.processes import rank
 
 LOG = "workers.log"
 

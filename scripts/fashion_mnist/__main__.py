@@ -10,7 +10,7 @@ import json
 import logging
 from pathlib import Path
 
-from actvar.training.loop import run_in_processes
+from actvar.training.processes import run_in_processes
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 from actvar.zoo.pretrained import WEIGHTS
 from scripts.fashion_mnist.adapters import STAGE2, STATIC, ship, train_adapter, train_static

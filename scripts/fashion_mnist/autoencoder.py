@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.models.vqvae import VQVAE
-from actvar.training.loop import rank, world_size
+from actvar.training.processes import rank, world_size
 from actvar.zoo.fashion_mnist.features import FeatureNet
 
 

@@ -11,7 +11,7 @@ from actvar.config import ActVARConfig
 from actvar.distill import Stage1
 from actvar.patching.adapter import save_adapter
 from actvar.patching.patch import patch_silently
-from actvar.training.loop import load_trained
+from actvar.training.checkpoint import load_trained
 from actvar.utils.files import replacing
 from actvar.zoo.checksums import save_checksums
 from actvar.zoo.fashion_mnist import architecture

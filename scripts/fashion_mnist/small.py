@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from actvar.distill.data import cached_tokens, fashion_mnist_source
-from actvar.training.loop import Plan
+from actvar.training.plan import Plan
 from actvar.zoo.checksums import save_checksums
 from actvar.zoo.fashion_mnist import architecture
 from actvar.zoo.pretrained import load_pretrained

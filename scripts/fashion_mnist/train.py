@@ -17,16 +17,10 @@ from actvar.distill import Stage1
 from actvar.distill.data import sample_token_maps
 from actvar.models import VQVAE
 from actvar.patching.patch import patch_silently
-from actvar.training.loop import (
-    Plan,
-    all_gather_rows,
-    fit,
-    load_trained,
-    rank,
-    run_in_processes,
-    save_atomically,
-    world_size,
-)
+from actvar.training.checkpoint import load_trained, save_atomically
+from actvar.training.loop import fit
+from actvar.training.plan import Plan
+from actvar.training.processes import all_gather_rows, rank, run_in_processes, world_size
 from actvar.zoo.fashion_mnist import architecture
 from actvar.zoo.fashion_mnist.data import CLASSES, load_split
 from actvar.zoo.fashion_mnist.features import FeatureNet, training_loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_tiny_var
+from support.helpers import make_tiny_var
 
 from actvar import ActVARConfig, apply_patch, load_pretrained, remove_patch
 from actvar.models import VAR, VQVAE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comparison import normal
-from philox import philox_uniform
+from support.philox import philox_uniform
 from torch import Tensor
 
 from actvar_kernels import BackendUnavailableError, sample_tokens

@@ -13,9 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import faults
-import fuzz
-import interruptions
+from support import faults, fuzz, interruptions
 from tqdm import tqdm
 
 from soak.drawing import run_samples

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from actvar import load_pretrained
-from actvar.reports.compare import Sampling
+from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk
 
 MOST_GROWTH = 8 * 2**20

@@ -15,7 +15,7 @@ from io import StringIO
 from pathlib import Path
 
 import torch
-from faults import small_model
+from support.faults import small_model
 from torch import nn
 from tqdm import tqdm
 
@@ -24,7 +24,7 @@ from actvar.evaluate.methods import chosen_methods, methods_of
 from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import ImageQuality, real_images
 from actvar.evaluate.run import Evaluation, Parts, evaluate
-from actvar.reports.compare import Sampling
+from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many
 
 IMPORTED_ONCE = [

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from actvar.reports.compare import Sampling
+from actvar.reports.token_overlay import save_token_overlay, times_updated
+from actvar.sampling.request import Sampling
 from actvar.sparse.state import BlockRecord, record
-from actvar.utils.pictures import save_table, save_token_overlay, times_updated
+from actvar.utils.pictures import save_table
 from actvar.zoo import load_pretrained
 from actvar.zoo.fashion_mnist.data import CLASSES
 

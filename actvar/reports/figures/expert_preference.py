@@ -16,7 +16,7 @@ from torch import nn
 from actvar.distill.losses import expert_distances, router_target
 from actvar.families import var as family
 from actvar.patching.patch import unpatched
-from actvar.reports.compare import Sampling
+from actvar.sampling.request import Sampling
 from actvar.sparse.state import record, shared_state
 from actvar.utils.pictures import save_figure, save_table
 from actvar.zoo import load_pretrained

@@ -11,7 +11,7 @@ from einops import rearrange
 from matplotlib.figure import Figure
 
 from actvar.flops import model_flops, total_flops
-from actvar.reports.compare import Sampling
+from actvar.sampling.request import Sampling
 from actvar.utils.pictures import pixel_values, save_figure, save_table
 from actvar.zoo import load_feature_network, load_pretrained
 from actvar.zoo.fashion_mnist.data import CLASSES

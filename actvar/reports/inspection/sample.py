@@ -14,7 +14,8 @@ from actvar.config import ActVARConfig
 from actvar.flops import StepFlops, model_flops
 from actvar.models.arguments import checked_integer
 from actvar.patching.patch import patched_silently
-from actvar.reports.compare import Sampling, all_ways
+from actvar.reports.compare import all_ways
+from actvar.sampling.request import Sampling
 from actvar.sampling.timing import after_each_scale, interleaved_seconds, step_seconds
 from actvar.sparse.state import BlockRecord, record
 

@@ -1,0 +1,82 @@
+"""Show which tokens each block updated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from actvar.sparse.state import BlockRecord
+from actvar.utils.pictures import save_figure
+
+UPDATED_COLOUR = np.array([1.0, 0.55, 0.1])
+
+
+def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], path: Path, titles: Sequence[str]) -> Path:
+    """For each image a row per active scale: the image, one panel per block with its updated tokens in colour, and one
+    with the number of blocks that updated each token, and the share of tokens that any did.
+
+    Args:
+        images: `[n, C, H, W]` in [0, 1], the first n of the sampled batch.
+        records: of one sampling run (`actvar.record`); only conditional rows are shown.
+        titles: a label per image.
+    """
+    scales = sorted({r.scale.index for r in records if r.index is not None})
+    if not scales:
+        raise ValueError("expected records of a run that selects tokens, got none")
+    blocks = sorted({r.block for r in records})
+    kept = {(r.block, r.scale.index): r.index for r in records}
+    sides = {r.scale.index: math.isqrt(r.scale.tokens) for r in records}
+    rows = len(images) * len(scales)
+    figure = Figure(figsize=(1.1 * (len(blocks) + 2), 1.3 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, len(blocks) + 2, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
+        picture = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
+        for j, scale in enumerate(scales):
+            row = axes[i * len(scales) + j]
+            side = sides[scale]
+            row[0].imshow(picture)
+            row[0].set_title(f"{titles[i]}, {side}x{side}", fontsize=8)
+            for axis, block in zip(row[1:-1], blocks, strict=True):
+                index = kept.get((block, scale))  # None: the block updates all tokens
+                axis.imshow(
+                    _tinted(picture, torch.arange(side * side, device="cpu") if index is None else index[i], side)
+                )
+                if i == 0 and j == 0:
+                    axis.set_title(f"block {block + 1}", fontsize=8)
+            times = times_updated([r.only([i]) for r in records if r.scale.index == scale])[0].view(side, side).numpy()
+            row[-1].imshow(times, cmap="cividis", vmin=0, vmax=len(blocks))
+            row[-1].set_title(f"covered: {(times > 0).mean():.0%}", fontsize=8)
+            for (y, x), count in np.ndenumerate(times if side <= 10 else times[:0]):
+                colour = "black" if count > len(blocks) / 2 else "white"
+                row[-1].text(x, y, count, ha="center", va="center", fontsize=5, color=colour)
+    return save_figure(figure, path)
+
+
+def times_updated(records: Sequence[BlockRecord]) -> torch.Tensor:
+    """How many of these records, of one scale, updated each token, `[R, L]` int64."""
+    scale, rows = records[0].scale, len(records[0].u)
+    times = torch.zeros(rows, scale.tokens, dtype=torch.int64, device="cpu")
+    for of_block in records:
+        if of_block.index is None:
+            times += 1
+        else:
+            times.scatter_add_(1, of_block.index.cpu(), torch.ones_like(of_block.index, device="cpu"))
+    return times
+
+
+def _tinted(picture: np.ndarray, index: torch.Tensor, side: int) -> np.ndarray:
+    """`picture` `[H, W, 3]` with the tokens `index` of a `side` x `side` map tinted."""
+    updated = torch.zeros(side * side, dtype=torch.bool, device="cpu")
+    updated[index.cpu()] = True
+    height, width, _ = picture.shape
+    rows = np.arange(height) * side // height
+    columns = np.arange(width) * side // width
+    mask = updated.view(side, side).numpy()[rows[:, None], columns[None, :], None]
+    return np.where(mask, 0.55 * picture + 0.45 * UPDATED_COLOUR, picture).clip(0, 1)

@@ -1,0 +1,45 @@
+"""What to sample: the classes, the guidance, the filters and the seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from actvar.models.arguments import checked_draw
+from actvar_kernels.checks import as_integer, as_items
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What to sample: arguments of `autoregressive_infer_cfg`; `seed` may be one per image.
+
+    Numbers of any kind, also in arrays, become Python's own.
+
+    Raises:
+        TypeError, ValueError: as `actvar.models.arguments.checked_draw`; labels that are no integers.
+    """
+
+    labels: tuple[int, ...]
+    cfg: float = 1.5
+    top_k: int = 0
+    top_p: float = 0.0
+    seed: int | tuple[int, ...] = 0
+
+    def __post_init__(self):
+        draw = checked_draw(self.seed, self.cfg, self.top_k, self.top_p)
+        labels = as_items(self.labels)
+        if labels is None:
+            raise TypeError(f"labels: expected a sequence of class numbers, got {self.labels!r:.100}")
+        numbers = {"labels": tuple(as_integer("labels", label) for label in labels)}
+        numbers |= dict(cfg=draw.cfg, top_k=draw.top_k, top_p=draw.top_p, seed=draw.g_seed)
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
+
+    def run(self, var: nn.Module) -> torch.Tensor:
+        """Images `[B, C, H, W]` in [0, 1]."""
+        labels = torch.tensor(self.labels, device=var.head.weight.device)
+        return var.autoregressive_infer_cfg(
+            len(labels), labels, g_seed=self.seed, cfg=self.cfg, top_k=self.top_k, top_p=self.top_p
+        )

@@ -1,0 +1,448 @@
+"""Image files are read right or refused by name, and a folder of them is looked at before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+from support.helpers import NUM_CLASSES, make_tiny_var
+
+from actvar.distill import data, image_folder
+from actvar.distill.image_folder import find_images
+from actvar.distill.images import EIGHT_BITS, SIXTEEN_BITS, TURNS, check_image, flattened, load_image
+
+COLOUR = (200, 100, 50)
+GREY = 124
+"""Of COLOUR, by the weights of ITU-R 601."""
+
+
+def ramp(width: int = 40, height: int = 30) -> np.ndarray:
+    """Return `[height, width, 3]` uint8 that is different at every corner and in every channel."""
+    y, x = np.mgrid[:height, :width]
+    channels = (255 * x / (width - 1), 255 * y / (height - 1), 255 - 255 * x / (width - 1))
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def mean_of(path: Path, channels: int = 3) -> torch.Tensor:
+    return load_image(path, 16, channels).mean(dim=(1, 2)) * 255
+
+
+# One file
+
+
+def in_mode(mode: str) -> Image.Image:
+    """Return COLOUR, or its grey, or white in black and white, as an image of a mode."""
+    image = Image.new("RGB", (20, 20), COLOUR)
+    if mode in SIXTEEN_BITS:
+        return Image.new(mode, (20, 20), GREY * 257)
+    steps = {"La": ("LA", "La"), "PA": ("P", "PA"), "RGBa": ("RGBA", "RGBa"), "1": ("L", "1")}
+    if mode == "LAB":
+        from PIL import ImageCms
+
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        return ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+    if mode == "1":
+        image = Image.new("RGB", (20, 20), "white")
+    for step in steps.get(mode, (mode,)):
+        image = image.convert(step)
+    return image
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", EIGHT_BITS + SIXTEEN_BITS)
+def test_every_mode_keeps_its_colour(mode, channels):
+    image = in_mode(mode)
+    assert image.mode == mode
+    found = np.asarray(flattened(image, channels)).reshape(-1, channels).mean(axis=0)
+    is_grey = mode in ("L", "LA", "La", *SIXTEEN_BITS) or channels == 1
+    expected = (255,) if mode == "1" else (GREY,) if is_grey else COLOUR
+    tolerance = {"LAB": 3, "P": 30, "PA": 30, "YCbCr": 2}.get(mode, 1.01)  # P has a palette of fixed colours
+    assert np.abs(found - np.array(expected)).max() <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_a_mode_without_a_range_is_refused_by_name(mode, tmp_path):
+    Image.new(mode, (20, 20), 100).save(tmp_path / "depth.tiff")
+    for read in (load_image, check_image):
+        with pytest.raises(
+            ValueError, match=rf"depth\.tiff: expected an image: Pillow's mode {mode} has no known range"
+        ):
+            read(tmp_path / "depth.tiff", 16, 1)
+
+
+def test_a_png_of_16_bits_is_scaled(tmp_path):
+    ramp_of_16_bits = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp_of_16_bits).save(tmp_path / "ramp.png")
+    Image.fromarray((ramp_of_16_bits / 257).round().astype(np.uint8)).save(tmp_path / "8.png")
+    for channels in (1, 3):
+        assert torch.equal(
+            load_image(tmp_path / "ramp.png", 32, channels), load_image(tmp_path / "8.png", 32, channels)
+        )
+
+
+@pytest.mark.parametrize("order", [">", "<"])
+def test_a_tiff_of_16_bits_is_scaled_in_both_byte_orders(tmp_path, order):
+    """A TIFF of one strip, written by hand: Pillow writes one byte order only."""
+    pixels = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(f"{order}u2")
+    entries = {256: 64, 257: 64, 258: 16, 259: 1, 262: 1, 273: 8, 277: 1, 278: 64, 279: pixels.nbytes}
+    directory = struct.pack(f"{order}H", len(entries))
+    for tag, value in entries.items():
+        directory += struct.pack(f"{order}HHII", tag, 4, 1, value)
+    head = (b"MM" if order == ">" else b"II") + struct.pack(f"{order}HI", 42, 8 + pixels.nbytes)
+    (tmp_path / "a.tiff").write_bytes(head + pixels.tobytes() + directory + bytes(4))
+    assert abs(mean_of(tmp_path / "a.tiff", 1).item() - 127.5) < 1
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(path),
+        lambda path: Image.new("LA", (20, 20), (0, 0)).save(path),
+        lambda path: Image.new("RGB", (20, 20), (1, 2, 3)).save(path, transparency=(1, 2, 3)),
+        lambda path: Image.new("L", (20, 20), 7).save(path, transparency=7),
+        lambda path: Image.new("RGB", (20, 20), "red").quantize().save(path, transparency=0),
+        lambda path: Image.new("RGB", (20, 20), "red").quantize().save(path, transparency=b"\0"),
+        lambda path: Image.new("I;16", (20, 20), 300).save(path, transparency=300),
+        lambda path: Image.new("1", (20, 20), 0).save(path, transparency=0),
+    ],
+    ids=["RGBA", "LA", "RGB", "L", "P", "P with alpha", "16 bits", "1"],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_transparent_becomes_white(tmp_path, save, channels):
+    save(tmp_path / "a.png")
+    assert torch.equal(load_image(tmp_path / "a.png", 16, channels), torch.ones(channels, 16, 16))
+
+
+def test_what_is_half_transparent_is_mixed_with_white(tmp_path):
+    Image.new("RGBA", (20, 20), (*COLOUR, 128)).save(tmp_path / "a.png")
+    expected = torch.tensor(COLOUR) * 128 / 255 + 255 * 127 / 255
+    torch.testing.assert_close(mean_of(tmp_path / "a.png"), expected, atol=1, rtol=0)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_exif_says(tmp_path, orientation, suffix):
+    """The file holds the upright image turned back."""
+    back = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    upright = Image.fromarray(ramp())
+    turn = back.get(orientation, TURNS.get(orientation))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = upright if turn is None else upright.transpose(turn)
+    quality = {"quality": 100} if suffix in ("jpg", "webp") else {}
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, **quality)
+    upright.save(tmp_path / "upright.png")
+    found, expected = (load_image(tmp_path / name, 16, 3) for name in (f"a.{suffix}", "upright.png"))
+    assert (found - expected).abs().max() < 0.06
+
+
+def test_damaged_exif_turns_nothing(tmp_path):
+    Image.fromarray(ramp()).save(tmp_path / "a.png", exif=b"Exif\0\0not a TIFF")
+    Image.fromarray(ramp()).save(tmp_path / "b.png")
+    assert torch.equal(load_image(tmp_path / "a.png", 16, 3), load_image(tmp_path / "b.png", 16, 3))
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "gif", "tiff"])
+def test_the_first_frame_of_several_is_taken(tmp_path, suffix):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    how = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **how)
+    (tmp_path / f"a.{suffix}").rename(tmp_path / "a.png")
+    torch.testing.assert_close(mean_of(tmp_path / "a.png"), torch.tensor([255.0, 0, 0]))
+
+
+def truncated(path: Path, **options) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (80, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, **options)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def png_chunk(kind: bytes, payload: bytes) -> bytes:
+    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
+
+
+def claiming_png(path: Path) -> None:
+    """Write a PNG of a few bytes that claims 4 billion pixels."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 65535, 65535, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b""))
+
+
+BAD = {
+    "truncated.jpg": truncated,
+    "truncated.png": truncated,
+    "truncated.webp": truncated,
+    "truncated.bmp": truncated,
+    "text.jpg": lambda path: path.write_text("no image"),
+    "empty.png": lambda path: path.write_bytes(b""),
+    "half a header.png": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n\0\0"),
+    "postscript.jpg": lambda path: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    "claims.png": claiming_png,
+    "huge.png": lambda path: Image.new("1", (20000, 10000)).save(path),
+    "large.png": lambda path: Image.new("1", (10000, 10000)).save(path),
+    "long.png": lambda path: Image.new("1", (300_000, 1)).save(path),
+    "folder.png": lambda path: path.mkdir(),
+    "pipe.png": os.mkfifo,
+    "nowhere.png": lambda path: path.symlink_to("missing.png"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_a_value_error_that_names_it(tmp_path, name):
+    BAD[name](tmp_path / name)
+    for read in (load_image, check_image):
+        with pytest.raises(ValueError, match=f"{name}: expected an image: [^ ]+ [^ ]+"):
+            read(tmp_path / name, 32, 3)
+
+
+def test_a_warning_that_is_an_error_names_the_file(tmp_path):
+    Image.new("1", (10000, 10000)).save(tmp_path / "large.png")
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(ValueError, match=r"large\.png: .* 10000 x 10000 "),
+    ):
+        load_image(tmp_path / "large.png", 32, 3)
+
+
+# A folder
+
+
+def make_images(root: Path, folders: list[str], count: int = 2) -> Path:
+    for number, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (20, 20), (number, index, 0)).save(root / folder / f"{index}.png")
+    return root
+
+
+def labels_by_folder(root: Path, num_classes: int, mapping: Path | None = None) -> dict[str, int]:
+    found = find_images(root, num_classes, mapping)
+    return {file.parent.name: label for file, label in zip(found.files, found.labels, strict=True)}
+
+
+def test_hidden_names_are_ignored_and_others_are_counted(tmp_path):
+    root = make_images(tmp_path, ["cats", "dogs"], 20)
+    for hidden in (".git", "cats/.ipynb_checkpoints"):
+        make_images(root, [hidden])
+    for name in (".DS_Store", "cats/._0.png", "dogs/.hidden.jpg"):
+        (root / name).write_bytes(b"\0")
+    found = find_images(root, 2)
+    assert found.described() == "40 images in 2 classes"
+    for name in ("a", "b", "c"):
+        (root / "cats" / f"{name}.gif").touch()
+    assert find_images(root, 2).described() == "40 images in 2 classes, 3 skipped (.gif)"
+    (root / "dogs" / "notes.TXT").touch()
+    (root / "dogs" / "README").touch()
+    (root / "lost.png").touch()
+    found = find_images(root, 2)
+    expected = "40 images in 2 classes, 6 skipped (3 .gif, 1 in no class folder, 1 no suffix, 1 .txt)"
+    assert found.described() == expected
+    assert [file.name for file in found.files] == sorted(f"{n}.png" for n in range(20)) * 2
+    assert found.labels == (0,) * 20 + (1,) * 20
+
+
+def test_nested_folders_and_upper_case_suffixes_are_read(tmp_path):
+    root = make_images(tmp_path, ["cats/old/grey", "dogs"])
+    (root / "dogs" / "0.png").rename(root / "dogs" / "0.PNG")
+    assert find_images(root, 2).labels == (0, 0, 1, 1)
+
+
+def test_as_many_folders_as_classes_are_these_in_the_order_of_their_names(tmp_path):
+    assert labels_by_folder(make_images(tmp_path, ["b", "a", "C"]), 3) == {"C": 0, "a": 1, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("names", "num_classes", "expected"),
+    [
+        (["0", "7", "12"], 20, {"0": 0, "7": 7, "12": 12}),
+        (["007", "012"], 20, {"007": 7, "012": 12}),
+        (["00", "01", "02"], 3, {"00": 0, "01": 1, "02": 2}),
+        (["1990", "1991"], 2, {"1990": 0, "1991": 1}),
+    ],
+)
+def test_folders_may_have_class_numbers_for_names(tmp_path, names, num_classes, expected):
+    assert labels_by_folder(make_images(tmp_path, names), num_classes) == expected
+
+
+def test_a_mapping_says_which_class_a_folder_is(tmp_path):
+    root, mapping = make_images(tmp_path / "images", ["cats", "dogs", "wolves"]), tmp_path / "classes.json"
+    mapping.write_text(json.dumps({"dogs": 207, "wolves": 207, "cats": 281, "unused": 3}))
+    assert labels_by_folder(root, 1000, mapping) == {"cats": 281, "dogs": 207, "wolves": 207}
+    assert labels_by_folder(root, 1000, mapping) == labels_by_folder(root, 282, mapping)
+
+
+FOLDERS = [f"class{number:04d}" for number in range(300)]
+
+
+@pytest.mark.parametrize(
+    ("names", "num_classes", "mapping", "message"),
+    [
+        (
+            [],
+            3,
+            None,
+            "each of the model's 3 classes, got 0 folders; name the folders by class numbers, or give --classes",
+        ),
+        (["a", "b"], 3, None, r"each of the model's 3 classes, got 2 folders \(a, b\); .*--classes FILE"),
+        (["0", "b"], 3, None, r"got 2 folders \(0, b\)"),
+        (FOLDERS, 1000, None, r"got 300 folders \(class0000, .*, class0009, \.\.\.\); name"),
+        (
+            [str(n) for n in range(12)],
+            12,
+            None,
+            "numbers that are not in the order of the names, by which '10' would be ",
+        ),
+        (["0", "3"], 3, None, r"from 0 to 2, those of the model, got 3 \(3\)"),
+        (["0", "1", "2", "5"], 3, None, r"got 5 \(5\)"),
+        (["1", "01"], 3, None, "one folder per class, got 01, 1"),
+        (["²", "1"], 3, None, "got 2 folders"),
+        (["a", "b"], 3, '{"a": 1}', r"classes\.json: expected the class of every folder in .*, 1 missing: b$"),
+        (FOLDERS, 3, '{"class0000": 1}', r"299 missing: class0001, .*, class0010, \.\.\.$"),
+        (["a"], 3, '{"a": 3}', r"classes\.json: expected classes from 0 to 2, those of the model, got a \(3\)"),
+        (["a"], 3, '{"a": true}', "expected a JSON object"),
+        (["a"], 3, '{"a": "1"}', "expected a JSON object"),
+        (["a"], 3, '["a"]', "expected a JSON object"),
+        (["a"], 3, "a 1", "expected a JSON object"),
+        (["a"], 3, "[" * 100_000, "expected a JSON object"),
+    ],
+)
+def test_folders_of_unknown_classes_are_refused_with_what_to_do(tmp_path, names, num_classes, mapping, message):
+    root, file = tmp_path / "images", tmp_path / "classes.json"
+    root.mkdir()
+    for name in names:
+        (root / name).mkdir()
+    if mapping is not None:
+        file.write_text(mapping)
+    with pytest.raises(ValueError, match=message) as refused:
+        find_images(root, num_classes, None if mapping is None else file)
+    assert len(str(refused.value)) < 600 + len(str(tmp_path)) * 3
+
+
+def test_folders_without_images_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b.gif").touch()
+    with pytest.raises(ValueError, match=r"expected images \(\.bmp, \.jpeg, .*\) in its subfolders, got none"):
+        find_images(tmp_path, 1)
+
+
+def test_bad_images_are_all_named_at_once_or_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_folder, "CHUNK", 7)
+    root = make_images(tmp_path, ["a", "b"], 10)
+    bad = ["a/3.png", "b/0.png", "b/9.png"]
+    for name in bad:
+        (root / name).write_bytes(b"broken")
+    found = find_images(root, 2)
+    with pytest.raises(ValueError, match=r"^3 of 20 images cannot be read \(.*--skip-bad\)") as refused:
+        found.readable(16, 1, skip_bad=False, cache=None)
+    assert [str(refused.value).count(f"{root / name}: expected an image") for name in bad] == [1, 1, 1]
+    kept = found.readable(16, 1, skip_bad=True, cache=None)
+    assert kept.described() == "17 images in 2 classes, 3 left out that cannot be read"
+    assert set(found.files) - set(kept.files) == {root / name for name in bad}
+    assert kept.labels == (0,) * 9 + (1,) * 8
+    assert kept.key() != found.key()
+
+
+def test_of_many_bad_images_ten_are_named_and_of_none_good_nothing_is_left(tmp_path):
+    root = make_images(tmp_path, ["a"], 15)
+    for file in (root / "a").iterdir():
+        file.write_bytes(b"broken")
+    for skip_bad in (False, True):
+        with pytest.raises(ValueError, match=r"15 of 15 images cannot be read .*; \.\.\.$") as refused:
+            find_images(root, 1).readable(16, 1, skip_bad, cache=None)
+        assert str(refused.value).count("expected an image") == 10
+
+
+def test_images_are_looked_at_once_until_one_changes(tmp_path, monkeypatch):
+    root, cache, seen = make_images(tmp_path / "images", ["a"], 3), tmp_path / "cache", []
+    (root / "a" / "1.png").write_bytes(b"broken")
+
+    def checking(path, *arguments):
+        seen.append(path)
+        check_image(path, *arguments)
+
+    monkeypatch.setattr(image_folder, "check_image", checking)
+    for _ in range(2):
+        kept = find_images(root, 1).readable(16, 1, True, cache)
+        assert [file.name for file in kept.files] == ["0.png", "2.png"]
+        assert len(seen) == 3
+    os.utime(root / "a" / "2.png", ns=(0, 0))
+    find_images(root, 1).readable(16, 1, True, cache)
+    assert len(seen) == 6
+    assert all(path.name.startswith("images-") for path in cache.iterdir())
+
+
+def test_processes_share_the_files_and_all_get_the_whole_result(tmp_path, monkeypatch):
+    """Two processes in turn; what the first would get from the second is found by a call before."""
+    root = make_images(tmp_path / "images", ["a"], 5)
+    for name in ("1", "2"):
+        (root / "a" / f"{name}.png").write_bytes(b"broken")
+    sent: list[dict] = []
+
+    def gather(parts, found):
+        sent.append(found)
+        parts[:] = sent[-2:]
+
+    monkeypatch.setattr(image_folder, "world_size", lambda: 2)
+    monkeypatch.setattr(image_folder.dist, "all_gather_object", gather)
+    for rank in (0, 1):
+        monkeypatch.setattr(image_folder, "rank", lambda rank=rank: rank)
+        if rank == 0:
+            sent.append({})
+        kept = find_images(root, 1).readable(16, 1, True, None)
+    assert [sorted(found) for found in sent] == [[], ["a/2.png"], ["a/1.png"]]
+    assert [file.name for file in kept.files] == ["0.png", "3.png", "4.png"]
+
+
+def test_the_key_changes_with_the_files_and_their_classes(tmp_path):
+    root, mapping = make_images(tmp_path / "images", ["a", "b"]), tmp_path / "classes.json"
+    keys = [find_images(root, 2).key(), find_images(root, 2).key()]
+    assert keys[0] == keys[1]
+    mapping.write_text('{"a": 1, "b": 0}')
+    keys.append(find_images(root, 2, mapping).key())
+    Image.fromarray(ramp()).save(root / "a" / "0.png")
+    keys.append(find_images(root, 2).key())
+    (root / "a" / "0.png").rename(root / "a" / "5.png")
+    keys.append(find_images(root, 2).key())
+    assert len(set(keys)) == 4
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
+    root = make_images(tmp_path, ["a/b"])
+    (root / "a" / "b").chmod(0)
+    with pytest.raises(PermissionError, match="b"):
+        find_images(root, 1)
+
+
+def test_names_that_are_no_text_are_read(tmp_path):
+    root = make_images(tmp_path, ["a"], 1)
+    (root / "a" / "0.png").rename(root / "a" / os.fsdecode(b"\xff.png"))
+    found = find_images(root, 1).readable(16, 1, False, tmp_path / "cache")
+    assert len(found.files) == 1
+    assert load_image(found.files[0], 16, 1).shape == (1, 16, 16)
+
+
+def test_a_source_of_images_describes_itself_and_gives_the_classes_of_the_mapping(tmp_path):
+    var, mapping = make_tiny_var(), tmp_path / "classes.json"
+    root = make_images(tmp_path / "images", ["cats", "dogs"])
+    (root / "cats" / "bad.png").touch()
+    mapping.write_text('{"cats": 7, "dogs": 2}')
+    options = dict(samples=1, seed=0, mapping=mapping, cache=tmp_path)
+    with pytest.raises(ValueError, match=r"1 of 5 images cannot be read"):
+        data.source_of(str(root), var.vae_proxy[0], var, **options)
+    source = data.source_of(str(root), var.vae_proxy[0], var, **options, skip_bad=True)
+    assert source.description == "4 images in 2 classes, 1 left out that cannot be read"
+    assert source.labels.tolist() == [7, 7, 2, 2]
+    assert source.tokens_of(0, 4).shape == (4, var.L)
+    assert NUM_CLASSES == 10
+    for other in ("none", str(tmp_path)):
+        (tmp_path / "train-images-idx3-ubyte").touch()
+        with pytest.raises(ValueError, match="expected a folder of images for --classes and --skip-bad"):
+            data.source_of(other, var.vae_proxy[0], var, 1, 0, skip_bad=True)
