@@ -6,12 +6,13 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from support.helpers import make_tiny_var
+from torch import nn
 
 import actvar_kernels
 from actvar.models import VAR
@@ -82,3 +83,21 @@ def compiled_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def public_var_folder() -> Path:
     return Path(os.environ["ACTVAR_PUBLIC_VAR"])
+
+
+@pytest.fixture(scope="session")
+def build_public(public_var_folder: Path) -> Iterator:
+    """The public `build_vae_var`, without what it does to torch's layers."""
+    layers = [nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm]
+    layers += [nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d]
+    saved = [(layer, layer.__dict__.get("reset_parameters")) for layer in layers]
+    sys.path.insert(0, str(public_var_folder))
+    from models import build_vae_var
+
+    yield build_vae_var
+    sys.path.remove(str(public_var_folder))
+    for layer, method in saved:
+        if method is None:
+            del layer.reset_parameters
+        else:
+            layer.reset_parameters = method

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import glob
+import logging
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from actvar.training.loop import logger
 from actvar.training.plan import Plan
 from actvar.training.processes import rank
 from actvar.utils.files import replacing
+
+logger = logging.getLogger(__name__)
 
 
 def save_atomically(payload: object, path: Path) -> None:

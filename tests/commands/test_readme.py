@@ -9,7 +9,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from test_public_var import build_public  # noqa: F401, a fixture
 
 from actvar import ActVARConfig, apply_patch, read_adapter_config, save_adapter
 from actvar.models import build_vae_var
@@ -72,7 +71,7 @@ def test_the_snippets_are_found() -> None:
 
 @pytest.mark.public_var
 @pytest.mark.parametrize("code", [code for code in SNIPPETS if "from models import" in code])
-def test_a_snippet_runs_with_the_public_code(code, build_public, sampled_with, monkeypatch) -> None:  # noqa: F811
+def test_a_snippet_runs_with_the_public_code(code, build_public, sampled_with, monkeypatch) -> None:
     monkeypatch.setattr(sys.modules["models"], "build_vae_var", lambda **sizes: build_public(**(sizes | SMALL)))
     expect_to_run(code, sampled_with)
     assert len(sampled_with) == 1

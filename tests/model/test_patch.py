@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from support.helpers import sample
+from support.helpers import assert_same_fingerprint, fingerprint, sample, sampled_tokens
 from torch import nn
 
 import actvar
@@ -15,26 +15,6 @@ from actvar import ActVARConfig, apply_patch, guided_rows, patched, record, remo
 SPARSE = ActVARConfig()
 ONES = ActVARConfig(token_rates=(1, 1), ffn_rate=1)
 FORCED = ActVARConfig(token_rates=(1, 1), ffn_rate=1, always_sparse=True)
-
-
-def fingerprint(module: nn.Module) -> dict:
-    """Classes, attributes and tensors of every submodule."""
-    return {
-        name: (
-            type(m),
-            sorted(m.__dict__),
-            list(m._modules),
-            {k: v.clone() for k, v in m.named_parameters(recurse=False)},
-        )
-        for name, m in module.named_modules()
-    }
-
-
-def assert_same_fingerprint(left: dict, right: dict) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert left[name][:3] == right[name][:3], name
-        assert all(torch.equal(a, right[name][3][k]) for k, a in left[name][3].items()), name
 
 
 def test_removal_is_bit_exact(tiny_var):
@@ -366,18 +346,6 @@ def test_another_layer_norm_epsilon_is_refused(tiny_var):
     tiny_var.blocks[0].ln_wo_grad.eps = 1e-5
     with pytest.raises(TypeError, match="eps of 1e-06, got 1e-05"):
         apply_patch(tiny_var, SPARSE)
-
-
-def sampled_tokens(var) -> torch.Tensor:
-    """Token maps `[2, L]` of one sampling run."""
-    maps = []
-    embedding = var.vae_proxy[0].quantize.embedding
-    handle = embedding.register_forward_pre_hook(lambda _, args: maps.append(args[0]))
-    try:
-        sample(var)
-    finally:
-        handle.remove()
-    return torch.cat(maps, dim=1)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -4,14 +4,10 @@ a clone of the public VAR repository."""
 from __future__ import annotations
 
 import io
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import sample
-from test_patch import assert_same_fingerprint, fingerprint, sampled_tokens
+from support.helpers import assert_same_fingerprint, fingerprint, sample, sampled_tokens
 from torch import nn
 
 import actvar
@@ -23,24 +19,6 @@ pytestmark = pytest.mark.public_var
 
 RATES_OF_ONE = dict(token_rates=(1, 1), ffn_rate=1)
 SIZES = dict(V=64, Cvae=8, ch=32, patch_nums=(1, 2, 3, 4, 6), num_classes=10, depth=2)
-
-
-@pytest.fixture(scope="session")
-def build_public(public_var_folder: Path) -> Iterator:
-    """The public `build_vae_var`, without what it does to torch's layers."""
-    layers = [nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm]
-    layers += [nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d]
-    saved = [(layer, layer.__dict__.get("reset_parameters")) for layer in layers]
-    sys.path.insert(0, str(public_var_folder))
-    from models import build_vae_var
-
-    yield build_vae_var
-    sys.path.remove(str(public_var_folder))
-    for layer, method in saved:
-        if method is None:
-            del layer.reset_parameters
-        else:
-            layer.reset_parameters = method
 
 
 @pytest.fixture(params=[(False, True), (True, True), (False, False)], ids=["separate", "shared", "no QK norm"])

@@ -167,7 +167,8 @@ class _TrainingProcess:
     """A process that has imported torch once and forks a training on request, so that a round takes no seconds."""
 
     CODE = (
-        "import os, sys, signal; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from support import faults\n"
+        "import os, sys, signal; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from support import faults\n"
         "for line in sys.stdin:\n"
         "    child = os.fork()\n"
         "    if child == 0:\n"

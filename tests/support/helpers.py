@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
 import torch
+from torch import nn
 
 from actvar.models import VAR, build_vae_var
 from support.golden import fill
@@ -34,3 +40,42 @@ def make_tiny_var(**changes) -> VAR:
 def sample(var: torch.nn.Module, seed: int = 0) -> torch.Tensor:
     """Two images of classes 1 and 2."""
     return var.autoregressive_infer_cfg(2, torch.tensor([1, 2]), g_seed=seed, cfg=1.5, top_k=20, top_p=0.95)
+
+
+def fingerprint(module: nn.Module) -> dict:
+    """Classes, attributes and tensors of every submodule."""
+    return {
+        name: (
+            type(m),
+            sorted(m.__dict__),
+            list(m._modules),
+            {k: v.clone() for k, v in m.named_parameters(recurse=False)},
+        )
+        for name, m in module.named_modules()
+    }
+
+
+def assert_same_fingerprint(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name][:3] == right[name][:3], name
+        assert all(torch.equal(a, right[name][3][k]) for k, a in left[name][3].items()), name
+
+
+def sampled_tokens(var) -> torch.Tensor:
+    """Token maps `[2, L]` of one sampling run."""
+    maps = []
+    embedding = var.vae_proxy[0].quantize.embedding
+    handle = embedding.register_forward_pre_hook(lambda _, args: maps.append(args[0]))
+    try:
+        sample(var)
+    finally:
+        handle.remove()
+    return torch.cat(maps, dim=1)
+
+
+def write_idx(path: Path, data: np.ndarray) -> None:
+    header = struct.pack(f">HBB{data.ndim}I", 0, 8, data.ndim, *data.shape)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wb") as file:
+        file.write(header + data.tobytes())

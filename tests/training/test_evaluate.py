@@ -310,7 +310,7 @@ def test_without_a_small_model_code_is_left_out_with_a_warning(monkeypatch, capl
 @pytest.fixture
 def images_folder(tmp_path, monkeypatch):
     """Few images in place of Fashion-MNIST's, and an empty cache."""
-    from test_zoo import write_idx
+    from support.helpers import write_idx
 
     folder = tmp_path / "data"
     folder.mkdir()

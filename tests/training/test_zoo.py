@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import shutil
 import socket
-import struct
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.helpers import write_idx
 
 import actvar
 from actvar import ActVARConfig, CheckpointError, load_pretrained
@@ -149,13 +148,6 @@ def test_the_bundled_adapter_is_no_static_pruning():
         trained_static_pruning(var, best),
     ):
         pass
-
-
-def write_idx(path: Path, data: np.ndarray) -> None:
-    header = struct.pack(f">HBB{data.ndim}I", 0, 8, data.ndim, *data.shape)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wb") as file:
-        file.write(header + data.tobytes())
 
 
 @pytest.fixture
