@@ -15,8 +15,8 @@ OR_NO_TEST := || [ $$? -eq 5 ] # 5: no Triton here, so no test
 # The method, its references and its C++ kernels; bad input and bad files; the small commands.
 FAST := $(addprefix tests/,$(addsuffix .py,$(addprefix kernels/test_,arguments_and_backends cpu_attention cpu_conv3x3 \
 	cpu_group_norm cpu_rows expert_ffn_reference public_draw residual_norm_reference sampling scatter_reference \
-	subset_attention_reference token_select_reference tuned) $(addprefix model/test_,adapter autoencoder \
-	block_bit_for_bit checkpoint checkpoint_bad_files config golden graphs per_sample) \
+	subset_attention_reference token_select_reference) $(addprefix model/test_,adapter autoencoder \
+	block_bit_for_bit checkpoint checkpoint_bad_files config golden graphs block_cache weight_override) \
 	$(addprefix robustness/test_,bad_input verify_rounding) $(addprefix training/test_,distill muon)))
 # Releases of Triton that the kernels are tested with; "triton" alone is the newest. The interpreter of 3.6 needs NumPy
 # before 2.4.

@@ -34,7 +34,7 @@ class ActVARConfig:
     """Rates and variants of ActVAR; the default is the paper's (0.75, 0.75; 0.75).
 
     Args:
-        scales: active scales as indices into `patch_nums`, negative ones from the end.
+        scales: numbers of the active scales, negative ones from the end.
         token_rates: share of tokens each active scale updates, in (0, 1]; a scale's may be a tuple with one per block.
         ffn_rate: share of experts per token, in (0, 1]; one number for all active scales or one per scale, which may be
             a tuple with one per block.
@@ -113,7 +113,7 @@ class ActVARConfig:
         return self.ffn_rate if isinstance(self.ffn_rate, tuple) else (self.ffn_rate,) * len(self.scales)
 
     @property
-    def blocks(self) -> int | None:
+    def num_blocks(self) -> int | None:
         """Blocks that rates are given for, or None where every rate holds for all."""
         counts = {len(rate) for rate in (*self.token_rates, *self.ffn_rates) if isinstance(rate, tuple)}
         return counts.pop() if counts else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -14,11 +15,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from actvar.config import ActVARConfig
-from actvar.families import family_of, unwrapped
+from actvar.families import family_of
 from actvar.models.arguments import checked_integer
 from actvar.models.vqvae import without_decoder
 from actvar.sparse.schedule import Scale, build_schedule
-from actvar.sparse.state import Shared
+from actvar.sparse.state import is_patched
+from actvar.utils.wrappers import unwrapped
 from actvar_kernels.backend import using_backend
 
 DENSE = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=1.0)
@@ -57,8 +59,8 @@ def formula_flops(
     depth: int,
     vocab_size: int,
     code_size: int,
-    patch_nums: Sequence[int],
-    shared_aln: bool,
+    maps: Sequence[tuple[int, int]],
+    shares_modulation: bool,
     batch: int,
     config: ActVARConfig = DENSE,
 ) -> list[StepFlops]:
@@ -67,15 +69,17 @@ def formula_flops(
     first, as the models compute them (kernels: both once).
 
     Args:
-        width, hidden, depth, vocab_size, code_size, patch_nums, shared_aln: sizes C, D, blocks, V, Cvae, ... of a VAR.
+        width, hidden, depth, vocab_size, code_size: sizes C, D, blocks, V, Cvae.
+        maps: height and width of the token map of every scale.
+        shares_modulation: one AdaLN projection serves all blocks.
     """
     batch = checked_integer("batch", batch, 1)
     rows, C = 2 * batch, width
     steps = []
-    for of_blocks in zip(*(build_schedule(config, patch_nums, block) for block in range(depth)), strict=True):
+    for of_blocks in zip(*(build_schedule(config, maps, block) for block in range(depth)), strict=True):
         tokens, index = of_blocks[0].tokens, of_blocks[0].index
         blocks = [block_flops(scale, config, C, hidden) for scale in of_blocks]
-        adaln_blocks = (index == 0) if shared_aln else depth
+        adaln_blocks = (index == 0) if shares_modulation else depth
         embedded = 0 if index == 0 else batch * tokens
         steps.append(
             StepFlops(
@@ -107,23 +111,23 @@ def model_flops(var: nn.Module, batch: int, config: ActVARConfig | None = None) 
     """`formula_flops` of a model, of which only shapes are read: with `config`; as it is patched, or not, if None."""
     var = unwrapped(var)
     family = family_of(var)
+    sizes = family.sizes(var)
     if config is None:
-        shared = var.__dict__.get("actvar")
-        config = shared.config if isinstance(shared, Shared) else DENSE
+        config = var.actvar.config if is_patched(var) else DENSE
     return formula_flops(
-        width=family.width(var),
-        hidden=family.hidden_size(var),
-        depth=len(var.blocks),
-        vocab_size=var.head.out_features,
-        code_size=var.word_embed.in_features,
-        patch_nums=var.patch_nums,
-        shared_aln=var.blocks[0].shared_aln,
+        width=sizes.width,
+        hidden=sizes.hidden,
+        depth=len(family.blocks(var)),
+        vocab_size=sizes.vocabulary,
+        code_size=sizes.code_size,
+        maps=family.maps(var),
+        shares_modulation=sizes.shares_modulation,
         batch=batch,
         config=config,
     )
 
 
-def equation_12(*, width: int, depth: int, patch_nums: Sequence[int], config: ActVARConfig) -> float:
+def equation_12(*, width: int, depth: int, maps: Sequence[tuple[int, int]], config: ActVARConfig) -> float:
     """FLOPs that one row saves by Eq. 12: the sum over active steps and blocks of what a block saves less what its
     gates cost, as a formula of the step's length L, the width C, the number of experts N, and the saving rates t of
     tokens and w of FFN weights.
@@ -138,7 +142,7 @@ def equation_12(*, width: int, depth: int, patch_nums: Sequence[int], config: Ac
     """
     saved = 0.0
     for scale, token_rate, ffn_rate in zip(config.scales, config.token_rates, config.ffn_rates, strict=True):
-        L, C, t, w = patch_nums[scale] ** 2, width, 1 - token_rate, 1 - ffn_rate
+        L, C, t, w = math.prod(maps[scale]), width, 1 - token_rate, 1 - ffn_rate
         block = t * 8 * L * C**2 + (1 - (1 - t) ** 2) * 4 * L**2 * C + (1 - (1 - t) * (1 - w)) * 16 * L * C**2
         gates = 2 * L * C * (t > 0) + 2 * (1 - t) * L * C * config.num_experts * (w > 0)
         saved += depth * (block - gates)
@@ -159,20 +163,12 @@ def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
     counts = _CountByModule(var)
     counter = FlopCounterMode(display=False, custom_mapping=counts.formulas())
     steps = []
+    family = family_of(var)
+    (_, *later), code_size = family.maps(var), family.sizes(var).code_size
     with using_backend("reference"), mode, counter:
-        cond = torch.empty(2 * batch, family_of(var).width(var), dtype=var.head.weight.dtype, device="cpu")
-        for block in var.blocks:
-            block.attn.kv_caching(True)
-        modulation = var.shared_ada_lin(cond)
-        for index, side in enumerate(var.patch_nums):
-            if index:
-                codes = var.word_embed.weight.new_empty(batch, side * side, var.word_embed.in_features)
-                x = var.word_embed(codes).repeat(2, 1, 1)
-            else:
-                x = cond.unsqueeze(1).expand(-1, side * side, -1)
-            for block in var.blocks:
-                x = block(x=x, cond_BD=modulation, attn_bias=None)
-            var.get_logits(x, cond)
+        labels = torch.zeros(batch, dtype=torch.int64, device="cpu")
+        inputs = torch.empty(batch, sum(map(math.prod, later)), code_size, dtype=torch.float32, device="cpu")
+        for _ in family.scale_logits(var, labels, inputs):
             steps.append(counts.take())
     return steps
 
@@ -185,7 +181,7 @@ def sampling_flops(var: nn.Module) -> int:
     counts, aten = _CountByModule(unwrapped(var)), torch.ops.aten
     formulas = counts.formulas() | {aten.convolution: lambda *_, **__: 0}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with using_backend("reference"), without_decoder(var.vae_proxy[0]), counter:
+    with using_backend("reference"), without_decoder(family_of(unwrapped(var)).autoencoder(unwrapped(var))), counter:
         var.autoregressive_infer_cfg(1, 0, g_seed=0)
     return counts.take().total
 
@@ -195,7 +191,8 @@ def without_weights(var: nn.Module, mode: FakeTensorMode) -> nn.Module:
     with mode:
         copies = {id(p): nn.Parameter(_on_cpu(p), p.requires_grad) for p in var.parameters()}
         copies |= {id(b): _on_cpu(b) for b in var.buffers()}
-    return copy.deepcopy(var, copies | {id(var.vae_proxy): var.vae_proxy})
+    autoencoder = family_of(var).autoencoder(var)
+    return copy.deepcopy(var, copies | {id(autoencoder): autoencoder})
 
 
 def _on_cpu(like: torch.Tensor) -> torch.Tensor:
@@ -206,22 +203,12 @@ def _on_cpu(like: torch.Tensor) -> torch.Tensor:
 class _CountByModule:
     """FLOP formulas for a counter that also sum what they return by the module of `StepFlops`."""
 
-    PLACES = (
-        (".attn.mat_qkv.", "qkv"),
-        (".attn.proj.", "proj"),
-        (".ffn.", "ffn"),
-        (".selector.", "selector"),
-        (".router.", "router"),
-        ("ada_lin.", "adaln"),
-        ("head.", "head"),
-        ("word_embed.", "head"),
-    )
-
     def __init__(self, var: nn.Module):
         self.flops: Counter[str] = Counter()
         self.module_of: dict[StorageWeakRef, str] = {}
+        kinds = (*family_of(var).weight_kinds, (".selector.", "selector"), (".router.", "router"))
         for name, parameter in var.named_parameters():
-            module = next((module for place, module in self.PLACES if place in name), None)
+            module = next((module for place, module in kinds if place in name), None)
             if module is not None and name.endswith(".weight"):
                 self.module_of[_storage(parameter)] = module
 

@@ -20,6 +20,7 @@ from actvar import ActVARConfig
 from actvar.calibrate import calibrate
 from actvar.calibrate.rates import blocks_flops
 from actvar.evaluate.divergence import divergence_by_scale
+from actvar.families import family_of
 from actvar.patching.patch import DENSE, patch_silently
 from actvar.sparse.schedule import build_schedule
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER, load_split
@@ -75,7 +76,7 @@ def _divergence(var: nn.Module, changes: dict[str, object], batches: list) -> li
     config = var.actvar.config
     schedules = [block.actvar.schedule for block in var.blocks]
     for index, block in enumerate(var.blocks):
-        block.actvar.schedule = build_schedule(replace(config, **changes), var.patch_nums, index)
+        block.actvar.schedule = build_schedule(replace(config, **changes), family_of(var).maps(var), index)
     found = divergence_by_scale(var, batches)
     for block, schedule in zip(var.blocks, schedules, strict=True):
         block.actvar.schedule = schedule

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import actvar.sparse.block
 import actvar.sparse.selection
+from actvar.families.var import VARFamily
 from actvar.utils.files import replacing
 
 COMPONENTS = (
@@ -124,7 +125,7 @@ def _next_step(watch: Stopwatch, begun: list[int], _module, _args) -> None:
 
 def _functions(var: nn.Module) -> Iterator[tuple[object, str, str]]:
     """Owner, attribute and component: of the kernels' block, of the loop, of the public code."""
-    family = actvar.sparse.block.family
+    family = VARFamily
     yield family, "project", "qkv"
     yield from ((family, name, "adaln") for name in ("modulation", "qkv_bias"))
     yield family, "attention_output", "proj"

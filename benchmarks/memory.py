@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from actvar.config import ActVARConfig
+from actvar.families import family_of
 from actvar.flops import DENSE, without_weights
 from actvar.models.vqvae import Conv3x3
 from actvar.sparse.schedule import build_schedule
@@ -65,7 +66,7 @@ def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kern
         for block in var.blocks:
             layers += [block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2]
         packed = sum(_bytes([layer.weight]) for layer in layers) + _transformed_bytes(of_vae, f_hat)
-    last = build_schedule(config, var.patch_nums)[-1]
+    last = build_schedule(config, family_of(var).maps(var))[-1]
     return Bound(
         weights=_bytes(var.parameters()) + _bytes(vae.parameters()),
         packed=packed,

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from actvar.baselines.replacing_methods import expect_last_scales, expect_var, with_methods
+from actvar.families import blocks_of, family_of
 from actvar.models import VAR
 from actvar.models.var import Condition
 from actvar.patching.patch import DENSE, patched_silently
-from actvar.sparse.state import shared_state
+from actvar.sparse.state import patch_state
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def collaborative_decoding(var: nn.Module, small: nn.Module, count: int) -> Iter
         TypeError: a model of another kind.
         ValueError: models with other token maps, classes or codes, or a count that leaves `var` no scale.
     """
-    first = expect_last_scales("count", count, expect_var(var))
+    first, family = expect_last_scales("count", count, expect_var(var)), family_of(small)
     _expect_same_tokens(var, expect_var(small))
     drawn: list[torch.Tensor | None] = []
     condition: Condition | None = None
@@ -44,8 +45,8 @@ def collaborative_decoding(var: nn.Module, small: nn.Module, count: int) -> Iter
             return type(self).predict(self, scale, inputs, of_large)
         if scale == first:
             condition = small.condition(of_large.labels)
-            for block in small.blocks:
-                block.attn.kv_caching(True)
+            for block in blocks_of(small):
+                family.cache(block).start()
             for earlier, seen in enumerate(drawn):
                 small.run_blocks(earlier, seen, condition)
         return small.predict(scale, inputs, condition)
@@ -57,19 +58,27 @@ def collaborative_decoding(var: nn.Module, small: nn.Module, count: int) -> Iter
 @contextmanager
 def _sampling(small: VAR) -> Iterator[None]:
     """`small` accelerated, as within its own sampling method; its K/V cache is empty afterwards."""
-    with patched_silently(small, DENSE, None), shared_state(small).during(rows_are_guided=True, reuses_room=True):
-        try:
-            yield
-        finally:
-            for block in small.blocks:
-                block.attn.kv_caching(False)
+    with patched_silently(small, DENSE, None), patch_state(small).sampling(small, in_place=False):
+        yield
 
 
 def _expect_same_tokens(var: VAR, small: VAR) -> None:
-    for name in ("patch_nums", "num_classes", "V", "Cvae"):
-        wanted, found = getattr(var, name), getattr(small, name)
-        if wanted != found:
-            raise ValueError(f"small: expected a model with {name} {wanted}, as the large one, got {found}")
-    codes = [model.vae_proxy[0].quantize.embedding.weight for model in (var, small)]
+    wanted, found = (_token_facts(model) for model in (var, small))
+    for name in wanted:
+        if wanted[name] != found[name]:
+            raise ValueError(f"small: expected a model with {name} {wanted[name]}, as the large one, got {found[name]}")
+    codes = [family_of(model).autoencoder(model).quantize.embedding.weight for model in (var, small)]
     if not torch.equal(*codes):
         raise ValueError("small: expected a model of the same autoencoder, got one with other codes")
+
+
+def _token_facts(var: VAR) -> dict[str, object]:
+    """Return what two models must have in common to read each other's tokens."""
+    family = family_of(var)
+    sizes = family.sizes(var)
+    return {
+        "token maps": family.maps(var),
+        "num_classes": var.num_classes,
+        "V": sizes.vocabulary,
+        "Cvae": sizes.code_size,
+    }

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from actvar.baselines.replacing_methods import expect_var, with_forwards
 from actvar.baselines.sublayers import Sublayers, flat, rows_of, scale_at
+from actvar.families import blocks_of, family_of
 from actvar.patching.patch import DENSE, patched_silently
 
 FIRST_BLOCKS = 0.1
@@ -37,29 +38,31 @@ def fastvar(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1)) -> It
         ValueError: a rate or scales that do not fit the model, or no scale before them.
     """
     expect_var(var)
-    chosen = [range(len(var.patch_nums))[scale] for scale in scales]
+    blocks, maps = blocks_of(var), family_of(var).maps(var)
+    chosen = [range(len(maps))[scale] for scale in scales]
     source = min(chosen) - 1
     if source < 0:
         raise ValueError(f"scales: expected a scale before them, from which outputs are kept, got {tuple(scales)}")
-    dense_blocks = math.ceil(FIRST_BLOCKS * len(var.blocks))
-    rates = (1.0,) * dense_blocks + (rate,) * (len(var.blocks) - dense_blocks)
+    dense_blocks = math.ceil(FIRST_BLOCKS * len(blocks))
+    rates = (1.0,) * dense_blocks + (rate,) * (len(blocks) - dense_blocks)
     config = replace(DENSE, scales=tuple(scales), token_rates=(rates,) * len(scales), ffn_rate=(1.0,) * len(scales))
 
     def forward_of(block: nn.Module):
         kept: dict[str, torch.Tensor] = {}
 
-        def forward(self, x, cond_BD, attn_bias=None):
-            scale = scale_at(self, x)
+        def forward(self, *args, **kwargs):
+            call = self.actvar.family.block_call(*args, **kwargs)
+            x, scale = call.x, scale_at(self, call)
             if scale.index != source and not scale.select:
-                return type(self).forward(self, x, cond_BD, attn_bias)
-            layers = Sublayers(self, x, cond_BD, scale)
+                return type(self).forward(self, *args, **kwargs)
+            layers = Sublayers(self, call, scale)
             for name, sublayer in (("attention", layers.attention), ("ffn", layers.ffn)):
                 if scale.index == source:
                     kept[name] = sublayer(x)
                     x = x + kept[name]
                 else:
                     index = pivotal_tokens(x, scale.keep)
-                    output = interpolated(kept[name], scale.tokens)
+                    output = interpolated(kept[name], maps[source], maps[scale.index])
                     update = sublayer(rows_of(x, index)).flatten(0, 1)
                     output.flatten(0, 1).index_copy_(0, flat(index, scale.tokens), update)
                     x = x + output
@@ -67,7 +70,7 @@ def fastvar(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1)) -> It
 
         return forward
 
-    with patched_silently(var, config, None), with_forwards(var.blocks, forward_of):
+    with patched_silently(var, config, None), with_forwards(blocks, forward_of):
         yield var
 
 
@@ -76,8 +79,7 @@ def pivotal_tokens(x: torch.Tensor, keep: int) -> torch.Tensor:
     return (x - x.mean(dim=1, keepdim=True)).square().sum(dim=-1).topk(keep, dim=1).indices
 
 
-def interpolated(rows: torch.Tensor, tokens: int) -> torch.Tensor:
-    """A square map `[R, l, C]` as one of `tokens` tokens, by area."""
-    side, before = math.isqrt(tokens), math.isqrt(rows.shape[1])
-    maps = rows.transpose(1, 2).unflatten(2, (before, before))
-    return F.interpolate(maps, size=(side, side), mode="area").flatten(2).transpose(1, 2).contiguous()
+def interpolated(rows: torch.Tensor, before: tuple[int, int], after: tuple[int, int]) -> torch.Tensor:
+    """Return a map `[R, l, C]` of height and width `before` as one of `after`, by area."""
+    maps = rows.transpose(1, 2).unflatten(2, before)
+    return F.interpolate(maps, size=after, mode="area").flatten(2).transpose(1, 2).contiguous()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from actvar.baselines.replacing_methods import expect_last_scales, expect_var, with_methods
-from actvar.families import var as family
+from actvar.families import blocks_of, family_of
 from actvar.models.sampling import sample_top_k_top_p
 from actvar.models.var import Condition
 from actvar.patching.patch import DENSE, patched_silently
@@ -28,7 +28,7 @@ def without_guidance(var: nn.Module, count: int) -> Iterator[nn.Module]:
         TypeError: a model of another kind.
         ValueError: a count that leaves no scale with guidance.
     """
-    first = expect_last_scales("count", count, expect_var(var))
+    first, family = expect_last_scales("count", count, expect_var(var)), family_of(var)
     condition: Condition | None = None
 
     def predict(self, scale, inputs, of_all):
@@ -38,8 +38,9 @@ def without_guidance(var: nn.Module, count: int) -> Iterator[nn.Module]:
         if scale == first:
             images = len(inputs)
             condition = Condition(*(rows[:images] for rows in of_all[:3]), of_all.position)
-            for block in self.blocks:
-                family.write_cache(block, *(cached[:images] for cached in family.read_cache(block)))
+            for block in blocks_of(self):
+                cache = family.cache(block)
+                cache.write(*(cached[:images] for cached in cache.read()))
         return type(self).predict(self, scale, inputs, condition)
 
     def draw(self, logits, guidance, top_k, top_p, rng, scale):

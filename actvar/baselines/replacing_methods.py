@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 
 from torch import nn
 
+from actvar.families import family_of
 from actvar.models import VAR
 from actvar_kernels.checks import as_integer
 
@@ -26,7 +27,7 @@ def with_methods(module: nn.Module, **methods: Callable) -> Iterator[None]:
 
 
 @contextmanager
-def with_forwards(blocks: nn.ModuleList, make: Callable[[nn.Module], Callable]) -> Iterator[None]:
+def with_forwards(blocks: Sequence[nn.Module], make: Callable[[nn.Module], Callable]) -> Iterator[None]:
     """Every block's `forward` is `make(block)` while the context is open."""
     with ExitStack() as stack:
         for block in blocks:
@@ -53,6 +54,7 @@ def expect_last_scales(name: str, count: int, var: VAR) -> int:
         ValueError: there are none, or `count` is below 1.
     """
     count = as_integer(name, count)
-    if not 1 <= count < len(var.patch_nums):
-        raise ValueError(f"{name}: expected from 1 to {len(var.patch_nums) - 1} of the model's scales, got {count}")
-    return len(var.patch_nums) - count
+    scales = len(family_of(var).maps(var))
+    if not 1 <= count < scales:
+        raise ValueError(f"{name}: expected from 1 to {scales - 1} of the model's scales, got {count}")
+    return scales - count

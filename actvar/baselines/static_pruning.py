@@ -7,7 +7,6 @@ afterwards, as ActVAR's are: by `fix_experts` static pruning is an ActVAR whose 
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,17 +15,19 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from actvar.baselines.replacing_methods import expect_var, with_forwards
 from actvar.baselines.sublayers import scale_at
 from actvar.config import share_of
+from actvar.families import blocks_of, family_of
 from actvar.patching.adapter import read_adapter_config
 from actvar.patching.patch import DENSE, patched_silently, unpatched
 from actvar.patching.weight_override import replace_parameters, tuned_parameters
 from actvar.sampling.token_maps import sampled_inputs
-from actvar.sparse.gates import update
+from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.schedule import build_schedule
-from actvar.sparse.state import shared_state
+from actvar.sparse.state import patch_state
 
 IMAGES, BATCH = 16, 8
 # one expert, since the kernel pads every expert's units to the processor's vectors
@@ -43,9 +44,9 @@ def static_pruning(
         TypeError: a model of another kind.
         ValueError: not one tensor of units per block.
     """
-    expect_var(var)
-    if len(units) != len(var.blocks):
-        raise ValueError(f"units: expected those of each of {len(var.blocks)} blocks, got {len(units)} tensors")
+    count = len(blocks_of(expect_var(var)))
+    if len(units) != count:
+        raise ValueError(f"units: expected those of each of {count} blocks, got {len(units)} tensors")
     with patched_silently(var, ONE_EXPERT, None), _smaller_ffns(var, units, scales):
         yield var
 
@@ -65,15 +66,15 @@ def trained_static_pruning(var: nn.Module, adapter: str | Path) -> Iterator[nn.M
     rates = f"token_rates {config.token_rates} and ffn_rate {config.ffn_rate}"
     _expect_static(set(config.token_rates) == {1.0} and isinstance(config.ffn_rate, float), adapter, rates)
     with patched_silently(var, config, adapter):
-        gates = [block.actvar for block in var.blocks]
+        gates = [block.actvar for block in blocks_of(var)]
         fixed = all(not (g.router.weight.any() or (g.router.bias.diff() >= 0).any()) for g in gates)
         _expect_static(fixed, adapter, "routers whose choice is not the first experts for every token")
-        orders, weights = [g.places.clone() for g in gates], tuned_parameters(var)
+        orders, weights = [g.hidden_order.clone() for g in gates], tuned_parameters(var)
     units = share_of(config.ffn_rate, config.num_experts) * (len(orders[0]) // config.num_experts)
     kept = torch.arange(units, device="cpu")
     with patched_silently(var, replace(config, ffn_rate=1.0, num_experts=1, always_sparse=False), None):
-        for block, order in zip(var.blocks, orders, strict=True):
-            update(block, order)
+        for block, order in zip(blocks_of(var), orders, strict=True):
+            set_order_and_gates(block, order)
         replace_parameters(var, weights)
         with _smaller_ffns(var, [kept] * len(orders), config.scales):
             yield var
@@ -90,24 +91,25 @@ def _expect_static(is_static: bool, adapter: str | Path, found: str) -> None:
 
 @contextmanager
 def _smaller_ffns(var: nn.Module, units: Sequence[torch.Tensor], scales: Sequence[int]) -> Iterator[None]:
-    """On a patched model whose rates are 1: at `scales` each block's FFN is one of `units`, counted as they lie."""
-    chosen = {range(len(var.patch_nums))[scale] for scale in scales}
+    """Give each block of a model patched with rates of 1 an FFN of `units` at `scales`, counted as they lie."""
+    family = family_of(var)
+    chosen = {range(len(family.maps(var)))[scale] for scale in scales}
 
     def forward_of(block: nn.Module):
-        whole, part = block.ffn, _pruned(block.ffn, units[block.actvar.block_index])
+        whole, part = family.ffn_module(block), family.pruned_ffn(block, units[block.actvar.block_index])
 
-        def forward(self, x, cond_BD, attn_bias=None):
-            if scale_at(self, x).index not in chosen:
-                return type(self).forward(self, x, cond_BD, attn_bias)
-            self.ffn = part
+        def forward(self, *args, **kwargs):
+            if scale_at(self, family.block_call(*args, **kwargs)).index not in chosen:
+                return type(self).forward(self, *args, **kwargs)
+            family.set_ffn_module(self, part)
             try:
-                return type(self).forward(self, x, cond_BD, attn_bias)
+                return type(self).forward(self, *args, **kwargs)
             finally:
-                self.ffn = whole
+                family.set_ffn_module(self, whole)
 
         return forward
 
-    with with_forwards(var.blocks, forward_of):
+    with with_forwards(blocks_of(var), forward_of):
         yield
 
 
@@ -119,57 +121,64 @@ def fix_experts(var: nn.Module, units: Sequence[torch.Tensor]) -> None:
         ValueError: the model is not patched, or `units` are not different ones in each block, at least as many as its
             experts that are on hold at most.
     """
-    num_experts = shared_state(var).config.num_experts
-    hidden = var.blocks[0].ffn.fc1.out_features
-    most = [max([s.experts for s in block.actvar.schedule if s.route] or [num_experts]) for block in var.blocks]
+    num_experts, blocks = patch_state(var).config.num_experts, blocks_of(var)
+    hidden = family_of(var).sizes(var).hidden
+    most = [max([s.experts for s in block.actvar.schedule if s.route] or [num_experts]) for block in blocks]
     expected, found = [m * (hidden // num_experts) for m in most], [len(of_block.unique()) for of_block in units]
     different = found == [len(of_block) for of_block in units]
     if len(found) != len(expected) or not different or any(map(operator.lt, found, expected)):
         raise ValueError(f"units: expected {expected} or more different ones in the blocks, got {found}")
-    for block, of_block in zip(var.blocks, units, strict=True):
+    for block, of_block in zip(blocks, units, strict=True):
         router, kept = block.actvar.router, of_block.cpu()
         is_other = torch.ones(hidden, dtype=torch.bool, device="cpu").index_fill_(0, kept, False)
         others = is_other.nonzero().flatten()
         bias = -torch.arange(len(router.bias), dtype=router.bias.dtype, device=router.bias.device)
         values = {router.weight: torch.zeros_like(router.weight), router.bias: bias}
-        update(block, torch.cat((kept, others)), values)
+        set_order_and_gates(block, torch.cat((kept, others)), values)
 
 
 def magnitude_units(var: nn.Module, rate: float) -> list[torch.Tensor]:
     """Per block the `rate` of hidden units with the largest `|w1_i| |w2_i|`, largest first: the norms of the weights
     that go in and of those that go out."""
     with unpatched(var):
-        norms = [block.ffn.fc1.weight.norm(dim=1) * block.ffn.fc2.weight.norm(dim=0) for block in var.blocks]
+        weights = [family_of(var).ffn_weights(block) for block in blocks_of(var)]
+        norms = [into.norm(dim=1) * out.norm(dim=0) for into, _, out, _ in weights]
     return [_largest(of_block, rate) for of_block in norms]
 
 
 @torch.no_grad()
 def wanda_units(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1), seed: int = 0) -> list[torch.Tensor]:
-    """Per block the `rate` of hidden units with the largest `|w2_i| |h_i|`, largest first: Wanda's `|W| |x|` of fc2,
-    summed over its rows, with the norm of each unit over tokens of `scales` that the dense model samples itself."""
-    with unpatched(var):
-        batches = sampled_inputs(var, IMAGES, BATCH, seed)
-        spans = [build_schedule(DENSE, var.patch_nums)[scale] for scale in scales]
-        energy = [block.ffn.fc1.weight.new_zeros(block.ffn.fc1.out_features) for block in var.blocks]
+    """Return per block the `rate` of hidden units with the largest `|w2_i| |h_i|`, largest first.
 
-        def add(index: int, hidden: torch.Tensor) -> None:
+    Wanda scores a weight of the second layer by `|W| |x|`. Here that is summed over the layer's rows, with the norm of
+    each unit over tokens of `scales` that the dense model samples itself.
+    """
+    with unpatched(var):
+        family, blocks = family_of(var), blocks_of(var)
+        batches = sampled_inputs(var, IMAGES, BATCH, seed)
+        spans = [build_schedule(DENSE, family.maps(var))[scale] for scale in scales]
+        weights = [family.ffn_weights(block) for block in blocks]
+        energy = [bias.new_zeros(len(bias)) for _, bias, _, _ in weights]
+
+        def add(index: int, u: torch.Tensor) -> None:
+            hidden = F.gelu(F.linear(u, *weights[index][:2]), approximate="tanh")
             for span in spans:
                 energy[index] += hidden[:, span.start : span.start + span.tokens].square().sum(dim=(0, 1))
 
         handles = [
-            block.ffn.fc2.register_forward_pre_hook(lambda _, arguments, index=index: add(index, arguments[0]))
-            for index, block in enumerate(var.blocks)
+            family.ffn_module(block).register_forward_pre_hook(
+                lambda _, arguments, index=index: add(index, arguments[0])
+            )
+            for index, block in enumerate(blocks)
         ]
         try:
             for labels, inputs in batches:
-                rows = torch.cat((labels, torch.full_like(labels, var.num_classes)))
+                rows = torch.cat((labels, family.without_class(var, labels)))
                 var(rows, inputs.repeat(2, 1, 1))
         finally:
             for handle in handles:
                 handle.remove()
-        norms = [
-            block.ffn.fc2.weight.norm(dim=0) * total.sqrt() for block, total in zip(var.blocks, energy, strict=True)
-        ]
+        norms = [out.norm(dim=0) * total.sqrt() for (_, _, out, _), total in zip(weights, energy, strict=True)]
     return [_largest(of_block, rate) for of_block in norms]
 
 
@@ -179,12 +188,3 @@ SCORES = {"magnitude": magnitude_units, "wanda": wanda_units}
 
 def _largest(values: torch.Tensor, rate: float) -> torch.Tensor:
     return values.sort(descending=True, stable=True).indices[: share_of(rate, len(values))]
-
-
-def _pruned(ffn: nn.Module, units: torch.Tensor) -> nn.Module:
-    """The FFN with some of its hidden units, in memory of its own."""
-    small = copy.deepcopy(ffn).requires_grad_(False)
-    small.fc1.weight, small.fc1.bias = nn.Parameter(ffn.fc1.weight[units]), nn.Parameter(ffn.fc1.bias[units])
-    small.fc2.weight = nn.Parameter(ffn.fc2.weight[:, units].contiguous())
-    small.fc1.out_features = small.fc2.in_features = len(units)
-    return small.requires_grad_(False)

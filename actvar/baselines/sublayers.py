@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from actvar.families import var as family
-from actvar.sparse.block import ActVARBlock, attend, kernels_run, state_of
+from actvar.families.base import BlockCall, Rows
+from actvar.sparse.block import ActVARBlock, attend, kernels_run, sample_state_of
 from actvar.sparse.schedule import Scale
 from actvar_kernels import normalize_modulate
 
@@ -19,24 +19,28 @@ def all_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 class Sublayers:
-    """A patched block at one scale `x` `[R, L, C]`: `x = x + attention(x)` and `x = x + ffn(x)` are the dense block."""
+    """A patched block at one scale: `x = x + attention(x)` and `x = x + ffn(x)` are the dense block."""
 
-    def __init__(self, block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale):
-        self.block, self.scale, self.fused = block, scale, kernels_run(x)
-        self.state = state_of(block, cond, self.fused)
+    def __init__(self, block: ActVARBlock, call: BlockCall, scale: Scale):
+        self.block, self.scale, self.fused = block, scale, kernels_run(call.x)
+        self.state = sample_state_of(block, call.cond, self.fused)
 
     def attention(self, rows: torch.Tensor, pick: Pick = all_rows) -> torch.Tensor:
-        """What attention adds to `rows` `[R, K, C]`, after `pick` has chosen among or merged the normalised ones; their
-        keys and values go to the cache."""
+        """Return what attention adds to `rows` `[R, K, C]`, after `pick` has chosen or merged normalised ones.
+
+        Keys and values of the rows go to the cache.
+        """
         gamma1, _, scale1, _, shift1, _ = self.state.modulation
         u = pick(normalize_modulate(rows, scale1, shift1))
-        return attend(self.block, u, u, self.state, self.scale, self.fused) * gamma1
+        at = Rows(self.scale.start, self.scale.tokens, None)  # VAR encodes no position in queries and keys
+        return attend(self.block, u, u, self.state, self.scale, self.fused, at) * gamma1
 
     def ffn(self, rows: torch.Tensor, pick: Pick = all_rows) -> torch.Tensor:
-        """What the FFN adds to `rows`, likewise."""
+        """Return what the FFN adds to `rows` `[R, K, C]`, after `pick` in the same way."""
         _, gamma2, _, scale2, _, shift2 = self.state.modulation
         u = pick(normalize_modulate(rows, scale2, shift2))
-        return family.dense_ffn(self.block, u, self.block.actvar.shared.config.num_experts) * gamma2
+        state = self.block.actvar
+        return state.family.dense_ffn(self.block, u, state.shared.config.num_experts) * gamma2
 
 
 def rows_of(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -49,6 +53,7 @@ def flat(index: torch.Tensor, tokens: int) -> torch.Tensor:
     return (index + tokens * torch.arange(len(index), device=index.device).unsqueeze(1)).flatten()
 
 
-def scale_at(block: ActVARBlock, x: torch.Tensor) -> Scale:
-    """The scale that `x` `[R, L, C]` and the block's K/V cache are at."""
-    return block.actvar.shared.scale_of(block.actvar.block_index, x.shape[1], family.cached_tokens(block))
+def scale_at(block: ActVARBlock, call: BlockCall) -> Scale:
+    """Return the scale that a call and the block's K/V cache are at."""
+    state = block.actvar
+    return state.shared.scale_of(state.block_index, call, state.family.cache(block).rows)

@@ -9,7 +9,6 @@ FFN of a block.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from actvar.baselines.replacing_methods import expect_var, with_forwards
 from actvar.baselines.sublayers import Sublayers, rows_of, scale_at
+from actvar.families import blocks_of
 from actvar.patching.patch import DENSE, patched_silently
 
 
@@ -37,40 +37,42 @@ def token_merging(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1))
 
     def forward_of(block: nn.Module):
         for scale in block.actvar.schedule:
-            fewest = len(destinations(math.isqrt(scale.tokens)))
+            fewest = len(destinations(scale.height, scale.width))
             if scale.keep < fewest:
                 raise ValueError(f"rate: {scale.tokens} tokens can be merged to {fewest}, got a rate of {rate}")
 
-        def forward(self, x, cond_BD, attn_bias=None):
-            scale = scale_at(self, x)
+        def forward(self, *args, **kwargs):
+            call = self.actvar.family.block_call(*args, **kwargs)
+            x, scale = call.x, scale_at(self, call)
             if not scale.select:
-                return type(self).forward(self, x, cond_BD, attn_bias)
-            layers, matching = Sublayers(self, x, cond_BD, scale), Matching(x, scale.keep)
+                return type(self).forward(self, *args, **kwargs)
+            layers, matching = Sublayers(self, call, scale), Matching(x, scale.keep, (scale.height, scale.width))
             x = x + matching.unmerge(layers.attention(x, matching.merge))
             return x + matching.unmerge(layers.ffn(x, matching.merge))
 
         return forward
 
-    with patched_silently(var, config, None), with_forwards(var.blocks, forward_of):
+    with patched_silently(var, config, None), with_forwards(blocks_of(var), forward_of):
         yield var
 
 
-def destinations(side: int) -> torch.Tensor:
-    """Indices of the top left token of every 2x2 window of a `side` x `side` map."""
-    return torch.arange(side * side, device="cpu").view(side, side)[::2, ::2].flatten()
+def destinations(height: int, width: int) -> torch.Tensor:
+    """Return the indices of the top left token of every 2x2 window of a map."""
+    return torch.arange(height * width, device="cpu").view(height, width)[::2, ::2].flatten()
 
 
 class Matching:
     """Each row's `L - keep` tokens that are most like a destination, one of every 2x2 window, are merged into it.
 
     Args:
-        x: `[R, L, C]`, tokens of a square map; they are compared by the cosine.
+        x: `[R, L, C]`, tokens of a map; they are compared by the cosine.
         keep: tokens that are left.
+        size: height and width of the map.
     """
 
-    def __init__(self, x: torch.Tensor, keep: int):
+    def __init__(self, x: torch.Tensor, keep: int, size: tuple[int, int]):
         R, L, _ = x.shape
-        to = destinations(math.isqrt(L)).to(x.device)
+        to = destinations(*size).to(x.device)
         is_source = torch.ones(L, dtype=torch.bool, device=x.device)
         is_source[to] = False
         sources = is_source.nonzero().flatten()

@@ -9,17 +9,19 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from actvar.calibrate.fit import HELD_OUT, Batch, BlockFit, fit_block
+from actvar.calibrate.fit import HELD_OUT, BlockFit, fit_block
 from actvar.calibrate.rates import expect_budget, rates_under_budget
 from actvar.calibrate.report import Report, report_of
 from actvar.calibrate.sensitivity import divergence_per_block
 from actvar.config import ActVARConfig
-from actvar.families import family_of, unwrapped
+from actvar.families import blocks_of, family_of
+from actvar.families.base import BlockCall
 from actvar.models.arguments import SEEDS, checked_finite, checked_integer
 from actvar.patching.patch import patch_silently, remove_patch
 from actvar.sampling.token_maps import sampled_inputs
-from actvar.sparse.gates import update
+from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.schedule import Scale, build_schedule
+from actvar.utils.wrappers import unwrapped
 
 BATCH = 8
 
@@ -64,7 +66,7 @@ def calibrate(
         raise ValueError("expected a model in eval mode: call var.eval()")
     if not config.is_sparse:
         raise ValueError("expected a rate below 1 at some scale: there is no selector or router to fit")
-    if config.blocks is not None and not uniform:
+    if config.num_blocks is not None and not uniform:
         raise ValueError("expected one rate per scale as the budget, got one per block")
     patch_silently(model, config)
     remove_patch(model)
@@ -72,12 +74,12 @@ def calibrate(
         expect_budget(model, config)
 
     batches = sampled_inputs(model, images, max(1, min(BATCH, images // HELD_OUT)), seed, cfg)
+    family = family_of(model)
     stream = [_embedded(model, *batch) for batch in batches]
     fits: list[BlockFit] = []
-    scales = _active_scales(config, model.patch_nums)
-    bias = model.attn_bias_for_masking.to(stream[0].x.dtype)
-    for block in tqdm(model.blocks, desc="blocks"):
-        fit = fit_block(unwrapped(block), stream, bias, scales, config.num_experts, cluster)
+    scales = _active_scales(config, family.maps(model))
+    for block in tqdm(blocks_of(model), desc="blocks"):
+        fit = fit_block(family, block, stream, scales, config.num_experts, cluster)
         stream = fit.after
         fits.append(fit._replace(after=[]))
     curves = [fit.curves for fit in fits]
@@ -92,22 +94,23 @@ def calibrate(
 
 def _install(model: nn.Module, config: ActVARConfig, fits: list[BlockFit]) -> None:
     patch_silently(model, config)
-    for block, fit in zip(model.blocks, fits, strict=True):
-        gates = unwrapped(block).actvar
+    for block, fit in zip(blocks_of(model), fits, strict=True):
+        gates = block.actvar
         values = {
             gates.selector.weight: fit.selector,
             gates.router.weight: fit.router[0],
             gates.router.bias: fit.router[1],
         }
-        update(unwrapped(block), fit.order, values)
+        set_order_and_gates(block, fit.order, values)
 
 
-def _active_scales(config: ActVARConfig, patch_nums: Sequence[int]) -> list[Scale]:
+def _active_scales(config: ActVARConfig, maps: Sequence[tuple[int, int]]) -> list[Scale]:
     """Every scale of the configuration, whatever its rates."""
-    return [scale for scale in build_schedule(replace(config, always_sparse=True), patch_nums) if scale.active]
+    return [scale for scale in build_schedule(replace(config, always_sparse=True), maps) if scale.active]
 
 
-def _embedded(model: nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> Batch:
-    """Rows of a batch with and without its classes."""
-    labels = torch.cat((labels, torch.full_like(labels, model.num_classes)))
-    return Batch(*family_of(model).embedded(model, labels, inputs.repeat(2, 1, 1)))
+def _embedded(model: nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> BlockCall:
+    """Return the first block's call for a batch with and without its classes."""
+    family = family_of(model)
+    rows = torch.cat((labels, family.without_class(model, labels)))
+    return family.embedded(model, rows, inputs.repeat(2, 1, 1)).call

@@ -59,7 +59,7 @@ class Curves:
 def expert_outputs(
     hidden: torch.Tensor, fc2_weight: torch.Tensor, gamma: torch.Tensor, num_experts: int
 ) -> Iterator[torch.Tensor]:
-    """`gamma * hidden_e W2_e^T` `[T, C]` of one expert after the other, without `fc2`'s bias.
+    """Yield `gamma * hidden_e W2_e^T` `[T, C]` of one expert after the other, without the bias of the second layer.
 
     Args:
         hidden: `[T, D]`; fc2_weight: `[C, D]`; gamma: `[T, C]`.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from actvar.calibrate.clusters import expert_order
 from actvar.calibrate.curves import Curves, expert_outputs
 from actvar.calibrate.ridge import NormalEquations, fitted
-from actvar.families import var as family
+from actvar.families.base import BlockCall, Family
 from actvar.sparse.schedule import Scale
 from actvar_kernels.constants import NORM_EPS
 
@@ -20,13 +20,6 @@ CLUSTERED_TOKENS = 4096
 MEASURED_TOKENS = 1024
 HELD_OUT = 4
 """Every fourth batch is measured instead of fitted to."""
-
-
-class Batch(NamedTuple):
-    """Rows of the residual stream before a block, `x` `[R, L, C]`, with their condition."""
-
-    x: torch.Tensor
-    cond: torch.Tensor
 
 
 class BlockFit(NamedTuple):
@@ -37,7 +30,7 @@ class BlockFit(NamedTuple):
     router: tuple[torch.Tensor, torch.Tensor]
     order: torch.Tensor | None
     curves: dict[int, Curves]
-    after: list[Batch]
+    after: list[BlockCall]
 
 
 class _Dense(NamedTuple):
@@ -49,7 +42,7 @@ class _Dense(NamedTuple):
 
 @torch.no_grad()
 def fit_block(
-    block: nn.Module, stream: list[Batch], bias: torch.Tensor, scales: list[Scale], num_experts: int, cluster: bool
+    family: Family, block: nn.Module, stream: list[BlockCall], scales: list[Scale], num_experts: int, cluster: bool
 ) -> BlockFit:
     """Fit one unpatched block in closed form.
 
@@ -57,25 +50,24 @@ def fit_block(
     row, since tokens compete within it. Router: from the FFN's input to `|gamma * E_e|`, divided by its mean over e.
 
     Args:
-        stream: batches before the block; every fourth, from the last one on, is held out.
-        bias: the mask of teacher forcing `[1, 1, L, L]`.
+        stream: calls of the block by batch; every fourth, from the last one on, is held out.
         scales: the active ones, of which tokens and experts may be left out.
         cluster: reorder hidden units by what they do for the same tokens; otherwise experts are contiguous.
     """
-    dense = [_dense(block, batch, bias) for batch in stream]
+    dense = [_dense(family, block, batch) for batch in stream]
     selector = _selector(stream, dense, scales)
     weights = [weight.float() for weight in family.ffn_weights(block)]
     order = None
     if cluster:
-        order = expert_order(_unit_energy(block, stream, dense, scales, weights), num_experts, num_experts // 2)
+        order = expert_order(_unit_energy(family, block, stream, dense, scales, weights), num_experts, num_experts // 2)
         weights = [weights[0][order], weights[1][order], weights[2][:, order], weights[3]]
-    router = _router(block, stream, dense, scales, weights, num_experts)
+    router = _router(family, block, stream, dense, scales, weights, num_experts)
     curves = {scale.index: Curves(scale.tokens, num_experts) for scale in scales}
     for number, (batch, of_dense) in enumerate(zip(stream, dense, strict=True)):
         if _is_held_out(number, len(stream)):
             for scale in scales:
-                _measure(curves[scale.index], block, batch, of_dense, scale, selector, router, weights)
-    after = [Batch(of_dense.y, batch.cond) for batch, of_dense in zip(stream, dense, strict=True)]
+                _measure(curves[scale.index], family, block, batch, of_dense, scale, selector, router, weights)
+    after = [batch._replace(x=of_dense.y) for batch, of_dense in zip(stream, dense, strict=True)]
     return BlockFit(selector, router, order, curves, after)
 
 
@@ -83,11 +75,12 @@ def _is_held_out(number: int, count: int) -> bool:
     return (count - 1 - number) % HELD_OUT == 0
 
 
-def _dense(block: nn.Module, batch: Batch, bias: torch.Tensor) -> _Dense:
+def _dense(family: Family, block: nn.Module, batch: BlockCall) -> _Dense:
     inputs: list[torch.Tensor] = []
-    handle = block.ffn.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    ffn = family.ffn_module(block)
+    handle = ffn.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     try:
-        return _Dense(block(x=batch.x, cond_BD=batch.cond, attn_bias=bias), inputs[0])
+        return _Dense(block(**family.block_arguments(batch)), inputs[0])
     finally:
         handle.remove()
 
@@ -98,7 +91,7 @@ def _of(scale: Scale, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _regression(
-    stream: list[Batch], dense: list[_Dense], samples: Callable, outputs: int
+    stream: list[BlockCall], dense: list[_Dense], samples: Callable, outputs: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ridge regression of `samples(batch, of_dense)`, which yields pairs of `[T, C]` and `[T, outputs]`."""
     x = stream[0].x
@@ -109,8 +102,8 @@ def _regression(
     return fitted(train, held_out)
 
 
-def _selector(stream: list[Batch], dense: list[_Dense], scales: list[Scale]) -> torch.Tensor:
-    def samples(batch: Batch, of_dense: _Dense):
+def _selector(stream: list[BlockCall], dense: list[_Dense], scales: list[Scale]) -> torch.Tensor:
+    def samples(batch: BlockCall, of_dense: _Dense):
         for scale in scales:
             x = _of(scale, batch.x)
             features, target = _normalized(x), (_of(scale, of_dense.y) - x).norm(dim=-1)
@@ -121,16 +114,17 @@ def _selector(stream: list[Batch], dense: list[_Dense], scales: list[Scale]) -> 
 
 
 def _router(
+    family: Family,
     block: nn.Module,
-    stream: list[Batch],
+    stream: list[BlockCall],
     dense: list[_Dense],
     scales: list[Scale],
     weights: list[torch.Tensor],
     num_experts: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    def samples(batch: Batch, of_dense: _Dense):
+    def samples(batch: BlockCall, of_dense: _Dense):
         for scale in scales:
-            u, gamma = _ffn_inputs(block, batch, of_dense, scale)
+            u, gamma = _ffn_inputs(family, block, batch, of_dense, scale)
             outputs = expert_outputs(_hidden(u, weights), weights[2], gamma, num_experts)
             norms = torch.stack([output.norm(dim=-1) for output in outputs], dim=1)
             yield u, norms / norms.mean(dim=1, keepdim=True)
@@ -139,7 +133,12 @@ def _router(
 
 
 def _unit_energy(
-    block: nn.Module, stream: list[Batch], dense: list[_Dense], scales: list[Scale], weights: list[torch.Tensor]
+    family: Family,
+    block: nn.Module,
+    stream: list[BlockCall],
+    dense: list[_Dense],
+    scales: list[Scale],
+    weights: list[torch.Tensor],
 ) -> torch.Tensor:
     """`h_i^2 |gamma * w2_i|^2` of tokens spread evenly over the samples, each token's divided by its sum, `[T, D]`."""
     total = sum(batch.x.shape[0] for batch in stream) * sum(scale.tokens for scale in scales)
@@ -147,7 +146,7 @@ def _unit_energy(
     parts, skip = [], 0
     for batch, of_dense in zip(stream, dense, strict=True):
         for scale in scales:
-            u, gamma = _ffn_inputs(block, batch, of_dense, scale)
+            u, gamma = _ffn_inputs(family, block, batch, of_dense, scale)
             count = len(u)
             u, gamma = u[skip::step], gamma[skip::step]
             skip = (skip - count) % step
@@ -158,8 +157,9 @@ def _unit_energy(
 
 def _measure(
     curves: Curves,
+    family: Family,
     block: nn.Module,
-    batch: Batch,
+    batch: BlockCall,
     of_dense: _Dense,
     scale: Scale,
     selector: torch.Tensor,
@@ -168,14 +168,16 @@ def _measure(
 ) -> None:
     x, y = _of(scale, batch.x), _of(scale, of_dense.y)
     curves.add_rows((_normalized(x) * selector[0]).sum(dim=-1), (y - x).norm(dim=-1))
-    u, gamma = _ffn_inputs(block, batch, of_dense, scale)
+    u, gamma = _ffn_inputs(family, block, batch, of_dense, scale)
     step = -(-len(u) // MEASURED_TOKENS)
     u, gamma = u[::step], gamma[::step]
     curves.add_routed(F.linear(u, *router), _hidden(u, weights), weights[2], gamma)
 
 
-def _ffn_inputs(block: nn.Module, batch: Batch, of_dense: _Dense, scale: Scale) -> tuple[torch.Tensor, torch.Tensor]:
-    """The FFN's input and the AdaLN gate of its output, each `[R * L, C]`."""
+def _ffn_inputs(
+    family: Family, block: nn.Module, batch: BlockCall, of_dense: _Dense, scale: Scale
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the FFN's input and the AdaLN gate of its output, each `[R * L, C]`."""
     u = _of(scale, of_dense.u)
     gamma = family.modulation(block, batch.cond)[1].float().expand_as(u)
     return u.flatten(0, 1), gamma.flatten(0, 1)

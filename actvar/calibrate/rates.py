@@ -19,7 +19,7 @@ LEAST_FFN_RATE = 0.25
 BISECTIONS = 40
 
 
-Kept = tuple[int, int]
+Budget = tuple[int, int]
 """Tokens and experts."""
 
 
@@ -45,7 +45,8 @@ def rates_under_budget(
             _losses(of_block[index], *of_probes[index]) for of_block, of_probes in zip(curves, sensitivity, strict=True)
         ]
         chosen = _cheapest(losses, options, budget * len(losses))
-        tokens = var.patch_nums[index] ** 2
+        height, width = family_of(var).maps(var)[index]
+        tokens = height * width
         token_rates.append(tuple(keep / tokens for keep, _ in chosen))
         ffn_rates.append(tuple(experts / config.num_experts for _, experts in chosen))
     return replace(config, token_rates=tuple(token_rates), ffn_rate=tuple(ffn_rates))
@@ -64,18 +65,19 @@ def expect_budget(var: nn.Module, config: ActVARConfig) -> None:
             )
 
 
-def _choices(var: nn.Module, config: ActVARConfig) -> Iterator[tuple[int, dict[Kept, int], int]]:
+def _choices(var: nn.Module, config: ActVARConfig) -> Iterator[tuple[int, dict[Budget, int], int]]:
     """Index of each active scale, a block's FLOPs by what is kept, and its share of the budget.
 
     A choice is counted as if the cache held all tokens of earlier scales, so that it costs no more than that.
     """
     family, N = family_of(var), config.num_experts
+    maps, sizes = family.maps(var), family.sizes(var)
 
     def flops(scale: Scale) -> int:
-        return sum(block_flops(scale, config, family.width(var), family.hidden_size(var)).values())
+        return sum(block_flops(scale, config, sizes.width, sizes.hidden).values())
 
-    dense = build_schedule(replace(config, token_rates=(1.0,) * len(config.scales), ffn_rate=1.0), var.patch_nums)
-    of_budget = build_schedule(config, var.patch_nums)
+    dense = build_schedule(replace(config, token_rates=(1.0,) * len(config.scales), ffn_rate=1.0), maps)
+    of_budget = build_schedule(config, maps)
     for scale in (dense[index] for index in config.scales):
         options = {
             (keep, experts): flops(
@@ -90,14 +92,15 @@ def _choices(var: nn.Module, config: ActVARConfig) -> Iterator[tuple[int, dict[K
 def blocks_flops(var: nn.Module, config: ActVARConfig) -> int:
     """FLOPs of one row in all blocks and scales."""
     family = family_of(var)
+    sizes, maps = family.sizes(var), family.maps(var)
     return sum(
-        sum(block_flops(scale, config, family.width(var), family.hidden_size(var)).values())
-        for block in range(len(var.blocks))
-        for scale in build_schedule(config, var.patch_nums, block)
+        sum(block_flops(scale, config, sizes.width, sizes.hidden).values())
+        for block in range(len(family.blocks(var)))
+        for scale in build_schedule(config, maps, block)
     )
 
 
-def _losses(curves: Curves, of_tokens: float, of_experts: float) -> dict[Kept, float]:
+def _losses(curves: Curves, of_tokens: float, of_experts: float) -> dict[Budget, float]:
     """Divergence of one block, mean over the tokens of a scale, by what is kept."""
     L, N = curves.tokens, curves.num_experts
     by_tokens = of_tokens * curves.update_lost / curves.update_lost[share_of(TOKEN_RATE, L)]
@@ -109,13 +112,13 @@ def _losses(curves: Curves, of_tokens: float, of_experts: float) -> dict[Kept, f
     }
 
 
-def _cheapest(losses: list[dict[Kept, float]], flops: dict[Kept, int], budget: int) -> list[Kept]:
+def _cheapest(losses: list[dict[Budget, float]], flops: dict[Budget, int], budget: int) -> list[Budget]:
     """What to keep in each block: the least loss at no more than `budget` FLOPs, on the convex hull."""
 
-    def at(price: float) -> list[Kept]:
+    def at(price: float) -> list[Budget]:
         return [min(of_block, key=lambda kept: of_block[kept] + price * flops[kept]) for of_block in losses]
 
-    def fits(chosen: list[Kept]) -> bool:
+    def fits(chosen: list[Budget]) -> bool:
         return sum(flops[kept] for kept in chosen) <= budget
 
     low, high = 0.0, 1.0 / budget

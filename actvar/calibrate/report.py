@@ -14,7 +14,7 @@ from actvar.sparse.schedule import Scale
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptShare:
     """Shares kept in one block at one scale, of token maps that nothing was fitted to.
 
     `update`: of the energy `|block(x) - x|^2`, by the tokens kept; `norm`: of the experts' output norms, by those that
@@ -22,7 +22,7 @@ class Kept:
     """
 
     block: int
-    scale: int
+    scale: str
     token_rate: float
     ffn_rate: float
     update: float
@@ -37,11 +37,11 @@ class Report:
 
     config: ActVARConfig
     flops: dict[str, int]
-    kept: tuple[Kept, ...]
+    kept: tuple[KeptShare, ...]
 
     def table(self) -> str:
         """A line per block and scale, as aligned text."""
-        titles = ("block", "side", "tokens", "update", "oracle", "random", "experts", "norm", "oracle", "random")
+        titles = ("block", "map", "tokens", "update", "oracle", "random", "experts", "norm", "oracle", "random")
         lines = ["".join(f"{title:>9}" for title in titles)]
         for k in self.kept:
             shares = (k.token_rate, k.update, k.update_by_oracle, k.token_rate)
@@ -69,17 +69,17 @@ def report_of(var: nn.Module, budget: ActVARConfig, chosen: ActVARConfig, curves
     flops = {name: blocks_flops(var, c) for name, c in {"dense": DENSE, "budget": budget, "chosen": chosen}.items()}
     schedules = var.actvar.schedules
     kept = [
-        _kept(block, var.patch_nums[index], schedules[block][index], of_scale)
+        _kept(block, schedules[block][index], of_scale)
         for block, of_block in enumerate(curves)
         for index, of_scale in sorted(of_block.items())
     ]
     return Report(chosen, flops, tuple(kept))
 
 
-def _kept(block: int, side: int, scale: Scale, curves: Curves) -> Kept:
-    return Kept(
+def _kept(block: int, scale: Scale, curves: Curves) -> KeptShare:
+    return KeptShare(
         block=block,
-        scale=side,
+        scale=f"{scale.height}x{scale.width}",
         token_rate=scale.keep / scale.tokens,
         ffn_rate=scale.experts / curves.num_experts,
         update=1 - (curves.update_lost[scale.keep] / curves.update_lost[0]).item(),

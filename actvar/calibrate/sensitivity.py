@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from actvar.config import ActVARConfig
 from actvar.evaluate.divergence import token_divergence
-from actvar.families import family_of, unwrapped
+from actvar.families import blocks_of, family_of
+from actvar.families.base import BlockCall
 from actvar.sparse.schedule import build_schedule
 
 TOKEN_RATE, FFN_RATE = 0.75, 0.5
@@ -29,33 +30,34 @@ def divergence_per_block(
         config: the one it is patched with.
         labels, inputs: `[B]` and `[B, L - first_l, Cvae]` for teacher forcing.
     """
-    blocks = [unwrapped(block) for block in var.blocks]
+    family, blocks = family_of(var), blocks_of(var)
     before = [block.actvar.schedule for block in blocks]
     ones = (1.0,) * len(config.scales)
     dense = replace(config, token_rates=ones, ffn_rate=1.0, always_sparse=False)
     probes = replace(dense, token_rates=(TOKEN_RATE,) * len(ones)), replace(dense, ffn_rate=FFN_RATE)
-    schedules = [build_schedule(c, var.patch_nums) for c in (dense, *probes)]
-    x, cond = family_of(var).embedded(var, labels, inputs)
-    of_class = var.class_emb(labels)
-    bias = var.attn_bias_for_masking.to(x.dtype)
+    schedules = [build_schedule(c, family.maps(var)) for c in (dense, *probes)]
+    call, head_cond = family.embedded(var, labels, inputs)
 
-    def run(first: int, x: torch.Tensor) -> torch.Tensor:
+    def after(block: nn.Module, call: BlockCall) -> BlockCall:
+        return call._replace(x=block(**family.block_arguments(call)))
+
+    def run(first: int, call: BlockCall) -> torch.Tensor:
         for block in blocks[first:]:
-            x = block(x=x, cond_BD=cond, attn_bias=bias)
-        return var.get_logits(x, of_class)
+            call = after(block, call)
+        return family.logits(var, call.x, head_cond)
 
     try:
         for block in blocks:
             block.actvar.schedule = schedules[0]
-        expected = run(0, x)
+        expected = run(0, call)
         found = []
         for index, block in enumerate(tqdm(blocks, desc="sensitivity")):
             of_probes = []
             for schedule in schedules[1:]:
                 block.actvar.schedule = schedule
-                of_probes.append(token_divergence(expected, run(index, x)).mean(dim=0))
+                of_probes.append(token_divergence(expected, run(index, call)).mean(dim=0))
             block.actvar.schedule = schedules[0]
-            x = block(x=x, cond_BD=cond, attn_bias=bias)
+            call = after(block, call)
             scales = [schedules[0][scale] for scale in config.scales]
             found.append(
                 {

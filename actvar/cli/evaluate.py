@@ -61,6 +61,8 @@ def run(options: argparse.Namespace) -> None:
         from actvar.evaluate.methods import chosen_methods, methods_of
         from actvar.evaluate.report import Report, save_quality_plot
         from actvar.evaluate.run import Evaluation, evaluate, write_samples
+        from actvar.families import family_of
+        from actvar.utils.devices import device_of
     except ImportError as error:
         raise ImportError(f"{error}; install the packages of evaluation: pip install actvar[eval]") from error
     names = ("num", "seed", "repeats", "batch", "cfg", "top_k", "top_p", "rounds")
@@ -71,10 +73,10 @@ def run(options: argparse.Namespace) -> None:
     quality = dense = None
     how.bulk(var, options.seed)  # says what is wrong with the numbers before anything is read
     if options.model:
-        quality = training_image_quality(options.data, var.head.weight.device)
+        quality = training_image_quality(options.data, device_of(var))
         dense = dense_predictions(vae, var, options.data, options.cfg)
     results = evaluate(var, methods, how, options.json.with_suffix(".parts"), quality, dense)
-    report = Report(results, how, var.patch_nums)
+    report = Report(results, how, family_of(var).maps(var))
     facts = {"model": options.model or Path(options.var).name, "device": options.device, "dtype": options.dtype}
     write_json(options.json, facts | {"threads": torch.get_num_threads()} | report.as_dict())
     print(report.table())

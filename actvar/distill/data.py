@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from actvar.distill.image_folder import find_images
 from actvar.distill.images import load_image
+from actvar.families import family_of
 from actvar.models import VAR, VQVAE
 from actvar.models.arguments import checked_integer
 from actvar.training.plan import SEEDS
@@ -149,14 +150,10 @@ def folder_source(
 
 @torch.no_grad()
 def sample_token_maps(var: VAR, labels: torch.Tensor, seed: int) -> torch.Tensor:
-    """Token maps `[B, L]` int64 of one sampling run with guidance 1.5, of classes `labels` `[B]`."""
+    """Return token maps `[B, L]` int64 of one sampling run with guidance 1.5, of classes `labels` `[B]`."""
     maps: list[torch.Tensor] = []
-    embedding = var.vae_proxy[0].quantize.embedding
-    handle = embedding.register_forward_pre_hook(lambda _, arguments: maps.append(arguments[0]))
-    try:
+    with family_of(var).watch_scales(var, lambda _scale, tokens, _features: maps.append(tokens)):
         var.autoregressive_infer_cfg(len(labels), labels, g_seed=seed, cfg=GUIDANCE)
-    finally:
-        handle.remove()
     return torch.cat(maps, dim=1)
 
 
@@ -174,7 +171,7 @@ def cached_tokens(source: Source, var: VAR, folder: Path) -> torch.Tensor:
         int16, or int32 for more than 32,768 codes.
     """
     count, dtype = len(source.labels), np.int16 if var.V <= 2**15 else np.int32
-    facts = source.facts | {"count": count, "patch_nums": var.patch_nums, "codes": var.V}
+    facts = source.facts | {"count": count, "maps": family_of(var).maps(var), "codes": var.V}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"tokens-{key}.npy"
     if not path.exists():

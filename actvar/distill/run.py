@@ -23,6 +23,7 @@ from actvar.patching.patch import load_adapter, patch_silently, unpatched
 from actvar.training.loop import fit
 from actvar.training.plan import SEEDS, Plan
 from actvar.training.processes import barrier, rank
+from actvar.utils.devices import device_of
 from actvar.utils.files import replacing
 from actvar.utils.pictures import save_loss_plot
 
@@ -154,7 +155,7 @@ def distill(
     barrier()
     with unpatched(var):
         tokens = cached_tokens(source, var, out.parent)
-    device = var.head.weight.device
+    device = device_of(var)
 
     def loss(model: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
         of_batch = tokens[index].to(device)

@@ -16,9 +16,9 @@ from actvar.distill.losses import (
     selector_target,
 )
 from actvar.distill.stage import Stage
-from actvar.families import family_of
+from actvar.families import blocks_of, family_of
 from actvar.patching.adapter import gate_parameters
-from actvar.sparse.state import BlockRecord, record, shared_state
+from actvar.sparse.state import BlockRecord, patch_state, record
 
 DISTILLATION_WEIGHT, BALANCE_WEIGHT = 0.05, 0.01
 
@@ -36,7 +36,7 @@ class Stage1(Stage):
 
     def __init__(self, var: nn.Module):
         super().__init__()
-        schedule = shared_state(var).schedule
+        schedule = patch_state(var).schedule
         used = {"selector": any(s.select for s in schedule), "router": any(s.route for s in schedule)}
         if not any(used.values()):
             raise ValueError("expected a rate below 1 at some scale: there is no selector or router to train")
@@ -60,8 +60,9 @@ class Stage1(Stage):
             logits = self.var(labels, inputs)
         _expect_gradients(records)
         parts = {"router": [], "selector": [], "balance": []}
+        blocks = blocks_of(self.var)
         for index, of_block in groupby(records, key=lambda r: r.block):
-            for name, value in self._block_losses(self.var.blocks[index], list(of_block)).items():
+            for name, value in self._block_losses(blocks[index], list(of_block)).items():
                 parts[name].append(value)
         means = {name: torch.stack(values).mean() for name, values in parts.items()}
         cls = F.cross_entropy(logits.flatten(0, 1), tokens.flatten().long())
@@ -92,9 +93,8 @@ class Stage1(Stage):
 
     @torch.no_grad()
     def _dense_change(self, block: nn.Module, r: BlockRecord) -> torch.Tensor:
-        """`||block(x)_i - x_i||_2` `[R, L_all]` of the dense block at the student's input."""
-        bias = self.var.attn_bias_for_masking.to(r.block_input.dtype)
-        return (block.dense_forward(r.block_input, r.cond, bias) - r.block_input).float().norm(dim=-1)
+        """Return `||block(x)_i - x_i||_2` `[R, L_all]` of the dense block at the student's input."""
+        return (block.dense_forward(r.call) - r.call.x).float().norm(dim=-1)
 
     @torch.no_grad()
     def _router_target(self, block: nn.Module, r: BlockRecord) -> torch.Tensor:

@@ -15,7 +15,9 @@ from actvar.distill.stage import Stage
 from actvar.families import family_of
 from actvar.patching.patch import unpatched
 from actvar.patching.weight_override import replace_parameters, tuned_parameters
-from actvar.sparse.state import shared_state
+from actvar.sparse.state import patch_state
+from actvar.utils.devices import device_of
+from actvar.utils.wrappers import unwrapped
 
 LOSSES = ("cls", "block", "output", "guided")
 
@@ -38,15 +40,16 @@ class Stage2(Stage):
 
     def __init__(self, var: nn.Module, losses: Collection[str] = LOSSES[:3], cfg: float = GUIDANCE):
         super().__init__()
-        shared_state(var)
+        patch_state(var)
         if not losses or not set(losses) <= set(LOSSES):
             raise ValueError(f"losses: expected some of {LOSSES}, got {tuple(losses)}")
         self.var, self.losses = var, tuple(losses)
-        last = len(var.patch_nums) - 1
-        of_tokens = [cfg * scale / last for scale, side in enumerate(var.patch_nums) for _ in range(side * side)]
-        self.strength = torch.tensor(of_tokens, dtype=torch.float32, device=var.head.weight.device).unsqueeze(1)
+        self.family = family_of(var)
+        maps = self.family.maps(var)
+        strengths = [cfg * scale / (len(maps) - 1) for scale, (h, w) in enumerate(maps) for _ in range(h * w)]
+        self.strength = torch.tensor(strengths, dtype=torch.float32, device=device_of(var)).unsqueeze(1)
         var.requires_grad_(False)
-        names = family_of(var).finetuned_names(var)
+        names = self.family.finetuned_names(var)
         done = tuned_parameters(var).keys()
         replace_parameters(
             var, {name: nn.Parameter(var.get_parameter(name).detach().clone()) for name in names if name not in done}
@@ -74,7 +77,7 @@ class Stage2(Stage):
         """
         count = len(labels)
         if self.guides:
-            labels = torch.cat((labels, torch.full_like(labels, self.var.num_classes)))
+            labels = torch.cat((labels, self.family.without_class(self.var, labels)))
             inputs = torch.cat((inputs, inputs))
         teacher_outputs, teacher_logits = self._teacher(labels, inputs)
         with _block_outputs(self.var) as outputs:
@@ -100,7 +103,8 @@ class Stage2(Stage):
 def _block_outputs(var: nn.Module) -> Iterator[list[torch.Tensor]]:
     """The output of every block, in order, of calls within the context."""
     outputs: list[torch.Tensor] = []
-    handles = [block.register_forward_hook(lambda _, __, output: outputs.append(output)) for block in var.blocks]
+    blocks = family_of(unwrapped(var)).blocks(unwrapped(var))
+    handles = [block.register_forward_hook(lambda _, __, output: outputs.append(output)) for block in blocks]
     try:
         yield outputs
     finally:

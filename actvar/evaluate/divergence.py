@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from actvar.patching.patch import DENSE, patched_silently
-from actvar.sparse.state import shared_state
+from actvar.sparse.state import patch_state
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def divergence_by_scale(var: nn.Module, batches: Iterable[tuple[torch.Tensor, to
     Raises:
         ValueError: the model is not patched, or there is no batch.
     """
-    sizes = [scale.tokens for scale in shared_state(var).schedule]
+    sizes = [scale.tokens for scale in patch_state(var).schedule]
     total, images = torch.zeros(len(sizes), dtype=torch.float64, device="cpu"), 0
     for labels, inputs in batches:
         patched = var(labels, inputs)

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
+from torch import nn
 
 from actvar.evaluate.divergence import token_divergence
-from actvar.models import VAR
+from actvar.families import family_of
 from actvar.models.sampling import guided
-from actvar.sparse.block_cache import forget
-from actvar.sparse.state import guided_rows
+from actvar.sparse.state import is_patched, patch_state
 from actvar.utils.fingerprint import fingerprint
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -19,29 +19,18 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 @torch.no_grad()
-def predictions(var: VAR, labels: torch.Tensor, inputs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Number of each scale that is sampled with its logits `[R, L, V]`: of `B` conditional rows, then as many
-    unconditional ones, unless the method in use has no more of those.
+def predictions(var: nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the number of each scale that is sampled with its logits `[R, L, V]`.
+
+    Rows are `B` conditional ones, then as many unconditional ones, unless the method in use has no more of those.
 
     Teacher forcing in steps, through the K/V cache, so that it goes with everything that changes sampling.
 
     Args:
         labels, inputs: a `Batch`.
     """
-    of_scales = inputs.split([side * side for side in var.patch_nums[1:]], dim=1)
-    condition = var.condition(torch.cat((labels, torch.full_like(labels, var.num_classes))))
-    is_patched = hasattr(var, "actvar")
-    try:
-        for block in var.blocks:
-            block.attn.kv_caching(True)
-        with guided_rows(var) if is_patched else nullcontext():
-            for scale in var.scales():
-                yield scale, var.predict(scale, of_scales[scale - 1] if scale else None, condition)
-    finally:
-        for block in var.blocks:
-            block.attn.kv_caching(False)
-            if is_patched:
-                forget(block)
+    with patch_state(var).sampling(var, in_place=False) if is_patched(var) else nullcontext():
+        yield from family_of(var).scale_logits(var, labels, inputs)
 
 
 class DensePredictions:
@@ -52,16 +41,16 @@ class DensePredictions:
         cfg: guidance strength, as in sampling.
     """
 
-    def __init__(self, var: VAR, batches: Sequence[Batch], cfg: float):
+    def __init__(self, var: nn.Module, batches: Sequence[Batch], cfg: float):
         self.batches, self.cfg = batches, cfg
         self.fingerprint = fingerprint((str(i), tensor) for i, batch in enumerate(batches) for tensor in batch)
         self.logits = [[logits for _, logits in predictions(var, *batch)] for batch in batches]
 
     @torch.no_grad()
-    def divergences(self, var: VAR) -> dict[str, list[float | None]]:
+    def divergences(self, var: nn.Module) -> dict[str, list[float | None]]:
         """Mean over tokens of `KL(dense || var)` in nats per scale, None where `var` predicts nothing: `kl` of the
         conditional rows; `kl_drawn` of what tokens are drawn from, with guidance where `var` has it."""
-        last = len(var.patch_nums) - 1
+        last = len(family_of(var).maps(var)) - 1
         sums: dict[str, list[float | None]] = {name: [None] * (last + 1) for name in ("kl", "kl_drawn")}
         images = sum(len(labels) for labels, _ in self.batches)
         for (labels, inputs), of_batch in zip(self.batches, self.logits, strict=True):

@@ -44,7 +44,7 @@ class Report:
 
     results: Sequence[Result]
     how: Evaluation
-    patch_nums: Sequence[int]
+    maps: Sequence[tuple[int, int]]
 
     def as_dict(self) -> dict[str, object]:
         """JSON-compatible. Per method the means over seeds of the metrics; `seconds` and `flops` per image (the median
@@ -54,7 +54,7 @@ class Report:
 
     def _entry(self, result: Result) -> dict[str, object]:
         means, differences = self.means(result), self.differences(result)
-        sides = [f"{side}x{side}" for side in self.patch_nums]
+        sides = [f"{height}x{width}" for height, width in self.maps]
         return {
             **{name: mean.mean for name, mean in means.items()},
             "seconds": statistics.median(result.seconds),
@@ -85,7 +85,7 @@ class Report:
         has_kl = any(result.divergences for result in self.results)
         titles = ["", "ms / image", "GFLOP / image"]
         titles += [TITLES[name] for name in METRICS] + ["FID - dense"] if has_quality else []
-        titles += [f"KL {side}x{side}" for side in self.patch_nums[-2:]] if has_kl else []
+        titles += [f"KL {height}x{width}" for height, width in self.maps[-2:]] if has_kl else []
         rows = [titles, *(self._row(result, has_kl) for result in self.results)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
         return "\n".join(

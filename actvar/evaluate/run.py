@@ -18,12 +18,14 @@ import actvar
 from actvar.evaluate.methods import Method
 from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import FEWEST_IMAGES, ImageQuality
+from actvar.families import family_of
 from actvar.flops import sampling_flops
 from actvar.models import VAR
 from actvar.models.arguments import SEEDS, checked_draw, checked_integer
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, read_images, sample_many, write_npz
 from actvar.sampling.timing import seconds_of
+from actvar.utils.devices import device_of
 from actvar.utils.files import replacing
 from actvar.utils.fingerprint import model_fingerprint
 
@@ -151,7 +153,11 @@ def evaluate(
     results = []
     for method in tqdm(methods, desc="methods"):
         with method.applied(var):
-            facts = {"method": method.name, "facts": method.facts, "model": model_fingerprint(var, var.vae_proxy[0])}
+            facts = {
+                "method": method.name,
+                "facts": method.facts,
+                "model": model_fingerprint(var, family_of(var).autoencoder(var)),
+            }
             flops = parts.get(f"{method.name}-flops", facts, lambda _: sampling_flops(var))
             found = {}
             if dense:
@@ -176,7 +182,7 @@ def image_seconds(var: VAR, methods: Sequence[Method], how: Evaluation) -> list[
     same size that is not timed, which packs weights and finds its memory."""
     labels = tuple(index % var.num_classes for index in range(how.batch))
     sampling = Sampling(labels, how.cfg, how.top_k, how.top_p, how.seed)
-    device = var.head.weight.device
+    device = device_of(var)
     seconds: list[list[float]] = [[] for _ in methods]
     with tqdm(total=how.rounds * len(methods), desc="timing") as bar:
         for _ in range(how.rounds):

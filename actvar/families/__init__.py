@@ -1,29 +1,39 @@
-"""Model families that can be patched. A family answers: which blocks, where the K/V cache, how the FFN splits."""
+"""Model families that can be patched: one file each, and one line in `FAMILIES`."""
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from torch import nn
 
-from actvar.families import var
+from actvar.families.base import Family
+from actvar.families.var import VARFamily
 from actvar.utils.wrappers import unwrapped
 
-__all__ = ["family_of", "family_of_patched", "unwrapped"]
+__all__ = ["FAMILIES", "Family", "blocks_of", "family_of"]
+
+FAMILIES: list[Family] = [VARFamily()]
+"""Families in the order in which they are asked."""
 
 
-def family_of(model: nn.Module) -> ModuleType:
-    """The family module of `model`.
+def family_of(model: nn.Module) -> Family:
+    """Return the family of `model`, which must not be inside a wrapper.
 
     Raises:
-        TypeError: it is of no supported family; lists those there are, and what is missing.
+        TypeError: the model is of no supported family; lists those there are, and what is missing.
     """
-    problem = var.mismatch(model)
-    if problem is not None:
-        raise TypeError(f"{type(model).__name__} cannot be patched. Supported: {var.NAME}: {problem}")
-    return var
+    problems = {}
+    for family in FAMILIES:
+        problems[family.name] = family.mismatch(model)
+        if problems[family.name] is None:
+            return family
+    supported = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+    raise TypeError(f"{type(model).__name__} cannot be patched. Supported: {supported}")
 
 
-def family_of_patched(_model: nn.Module) -> ModuleType:
-    """The family of a model that `family_of` has taken before, which is not looked at again: every step asks."""
-    return var
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the transformer blocks of `model`, which may be inside a wrapper, outside of wrappers.
+
+    Raises:
+        TypeError: the model is of no supported family.
+    """
+    model = unwrapped(model)
+    return [unwrapped(block) for block in family_of(model).blocks(model)]

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from actvar.config import EXECUTION_FIELDS, ActVARConfig
-from actvar.families import family_of, unwrapped
+from actvar.families import family_of
 from actvar.patching.weight_override import replace_parameters, restore_parameters, tuned_parameters
-from actvar.sparse.gates import update
-from actvar.sparse.state import shared_state
+from actvar.sparse.block_state import set_order_and_gates
+from actvar.sparse.state import patch_state
 from actvar.utils.files import read_mapped, replacing
 from actvar.utils.modes import no_grad
+from actvar.utils.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object
         OSError: the file cannot be written; an older one is as it was.
     """
     var = unwrapped(var)
-    config = shared_state(var).config
+    state = patch_state(var)
+    config = state.config
     metadata = {"format": FORMAT, "version": VERSION, "model": json.dumps(_sizes(var)), "config": config.to_json()}
     metadata["training"] = json.dumps(dict(training or {}))
     parameters = gate_parameters(var) | {WEIGHTS + name: weight for name, weight in tuned_parameters(var).items()}
@@ -61,9 +63,10 @@ def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object
         if not parameter.isfinite().all():
             raise ValueError(f"{name}: expected finite values, got some that are not; nothing was written to {path}")
     tensors = {name: parameter.detach().contiguous() for name, parameter in parameters.items()}
-    for index, block in enumerate(var.blocks):
-        if block.actvar.order is not None:
-            tensors[f"blocks.{index}.order"] = block.actvar.order.int().contiguous()
+    for index, block in enumerate(state.blocks(var)):
+        order = block.actvar.changed_order
+        if order is not None:
+            tensors[f"blocks.{index}.order"] = order.int().contiguous()
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -99,20 +102,21 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> None:
         AdapterError: the adapter does not fit the model; names the file, what was expected and what came.
         ValueError: the model is not patched, or its blocks are not those that were patched.
     """
-    config, path, tensors = shared_state(model).config, adapter.path, dict(adapter.tensors)
+    state, path, tensors = patch_state(model), adapter.path, dict(adapter.tensors)
+    config, blocks = state.config, state.blocks(model)
     adapter.expect_made_for(model)
     if adapter.config.num_experts != config.num_experts:
         raise AdapterError(
             f"{path}: made for num_experts={adapter.config.num_experts}, the model is patched with "
             f"{config.num_experts}; patch it with ActVARConfig(num_experts={adapter.config.num_experts})"
         )
-    orders = [tensors.pop(f"blocks.{index}.order", None) for index in range(len(model.blocks))]
-    _check_orders(path, model, orders)
+    orders = [tensors.pop(f"blocks.{index}.order", None) for index in range(len(blocks))]
+    _check_orders(path, state.family.sizes(model).hidden, orders)
     gates = gate_parameters(model)
     missing = sorted(gates.keys() - tensors.keys())
     if missing:
-        raise AdapterError(f"{path}: expected the gates of {len(model.blocks)} blocks, missing: {missing[:4]}")
-    changeable = {WEIGHTS + name: name for name in family_of(model).finetuned_names(model)}
+        raise AdapterError(f"{path}: expected the gates of {len(blocks)} blocks, missing: {missing[:4]}")
+    changeable = {WEIGHTS + name: name for name in state.family.finetuned_names(model)}
     unknown = sorted(tensors.keys() - gates.keys() - changeable.keys())
     if unknown:
         raise AdapterError(f"{path}: expected gates and weights of attention, FFN and head, got also: {unknown[:4]}")
@@ -127,7 +131,7 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> None:
     if differences:
         logger.warning("%s: %s", path, "; ".join(differences))
     gates_before = {name: gate.clone() for name, gate in gates.items()}
-    orders_before = [unwrapped(block).actvar.places.clone() for block in model.blocks]
+    orders_before = [block.actvar.hidden_order.clone() for block in blocks]
     weights_before = tuned_parameters(model)
     try:
         _put(model, tensors, orders, weights)
@@ -164,9 +168,9 @@ def _put(
 ) -> None:
     """Bring what has been checked into the model."""
     restore_parameters(model)
-    for index, block in enumerate(model.blocks):
+    for index, block in enumerate(patch_state(model).blocks(model)):
         values = {parameter: gates[name] for name, parameter in _gates_of(block, index).items()}
-        update(unwrapped(block), orders[index], values)
+        set_order_and_gates(block, orders[index], values)
     replace_parameters(model, weights)
 
 
@@ -182,11 +186,11 @@ def _checked(path: str | Path, name: str, found: torch.Tensor, expected: torch.T
     return converted
 
 
-def _check_orders(path: str | Path, model: nn.Module, orders: list[torch.Tensor | None]) -> None:
-    for index, (block, order) in enumerate(zip(model.blocks, orders, strict=True)):
+def _check_orders(path: str | Path, hidden: int, orders: list[torch.Tensor | None]) -> None:
+    """Raise AdapterError unless every order is a permutation of the `hidden` units, or None."""
+    for index, order in enumerate(orders):
         if order is None:
             continue
-        hidden = block.ffn.fc1.out_features
         if order.shape != (hidden,) or order.is_floating_point():
             found = f"shape {list(order.shape)} in {order.dtype}"
             raise AdapterError(f"{path}: blocks.{index}.order: expected {hidden} integers, got {found}")
@@ -227,8 +231,8 @@ def describe_adapter(path: str | Path) -> dict[str, object]:
 
 
 def gate_parameters(var: nn.Module) -> dict[str, nn.Parameter]:
-    """Selector and router parameters of a patched model by their name in an adapter file."""
-    blocks = enumerate(var.blocks)
+    """Return selector and router parameters of a patched model by their name in an adapter file."""
+    blocks = enumerate(patch_state(var).blocks(unwrapped(var)))
     return {name: parameter for index, block in blocks for name, parameter in _gates_of(block, index).items()}
 
 
@@ -241,13 +245,8 @@ def _gates_of(block: nn.Module, index: int) -> dict[str, nn.Parameter]:
 
 
 def _sizes(var: nn.Module) -> dict[str, object]:
-    fc1 = var.blocks[0].ffn.fc1
-    return {
-        "depth": len(var.blocks),
-        "width": fc1.in_features,
-        "hidden": fc1.out_features,
-        "patch_nums": list(var.patch_nums),
-    }
+    """Return the sizes of a model as an adapter file records them."""
+    return family_of(var).recorded_sizes(var)
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -277,11 +276,11 @@ def read_adapter(path: str | Path) -> Adapter:
 
 
 def _sizes_from(text: str) -> dict[str, object]:
-    """The model's sizes as `_sizes` gives them, from JSON."""
+    """Return the model's sizes as `_sizes` gives them, from JSON."""
     sizes = json.loads(text)
-    if not isinstance(sizes, dict) or sorted(sizes) != ["depth", "hidden", "patch_nums", "width"]:
+    if not isinstance(sizes, dict) or not sizes:
         raise ValueError(f"expected the sizes of a model, got {text[:200]!r}")
-    sides = sizes["patch_nums"] if isinstance(sizes["patch_nums"], list) else [None]
-    if not all(type(number) is int for number in (sizes["depth"], sizes["width"], sizes["hidden"], *sides)):
+    numbers = [n for size in sizes.values() for n in (size if isinstance(size, list) else [size])]
+    if not numbers or not all(type(number) is int for number in numbers):
         raise ValueError(f"expected sizes that are integers, got {text[:200]!r}")
     return sizes

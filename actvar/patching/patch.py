@@ -7,116 +7,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from actvar.config import ActVARConfig
-from actvar.families import family_of, family_of_patched, unwrapped
-from actvar.models.arguments import checked_labels, one_thread
-from actvar.models.sampling import sample_guided
+from actvar.families import family_of
+from actvar.models.arguments import one_thread
 from actvar.patching.adapter import AdapterError, put_adapter, read_adapter
 from actvar.patching.weight_override import replace_parameters, restore_parameters, tuned_parameters
 from actvar.sparse.block import ActVARBlock
-from actvar.sparse.block_cache import forget
-from actvar.sparse.called_layers import begin_head, expect_readable, log_called
-from actvar.sparse.gates import Gates, restore_order, update
-from actvar.sparse.passes import Pass
+from actvar.sparse.block_state import BlockState, restore_order, set_order_and_gates
+from actvar.sparse.called_layers import expect_readable, log_called
 from actvar.sparse.schedule import build_schedule
-from actvar.sparse.state import Shared, is_patched, shared_state
-from actvar.utils.class_swap import Mixed, mix_in, unmix
-from actvar_kernels import sample_tokens
+from actvar.sparse.state import PatchState, is_patched, patch_state
+from actvar.utils.class_swap import Swapped, restore_class, swap_class
+from actvar.utils.devices import device_of
+from actvar.utils.wrappers import unwrapped
 from actvar_kernels.cpu_backend import memory
 from actvar_kernels.cpu_backend.packing import drop
 
 logger = logging.getLogger(__name__)
 
 DENSE = ActVARConfig(token_rates=(1, 1), ffn_rate=1)
-
-
-class ActVARModel(nn.Module):
-    """Mixed into the class of a patched model, in front of it."""
-
-    def forward(self, label_B, x_BLCv_wo_first_l, *args, **kwargs):
-        """Run teacher forcing as the model itself does.
-
-        Raises:
-            ValueError: the blocks are not those that were patched.
-        """
-        if not torch.compiler.is_compiling():
-            shared_state(self)
-            return super().forward(label_B, x_BLCv_wo_first_l, *args, **kwargs)
-        try:  # one graph holds the whole pass
-            self.actvar.traced = Pass(self.actvar.rows_are_guided)
-            return super().forward(label_B, x_BLCv_wo_first_l, *args, **kwargs)
-        finally:
-            self.actvar.traced = None
-
-    def autoregressive_infer_cfg(self, B, label_B, *args, **kwargs):
-        """As the model's own, with labels as `actvar.models.VAR.autoregressive_infer_cfg` takes them and its errors for
-        them; also a ValueError if the blocks are not those that were patched. When it ends, also by an exception, the
-        K/V caches are empty."""
-        shared_state(self)
-        family = family_of_patched(self)
-        loop_is_ours = family.loop_is_ours(self)
-        if not loop_is_ours:
-            label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
-        # a sampling loop of another make, or a hook, may still need a block's input when the block has run
-        watched = any(b._forward_hooks or b._forward_pre_hooks for b in (*self.blocks, *_blocks(self)))
-        in_place = loop_is_ours and not watched
-        with one_thread(self), self.actvar.during(rows_are_guided=True, reuses_room=True, writes_in_place=in_place):
-            try:
-                return super().autoregressive_infer_cfg(B, label_B, *args, **kwargs)
-            finally:
-                for block in _blocks(self):
-                    family.drop_cache(block)
-                    forget(block)
-
-    def decode(self, f_hat):
-        """As `actvar.models.VAR.decode`, in the precision of the configuration."""
-        dtype = self.actvar.config.decoder_dtype
-        if dtype is None:
-            return super().decode(f_hat)
-        with torch.autocast(f_hat.device.type, getattr(torch, dtype)):
-            return super().decode(f_hat).float()
-
-    def get_logits(self, x, cond_BD):
-        """As the model's own, where kernels run by them."""
-        scales = self.actvar.schedule
-        if x.shape[1] in (scales[0].tokens, scales[-1].start + scales[-1].tokens):  # a sample or a pass begins
-            begin_head(self, self.actvar)
-        logits = family_of_patched(self).head_logits(self, x, cond_BD)
-        if logits is None:
-            return super().get_logits(x, cond_BD)
-        ours = self.actvar.rows_are_guided and family_of_patched(self).has_draw_and_decode(self)
-        return logits if ours else logits.float()
-
-    def next_tokens(self, scale, inputs, condition, guidance, *sampling):
-        """As `actvar.models.VAR.next_tokens`; where kernels draw, guidance before the head saves half of it."""
-        if self.actvar.config.sampler == "torch":
-            return super().next_tokens(scale, inputs, condition, guidance, *sampling)
-        x = self.run_blocks(scale, inputs, condition)
-        logits = family_of_patched(self).head_logits(self, x, condition.embedded, guidance)
-        if logits is None:
-            return self.draw(self.get_logits(x, condition.embedded), guidance, *sampling, scale)
-        return self.draw(logits, None, *sampling, scale)
-
-    def draw(self, logits, guidance, top_k, top_p, rng, scale):
-        """As `actvar.models.VAR.draw`, by the sampler of the configuration."""
-        if self.actvar.config.sampler == "torch":
-            if family_of_patched(self).draw_is_ours(self):
-                return sample_guided(logits, guidance, top_k, top_p, rng)
-            return super().draw(logits, guidance, top_k, top_p, rng, scale)
-
-        def drawn(logits, seed):
-            return sample_tokens(logits, guidance, top_k, top_p, seed=seed, step=scale)
-
-        if rng is None:
-            seed = self.actvar.seed
-            return drawn(logits, torch.randint(2**62, (1,), device=logits.device) if seed is None else seed)
-        if isinstance(rng, torch.Generator):
-            return drawn(logits, rng.initial_seed())
-        B = len(rng)
-        return torch.cat([drawn(logits[b::B], generator.initial_seed()) for b, generator in enumerate(rng)])
 
 
 def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module:
@@ -173,48 +84,48 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
     """`apply_patch` without the warning, for callers that load an adapter next."""
     model = unwrapped(var)
     family = family_of(model)
+    blocks = [unwrapped(block) for block in family.blocks(model)]
     if not isinstance(config, ActVARConfig):
         raise TypeError(f"config: expected an ActVARConfig, got {type(config).__name__}")
-    if config.blocks not in (None, len(model.blocks)):
-        raise ValueError(f"token_rates, ffn_rate: the model has {len(model.blocks)} blocks, got {config.blocks} rates")
-    schedules = tuple(build_schedule(config, model.patch_nums, block) for block in range(len(model.blocks)))
-    if family.hidden_size(model) % config.num_experts:
-        raise ValueError(
-            f"num_experts: expected a divisor of the FFN's hidden size {family.hidden_size(model)}, "
-            f"got {config.num_experts}"
-        )
+    if config.num_blocks not in (None, len(blocks)):
+        raise ValueError(f"token_rates, ffn_rate: the model has {len(blocks)} blocks, got {config.num_blocks} rates")
+    maps = family.maps(model)
+    schedules = tuple(build_schedule(config, maps, block) for block in range(len(blocks)))
+    width, hidden, *_ = family.sizes(model)
+    if hidden % config.num_experts:
+        raise ValueError(f"num_experts: expected a divisor of the FFN's hidden size {hidden}, got {config.num_experts}")
     for name, value, default in (("sampler", config.sampler, "torch"), ("decoder_dtype", config.decoder_dtype, None)):
         if value != default and not family.has_draw_and_decode(model):
             raise ValueError(
                 f"{name}: {value!r} needs actvar.models.VAR, whose sampling loop it is part of, got "
                 f"{type(model).__name__}; load the checkpoint with actvar.load_var, or use {name}={default!r}"
             )
-    for index, block in enumerate(_blocks(model)):
+    for index, block in enumerate(blocks):
         if "forward" in block.__dict__:
             raise ValueError(f"expected blocks[{index}] with its class's forward, got one replaced on the instance")
-    shared, width, hidden = Shared(config, schedules), family.width(model), family.hidden_size(model)
-    shared.called = [family.parts_called(block) for block in _blocks(model)]
-    shared.head_called = family.head_called(model)
-    for index, called in enumerate(shared.called):
+    state = PatchState(config, family, schedules)
+    state.called = [family.parts_called(block) for block in blocks]
+    state.head_called = family.head_called(model)
+    for index, called in enumerate(state.called):
         expect_readable(index, called, schedules[index], config.kv)
-    gates = [
-        Gates(width, hidden, config.num_experts, index, shared, block.attn.q_bias.device)
-        for index, block in enumerate(_blocks(model))
+    block_states = [
+        BlockState(width, hidden, config.num_experts, index, state, device_of(block))
+        for index, block in enumerate(blocks)
     ]
     with one_thread(model):
-        _install(model, shared, gates)
-    log_called(shared)
+        _install(model, state, block_states)
+    log_called(state.called, state.head_called)
 
 
-def _install(model: nn.Module, shared: Shared, gates: list[Gates]) -> None:
+def _install(model: nn.Module, state: PatchState, block_states: list[BlockState]) -> None:
     """Put a patch in the place of any other."""
     try:
         take_off(model)
-        for block, of_block in zip(_blocks(model), gates, strict=True):
-            block.actvar = of_block.train(block.training)
-            mix_in(block, ActVARBlock)
-        model.actvar = shared
-        mix_in(model, ActVARModel)
+        for block, block_state in zip(state.blocks(model), block_states, strict=True):
+            block.actvar = block_state.train(block.training)
+            swap_class(block, ActVARBlock)
+        model.actvar = state
+        swap_class(model, state.family.model_mixin)
     except BaseException:
         take_off(model)
         raise
@@ -247,8 +158,8 @@ def take_off(var: nn.Module) -> None:
         for module in list(model.modules()):
             if "actvar" in module._modules:
                 restore_order(module)
-            if isinstance(module, Mixed):
-                unmix(module)
+            if isinstance(module, Swapped):
+                restore_class(module)
             if "actvar" in module.__dict__ or "actvar" in module._modules:
                 del module.actvar
 
@@ -272,9 +183,8 @@ def release_cache(var: nn.Module) -> None:
     Raises:
         ValueError: the model is not patched.
     """
-    shared_state(var)
-    for block in _blocks(unwrapped(var)):
-        block.actvar.kept.room = None
+    for block in patch_state(var).blocks(unwrapped(var)):
+        block.actvar.cache.kv_buffer = None
     refresh(var)
     memory.release()
 
@@ -290,10 +200,10 @@ def unpatched(var: nn.Module) -> Iterator[nn.Module]:
         ValueError: the blocks are not those that were patched.
     """
     model = unwrapped(var)
-    before = shared_state(model) if is_patched(model) else None
+    before = patch_state(model) if is_patched(model) else None
     family_of(model)
-    gates = [block.actvar for block in _blocks(model)] if before is not None else []
-    orders = [of_block.places.clone() for of_block in gates]
+    block_states = [block.actvar for block in before.blocks(model)] if before is not None else []
+    orders = [block_state.hidden_order.clone() for block_state in block_states]
     weights = tuned_parameters(model)
     try:
         take_off(model)
@@ -301,9 +211,9 @@ def unpatched(var: nn.Module) -> Iterator[nn.Module]:
     finally:
         take_off(model)
         if before is not None:
-            _install(model, before, gates)
-            for block, order in zip(_blocks(model), orders, strict=True):
-                update(block, order)
+            _install(model, before, block_states)
+            for block, order in zip(before.blocks(model), orders, strict=True):
+                set_order_and_gates(block, order)
             replace_parameters(model, weights)
 
 
@@ -374,7 +284,7 @@ def patched(
     """
     with patched_silently(var, config, adapter):
         if adapter is None:
-            warn_untrained(shared_state(var).config)
+            warn_untrained(patch_state(var).config)
         yield var
 
 
@@ -387,7 +297,3 @@ def patched_silently(var: nn.Module, config: ActVARConfig | None, adapter: str |
         if adapter is not None:
             load_silently(var, adapter)
         yield var
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [unwrapped(block) for block in model.blocks]

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from actvar.utils.class_swap import mix_in, unmix
+from actvar.utils.class_swap import restore_class, swap_class
 
 
 class TunedModule(nn.Module):
-    """Mixed into the class of a module some of whose own parameters are replaced; `self.originals` holds the model's.
+    """Swapped into the class of a module some of whose own parameters are replaced; `self.originals` holds the model's.
 
     `parameters()` and the forward pass see the replaced ones, `state_dict` and `load_state_dict` the originals, and
     `.to`, `.half` and the like convert both.
@@ -53,7 +53,7 @@ def replace_parameters(model: nn.Module, tuned: Mapping[str, nn.Parameter]) -> N
         module = model.get_submodule(path)
         if not isinstance(module, TunedModule):
             module.originals = {}
-            mix_in(module, TunedModule)
+            swap_class(module, TunedModule)
         module.originals[leaf] = module._parameters[leaf]
         module._parameters[leaf] = parameter
 
@@ -74,5 +74,5 @@ def restore_parameters(model: nn.Module) -> None:
         if "originals" in module.__dict__:
             module._parameters.update(module.originals)
             if isinstance(module, TunedModule):
-                unmix(module)
+                restore_class(module)
             del module.originals

@@ -10,6 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from actvar.config import ActVARConfig
+from actvar.families import family_of
 from actvar.flops import counted_flops, model_flops, total_flops
 from actvar.models.arguments import checked_integer
 from actvar.patching.patch import DENSE, patched_silently, unpatched
@@ -17,7 +18,8 @@ from actvar.reports.token_overlay import save_token_overlay
 from actvar.sampling.request import Sampling
 from actvar.sampling.timing import block_seconds, interleaved_medians, seconds_of
 from actvar.sparse.schedule import build_schedule
-from actvar.sparse.state import record, shared_state
+from actvar.sparse.state import patch_state, record
+from actvar.utils.devices import device_of
 from actvar.utils.pictures import save_grid
 
 Measured = TypeVar("Measured")
@@ -72,8 +74,9 @@ def compare(
         ValueError: a configuration or adapter that does not fit the model, repeats below 1.
     """
     repeats = checked_integer("repeats", repeats, 1)
-    device = var.head.weight.device
-    schedules = [build_schedule(config, var.patch_nums, block) for block in range(len(var.blocks))]
+    device = device_of(var)
+    family = family_of(var)
+    schedules = [build_schedule(config, family.maps(var), block) for block in range(len(family.blocks(var)))]
     active_tokens = {scale.tokens for schedule in schedules for scale in schedule if scale.active}
 
     def blocks() -> float:
@@ -130,7 +133,7 @@ def save_pictures(
     dense = sampling.run(var)
     with patched_silently(var, config, adapter), record(var) as records:
         sparse = sampling.run(var)
-        selects = any(scale.select for scale in shared_state(var).schedule)
+        selects = any(scale.select for scale in patch_state(var).schedule)
     grids = {"dense": dense, "actvar": sparse, "difference": (dense - sparse).abs()}
     written = [save_grid(images, folder / f"{name}.png", columns) for name, images in grids.items()]
     if selects:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from actvar.config import ActVARConfig
+from actvar.families import family_of
 from actvar.flops import DENSE, MODULES, StepFlops, counted_flops, model_flops, total_flops
 from actvar.models import VAR, VQVAE, build_vae_var
 from actvar.patching.patch import patch_silently
@@ -99,7 +100,16 @@ def flops_report(model: str, config: ActVARConfig, batch: int, paper: bool) -> F
         patch_silently(var, of_name)
         formula[name], counted[name] = model_flops(var, batch), counted_flops(var, batch)
     rows = reproduce({name: shapes_of(name)[1] for name in {row.model for row in ROWS}}) if paper else []
-    return FlopsReport(model, batch, config, var.patch_nums, formula, counted, decoder_flops(vae), rows)
+    return FlopsReport(
+        model,
+        batch,
+        config,
+        tuple(height for height, _ in family_of(var).maps(var)),
+        formula,
+        counted,
+        decoder_flops(vae),
+        rows,
+    )
 
 
 def shapes_of(model: str) -> tuple[VQVAE, VAR]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from actvar.config import ActVARConfig
+from actvar.families import family_of
 from actvar.flops import DENSE, equation_12, model_flops, total_flops
 
 FIXED_FLOPS_PER_ROW = 50 * 10**9
@@ -93,9 +94,12 @@ def reproduce(models: Mapping[str, nn.Module]) -> list[Reproduced]:
     reproduced = []
     for row in ROWS:
         var = models[row.model]
+        family = family_of(var)
         dense = total_flops(model_flops(var, 1, DENSE))
         saved = dense - total_flops(model_flops(var, 1, row.config))
-        by_equation = 2 * equation_12(width=var.C, depth=len(var.blocks), patch_nums=var.patch_nums, config=row.config)
+        by_equation = 2 * equation_12(
+            width=family.sizes(var).width, depth=len(family.blocks(var)), maps=family.maps(var), config=row.config
+        )
         reproduced.append(
             Reproduced(
                 row,

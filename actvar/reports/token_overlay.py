@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
         raise ValueError("expected records of a run that selects tokens, got none")
     blocks = sorted({r.block for r in records})
     kept = {(r.block, r.scale.index): r.index for r in records}
-    sides = {r.scale.index: math.isqrt(r.scale.tokens) for r in records}
+    sizes = {r.scale.index: (r.scale.height, r.scale.width) for r in records}
     rows = len(images) * len(scales)
     figure = Figure(figsize=(1.1 * (len(blocks) + 2), 1.3 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, len(blocks) + 2, squeeze=False)
@@ -40,20 +39,20 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
         picture = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
         for j, scale in enumerate(scales):
             row = axes[i * len(scales) + j]
-            side = sides[scale]
+            height, width = sizes[scale]
             row[0].imshow(picture)
-            row[0].set_title(f"{titles[i]}, {side}x{side}", fontsize=8)
+            row[0].set_title(f"{titles[i]}, {height}x{width}", fontsize=8)
             for axis, block in zip(row[1:-1], blocks, strict=True):
                 index = kept.get((block, scale))  # None: the block updates all tokens
-                axis.imshow(
-                    _tinted(picture, torch.arange(side * side, device="cpu") if index is None else index[i], side)
-                )
+                updated = torch.arange(height * width, device="cpu") if index is None else index[i]
+                axis.imshow(_tinted(picture, updated, height, width))
                 if i == 0 and j == 0:
                     axis.set_title(f"block {block + 1}", fontsize=8)
-            times = times_updated([r.only([i]) for r in records if r.scale.index == scale])[0].view(side, side).numpy()
+            times = times_updated([r.only([i]) for r in records if r.scale.index == scale])[0]
+            times = times.view(height, width).numpy()
             row[-1].imshow(times, cmap="cividis", vmin=0, vmax=len(blocks))
             row[-1].set_title(f"covered: {(times > 0).mean():.0%}", fontsize=8)
-            for (y, x), count in np.ndenumerate(times if side <= 10 else times[:0]):
+            for (y, x), count in np.ndenumerate(times if max(height, width) <= 10 else times[:0]):
                 colour = "black" if count > len(blocks) / 2 else "white"
                 row[-1].text(x, y, count, ha="center", va="center", fontsize=5, color=colour)
     return save_figure(figure, path)
@@ -71,12 +70,12 @@ def times_updated(records: Sequence[BlockRecord]) -> torch.Tensor:
     return times
 
 
-def _tinted(picture: np.ndarray, index: torch.Tensor, side: int) -> np.ndarray:
-    """`picture` `[H, W, 3]` with the tokens `index` of a `side` x `side` map tinted."""
-    updated = torch.zeros(side * side, dtype=torch.bool, device="cpu")
+def _tinted(picture: np.ndarray, index: torch.Tensor, height: int, width: int) -> np.ndarray:
+    """Return `picture` `[H, W, 3]` with the tokens `index` of a map tinted."""
+    updated = torch.zeros(height * width, dtype=torch.bool, device="cpu")
     updated[index.cpu()] = True
-    height, width, _ = picture.shape
-    rows = np.arange(height) * side // height
-    columns = np.arange(width) * side // width
-    mask = updated.view(side, side).numpy()[rows[:, None], columns[None, :], None]
+    picture_height, picture_width, _ = picture.shape
+    rows = np.arange(picture_height) * height // picture_height
+    columns = np.arange(picture_width) * width // picture_width
+    mask = updated.view(height, width).numpy()[rows[:, None], columns[None, :], None]
     return np.where(mask, 0.55 * picture + 0.45 * UPDATED_COLOUR, picture).clip(0, 1)

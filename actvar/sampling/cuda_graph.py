@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from actvar.families import family_of, unwrapped
+from actvar.families import family_of
 from actvar.models.arguments import SEEDS, checked_draw, checked_integer, checked_labels
 from actvar.patching.patch import release_cache
-from actvar.sparse.state import shared_state
+from actvar.sparse.state import patch_state
+from actvar.utils.devices import device_of
 from actvar.utils.modes import no_grad
+from actvar.utils.wrappers import unwrapped
 from actvar_kernels import backend_of
 
 WARM_UP_RUNS = 2  # compile kernels, fill the allocator
@@ -44,7 +46,7 @@ class GraphedSampling:
         self._check()
 
     def _check(self) -> None:
-        config, weight = shared_state(self.var).config, self.var.head.weight
+        config, weight = patch_state(self.var).config, self.var.head.weight
         if not family_of(self.var).loop_is_ours(self.var):
             raise ValueError(f"var: expected an actvar.models.VAR, got {type(self.var).__name__}; use actvar.load_var")
         if config.sampler != "fast":
@@ -78,7 +80,7 @@ class GraphedSampling:
         return self._images.clone()
 
     def _capture(self, labels: torch.Tensor) -> None:
-        device, shared = self.var.head.weight.device, self.var.actvar
+        device, shared = device_of(self.var), self.var.actvar
         self._captured_for = self._graph = self._images = None
         self._labels = labels.to(device, torch.int64, copy=True)
         self._seed = torch.zeros(1, dtype=torch.int64, device=device)

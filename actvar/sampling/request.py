@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from actvar.models.arguments import checked_draw
+from actvar.utils.devices import device_of
 from actvar_kernels.checks import as_integer, as_items
 
 
@@ -39,7 +40,7 @@ class Sampling:
 
     def run(self, var: nn.Module) -> torch.Tensor:
         """Images `[B, C, H, W]` in [0, 1]."""
-        labels = torch.tensor(self.labels, device=var.head.weight.device)
+        labels = torch.tensor(self.labels, device=device_of(var))
         return var.autoregressive_infer_cfg(
             len(labels), labels, g_seed=self.seed, cfg=self.cfg, top_k=self.top_k, top_p=self.top_p
         )

@@ -21,13 +21,14 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from actvar.families import unwrapped
+from actvar.families import family_of
 from actvar.models import VAR
 from actvar.models.arguments import checked_integer
 from actvar.sampling.request import Sampling
 from actvar.utils.files import replacing
 from actvar.utils.fingerprint import model_fingerprint
 from actvar.utils.pictures import pixel_values
+from actvar.utils.wrappers import unwrapped
 
 MANIFEST = "manifest.json"
 MOST_IMAGES = 2**63 - 1
@@ -198,7 +199,7 @@ def _settings(var: nn.Module, bulk: Bulk) -> dict[str, object]:
         "actvar": asdict(model.actvar.config) if hasattr(model, "actvar") else None,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": weight.device.type,
-        "weights": model_fingerprint(model, model.vae_proxy[0]),
+        "weights": model_fingerprint(model, family_of(model).autoencoder(model)),
     }
     return json.loads(json.dumps(settings))
 

@@ -13,6 +13,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from actvar.families import family_of
+from actvar.utils.devices import device_of
+from actvar.utils.wrappers import unwrapped
+
 Measured = TypeVar("Measured")
 
 
@@ -62,7 +66,7 @@ def block_seconds(var: nn.Module) -> Iterator[dict[int, float]]:
     """Collect the seconds spent in the blocks by token count of the scale, over all blocks."""
     seconds: dict[int, float] = {}
     started: list[float] = []
-    device = var.head.weight.device
+    device = device_of(var)
 
     def before(_block, _args, _kwargs):
         _synchronize(device)
@@ -74,7 +78,7 @@ def block_seconds(var: nn.Module) -> Iterator[dict[int, float]]:
         seconds[tokens] = seconds.get(tokens, 0.0) + time.perf_counter() - started.pop()
 
     handles = []
-    for block in var.blocks:
+    for block in family_of(unwrapped(var)).blocks(unwrapped(var)):
         handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(block.register_forward_hook(after, with_kwargs=True))
     try:
@@ -90,7 +94,7 @@ def step_seconds(var: nn.Module, run: Callable[[], object]) -> list[float]:
     A scale ends when its codes are added to the image's features; the first begins with the sample. The device is
     waited for after each.
     """
-    device = var.head.weight.device
+    device = device_of(var)
     _synchronize(device)
     times = [time.perf_counter()]
 
@@ -98,26 +102,7 @@ def step_seconds(var: nn.Module, run: Callable[[], object]) -> list[float]:
         _synchronize(device)
         times.append(time.perf_counter())
 
-    with after_each_scale(var, lambda _features: lap()):
+    with family_of(unwrapped(var)).watch_scales(unwrapped(var), lambda *_: lap()):
         run()
     lap()
     return [end - begin for begin, end in pairwise(times)]
-
-
-@contextmanager
-def after_each_scale(var: nn.Module, call: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Give `call` the image's features `[B, Cvae, P, P]` after each scale that `var`, an `actvar.models.VAR`, samples;
-    the next scale is added to them in place."""
-    quantizer = var.vae_proxy[0].quantize
-    add_scale = quantizer.add_scale
-
-    def add_and_call(*arguments):
-        added = add_scale(*arguments)
-        call(added[0])
-        return added
-
-    quantizer.add_scale = add_and_call
-    try:
-        yield
-    finally:
-        del quantizer.add_scale

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from actvar.families import family_of
 from actvar.models.vqvae import without_decoder
 from actvar.patching.patch import DENSE, patched_silently
+from actvar.utils.devices import device_of
 
 
 @torch.no_grad()
@@ -29,19 +28,20 @@ def sampled_inputs(
     order = torch.randperm(images, generator=generator, device="cpu")
     labels = (torch.arange(images, device="cpu") * var.num_classes // images)[order]
     batches = []
-    with patched_silently(var, DENSE, None), without_decoder(var.vae_proxy[0]), _inputs_of(var.word_embed) as inputs:
-        for index, of_batch in enumerate(tqdm(labels.to(var.head.weight.device).split(batch), desc="sampling")):
-            var.autoregressive_infer_cfg(len(of_batch), of_batch, g_seed=seed + index, cfg=cfg)
-            batches.append((of_batch, torch.cat(inputs, dim=1)))
-            inputs.clear()
+    for index, batch_labels in enumerate(tqdm(labels.to(device_of(var)).split(batch), desc="sampling")):
+        token_maps = drawn_token_maps(var, batch_labels, seed + index, cfg)
+        batches.append((batch_labels, family_of(var).teacher_input(var, token_maps)))
     return batches
 
 
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    inputs: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].clone()))
-    try:
-        yield inputs
-    finally:
-        handle.remove()
+@torch.no_grad()
+def drawn_token_maps(var: nn.Module, labels: torch.Tensor, seed: int, cfg: float) -> torch.Tensor:
+    """Return the tokens `[B, L]` int64 that the dense model draws for classes `labels` `[B]`; no image is decoded."""
+    family, maps = family_of(var), []
+    with (
+        patched_silently(var, DENSE, None),
+        without_decoder(family.autoencoder(var)),
+        family.watch_scales(var, lambda _scale, tokens, _features: maps.append(tokens)),
+    ):
+        var.autoregressive_infer_cfg(len(labels), labels, g_seed=seed, cfg=cfg)
+    return torch.cat(maps, dim=1)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import Any
 
-from actvar.families import var as family
-from actvar.sparse.block_cache import PerSample, continued, keep
-from actvar.sparse.called_layers import begin
+from torch import Tensor, nn
+
+from actvar.families.base import ATTENTION, NORM, BlockCall, Rows
+from actvar.sparse.block_cache import SampleState
+from actvar.sparse.block_state import BlockState
 from actvar.sparse.passes import Pass, computing_again
+from actvar.sparse.record import BlockRecord
 from actvar.sparse.schedule import Scale
 from actvar.sparse.selection import selected
-from actvar.sparse.state import BlockRecord
 from actvar.sparse.teacher_forcing import teacher_forced_block
 from actvar_kernels import (
     add_normalize,
@@ -19,79 +20,83 @@ from actvar_kernels import (
     cpp_runs,
     expert_ffn_scatter,
     normalize_modulate,
+    route_experts,
     scatter_rows,
     subset_attention,
     triton_runs,
 )
+from actvar_kernels.residual_norm.reference import Residual
 
 
 class ActVARBlock(nn.Module):
-    """Mixed into the class of a patched block, in front of it; `self.actvar` holds selector, router and schedule."""
+    """Swapped into the class of a patched block, in front of it; `self.actvar` holds selector, router and schedule."""
 
-    def forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` `[R, L, C]` -> `[R, L, C]`: one scale with the K/V cache, or all scales at once under `attn_bias`.
+    actvar: BlockState
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run one scale with the K/V cache, or all scales at once under a mask: `[R, L, C]` -> `[R, L, C]`.
+
+        Arguments are those of the block's own `forward`.
 
         Raises:
             ValueError: the token count and cache length fit no scale of the model.
             RuntimeError: activation checkpointing runs the block again, and its K/V cache or its pass is lost.
         """
-        shared = self.actvar.shared
-        current = shared.pass_of(self.actvar.block_index, x, cond_BD)
-        out = self._forward_in(current, x, cond_BD, attn_bias)
-        shared.hand_on(current, out)
+        state = self.actvar
+        call = state.family.block_call(*args, **kwargs)
+        current = state.shared.pass_of(state.block_index, call)
+        out = self._forward_in(current, call)
+        state.shared.hand_on(current, out)
         return out
 
-    def _forward_in(
-        self, current: Pass, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`forward` within a pass."""
-        gates = self.actvar
-        if attn_bias is not None:
-            if not any(scale.active for scale in gates.schedule):
-                return self.dense_forward(x, cond_BD, attn_bias)
-            begin(self)
-            return teacher_forced_block(self, x, cond_BD, current)
+    def _forward_in(self, current: Pass, call: BlockCall) -> Tensor:
+        """Run `forward` within a pass."""
+        state = self.actvar
+        if call.mask is not None:
+            if not any(scale.active for scale in state.schedule):
+                return self.dense_forward(call)
+            state.shared.begin_block(state.block_index, self)
+            return teacher_forced_block(self, call, current)
         if computing_again():
             raise RuntimeError(
                 "expected one forward pass over a scale, got another one by activation checkpointing, for which the "
                 "K/V cache is no longer what it was; call blocks without a checkpoint, or pass attn_bias (teacher "
                 "forcing)"
             )
-        scale = gates.shared.scale_of(gates.block_index, x.shape[1], family.cached_tokens(self))
+        scale = state.shared.scale_of(state.block_index, call, state.family.cache(self).rows)
         if scale.index == 0:
-            begin(self)
-        fused = kernels_run(x) and "ln_wo_grad" not in gates.called
+            state.shared.begin_block(state.block_index, self)
+        fused = kernels_run(call.x) and NORM not in state.called
         if scale.active or fused:
-            return block_at_scale(self, x, cond_BD, scale, fused, current)
-        return self.dense_forward(x, cond_BD, attn_bias)
+            return block_at_scale(self, call, scale, fused, current)
+        return self.dense_forward(call)
 
-    def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, torch.Tensor]:
-        """With hidden units in their original order, as the block's own."""
+    def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, Tensor]:
+        """Return the block's own state, with hidden units in their original order."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
-        if self.actvar.order is not None:
-            _reorder_state(state, prefix, self.actvar.order.argsort())
+        if self.actvar.changed_order is not None:
+            self._reorder(state, prefix, self.actvar.changed_order.argsort())
         return state
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Takes a `state_dict` in the original order; runs before the parts of the block load theirs."""
-        if self.actvar.order is not None:
-            _reorder_state(state_dict, prefix, self.actvar.order)
+        """Take a `state_dict` in the original order; this runs before the parts of the block load theirs."""
+        if self.actvar.changed_order is not None:
+            self._reorder(state_dict, prefix, self.actvar.changed_order)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def dense_forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
-        """The block as it was before patching."""
-        return super().forward(x, cond_BD, attn_bias)
+    def _reorder(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
+        """Bring hidden units of those of the FFN's tensors that are in `state` into another order."""
+        for name, axis in self.actvar.family.hidden_axes.items():
+            tensor = state.get(prefix + name)
+            if tensor is not None and tensor.shape[axis] == len(order):  # a wrong shape is reported by its own layer
+                state[prefix + name] = tensor.index_select(axis, order.to(tensor.device))
+
+    def dense_forward(self, call: BlockCall) -> Tensor:
+        """Run the block as it was before patching: `[R, L, C]` -> `[R, L, C]`."""
+        return super().forward(**self.actvar.family.block_arguments(call))
 
 
-def _reorder_state(state: dict[str, torch.Tensor], prefix: str, order: torch.Tensor) -> None:
-    """Hidden units of the FFN's tensors in a `state_dict`, those that are there, in another order."""
-    for name, axis in family.HIDDEN_AXES.items():
-        tensor = state.get(prefix + name)
-        if tensor is not None and tensor.shape[axis] == len(order):  # a wrong shape is reported by its own layer
-            state[prefix + name] = tensor.index_select(axis, order.to(tensor.device))
-
-
-def kernels_run(x: torch.Tensor) -> bool:
+def kernels_run(x: Tensor) -> bool:
     """Return whether operations run as kernels, Triton's or in C++.
 
     Then dense scales use them too, and what a sample needs once is kept.
@@ -99,69 +104,94 @@ def kernels_run(x: torch.Tensor) -> bool:
     return cpp_runs(x) or triton_runs(x)
 
 
-def block_at_scale(
-    block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale, fused: bool, current: Pass
-) -> torch.Tensor:
-    """One scale `x` `[R, L, C]` of the pass `current` with the K/V cache; an operation whose rate is 1 is left out.
-    `fused`: kernels run."""
-    gates = block.actvar
-    shared, router = gates.shared, gates.router
-    state = state_of(block, cond, fused)
-    gamma1, gamma2, scale1, scale2, shift1, shift2 = state.modulation
-    index = scores = rest = mask = logits = None
-    deferred = fused and not cpp_runs(x)  # the sum after attention, to the end of the block
+def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, fused: bool, current: Pass) -> Tensor:
+    """Run one scale with the K/V cache, `[R, L, C]` -> `[R, L, C]`; an operation whose rate is 1 is left out.
+
+    Args:
+        fused: kernels run.
+        current: the pass that the call belongs to.
+    """
+    state, x = block.actvar, call.x
+    shared, router, family = state.shared, state.router, state.family
+    sample = sample_state_of(block, call.cond, fused)
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = sample.modulation
+    index = scores = base = mask = logits = None
+    fuse_residual = fused and not cpp_runs(x)  # the sum after attention, to the end of the block
 
     # 1. Select the tokens to update; 2. gather, normalise and modulate their rows
     if scale.select:
-        index, u, scores, rest = selected(block, x, scale1, shift1, scale, current, shared.writes_in_place and fused)
+        index, u, scores, base = selected(block, x, scale1, shift1, scale, current, shared.writes_in_place and fused)
     else:
         u = normalize_modulate(x, scale1, shift1)
 
     # attention of the kept tokens over the cache and their own scale
+    at = Rows(scale.start, scale.tokens, index)
     keys_from = normalize_modulate(x, scale1, shift1) if scale.select and shared.config.kv == "all" else u
-    update = attend(block, u, keys_from, state, scale, fused)
+    update = attend(block, u, keys_from, sample, scale, fused, at)
+
+    # what stands between attention and FFN, such as cross-attention
+    rows = None
+    if family.has_between:
+        rows = family.between(block, Residual(x, update, gamma1).rows(index), at, call)
 
     # 3. FFN as experts; 4. scatter: the other tokens keep their value
     if scale.route:
-        rows, u, mask, logits = add_normalize_route(
-            x, index, update, gamma1, scale2, shift2, router.weight, router.bias, scale.experts, deferred
-        )
-        weights = family.ffn_weights(block)
-        schedule = shared.config.expert_schedule
-        x = expert_ffn_scatter(rest, index, rows, u, mask, scale.experts, *weights, gamma2, schedule)
+        gate = router.weight, router.bias, scale.experts
+        if rows is None:
+            rows, u, mask, logits = add_normalize_route(x, index, update, gamma1, scale2, shift2, *gate, fuse_residual)
+        else:
+            u = normalize_modulate(rows, scale2, shift2)
+            mask, logits = route_experts(u, *gate)
+        weights, execution = family.ffn_weights(block), shared.config.expert_schedule
+        x = expert_ffn_scatter(base, index, rows, u, mask, scale.experts, *weights, gamma2, execution)
     else:
-        rows, u = add_normalize(x, index, update, gamma1, scale2, shift2)
+        if rows is None:
+            rows, u = add_normalize(x, index, update, gamma1, scale2, shift2)
+        else:
+            u = normalize_modulate(rows, scale2, shift2)
         update = family.dense_ffn(block, u, shared.config.num_experts)
-        x = scatter_rows(rest, index, rows, update, gamma2)
+        x = scatter_rows(base, index, rows, update, gamma2)
 
     if shared.records is not None and scale.active:
-        shared.records.append(BlockRecord(gates.block_index, scale, index, scores, u, mask, logits))
+        shared.records.append(BlockRecord(state.block_index, scale, index, scores, u, mask, logits))
     return x
 
 
-def state_of(block: ActVARBlock, cond: torch.Tensor, fused: bool) -> PerSample:
-    """What the block computes once per sample; with kernels, `fused`, kept since the scale before."""
-    return continued(block, cond) if fused else PerSample(block, cond)
+def sample_state_of(block: ActVARBlock, cond: Any, fused: bool) -> SampleState:
+    """Return what the block computes once per sample; with kernels, `fused`, kept since the scale before."""
+    return block.actvar.cache.continued(block, cond) if fused else SampleState(block, cond)
 
 
 def attend(
-    block: ActVARBlock, u: torch.Tensor, keys_from: torch.Tensor, state: PerSample, scale: Scale, fused: bool
-) -> torch.Tensor:
-    """Attention of the rows `u` `[R, K, C]`, normalised and modulated, over the K/V cache and `keys_from` `[R, T, C]`,
-    projected: `[R, K, C]`. The cache gets the new keys and values, where a later scale needs them."""
-    gates = block.actvar
-    if "attn" in gates.called:
-        out = block.attn(u, attn_bias=None)
+    block: ActVARBlock, u: Tensor, keys_from: Tensor, sample: SampleState, scale: Scale, fused: bool, at: Rows
+) -> Tensor:
+    """Return attention of rows over the K/V cache and their own scale, projected: `[R, K, C]`.
+
+    The cache gets the new keys and values, where a later scale needs them.
+
+    Args:
+        u: rows after norm and modulation, `[R, K, C]`.
+        keys_from: rows that keys and values come from, `[R, T, C]`.
+        at: where the rows `u` stand.
+    """
+    state = block.actvar
+    family, cache = state.family, state.family.cache(block)
+    if ATTENTION in state.called:
+        out = family.called_attention(block, u, None)
         if fused:
-            keep(block, state, scale)
+            state.cache.keep(block, sample, scale)
         return out
-    q, k, v = family.project(block, u, keys_from, state.qkv_bias)
-    past = family.read_cache(block)
-    grows = block.attn.caching and not scale.is_last
-    room = state.room_after(past, v, gates.schedule[-1].cached_before, gates.kept) if grows and fused else None
-    out, keys, values = subset_attention(q, k, v, past, state.head_scale, block.attn.scale, room=room, keep_cache=grows)
+    keys_at = at if keys_from is u else at.all()
+    q, k, v = family.project(block, u, keys_from, sample.qkv_bias, at, keys_at)
+    past = cache.read()
+    grows = cache.is_on and not scale.is_last
+    buffer = None
+    if grows and fused:
+        buffer = sample.kv_buffer_after(past, v, state.schedule[-1].cached_before, state.cache)
+    factor = family.attention_scale(block)
+    out, keys, values = subset_attention(q, k, v, past, sample.head_scale, factor, room=buffer, keep_cache=grows)
     if grows:
-        family.write_cache(block, keys, values)
+        cache.write(keys, values)
     if fused:
-        keep(block, state, scale)
+        state.cache.keep(block, sample, scale)
     return family.attention_output(block, out)

@@ -13,8 +13,8 @@ class Scale:
     """One scale of the schedule.
 
     Args:
-        index: position in `patch_nums`.
-        tokens: tokens of the scale `L`.
+        index: number of the scale.
+        height, width: of the token map.
         start: position of its first token in the whole sequence.
         keep: tokens a block updates, K; `tokens` where nothing is selected.
         experts: experts on per token, M.
@@ -25,7 +25,8 @@ class Scale:
     """
 
     index: int
-    tokens: int
+    height: int
+    width: int
     start: int
     keep: int
     experts: int
@@ -35,17 +36,25 @@ class Scale:
     is_last: bool
 
     @property
+    def tokens(self) -> int:
+        """Return the tokens of the scale, L."""
+        return self.height * self.width
+
+    @property
     def active(self) -> bool:
         return self.select or self.route
 
 
-def build_schedule(config: ActVARConfig, patch_nums: Sequence[int], block: int = 0) -> tuple[Scale, ...]:
-    """One `Scale` per entry of `patch_nums`, as block number `block` has it.
+def build_schedule(config: ActVARConfig, maps: Sequence[tuple[int, int]], block: int = 0) -> tuple[Scale, ...]:
+    """Return one `Scale` per token map, for block number `block`.
+
+    Args:
+        maps: height and width of the token map of every scale.
 
     Raises:
         ValueError: a scale outside the model, or named twice.
     """
-    count = len(patch_nums)
+    count = len(maps)
     rates: dict[int, tuple[float, float]] = {}
     for scale, token_rate, ffn_rate in zip(config.scales, config.token_rates, config.ffn_rates, strict=True):
         if not -count <= scale < count:
@@ -57,14 +66,15 @@ def build_schedule(config: ActVARConfig, patch_nums: Sequence[int], block: int =
         )
 
     schedule, start, cached = [], 0, 0
-    for index, side in enumerate(patch_nums):
-        tokens = side * side
+    for index, (height, width) in enumerate(maps):
+        tokens = height * width
         token_rate, ffn_rate = rates.get(index, (1.0, 1.0))
         keep, experts = share_of(token_rate, tokens), share_of(ffn_rate, config.num_experts)
         forced = config.always_sparse and index in rates
         scale = Scale(
             index=index,
-            tokens=tokens,
+            height=height,
+            width=width,
             start=start,
             keep=keep,
             experts=experts,

@@ -14,7 +14,7 @@ from actvar_kernels.token_select.reference import gather_rows
 
 
 class Selected(NamedTuple):
-    """As `actvar_kernels.token_select.Selection`; `scores` is None where the first block has chosen."""
+    """The result of `actvar_kernels.select_tokens`; `scores` is None where the first block has chosen."""
 
     index: torch.Tensor
     modulated: torch.Tensor

@@ -1,4 +1,4 @@
-"""State shared by the blocks of a patched model, and the record of what they chose."""
+"""The state that the blocks of a patched model share."""
 
 from __future__ import annotations
 
@@ -7,61 +7,48 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from actvar.config import ActVARConfig
-from actvar.families import unwrapped
+from actvar.families.base import BlockCall, Called, Family
+from actvar.sparse.called_layers import expect_readable, log_called
 from actvar.sparse.passes import Pass, Passes
+from actvar.sparse.record import BlockRecord
 from actvar.sparse.schedule import Scale
+from actvar.utils.wrappers import unwrapped
+from actvar_kernels.cpu_backend.packing import drop_changed
 
 
 @dataclass
-class BlockRecord:
-    """What one block chose at one active scale.
+class PatchState:
+    """One per patched model: configuration, family, the schedule of every block, and what holds during a call.
 
-    `index` `[R, K]` tokens within the scale and `scores` `[R, L]`, or None without selection; `u` `[R, K, C]` the FFN's
-    input; `mask` bool and `logits` `[R, K, N]`, or None without experts. Under teacher forcing also the block's input
-    `[R, L_all, C]` and condition.
-    """
-
-    block: int
-    scale: Scale
-    index: torch.Tensor | None
-    scores: torch.Tensor | None
-    u: torch.Tensor
-    mask: torch.Tensor | None
-    logits: torch.Tensor | None
-    block_input: torch.Tensor | None = None
-    cond: torch.Tensor | None = None
-
-    def only(self, rows: list[int]) -> BlockRecord:
-        """The same record of some rows."""
-        tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **tensors)
-
-
-@dataclass
-class Shared:
-    """One per patched model: configuration, the schedule of every block, and what holds during a call.
-
-    `schedule` is that of the first block, except that a scale is selected or routed where it is in any block.
-    `rows_are_guided`: conditional rows, then as many unconditional ones; `reuses_room`: the K/V cache may stay in the
-    memory that the last sample left; `writes_in_place`: a block may write its result into its input; `seed` `[1]`
-    int64: of the fast sampler, for samples without a seed of their own; `passes`: those of which tensors are alive;
-    `traced`: the one that a compiler is tracing as a whole, if any; `called`: by block, the parts that kernels do not
-    read, and why; `head_called`: why the head is not read; `called_is_new`: these are not logged yet.
+    Args:
+        schedules: scales of every block.
+        rows_are_guided: conditional rows come first, then as many unconditional ones.
+        keeps_kv_buffer: the K/V cache may stay in the memory that the last sample left.
+        writes_in_place: a block may write its result into its input.
+        seed: `[1]` int64, of the fast sampler, for samples without a seed of their own.
+        records: where blocks record what they chose; None: nowhere.
+        passes: those of which tensors are alive.
+        traced: the pass that a compiler is tracing as a whole, if any.
+        called: by block, the parts that kernels do not read.
+        head_called: why kernels do not read the head, or None.
+        called_is_new: these are not logged yet.
+        schedule: that of the first block, with a scale selected or routed where it is so in any block.
     """
 
     config: ActVARConfig
+    family: Family
     schedules: tuple[tuple[Scale, ...], ...]
     rows_are_guided: bool = False
-    reuses_room: bool = False
+    keeps_kv_buffer: bool = False
     writes_in_place: bool = False
-    seed: torch.Tensor | None = None
+    seed: Tensor | None = None
     records: list[BlockRecord] | None = None
     passes: Passes = field(default_factory=Passes)
     traced: Pass | None = None
-    called: list[dict[str, str]] = field(init=False)
+    called: list[dict[str, Called]] = field(init=False)
     head_called: str | None = None
     called_is_new: bool = False
     schedule: tuple[Scale, ...] = field(init=False)
@@ -69,15 +56,19 @@ class Shared:
 
     def __post_init__(self):
         self.schedule = tuple(
-            replace(of_blocks[0], select=any(s.select for s in of_blocks), route=any(s.route for s in of_blocks))
-            for of_blocks in zip(*self.schedules, strict=True)
+            replace(scales[0], select=any(s.select for s in scales), route=any(s.route for s in scales))
+            for scales in zip(*self.schedules, strict=True)
         )
         self.called = [{} for _ in self.schedules]
         self.by_shape = tuple({(s.tokens, s.cached_before): s for s in schedule} for schedule in self.schedules)
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """Return the blocks of `model` outside of wrappers."""
+        return [unwrapped(block) for block in self.family.blocks(model)]
+
     @contextmanager
     def during(self, **flags: bool) -> Iterator[None]:
-        """Set `rows_are_guided`, `reuses_room` or `writes_in_place` while the context is open."""
+        """Set `rows_are_guided`, `keeps_kv_buffer` or `writes_in_place` while the context is open."""
         state, previous = vars(self), {name: getattr(self, name) for name in flags}
         try:
             state.update(flags)
@@ -85,8 +76,38 @@ class Shared:
         finally:
             state.update(previous)
 
-    def pass_of(self, block: int, x: torch.Tensor, cond: torch.Tensor) -> Pass:
-        """Return the pass in which block number `block` gets `x` `[R, L, C]` and the condition `cond`.
+    @contextmanager
+    def sampling(self, model: nn.Module, in_place: bool) -> Iterator[None]:
+        """Sample with guidance while the context is open; the K/V caches are empty afterwards.
+
+        Args:
+            in_place: nothing needs the input of a block that has run, so the block may write into it.
+        """
+        with self.during(rows_are_guided=True, keeps_kv_buffer=True, writes_in_place=in_place):
+            try:
+                yield
+            finally:
+                for block in self.blocks(model):
+                    self.family.cache(block).drop()
+                    block.actvar.cache.forget()
+
+    def begin_pass(self, model: nn.Module) -> None:
+        """Begin a teacher-forced pass through `model`, which one graph holds where a compiler traces it.
+
+        Raises:
+            ValueError: the blocks are not those that were patched.
+        """
+        if torch.compiler.is_compiling():
+            self.traced = Pass(self.rows_are_guided)
+        else:
+            self.expect_own_blocks(model)
+
+    def end_pass(self) -> None:
+        """End what `begin_pass` began."""
+        self.traced = None
+
+    def pass_of(self, block: int, call: BlockCall) -> Pass:
+        """Return the pass that a call of block number `block` belongs to.
 
         Raises:
             RuntimeError: activation checkpointing runs the block again, and its pass is not known.
@@ -95,9 +116,9 @@ class Shared:
             return self.traced
         if not self._needs_passes:
             return Pass(self.rows_are_guided)
-        return self.passes.enter(block, x, cond, self.rows_are_guided)
+        return self.passes.enter(block, call.x, call.cond, self.rows_are_guided)
 
-    def hand_on(self, current: Pass, out: torch.Tensor) -> None:
+    def hand_on(self, current: Pass, out: Tensor) -> None:
         """Let a block's output lead the next block to the pass."""
         if self.traced is None and self._needs_passes:
             self.passes.bind(current, out)
@@ -106,12 +127,50 @@ class Shared:
     def _needs_passes(self) -> bool:
         return self.config.fixed_tokens or self.config.share_cfg_selection
 
-    def scale_of(self, block: int, tokens: int, cached: int) -> Scale:
-        """The scale that has `tokens` tokens and finds `cached` rows in the K/V cache of block number `block`.
+    def begin_block(self, index: int, block: nn.Module) -> None:
+        """Look at the layers of block number `index` when a sample or a teacher-forced pass begins.
+
+        Layers that are more than their weight are called from here on, and packed copies of changed weights go.
+
+        Raises:
+            TypeError: the selector, the attention or the experts would have to read such a layer.
+        """
+        if torch.compiler.is_compiling():  # which guards what it has seen of the layers
+            return
+        called = self.family.parts_called(block)
+        self.called_is_new |= called != self.called[index]
+        self.called[index] = called
+        if called:
+            expect_readable(index, called, block.actvar.schedule, self.config.kv)
+        drop_changed([*self.family.packed_weights(block), block.actvar.router.weight])
+
+    def begin_head(self, model: nn.Module, tokens: int) -> None:
+        """Do as `begin_block` for the head, whose turn comes last, and log in one line what is called anew.
+
+        Args:
+            tokens: of the call; a sample begins with those of the first scale, a pass has those of all scales.
+        """
+        scales = self.schedule
+        begins = tokens in (scales[0].tokens, scales[-1].start + scales[-1].tokens)
+        if not begins or torch.compiler.is_compiling():
+            return
+        head = self.family.head_called(model)
+        self.called_is_new |= head != self.head_called
+        self.head_called = head
+        if self.called_is_new:
+            self.called_is_new = False
+            log_called(self.called, head)
+        drop_changed(self.family.packed_head(model))
+
+    def scale_of(self, block: int, call: BlockCall, cached: int) -> Scale:
+        """Return the scale of a call of block number `block` that finds `cached` rows in its K/V cache.
 
         Raises:
             ValueError: there is none.
         """
+        tokens = call.x.shape[1]
+        if call.scale is not None:
+            return self.schedules[block][call.scale]
         scale = self.by_shape[block].get((int(tokens), int(cached)))  # which a trace has as tensors
         if scale is None:
             known = ", ".join(f"{t} after {c}" for t, c in self.by_shape[block])
@@ -122,6 +181,52 @@ class Shared:
             )
         return scale
 
+    def expect_own_blocks(self, model: nn.Module) -> None:
+        """Check that the blocks of a patched model are those that were patched, in their order.
+
+        Raises:
+            ValueError: they are not.
+        """
+        blocks, count = self.family.blocks(model), len(self.schedules)
+        for index, block in enumerate(blocks):
+            own = getattr(block, "actvar", None)
+            if own is None:
+                problem = f"the patch is gone from blocks[{index}], or the block is new"
+            elif own.shared is not self:
+                problem = f"the patch on blocks[{index}] is that of another model"
+            elif own.block_index != index:
+                problem = f"blocks[{index}] is the one that was patched as blocks[{own.block_index}]"
+            else:
+                continue
+            break
+        else:
+            if len(blocks) == count:
+                return
+            problem = f"{len(blocks)} blocks are left"
+        raise ValueError(
+            f"expected the {count} blocks that were patched, in their order, but {problem}; call "
+            "actvar.remove_patch(var), then actvar.apply_patch(var, config) again. A shallow copy (copy.copy) shares "
+            "the blocks of its model; copy.deepcopy makes others"
+        )
+
+
+def patch_state(model: nn.Module) -> PatchState:
+    """Return the shared state of a patched model.
+
+    Raises:
+        ValueError: the model is not patched, or its blocks are not the ones that were patched.
+    """
+    model = unwrapped(model)
+    if not is_patched(model):
+        raise ValueError(f"expected a model patched by actvar.apply_patch, got an unpatched {type(model).__name__}")
+    model.actvar.expect_own_blocks(model)
+    return model.actvar
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Return True for a model that a patch has been put on."""
+    return isinstance(getattr(model, "__dict__", {}).get("actvar"), PatchState)
+
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[list[BlockRecord]]:
@@ -130,12 +235,12 @@ def record(model: nn.Module) -> Iterator[list[BlockRecord]]:
     Raises:
         ValueError: the model is not patched.
     """
-    shared = shared_state(model)
-    previous, shared.records = shared.records, []
+    state = patch_state(model)
+    previous, state.records = state.records, []
     try:
-        yield shared.records
+        yield state.records
     finally:
-        shared.records = previous
+        state.records = previous
 
 
 @contextmanager
@@ -147,48 +252,5 @@ def guided_rows(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the model is not patched.
     """
-    with shared_state(model).during(rows_are_guided=True):
+    with patch_state(model).during(rows_are_guided=True):
         yield
-
-
-def shared_state(model: nn.Module) -> Shared:
-    """Return the shared state of a patched model.
-
-    Raises:
-        ValueError: the model is not patched, or its blocks are not the ones that were patched.
-    """
-    model = unwrapped(model)
-    if not is_patched(model):
-        raise ValueError(f"expected a model patched by actvar.apply_patch, got an unpatched {type(model).__name__}")
-    _expect_own_blocks(model)
-    return model.actvar
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Return True for a model that a patch has been put on."""
-    return isinstance(getattr(model, "__dict__", {}).get("actvar"), Shared)
-
-
-def _expect_own_blocks(model: nn.Module) -> None:
-    """Raise ValueError unless the blocks of a patched model are those that were patched, in their order."""
-    blocks, count = model.blocks, len(model.actvar.schedules)
-    for index, block in enumerate(blocks):
-        gates = getattr(block, "actvar", None)
-        if gates is None:
-            problem = f"the patch is gone from blocks[{index}], or the block is new"
-        elif gates.shared is not model.actvar:
-            problem = f"the patch on blocks[{index}] is that of another model"
-        elif gates.block_index != index:
-            problem = f"blocks[{index}] is the one that was patched as blocks[{gates.block_index}]"
-        else:
-            continue
-        break
-    else:
-        if len(blocks) == count:
-            return
-        problem = f"{len(blocks)} blocks are left"
-    raise ValueError(
-        f"expected the {count} blocks that were patched, in their order, but {problem}; call actvar.remove_patch(var), "
-        "then actvar.apply_patch(var, config) again. A shallow copy (copy.copy) shares the blocks of its model; "
-        "copy.deepcopy makes others"
-    )

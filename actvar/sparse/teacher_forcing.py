@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from actvar.families import var as family
+from actvar.families.base import ATTENTION, BlockCall, Rows
 from actvar.sparse.passes import Pass, computing_again
+from actvar.sparse.record import BlockRecord
 from actvar.sparse.schedule import Scale
 from actvar.sparse.selection import selected
-from actvar.sparse.state import BlockRecord
 from actvar_kernels import expert_ffn, normalize_modulate, route_experts, subset_attention
 
 
@@ -23,9 +23,10 @@ class KeptTokens(NamedTuple):
     scores: torch.Tensor | None
 
 
-def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor, current: Pass) -> torch.Tensor:
-    """All scales `x` `[R, L, C]` of the pass `current`: rows that a scale dropped are invisible to every later query,
-    as in sampling.
+def teacher_forced_block(block: nn.Module, call: BlockCall, current: Pass) -> torch.Tensor:
+    """Run all scales of a pass at once: `[R, L, C]` -> `[R, L, C]`.
+
+    Rows that a scale dropped are invisible to every later query, as in sampling.
 
     While a gate is being trained, the kept tokens' updates or the chosen experts' outputs are multiplied by
     `1 + p - stopgrad(p)` (straight-through), p the softmax of its scores; values change by rounding only.
@@ -33,31 +34,35 @@ def teacher_forced_block(block: nn.Module, x: torch.Tensor, cond: torch.Tensor, 
     Raises:
         ValueError: the tokens are not those of all scales, or of the first few.
     """
-    shared = block.actvar.shared
+    shared, family, x = block.actvar.shared, block.actvar.family, call.x
     schedule = _scales_of(block.actvar.schedule, x.shape[1])
-    gamma1, gamma2, scale1, scale2, shift1, shift2 = family.modulation(block, cond)
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = family.modulation(block, call.cond)
 
     kept = [_select(block, x, scale1, shift1, scale, current) for scale in schedule]
     index = torch.cat([k.index + k.scale.start for k in kept], dim=1)
+    at = Rows(0, x.shape[1], index)
     index = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     before = x.gather(1, index)
 
     u = normalize_modulate(before, scale1, shift1)
     keys_from = normalize_modulate(x, scale1, shift1) if shared.config.kv == "all" else u
     visible = block_causal_mask(schedule, shared.config.kv, u)
-    if "attn" in block.actvar.called:
-        update = block.attn(u, attn_bias=visible)
+    if ATTENTION in block.actvar.called:
+        update = family.called_attention(block, u, visible)
     else:
-        q, k, v = family.project(block, u, keys_from, family.qkv_bias(block))
+        q, k, v = family.project(block, u, keys_from, family.qkv_bias(block), at, at if keys_from is u else at.all())
         head_scale = family.head_scale(block)
         visible = visible.to(q.dtype)
-        out, _, _ = subset_attention(q, k, v, None, head_scale, block.attn.scale, visible, keep_cache=False)
-        update = block.attn.proj(out)
+        factor = family.attention_scale(block)
+        out, _, _ = subset_attention(q, k, v, None, head_scale, factor, visible, keep_cache=False)
+        update = family.attention_output(block, out)
     rows = before + gamma1 * update
+    if family.has_between:
+        rows = family.between(block, rows, at, call)
 
     u = normalize_modulate(rows, scale2, shift2)
     of_scales = u.split([scale.keep for scale in schedule], dim=1)
-    updates = [_ffn(block, segment, k, x, cond) for segment, k in zip(of_scales, kept, strict=True)]
+    updates = [_ffn(block, segment, k, call) for segment, k in zip(of_scales, kept, strict=True)]
     rows = rows + gamma2 * torch.cat(updates, dim=1)
 
     if is_trained(block.actvar.selector):
@@ -74,8 +79,9 @@ def _select(
     return KeptTokens(scale, selection.index, selection.scores)
 
 
-def _ffn(block: nn.Module, u: torch.Tensor, kept: KeptTokens, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-    """The FFN of one scale's kept rows `u` `[R, K, C]`; recorded where the scale is active."""
+def _ffn(block: nn.Module, u: torch.Tensor, kept: KeptTokens, call: BlockCall) -> torch.Tensor:
+    """Run the FFN on one scale's kept rows `u` `[R, K, C]`, and record it where the scale is active."""
+    family = block.actvar.family
     router, scale, records = block.actvar.router, kept.scale, block.actvar.shared.records
     mask = logits = None
     if scale.route:
@@ -83,10 +89,10 @@ def _ffn(block: nn.Module, u: torch.Tensor, kept: KeptTokens, x: torch.Tensor, c
         gate = mask * straight_through(logits) if is_trained(router) else mask
         update = expert_ffn(u, gate, scale.experts, *family.ffn_weights(block))
     else:
-        update = block.ffn(u)
+        update = family.called_ffn(block, u)
     if records is not None and scale.active and not computing_again():
         index = kept.index if scale.select else None
-        records.append(BlockRecord(block.actvar.block_index, scale, index, kept.scores, u, mask, logits, x, cond))
+        records.append(BlockRecord(block.actvar.block_index, scale, index, kept.scores, u, mask, logits, call))
     return update
 
 

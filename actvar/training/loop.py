@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from actvar.families import blocks_of
 from actvar.training.checkpoint import append_row, resume, save_atomically, trained_tensors
 from actvar.training.muon import Muon
 from actvar.training.plan import Plan
@@ -124,10 +125,11 @@ def _accumulate_gradients(
 
 
 def _optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    in_blocks = ("blocks.", "var.blocks.")  # of a VAR, or of one within a stage of the distillation
-    matrices = {name: p for name, p in trainable.items() if plan.muon and p.ndim == 2 and name.startswith(in_blocks)}
-    rest = [p for name, p in trainable.items() if name not in matrices]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    blocks = blocks_of(getattr(model, "var", model)) if plan.muon else []  # a stage of the distillation has a model
+    inside = {p for block in blocks for p in block.parameters()}
+    matrices = [p for p in trainable if p.ndim == 2 and p in inside]
+    rest = [p for p in trainable if p.ndim != 2 or p not in inside]
     optimizers = [torch.optim.AdamW(rest, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)]
     if matrices:
         optimizers.append(Muon(matrices.values(), plan.lr, plan.weight_decay))

@@ -25,6 +25,8 @@ from tqdm import tqdm
 import actvar.sparse.block
 import actvar.sparse.selection
 from actvar.config import ActVARConfig
+from actvar.families import blocks_of, family_of
+from actvar.families.base import BlockCall
 from actvar.models.public_code import public_classes, public_twin
 from actvar.patching.patch import patched_silently
 from actvar.sampling.request import Sampling
@@ -154,15 +156,14 @@ class _Sampled:
 def _sampled(var: nn.Module, sampling: Sampling, title: str) -> _Sampled:
     tokens: list[torch.Tensor] = []
     title = f"{title}, {_dtype_of(var)}"
-    with tqdm(total=len(var.blocks) * len(var.patch_nums), desc=title, leave=False, disable=None) as bar:
+    family = family_of(var)
+    with tqdm(total=len(family.maps(var)), desc=title, leave=False, disable=None) as bar:
 
-        def count(*_):
+        def count(_scale: int, drawn: torch.Tensor, _features: torch.Tensor) -> None:
+            tokens.append(drawn.clone())
             bar.update()
 
-        embedding = var.vae_proxy[0].quantize.embedding
-        handles = [embedding.register_forward_pre_hook(lambda _, args: tokens.append(args[0].clone()))]
-        handles += [block.register_forward_hook(count) for block in var.blocks]
-        with _removing(handles):
+        with family.watch_scales(var, count):
             return _Sampled(tokens, sampling.run(var))
 
 
@@ -191,40 +192,47 @@ def _blocks(var: nn.Module, name: str) -> Iterator[list[Check]]:
     found: list[tuple] = []
     dtype, backend = _dtype_of(var), get_backend()
 
-    def before(block, _args, _inputs):
-        found.append((block.attn.cached_k, block.attn.cached_v))
+    family = family_of(var)
 
-    def after(block, _args, inputs, output):
-        past, grown = found.pop(), (block.attn.cached_k, block.attn.cached_v)
+    def before(block, _args, _inputs):
+        found.append(family.cache(block).read())
+
+    def after(block, args, inputs, output):
+        cache = family.cache(block)
+        past, grown = found.pop(), cache.read()
+        call = family.block_call(*args, **inputs)
         scale = _scale_of(var, output)
-        parts = ("output",) if scale == len(var.patch_nums) - 1 else ("output", "keys", "values")
-        got, dense = (output, *grown)[: len(parts)], _dense(block, past, inputs)[: len(parts)]
-        block.attn.kv_caching(True)  # copies need no cache
+        parts = ("output",) if scale == len(family.maps(var)) - 1 else ("output", "keys", "values")
+        got, dense = (output, *grown)[: len(parts)], _dense(block, past, call)[: len(parts)]
+        cache.start()  # copies need no cache
 
         @functools.cache
         def due(widen: Widen) -> tuple[torch.Tensor, ...]:
-            return _dense(_widened(block, widen), wide(past), wide(inputs))[: len(parts)]
+            return _dense(_widened(block, widen), wide(past), wide(call))[: len(parts)]
 
         equal = all(torch.equal(*pair) for pair in zip(got, dense, strict=True))
         for i, (part, value, reference) in enumerate(zip(parts, got, dense, strict=True)):
             of_part = dense[i] if equal else due(unmoved)[i]
             limits = measured(value, of_part, reference, of_part, lambda i=i: due(moved)[i])
             checks.append(Check(name, dtype, backend, part, *limits, block.actvar.block_index, scale))
-        block.attn.cached_k, block.attn.cached_v = grown
+        cache.write(*grown)
 
     handles = []
-    for block in var.blocks:
+    for block in blocks_of(var):
         handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(block.register_forward_hook(after, with_kwargs=True))
     with _removing(handles):
         yield checks
 
 
-def _dense(block: nn.Module, past: tuple, inputs: dict) -> tuple[torch.Tensor, ...]:
-    """Output, keys and values of the block's dense forward after the cache `past`."""
-    block.attn.cached_k, block.attn.cached_v = past
-    output = block.dense_forward(**inputs)
-    return output, block.attn.cached_k, block.attn.cached_v
+def _dense(block: nn.Module, past: tuple | None, call: BlockCall) -> tuple[torch.Tensor, ...]:
+    """Return output, keys and values of the block's dense forward after the cache `past`."""
+    cache = block.actvar.family.cache(block)
+    cache.start()
+    if past is not None:
+        cache.write(*past)
+    output = block.dense_forward(call)
+    return output, *cache.read()
 
 
 def _widened(block: nn.Module, widen: Widen) -> nn.Module:
@@ -237,7 +245,7 @@ def _widened(block: nn.Module, widen: Widen) -> nn.Module:
 
 
 def _scale_of(var: nn.Module, x: torch.Tensor) -> int:
-    return [side * side for side in var.patch_nums].index(x.shape[1])
+    return [height * width for height, width in family_of(var).maps(var)].index(x.shape[1])
 
 
 @contextmanager
@@ -248,8 +256,9 @@ def _operations(var: nn.Module) -> Iterator[list[Check]]:
     backend, dtype = get_backend(), _dtype_of(var)
     place: dict[str, int] = {}
 
-    def note(block, _args, inputs):
-        place.update(block=block.actvar.block_index, scale=_scale_of(var, inputs["x"]))
+    def note(block, args, inputs):
+        x = block.actvar.family.block_call(*args, **inputs).x
+        place.update(block=block.actvar.block_index, scale=_scale_of(var, x))
 
     def compared(name: str, operation: Callable) -> Callable:
         signature = inspect.signature(operation)
@@ -279,7 +288,7 @@ def _operations(var: nn.Module) -> Iterator[list[Check]]:
 
     callers = {name: actvar.sparse.selection if name == "select_tokens" else actvar.sparse.block for name in OPERATIONS}
     originals = {name: getattr(caller, name) for name, caller in callers.items()}
-    with _removing([block.register_forward_pre_hook(note, with_kwargs=True) for block in var.blocks]):
+    with _removing([block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks_of(var)]):
         try:
             for name, operation in originals.items():
                 setattr(callers[name], name, compared(name, operation))

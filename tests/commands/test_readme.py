@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from actvar import ActVARConfig, apply_patch, read_adapter_config, save_adapter
+from actvar.families.var_model import PatchedVAR
 from actvar.models import build_vae_var
-from actvar.patching.patch import ActVARModel
 
 README = Path(__file__).parents[2] / "README.md"
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
@@ -37,13 +37,13 @@ def sampled_with(tmp_path, monkeypatch) -> list[ActVARConfig]:
     models = ModuleType("models")
     models.build_vae_var = build_small
     monkeypatch.setitem(sys.modules, "models", models)
-    found, sampling = [], ActVARModel.autoregressive_infer_cfg
+    found, sampling = [], PatchedVAR.autoregressive_infer_cfg
 
     def noted(self, *args, **kwargs):
         found.append(self.actvar.config)
         return sampling(self, *args, **kwargs)
 
-    monkeypatch.setattr(ActVARModel, "autoregressive_infer_cfg", noted)
+    monkeypatch.setattr(PatchedVAR, "autoregressive_infer_cfg", noted)
     return found
 
 

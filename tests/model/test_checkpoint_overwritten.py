@@ -19,7 +19,7 @@ import actvar
 from actvar import ActVARConfig, load_adapter, load_var, save_adapter
 from actvar.patching.patch import patch_silently
 from actvar.patching.weight_override import replace_parameters
-from actvar.sparse.gates import update
+from actvar.sparse.block_state import set_order_and_gates
 
 FORMS = [".pth", ".ckpt", ".safetensors", "before zip", "nested", "shards"]
 
@@ -73,13 +73,13 @@ def tuned_model(path: Path) -> tuple[nn.Module, Callable[[], list[torch.Tensor]]
     other, var = small_model(1), small_model()
     for model in (other, var):
         patch_silently(model, ActVARConfig(num_experts=8))
-    update(other.blocks[1], torch.arange(256).flip(0))
+    set_order_and_gates(other.blocks[1], torch.arange(256).flip(0))
     names = ("head.weight", "blocks.0.ffn.fc1.weight")
     replace_parameters(other, {name: nn.Parameter(other.get_parameter(name) + 1, False) for name in names})
     save_adapter(other, path)
     load_adapter(var, path)
     gates = actvar.patching.adapter.gate_parameters(var)
-    state = [*gates.values(), *(var.get_parameter(name) for name in names), var.blocks[1].actvar.places]
+    state = [*gates.values(), *(var.get_parameter(name) for name in names), var.blocks[1].actvar.hidden_order]
     return var, lambda: [tensor.detach().clone() for tensor in state]
 
 

@@ -9,29 +9,30 @@ from actvar.config import share_of
 from actvar.sparse.schedule import build_schedule
 
 OFFICIAL = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+OFFICIAL_MAPS = tuple((side, side) for side in OFFICIAL)
 
 
 def test_the_default_is_the_papers_configuration():
-    steps = build_schedule(ActVARConfig(), OFFICIAL)
+    steps = build_schedule(ActVARConfig(), OFFICIAL_MAPS)
     assert [(s.keep, s.experts) for s in steps[-2:]] == [(127, 12), (192, 12)]
     assert [s.active for s in steps] == [False] * 8 + [True] * 2
 
 
 def test_the_cache_holds_kept_rows_only_unless_all_are_asked_for():
-    compact, full = (build_schedule(ActVARConfig(kv=kv), OFFICIAL)[-1] for kv in ("compact", "all"))
+    compact, full = (build_schedule(ActVARConfig(kv=kv), OFFICIAL_MAPS)[-1] for kv in ("compact", "all"))
     before = sum(p * p for p in OFFICIAL[:-2])
     assert (compact.cached_before, full.cached_before) == (before + 127, before + 169)
 
 
 def test_ffn_rate_can_differ_per_scale():
-    steps = build_schedule(ActVARConfig(ffn_rate=(0.5, 0.25)), OFFICIAL)
+    steps = build_schedule(ActVARConfig(ffn_rate=(0.5, 0.25)), OFFICIAL_MAPS)
     assert [s.experts for s in steps[-2:]] == [8, 4]
 
 
 def test_a_rate_of_one_switches_its_operation_off_unless_forced():
-    off = build_schedule(ActVARConfig(token_rates=(1, 0.5), ffn_rate=1), OFFICIAL)[-2:]
+    off = build_schedule(ActVARConfig(token_rates=(1, 0.5), ffn_rate=1), OFFICIAL_MAPS)[-2:]
     assert [(s.select, s.route) for s in off] == [(False, False), (True, False)]
-    forced = build_schedule(ActVARConfig(token_rates=(1, 1), ffn_rate=1, always_sparse=True), OFFICIAL)
+    forced = build_schedule(ActVARConfig(token_rates=(1, 1), ffn_rate=1, always_sparse=True), OFFICIAL_MAPS)
     assert [(s.select, s.route) for s in forced[-3:]] == [(False, False), (True, True), (True, True)]
 
 
@@ -58,7 +59,7 @@ def test_every_valid_configuration_survives_json_and_gives_a_schedule(scales, da
         tuple(scales), data.draw(per_scale), data.draw(st.one_of(rates, per_scale)), num_experts, kv, *flags
     )
     assert ActVARConfig.from_json(config.to_json()) == config
-    for step in build_schedule(config, OFFICIAL):
+    for step in build_schedule(config, OFFICIAL_MAPS):
         assert 1 <= step.keep <= step.tokens
         assert 1 <= step.experts <= num_experts
 
@@ -94,7 +95,7 @@ def test_a_bad_field_is_named_with_what_was_expected(fields, error, message):
 @pytest.mark.parametrize("scales", [(-2, 11), (-2, 8), (8, 8)])
 def test_scales_must_exist_once_in_the_model(scales):
     with pytest.raises(ValueError, match="scales"):
-        build_schedule(ActVARConfig(scales=scales), OFFICIAL)
+        build_schedule(ActVARConfig(scales=scales), OFFICIAL_MAPS)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"rates": 1}', '{"kv": "none"}'])

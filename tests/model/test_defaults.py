@@ -113,7 +113,7 @@ def test_calibration_gives_the_adapter_that_it_gives_without_another_default(
     calibrate(var, config, images=8)
     assert var.actvar.config == expected.actvar.config
     for found, wanted in zip(var.blocks, expected.blocks, strict=True):
-        assert torch.equal(found.actvar.places, wanted.actvar.places)
+        assert torch.equal(found.actvar.hidden_order, wanted.actvar.hidden_order)
         assert torch.equal(found.actvar.router.weight, wanted.actvar.router.weight)
         assert torch.equal(found.actvar.selector.weight, wanted.actvar.selector.weight)
     save_adapter(var, tmp_path / "adapter.safetensors")

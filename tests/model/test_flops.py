@@ -19,8 +19,19 @@ from actvar.flops import (
 from actvar.models import OFFICIAL_PATCH_NUMS, build_vae_var
 from actvar_kernels.backend import using_backend
 
+
+def maps_of(sides):
+    return tuple((side, side) for side in sides)
+
+
 D16 = dict(
-    width=1024, hidden=4096, depth=16, vocab_size=4096, code_size=32, patch_nums=OFFICIAL_PATCH_NUMS, shared_aln=False
+    width=1024,
+    hidden=4096,
+    depth=16,
+    vocab_size=4096,
+    code_size=32,
+    maps=maps_of(OFFICIAL_PATCH_NUMS),
+    shares_modulation=False,
 )
 CONFIGS = [
     None,
@@ -148,21 +159,21 @@ def test_equation_12_is_the_difference_of_two_counts_where_no_keys_are_cached():
         sparse += 8 * C * C + sum(4 * C for _key in range(kept))
         sparse += sum(2 * C for _expert in range(16)) + sum(2 * 2 * C * 4 * C // 16 for _expert in range(experts))
     config = ActVARConfig(**rates)
-    assert equation_12(width=C, depth=3, patch_nums=sides, config=config) == pytest.approx(3 * (dense - sparse))
+    assert equation_12(width=C, depth=3, maps=maps_of(sides), config=config) == pytest.approx(3 * (dense - sparse))
 
 
 def test_equation_12_differs_from_the_formula_by_the_cached_keys_alone():
     config, sides = ActVARConfig(), (8, 16, 24)
-    sizes = D16 | dict(patch_nums=sides)
+    sizes = D16 | dict(maps=maps_of(sides))
     dense, sparse = (formula_flops(**sizes, batch=1, config=c) for c in (DENSE, config))
     # queries of 48 and then 144 fewer tokens over the cached ones, and 64 fewer cached ones at the last scale
     missed = 4 * 1024 * ((256 - 192) * 64 + 576 * (64 + 256) - 432 * (64 + 192))
-    saved = equation_12(width=1024, depth=16, patch_nums=sides, config=config) + 16 * missed
+    saved = equation_12(width=1024, depth=16, maps=maps_of(sides), config=config) + 16 * missed
     assert (total_flops(dense) - total_flops(sparse)) / 2 == pytest.approx(saved)
 
 
 def test_equation_12_charges_no_gate_that_does_not_run():
-    sizes = dict(width=1024, depth=16, patch_nums=OFFICIAL_PATCH_NUMS)
+    sizes = dict(width=1024, depth=16, maps=maps_of(OFFICIAL_PATCH_NUMS))
     assert equation_12(**sizes, config=DENSE) == 0
 
 

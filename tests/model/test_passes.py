@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from actvar import ActVARConfig, apply_patch, guided_rows, record
 from actvar.distill.stage1 import Stage1
-from actvar.families import var as family
+from actvar.families.var import VARFamily
 from actvar.patching.adapter import gate_parameters
 
 RATES = dict(token_rates=(0.5, 0.75), ffn_rate=0.5, num_experts=8)
@@ -32,6 +32,12 @@ DEPTH = 3
 SEGMENTS = {"each block": ((0,), (1,), (2,)), "all but the last": ((0, 1), (2,)), "all but the first": ((0,), (1, 2))}
 SHARED = [name for name, fields in CONFIGS.items() if "share_cfg_selection" in fields]
 FIXED = [name for name, fields in CONFIGS.items() if "fixed_tokens" in fields]
+
+
+def embedded(var, labels, inputs):
+    """Return the first block's input and condition."""
+    call, _ = VARFamily().embedded(var, labels, inputs)
+    return call.x, call.cond
 
 
 @pytest.fixture
@@ -90,7 +96,7 @@ def interleaved(walks: list[Walk]) -> None:
 def gradients(var, guided, walk_all, segments, reentrant, one_condition=False, **options) -> dict[str, torch.Tensor]:
     """Of two passes in one loss; that their rows are guided is said in the forward passes alone."""
     var.zero_grad()
-    walks = [Walk(var, *family.embedded(var, *batch), segments, reentrant, **options) for batch in batches_of(var)]
+    walks = [Walk(var, *embedded(var, *batch), segments, reentrant, **options) for batch in batches_of(var)]
     if one_condition:
         walks[1].cond = walks[0].cond
     with guided_rows(var) if guided else nullcontext():
@@ -162,7 +168,7 @@ def test_a_block_may_get_a_changed_copy_of_the_output_before_it(make_patched, na
 
 def test_memory_that_is_written_to_again_is_not_taken_for_that_of_an_earlier_pass(make_patched):
     var, bias = make_patched("fixed tokens"), make_patched("fixed tokens").attn_bias_for_masking
-    starts = [family.embedded(var, *batch) for batch in batches_of(var)]
+    starts = [embedded(var, *batch) for batch in batches_of(var)]
     buffer = torch.empty_like(starts[0][0])
     with torch.no_grad():
         for x, cond in starts:
@@ -187,7 +193,7 @@ def test_guidance_that_is_not_known_is_refused(make_patched):
     var = make_patched("shared selection")
 
     def run(labels, inputs):
-        x, cond = family.embedded(var, labels, inputs)
+        x, cond = embedded(var, labels, inputs)
         return Walk(var, x, cond, SEGMENTS["each block"], None).finish()
 
     with guided_rows(var):
@@ -219,7 +225,7 @@ def test_a_sampling_loop_under_checkpoints_is_refused(make_patched, name, kept, 
 
 def test_blocks_out_of_order_are_refused(make_patched):
     var = make_patched("fixed tokens")
-    x, cond = family.embedded(var, *batches_of(var)[0])
+    x, cond = embedded(var, *batches_of(var)[0])
     with pytest.raises(ValueError, match=r"fixed_tokens: .* for 4 rows at scale 2, got none; run the blocks in order"):
         var.blocks[1](x, cond, var.attn_bias_for_masking)
     out = var.blocks[0](x, cond, var.attn_bias_for_masking)

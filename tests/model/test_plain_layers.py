@@ -285,9 +285,9 @@ def test_one_line_names_what_is_not_fused_any_more(caplog: pytest.LogCaptureFixt
 def test_a_patch_with_reordered_units_comes_off_whatever_the_layers_have_become(tmp_path, name, wrap, caplog) -> None:
     config = ActVARConfig(num_experts=4)
     donor = apply_patch(make_tiny_var(), config)
-    from actvar.sparse.gates import update
+    from actvar.sparse.block_state import set_order_and_gates
 
-    update(donor.blocks[0], torch.randperm(512, generator=torch.Generator().manual_seed(0)))
+    set_order_and_gates(donor.blocks[0], torch.randperm(512, generator=torch.Generator().manual_seed(0)))
     save_adapter(donor, tmp_path / "adapter.safetensors")
     var, dense = make_tiny_var(), make_tiny_var()
     load_adapter(apply_patch(var, config), tmp_path / "adapter.safetensors")

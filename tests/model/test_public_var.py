@@ -131,7 +131,7 @@ def test_calibration_of_both_is_the_same(pair):
     reports = [calibrate(var, ActVARConfig(num_experts=8), images=4) for var in (public, own)]
     assert reports[0].config == reports[1].config
     for left, right in zip(public.blocks, own.blocks, strict=True):
-        assert torch.equal(left.actvar.order, right.actvar.order)
+        assert torch.equal(left.actvar.changed_order, right.actvar.changed_order)
         torch.testing.assert_close(left.actvar.router.weight, right.actvar.router.weight, atol=1e-3, rtol=1e-3)
     assert torch.equal(sampled_tokens(public), sampled_tokens(own))
 
@@ -167,5 +167,5 @@ def test_an_error_in_a_patched_model_frees_the_caches(pair, error):
     for block in public.blocks:
         assert not block.attn.caching
         assert block.attn.cached_k is None
-        assert block.actvar.kept.state is None
+        assert block.actvar.cache.state is None
     assert torch.equal(sample(public), image)

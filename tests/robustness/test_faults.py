@@ -112,7 +112,7 @@ class Mutations(TorchDispatchMode):
 
 def test_weights_gates_and_their_order_change_in_one_call_per_block(tmp_path):
     adapters, var = interruptions.Adapters(tmp_path), interruptions.patched_model()
-    places = [block.actvar.places for block in var.blocks]
+    places = [block.actvar.hidden_order for block in var.blocks]
     with Mutations([*var.parameters(), *places]) as mutations:
         actvar.load_adapter(var, adapters.paths[0])
         remove_patch(var)

@@ -28,12 +28,12 @@ from torch import nn
 import actvar
 from actvar import ActVARConfig
 from actvar.config import KV_MODES
-from actvar.families.var import finetuned_names
+from actvar.families.var import VARFamily
 from actvar.models import VAR, build_vae_var
 from actvar.patching.adapter import gate_parameters
 from actvar.patching.patch import patch_silently
 from actvar.patching.weight_override import replace_parameters
-from actvar.sparse.gates import update
+from actvar.sparse.block_state import set_order_and_gates
 from actvar.training.checkpoint import save_atomically
 from actvar.training.loop import fit
 from actvar.training.plan import Plan
@@ -64,8 +64,8 @@ def save_whole_adapter(path: Path, seed: int = 0) -> Path:
     for index, block in enumerate(var.blocks):
         gates = gate_parameters(var).items()
         values = {p: torch.randn(p.shape, generator=generator) for name, p in gates if f"blocks.{index}" in name}
-        update(block, torch.randperm(block.ffn.fc1.out_features, generator=generator), values)
-    own = {name: var.get_parameter(name) for name in ("head.weight", *finetuned_names(var)[seed::2])}
+        set_order_and_gates(block, torch.randperm(block.ffn.fc1.out_features, generator=generator), values)
+    own = {name: var.get_parameter(name) for name in ("head.weight", *VARFamily().finetuned_names(var)[seed::2])}
     tuned = {name: weight + 0.1 * torch.randn(weight.shape, generator=generator) for name, weight in own.items()}
     replace_parameters(var, {name: nn.Parameter(weight) for name, weight in tuned.items()})
     actvar.save_adapter(var, path)
@@ -101,8 +101,8 @@ def expect_free(var: nn.Module) -> None:
         assert block.attn.cached_k is None
         assert block.attn.cached_v is None
         if hasattr(block, "actvar"):
-            assert block.actvar.kept.state is None
-            assert block.actvar.kept.cache is None
+            assert block.actvar.cache.state is None
+            assert block.actvar.cache.key is None
 
 
 # Training that is killed

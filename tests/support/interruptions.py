@@ -254,7 +254,7 @@ def contents(var: nn.Module) -> dict[str, torch.Tensor]:
     tensors = dict(var.named_parameters()) | {f"state {name}": tensor for name, tensor in var.state_dict().items()}
     for name, module in var.named_modules():
         if isinstance(getattr(module, "places", None), torch.Tensor):
-            tensors[f"{name}.places"] = module.places
+            tensors[f"{name}.hidden_order"] = module.hidden_order
         tensors |= {f"{name}.originals.{leaf}": p for leaf, p in module.__dict__.get("originals", {}).items()}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 

@@ -18,7 +18,7 @@ from actvar.calibrate.ridge import NormalEquations, fitted
 from actvar.calibrate.sensitivity import divergence_per_block
 from actvar.cli import main
 from actvar.evaluate.divergence import divergence_by_scale, token_divergence
-from actvar.families.var import embedded, ffn_weights
+from actvar.families.var import VARFamily
 from actvar.flops import model_flops
 from actvar.sampling.token_maps import sampled_inputs
 
@@ -190,7 +190,7 @@ def test_samples_are_the_inputs_that_sampling_saw(tiny_var):
 def test_embedded_rows_lead_to_the_models_logits(tiny_var):
     labels, inputs = torch.tensor([1, 10]), normal(2, tiny_var.L - 1, 8, dtype=torch.float32)
     with torch.no_grad():
-        x, cond = embedded(tiny_var, labels, inputs)
+        x, cond, *_ = VARFamily().embedded(tiny_var, labels, inputs).call
         for block in tiny_var.blocks:
             x = block(x=x, cond_BD=cond, attn_bias=tiny_var.attn_bias_for_masking)
         logits = tiny_var.get_logits(x, tiny_var.class_emb(labels))
@@ -259,10 +259,10 @@ def test_a_calibrated_model_without_sparsity_is_the_dense_one(calibrated):
     """The reordered FFN computes the same."""
     var, dense = calibrated[0], make_tiny_var()
     for block, original in zip(var.blocks, dense.blocks, strict=True):
-        order = block.actvar.order
+        order = block.actvar.changed_order
         assert not torch.equal(order, torch.arange(len(order)))
-        w1, b1, w2, b2 = (weight.double() for weight in ffn_weights(block))
-        v1, c1, v2, c2 = (weight.double() for weight in ffn_weights(original))
+        w1, b1, w2, b2 = (weight.double() for weight in VARFamily().ffn_weights(block))
+        v1, c1, v2, c2 = (weight.double() for weight in VARFamily().ffn_weights(original))
         u = normal(6, 128)
         expected = F.gelu(u @ v1.T + c1, approximate="tanh") @ v2.T + c2
         torch.testing.assert_close(F.gelu(u @ w1.T + b1, approximate="tanh") @ w2.T + b2, expected, atol=1e-12, rtol=0)
@@ -347,7 +347,7 @@ def test_sampling_and_teacher_forcing_agree_with_rates_per_block(tiny_var):
     apply_patch(tiny_var, config)
     labels, inputs = torch.tensor([3, 4]), normal(2, tiny_var.L - 1, 8, dtype=torch.float32)
     with torch.no_grad():
-        x, cond = embedded(tiny_var, labels, inputs)
+        x, cond, *_ = VARFamily().embedded(tiny_var, labels, inputs).call
         for block in tiny_var.blocks:
             forced, parts = block(x, cond, tiny_var.attn_bias_for_masking), []
             block.attn.kv_caching(True)

@@ -72,7 +72,7 @@ def test_the_best_recipe_calibrates_and_imitates_the_logits_with_muon(files, tmp
     var = make_tiny_var()
     report = calibrate(var, CONFIG, images=4, seed=0)
     assert read_adapter_config(one) == report.config
-    assert report.config.blocks == 2
+    assert report.config.num_blocks == 2
     assert all(torch.equal(gates[name], gate) for name, gate in gate_parameters(var).items())
     distilled(files, two, adapter=one, recipe="best", lr=2e-3)
     facts = describe_adapter(two)["training"]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from actvar import ActVARConfig, apply_patch, remove_patch
 from actvar.distill import Stage2
 from actvar.distill.losses import block_loss, guided_loss, output_loss
-from actvar.families.var import finetuned_names
+from actvar.families.var import VARFamily
 from actvar.patching.adapter import gate_parameters
 from actvar.patching.weight_override import tuned_parameters
 from actvar.training.loop import fit
@@ -145,7 +145,7 @@ def test_attention_ffn_and_head_are_trained_and_nothing_else(shared_aln):
     module = student(shared_aln=shared_aln)
     module(*batch(module.var))["loss"].backward()
     with_gradient = {name for name, p in module.var.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert with_gradient == set(finetuned_names(module.var))
+    assert with_gradient == set(VARFamily().finetuned_names(module.var))
 
 
 def test_gradients_of_the_whole_loss_are_right():
@@ -250,6 +250,6 @@ def test_two_processes_have_the_gradients_of_one_on_the_joint_batch(tmp_path):
         run_in_processes(_train, processes, folder)
         gradients.append(torch.load(folder / "gradients.pt", weights_only=True))
     one, two = gradients
-    assert one.keys() == set(finetuned_names(make_tiny_var()))
+    assert one.keys() == set(VARFamily().finetuned_names(make_tiny_var()))
     for name, gradient in one.items():
         torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=1e-4, msg=name)

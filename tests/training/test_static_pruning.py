@@ -51,7 +51,7 @@ def test_fixed_experts_are_pruning_to_the_same_units_for_every_token(tiny_var):
     units = baselines.wanda_units(tiny_var, 0.75)
     fix_experts(tiny_var, units)
     for block, kept in zip(tiny_var.blocks, units, strict=True):
-        assert set(block.actvar.places[:384].tolist()) == set(kept.tolist())
+        assert set(block.actvar.hidden_order[:384].tolist()) == set(kept.tolist())
     with actvar.record(tiny_var) as records:
         sample(tiny_var)
     masks = torch.cat([r.mask.flatten(0, -2) for r in records])
@@ -78,7 +78,7 @@ def test_fixed_experts_of_several_rates_hold_the_units_worth_most_first(tiny_var
     assert all(mask[:, : int(mask[0].sum())].all() for mask in on), "the first experts are on"
     for block, of_block, counts in zip(tiny_var.blocks, units, ((2, 6), (4, 1)), strict=True):
         for count in counts:
-            assert set(block.actvar.places[: count * 64].tolist()) == set(of_block[: count * 64].tolist())
+            assert set(block.actvar.hidden_order[: count * 64].tolist()) == set(of_block[: count * 64].tolist())
 
 
 def test_trained_static_pruning_is_the_patched_model_on_smaller_matrices(tiny_var, static_adapter):

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from actvar.distill.losses import expert_distances, router_target
-from actvar.families import var as family
+from actvar.families import blocks_of, family_of
 from actvar.patching.patch import unpatched
 from actvar.sampling.request import Sampling
-from actvar.sparse.state import record, shared_state
+from actvar.sparse.state import patch_state, record
 from actvar.utils.pictures import save_figure, save_table
 from actvar.zoo import load_pretrained
 from actvar.zoo.fashion_mnist.data import CLASSES
@@ -49,18 +49,19 @@ def figure5(folder: Path, adapter: str = "paper", per_class: int = 8) -> list[Pa
         for (block, label, expert), share in np.ndenumerate(of_step)
     ]
     columns = ("chosen_by", "step", "block", "class", "expert", "share")
-    figure = _drawn(by_model, by_router, var.patch_nums)
+    figure = _drawn(by_model, by_router, tuple(height for height, _ in family_of(var).maps(var)))
     return [save_figure(figure, folder / "figure5.png"), save_table(folder / "figure5.csv", columns, rows)]
 
 
 @torch.no_grad()
 def wanted_by_model(var: nn.Module, sampling: Sampling) -> Shares:
     """What the weights of a patched model want, in its order of hidden units, while it samples unpatched."""
-    shared, images = shared_state(var), len(sampling.labels)
-    weights = [[tensor.clone() for tensor in family.ffn_weights(block)[:3]] for block in var.blocks]
+    shared, images = patch_state(var), len(sampling.labels)
+    family = family_of(var)
+    weights = [[tensor.clone() for tensor in family.ffn_weights(block)[:3]] for block in blocks_of(var)]
     with unpatched(var), _ffn_inputs(var) as inputs:
         sampling.run(var)
-    shares = _nothing(var, sampling, range(len(var.patch_nums)))
+    shares = _nothing(var, sampling, range(len(family.maps(var))))
     for block, of_block in enumerate(inputs):
         active = shared.schedules[block][-1].experts
         for step, u in enumerate(of_block):
@@ -85,12 +86,13 @@ def chosen_by_router(var: nn.Module, sampling: Sampling) -> Shares:
 @contextmanager
 def _ffn_inputs(var: nn.Module) -> Iterator[list[list[torch.Tensor]]]:
     """Collect the inputs `[R, L, C]` of every FFN of an unpatched model: for each block, one per step."""
-    inputs: list[list[torch.Tensor]] = [[] for _ in var.blocks]
+    layers = [family_of(var).ffn_module(block) for block in blocks_of(var)]
+    inputs: list[list[torch.Tensor]] = [[] for _ in layers]
 
     def keep(block: int, _ffn: nn.Module, arguments: tuple[torch.Tensor]) -> None:
         inputs[block].append(arguments[0])
 
-    handles = [block.ffn.register_forward_pre_hook(partial(keep, number)) for number, block in enumerate(var.blocks)]
+    handles = [ffn.register_forward_pre_hook(partial(keep, number)) for number, ffn in enumerate(layers)]
     try:
         yield inputs
     finally:
@@ -99,7 +101,7 @@ def _ffn_inputs(var: nn.Module) -> Iterator[list[list[torch.Tensor]]]:
 
 
 def _nothing(var: nn.Module, sampling: Sampling, steps: range | list[int]) -> Shares:
-    shape = len(var.blocks), len(set(sampling.labels)), shared_state(var).config.num_experts
+    shape = len(blocks_of(var)), len(set(sampling.labels)), patch_state(var).config.num_experts
     return {step: np.full(shape, np.nan) for step in steps}
 
 

@@ -11,12 +11,13 @@ from torch import nn
 from tqdm import tqdm
 
 from actvar.config import ActVARConfig
+from actvar.families import blocks_of, family_of
 from actvar.flops import StepFlops, model_flops
 from actvar.models.arguments import checked_integer
 from actvar.patching.patch import patched_silently
 from actvar.reports.compare import all_ways
 from actvar.sampling.request import Sampling
-from actvar.sampling.timing import after_each_scale, interleaved_seconds, step_seconds
+from actvar.sampling.timing import interleaved_seconds, step_seconds
 from actvar.sparse.state import BlockRecord, record
 
 
@@ -61,13 +62,14 @@ def inspect_sample(
         runs = interleaved_seconds(ways, repeats, "timing steps")
     seconds = {name: [statistics.median(step) for step in zip(*of_way, strict=True)] for name, of_way in runs.items()}
     of_image = [of_block.only([0]) for of_block in records]
-    return Inspection(sampling, config, tuple(var.patch_nums), len(var.blocks), images, of_image, flops, seconds)
+    sides = tuple(height for height, _ in family_of(var).maps(var))
+    return Inspection(sampling, config, sides, len(blocks_of(var)), images, of_image, flops, seconds)
 
 
 @torch.no_grad()
 def _images_by_scale(var: nn.Module, sampling: Sampling) -> torch.Tensor:
     features: list[torch.Tensor] = []
-    with after_each_scale(var, lambda of_scale: features.append(of_scale.clone())):
+    with family_of(var).watch_scales(var, lambda _scale, _tokens, image: features.append(image.clone())):
         sampling.run(var)
     steps = tqdm(features, desc="decoding steps", leave=False)
     return torch.cat([var.decode(of_scale).add(1).mul(0.5).float().cpu() for of_scale in steps])

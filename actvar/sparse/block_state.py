@@ -6,10 +6,10 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from actvar.families import var as family
-from actvar.sparse.block_cache import Kept
+from actvar.families.base import Called, Family
+from actvar.sparse.block_cache import BlockCache
 from actvar.utils.modes import inference_mode
 from actvar_kernels.cpu_backend.packing import drop
 
@@ -33,16 +33,25 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs, device=device, dtype=torch.float32), requires_grad=False)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """Adapter tensors are saved apart, by `save_adapter`."""
+        """Write nothing: adapter tensors are saved apart, by `save_adapter`."""
 
     def _load_from_state_dict(self, *_args):
-        """Adapter tensors are loaded apart, by `load_adapter`."""
+        """Read nothing: adapter tensors are loaded apart, by `load_adapter`."""
 
 
-class Gates(nn.Module):
-    """Selector and router of one block, with the schedule they work by and the state shared with the other blocks.
+class BlockState(nn.Module):
+    """Selector and router of one block, its schedule, and the state shared with the other blocks.
 
-    `places` `[D]` int64 on the CPU is the order in which the FFN's hidden units lie: `update` changes it with them.
+    Args:
+        width: channels C of a token.
+        hidden: hidden units D of the FFN.
+        num_experts: outputs of the router.
+        block_index: number of the block.
+        shared: the `PatchState` of the model.
+        device: of the gates.
+
+    `hidden_order` `[D]` int64 on the CPU is the order in which the FFN's hidden units lie; `set_order_and_gates`
+    changes it with them.
     """
 
     @inference_mode(False)  # for a patch that is put on in inference mode and trained or loaded into outside
@@ -53,38 +62,46 @@ class Gates(nn.Module):
         self.block_index = block_index
         self.schedule = shared.schedules[block_index]
         self.shared = shared
-        self.kept = Kept()
-        self.places = torch.arange(hidden, device="cpu")
+        self.cache = BlockCache()
+        self.hidden_order = torch.arange(hidden, device="cpu")
 
     @property
-    def called(self) -> Mapping[str, str]:
-        """Parts of the block that are called instead of read, and why; see `families.var.parts_called`."""
+    def family(self) -> Family:
+        """Return the model family of the block."""
+        return self.shared.family
+
+    @property
+    def called(self) -> Mapping[str, Called]:
+        """Return the parts of the block that are called instead of read, see `Family.parts_called`."""
         return self.shared.called[self.block_index]
 
     @property
-    def order(self) -> torch.Tensor | None:
-        """`places`, or None where every hidden unit is in its own."""
-        return None if torch.equal(self.places, self.places.sort().values) else self.places
+    def changed_order(self) -> Tensor | None:
+        """Return `hidden_order`, or None where every hidden unit is in its own place."""
+        return None if torch.equal(self.hidden_order, self.hidden_order.sort().values) else self.hidden_order
 
 
 @inference_mode(True)  # in which weights that were made in it may be changed, as all others may
-def update(
-    block: nn.Module, order: torch.Tensor | None, values: Mapping[nn.Parameter, torch.Tensor] | None = None
+def set_order_and_gates(
+    block: nn.Module, order: Tensor | None, values: Mapping[nn.Parameter, Tensor] | None = None
 ) -> None:
-    """Bring the hidden units of a patched block into `order` `[D]`, counted from the original one, None: into that; and
-    give its gates new `values`.
+    """Bring the hidden units of a patched block into an order, and give its gates new values.
 
-    All that changes does so in one call into torch, for which Ctrl-C waits: an interruption finds the block as it was
-    or as it shall be, and `places` says which.
+    All that changes does so in one call into torch, for which Ctrl-C waits. An interruption finds the block either
+    unchanged or changed wholly, and `hidden_order` says which.
+
+    Args:
+        order: `[D]` int64, counted from the original order; None for the original order.
+        values: new values by parameter of the gates.
 
     Raises:
         TypeError: the FFN's layers are wrapped or quantised, so that their hidden units cannot be reordered.
     """
-    places = block.actvar.places
-    order = places.sort().values if order is None else order.to("cpu", torch.int64)
-    changes = {places: order, **(values or {})}
-    if not torch.equal(order, places):
-        moved = family.reordered_hidden(block, places.argsort()[order])
+    before = block.actvar.hidden_order
+    order = before.sort().values if order is None else order.to("cpu", torch.int64)
+    changes = {before: order, **(values or {})}
+    if not torch.equal(order, before):
+        moved = block.actvar.family.reordered_hidden(block, before.argsort()[order])
         drop(moved)
         changes |= moved
     torch._foreach_copy_(list(changes), list(changes.values()))
@@ -93,6 +110,6 @@ def update(
 def restore_order(block: nn.Module) -> None:
     """Bring the hidden units of a patched block into their original order, or log that their layers do not allow it."""
     try:
-        update(block, None)
+        set_order_and_gates(block, None)
     except TypeError as error:
         logger.warning("%s; they stay in the order of the experts, in which the FFN computes the same sum", error)

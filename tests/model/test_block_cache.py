@@ -10,8 +10,8 @@ import torch
 from support.helpers import sample
 
 from actvar import ActVARConfig, apply_patch, release_cache
-from actvar.families import var as family
-from actvar.sparse.block_cache import PerSample, continued, keep
+from actvar.families.var import VARFamily
+from actvar.sparse.block_cache import SampleState
 
 SPARSE = ActVARConfig(token_rates=(0.75, 0.75), ffn_rate=0.5, num_experts=8)
 
@@ -47,59 +47,59 @@ def test_tokens_and_images_are_those_without_anything_kept(tiny_var, monkeypatch
 def test_adaln_is_computed_once_per_sample(tiny_var, monkeypatch):
     apply_patch(tiny_var, SPARSE)
     calls = []
-    original = family.modulation
-    monkeypatch.setattr(family, "modulation", lambda *args: calls.append(1) or original(*args))
+    original = VARFamily.modulation
+    monkeypatch.setattr(VARFamily, "modulation", lambda *args: calls.append(1) or original(*args))
     sample(tiny_var)
     assert len(calls) == len(tiny_var.blocks)
 
 
 def test_the_next_scale_goes_on_only_with_the_same_condition_and_cache(block):
     cond = sampled_up_to_the_last_scale(block)
-    state = block.actvar.kept.state
+    state = block.actvar.cache.state
     with torch.no_grad():
-        assert continued(block, cond) is state
-        assert continued(block, cond.clone()) is not state
+        assert block.actvar.cache.continued(block, cond) is state
+        assert block.actvar.cache.continued(block, cond.clone()) is not state
         block.attn.cached_k = block.attn.cached_k.clone()
-        assert continued(block, cond) is not state
-    assert continued(block, cond) is not state, "with gradients nothing is kept"
+        assert block.actvar.cache.continued(block, cond) is not state
+    assert block.actvar.cache.continued(block, cond) is not state, "with gradients nothing is kept"
 
 
 def test_weights_changed_between_two_samples_count(block):
     cond = sampled_up_to_the_last_scale(block)
-    old = block.actvar.kept.state
+    old = block.actvar.cache.state
     with torch.no_grad():
         block.attn.q_bias.add_(1)
         block.attn.kv_caching(True)
-        assert not torch.equal(continued(block, cond).qkv_bias, old.qkv_bias)
+        assert not torch.equal(block.actvar.cache.continued(block, cond).qkv_bias, old.qkv_bias)
 
 
 def test_nothing_is_kept_after_the_last_scale(tiny_var):
     apply_patch(tiny_var, SPARSE)
     sample(tiny_var)
-    assert all(block.actvar.kept.state is None and block.actvar.kept.cache is None for block in tiny_var.blocks)
+    assert all(block.actvar.cache.state is None and block.actvar.cache.key is None for block in tiny_var.blocks)
 
 
 def test_copies_and_pickles_keep_nothing(block):
     sampled_up_to_the_last_scale(block)
-    assert block.actvar.kept.state is not None
-    for other in (copy.deepcopy(block.actvar.kept), pickle.loads(pickle.dumps(block.actvar.kept))):
+    assert block.actvar.cache.state is not None
+    for other in (copy.deepcopy(block.actvar.cache), pickle.loads(pickle.dumps(block.actvar.cache))):
         assert other.state is None
-        assert other.cache is None
+        assert other.key is None
 
 
 def test_the_room_begins_with_the_cache_and_is_made_once(block):
-    state = PerSample(block, torch.randn(2, 128))
+    state = SampleState(block, torch.randn(2, 128))
     past = (torch.randn(2, 2, 5, 64), torch.randn(2, 2, 5, 64))
-    kept = block.actvar.kept
-    keys, values = state.room_after(past, torch.randn(2, 2, 7, 64), capacity=12, kept=kept)
+    kept = block.actvar.cache
+    keys, values = state.kv_buffer_after(past, torch.randn(2, 2, 7, 64), capacity=12, cache=kept)
     assert keys.shape == values.shape == (2, 2, 12, 64)
     assert torch.equal(keys[:, :, :5], past[0])
     assert torch.equal(values[:, :, :5], past[1])
-    assert state.room_after(None, torch.randn(2, 2, 1, 64), capacity=12, kept=kept)[0] is keys
+    assert state.kv_buffer_after(None, torch.randn(2, 2, 1, 64), capacity=12, cache=kept)[0] is keys
 
 
 def rooms(var) -> list[int]:
-    return [block.actvar.kept.room[0].data_ptr() for block in var.blocks]
+    return [block.actvar.cache.kv_buffer[0].data_ptr() for block in var.blocks]
 
 
 def test_the_next_sample_of_the_same_size_uses_the_same_room_until_it_is_released(tiny_var):
@@ -107,12 +107,12 @@ def test_the_next_sample_of_the_same_size_uses_the_same_room_until_it_is_release
     images = sample(tiny_var)
     first = rooms(tiny_var)
     for block in tiny_var.blocks:
-        for part in block.actvar.kept.room:
+        for part in block.actvar.cache.kv_buffer:
             part.fill_(torch.nan)  # nothing of the last sample may be read
     assert torch.equal(sample(tiny_var), images)
     assert rooms(tiny_var) == first
     release_cache(tiny_var)
-    assert all(block.actvar.kept.room is None for block in tiny_var.blocks)
+    assert all(block.actvar.cache.kv_buffer is None for block in tiny_var.blocks)
     assert torch.equal(sample(tiny_var), images)
 
 
@@ -132,7 +132,7 @@ def test_a_loop_of_the_users_own_leaves_no_room_behind(block):
     cond = sampled_up_to_the_last_scale(block)
     with torch.no_grad():
         block(torch.randn(2, 25, 128), cond, None)
-    assert block.actvar.kept.room is None
+    assert block.actvar.cache.kv_buffer is None
 
 
 def test_only_patched_models_have_a_cache_to_release(tiny_var):
@@ -143,5 +143,5 @@ def test_only_patched_models_have_a_cache_to_release(tiny_var):
 def test_keeping_outside_sampling_keeps_nothing(block):
     scale = block.actvar.schedule[-2]
     with torch.no_grad():
-        keep(block, PerSample(block, torch.randn(2, 128)), scale)
-    assert block.actvar.kept.state is None
+        block.actvar.cache.keep(block, SampleState(block, torch.randn(2, 128)), scale)
+    assert block.actvar.cache.state is None

@@ -11,7 +11,7 @@ from support.helpers import sample
 from torch import nn
 
 from actvar import ActVARConfig, AdapterError, apply_patch, load_adapter, patched, remove_patch, save_adapter
-from actvar.families.var import finetuned_names
+from actvar.families.var import VARFamily
 from actvar.patching.adapter import describe_adapter, gate_parameters
 from actvar.patching.patch import unpatched
 from actvar.patching.weight_override import replace_parameters, restore_parameters, tuned_parameters
@@ -45,7 +45,7 @@ def assert_equal_state(left, right):
 
 def test_names_of_what_stage_two_trains(make_var):
     for var in (make_var(), make_var(shared_aln=True)):
-        names = set(finetuned_names(var))
+        names = set(VARFamily().finetuned_names(var))
         frozen = {name for name, _ in var.named_parameters()} - names
         assert {"head.weight", "head.bias", "blocks.1.attn.scale_mul_1H11", "blocks.0.attn.proj.bias"} <= names
         assert {n for n in names if "ada" in n or "emb" in n or "pos" in n} == set()

@@ -1,0 +1,129 @@
+"""The mixin of a patched VAR: its sampling loop, its head, how it draws tokens and how it decodes images."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from actvar.families.var_layers import linear_called, module_called
+from actvar.models.arguments import checked_labels, one_thread
+from actvar.models.sampling import sample_guided
+from actvar.models.var import VAR, HeadNorm
+from actvar.utils.plain_layers import why_called
+from actvar.utils.wrappers import unwrapped
+from actvar_kernels import cpp_runs, linear, normalize_modulate, sample_tokens, triton_runs
+
+if TYPE_CHECKING:
+    from actvar.families.base import PatchedState
+
+
+class PatchedVAR(nn.Module):
+    """Mixed into the class of a patched VAR, in front of it; `self.actvar` is the state of the patch."""
+
+    actvar: PatchedState
+
+    def forward(self, label_B, x_BLCv_wo_first_l, *args, **kwargs):
+        """Run teacher forcing as the model itself does.
+
+        Raises:
+            ValueError: the blocks are not those that were patched.
+        """
+        self.actvar.begin_pass(self)
+        try:
+            return super().forward(label_B, x_BLCv_wo_first_l, *args, **kwargs)
+        finally:
+            self.actvar.end_pass()
+
+    def autoregressive_infer_cfg(self, B, label_B, *args, **kwargs):
+        """Sample as the model itself does, with the labels and errors of `actvar.models.VAR.autoregressive_infer_cfg`.
+
+        When it ends, also by an exception, the K/V caches are empty.
+
+        Raises:
+            ValueError: the blocks are not those that were patched.
+        """
+        self.actvar.expect_own_blocks(self)
+        loop_is_ours = _unpatched_class(self).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg
+        if not loop_is_ours:
+            label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
+        # a sampling loop of another make, or a hook, may still need a block's input when the block has run
+        layers = (*self.blocks, *map(unwrapped, self.blocks))
+        watched = any(block._forward_hooks or block._forward_pre_hooks for block in layers)
+        with one_thread(self), self.actvar.sampling(self, in_place=loop_is_ours and not watched):
+            return super().autoregressive_infer_cfg(B, label_B, *args, **kwargs)
+
+    def decode(self, f_hat):
+        """Decode as `actvar.models.VAR.decode` does, in the precision of the configuration."""
+        dtype = self.actvar.config.decoder_dtype
+        with torch.autocast(f_hat.device.type, getattr(torch, dtype)) if dtype else nullcontext():
+            images = super().decode(f_hat)
+        return images.float() if dtype else images
+
+    def get_logits(self, x, cond_BD):
+        """Return the model's own logits, by kernels where these run."""
+        self.actvar.begin_head(self, x.shape[1])
+        logits = self.kernel_logits(x, cond_BD)
+        if logits is None:
+            return super().get_logits(x, cond_BD)
+        ours = self.actvar.rows_are_guided and isinstance(self, VAR)
+        return logits if ours else logits.float()
+
+    def kernel_logits(self, x: Tensor, cond: Tensor, guidance: float | None = None) -> Tensor | None:
+        """Return logits by kernels in the head's dtype, or None where the model has to compute them itself.
+
+        The head is linear, so guidance may act on the norm before it; on Triton alone. There the norm is one launch
+        where neither autocast nor the head's dtype has a say in its dtype.
+
+        Args:
+            x: output of the last block, `[R, L, C]`.
+            cond: embedded classes `[R, C]`.
+            guidance: strength; the logits are then those after guidance, `[R / 2, L, V]`, otherwise `[R, L, V]`.
+        """
+        if linear_called(self.head) is not None:
+            return None
+        if cpp_runs(x) and guidance is None:
+            h = self.head_nm(x.float(), cond)
+            h = h if torch.is_autocast_enabled("cpu") else h.to(self.head.weight.dtype)
+            return linear(h, self.head.weight, self.head.bias)
+        if not triton_runs(x) or x.dtype != self.head.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        norm = self.head_nm
+        if module_called(norm, HeadNorm, {"ada_lin", "ln_wo_grad"}) or why_called(norm.ln_wo_grad, nn.LayerNorm):
+            return None
+        scale, shift = norm.ada_lin(cond).unsqueeze(1).chunk(2, dim=-1)
+        return self.head(normalize_modulate(x, scale, shift, guidance))
+
+    def next_tokens(self, scale, inputs, condition, guidance, *sampling):
+        """Return tokens as `actvar.models.VAR.next_tokens` does; kernels apply guidance before the head."""
+        if self.actvar.config.sampler == "torch":
+            return super().next_tokens(scale, inputs, condition, guidance, *sampling)
+        x = self.run_blocks(scale, inputs, condition)
+        logits = self.kernel_logits(x, condition.embedded, guidance)
+        if logits is None:
+            return self.draw(self.get_logits(x, condition.embedded), guidance, *sampling, scale)
+        return self.draw(logits, None, *sampling, scale)
+
+    def draw(self, logits, guidance, top_k, top_p, rng, scale):
+        """Draw tokens as `actvar.models.VAR.draw` does, by the sampler of the configuration."""
+        if self.actvar.config.sampler == "torch":
+            if getattr(_unpatched_class(self), "draw", None) is VAR.draw:
+                return sample_guided(logits, guidance, top_k, top_p, rng)
+            return super().draw(logits, guidance, top_k, top_p, rng, scale)
+
+        def drawn(logits, seed):
+            return sample_tokens(logits, guidance, top_k, top_p, seed=seed, step=scale)
+
+        if rng is None:
+            seed = self.actvar.seed
+            return drawn(logits, torch.randint(2**62, (1,), device=logits.device) if seed is None else seed)
+        if isinstance(rng, torch.Generator):
+            return drawn(logits, rng.initial_seed())
+        B = len(rng)
+        return torch.cat([drawn(logits[b::B], generator.initial_seed()) for b, generator in enumerate(rng)])
+
+
+def _unpatched_class(model: nn.Module) -> type:
+    return getattr(type(model), "original_class", type(model))

@@ -1,0 +1,39 @@
+"""The record of what a block chose at one scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from actvar.families.base import BlockCall
+from actvar.sparse.schedule import Scale
+
+
+@dataclass
+class BlockRecord:
+    """What one block chose at one active scale.
+
+    Args:
+        block: number of the block.
+        index: tokens within the scale, `[R, K]` int64, or None without selection.
+        scores: of the selector, `[R, L]`, or None without selection.
+        u: the FFN's input, `[R, K, C]`.
+        mask: experts that ran, `[R, K, N]` bool, or None without experts.
+        logits: of the router, `[R, K, N]`, or None without experts.
+        call: arguments of the block under teacher forcing, with all scales; None in sampling.
+    """
+
+    block: int
+    scale: Scale
+    index: Tensor | None
+    scores: Tensor | None
+    u: Tensor
+    mask: Tensor | None
+    logits: Tensor | None
+    call: BlockCall | None = None
+
+    def only(self, rows: list[int]) -> BlockRecord:
+        """Return the same record of some rows, without the call."""
+        tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors, call=None)
