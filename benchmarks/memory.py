@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from actvar.config import ActVARConfig
-from actvar.flops import DENSE, without_weights
+from actvar.config import DENSE, ActVARConfig
+from actvar.flops import without_weights
 from actvar.models.vqvae import Conv3x3
 from actvar.sparse.schedule import build_schedule
 from actvar_kernels import cpp_runs

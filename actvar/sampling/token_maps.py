@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from actvar.config import DENSE
 from actvar.models.vqvae import without_decoder
-from actvar.patching.patch import DENSE, patched_silently
+from actvar.patching.patch import patched_silently
 
 
 @torch.no_grad()

@@ -127,8 +127,8 @@ def block_at_scale(
             x, index, update, gamma1, scale2, shift2, router.weight, router.bias, scale.experts, deferred
         )
         weights = family.ffn_weights(block)
-        schedule = shared.config.expert_schedule
-        x = expert_ffn_scatter(rest, index, rows, u, mask, scale.experts, *weights, gamma2, schedule)
+        execution = shared.execution.expert_execution
+        x = expert_ffn_scatter(rest, index, rows, u, mask, scale.experts, *weights, gamma2, execution)
     else:
         rows, u = add_normalize(x, index, update, gamma1, scale2, shift2)
         update = family.dense_ffn(block, u, shared.config.num_experts)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from actvar.config import ActVARConfig
+from actvar.execution import Execution
 from actvar.families import unwrapped
 from actvar.sparse.passes import Pass, Passes
 from actvar.sparse.schedule import Scale
@@ -42,9 +43,10 @@ class BlockRecord:
 
 @dataclass
 class Shared:
-    """One per patched model: configuration, the schedule of every block, and what holds during a call.
+    """Hold what the blocks of a patched model share: configuration, schedules, and what holds during a call.
 
-    `schedule` is that of the first block, except that a scale is selected or routed where it is in any block.
+    `config` says what is computed, `execution` how it is run. `schedule` is that of the first block, except that a
+    scale is selected or routed where it is in any block.
     `rows_are_guided`: conditional rows, then as many unconditional ones; `reuses_room`: the K/V cache may stay in the
     memory that the last sample left; `writes_in_place`: a block may write its result into its input; `seed` `[1]`
     int64: of the fast sampler, for samples without a seed of their own; `passes`: those of which tensors are alive;
@@ -54,6 +56,7 @@ class Shared:
 
     config: ActVARConfig
     schedules: tuple[tuple[Scale, ...], ...]
+    execution: Execution = field(default_factory=Execution)
     rows_are_guided: bool = False
     reuses_room: bool = False
     writes_in_place: bool = False
