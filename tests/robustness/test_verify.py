@@ -12,6 +12,7 @@ import torch
 from support.helpers import make_tiny_var
 
 import actvar.families.var
+import actvar.models.fused_vae
 import actvar.patching.patch
 import actvar.sparse.block
 import actvar.sparse.selection
@@ -194,7 +195,7 @@ def break_backend(monkeypatch) -> Callable[[str, Callable], Callable]:
         place: list[int] = []
         monkeypatch.setattr(backend, "triton_installed", lambda: True)
         monkeypatch.setattr(backend, "interpreted", lambda: True)
-        monkeypatch.setattr(actvar.models.vqvae, "_kernels_run", lambda *_: False)
+        monkeypatch.setattr(actvar.models.fused_vae, "kernels_run", lambda *_: False)
 
         def as_triton(operation: Callable) -> Callable:
             @functools.wraps(operation)
