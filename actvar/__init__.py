@@ -1,6 +1,7 @@
 """ActVAR: dynamic activation of weights and tokens for pretrained VAR image generators."""
 
 from actvar.config import ActVARConfig
+from actvar.execution import Execution
 from actvar.models.checkpoint import CheckpointError, load_var
 from actvar.patching.adapter import AdapterError, read_adapter_config, save_adapter
 from actvar.patching.patch import accelerate, apply_patch, load_adapter, patched, refresh, release_cache, remove_patch
@@ -14,6 +15,7 @@ __all__ = [
     "ActVARConfig",
     "AdapterError",
     "CheckpointError",
+    "Execution",
     "GraphedSampling",
     "accelerate",
     "apply_patch",

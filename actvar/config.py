@@ -1,4 +1,4 @@
-"""What is sparse, where and how much."""
+"""Which scales are sparse, and how much."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
+from actvar.execution import expect_no_execution
+from actvar.utils.fields import check_choice, check_names, json_object
 from actvar_kernels.checks import as_integer, as_items, as_number
-from actvar_kernels.expert_ffn.op import SCHEDULES
 
 KV_MODES = ("compact", "all")
-SAMPLERS = ("torch", "fast")
 MOST_EXPERTS = 2**20
-DECODER_DTYPES = (None, "bfloat16", "float16")
-# How to compute, not what: an adapter is as good with other values than it was trained with.
-EXECUTION_FIELDS = ("expert_schedule", "sampler", "decoder_dtype")
 
 
 Rate = float | tuple[float, ...]
-"""Of one scale: for all blocks, or one per block."""
+"""A rate at one scale: one number for all blocks, or a tuple with one per block."""
 
 
 def share_of(rate: float, count: int) -> int:
-    """`floor(rate * count + 0.5)`, at least 1."""
+    """Return `floor(rate * count + 0.5)`, at least 1."""
     return max(1, math.floor(float(rate) * count + 0.5))
 
 
 @dataclass(frozen=True)
 class ActVARConfig:
-    """Rates and variants of ActVAR; the default is the paper's (0.75, 0.75; 0.75).
+    """Say what is computed: rates and variants of ActVAR. The default is the paper's (0.75, 0.75; 0.75).
+
+    Adapters hold it. `actvar.Execution` says how the model is run.
 
     Args:
         scales: numbers of the active scales, negative ones from the end.
@@ -45,18 +44,12 @@ class ActVARConfig:
         fixed_tokens: the first block chooses the tokens that all blocks update, as fixed token pruning does (the rival
             in the paper's Table 4); token rates are then those of all blocks.
         always_sparse: run every sparse operation even where a rate is 1, where they change nothing (for checks).
-        expert_schedule: how the Triton backend runs the experts, see `actvar_kernels.expert_ffn_scatter`; only `"snap"`
-            changes results, on every backend.
-        sampler: `"torch"` draws tokens as the public code does, `"fast"` in one kernel and from another random stream
-            (`actvar_kernels.sample_tokens`); for `actvar.models.VAR` only.
-        decoder_dtype: `"bfloat16"` or `"float16"` decodes images under autocast to it, which changes them slightly;
-            None leaves the autoencoder as it is. For `actvar.models.VAR` only.
 
     Numbers of any kind become Python's own: numpy's, and arrays and tensors without dimensions. Arrays and tensors with
     dimensions, and lists, become tuples.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: a field that is wrong, or one of `actvar.Execution`.
     """
 
     scales: tuple[int, ...] = (-2, -1)
@@ -67,9 +60,10 @@ class ActVARConfig:
     share_cfg_selection: bool = False
     fixed_tokens: bool = False
     always_sparse: bool = False
-    expert_schedule: str = "auto"
-    sampler: str = "torch"
-    decoder_dtype: str | None = None
+
+    def __new__(cls, *args, **named):
+        expect_no_execution(named)
+        return super().__new__(cls)
 
     def __post_init__(self):
         converted = {
@@ -93,54 +87,42 @@ class ActVARConfig:
             raise ValueError(f"token_rates, ffn_rate: expected rates for equally many blocks, got {sorted(counts)}")
         if not 1 <= self.num_experts <= MOST_EXPERTS:
             raise ValueError(f"num_experts: expected between 1 and {MOST_EXPERTS}, got {self.num_experts}")
-        for name, choices in (
-            ("kv", KV_MODES),
-            ("expert_schedule", SCHEDULES),
-            ("sampler", SAMPLERS),
-            ("decoder_dtype", DECODER_DTYPES),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, str | None):
-                raise TypeError(f"{name}: expected one of {choices}, got {value!r}")
-            if value not in choices:
-                raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+        check_choice("kv", self.kv, KV_MODES)
         if self.fixed_tokens and any(isinstance(rate, tuple) for rate in self.token_rates):
             raise ValueError(f"token_rates: expected those of all blocks, with fixed_tokens, got {self.token_rates}")
 
     @property
     def ffn_rates(self) -> tuple[Rate, ...]:
-        """FFN rate of each active scale."""
+        """Return the FFN rate of each active scale."""
         return self.ffn_rate if isinstance(self.ffn_rate, tuple) else (self.ffn_rate,) * len(self.scales)
 
     @property
     def num_blocks(self) -> int | None:
-        """Blocks that rates are given for, or None where every rate holds for all."""
+        """Return the number of blocks that rates are given for, or None where every rate holds for all."""
         counts = {len(rate) for rate in (*self.token_rates, *self.ffn_rates) if isinstance(rate, tuple)}
         return counts.pop() if counts else None
 
     @property
     def is_sparse(self) -> bool:
-        """Whether any rate is below 1."""
+        """Return whether any rate is below 1."""
         rates = (*self.token_rates, *self.ffn_rates)
         return any(min(rate) < 1 if isinstance(rate, tuple) else rate < 1 for rate in rates)
 
     def to_json(self) -> str:
+        """Return all fields as a JSON object."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> ActVARConfig:
-        """The inverse of `to_json`.
+        """Return the configuration that `to_json` wrote as `text`.
 
         Raises:
-            TypeError, ValueError: not a JSON object, one with unknown fields, or a field that is wrong.
+            TypeError, ValueError: not a JSON object, one with unknown fields or those of `actvar.Execution`, or a field
+                that is wrong.
         """
-        try:
-            values = json.loads(text)
-        except RecursionError as error:
-            raise ValueError("expected a JSON object, got one that is nested too deeply") from error
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or not values.keys() <= known:
-            raise ValueError(f"expected a JSON object with fields among {sorted(known)}, got {text[:200]!r}")
+        values = json_object(text)
+        expect_no_execution(values)
+        check_names(values, {field.name for field in fields(cls)})
         return cls(**values)
 
 
@@ -161,3 +143,7 @@ def _tuple_of(name: str, values: object, of_item: Callable) -> tuple:
     if not items:
         raise TypeError(f"{name}: expected a non-empty tuple, got {values!r:.100}")
     return tuple(of_item(name, item) for item in items)
+
+
+DENSE = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=1.0)
+"""Rates of 1: what the dense model computes."""

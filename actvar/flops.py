@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-from actvar.config import ActVARConfig
+from actvar.config import DENSE, ActVARConfig
 from actvar.families import family_of
 from actvar.models.arguments import checked_integer
 from actvar.models.vqvae import without_decoder
@@ -22,8 +22,6 @@ from actvar.sparse.schedule import Scale, build_schedule
 from actvar.sparse.state import is_patched
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels.backend import using_backend
-
-DENSE = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=1.0)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ import actvar
 from actvar import ActVARConfig
 from actvar.calibrate import calibrate
 from actvar.calibrate.rates import blocks_flops
+from actvar.config import DENSE
 from actvar.evaluate.divergence import divergence_by_scale
 from actvar.families import family_of
-from actvar.patching.patch import DENSE, patch_silently
+from actvar.patching.patch import patch_silently
 from actvar.sparse.schedule import build_schedule
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER, load_split
 from actvar.zoo.pretrained import adapter_path

@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from actvar import ActVARConfig, GraphedSampling
+from actvar import ActVARConfig, Execution, GraphedSampling
+from actvar.config import DENSE
 from actvar.models.public_code import public_classes, public_twin
 from actvar.patching.patch import patched_silently
 from benchmarks.sampling import autocast, model
 
-ACTVAR = ActVARConfig(sampler="fast", decoder_dtype="bfloat16")
-CONFIGS = {
-    "dense": replace(ACTVAR, token_rates=(1, 1), ffn_rate=1),
-    "ActVAR": ACTVAR,
-    "ActVAR dense schedule": replace(ACTVAR, expert_schedule="dense"),
-    "ActVAR snap": replace(ACTVAR, expert_schedule="snap"),
+EXECUTION = Execution(sampler="fast", decoder_dtype="bfloat16")
+PATCHES = {
+    "dense": (DENSE, EXECUTION),
+    "ActVAR": (ActVARConfig(), EXECUTION),
+    "ActVAR dense schedule": (ActVARConfig(), replace(EXECUTION, expert_execution="dense")),
 }
 SAMPLING = dict(cfg=1.5, top_k=900, top_p=0.96)
 QUANTILES = [0.2, 0.5, 0.8]
@@ -50,8 +50,8 @@ def model_times(name: str, batch: int, public_folder: Path | None) -> list[dict]
             row("public code", sample_eager_ms=eager(public))
         del public
     var.to(torch.bfloat16)
-    for way, config in CONFIGS.items():
-        with patched_silently(var, config, None):
+    for way, (config, execution) in PATCHES.items():
+        with patched_silently(var, config, None, execution):
             of_eager = eager(var)
             with recorded_blocks(var) as events:
                 sample = GraphedSampling(var, **SAMPLING)

@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from actvar.config import ActVARConfig
+from actvar.config import DENSE, ActVARConfig
 from actvar.families import family_of
-from actvar.flops import DENSE, without_weights
-from actvar.models.vqvae import Conv3x3
+from actvar.flops import without_weights
+from actvar.models.basic_vae import Conv3x3
 from actvar.sparse.schedule import build_schedule
 from actvar_kernels import cpp_runs
 from actvar_kernels.conv3x3.cpu_kernel import tile_outputs

@@ -28,10 +28,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from actvar import ActVARConfig, load_pretrained
+from actvar import ActVARConfig, Execution, load_pretrained
+from actvar.config import DENSE
 from actvar.models import build_vae_var
 from actvar.models.public_code import public_classes, public_twin
-from actvar.patching.patch import DENSE, patched_silently
+from actvar.patching.patch import patched_silently
 from actvar.sampling.request import Sampling
 from actvar.sampling.timing import block_seconds
 from actvar.zoo.pretrained import adapter_path
@@ -129,8 +130,9 @@ def ways(var: nn.Module, adapter: Path | None, dtype: torch.dtype, public_folder
     found["dense"] = lambda: contextlib.nullcontext(var)
     found["accelerated"] = lambda: patched_silently(var, DENSE, None)
     found["ActVAR"] = lambda: patched_silently(var, ActVARConfig(), adapter)
-    found["fast sampler"] = lambda: patched_silently(var, ActVARConfig(sampler="fast"), adapter)
-    found["bf16 decoder"] = lambda: patched_silently(var, ActVARConfig(decoder_dtype="bfloat16"), adapter)
+    found["fast sampler"] = lambda: patched_silently(var, ActVARConfig(), adapter, Execution(sampler="fast"))
+    half = Execution(decoder_dtype="bfloat16")
+    found["bf16 decoder"] = lambda: patched_silently(var, ActVARConfig(), adapter, half)
     return found
 
 

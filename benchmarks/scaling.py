@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from actvar.config import ActVARConfig
-from actvar.flops import DENSE, StepFlops, model_flops, total_flops
+from actvar.config import DENSE, ActVARConfig
+from actvar.flops import StepFlops, model_flops, total_flops
 from actvar.models import build_vae_var
 from actvar.patching.patch import patched_silently
 from actvar.reports.flops import shapes_of

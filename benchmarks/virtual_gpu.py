@@ -13,16 +13,17 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from actvar import ActVARConfig
+from actvar import ActVARConfig, Execution
+from actvar.config import DENSE
+from actvar.execution import EXPERT_EXECUTIONS
 from actvar.models.build import OFFICIAL_CHANNEL_MULTIPLIERS, skeleton
 from actvar.patching.patch import patch_silently
 from actvar_kernels.backend import using_backend
-from actvar_kernels.expert_ffn.op import SCHEDULES
 from actvar_kernels.tools.compile_cases import MODELS
 from actvar_kernels.tools.compile_check import LineParser
 from actvar_kernels.tools.virtual import HostSyncError, Launch, VirtualGPU, to_fake_cuda, virtual_gpu, why_unavailable
@@ -30,8 +31,7 @@ from actvar_kernels.tools.virtual.cost import Share
 from benchmarks.roofline import CARDS, Card, launch_cost, seconds
 from benchmarks.routing import SKIPS, share_function
 
-ACTVAR = ActVARConfig(sampler="fast")
-DENSE = replace(ACTVAR, token_rates=(1.0, 1.0), ffn_rate=1.0)
+ACTVAR = ActVARConfig()
 MOST_LAUNCHES = 9  # of an active block
 
 
@@ -60,13 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     if why_unavailable() is not None:
         parser.error(f"virtual GPU: {why_unavailable()}")
     card, schedule = CARDS[options.gpu], options.schedule
-    skip = options.skip if options.skip is not None else ("snap" if schedule == "snap" else "measured")
-    share = share_function(skip)
+    share = share_function(options.skip)
     report = {"predicted": True, "model": options.model, "batch": options.batch, "gpu": options.gpu}
-    report |= {"schedule": schedule, "skip": skip}
+    report |= {"schedule": schedule, "skip": options.skip}
     try:
-        for name, config in (("dense", DENSE), ("actvar", replace(ACTVAR, expert_schedule=schedule))):
-            report[name] = summary(sampling_run(options.model, options.batch, card.arch, config), card, share)
+        for name, config in (("dense", DENSE), ("actvar", ACTVAR)):
+            run = sampling_run(options.model, options.batch, card.arch, config, schedule)
+            report[name] = summary(run, card, share)
     except HostSyncError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
@@ -81,9 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=MODELS, default="d16")
     parser.add_argument("--batch", type=_positive, default=8, help="images (default 8)")
     parser.add_argument("--gpu", choices=CARDS, default="h100")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="auto", help="of the experts (default auto)")
+    parser.add_argument("--schedule", choices=EXPERT_EXECUTIONS, default="auto", help="of the experts (default auto)")
     help_skip = "routing that decides which blocks a tile list leaves out, or their share (default measured)"
-    parser.add_argument("--skip", type=_skip, metavar="{" + ",".join(SKIPS) + "} or NUMBER", help=help_skip)
+    skips = "{" + ",".join(SKIPS) + "} or NUMBER"
+    parser.add_argument("--skip", type=_skip, default="measured", metavar=skips, help=help_skip)
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     return parser
 
@@ -106,7 +107,7 @@ def _skip(value: str) -> str | float:
     return share
 
 
-def sampling_run(model: str, batch: int, arch: int, config: ActVARConfig) -> Run:
+def sampling_run(model: str, batch: int, arch: int, config: ActVARConfig, expert_execution: str = "auto") -> Run:
     """Sample once with a model of an official size on a virtual GPU: transformer in bfloat16, autoencoder in float32.
 
     Raises:
@@ -126,7 +127,7 @@ def sampling_run(model: str, batch: int, arch: int, config: ActVARConfig) -> Run
     with using_backend("triton"), virtual_gpu(arch) as gpu:
         to_fake_cuda(vae)
         to_fake_cuda(var, torch.bfloat16)
-        patch_silently(var, config)
+        patch_silently(var, config, Execution("fast", expert_execution=expert_execution))
         labels = torch.empty(batch, dtype=torch.int64, device="cuda")
         _mark_regions(gpu, vae, var)
         gpu.launches.clear()

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from actvar.baselines.replacing_methods import expect_last_scales, expect_var, with_methods
+from actvar.config import DENSE
 from actvar.families import blocks_of, family_of
 from actvar.models import VAR
 from actvar.models.var import Condition
-from actvar.patching.patch import DENSE, patched_silently
+from actvar.patching.patch import patched_silently
 from actvar.sparse.state import patch_state
 
 

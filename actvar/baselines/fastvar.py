@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from actvar.baselines.replacing_methods import expect_var, with_forwards
 from actvar.baselines.sublayers import Sublayers, flat, rows_of, scale_at
+from actvar.config import DENSE
 from actvar.families import blocks_of, family_of
-from actvar.patching.patch import DENSE, patched_silently
+from actvar.patching.patch import patched_silently
 
 FIRST_BLOCKS = 0.1
 """Share of the blocks, from the first on, that compute all tokens; the authors' code leaves out 3 of 32."""

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from actvar.baselines.replacing_methods import expect_last_scales, expect_var, with_methods
-from actvar.patching.patch import DENSE, patched_silently
+from actvar.config import DENSE
+from actvar.patching.patch import patched_silently
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from actvar.baselines.replacing_methods import expect_var, with_forwards
 from actvar.baselines.sublayers import scale_at
-from actvar.config import share_of
+from actvar.config import DENSE, share_of
 from actvar.families import blocks_of, family_of
 from actvar.patching.adapter import read_adapter_config
-from actvar.patching.patch import DENSE, patched_silently, unpatched
+from actvar.patching.patch import patched_silently, unpatched
 from actvar.patching.weight_override import replace_parameters, tuned_parameters
 from actvar.sampling.token_maps import sampled_inputs
 from actvar.sparse.block_state import set_order_and_gates

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from actvar.baselines.replacing_methods import expect_var, with_forwards
 from actvar.baselines.sublayers import Sublayers, rows_of, scale_at
+from actvar.config import DENSE
 from actvar.families import blocks_of
-from actvar.patching.patch import DENSE, patched_silently
+from actvar.patching.patch import patched_silently
 
 
 @contextmanager

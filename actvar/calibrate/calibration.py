@@ -14,6 +14,7 @@ from actvar.calibrate.rates import expect_budget, rates_under_budget
 from actvar.calibrate.report import Report, report_of
 from actvar.calibrate.sensitivity import divergence_per_block
 from actvar.config import ActVARConfig
+from actvar.execution import Execution
 from actvar.families import blocks_of, family_of
 from actvar.families.base import BlockCall
 from actvar.models.arguments import SEEDS, checked_finite, checked_integer
@@ -36,6 +37,7 @@ def calibrate(
     cfg: float = 1.5,
     uniform: bool = False,
     cluster: bool = True,
+    execution: Execution | None = None,
 ) -> Report:
     """Patch `var` with selectors and routers fitted without data or gradients; `save_adapter` writes them.
 
@@ -51,11 +53,12 @@ def calibrate(
         seed, cfg: of the sampling.
         uniform: use the rates of `config` in every block instead of the best ones under its budget.
         cluster: experts of hidden units that matter for the same tokens, instead of contiguous ones.
+        execution: how the patched model is run; None for the default.
 
     Raises:
         TypeError: a model of an unsupported kind, or an argument that is no number.
-        ValueError: a configuration that does not fit the model, rates of 1, a budget that is too low, fewer than 4
-            images, a seed or cfg out of its range, or a model in train mode.
+        ValueError: a configuration or Execution that does not fit the model, rates of 1, a budget that is too low,
+            fewer than 4 images, a seed or cfg out of its range, or a model in train mode.
     """
     model = unwrapped(var)
     config = ActVARConfig() if config is None else config
@@ -68,7 +71,7 @@ def calibrate(
         raise ValueError("expected a rate below 1 at some scale: there is no selector or router to fit")
     if config.num_blocks is not None and not uniform:
         raise ValueError("expected one rate per scale as the budget, got one per block")
-    patch_silently(model, config)
+    patch_silently(model, config, execution)
     remove_patch(model)
     if not uniform:
         expect_budget(model, config)
@@ -85,15 +88,15 @@ def calibrate(
     curves = [fit.curves for fit in fits]
     chosen = config
     if not uniform:
-        _install(model, config, fits)
+        _install(model, config, execution, fits)
         labels, inputs = (tensor[-max(1, images // 8) :] for tensor in batches[-1])
         chosen = rates_under_budget(model, config, curves, divergence_per_block(model, config, labels, inputs))
-    _install(model, chosen, fits)
+    _install(model, chosen, execution, fits)
     return report_of(model, config, chosen, curves)
 
 
-def _install(model: nn.Module, config: ActVARConfig, fits: list[BlockFit]) -> None:
-    patch_silently(model, config)
+def _install(model: nn.Module, config: ActVARConfig, execution: Execution | None, fits: list[BlockFit]) -> None:
+    patch_silently(model, config, execution)
     for block, fit in zip(blocks_of(model), fits, strict=True):
         gates = block.actvar
         values = {

@@ -8,8 +8,7 @@ from torch import nn
 
 from actvar.calibrate.curves import Curves
 from actvar.calibrate.rates import blocks_flops
-from actvar.config import ActVARConfig
-from actvar.patching.patch import DENSE
+from actvar.config import DENSE, ActVARConfig
 from actvar.sparse.schedule import Scale
 
 

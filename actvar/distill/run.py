@@ -18,7 +18,7 @@ from actvar.distill.stage1 import Stage1
 from actvar.distill.stage2 import Stage2
 from actvar.models import VAR, VQVAE
 from actvar.models.arguments import checked_finite, checked_integer
-from actvar.patching.adapter import save_adapter
+from actvar.patching.adapter import read_adapter, save_adapter
 from actvar.patching.patch import load_adapter, patch_silently, unpatched
 from actvar.training.loop import fit
 from actvar.training.plan import SEEDS, Plan
@@ -169,7 +169,7 @@ def distill(
     if rank() == 0:
         names = {name: settings[name] and Path(settings[name]).name for name in ("adapter", "data")}
         facts = settings | names | {"steps": plan.steps, "lr": plan.lr, "actvar": actvar.__version__}
-        save_adapter(var, out, facts)
+        save_adapter(var, out, facts, None if adapter is None else read_adapter(adapter).execution)
     barrier()
     return out
 

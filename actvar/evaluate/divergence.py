@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from actvar.patching.patch import DENSE, patched_silently
+from actvar.config import DENSE
+from actvar.patching.patch import patched_silently
 from actvar.sparse.state import patch_state
 
 

@@ -14,8 +14,9 @@ from torch import nn
 
 from actvar import baselines
 from actvar.baselines.static_pruning import SCORES
-from actvar.patching.adapter import read_adapter_config
-from actvar.patching.patch import DENSE, patched_silently, unpatched
+from actvar.config import DENSE
+from actvar.patching.adapter import read_adapter
+from actvar.patching.patch import patched_silently, unpatched
 from actvar.utils.fingerprint import model_fingerprint
 from actvar.zoo.pretrained import adapter_path, bundled_adapters, bundled_baselines, load_pretrained
 
@@ -97,21 +98,24 @@ def chosen_methods(names: str, known: dict[str, Method]) -> list[Method]:
 
 
 def adapter_method(name: str, path: Path, **changes: object) -> Method:
-    """ActVAR with an adapter, with some fields of its configuration changed."""
-    config = replace(read_adapter_config(path), **changes)
+    """Return ActVAR with an adapter and the Execution that it recommends, some fields of its configuration changed."""
+    adapter = read_adapter(path)
+    config, execution = replace(adapter.config, **changes), adapter.execution
 
     @contextmanager
     def applied(var: nn.Module) -> Iterator[nn.Module]:
-        with _unwarned(), patched_silently(var, config, path):
+        with _unwarned(), patched_silently(var, config, path, execution):
             yield var
 
-    return Method(name, applied, config.to_json())
+    return Method(name, applied, config.to_json() + execution.to_json())
 
 
 def adapter_methods(name: str, path: Path) -> Iterator[Method]:
-    """An adapter as it is, with as many tokens that the first block chooses for all, without experts, and without token
-    selection."""
-    rates = read_adapter_config(path).token_rates
+    """Yield an adapter as it is, with fixed tokens, without experts, and without token selection.
+
+    With fixed tokens the first block chooses for all, as many tokens as the blocks of the adapter on average.
+    """
+    rates = read_adapter(path).config.token_rates
     all_tokens = (1.0,) * len(rates)
     same = tuple(statistics.fmean(rate) if isinstance(rate, tuple) else rate for rate in rates)
     yield adapter_method(name, path)
@@ -121,27 +125,27 @@ def adapter_methods(name: str, path: Path) -> Iterator[Method]:
 
 
 def code(small: nn.Module, count: int) -> Method:
-    """CoDe with a smaller model for the last `count` scales."""
+    """Return CoDe with a smaller model for the last `count` scales."""
     applied = functools.partial(baselines.collaborative_decoding, small=small, count=count)
     return Method(f"code@{count}", applied, model_fingerprint(small))
 
 
 def _pruned(score: str, rate: float) -> Method:
-    """Static pruning; which units stay is found once."""
+    """Return static pruning; which units stay is found once."""
     units = functools.cache(functools.partial(SCORES[score], rate=rate))
     return Method(f"static-{score}@{rate}", lambda var: baselines.static_pruning(var, units(var)))
 
 
 def _trained(name: str, path: Path) -> Method:
-    """Static pruning with the weights of an adapter."""
-    config = read_adapter_config(path)
+    """Return static pruning with the weights of an adapter."""
+    config = read_adapter(path).config
     applied = functools.partial(baselines.trained_static_pruning, adapter=path)
     return Method(f"{name.partition('@')[0]}-trained@{config.ffn_rate}", applied, config.to_json())
 
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """Without the warning that an adapter is used at other rates than it was trained for."""
+    """Keep back the warning that an adapter is used at other rates than it was trained for."""
     adapter_logger = logging.getLogger("actvar.patching.adapter")
     before, adapter_logger.disabled = adapter_logger.disabled, True
     try:

@@ -56,8 +56,8 @@ class PatchedVAR(nn.Module):
             return super().autoregressive_infer_cfg(B, label_B, *args, **kwargs)
 
     def decode(self, f_hat):
-        """Decode as `actvar.models.VAR.decode` does, in the precision of the configuration."""
-        dtype = self.actvar.config.decoder_dtype
+        """Decode as `actvar.models.VAR.decode` does, in the precision of the Execution."""
+        dtype = self.actvar.execution.decoder_dtype
         with torch.autocast(f_hat.device.type, getattr(torch, dtype)) if dtype else nullcontext():
             images = super().decode(f_hat)
         return images.float() if dtype else images
@@ -98,7 +98,7 @@ class PatchedVAR(nn.Module):
 
     def next_tokens(self, scale, inputs, condition, guidance, *sampling):
         """Return tokens as `actvar.models.VAR.next_tokens` does; kernels apply guidance before the head."""
-        if self.actvar.config.sampler == "torch":
+        if self.actvar.execution.sampler == "torch":
             return super().next_tokens(scale, inputs, condition, guidance, *sampling)
         x = self.run_blocks(scale, inputs, condition)
         logits = self.kernel_logits(x, condition.embedded, guidance)
@@ -107,8 +107,8 @@ class PatchedVAR(nn.Module):
         return self.draw(logits, None, *sampling, scale)
 
     def draw(self, logits, guidance, top_k, top_p, rng, scale):
-        """Draw tokens as `actvar.models.VAR.draw` does, by the sampler of the configuration."""
-        if self.actvar.config.sampler == "torch":
+        """Draw tokens as `actvar.models.VAR.draw` does, by the sampler of the Execution."""
+        if self.actvar.execution.sampler == "torch":
             if getattr(_unpatched_class(self), "draw", None) is VAR.draw:
                 return sample_guided(logits, guidance, top_k, top_p, rng)
             return super().draw(logits, guidance, top_k, top_p, rng, scale)

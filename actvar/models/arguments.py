@@ -1,4 +1,4 @@
-"""What sampling takes, checked before anything runs: labels, seed, guidance, filters; and one thread per model."""
+"""Checks of what sampling takes, before anything runs: labels, seed, guidance, filters; and one thread per model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from actvar_kernels.checks import as_integer, as_items, as_number
 
 SEEDS = range(-(2**63), 2**64)
-"""What `torch.Generator.manual_seed` takes."""
+"""Seeds that `torch.Generator.manual_seed` takes."""
 
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -25,6 +25,11 @@ _threads: dict[int, int] = {}
 
 def checked_integer(name: str, value: object, least: int, most: int | None = None) -> int:
     """Return an integer of any kind (`actvar_kernels.checks.as_integer`) as an int.
+
+    Args:
+        name: of the argument, for errors.
+        value: any object.
+        least, most: the range; None for `most` is no bound.
 
     Raises:
         TypeError: `value` is no integer.
@@ -40,6 +45,10 @@ def checked_integer(name: str, value: object, least: int, most: int | None = Non
 def checked_finite(name: str, value: object) -> float:
     """Return a real number of any kind (`actvar_kernels.checks.as_number`) as a float.
 
+    Args:
+        name: of the argument, for errors.
+        value: any object.
+
     Raises:
         TypeError: `value` is no number.
         ValueError: `value` is not finite.
@@ -51,7 +60,7 @@ def checked_finite(name: str, value: object) -> float:
 
 
 class Draw(NamedTuple):
-    """The arguments of `VAR.autoregressive_infer_cfg` that say how tokens are drawn, as Python's own numbers."""
+    """Hold the arguments of `VAR.autoregressive_infer_cfg` that say how tokens are drawn, as Python's own numbers."""
 
     g_seed: int | tuple[int, ...] | None
     cfg: float
@@ -66,6 +75,9 @@ def checked_draw(
 
     Args:
         g_seed: one seed, several as a sequence or a 1-d array or tensor of integers, or None.
+        cfg: guidance strength.
+        top_k: tokens that are drawn from, 0 for all.
+        top_p: probability that the tokens that are drawn from reach, 0 for all.
         vocabulary: tokens to choose from, which bounds `top_k`; None: not known yet.
 
     Raises:
@@ -90,12 +102,18 @@ def checked_draw(
 def checked_labels(
     B: int, label_B: int | torch.Tensor | None, num_classes: int, device: torch.device
 ) -> int | torch.Tensor | None:
-    """`label_B` of `VAR.autoregressive_infer_cfg`, with negative labels in a tensor as `num_classes`, the unconditional
-    one, and a tensor as int64.
+    """Return `label_B` of `VAR.autoregressive_infer_cfg`, a tensor as int64.
 
-    The values of a tensor on the CPU are read. Those of one on a GPU are not, since that would wait for the GPU: there
-    an assertion in the stream, also in a CUDA graph's, finds a label that is too high. As every assertion on a GPU it
-    ends the process's use of it ("device-side assert triggered"): check labels that come from outside before.
+    Negative labels in a tensor become `num_classes`, the unconditional one. Values of a tensor on the CPU are read.
+    Those of one on a GPU are not, since that would wait for the GPU. There an assertion in the stream, also in a CUDA
+    graph's, finds a label that is too high. Such an assertion ends the process's use of the GPU ("device-side assert
+    triggered"), so check labels that come from outside before.
+
+    Args:
+        B: batch size.
+        label_B: one label for all images, an integer tensor `[B]`, or None.
+        num_classes: classes of the model.
+        device: of the model.
 
     Raises:
         TypeError: a batch size or labels of another type, such as a float tensor.
@@ -167,7 +185,7 @@ def one_thread(model: nn.Module) -> Iterator[None]:
 
 
 def by_one_thread(method: Callable) -> Callable:
-    """A method of a model that only one thread at a time can run; errors as in `one_thread`."""
+    """Make `method` of a model one that only one thread at a time can run; errors as in `one_thread`."""
 
     @functools.wraps(method)
     def alone(self, *args, **kwargs):

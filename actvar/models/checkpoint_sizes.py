@@ -11,9 +11,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from actvar.models.basic_vae import NORM_GROUPS
 from actvar.models.build import OFFICIAL_PATCH_NUMS, skeleton
 from actvar.models.var import HEAD_DIM, VAR
-from actvar.models.vqvae import NORM_GROUPS, VQVAE
+from actvar.models.vqvae import VQVAE
 
 VAR_KIND, AUTOENCODER_KIND = "var", "autoencoder"
 HIT_COUNTS = "quantize.ema_vocab_hit_SV"

@@ -1,4 +1,4 @@
-"""Adapter files: selectors, routers and changed weights in safetensors, the configuration as JSON in the metadata.
+"""Adapter files: selectors, routers and changed weights in safetensors, configuration and Execution as JSON metadata.
 
 `actvar.patching.patch.load_adapter` loads them.
 """
@@ -17,11 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from actvar.config import EXECUTION_FIELDS, ActVARConfig
+from actvar.config import ActVARConfig
+from actvar.execution import FIELDS_ONCE_IN_CONFIG, Execution, checked_execution
 from actvar.families import family_of
 from actvar.patching.weight_override import replace_parameters, restore_parameters, tuned_parameters
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.state import patch_state
+from actvar.utils.fields import json_object
 from actvar.utils.files import read_mapped, replacing
 from actvar.utils.modes import no_grad
 from actvar.utils.wrappers import unwrapped
@@ -38,18 +40,27 @@ class AdapterError(ValueError):
     """An adapter file that cannot be read, or does not fit the model; the model is unchanged."""
 
 
-def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object] | None = None) -> None:
+def save_adapter(
+    var: nn.Module,
+    path: str | Path,
+    training: Mapping[str, object] | None = None,
+    execution: Execution | None = None,
+) -> None:
     """Write selectors, routers and changed weights of a patched model, under a temporary name first.
 
     Tensors `blocks.<i>.selector.weight` `[1, C]`, `.selector.bias` `[1]`, `.router.weight` `[N, C]`, `.router.bias`
     `[N]`, where hidden units were reordered for the experts `.order` `[D]` int32, and `weights.<name>` for each changed
     weight under its name in the model's `state_dict`, hidden units in that order; all in their own dtype; metadata:
-    format, version, the model's sizes, the configuration, and `training`.
+    format, version, the model's sizes, the configuration, `training` and `execution`.
 
     Args:
+        var: a patched model.
+        path: the file to write.
         training: how the adapter was made, JSON-compatible; for `describe_adapter`.
+        execution: recommended to those who load the adapter; None recommends none.
 
     Raises:
+        TypeError: `execution` is no Execution.
         ValueError: the model is not patched, or what is saved has values that are not finite.
         OSError: the file cannot be written; an older one is as it was.
     """
@@ -58,6 +69,8 @@ def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object
     config = state.config
     metadata = {"format": FORMAT, "version": VERSION, "model": json.dumps(_sizes(var)), "config": config.to_json()}
     metadata["training"] = json.dumps(dict(training or {}))
+    if execution is not None:
+        metadata["execution"] = checked_execution(execution).to_json()
     parameters = gate_parameters(var) | {WEIGHTS + name: weight for name, weight in tuned_parameters(var).items()}
     for name, parameter in parameters.items():
         if not parameter.isfinite().all():
@@ -72,12 +85,14 @@ def save_adapter(var: nn.Module, path: str | Path, training: Mapping[str, object
 
 
 class Adapter(NamedTuple):
-    """What an adapter file holds.
+    """Hold what is in an adapter file.
 
     Args:
         path: the file.
         sizes: those of the model that it was made for, as `_sizes` gives them.
         config: what the model was patched with when the file was saved.
+        execution: how to run the model: what the caller of `read_adapter` gave, otherwise what the file recommends,
+            otherwise the default.
         training: how it was made.
         tensors: all tensors of the file by name, as `save_adapter` describes them.
     """
@@ -85,6 +100,7 @@ class Adapter(NamedTuple):
     path: Path
     sizes: dict[str, object]
     config: ActVARConfig
+    execution: Execution
     training: object
     tensors: dict[str, torch.Tensor]
 
@@ -96,7 +112,7 @@ class Adapter(NamedTuple):
 
 @no_grad
 def put_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Bring an adapter into a patched model, all of it or, after any exception, nothing.
+    """Bring an adapter and its Execution into a patched model, all of it or, after any exception, nothing.
 
     Raises:
         AdapterError: the adapter does not fit the model; names the file, what was expected and what came.
@@ -132,18 +148,20 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> None:
         logger.warning("%s: %s", path, "; ".join(differences))
     gates_before = {name: gate.clone() for name, gate in gates.items()}
     orders_before = [block.actvar.hidden_order.clone() for block in blocks]
-    weights_before = tuned_parameters(model)
+    weights_before, execution_before = tuned_parameters(model), state.execution
     try:
         _put(model, tensors, orders, weights)
+        state.execution = adapter.execution
     except BaseException:
+        state.execution = execution_before
         _put(model, gates_before, orders_before, weights_before)
         raise
 
 
 def _differences(trained: ActVARConfig, used: ActVARConfig) -> list[str]:
-    """Return a clause per field that differs, except those of the execution."""
+    """Return a clause per field that differs."""
     clauses = []
-    for name in (field.name for field in fields(ActVARConfig) if field.name not in EXECUTION_FIELDS):
+    for name in (field.name for field in fields(ActVARConfig)):
         before, now = getattr(trained, name), getattr(used, name)
         if before != now:
             texts = _short(before), _short(now)
@@ -204,11 +222,11 @@ def read_adapter_config(path: str | Path) -> ActVARConfig:
     Raises:
         FileNotFoundError, AdapterError: as `read_adapter`.
     """
-    return read_adapter(path).config
+    return read_adapter(path, Execution()).config
 
 
 def describe_adapter(path: str | Path) -> dict[str, object]:
-    """Return model sizes, configuration, training, parameter counts and dtypes of an adapter file.
+    """Return model sizes, configuration, Execution, training, parameter counts and dtypes of an adapter file.
 
     `parameters` counts gates and changed weights, `changed weights` the latter alone; `not_finite` names the tensors
     that hold NaN or infinity, with which no adapter is loaded.
@@ -222,6 +240,7 @@ def describe_adapter(path: str | Path) -> dict[str, object]:
         "kind": "adapter",
         **adapter.sizes,
         "config": adapter.config,
+        "execution": adapter.execution,
         "training": adapter.training,
         "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
         "changed weights": sum(t.numel() for name, t in tensors.items() if name.startswith(WEIGHTS)),
@@ -249,13 +268,20 @@ def _sizes(var: nn.Module) -> dict[str, object]:
     return family_of(var).recorded_sizes(var)
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def read_adapter(path: str | Path, execution: Execution | None = None) -> Adapter:
     """Read an adapter file.
 
+    Args:
+        path: the file.
+        execution: instead of the one that the file recommends, which is not read then.
+
     Raises:
+        TypeError: `execution` is no Execution.
         FileNotFoundError: no such file.
         AdapterError: it is no adapter, or a damaged one.
     """
+    if execution is not None:
+        checked_execution(execution)
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
@@ -269,10 +295,34 @@ def read_adapter(path: str | Path) -> Adapter:
         found = f"format {metadata.get('format')!r} version {metadata.get('version')!r}"
         raise AdapterError(f"{path}: expected an ActVAR adapter ({FORMAT!r} version {VERSION!r}), got {found}")
     try:
-        sizes, config = _sizes_from(metadata["model"]), ActVARConfig.from_json(metadata["config"])
-        return Adapter(path, sizes, config, json.loads(metadata.get("training", "{}")), tensors)
+        sizes, training = _sizes_from(metadata["model"]), json.loads(metadata.get("training", "{}"))
+        config, recommended = _config_from(metadata["config"])
+        if "execution" in metadata:
+            recommended = json_object(metadata["execution"])
+        if execution is None:
+            execution = _execution_from(path, recommended)
+        return Adapter(path, sizes, config, execution, training, tensors)
+    except AdapterError:
+        raise
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path}: its metadata is damaged: {error}") from error
+
+
+def _config_from(text: str) -> tuple[ActVARConfig, dict[str, object]]:
+    """Return the configuration, and the fields of `Execution` that it has in files written before there was one."""
+    values = json_object(text)
+    fields = {name: values.pop(once) for once, name in FIELDS_ONCE_IN_CONFIG.items() if once in values}
+    return ActVARConfig.from_json(json.dumps(values)), fields
+
+
+def _execution_from(path: Path, fields: Mapping[str, object]) -> Execution:
+    """Return the recommended Execution of `fields`; those that are not there have their default."""
+    if fields.get("expert_execution") == "snap":
+        raise AdapterError(
+            f"{path}: recommends expert_execution 'snap', which was removed; give 'dense' or 'tile_list' instead, as "
+            'in actvar.load_adapter(var, path, actvar.Execution(expert_execution="dense"))'
+        )
+    return Execution.from_json(json.dumps(fields))
 
 
 def _sizes_from(text: str) -> dict[str, object]:

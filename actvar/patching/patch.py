@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from actvar.config import ActVARConfig
+from actvar.config import DENSE, ActVARConfig
+from actvar.execution import Execution, checked_execution
 from actvar.families import family_of
 from actvar.models.arguments import one_thread
 from actvar.patching.adapter import AdapterError, put_adapter, read_adapter
@@ -27,10 +28,8 @@ from actvar_kernels.cpu_backend.packing import drop
 
 logger = logging.getLogger(__name__)
 
-DENSE = ActVARConfig(token_rates=(1, 1), ffn_rate=1)
 
-
-def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module:
+def apply_patch(var: nn.Module, config: ActVARConfig | None = None, execution: Execution | None = None) -> nn.Module:
     """Make the last scales of a VAR sparse, in place; returns `var`.
 
     The classes of `var` and its blocks are swapped for subclasses, and each block gets a selector and a router.
@@ -41,7 +40,8 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module
     Args:
         var: `actvar.models.VAR`, or an instance of the public VAR class; the model or its blocks may be inside
             `torch.compile`'s wrapper.
-        config: the default is the paper's.
+        config: what is computed; the default is the paper's.
+        execution: how it is run; None for the default.
 
     Layers that are more than their weight (LoRA, hooks, parametrisations, quantised weights) are called as the dense
     model calls them; a logged line names what is not fused for that.
@@ -49,29 +49,33 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None) -> nn.Module
     Raises:
         TypeError: a model of an unsupported kind, or a layer that is more than its weight where the configuration's
             experts or selectors have to read it.
-        ValueError: a configuration that does not fit the model, or a block whose `forward` was replaced on the
-            instance, which the patch could not reach. The model is unchanged in every case.
+        ValueError: a configuration or Execution that does not fit the model, or a block whose `forward` was replaced
+            on the instance, which the patch could not reach. The model is unchanged in every case.
         RuntimeError: another thread is sampling from the model.
 
     An interruption (Ctrl-C) on the way leaves the model unpatched.
     """
     config = ActVARConfig() if config is None else config
-    patch_silently(var, config)
+    patch_silently(var, config, execution)
     refresh(var)
     warn_untrained(config)
     return var
 
 
-def accelerate(var: nn.Module) -> nn.Module:
-    """The dense model on the kernels, in place; returns `var`. `remove_patch` undoes it.
+def accelerate(var: nn.Module, execution: Execution | None = None) -> nn.Module:
+    """Run the dense model on the kernels, in place; returns `var`. `remove_patch` undoes it.
 
-    Results are the dense model's to rounding. It is `apply_patch` with rates of 1; to change other fields of the
-    configuration too, call that.
+    Results are the dense model's to rounding. `apply_patch` with rates of 1 does the same.
+
+    Args:
+        var: as in `apply_patch`.
+        execution: how it is run; None for the default.
 
     Raises:
         TypeError: a model of an unsupported kind.
+        ValueError: an Execution that does not fit the model.
     """
-    return apply_patch(var, DENSE)
+    return apply_patch(var, DENSE, execution)
 
 
 def warn_untrained(config: ActVARConfig, advice: str = "load trained ones with actvar.load_adapter(var, path)") -> None:
@@ -80,8 +84,8 @@ def warn_untrained(config: ActVARConfig, advice: str = "load trained ones with a
         logger.warning("selectors and routers are untrained: %s", advice)
 
 
-def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
-    """`apply_patch` without the warning, for callers that load an adapter next."""
+def patch_silently(var: nn.Module, config: ActVARConfig, execution: Execution | None = None) -> None:
+    """Do as `apply_patch`, but without the warning, for callers that load an adapter next."""
     model = unwrapped(var)
     family = family_of(model)
     blocks = [unwrapped(block) for block in family.blocks(model)]
@@ -94,16 +98,12 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
     width, hidden, *_ = family.sizes(model)
     if hidden % config.num_experts:
         raise ValueError(f"num_experts: expected a divisor of the FFN's hidden size {hidden}, got {config.num_experts}")
-    for name, value, default in (("sampler", config.sampler, "torch"), ("decoder_dtype", config.decoder_dtype, None)):
-        if value != default and not family.has_draw_and_decode(model):
-            raise ValueError(
-                f"{name}: {value!r} needs actvar.models.VAR, whose sampling loop it is part of, got "
-                f"{type(model).__name__}; load the checkpoint with actvar.load_var, or use {name}={default!r}"
-            )
+    execution = Execution() if execution is None else execution
+    _expect_runs(model, execution)
     for index, block in enumerate(blocks):
         if "forward" in block.__dict__:
             raise ValueError(f"expected blocks[{index}] with its class's forward, got one replaced on the instance")
-    state = PatchState(config, family, schedules)
+    state = PatchState(config, family, schedules, execution)
     state.called = [family.parts_called(block) for block in blocks]
     state.head_called = family.head_called(model)
     for index, called in enumerate(state.called):
@@ -115,6 +115,21 @@ def patch_silently(var: nn.Module, config: ActVARConfig) -> None:
     with one_thread(model):
         _install(model, state, block_states)
     log_called(state.called, state.head_called)
+
+
+def _expect_runs(model: nn.Module, execution: Execution) -> None:
+    """Raise a TypeError or ValueError unless `model` can be run by `execution`."""
+    checked_execution(execution)
+    if family_of(model).has_draw_and_decode(model):
+        return
+    for name in ("sampler", "decoder_dtype"):
+        value, default = getattr(execution, name), getattr(Execution(), name)
+        if value != default:
+            raise ValueError(
+                f"{name}: {value!r} needs actvar.models.VAR, whose sampling loop it is part of, got "
+                f"{type(model).__name__}; load the checkpoint with actvar.load_var, or use "
+                f"actvar.Execution({name}={default!r})"
+            )
 
 
 def _install(model: nn.Module, state: PatchState, block_states: list[BlockState]) -> None:
@@ -191,9 +206,9 @@ def release_cache(var: nn.Module) -> None:
 
 @contextmanager
 def unpatched(var: nn.Module) -> Iterator[nn.Module]:
-    """The dense model with its own weights for the duration of the context.
+    """Give the dense model with its own weights while the context is open.
 
-    A patch that was there before is put back afterwards, with its gates and weights: the same objects.
+    A patch that was there before is put back afterwards, with its gates, weights and Execution: the same objects.
 
     Raises:
         TypeError: a model of an unsupported kind.
@@ -217,11 +232,12 @@ def unpatched(var: nn.Module) -> Iterator[nn.Module]:
             replace_parameters(model, weights)
 
 
-def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
+def load_adapter(var: nn.Module, path: str | Path, execution: Execution | None = None) -> nn.Module:
     """Load selectors, routers and changed weights of an adapter, in place; returns `var`.
 
-    A model that is not patched is patched with the adapter's own configuration. A patched one keeps its configuration:
-    rates, scales or a K/V mode that differ from the adapter's own are logged in one line.
+    A model that is not patched is patched with the adapter's own configuration and the Execution that it recommends. A
+    patched one keeps its own of both: rates, scales or a K/V mode that differ from the adapter's are logged in one
+    line.
 
     The FFN's hidden units are brought into the adapter's order, and changed weights, those of stage 2 of the
     distillation, take the place of the model's own. `remove_patch` takes both back. The model's own weights stay in
@@ -230,6 +246,7 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
     Args:
         var: as in `apply_patch`.
         path: a file of `save_adapter`, made for the model's sizes and, if it is patched, its number of experts.
+        execution: how the model is run from now on; None as said above.
 
     Raises:
         FileNotFoundError: no such file.
@@ -241,23 +258,25 @@ def load_adapter(var: nn.Module, path: str | Path) -> nn.Module:
 
     After an exception or Ctrl-C on the way the model is as it was, patched or not.
     """
-    load_silently(var, path)
+    load_silently(var, path, execution)
     refresh(var)
     return var
 
 
-def load_silently(var: nn.Module, path: str | Path) -> None:
+def load_silently(var: nn.Module, path: str | Path, execution: Execution | None = None) -> None:
     """Do as `load_adapter`, but keep packed copies, which a sample checks anyway."""
     model = unwrapped(var)
     if is_patched(model):
-        put_adapter(model, read_adapter(path))
+        execution = patch_state(model).execution if execution is None else execution
+        _expect_runs(model, execution)
+        put_adapter(model, read_adapter(path, execution))
         return
     family_of(model)
-    adapter = read_adapter(path)
+    adapter = read_adapter(path, execution)
     adapter.expect_made_for(model)
     try:
         try:
-            patch_silently(model, adapter.config)
+            patch_silently(model, adapter.config, adapter.execution)
         except ValueError as error:
             raise AdapterError(f"{path}: {error}") from error
         put_adapter(model, adapter)
@@ -268,32 +287,43 @@ def load_silently(var: nn.Module, path: str | Path) -> None:
 
 @contextmanager
 def patched(
-    var: nn.Module, config: ActVARConfig | None = None, adapter: str | Path | None = None
+    var: nn.Module,
+    config: ActVARConfig | None = None,
+    adapter: str | Path | None = None,
+    execution: Execution | None = None,
 ) -> Iterator[nn.Module]:
-    """`apply_patch`, or `load_adapter` if an adapter is given, for the duration of the context.
+    """Patch the model while the context is open: `apply_patch`, or `load_adapter` if an adapter is given.
 
-    A patch that was there before is put back afterwards, with its gates and weights.
+    A patch that was there before is put back afterwards, with its gates, weights and Execution.
 
     Args:
+        var: as in `apply_patch`.
         config: None for the adapter's own, or without an adapter the paper's; another one than the adapter's is logged
             as in `load_adapter`.
         adapter: a file of `save_adapter`.
+        execution: how the model is run; None for the one that the adapter recommends, otherwise for the default.
 
     Raises:
         As `apply_patch` and `load_adapter`.
     """
-    with patched_silently(var, config, adapter):
+    with patched_silently(var, config, adapter, execution):
         if adapter is None:
             warn_untrained(patch_state(var).config)
         yield var
 
 
 @contextmanager
-def patched_silently(var: nn.Module, config: ActVARConfig | None, adapter: str | Path | None) -> Iterator[nn.Module]:
-    """`patched` without the warning, for callers that have given it."""
+def patched_silently(
+    var: nn.Module, config: ActVARConfig | None, adapter: str | Path | None, execution: Execution | None = None
+) -> Iterator[nn.Module]:
+    """Do as `patched`, but without the warning, for callers that have given it."""
     with unpatched(var):
-        if config is not None or adapter is None:
-            patch_silently(var, ActVARConfig() if config is None else config)
-        if adapter is not None:
-            load_silently(var, adapter)
+        if adapter is None:
+            patch_silently(var, ActVARConfig() if config is None else config, execution)
+        elif config is None:
+            load_silently(var, adapter, execution)
+        else:
+            from_file = read_adapter(adapter, execution)
+            patch_silently(var, config, from_file.execution)
+            put_adapter(unwrapped(var), from_file)
         yield var

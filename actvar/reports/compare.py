@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from torch import nn
 
-from actvar.config import ActVARConfig
+from actvar.config import DENSE, ActVARConfig
 from actvar.families import family_of
 from actvar.flops import counted_flops, model_flops, total_flops
 from actvar.models.arguments import checked_integer
-from actvar.patching.patch import DENSE, patched_silently, unpatched
+from actvar.patching.patch import patched_silently, unpatched
 from actvar.reports.token_overlay import save_token_overlay
 from actvar.sampling.request import Sampling
 from actvar.sampling.timing import block_seconds, interleaved_medians, seconds_of
@@ -91,25 +91,30 @@ def compare(
     formula = {"dense": total_flops(model_flops(var, batch))}
     counted = {"dense": total_flops(counted_flops(var, batch))}
     with patched_silently(var, config, adapter):  # once, so that what is packed of an adapter's weights stays
-        seconds = interleaved_medians(all_ways(var, config, whole), repeats, "whole samples")
-        block_times = interleaved_medians(all_ways(var, config, blocks), repeats, "blocks")
+        seconds = interleaved_medians(all_ways(var, whole), repeats, "whole samples")
+        block_times = interleaved_medians(all_ways(var, blocks), repeats, "blocks")
         formula["actvar"] = total_flops(model_flops(var, batch))
         counted["actvar"] = total_flops(counted_flops(var, batch))
     return Comparison(batch, seconds, block_times, formula, counted)
 
 
-def all_ways(
-    var: nn.Module, config: ActVARConfig, measure: Callable[[], Measured]
-) -> dict[str, Callable[[], Measured]]:
-    """`measure` by name of what it finds: `actvar`, the model as it is patched with `config`; `dense`, without its
-    patch; `accelerated`, the dense model on the kernels."""
+def all_ways(var: nn.Module, measure: Callable[[], Measured]) -> dict[str, Callable[[], Measured]]:
+    """Return `measure` by name of the model that it finds.
+
+    `actvar` is `var` as it is patched, `dense` without its patch, `accelerated` the dense model on the kernels, by the
+    same Execution.
+
+    Args:
+        var: a patched model.
+        measure: called without arguments.
+    """
 
     def dense() -> Measured:
         with unpatched(var):
             return measure()
 
     def accelerated() -> Measured:
-        with patched_silently(var, replace(DENSE, sampler=config.sampler, decoder_dtype=config.decoder_dtype), None):
+        with patched_silently(var, DENSE, None, patch_state(var).execution):
             return measure()
 
     return {"dense": dense, "accelerated": accelerated, "actvar": measure}

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from actvar.config import ActVARConfig
+from actvar.config import DENSE, ActVARConfig
 from actvar.families import family_of
-from actvar.flops import DENSE, MODULES, StepFlops, counted_flops, model_flops, total_flops
+from actvar.flops import MODULES, StepFlops, counted_flops, model_flops, total_flops
 from actvar.models import VAR, VQVAE, build_vae_var
 from actvar.patching.patch import patch_silently
 from actvar.reports.paper_tables import FIXED_FLOPS_PER_ROW, ROWS, Reproduced, reproduce

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from actvar.config import ActVARConfig
+from actvar.config import DENSE, ActVARConfig
 from actvar.families import family_of
-from actvar.flops import DENSE, equation_12, model_flops, total_flops
+from actvar.flops import equation_12, model_flops, total_flops
 
 FIXED_FLOPS_PER_ROW = 50 * 10**9
 

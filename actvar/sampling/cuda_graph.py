@@ -20,13 +20,14 @@ WARM_UP_RUNS = 2  # compile kernels, fill the allocator
 class GraphedSampling:
     """Sample a patched model on a GPU by replaying one CUDA graph, images and all.
 
-        apply_patch(var, ActVARConfig(sampler="fast"))
+        apply_patch(var, config, Execution(sampler="fast"))
         sample = GraphedSampling(var, cfg=4.0, top_k=900, top_p=0.95)
         images = sample(labels, seed=0)
 
     Images are those of `var.autoregressive_infer_cfg(B, labels, g_seed=seed, ...)`. The graph is captured on the first
-    call, and again when the batch size, the patch, or where the weights lie has changed; weights that are changed in
-    place are used as they are. It has memory of its own for the K/V cache and all that is in between.
+    call, and again when the batch size, the patch, its Execution, or where the weights lie has changed. Weights that
+    are changed in place are used as they are. The graph has memory of its own for the K/V cache and all that is in
+    between.
 
     Args:
         var: a patched `actvar.models.VAR`, all of it on a GPU.
@@ -46,11 +47,11 @@ class GraphedSampling:
         self._check()
 
     def _check(self) -> None:
-        config, weight = patch_state(self.var).config, self.var.head.weight
+        sampler, weight = patch_state(self.var).execution.sampler, self.var.head.weight
         if not family_of(self.var).loop_is_ours(self.var):
             raise ValueError(f"var: expected an actvar.models.VAR, got {type(self.var).__name__}; use actvar.load_var")
-        if config.sampler != "fast":
-            raise ValueError(f"sampler: expected 'fast' in the patch's ActVARConfig, got {config.sampler!r}")
+        if sampler != "fast":
+            raise ValueError(f"sampler: expected 'fast' in the patch's Execution, got {sampler!r}")
         if not weight.is_cuda:
             raise ValueError(f"var: expected a model on a GPU, got one on {weight.device}")
         if backend_of("sample_tokens", weight) != "triton":
@@ -58,7 +59,7 @@ class GraphedSampling:
 
     @no_grad
     def __call__(self, labels: torch.Tensor, seed: int) -> torch.Tensor:
-        """Images `[B, channels, H, W]` in [0, 1] of the classes `labels` `[B]`, on the GPU or the CPU.
+        """Return images `[B, channels, H, W]` in [0, 1] of the classes `labels` `[B]`, on the GPU or the CPU.
 
         Raises:
             TypeError, ValueError: labels that are no integer tensor, or, on the CPU, one out of range; as
@@ -70,7 +71,7 @@ class GraphedSampling:
         labels = checked_labels(len(labels), labels, self.var.num_classes, labels.device)
         seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1])
         weights = tuple(parameter.data_ptr() for parameter in self.var.parameters())
-        wanted = (labels.shape, self.var.actvar, weights)
+        wanted = (labels.shape, self.var.actvar, self.var.actvar.execution, weights)
         if wanted != self._captured_for:
             self._capture(labels)
             self._captured_for = wanted

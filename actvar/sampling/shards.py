@@ -197,6 +197,7 @@ def _settings(var: nn.Module, bulk: Bulk) -> dict[str, object]:
         "num": bulk.num,
         "batch": bulk.batch,
         "actvar": asdict(model.actvar.config) if hasattr(model, "actvar") else None,
+        "execution": asdict(model.actvar.execution) if hasattr(model, "actvar") else None,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": weight.device.type,
         "weights": model_fingerprint(model, family_of(model).autoencoder(model)),

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from actvar.config import DENSE
 from actvar.families import family_of
 from actvar.models.vqvae import without_decoder
-from actvar.patching.patch import DENSE, patched_silently
+from actvar.patching.patch import patched_silently
 from actvar.utils.devices import device_of
 
 

@@ -142,7 +142,7 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, fused: boo
         else:
             u = normalize_modulate(rows, scale2, shift2)
             mask, logits = route_experts(u, *gate)
-        weights, execution = family.ffn_weights(block), shared.config.expert_schedule
+        weights, execution = family.ffn_weights(block), shared.execution.expert_execution
         x = expert_ffn_scatter(base, index, rows, u, mask, scale.experts, *weights, gamma2, execution)
     else:
         if rows is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from actvar.config import ActVARConfig
+from actvar.execution import Execution
 from actvar.families.base import BlockCall, Called, Family
 from actvar.sparse.called_layers import expect_readable, log_called
 from actvar.sparse.passes import Pass, Passes
@@ -24,6 +25,8 @@ class PatchState:
     """One per patched model: configuration, family, the schedule of every block, and what holds during a call.
 
     Args:
+        config: what is computed.
+        execution: how it is run.
         schedules: scales of every block.
         rows_are_guided: conditional rows come first, then as many unconditional ones.
         keeps_kv_buffer: the K/V cache may stay in the memory that the last sample left.
@@ -41,6 +44,7 @@ class PatchState:
     config: ActVARConfig
     family: Family
     schedules: tuple[tuple[Scale, ...], ...]
+    execution: Execution = field(default_factory=Execution)
     rows_are_guided: bool = False
     keeps_kv_buffer: bool = False
     writes_in_place: bool = False

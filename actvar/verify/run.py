@@ -25,9 +25,11 @@ from tqdm import tqdm
 import actvar.sparse.block
 import actvar.sparse.selection
 from actvar.config import ActVARConfig
+from actvar.execution import Execution
 from actvar.families import blocks_of, family_of
 from actvar.families.base import BlockCall
 from actvar.models.public_code import public_classes, public_twin
+from actvar.patching.adapter import read_adapter
 from actvar.patching.patch import patched_silently
 from actvar.sampling.request import Sampling
 from actvar.verify.operations import OPERATIONS, WRITABLE, Widen
@@ -45,6 +47,7 @@ def verify(
     dtypes: Sequence[torch.dtype] = (torch.float32,),
     backends: Sequence[str] | None = None,
     public_folder: Path | None = None,
+    execution: Execution | None = None,
 ) -> Report:
     """Sample with every dtype and backend, and compare block by block and operation by operation.
 
@@ -52,11 +55,13 @@ def verify(
 
     Args:
         load: gives the unpatched `actvar.models.VAR` with weights of a dtype, in eval mode.
-        config, adapter: rates and gates with which operations, removal and the public class are checked; tokens are
-            drawn by `sampler="torch"`.
+        config, adapter: rates and gates with which operations, removal and the public class are checked.
+        sampling: what is drawn.
         dtypes: float32 is always among them, since tokens and removal are compared in it alone.
         backends: None for those that run on the model's device.
         public_folder: a clone of the public VAR code, whose class must give the same tokens.
+        execution: how patched models are run, but tokens are drawn by `sampler="torch"`; None for the one that the
+            adapter recommends, otherwise the default.
 
     Raises:
         BackendUnavailableError: a backend asked for cannot run here.
@@ -64,7 +69,10 @@ def verify(
         ValueError: a configuration, adapter or folder that does not fit; bfloat16 in Triton's interpreter.
     """
     classes = None if public_folder is None else public_classes(public_folder)
-    config = replace(config, sampler="torch")
+    if execution is None:
+        execution = Execution() if adapter is None else read_adapter(adapter).execution
+    execution = replace(execution, sampler="torch")
+    patched = functools.partial(patched_silently, execution=execution)
     checks: list[Check] = []
     for dtype in dict.fromkeys((torch.float32, *dtypes)):
         var = load(dtype)
@@ -72,10 +80,10 @@ def verify(
         for backend in backends:
             _expect_backend(backend, var.head.weight.device, dtypes)
         if dtype == torch.float32:
-            checks += _all_checks(var, config, adapter, sampling, backends, classes)
+            checks += _all_checks(var, patched, config, adapter, sampling, backends, classes)
         else:
-            with patched_silently(var, config, adapter):
-                checks += _checks_of_backends(var, config, sampling, backends)
+            with patched(var, config, adapter):
+                checks += _checks_of_backends(var, patched, config, sampling, backends)
         del var
     return Report(tuple(checks))
 
@@ -103,13 +111,16 @@ def _expect_backend(name: str, device: torch.device, dtypes: Sequence[torch.dtyp
         raise ValueError("bfloat16: Triton's interpreter computes it wrongly; leave it out, or use a GPU")
 
 
-def _all_checks(var, config, adapter, sampling, backends, classes) -> Iterator[Check]:
-    """Those of the backends, removal, and the public class; `var` is in float32."""
+def _all_checks(var, patched, config, adapter, sampling, backends, classes) -> Iterator[Check]:
+    """Yield the checks of the backends, of removal, and of the public class; `var` is in float32.
+
+    `patched` patches a model as `patched_silently` does.
+    """
     before = _fingerprint(var)
     with using_backend("reference"):
         dense = _sampled(var, sampling, "dense")
-    with patched_silently(var, config, adapter):
-        yield from _checks_of_backends(var, config, sampling, backends, dense)
+    with patched(var, config, adapter):
+        yield from _checks_of_backends(var, patched, config, sampling, backends, dense)
     with using_backend("reference"):
         after, again = _fingerprint(var), _sampled(var, sampling, "patch removed")
         for what, due in before.items():
@@ -120,14 +131,14 @@ def _all_checks(var, config, adapter, sampling, backends, classes) -> Iterator[C
         if classes is not None:
             public = public_twin(var, classes)
             yield from _same_tokens("public class", var, _sampled(public, sampling, "public class"), dense)
-            with patched_silently(var, config, adapter):
+            with patched(var, config, adapter):
                 sparse = _sampled(var, sampling, "patched")
-            with patched_silently(public, config, adapter):
+            with patched(public, config, adapter):
                 of_public = _sampled(public, sampling, "public class, patched")
             yield from _same_tokens("public class, patched", var, of_public, sparse)
 
 
-def _checks_of_backends(var, config, sampling, backends, dense=None) -> Iterator[Check]:
+def _checks_of_backends(var, patched, config, sampling, backends, dense=None) -> Iterator[Check]:
     """The operations of a patched `var`, then rates of 1 against dense; tokens against those of `dense` if given."""
     rates_1 = replace(config, token_rates=(1.0,) * len(config.scales), ffn_rate=1.0)
     for backend in backends:
@@ -138,7 +149,7 @@ def _checks_of_backends(var, config, sampling, backends, dense=None) -> Iterator
             if not all(check.passed for check in checks):
                 continue  # sampling with a backend that errs may raise anywhere
             for name, forced in (("rates 1", False), ("rates 1, forced", True)):
-                with patched_silently(var, replace(rates_1, always_sparse=forced), None), _blocks(var, name) as checks:
+                with patched(var, replace(rates_1, always_sparse=forced), None), _blocks(var, name) as checks:
                     sampled = _sampled(var, sampling, f"{name}, {backend}")
                 yield from checks
                 if dense is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from actvar.execution import Execution
 from actvar.models import VAR, VQVAE
 from actvar.models.checkpoint import load_var
 from actvar.patching.patch import load_adapter
@@ -23,6 +24,7 @@ def load_pretrained(
     adapter: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    execution: Execution | None = None,
 ) -> tuple[VQVAE, VAR]:
     """Load `(vae, var)` of a bundled model, offline.
 
@@ -31,28 +33,37 @@ def load_pretrained(
             token maps from a smaller transformer.
         adapter: None for the dense model, or a bundled adapter such as `"paper"`, with which `var` is patched.
         device, dtype: as in `load_var`.
+        execution: how the patched model is run; None for the one that the adapter recommends, otherwise the default.
 
     Raises:
-        ValueError: an unknown model or adapter; lists those that exist.
+        ValueError: an unknown model or adapter, with those that exist; or an Execution without an adapter.
         CheckpointError: a file that is not the one that was shipped (`actvar.zoo.checksums`).
     """
+    if adapter is None and execution is not None:
+        raise ValueError(
+            "execution: expected an adapter with it; for the dense model use actvar.accelerate(var, execution)"
+        )
     var_file = checked(weights_folder(name) / "var.safetensors")
     vae_file = checked(WEIGHTS["fashion-mnist"] / "vae.safetensors")
     vae, var = load_var(var_file, vae_file, device=device, dtype=dtype)
     if adapter is not None:
-        load_adapter(var, adapter_path(name, adapter))
+        load_adapter(var, adapter_path(name, adapter), execution)
     return vae, var
 
 
 def load_feature_network() -> FeatureNet:
-    """The frozen CNN by which the bundled models' images are judged, in eval mode; errors as in `load_pretrained`."""
+    """Load the frozen CNN that judges the bundled models' images, in eval mode.
+
+    Raises:
+        CheckpointError: its file is not the one that was shipped.
+    """
     network = FeatureNet()
     network.load_state_dict(load_file(checked(WEIGHTS["fashion-mnist"] / "features.safetensors")))
     return network.eval().requires_grad_(False)
 
 
 def adapter_path(name: str, adapter: str) -> Path:
-    """File of a bundled adapter.
+    """Return the file of a bundled adapter.
 
     Raises:
         ValueError: there is none of that name; lists those that exist.
@@ -66,13 +77,14 @@ def adapter_path(name: str, adapter: str) -> Path:
 
 
 def bundled_adapters(name: str) -> list[str]:
-    """Names of the adapters that a bundled model comes with."""
+    """Return the names of the adapters that a bundled model comes with."""
     return sorted(path.stem.removeprefix("adapter-") for path in weights_folder(name).glob("adapter-*.safetensors"))
 
 
 def bundled_baselines(name: str) -> dict[str, Path]:
-    """Files of the trained baselines that a bundled model comes with, by name: adapters that `actvar evaluate` samples
-    in a way of their own, and none of `bundled_adapters`.
+    """Return the files of the trained baselines that a bundled model comes with, by name.
+
+    They are adapters that `actvar evaluate` samples in a way of their own, and none of `bundled_adapters`.
 
     Raises:
         CheckpointError: one is not the file that was shipped.
@@ -82,6 +94,7 @@ def bundled_baselines(name: str) -> dict[str, Path]:
 
 
 def weights_folder(name: str) -> Path:
+    """Return the folder of a bundled model, or raise a ValueError that lists those that exist."""
     if name not in WEIGHTS:
         raise ValueError(f"model: expected one of {sorted(WEIGHTS)}, got {name!r}")
     return WEIGHTS[name]

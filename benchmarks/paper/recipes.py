@@ -17,14 +17,14 @@ import torch
 
 from actvar.calibrate import calibrate
 from actvar.calibrate.rates import blocks_flops
-from actvar.config import ActVARConfig
+from actvar.config import DENSE, ActVARConfig
 from actvar.distill.data import fashion_mnist_source
 from actvar.distill.recipes import RECIPES, Recipe
 from actvar.distill.run import CALIBRATION_IMAGES, distill
 from actvar.evaluate.bundled import batches_of_test_images
 from actvar.evaluate.divergence import divergence_by_scale
 from actvar.patching.adapter import read_adapter_config, save_adapter
-from actvar.patching.patch import DENSE, load_adapter, remove_patch
+from actvar.patching.patch import load_adapter, remove_patch
 from actvar.utils.pictures import save_table
 from actvar.zoo.pretrained import adapter_path, load_pretrained
 from benchmarks.paper.train import add_arguments, prepare_tokens, stage_of

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from actvar.models.fused_vae import decoded
 from actvar.models.vqvae import VQVAE
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.fashion_mnist.features import FeatureNet
@@ -126,7 +127,7 @@ class AdversarialTraining(nn.Module):
         with frozen(self.critics):
             fooled = -sum(score.float().mean() for score in self.scores(made, made_label))
         with torch.no_grad():
-            as_before = old_decoder(old_conv(features)).float() * 0.5 + 0.5
+            as_before = decoded(old_conv, old_decoder, features).float() * 0.5 + 0.5
         moved = F.l1_loss(painted, as_before)
 
         loss = losses["loss"] + ANCHOR * moved + ADVERSARIAL * fooled + critics

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from actvar.models.fused_vae import decoded
 from actvar.models.vqvae import VQVAE
 from actvar.training.processes import rank, world_size
 from actvar.zoo.fashion_mnist.features import FeatureNet
@@ -89,14 +90,14 @@ class DecoderTraining(nn.Module):
         return {"loss": loss, "l1": absolute, "mse": square, "perceptual": perceptual}, reconstruction
 
     def decoded(self, features: torch.Tensor) -> torch.Tensor:
-        """Images `[B, 1, 32, 32]`, in [0, 1] but not clamped, of features `[B, Cvae, 8, 8]`."""
-        return self.vae.decoder(self.vae.post_quant_conv(features)).float() * 0.5 + 0.5
+        """Return images `[B, 1, 32, 32]`, in [0, 1] but not clamped, of features `[B, Cvae, 8, 8]`."""
+        return decoded(self.vae.post_quant_conv, self.vae.decoder, features).float() * 0.5 + 0.5
 
 
 def residual_rows(vae: VQVAE, image: torch.Tensor) -> torch.Tensor:
-    """What the codebook is asked to represent: pooled residuals of all scales, `[N, Cvae]`."""
+    """Return what the codebook is asked to represent: pooled residuals of all scales, `[N, Cvae]`."""
     quantizer = vae.quantize
-    rest = vae.quant_conv(vae.encoder(image)).float()
+    rest = vae.img_to_features(image).float()
     rows = []
     for scale, side in enumerate(quantizer.v_patch_nums):
         pooled = quantizer.pooled_rows(rest, scale)

@@ -141,7 +141,7 @@ def encode_tokens(build: Build) -> None:
     parts = []
     for batch in tqdm(images.tensor_split(world_size())[rank()].split(200), desc="tokens", disable=rank() != 0):
         with torch.autocast("cpu", torch.bfloat16, enabled=cpu.multiplies_bfloat16()):
-            features = vae.quant_conv(vae.encoder(batch * 2 - 1))
+            features = vae.img_to_features(batch * 2 - 1)
         parts.append(torch.cat(vae.quantize.tokens(features.float()), dim=1).int())
     gathered = all_gather_rows(torch.cat(parts))
     if rank() == 0:

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from actvar.config import ActVARConfig
+from actvar.config import DENSE, ActVARConfig
 from actvar.models import build_vae_var
-from actvar.patching.patch import DENSE, patched_silently
+from actvar.patching.patch import patched_silently
 from actvar.sampling import timing
 from benchmarks import components, few_tokens, memory, plots, providers, results, sampling, scaling
 from benchmarks.providers import Case, WrongNumbersError

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.helpers import make_tiny_var
 
-from actvar import ActVARConfig, apply_patch, save_adapter
+from actvar import ActVARConfig, Execution, apply_patch, save_adapter
 from actvar.cli import main
 from actvar.models.checkpoint import describe_checkpoint
 from actvar.patching.adapter import describe_adapter
@@ -98,6 +98,7 @@ def test_info_as_json_has_the_same_facts(files, capsys, name):
     elif name.startswith("adapter"):
         described = describe_adapter(files / name)
         assert ActVARConfig(**facts.pop("config")) == described.pop("config")
+        assert Execution(**facts.pop("execution")) == described.pop("execution")
         assert facts == json.loads(json.dumps(described))
     else:
         assert facts == describe_checkpoint(files / name)

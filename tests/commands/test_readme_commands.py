@@ -24,7 +24,7 @@ NOT_RUN = {
     r"--num 50000": "it draws for an hour",
     r"mine\.safetensors|gpu\.json": "it reads a file that the reader made",
     r"ACTVAR_PUBLIC_VAR": "it needs the public code, which is a download",
-    r"actvar_kernels\.tune": "it needs a GPU",
+    r"actvar_kernels\.tools\.tune": "it needs a GPU",
     r"benchmarks\.sampling|benchmarks\.scaling --axes|pytest benchmarks": "it measures time, for minutes to hours",
 }
 # Commands that would train or draw for hours, and what runs instead.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.helpers import make_tiny_var
 
-from actvar import ActVARConfig, apply_patch, load_pretrained, remove_patch
+from actvar import ActVARConfig, Execution, apply_patch, load_pretrained, remove_patch
 from actvar.models import VAR, VQVAE
 from actvar.models.sampling import guided
 from actvar.models.var import Condition
@@ -39,17 +39,15 @@ CASES = {
     "dense": (ActVARConfig(token_rates=(1, 1), ffn_rate=1), {}),
     "forced": (ActVARConfig(token_rates=(1, 1), ffn_rate=1, num_experts=8, always_sparse=True), {}),
     "no experts": (ActVARConfig(token_rates=(0.5, 0.5), ffn_rate=1), {}),
-    "no selection": (
-        ActVARConfig(token_rates=(1, 1), ffn_rate=0.5, num_experts=4, expert_schedule="tile_list"),
-        {},
-    ),
+    "no selection": (ActVARConfig(token_rates=(1, 1), ffn_rate=0.5, num_experts=4), {}),
 }
+EXECUTIONS = {"no selection": Execution(expert_execution="tile_list")}
 
 
 @pytest.mark.parametrize("case", [case if case == "paper" else pytest.param(case, marks=SLOW) for case in CASES])
 def test_a_small_model_draws_the_reference_tokens(case, monkeypatch):
     config, layout = CASES[case]
-    var = apply_patch(make_tiny_var(depth=1, **layout), config)
+    var = apply_patch(make_tiny_var(depth=1, **layout), config, EXECUTIONS.get(case))
     labels = torch.tensor([1, 2])
     expected = sampled_tokens(var, monkeypatch, "reference", labels)
     assert all(map(torch.equal, sampled_tokens(var, monkeypatch, "triton", labels), expected))
@@ -99,7 +97,7 @@ def test_blocks_write_into_their_input_only_where_no_hook_sees_it(hooked, monkey
 
 @SLOW
 def test_the_fast_sampler_is_reproducible_and_stays_in_the_vocabulary(monkeypatch):
-    var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8, sampler="fast"))
+    var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8), Execution(sampler="fast"))
     labels = torch.tensor([1, 2])
     first, second = (sampled_tokens(var, monkeypatch, "triton", labels) for _ in range(2))
     assert all(map(torch.equal, first, second))
@@ -108,7 +106,7 @@ def test_the_fast_sampler_is_reproducible_and_stays_in_the_vocabulary(monkeypatc
 
 @SLOW
 def test_a_seed_in_a_tensor_draws_as_the_number_does(monkeypatch):
-    var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8, sampler="fast"))
+    var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8), Execution(sampler="fast"))
     labels = torch.tensor([1, 2])
     with using_backend("triton"):
         expected = var.autoregressive_infer_cfg(2, labels, g_seed=5)
@@ -139,7 +137,7 @@ def test_a_patched_block_compiles_without_a_graph_break(backend):
 
 
 def test_guidance_before_the_head_gives_the_guided_logits(monkeypatch):
-    var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8, sampler="fast"))
+    var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8), Execution(sampler="fast"))
     generator = torch.Generator().manual_seed(0)
     x, cond = torch.randn(4, 5, var.C, generator=generator), torch.randn(4, var.C, generator=generator)
     monkeypatch.setattr(var, "run_blocks", lambda *_: x)

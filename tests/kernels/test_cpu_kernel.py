@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.helpers import make_tiny_var, sample
 
 from actvar import ActVARConfig, accelerate, apply_patch, load_pretrained, remove_patch
-from actvar.patching.patch import DENSE
+from actvar.config import DENSE
 from actvar_kernels import BackendUnavailableError, expert_ffn, linear, linear_once, select_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.cpu_backend import cpu, packing

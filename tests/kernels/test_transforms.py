@@ -49,7 +49,7 @@ def decoded(_prepare: Callable) -> tuple[Computation, torch.Tensor]:
 def encoded(_prepare: Callable) -> tuple[Computation, torch.Tensor]:
     vae = make_tiny_var(Cvae=16).vae_proxy[0].requires_grad_(False)
     image = torch.rand(2, 1, 10, 10, generator=torch.Generator().manual_seed(0))
-    return lambda x: vae.quant_conv(vae.encoder(x)), image
+    return lambda x: vae.img_to_features(x), image
 
 
 def one_scale(prepare: Callable[[VAR], VAR]) -> tuple[Computation, torch.Tensor]:

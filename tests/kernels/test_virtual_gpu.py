@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from actvar.models.vqvae import VQVAE, AttnBlock, ResnetBlock
+from actvar.models.basic_vae import AttnBlock, ResnetBlock
+from actvar.models.vqvae import VQVAE
 from actvar_kernels import add_normalize_route, expert_ffn_scatter, select_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.tools.virtual import (

@@ -106,7 +106,7 @@ OTHER_FIELDS = {
     "ffn_rate: trained with 0.5, used with 0.25; fixed_tokens: trained with False, used with True": dict(
         ffn_rate=0.25, fixed_tokens=True
     ),
-    "": dict(sampler="fast", decoder_dtype="bfloat16", expert_schedule="dense"),
+    "": {},
 }
 
 
@@ -144,7 +144,6 @@ def loaded_into_a_compiled_one(var, path):
         ActVARConfig(),
         ActVARConfig(token_rates=((0.5, 1), 1), ffn_rate=((1, 0.5), 0.25), num_experts=32),
         ActVARConfig(scales=(1,), token_rates=(0.5,), kv="all", fixed_tokens=True, share_cfg_selection=True),
-        ActVARConfig(token_rates=(1, 1), sampler="fast", decoder_dtype="bfloat16"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""The autoencoder's blocks on the CPU: bit for bit PyTorch's modules in the reference, as exact in C++."""
+"""The autoencoder's blocks on the CPU: bit for bit PyTorch's operations in turn, and as exact in C++."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from actvar.models.basic_vae import AttnBlock, ResnetBlock, Upsample
+from actvar.models.fused_vae import Fused, decoded, encoded, twice_as_large
 from actvar.models.quantizer import upsampled_by_axis
-from actvar.models.vqvae import VQVAE, AttnBlock, ResnetBlock, Upsample, twice_as_large
+from actvar.models.vqvae import VQVAE
+from actvar_kernels import BackendUnavailableError, cpp_runs
 from actvar_kernels.backend import using_backend
 from actvar_kernels.conv3x3.op import filled_up
+from actvar_kernels.cpu_backend import cpu
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -62,16 +66,22 @@ def test_blocks_on_the_cpu_are_the_modules_in_turn(width: int) -> None:
         modules = (ResnetBlock(32, width), AttnBlock(32), Upsample(32))
     x = normal(2, 32, 6, 6)
     before = x.clone()
-    with using_backend("reference"):
-        wanted = blocks_in_turn(x, *modules)
-        *blocks, (enlarged, offset) = (module(x) for module in modules)
+    resnet, attention, upsample = modules
+    wanted = blocks_in_turn(x, *modules)
+    assert all(torch.equal(module(x), due) for module, due in zip(modules, wanted, strict=True))
+
+    def fused(in_cpp: bool) -> list[torch.Tensor]:
+        kernels = Fused(on_triton=False, in_cpp=in_cpp)
+        enlarged, offset = kernels.upsample(upsample, x)
         assert offset is None
-        assert all(torch.equal(found, exact) for found, exact in zip([*blocks, enlarged], wanted, strict=True))
-    *blocks, (enlarged, offset) = (module(x) for module in modules)
+        return [kernels.resnet(resnet, x), kernels.attention(attention, x), enlarged]
+
+    with using_backend("reference"):
+        assert all(map(torch.equal, fused(False), wanted))
+    found_in_cpp = fused(cpp_runs(x))
     exact = blocks_in_turn(x.double(), *(module.double() for module in modules))
-    assert offset is None
     assert torch.equal(x, before)
-    for found, reference, true in zip([*blocks, enlarged], wanted, exact, strict=True):
+    for found, reference, true in zip(found_in_cpp, wanted, exact, strict=True):
         error, unit = (reference.double() - true).norm(), torch.finfo(torch.float32).eps * true.norm()
         assert (found.double() - true).norm() <= 4 * error + unit / 4
 
@@ -88,6 +98,67 @@ def test_a_decoder_in_cpp_errs_at_most_four_times_as_much_as_by_pytorch() -> Non
             images[backend] = vae.fhat_to_img(features).double()
     exact = vae.double().fhat_to_img(features.double())
     assert (images["auto"] - exact).abs().max() <= 4 * (images["reference"] - exact).abs().max()
+
+
+@pytest.fixture
+def vae() -> VQVAE:
+    vae = VQVAE(vocab_size=16, z_channels=16, ch=32, patch_nums=(1, 4), ch_mult=(1, 2), num_res_blocks=1)
+    vae.init_weights(torch.Generator().manual_seed(0))
+    return vae.eval()
+
+
+def both_ways(vae: VQVAE) -> list[torch.Tensor]:
+    """An image's features, and the image of them."""
+    features = encoded(vae.encoder, vae.quant_conv, normal(2, 3, 8, 8))
+    return [features, decoded(vae.post_quant_conv, vae.decoder, features)]
+
+
+def test_with_gradients_pytorch_computes_it(vae: VQVAE) -> None:
+    features = vae.quant_conv(vae.encoder(normal(2, 3, 8, 8)))
+    image = vae.decoder(vae.post_quant_conv(features))
+    assert image.requires_grad
+    assert all(map(torch.equal, both_ways(vae), (features, image)))
+
+
+def test_frozen_weights_need_no_context_without_gradients(vae: VQVAE) -> None:
+    with torch.no_grad():
+        due = both_ways(vae)
+    assert all(map(torch.equal, both_ways(vae.requires_grad_(False)), due))
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
+def test_the_cpp_backend_asked_for_by_name_has_no_gradient(vae: VQVAE) -> None:
+    with using_backend("cpu"):
+        with pytest.raises(BackendUnavailableError, match=r"'cpu' backend has no gradient.*use 'auto'"):
+            both_ways(vae)
+        with torch.no_grad():
+            found = both_ways(vae)
+    with torch.no_grad():
+        assert all(map(torch.equal, found, both_ways(vae)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("encoder", "encoder.down.0", "encoder.down.0.downsample", "encoder.conv_in", "quant_conv"),
+        *("post_quant_conv", "decoder", "decoder.mid", "decoder.mid.block_1", "decoder.mid.attn_1"),
+        *("decoder.up.0", "decoder.up.1.upsample", "decoder.norm_out"),
+    ],
+)
+def test_every_module_with_a_hook_is_called(vae: VQVAE, name: str) -> None:
+    with torch.no_grad():
+        due = both_ways(vae)
+    handle = vae.get_submodule(name).register_forward_hook(lambda module, inputs, output: output.flip(3))
+    flipped = both_ways(vae)
+    with torch.no_grad():
+        found = both_ways(vae)
+        handle.remove()
+        again = both_ways(vae)
+    assert not torch.allclose(found[1], due[1], rtol=1e-2, atol=1e-2)
+    for of_kernels, of_torch in zip(found, flipped, strict=True):
+        torch.testing.assert_close(of_kernels, of_torch, rtol=1e-4, atol=1e-4)
+    assert all(map(torch.equal, again, due))
 
 
 @pytest.mark.parametrize(

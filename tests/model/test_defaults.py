@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.helpers import make_tiny_var, sample
 
-from actvar import ActVARConfig, accelerate, apply_patch, load_adapter, save_adapter
+from actvar import ActVARConfig, Execution, accelerate, apply_patch, load_adapter, save_adapter
 from actvar.calibrate import calibrate
 from actvar.distill.data import sampled_source
 from actvar.distill.run import Distillation, distill
@@ -48,7 +48,7 @@ def dense(var: VAR) -> VAR:
 
 
 def patched(var: VAR) -> VAR:
-    return apply_patch(var, ActVARConfig(sampler="fast", num_experts=4))
+    return apply_patch(var, ActVARConfig(num_experts=4), Execution(sampler="fast"))
 
 
 @pytest.mark.parametrize("prepare", [dense, accelerate, apply_patch, patched])

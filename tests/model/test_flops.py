@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from actvar import ActVARConfig, apply_patch, record
+from actvar.config import DENSE
 from actvar.flops import (
-    DENSE,
     MODULES,
     counted_flops,
     equation_12,

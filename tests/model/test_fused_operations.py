@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from actvar import ActVARConfig, accelerate, load_pretrained
+from actvar import ActVARConfig, Execution, accelerate, load_pretrained
 from actvar.patching.patch import patched_silently
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels import group_norm_silu, scatter_rows
@@ -66,7 +66,7 @@ def test_a_plain_model_calls_every_function_that_it_called_before(way, batch):
 @needs_cpp
 def test_the_fast_sampler_is_one_function():
     var = bundled("own class")
-    with patched_silently(var, ActVARConfig(sampler="fast"), adapter_path("fashion-mnist", "paper")):
+    with patched_silently(var, ActVARConfig(), adapter_path("fashion-mnist", "paper"), Execution(sampler="fast")):
         assert names(lambda: sample(var)) == MODELS["fast sampler"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actvar import ActVARConfig, GraphedSampling, apply_patch
+from actvar import ActVARConfig, Execution, GraphedSampling, apply_patch
 from actvar.models import VAR
 
 
@@ -21,7 +21,7 @@ def test_another_sampler_than_the_fast_one_is_refused(tiny_var):
 
 def test_a_model_on_the_cpu_is_refused(tiny_var):
     with pytest.raises(ValueError, match="expected a model on a GPU, got one on cpu"):
-        GraphedSampling(apply_patch(tiny_var, ActVARConfig(num_experts=8, sampler="fast")))
+        GraphedSampling(apply_patch(tiny_var, ActVARConfig(num_experts=8), Execution(sampler="fast")))
 
 
 def test_a_sampling_loop_of_another_make_is_refused(tiny_var):
@@ -31,7 +31,7 @@ def test_a_sampling_loop_of_another_make_is_refused(tiny_var):
 
     tiny_var.__class__ = Other
     with pytest.raises(ValueError, match=r"expected an actvar\.models\.VAR"):
-        GraphedSampling(apply_patch(tiny_var, ActVARConfig(num_experts=8, sampler="fast")))
+        GraphedSampling(apply_patch(tiny_var, ActVARConfig(num_experts=8), Execution(sampler="fast")))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,6 @@ def test_bad_labels_and_seeds_are_refused_before_anything_is_captured(
     tiny_var, monkeypatch, labels, seed, error, message
 ):
     monkeypatch.setattr(GraphedSampling, "_check", lambda self: None)  # which asks for a GPU
-    sampled = GraphedSampling(apply_patch(tiny_var, ActVARConfig(num_experts=8, sampler="fast")))
+    sampled = GraphedSampling(apply_patch(tiny_var, ActVARConfig(num_experts=8), Execution(sampler="fast")))
     with pytest.raises(error, match=message):
         sampled(labels, seed)

@@ -10,7 +10,7 @@ from support.helpers import assert_same_fingerprint, fingerprint, sample, sample
 from torch import nn
 
 import actvar
-from actvar import ActVARConfig, apply_patch, guided_rows, patched, record, remove_patch
+from actvar import ActVARConfig, Execution, apply_patch, guided_rows, patched, record, remove_patch
 
 SPARSE = ActVARConfig()
 ONES = ActVARConfig(token_rates=(1, 1), ffn_rate=1)
@@ -352,7 +352,7 @@ def test_another_layer_norm_epsilon_is_refused(tiny_var):
 def test_a_decoder_in_another_dtype_changes_pixels_a_little_and_nothing_else(tiny_var, dtype):
     apply_patch(tiny_var, ActVARConfig(num_experts=8))
     exact = sample(tiny_var)
-    apply_patch(tiny_var, ActVARConfig(num_experts=8, decoder_dtype=dtype))
+    apply_patch(tiny_var, ActVARConfig(num_experts=8), Execution(decoder_dtype=dtype))
     images = sample(tiny_var)
     assert images.dtype == exact.dtype == torch.float32
     assert not torch.equal(images, exact)

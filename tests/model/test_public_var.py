@@ -11,7 +11,7 @@ from support.helpers import assert_same_fingerprint, fingerprint, sample, sample
 from torch import nn
 
 import actvar
-from actvar import ActVARConfig, apply_patch, guided_rows, load_adapter, patched, remove_patch, save_adapter
+from actvar import ActVARConfig, Execution, apply_patch, guided_rows, load_adapter, patched, remove_patch, save_adapter
 from actvar.calibrate import calibrate
 from actvar.flops import counted_flops, model_flops, total_flops
 
@@ -122,7 +122,7 @@ def test_what_needs_our_sampling_loop_is_refused(pair, field):
     public, _ = pair
     value = {"sampler": "fast", "decoder_dtype": "bfloat16"}[field]
     with pytest.raises(ValueError, match=rf"^{field}: '{value}' needs actvar\.models\.VAR"):
-        apply_patch(public, ActVARConfig(**{field: value}))
+        apply_patch(public, execution=Execution(**{field: value}))
     assert type(public).__name__ == "VAR"
 
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from support.faults import draw, expect_free, expect_same_state, small_model, state_of
 
 import actvar
-from actvar import ActVARConfig, apply_patch, load_adapter, patched, remove_patch
-from actvar.config import KV_MODES, SAMPLERS
+from actvar import ActVARConfig, Execution, apply_patch, load_adapter, patched, remove_patch
+from actvar.config import KV_MODES
+from actvar.execution import EXPERT_EXECUTIONS, SAMPLERS
 from actvar.models import build_vae_var
 from actvar.models.arguments import checked_labels
 from actvar.patching.adapter import gate_parameters
 from actvar.patching.patch import patch_silently
-from actvar_kernels.expert_ffn.op import SCHEDULES
 
 HIDDEN, SCALES, NUM_CLASSES, V = 256, 3, 5, 32
 NAN, INF = float("nan"), float("inf")
@@ -43,9 +43,12 @@ def configurations(draw_one) -> dict:
         share_cfg_selection=draw_one(st.booleans()),
         fixed_tokens=draw_one(st.booleans()),
         always_sparse=draw_one(st.booleans()),
-        expert_schedule=draw_one(st.sampled_from(SCHEDULES)),
-        sampler=draw_one(st.sampled_from(SAMPLERS)),
     )
+
+
+executions = st.builds(
+    Execution, sampler=st.sampled_from(SAMPLERS), expert_execution=st.sampled_from(EXPERT_EXECUTIONS)
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +59,11 @@ def model():
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=SUPPRESSED)
-@given(fields=configurations())
-def test_any_valid_configuration_patches_samples_and_comes_off_bit_for_bit(model, fields):
+@given(fields=configurations(), execution=executions)
+def test_any_valid_configuration_patches_samples_and_comes_off_bit_for_bit(model, fields, execution):
     var, before, image = model
     with np.errstate(all="ignore"):
-        patch_silently(var, ActVARConfig(**fields))
+        patch_silently(var, ActVARConfig(**fields), execution)
         assert draw(var).isfinite().all()
     expect_free(var)
     remove_patch(var)
@@ -79,8 +82,6 @@ BAD_FIELDS = {
     "share_cfg_selection": [1, 0, None, "yes"],
     "fixed_tokens": [1, 0, None, "yes"],
     "always_sparse": [1, None, "no"],
-    "expert_schedule": ["", "fast", None, ["auto"]],
-    "sampler": ["", "slow", None, 3],
 }
 
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from support.faults import full_disk
 from support.helpers import make_tiny_var
 
-from actvar import ActVARConfig, apply_patch, load_pretrained
+from actvar import ActVARConfig, Execution, accelerate, apply_patch, load_pretrained
 from actvar.cli import main
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import SEEDS, Bulk, image_seed, sample_many, write_npz
@@ -43,12 +43,12 @@ def shards_of(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("shard-*")}
 
 
-@pytest.mark.parametrize("config", [None, ActVARConfig(num_experts=8), ActVARConfig(num_experts=8, sampler="fast")])
+@pytest.mark.parametrize("execution", [None, Execution(), Execution(sampler="fast")], ids=str)
 @pytest.mark.parametrize("sampling", [{"cfg": 1.5}, {"top_k": 9, "top_p": 0.9}, {"more_smooth": True}], ids=str)
-def test_with_a_seed_per_image_each_is_that_of_a_batch_of_it_alone(config, sampling):
+def test_with_a_seed_per_image_each_is_that_of_a_batch_of_it_alone(execution, sampling):
     var = make_tiny_var().double()
-    if config is not None:
-        apply_patch(var, config)
+    if execution is not None:
+        apply_patch(var, ActVARConfig(num_experts=8), execution)
     seeds, labels = (5, 2**63, 0, 5), torch.tensor([1, 2, 3, 1])
     images = var.autoregressive_infer_cfg(4, labels, g_seed=seeds, **sampling)
     for image, label, seed in zip(images, labels, seeds, strict=True):
@@ -127,10 +127,11 @@ def test_a_rerun_draws_what_is_missing_or_damaged_and_nothing_else(exact_var, tm
         (lambda var: (var, Bulk(replace(SAMPLING, seed=4), 20, 4)), "seed 3 there, 4 here"),
         (lambda var: (var, Bulk(SAMPLING, 20, 5)), "batch 4 there, 5 here"),
         (lambda var: (apply_patch(var, ActVARConfig(num_experts=8)), Bulk(SAMPLING, 20, 4)), "actvar None there"),
+        (lambda var: (accelerate(var, Execution("fast")), Bulk(SAMPLING, 20, 4)), "execution None there, .*fast"),
         (lambda var: (var.float(), Bulk(SAMPLING, 20, 4)), "dtype float64 there, float32 here"),
         (lambda var: (changed(var), Bulk(SAMPLING, 20, 4)), "weights"),
     ],
-    ids=["seed", "batch", "patch", "dtype", "weights"],
+    ids=["seed", "batch", "patch", "execution", "dtype", "weights"],
 )
 def test_a_folder_of_other_settings_is_refused_and_left_alone(exact_var, tmp_path, change, message):
     sample_many(exact_var, Bulk(SAMPLING, 20, 4), tmp_path)

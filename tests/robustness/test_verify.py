@@ -73,9 +73,9 @@ def test_the_bundled_model_passes(capsys):
     [
         (ActVARConfig(num_experts=8, kv="all", share_cfg_selection=True), {"shared_aln": True}),
         (ActVARConfig(num_experts=8, ffn_rate=1), {"attn_l2_norm": False}),
-        (ActVARConfig(num_experts=8, token_rates=(1, 1), expert_schedule="snap"), {}),
+        (ActVARConfig(num_experts=8, token_rates=(1, 1)), {}),
     ],
-    ids=["all keys, shared selection, shared AdaLN", "no experts, no QK norm", "no selection, snapped experts"],
+    ids=["all keys, shared selection, shared AdaLN", "no experts, no QK norm", "no selection"],
 )
 def test_every_configuration_passes_in_every_dtype(config, layout):
     dtypes = [torch.bfloat16, torch.float16]
@@ -194,7 +194,7 @@ def break_backend(monkeypatch) -> Callable[[str, Callable], Callable]:
         place: list[int] = []
         monkeypatch.setattr(backend, "triton_installed", lambda: True)
         monkeypatch.setattr(backend, "interpreted", lambda: True)
-        monkeypatch.setattr(actvar.models.vqvae, "_kernels_run", lambda *_: False)
+        monkeypatch.setattr(actvar.models.fused_vae, "kernels_run", lambda *_: False)
 
         def as_triton(operation: Callable) -> Callable:
             @functools.wraps(operation)

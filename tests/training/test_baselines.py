@@ -23,9 +23,10 @@ import actvar
 from actvar import baselines
 from actvar.baselines.fastvar import interpolated, pivotal_tokens
 from actvar.baselines.token_merging import Matching, destinations
+from actvar.config import DENSE
 from actvar.flops import counted_flops, sampling_flops, total_flops
 from actvar.models import VAR
-from actvar.patching.patch import DENSE, patched_silently
+from actvar.patching.patch import patched_silently
 
 
 @pytest.fixture

@@ -20,13 +20,14 @@ from torch.utils import cpp_extension
 
 import actvar
 from actvar.cli import main
+from actvar.config import DENSE
 from actvar.evaluate.methods import Method, chosen_methods, methods_of
 from actvar.evaluate.precision_recall import precision_recall, radii
 from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import ImageQuality, RealImages, real_images
 from actvar.evaluate.report import Mean, Report, save_quality_plot
 from actvar.evaluate.run import Evaluation, Parts, Result, evaluate, image_seconds
-from actvar.patching.patch import DENSE, patched_silently, unpatched
+from actvar.patching.patch import patched_silently, unpatched
 from actvar.sampling.shards import Bulk
 from actvar.zoo import load_feature_network, pretrained
 

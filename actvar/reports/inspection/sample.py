@@ -58,7 +58,7 @@ def inspect_sample(
         with record(var) as records:
             images["actvar"] = _images_by_scale(var, sampling)
         flops["actvar"] = model_flops(var, 1)
-        ways = all_ways(var, config, lambda: step_seconds(var, lambda: sampling.run(var)))
+        ways = all_ways(var, lambda: step_seconds(var, lambda: sampling.run(var)))
         runs = interleaved_seconds(ways, repeats, "timing steps")
     seconds = {name: [statistics.median(step) for step in zip(*of_way, strict=True)] for name, of_way in runs.items()}
     of_image = [of_block.only([0]) for of_block in records]

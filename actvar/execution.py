@@ -1,0 +1,88 @@
+"""How a patched model is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+
+from actvar.utils.fields import check_choice, check_names, json_object
+
+SAMPLERS = ("torch", "fast")
+DECODER_DTYPES = (None, "bfloat16", "float16")
+EXPERT_EXECUTIONS = ("auto", "dense", "tile_list")
+
+FIELDS_ONCE_IN_CONFIG = {
+    "sampler": "sampler",
+    "decoder_dtype": "decoder_dtype",
+    "expert_schedule": "expert_execution",
+}
+"""Fields that `ActVARConfig` and the adapters written with it once had, and their names in `Execution`."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a patched model is run; `ActVARConfig` says what is computed. The default changes no token and no image.
+
+    Args:
+        sampler: `"torch"` draws tokens as the public code does. `"fast"` draws them in one kernel and from another
+            random stream (`actvar_kernels.sample_tokens`). For `actvar.models.VAR` only.
+        decoder_dtype: `"bfloat16"` or `"float16"` decodes images under autocast to it, which changes them slightly.
+            None leaves the autoencoder as it is. For `actvar.models.VAR` only.
+        expert_execution: how the Triton backend runs the experts; results are equal to rounding. `"dense"` computes all
+            and writes zeros for those that are off. `"tile_list"` sorts tokens by their experts, and a tile of tokens
+            skips the experts that none of them wants. `"auto"` takes what was measured for the GPU.
+
+    Raises:
+        TypeError: a field is neither a string nor None.
+        ValueError: a field is none of its choices.
+    """
+
+    sampler: str = "torch"
+    decoder_dtype: str | None = None
+    expert_execution: str = "auto"
+
+    def __post_init__(self):
+        if self.expert_execution == "snap":
+            raise ValueError("expert_execution: 'snap' was removed: it changed images; use 'dense' or 'tile_list'")
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("decoder_dtype", self.decoder_dtype, DECODER_DTYPES)
+        check_choice("expert_execution", self.expert_execution, EXPERT_EXECUTIONS)
+
+    def to_json(self) -> str:
+        """Return all fields as a JSON object."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Execution:
+        """Return the Execution that `to_json` wrote as `text`.
+
+        Raises:
+            TypeError, ValueError: not a JSON object, one with unknown fields, or a field that is wrong.
+        """
+        values = json_object(text)
+        check_names(values, {field.name for field in fields(cls)})
+        return cls(**values)
+
+
+def checked_execution(execution: object) -> Execution:
+    """Return `execution`, which has to be an Execution.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(execution, Execution):
+        raise TypeError(f"execution: expected an actvar.Execution, got {type(execution).__name__}")
+    return execution
+
+
+def expect_no_execution(names: Iterable[str]) -> None:
+    """Raise a TypeError if a field that belongs to `Execution` is among `names`, those given to `ActVARConfig`."""
+    for name in names:
+        if name in FIELDS_ONCE_IN_CONFIG:
+            field = FIELDS_ONCE_IN_CONFIG[name]
+            raise TypeError(
+                f"{name}: expected in actvar.Execution, got it for ActVARConfig; pass "
+                f"execution=actvar.Execution({field}=...) beside the configuration, as in "
+                "actvar.apply_patch(var, config, execution)"
+            )

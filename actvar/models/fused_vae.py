@@ -1,0 +1,251 @@
+"""The autoencoder by the operations of `actvar_kernels`, which compute what `actvar.models.basic_vae` does.
+
+`encoded` and `decoded` choose once per call whether kernels run. A module that is more than its class and its weight
+(hooks, LoRA, parametrisations, quantised weights) is called instead of read. PyTorch computes it, and kernels the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from actvar.models.basic_vae import (
+    AttnBlock,
+    Conv3x3,
+    Decoder,
+    Encoder,
+    Level,
+    Middle,
+    ResnetBlock,
+    Upsample,
+    pixel_attention,
+)
+from actvar.utils.modes import no_grad
+from actvar.utils.plain_layers import is_plain
+from actvar_kernels import BackendUnavailableError, add_residual, conv3x3, cpp_runs, group_norm_silu, triton_runs
+from actvar_kernels.backend import get_backend, wants_gradient
+from actvar_kernels.cpu_backend.memory import reused_memory
+from actvar_kernels.cpu_backend.packing import drop_changed
+
+
+def decoded(conv: nn.Module, decoder: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """Return `decoder(conv(features))`, by kernels where they run and no gradient is wanted.
+
+    Args:
+        conv: the autoencoder's `post_quant_conv`.
+        decoder: the autoencoder's `decoder`.
+        features: `[B, z_channels, h, w]`.
+
+    Raises:
+        BackendUnavailableError: a backend was asked for by name and cannot run.
+    """
+    if not kernels_run(features, conv, decoder):
+        return decoder(conv(features))
+    return _decoded(conv, decoder, features)
+
+
+def encoded(encoder: nn.Module, conv: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """Return `conv(encoder(image))`, by kernels where they run and no gradient is wanted.
+
+    Args:
+        encoder: the autoencoder's `encoder`.
+        conv: the autoencoder's `quant_conv`.
+        image: `[B, in_channels, H, W]`.
+
+    Raises:
+        BackendUnavailableError: a backend was asked for by name and cannot run.
+    """
+    if not kernels_run(image, encoder, conv):
+        return conv(encoder(image))
+    return _encoded(encoder, conv, image)
+
+
+def kernels_run(x: torch.Tensor, *modules: nn.Module) -> bool:
+    """Return whether kernels compute `modules` for `x` `[B, C, H, W]`.
+
+    Raises:
+        BackendUnavailableError: a backend was asked for by name and cannot run.
+    """
+    by_name = get_backend() == "cpu"  # its operations raise where they cannot run
+    if torch.is_grad_enabled() and wants_gradient(x, *(p for module in modules for p in module.parameters())):
+        if by_name:
+            raise BackendUnavailableError("the 'cpu' backend has no gradient of the autoencoder; use 'auto'")
+        return False
+    return by_name or _runs(x)
+
+
+@no_grad
+def _runs(x: torch.Tensor) -> bool:
+    return triton_runs(x) or cpp_runs(x)
+
+
+@no_grad
+def _decoded(conv: nn.Module, decoder: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    drop_changed(_packed_weights(conv, decoder))
+    fused = Fused(triton_runs(features), cpp_runs(features))
+    with nullcontext() if torch.compiler.is_compiling() else reused_memory():
+        return fused.decoder(decoder, fused.conv(conv, channels_last(features)))
+
+
+@no_grad
+def _encoded(encoder: nn.Module, conv: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    drop_changed(_packed_weights(encoder, conv))
+    fused = Fused(triton_runs(image), cpp_runs(image))
+    return fused.conv(conv, fused.encoder(encoder, channels_last(image) if fused.on_triton else image))
+
+
+def _packed_weights(*modules: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the weights that kernels keep packed copies of."""
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, Conv3x3) and layer._parameters.get("weight") is not None:
+                yield layer._parameters["weight"]
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` `[B, C, H, W]` in the memory format `channels_last`."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class Fused(NamedTuple):
+    """Compute modules of `actvar.models.basic_vae` by kernels; every method takes the module and its input.
+
+    On Triton the convolutions are PyTorch's, and what is between them is fused. A bias there is added by what comes
+    next, since on its own it would be a pass over the convolution's output. Such a bias `[C]` is called `offset`.
+
+    Args:
+        on_triton: kernels run on Triton.
+        in_cpp: kernels run in C++.
+    """
+
+    on_triton: bool
+    in_cpp: bool
+
+    def decoder(self, decoder: nn.Module, z: torch.Tensor) -> torch.Tensor:
+        """Return the image `[B, in_channels, H, W]` of features `z` `[B, z_channels, h, w]`."""
+        if not is_plain(decoder, Decoder):
+            return decoder(z)
+        h, offset = self.middle(decoder.mid, self.conv(decoder.conv_in, z)), None
+        for level in reversed(decoder.up):
+            h = self.level(level, h, offset)
+            if hasattr(level, "upsample"):
+                h, offset = self.upsample(level.upsample, h)
+        return self.conv(decoder.conv_out, self.norm_silu(decoder.norm_out, h, overwrite=True))
+
+    def encoder(self, encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Return the features `[B, z_channels, h, w]` of an image `x` `[B, in_channels, H, W]`."""
+        if not is_plain(encoder, Encoder):
+            return encoder(x)
+        h = self.conv(encoder.conv_in, x)
+        for level in encoder.down:
+            h = self.level(level, h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        h = self.middle(encoder.mid, h)
+        return self.conv(encoder.conv_out, self.norm_silu(encoder.norm_out, h, overwrite=True))
+
+    def level(self, level: nn.Module, x: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `level(x + offset)`."""
+        if not is_plain(level, Level):
+            return level(_sum(x, offset))
+        for i, block in enumerate(level.block):
+            x = self.resnet(block, x, offset if i == 0 else None)
+            if len(level.attn):
+                x = self.attention(level.attn[i], x)
+        return x
+
+    def middle(self, middle: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Return `middle(x)`."""
+        if not is_plain(middle, Middle):
+            return middle(x)
+        return self.resnet(middle.block_2, self.attention(middle.attn_1, self.resnet(middle.block_1, x)))
+
+    def resnet(self, block: nn.Module, x: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `block(x + offset)`."""
+        if not is_plain(block, ResnetBlock):
+            return block(_sum(x, offset))
+        if self._reads(block.norm1, block.conv1, block.norm2, block.conv2, block.nin_shortcut):
+            h = conv3x3(self.norm_silu(block.norm1, x, offset=offset), block.conv1.weight, None)
+            h = conv3x3(self.norm_silu(block.norm2, h, offset=block.conv1.bias), block.conv2.weight, None)
+            shortcut, bias = _shortcut(block.nin_shortcut, x, offset)
+            return add_residual(shortcut, h, block.conv2.bias if bias is None else block.conv2.bias + bias)
+        x = _sum(x, offset)
+        h = self.conv(block.conv1, self.norm_silu(block.norm1, x))
+        return self.conv(block.conv2, self.norm_silu(block.norm2, h, overwrite=True), residual=block.nin_shortcut(x))
+
+    def attention(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Return `block(x)`."""
+        if not is_plain(block, AttnBlock):
+            return block(x)
+        h = pixel_attention(block.qkv(self.norm_silu(block.norm, x, silu=False)))
+        if self._reads(block.proj_out):
+            return add_residual(x, F.conv2d(channels_last(h), block.proj_out.weight), block.proj_out.bias)
+        return x + block.proj_out(h)
+
+    def upsample(self, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return two parts whose sum is `module(x)`: a feature map, and on Triton a bias `[C]`, otherwise None."""
+        if not is_plain(module, Upsample):
+            return module(x), None
+        if self._reads(module.conv):
+            return conv3x3(twice_as_large(x), module.conv.weight, None), module.conv.bias
+        return self.conv(module.conv, x, enlarge=True), None
+
+    def conv(
+        self, conv: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None, enlarge: bool = False
+    ) -> torch.Tensor:
+        """Return `conv(x) + residual`, with `enlarge` of x in twice its size."""
+        if is_plain(conv, Conv3x3) and conv.in_channels % 16 == 0:  # which is what the kernel takes
+            return conv3x3(x, conv.weight, conv.bias, residual, enlarge)
+        out = conv(F.interpolate(x, scale_factor=2, mode="nearest") if enlarge else x)
+        return out if residual is None else residual + out
+
+    def norm_silu(self, norm: nn.Module, x: torch.Tensor, silu: bool = True, **options) -> torch.Tensor:
+        """Return `silu(norm(x))`, or with `silu=False` `norm(x)`; for `options` see `group_norm_silu`."""
+        if (self.on_triton or self.in_cpp) and is_plain(norm, nn.GroupNorm):
+            return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, **options)
+        return F.silu(norm(x)) if silu else norm(x)
+
+    def _reads(self, *layers: nn.Module) -> bool:
+        """Return whether Triton runs and may read all `layers`."""
+        known = (Conv3x3, nn.Conv2d, nn.GroupNorm, nn.Identity)
+        return self.on_triton and all(is_plain(layer, *known) for layer in layers)
+
+
+def _sum(x: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+    """Return `x` `[B, C, H, W]` with the bias `offset` `[C]` added, if there is one."""
+    return x if offset is None else x + offset.view(-1, 1, 1)
+
+
+def _shortcut(
+    conv: nn.Module, x: torch.Tensor, offset: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return two parts whose sum is `conv(x + offset)`: a feature map, and a bias `[out_channels]` or None."""
+    if isinstance(conv, nn.Identity):
+        return x, offset
+    bias = conv.bias
+    if offset is not None:
+        bias = bias + (conv.weight.flatten(1) * offset).sum(dim=1)
+    return F.conv2d(x, conv.weight), bias
+
+
+def twice_as_large(x: torch.Tensor) -> torch.Tensor:
+    """Return `F.interpolate(x, scale_factor=2, mode="nearest")` in the memory format `channels_last`.
+
+    It is copied 16 bytes at a time where channels allow it, and also under autocast in x's dtype.
+
+    Args:
+        x: `[B, C, H, W]`.
+    """
+    B, C, H, W = x.shape
+    rows = channels_last(x).permute(0, 2, 3, 1)
+    for wide in (torch.complex128, torch.int64):
+        if C * x.element_size() % wide.itemsize == 0:
+            rows = rows.view(wide)
+            break
+    rows = rows[:, :, None, :, None].expand(B, H, 2, W, 2, rows.shape[3]).reshape(B, 2 * H, 2 * W, rows.shape[3])
+    return rows.view(x.dtype).permute(0, 3, 1, 2)
