@@ -121,7 +121,7 @@ def dead_links(page: Path, text: str) -> list[str]:
 def test_links_and_named_files_are_there(page) -> None:
     text = page.read_text("utf-8")
     assert dead_links(page, text) == []
-    assert [name for name in FILE.findall(text) if not (ROOT / name).exists()] == []
+    assert [name for name in FILE.findall(text) if "NAME" not in name and not (ROOT / name).exists()] == []
 
 
 def test_dead_links_would_be_found() -> None:
