@@ -9,7 +9,7 @@ export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
 SOAK_SECONDS ?= 600
-.PHONY: help demo test test-slow test-fast soak bench bench-full bench-against plots paper paper-train compile-check gpu triton-matrix lint format clean
+.PHONY: help demo test test-slow test-fast soak bench bench-full bench-against plots docs-check paper paper-train compile-check gpu triton-matrix lint format clean
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --benchmark-disable --durations 10
 OR_NO_TEST := || [ $$? -eq 5 ] # 5: no Triton here, so no test
 # The method, its references and its C++ kernels; bad input and bad files; the small commands.
@@ -54,6 +54,9 @@ bench-against: $(INSTALLED) ## Compare with an earlier commit, make bench-agains
 
 plots: $(INSTALLED) ## Draw docs/images/bench-*.png from benchmarks/results/
 	$(BIN)/python -m benchmarks.plots
+
+docs-check: $(INSTALLED) ## Check that every figure of README.md and docs/ has a row behind it
+	$(BIN)/python -m benchmarks.docs_check --commands
 
 paper-train: $(INSTALLED) ## Train the adapters behind the paper's tables that are missing, into paper-work/; resumes
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m benchmarks.paper.train

@@ -70,18 +70,25 @@ class Rows:
 
 
 def write_page(measured: Sequence[Measured], folder: Path) -> list[Path]:
-    """`paper.md` in `folder` and `<table>.png` in `folder/paper`."""
-    rows, parts, written = Rows(measured), [INTRODUCTION], []
+    """Write `paper.md` into `folder` and `<table>.png` into `folder/paper`; return the files."""
+    rows, pictures = Rows(measured), []
     for table in TABLES:
-        parts.append(f"## {table.title}\n\n{_text(table, rows)}")
         picture = _plot(table, rows)
         if picture is not None:
-            written.append(save_figure(picture, folder / "paper" / f"{table.name}.png"))
-            parts.append(f"![{table.title}](paper/{table.name}.png)\n")
-    parts.append(_recipes(read_rows(folder / "paper" / "recipes.csv")))
+            pictures.append(save_figure(picture, folder / "paper" / f"{table.name}.png"))
     page = folder / "paper.md"
-    page.write_text("\n".join([*parts, FIGURES]), encoding="utf-8")
-    return [page, *written]
+    page.write_text(page_text(measured, read_rows(folder / "paper" / "recipes.csv")), encoding="utf-8")
+    return [page, *pictures]
+
+
+def page_text(measured: Sequence[Measured], recipes: Sequence[Sequence[str]]) -> str:
+    """Return the page: a part per table, then `recipes`, the rows of recipes.csv."""
+    rows, parts = Rows(measured), [INTRODUCTION]
+    for table in TABLES:
+        parts.append(f"## {table.title}\n\n{_text(table, rows)}")
+        if any(rows.of(line, recipe) for line in table.lines if line.row != DENSE for recipe in table.recipes):
+            parts.append(f"![{table.title}](paper/{table.name}.png)\n")
+    return "\n".join([*parts, _recipes(recipes), FIGURES])
 
 
 def _text(table: Table, rows: Rows) -> str:

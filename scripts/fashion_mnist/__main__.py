@@ -1,4 +1,4 @@
-"""Rebuild the bundled Fashion-MNIST models from the images: `python -m actvar.zoo.fashion_mnist`.
+"""Rebuild the bundled Fashion-MNIST models from the images: `python -m scripts.fashion_mnist`.
 
 Every stage is skipped when it is finished and resumed when it was interrupted.
 """
@@ -22,7 +22,7 @@ from scripts.fashion_mnist.train import Build, train
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(prog="python -m actvar.zoo.fashion_mnist", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m scripts.fashion_mnist", description=__doc__)
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of the four idx files")
     parser.add_argument("--work", type=Path, default=Path("fashion-mnist-build"), help="checkpoints and loss logs")
     parser.add_argument("--processes", type=int, default=2, help="training processes of one thread each")

@@ -1,4 +1,4 @@
-"""Damaged files against the readers: `python -m tests.fuzz --inputs 100000` from the repository's root.
+"""Read damaged files by every reader: `PYTHONPATH=tests python -m support.fuzz --inputs 100000` from the root.
 
 Valid files are mutated (bits, cuts, swapped chunks, numbers in headers, rewritten pickles and zip records) and read. A
 reader may accept a file or raise its documented error; anything else, or much more memory than the files need, fails.
@@ -287,7 +287,7 @@ def summary(counts: Mapping[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m support.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -13,6 +13,9 @@ from torch import nn
 from actvar.models import VAR, build_vae_var
 from support.golden import fill
 
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+"""What is to be read, and whose code and commands are run."""
 PATCH_NUMS = (1, 2, 3, 5)
 NUM_CLASSES = 10
 
