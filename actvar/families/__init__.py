@@ -10,7 +10,7 @@ from actvar.utils.wrappers import unwrapped
 
 __all__ = ["FAMILIES", "Family", "blocks_of", "family_of"]
 
-FAMILIES: list[Family] = [VARFamily()]
+FAMILIES: tuple[Family, ...] = (VARFamily(),)
 """Families in the order in which they are asked."""
 
 

@@ -29,7 +29,7 @@ FORCED = ActVARConfig(token_rates=(1, 1), ffn_rate=1, num_experts=8, always_spar
 
 @pytest.fixture
 def toy(monkeypatch) -> ToyModel:
-    monkeypatch.setattr(actvar.families, "FAMILIES", [VARFamily(), ToyFamily()])
+    monkeypatch.setattr(actvar.families, "FAMILIES", (VARFamily(), ToyFamily()))
     return ToyModel().eval()
 
 
