@@ -9,7 +9,8 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "actvar" / "__init__.py
 BENCH = ["pytest-benchmark>=4.0", "matplotlib>=3.7"]
 EVAL = ["torchmetrics>=1.3", "scipy>=1.10"]
 HUB = ["huggingface_hub>=0.23"]
-DEV = ["pytest>=8.0", "pytest-xdist>=3.5", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", *BENCH, *EVAL]
+DEV = ["pytest>=8.0", "pytest-xdist>=3.5", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6"]
+DEV += ["basedpyright>=1.31", *BENCH, *EVAL]
 
 setup(
     name="actvar",
@@ -26,10 +27,11 @@ setup(
     packages=find_packages(include=["actvar", "actvar.*", "actvar_kernels", "actvar_kernels.*"]),
     package_data={
         "actvar": [
+            "py.typed",
             *(f"zoo/**/*.{suffix}" for suffix in ("safetensors", "json", "md", "csv")),
             *(f"reports/inspection/page.{suffix}" for suffix in ("html", "css", "js")),
         ],
-        "actvar_kernels": ["**/*.cpp", "**/*.h"],
+        "actvar_kernels": ["py.typed", "**/*.cpp", "**/*.h"],
     },
     install_requires=[
         "torch>=2.6",
