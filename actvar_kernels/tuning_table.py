@@ -19,7 +19,6 @@ from actvar_kernels import tiles
 
 ENVIRONMENT_VARIABLE = "ACTVAR_TUNED"
 SCHEDULES = ("dense", "tile_list")
-"""Of results that are equal but for rounding."""
 FACTOR = 2.0
 
 

@@ -20,7 +20,6 @@ CONFIGS = {
     "dense": replace(ACTVAR, token_rates=(1, 1), ffn_rate=1),
     "ActVAR": ACTVAR,
     "ActVAR dense schedule": replace(ACTVAR, expert_schedule="dense"),
-    "ActVAR snap": replace(ACTVAR, expert_schedule="snap"),
 }
 SAMPLING = dict(cfg=1.5, top_k=900, top_p=0.96)
 QUANTILES = [0.2, 0.5, 0.8]

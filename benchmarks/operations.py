@@ -156,6 +156,5 @@ def operations(shape: BlockShape, inputs: BlockInputs) -> dict[str, Callable[[],
         "add_normalize_route": routed,
         "expert_ffn_scatter dense": experts("dense"),
         "expert_ffn_scatter tile_list": experts("tile_list"),
-        "expert_ffn_scatter snap": experts("snap"),
         "scatter_rows": lambda: scatter_rows(rest, inputs.index, rows, inputs.update, gamma2),
     }

@@ -18,7 +18,6 @@ from actvar.sampling.timing import interleaved_seconds, seconds_of
 from actvar_kernels import expert_ffn, linear, sample_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.expert_ffn.reference import snapped
 from actvar_kernels.tools.compile_cases import GUIDANCE, HEAD_DIM, TOP_K, TOP_P, VOCABULARY
 from benchmarks.operations import SIZES, BlockInputs, BlockShape, allowed_error, block_inputs, operations
 from benchmarks.results import Result, Shape
@@ -101,7 +100,7 @@ def _ways(shape: BlockShape, inputs: BlockInputs) -> dict[str, dict[str, Call]]:
     return calls
 
 
-CPP_OPERATIONS = ("expert_ffn_scatter dense", "expert_ffn_scatter snap", "dense_ffn", "linear qkv", "linear proj")
+CPP_OPERATIONS = ("expert_ffn_scatter dense", "dense_ffn", "linear qkv", "linear proj")
 """What the backend "cpu" computes otherwise than the reference does."""
 
 
@@ -284,14 +283,10 @@ def check(case: Case, shape: BlockShape, inputs: BlockInputs, calls: dict[str, d
 
 
 def _exact(shape: BlockShape, inputs: BlockInputs) -> dict[str, Call]:
-    """The reference in float64 on the first image; `snap` with the experts that all tokens together decide."""
+    """The reference in float64 on the first image."""
     first = replace(shape, rows=ROWS_CHECKED)
     exact = inputs.first_rows(ROWS_CHECKED).to(torch.float64)
-    truths = _ours(first, exact)
-    together = inputs.first_rows(ROWS_CHECKED).to(torch.float64)
-    together.mask = snapped(inputs.mask, shape.active)[:ROWS_CHECKED]
-    truths["expert_ffn_scatter snap"] = operations(first, together)["expert_ffn_scatter dense"]
-    return {operation: _on("reference", run) for operation, run in truths.items()}
+    return {operation: _on("reference", run) for operation, run in _ours(first, exact).items()}
 
 
 @torch.no_grad()

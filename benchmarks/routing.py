@@ -10,7 +10,7 @@ import torch
 from actvar_kernels.expert_ffn.reference import sort_key
 
 EXPERTS, ACTIVE = 16, 12
-SKIPS = ("measured", "random", "snap")
+SKIPS = ("measured", "random")
 
 
 def share_of_blocks(mask: torch.Tensor, rows: int) -> float:
@@ -24,10 +24,8 @@ def share_function(skip: str | float) -> Callable[[int, int], float]:
 
     Args:
         skip: `"random"`: every token draws 12 of 16 experts; `"measured"`: tokens draw masks that the bundled model's
-            router chose; `"snap"`: exactly 12 of 16 run; a number: the share that is left out.
+            router chose; a number: the share that is left out.
     """
-    if skip == "snap":
-        return lambda tokens, rows: ACTIVE / EXPERTS
     if not isinstance(skip, str):
         return lambda tokens, rows: 1 - skip
     masks = _random_masks if skip == "random" else _measured_masks

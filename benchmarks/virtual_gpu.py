@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     if why_unavailable() is not None:
         parser.error(f"virtual GPU: {why_unavailable()}")
     card, schedule = CARDS[options.gpu], options.schedule
-    skip = options.skip if options.skip is not None else ("snap" if schedule == "snap" else "measured")
+    skip = "measured" if options.skip is None else options.skip
     share = share_function(skip)
     report = {"predicted": True, "model": options.model, "batch": options.batch, "gpu": options.gpu}
     report |= {"schedule": schedule, "skip": skip}

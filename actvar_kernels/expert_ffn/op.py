@@ -21,7 +21,7 @@ from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.scatter.op import scatter_rows
 
-SCHEDULES = ("auto", "dense", "tile_list", "snap")
+SCHEDULES = ("auto", "dense", "tile_list")
 
 _MOST_TOKENS = 64 * MOST_SEQUENCES
 """Of the Triton backend: the smallest tiles have 64."""
@@ -99,8 +99,6 @@ def expert_ffn_scatter(
             experts that no row of a tile of sorted tokens wants; both are equal but for rounding. `"auto"` takes what
             a table of `actvar_kernels.tools.tune` says, without one `"dense"`, which an H100 was faster with at every
             size.
-            `"snap"` changes results: every 4096 tokens are sorted by their experts, and every tile of 128 runs the
-            `active` experts that most of its rows want (`reference.snapped`, for at most 32 experts).
 
     On Triton it is three launches, and `rest` is written to and returned, as on the CPU in C++.
 
@@ -110,7 +108,8 @@ def expert_ffn_scatter(
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        hint = "; it was removed, use 'dense' or 'tile_list'" if schedule == "snap" else ""
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}{hint}")
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     active = _expect_ffn(u, mask, active, *weights)
     expect_shape("u", u, (None, None, None))
@@ -133,9 +132,7 @@ def expert_ffn_scatter(
     backend = _backend("expert_ffn_scatter", u, mask, *weights, *parts)
     if backend != "triton" or wants_gradient(u, *weights, *parts):  # what writes in place has no gradient
         rows = x if update is None else rows.rows(index)
-        if backend == "cpu" and schedule != "snap":
-            return scatter_rows(rest, index, rows, _ffn(backend, u, mask, active, *weights), gamma)
-        return _by_parts(rest, index, rows, u, mask, active, *weights, gamma, schedule)
+        return scatter_rows(rest, index, rows, _ffn(backend, u, mask, active, *weights), gamma)
     u, *weights = _as_autocast(u, *weights)
     if index is not None:
         out = rest if rest.stride(2) == 1 else rest.contiguous()
@@ -145,15 +142,6 @@ def expert_ffn_scatter(
     run = torch.ops.actvar_kernels.expert_ffn_scatter if needs_operator(out) else _run_scatter
     run(out, index, x, update, gate, u, mask, active, *weights, gamma, schedule)
     return out
-
-
-def _by_parts(
-    rest, index, rows, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule
-) -> torch.Tensor:
-    if schedule == "snap":
-        mask = reference.snapped(mask, active)
-    update = expert_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return scatter_rows(rest, index, rows, update, gamma)
 
 
 def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> int:
@@ -213,7 +201,8 @@ def _run_scatter(
     tensors = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, out, rows, gamma)
     if _backend("expert_ffn_scatter", u, mask, *tensors) != "triton":
         rows = rows if update is None else Residual(rows, update, gate).rows(index)
-        out.copy_(_by_parts(out, index, rows, *arguments))
+        update = expert_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        out.copy_(scatter_rows(out, index, rows, update, gamma))
     else:
         from actvar_kernels.expert_ffn import triton_kernel
 

@@ -17,12 +17,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from actvar_kernels import tiles
-from actvar_kernels.expert_ffn.reference import SNAP_SEGMENT, SNAP_TILE
 from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
 from actvar_kernels.linear.op import gelu_linear
 from actvar_kernels.tuning_table import tuned_expert_ffn
-
-_SNAP_TILE = tl.constexpr(SNAP_TILE)
 
 
 def expert_ffn(
@@ -94,7 +91,7 @@ def _launch(
         order = choice = None
         hidden = _chosen_hidden(u, mask, fc1_weight, fc1_bias)
     else:
-        order, choice = sort_by_experts(mask, SNAP_SEGMENT if schedule == "snap" else None)
+        order, choice = sort_by_experts(mask)
         hidden = u.new_empty(T, D)
 
     def matrix(tensor: torch.Tensor, *block: int) -> torch.Tensor | TensorDescriptor | None:
@@ -106,7 +103,6 @@ def _launch(
         C=C,
         WIDTH=D // N,
         EXPERTS=N,
-        ACTIVE=active if schedule == "snap" else None,
         DESCRIPTORS=tile.descriptors,
         BLOCK_T=tile.rows,
     )
@@ -217,7 +213,6 @@ def _up(
     C: tl.constexpr,
     WIDTH: tl.constexpr,
     EXPERTS: tl.constexpr,
-    ACTIVE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -230,7 +225,7 @@ def _up(
     unit = tl.program_id(0) % per_expert * (BLOCK_H + TAIL_H)
     first = tl.program_id(1) * BLOCK_T
     row = first + tl.arange(0, BLOCK_T)
-    if (_tile_experts(choice_ptr, first, T, ACTIVE, BLOCK_T) >> expert) & 1 != 0:
+    if (_tile_experts(choice_ptr, first, T, BLOCK_T) >> expert) & 1 != 0:
         u_rows = _rows(u_ptr, tl.load(order_ptr + row, mask=row < T, other=0), C, BLOCK_C)
         if not DESCRIPTORS:
             w1_rows = _rows(w1_ptr, expert * WIDTH + tl.minimum(unit + tl.arange(0, BLOCK_H), WIDTH - 1), C, BLOCK_C)
@@ -253,10 +248,7 @@ def _up(
                 else:
                     w1_tail = _load(w1_tail_rows, k, C, BLOCK_C)
                 tail = _add_product(tail, u, w1_tail)
-        if ACTIVE is None:
-            on = (tl.load(choice_ptr + row, mask=row < T, other=0) >> expert) & 1 != 0
-        else:
-            on = None
+        on = (tl.load(choice_ptr + row, mask=row < T, other=0) >> expert) & 1 != 0
         _store_hidden(h_ptr, acc, b1_ptr, on, first, expert, unit, T, WIDTH, EXPERTS, DESCRIPTORS)
         if TAIL_H:
             _store_hidden(h_tail_ptr, tail, b1_ptr, on, first, expert, unit + BLOCK_H, T, WIDTH, EXPERTS, DESCRIPTORS)
@@ -273,20 +265,10 @@ def _add_product(acc, a, b):
 
 
 @triton.jit
-def _tile_experts(choice_ptr, first, T, ACTIVE: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The experts that a tile of rows runs, as bits: those that any row wants, or the `ACTIVE` that most rows of the
-    `SNAP_TILE` around it want."""
-    if ACTIVE is None:
-        row = first + tl.arange(0, BLOCK_T)
-        return tl.reduce_or(tl.load(choice_ptr + row, mask=row < T, other=0), 0)
-    else:
-        row = first // _SNAP_TILE * _SNAP_TILE + tl.arange(0, _SNAP_TILE)
-        bits = tl.load(choice_ptr + row, mask=row < T, other=0)
-        expert = tl.arange(0, 32)
-        votes = tl.sum((bits[:, None] >> expert[None, :]) & 1, 0)
-        tie = (votes[None, :] == votes[:, None]) & (expert[None, :] < expert[:, None])
-        rank = tl.sum(((votes[None, :] > votes[:, None]) | tie).to(tl.int32), 1)
-        return tl.sum(tl.where(rank < ACTIVE, 1 << expert, 0), 0)
+def _tile_experts(choice_ptr, first, T, BLOCK_T: tl.constexpr):
+    """The experts that a tile of rows runs, as bits: those that any row wants."""
+    row = first + tl.arange(0, BLOCK_T)
+    return tl.reduce_or(tl.load(choice_ptr + row, mask=row < T, other=0), 0)
 
 
 @triton.jit
@@ -323,8 +305,7 @@ def _store_hidden(
     # gelu_tanh(x) = x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)); rsqrt(a)^2 is 1 / a in fewer instructions
     root = tl.rsqrt(1 + tl.exp2(x * (-2.302208198144325 - 0.1029432395800235 * x * x)))
     hidden = x * root * root
-    if on is not None:
-        hidden = tl.where(on[:, None], hidden, 0.0)
+    hidden = tl.where(on[:, None], hidden, 0.0)
     if DESCRIPTORS:
         h_ptr.store([first, expert * WIDTH + unit], hidden.to(h_ptr.dtype))
     else:
@@ -355,7 +336,6 @@ def _down(
     C: tl.constexpr,
     WIDTH: tl.constexpr,
     EXPERTS: tl.constexpr,
-    ACTIVE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -370,7 +350,7 @@ def _down(
     if order_ptr is None:
         experts = EXPERTS
     else:
-        live = _tile_experts(choice_ptr, first, T, ACTIVE, BLOCK_T)
+        live = _tile_experts(choice_ptr, first, T, BLOCK_T)
         experts = tl.sum((live >> tl.arange(0, 32)) & 1, 0)
     if not DESCRIPTORS:
         h_rows = _rows(h_ptr, tl.minimum(row, T - 1), EXPERTS * WIDTH, BLOCK_H)

@@ -134,7 +134,7 @@ def _block_cases(R: int, C: int, scale: Scale, dtype: torch.dtype, is_last: bool
                 ops.expert_ffn_scatter(None, None, rows, u, mask, ACTIVE_EXPERTS, *ffn, gamma, schedule)
 
         for tile in expert_ffn_candidates(architecture(u), dtype, D // EXPERTS, aligned=True):
-            for schedule in ("dense", "tile_list", "snap"):
+            for schedule in ("dense", "tile_list"):
                 yield (
                     f"expert_ffn_scatter {schedule}, tiles of {tile.rows} x {tile.down.columns}",
                     lambda tile=tile, schedule=schedule: with_tile(tile, schedule),

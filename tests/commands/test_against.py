@@ -225,7 +225,7 @@ def test_a_broken_worker_is_one_line_of_the_command(capsys, monkeypatch):
 
 OPERATIONS = (
     "select_tokens", "normalize_modulate", "subset_attention", "add_normalize_route", "expert_ffn_scatter dense",
-    "expert_ffn_scatter tile_list", "expert_ffn_scatter snap", "scatter_rows",
+    "expert_ffn_scatter tile_list", "scatter_rows",
 )  # fmt: skip
 SAMPLES = [
     f"sample, {way}, fashion-mnist batch {batch}" for batch in (1, 16) for way in ("dense", "accelerated", "ActVAR")

@@ -93,7 +93,6 @@ def test_the_share_of_blocks_of_a_hand_made_routing():
     mask = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1]], dtype=torch.bool)
     assert routing.share_of_blocks(mask, rows=2) == 0.5, "sorted by expert every tile needs one of two"
     assert routing.share_of_blocks(mask, rows=4) == 1.0
-    assert routing.share_function("snap")(100, 128) == 0.75
     assert routing.share_function(0.1)(100, 128) == pytest.approx(0.9)
 
 
@@ -153,7 +152,7 @@ def test_a_sampling_loop_that_waits_is_reported(monkeypatch, capsys):
         (["--gpu", "v100"], "v100"),
         (["--model", "d17"], "d17"),
         (["--batch", "0"], "expected an integer above 0, got '0'"),
-        (["--skip", "1.5"], "measured, random, snap or a number in [0, 1), got '1.5'"),
+        (["--skip", "1.5"], "measured, random or a number in [0, 1), got '1.5'"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments, text, capsys):

@@ -103,8 +103,8 @@ def _attention(a: Arguments, _share: Share) -> Cost:
 
 
 def _sort(a: Arguments, _share: Share) -> Cost:
-    programs, others = math.ceil(a["T"] / a["BLOCK_T"]), min(a["T"], a["segment"])
-    return Cost(_bytes(a), instructions=SORT_INSTRUCTIONS * others * programs)
+    programs = math.ceil(a["T"] / a["BLOCK_T"])
+    return Cost(_bytes(a), instructions=SORT_INSTRUCTIONS * a["T"] * programs)
 
 
 def _sample(a: Arguments, _share: Share) -> Cost:
@@ -145,8 +145,6 @@ def _run(a: Arguments, share: Share) -> tuple[float, int]:
     rows = math.ceil(a["T"] / a["BLOCK_T"]) * a["BLOCK_T"]
     if a["order_ptr"] is None:
         return 1.0, rows
-    if a["ACTIVE"] is not None:
-        return a["ACTIVE"] / a["EXPERTS"], rows
     return share(a["T"], a["BLOCK_T"]), rows
 
 
