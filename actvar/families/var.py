@@ -13,13 +13,12 @@ from actvar.utils.class_swap import own_class
 from actvar.utils.plain_layers import is_ordinary, why_called, why_not_by_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import (
-    cpp_runs,
+    choose_fused,
     expert_ffn,
     gelu_linear,
     linear,
     linear_once,
     normalize_modulate,
-    triton_runs,
 )
 from actvar_kernels.backend import are_plain
 from actvar_kernels.constants import NORM_EPS
@@ -327,11 +326,12 @@ def head_logits(
     dtype to compute in."""
     if head_called(model) is not None:
         return None
-    if cpp_runs(x) and guidance is None:
+    backend = choose_fused(x)
+    if backend.packs_weights and guidance is None:
         h = model.head_nm(x.float(), cond)
         h = h if torch.is_autocast_enabled("cpu") else h.to(model.head.weight.dtype)
         return linear(h, model.head.weight, model.head.bias)
-    if not triton_runs(x) or x.dtype != model.head.weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if not backend.fuses_residual or x.dtype != model.head.weight.dtype or torch.is_autocast_enabled(x.device.type):
         return None
     norm = model.head_nm
     if _module_called(norm, HeadNorm, {"ada_lin", "ln_wo_grad"}) or why_called(norm.ln_wo_grad, nn.LayerNorm):
@@ -346,10 +346,12 @@ def dense_ffn(block: nn.Module, u: torch.Tensor, num_experts: int) -> torch.Tens
     if "ffn" in called(block):
         return block.ffn(u)
     weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias = ffn_weights(block)
-    if cpp_runs(u):
+    backend = choose_fused(u)
+    if backend.packs_weights:
         every = u.new_ones(*u.shape[:-1], num_experts, dtype=torch.bool)
         return expert_ffn(u, every, num_experts, *weights)
-    if not u.is_cuda or torch.is_grad_enabled() or u.dtype != fc1_weight.dtype or torch.is_autocast_enabled("cuda"):
+    converts = u.dtype != fc1_weight.dtype or torch.is_autocast_enabled(u.device.type)
+    if not backend.fuses or torch.is_grad_enabled() or converts:
         return block.ffn(u)
     return F.linear(gelu_linear(u.flatten(0, 1), fc1_weight, fc1_bias), fc2_weight, fc2_bias).view_as(u)
 

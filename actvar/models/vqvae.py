@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from actvar.models.quantizer import VectorQuantizer
 from actvar.utils.plain_layers import is_plain
-from actvar_kernels import add_residual, conv3x3, cpp_runs, group_norm_silu, triton_runs
-from actvar_kernels.backend import needs_torch
+from actvar_kernels import add_residual, choose_fused, conv3x3, group_norm_silu
+from actvar_kernels.backend import REFERENCE, Backend
+from actvar_kernels.conv3x3.op import in_fast_format
 from actvar_kernels.cpu_backend.memory import reused_memory
 from actvar_kernels.cpu_backend.packing import drop_changed
 
@@ -25,14 +26,19 @@ def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=NORM_GROUPS, num_channels=channels, eps=1e-6)
 
 
-def _kernels_run(x: torch.Tensor, *layers: nn.Module) -> bool:
-    """Return whether what is between the convolutions runs on Triton; without gradients, and on plain layers only."""
-    return not torch.is_grad_enabled() and triton_runs(x) and all(is_plain(layer, *_READ) for layer in layers)
+def _backend(x: torch.Tensor) -> Backend:
+    """Return the backend whose kernels replace layers for an input like `x`, without gradients only."""
+    return REFERENCE if torch.is_grad_enabled() else choose_fused(x)
 
 
-def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, silu: bool = True, **options) -> torch.Tensor:
+def _fuses_residual(backend: Backend, *layers: nn.Module) -> bool:
+    """Return whether kernels add biases and residuals between the convolutions, which takes plain layers."""
+    return backend.fuses_residual and all(is_plain(layer, *_READ) for layer in layers)
+
+
+def _norm_silu(norm: nn.GroupNorm, x: torch.Tensor, backend: Backend, silu: bool = True, **options) -> torch.Tensor:
     """Return `silu(norm(x))`; a norm that is more than its weight is called."""
-    if (_kernels_run(x) or cpp_runs(x)) and is_plain(norm, nn.GroupNorm):
+    if backend.fuses and is_plain(norm, nn.GroupNorm):
         return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, **options)
     return F.silu(norm(x)) if silu else norm(x)
 
@@ -85,14 +91,15 @@ class ResnetBlock(nn.Module):
 
         There a bias is added by what comes next, since on its own it would be a pass over the convolution's output.
         """
-        if _kernels_run(x, self.norm1, self.conv1, self.norm2, self.conv2, self.nin_shortcut):
-            h = conv3x3(_norm_silu(self.norm1, x, offset=offset), self.conv1.weight, None)
-            h = conv3x3(_norm_silu(self.norm2, h, offset=self.conv1.bias), self.conv2.weight, None)
+        backend = _backend(x)
+        if _fuses_residual(backend, self.norm1, self.conv1, self.norm2, self.conv2, self.nin_shortcut):
+            h = conv3x3(_norm_silu(self.norm1, x, backend, offset=offset), self.conv1.weight, None)
+            h = conv3x3(_norm_silu(self.norm2, h, backend, offset=self.conv1.bias), self.conv2.weight, None)
             shortcut, bias = self._shortcut(x, offset)
             return add_residual(shortcut, h, self.conv2.bias if bias is None else self.conv2.bias + bias)
         x = x if offset is None else x + offset.view(-1, 1, 1)
-        h = _conv(self.conv1, _norm_silu(self.norm1, x))
-        return _conv(self.conv2, _norm_silu(self.norm2, h, overwrite=True), residual=self.nin_shortcut(x))
+        h = _conv(self.conv1, _norm_silu(self.norm1, x, backend))
+        return _conv(self.conv2, _norm_silu(self.norm2, h, backend, overwrite=True), residual=self.nin_shortcut(x))
 
     def _shortcut(self, x: torch.Tensor, offset: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The shortcut of `x + offset` in two parts, the second one for every pixel, `[out_channels]`."""
@@ -115,10 +122,11 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        q, k, v = self.qkv(_norm_silu(self.norm, x, silu=False)).reshape(B, 3, C, H * W).unbind(1)
+        backend = _backend(x)
+        q, k, v = self.qkv(_norm_silu(self.norm, x, backend, silu=False)).reshape(B, 3, C, H * W).unbind(1)
         weights = torch.bmm(q.transpose(1, 2), k).mul_(C**-0.5).softmax(dim=2)  # [B, query, key]
         h = torch.bmm(v, weights.transpose(1, 2)).view(B, C, H, W)
-        if _kernels_run(x, self.proj_out):
+        if _fuses_residual(backend, self.proj_out):
             return add_residual(x, F.conv2d(_channels_last(h), self.proj_out.weight), self.proj_out.bias)
         return x + self.proj_out(h)
 
@@ -139,7 +147,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The convolution without its bias, and this bias, where kernels run; else the convolution and None."""
-        if _kernels_run(x, self.conv):
+        if _fuses_residual(_backend(x), self.conv):
             return conv3x3(twice_as_large(x), self.conv.weight, None), self.conv.bias
         return _conv(self.conv, x, enlarge=True), None
 
@@ -209,7 +217,7 @@ class Encoder(nn.Module):
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
         h = self.mid(h)
-        return self.conv_out(_norm_silu(self.norm_out, h, overwrite=True))
+        return self.conv_out(_norm_silu(self.norm_out, h, _backend(h), overwrite=True))
 
 
 class Decoder(nn.Module):
@@ -236,7 +244,7 @@ class Decoder(nn.Module):
             h = level(h, offset)
             if hasattr(level, "upsample"):
                 h, offset = level.upsample(h)
-        return self.conv_out(_norm_silu(self.norm_out, h, overwrite=True))
+        return self.conv_out(_norm_silu(self.norm_out, h, _backend(h), overwrite=True))
 
 
 def _convolution_weights(*modules: nn.Module) -> Iterator[torch.Tensor]:
@@ -284,9 +292,7 @@ class VQVAE(nn.Module):
     def fhat_to_img(self, f_hat: torch.Tensor) -> torch.Tensor:
         """Decode quantized features `[B, Cvae, P, P]` to an image `[B, in_channels, H, W]` in [-1, 1]."""
         drop_changed(_convolution_weights(self.post_quant_conv, self.decoder))
-        # oneDNN's and cuDNN's convolutions take less time so; PyTorch's transforms do not take all of it
-        if _kernels_run(f_hat) or (f_hat.device.type == "cpu" and not needs_torch(f_hat)):
-            f_hat = _channels_last(f_hat)
+        f_hat = in_fast_format(f_hat)
         with nullcontext() if torch.compiler.is_compiling() else reused_memory():
             return self.decoder(self.post_quant_conv(f_hat)).contiguous().clamp_(-1, 1)
 
@@ -294,7 +300,7 @@ class VQVAE(nn.Module):
     def img_to_idxBl(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Token maps of an image `[B, in_channels, H, W]` in [-1, 1]: one `[B, p * p]` int64 tensor per scale."""
         drop_changed(_convolution_weights(self.encoder, self.quant_conv))
-        image = _channels_last(image) if _kernels_run(image) else image
+        image = _channels_last(image) if _fuses_residual(_backend(image)) else image
         return self.quantize.tokens(self.quant_conv(self.encoder(image)))
 
     @torch.no_grad()

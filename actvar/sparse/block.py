@@ -16,13 +16,13 @@ from actvar.sparse.teacher_forcing import teacher_forced_block
 from actvar_kernels import (
     add_normalize,
     add_normalize_route,
-    cpp_runs,
+    choose_fused,
     expert_ffn_scatter,
     normalize_modulate,
     scatter_rows,
     subset_attention,
-    triton_runs,
 )
+from actvar_kernels.backend import REFERENCE, Backend
 
 
 class ActVARBlock(nn.Module):
@@ -60,9 +60,9 @@ class ActVARBlock(nn.Module):
         scale = gates.shared.scale_of(gates.block_index, x.shape[1], family.cached_tokens(self))
         if scale.index == 0:
             begin(self)
-        fused = kernels_run(x) and "ln_wo_grad" not in gates.called
-        if scale.active or fused:
-            return block_at_scale(self, x, cond_BD, scale, fused, current)
+        backend = REFERENCE if "ln_wo_grad" in gates.called else choose_fused(x)
+        if scale.active or backend.fuses:
+            return block_at_scale(self, x, cond_BD, scale, backend, current)
         return self.dense_forward(x, cond_BD, attn_bias)
 
     def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, torch.Tensor]:
@@ -91,25 +91,17 @@ def _reorder_state(state: dict[str, torch.Tensor], prefix: str, order: torch.Ten
             state[prefix + name] = tensor.index_select(axis, order.to(tensor.device))
 
 
-def kernels_run(x: torch.Tensor) -> bool:
-    """Return whether operations run as kernels, Triton's or in C++.
-
-    Then dense scales use them too, and what a sample needs once is kept.
-    """
-    return cpp_runs(x) or triton_runs(x)
-
-
 def block_at_scale(
-    block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale, fused: bool, current: Pass
+    block: ActVARBlock, x: torch.Tensor, cond: torch.Tensor, scale: Scale, backend: Backend, current: Pass
 ) -> torch.Tensor:
     """One scale `x` `[R, L, C]` of the pass `current` with the K/V cache; an operation whose rate is 1 is left out.
-    `fused`: kernels run."""
+    `backend`: what the block runs on."""
     gates = block.actvar
     shared, router = gates.shared, gates.router
+    fused = backend.fuses
     state = state_of(block, cond, fused)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = state.modulation
     index = scores = rest = mask = logits = None
-    deferred = fused and not cpp_runs(x)  # the sum after attention, to the end of the block
 
     # 1. Select the tokens to update; 2. gather, normalise and modulate their rows
     if scale.select:
@@ -124,7 +116,7 @@ def block_at_scale(
     # 3. FFN as experts; 4. scatter: the other tokens keep their value
     if scale.route:
         rows, u, mask, logits = add_normalize_route(
-            x, index, update, gamma1, scale2, shift2, router.weight, router.bias, scale.experts, deferred
+            x, index, update, gamma1, scale2, shift2, router.weight, router.bias, scale.experts, backend.fuses_residual
         )
         weights = family.ffn_weights(block)
         schedule = shared.config.expert_schedule

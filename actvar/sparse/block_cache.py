@@ -7,7 +7,7 @@ from torch import nn
 
 from actvar.families import var as family
 from actvar.sparse.schedule import Scale
-from actvar_kernels import cpp_runs
+from actvar_kernels import choose_fused
 
 
 class PerSample:
@@ -41,7 +41,7 @@ class PerSample:
 def _modulation(block: nn.Module, cond: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return what `PerSample.modulation` is."""
     modulation = family.modulation(block, cond)
-    if cpp_runs(cond):  # which reads float32 without gaps
+    if choose_fused(cond).packs_weights:  # beside vectors in float32 without gaps
         modulation = tuple(part.float().contiguous() for part in modulation)
     return modulation
 

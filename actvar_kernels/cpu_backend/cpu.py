@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels.backend import BackendUnavailableError, get_backend, needs_torch
 from actvar_kernels.cpu_backend import building, memory
 from actvar_kernels.cpu_backend.building import Library
 
@@ -93,30 +92,15 @@ def why_not(*tensors: torch.Tensor, dtype: torch.dtype | None = None) -> str | N
 
     The library is built if it is not there yet; a reason against that is logged once.
     """
-    for found in (*(tensor.dtype for tensor in tensors), *(() if dtype is None else (dtype,))):
-        if found not in DTYPES:
-            return f"it takes float32 and bfloat16, got {found}"
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            return f"it takes float32 and bfloat16, got {tensor.dtype}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"it takes float32 and bfloat16, got {dtype}"
     reason = why_unavailable()
     if reason is not None:
         available()  # which logs the reason once
     return reason
-
-
-def runs(x: torch.Tensor) -> bool:
-    """Return whether operations run in C++ for inputs like `x`, a tensor without gradient, under the chosen backend.
-
-    Raises:
-        BackendUnavailableError: `"cpu"` was asked for by name and does not take the dtype, or cannot be built.
-    """
-    name = get_backend()
-    if name not in ("auto", "cpu") or not x.is_cpu or torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling() or needs_torch(x):
-        return False
-    reason = why_not(dtype=computed_dtype(x))
-    if reason is not None and name == "cpu":
-        raise BackendUnavailableError(f"the 'cpu' backend cannot run the model: {reason}")
-    return reason is None
 
 
 def computed_dtype(x: torch.Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from actvar_kernels.backend import needs_operator, needs_torch
+from actvar_kernels.backend import DIRECT, situation
 from actvar_kernels.cpu_backend.checksums import checksums
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def drop_changed(tensors: Iterable[torch.Tensor | None]) -> None:
     None, the weight of a layer that has none of its own, is passed over. Nothing is looked at while PyTorch records or
     transforms what runs, since no copy is used then.
     """
-    if needs_operator() or needs_torch():
+    if situation() != DIRECT:
         return
     kept: list[tuple[dict[Hashable, Packed], Hashable, Packed]] = []
     originals: dict[int, torch.Tensor] = {}

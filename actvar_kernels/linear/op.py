@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels.backend import backend_of, needs_operator
+from actvar_kernels.backend import choose
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.linear import cpu_kernel
 
@@ -53,24 +53,13 @@ def _runs_in_pytorch(operation: str, x: torch.Tensor, weight: torch.Tensor, bias
     Raises:
         BackendUnavailableError: `"cpu"` was asked for by name and does not take the call.
     """
-
-    def why_not_in_cpp() -> str | None:
-        if needs_operator(x, weight, bias):
-            return "it has no gradient, and no registered operator for what records the call"
-        return cpu.why_not(dtype=cpu.computed_dtype(x))
-
-    tensors = (x, weight, bias)
-    return backend_of(operation, *tensors, why_not_in_cpp=why_not_in_cpp, library_on_triton=True) != "cpu"
-
-
-def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`gelu_tanh(x @ weight.T + bias)` without gradients, by PyTorch.
-
-    On CUDA GELU runs in the epilogue of the product, but for float32, where cuBLAS's is less exact than PyTorch's.
-
-    Args:
-        x: `[T, C]`, in the dtype of `weight` `[D, C]` and `bias` `[D]`.
-    """
-    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
-        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    backend = choose(
+        operation,
+        x,
+        weight,
+        bias,
+        why_not_in_cpp=lambda: cpu.why_not(dtype=cpu.computed_dtype(x)),
+        library_on_triton=True,
+        has_operator=False,
+    )
+    return backend.name != "cpu"

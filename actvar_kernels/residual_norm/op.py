@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
+from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, in_kernel_dtypes
 from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape
 from actvar_kernels.constants import MAX_EXPERTS
 from actvar_kernels.cpu_backend import cpu, row_ops
@@ -53,8 +53,8 @@ def add_normalize(
     """
     _expect_rows(x, index, update, gamma, scale, shift)
     tensors = (x, index, update, gamma, scale, shift)
-    backend = _backend("add_normalize", *tensors)
-    if backend != "reference" and needs_operator(*tensors):
+    backend = _choose("add_normalize", *tensors)
+    if backend.calls_operator:
         return torch.ops.actvar_kernels.add_normalize(*tensors)
     return _add(backend, *tensors)
 
@@ -90,8 +90,8 @@ def add_normalize_route(
     active = expect_count("active", active, weight.shape[0])
     expect_one_device(x, weight, bias)
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
-    backend = _backend("add_normalize_route", *tensors, experts=weight.shape[0])
-    if backend != "reference" and needs_operator(*tensors):
+    backend = _choose("add_normalize_route", *tensors, experts=weight.shape[0])
+    if backend.calls_operator:
         rows, *others = torch.ops.actvar_kernels.add_normalize_route(*tensors, active, deferred)
     else:
         rows, *others = _add_and_route(backend, *tensors, active, deferred)
@@ -109,22 +109,26 @@ def _expect_rows(x, index, update, gamma, scale, shift) -> None:
     expect_one_device(x, index, update, gamma, scale, shift)
 
 
-def _backend(operation: str, x: torch.Tensor, _index, *others: torch.Tensor, experts: int = 0) -> str:
-    supported = kernel_backends(x, *others, fits=experts <= MAX_EXPERTS and x.shape[0] <= MOST_SEQUENCES)
-    return backend_of(
+def _choose(operation: str, x: torch.Tensor, _index, *others: torch.Tensor, experts: int = 0) -> Backend:
+    """Return the backend of a call with these arguments."""
+
+    def takes_triton() -> bool:
+        return experts <= MAX_EXPERTS and x.shape[0] <= MOST_SEQUENCES and in_kernel_dtypes(x, *others)
+
+    return choose(
         operation,
         x,
         *others,
-        supported=supported,
+        takes_triton=takes_triton,
         limits=_LIMITS,
         why_not_in_cpp=lambda: cpu.why_not(x, *others),
     )
 
 
 def _add(backend, x, index, update, gamma, scale, shift) -> tuple[torch.Tensor, torch.Tensor]:
-    if backend == "cpu":
+    if backend.name == "cpu":
         return row_ops.add_normalize(x, index, update, gamma, scale, shift)
-    if backend == "reference":
+    if backend.name == "reference":
         return reference.add_normalize(x, index, update, gamma, scale, shift)
     from actvar_kernels.residual_norm import triton_kernel
 
@@ -136,9 +140,9 @@ def _add_and_route(
 ) -> tuple[torch.Tensor, ...]:
     """The first result is None where it is deferred and the backend need not make it."""
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
-    if backend == "cpu":
+    if backend.name == "cpu":
         return row_ops.add_normalize_route(*tensors, active)
-    if backend == "reference":
+    if backend.name == "reference":
         return reference.add_normalize_route(*tensors, active)
     from actvar_kernels.residual_norm import triton_kernel
 
@@ -154,7 +158,7 @@ def _add_normalize(
     scale: torch.Tensor,
     shift: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    backend = _backend("add_normalize", x, index, update, gamma, scale, shift)
+    backend = _choose("add_normalize", x, index, update, gamma, scale, shift)
     return _add(backend, x, index, update, gamma, scale, shift)
 
 
@@ -181,7 +185,7 @@ def _add_normalize_route(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The first result is empty if it is deferred."""
     tensors = (x, index, update, gamma, scale, shift, weight, bias)
-    backend = _backend("add_normalize_route", *tensors, experts=weight.shape[0])
+    backend = _choose("add_normalize_route", *tensors, experts=weight.shape[0])
     rows, *others = _add_and_route(backend, *tensors, active, deferred)
     return x.new_empty(0) if deferred else rows, *others
 

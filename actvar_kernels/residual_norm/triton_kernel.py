@@ -6,14 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.routing.triton_kernel import route
 from actvar_kernels.tiles import route_tiles, row_tiles
-from actvar_kernels.token_select.triton_kernel import (
-    channels_last,
-    load_rows,
-    load_vector,
-    normalized,
-)
+from actvar_kernels.triton_rows import channels_last, load_rows, load_vector, normalized, route
 
 
 def add_normalize(

@@ -8,7 +8,7 @@ import threading
 
 import torch
 
-from actvar_kernels.backend import backend_of, needs_operator
+from actvar_kernels.backend import choose
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.sampling import public
 from actvar_kernels.sampling.cpu_kernel import available, library, why_unavailable
@@ -25,8 +25,8 @@ def runs(logits: torch.Tensor) -> bool:
     Raises:
         BackendUnavailableError: `"cpu"` was asked for by name and does not take them.
     """
-    backend = backend_of("sampling", logits, why_not_in_cpp=lambda: why_not(logits), library_on_triton=True)
-    return backend == "cpu" and not needs_operator(logits)
+    options = dict(why_not_in_cpp=lambda: why_not(logits), library_on_triton=True, has_operator=False)
+    return choose("sampling", logits, **options).name == "cpu"
 
 
 def why_not(logits: torch.Tensor) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels.backend import backend_of, needs_operator, needs_torch
+from actvar_kernels.backend import Backend, choose
 from actvar_kernels.checks import as_integer, as_number, expect_one_device, expect_shape
 from actvar_kernels.sampling import cpu_kernel, reference
 
@@ -77,9 +77,10 @@ def sample_tokens(
     elif seed is not None:
         seed_number = (as_integer("seed", seed) + 2**63) % 2**64 - 2**63
     arguments = (logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise)
-    if needs_operator(logits) and not needs_torch(logits, noise):
+    backend = _choose(logits, noise)
+    if backend.recorded:  # also with the reference, which reads the seed
         return torch.ops.actvar_kernels.sample_tokens(*arguments)
-    return _run(*arguments)
+    return _run(backend, *arguments)
 
 
 def _expect_seed(seed: torch.Tensor, device: torch.device) -> None:
@@ -89,29 +90,32 @@ def _expect_seed(seed: torch.Tensor, device: torch.device) -> None:
         )
 
 
-def _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) -> torch.Tensor:
-    supported = ("reference", "triton") if logits.shape[2] <= MOST_TOKENS else ("reference",)
-    limits = f"a vocabulary of up to {MOST_TOKENS} tokens"
-    backend = backend_of(
-        "sample_tokens", logits, noise, supported=supported, limits=limits, why_not_in_cpp=_why_not_in_cpp
+def _choose(logits: torch.Tensor, noise: torch.Tensor | None) -> Backend:
+    """Return the backend of a call with these tensors."""
+    return choose(
+        "sample_tokens",
+        logits,
+        noise,
+        takes_triton=lambda: logits.shape[2] <= MOST_TOKENS,
+        limits=f"a vocabulary of up to {MOST_TOKENS} tokens",
+        why_not_in_cpp=lambda: None if cpu_kernel.available() else cpu_kernel.why_unavailable(),
     )
-    if backend == "triton":
+
+
+def _run(backend: Backend, logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) -> torch.Tensor:
+    if backend.name == "triton":
         from actvar_kernels.sampling import triton_kernel
 
         seed = seed_number if seed_tensor is None else seed_tensor
         return triton_kernel.sample_tokens(logits, guidance, top_k, top_p, seed, step, noise)
     seed = seed_number if seed_tensor is None else int(seed_tensor)
-    if backend == "cpu":
+    if backend.name == "cpu":
         return cpu_kernel.sample_tokens(logits, guidance, top_k, top_p, seed, step, noise)
     if noise is None:
         rows, L, V = logits.shape
         shape = (rows if guidance is None else rows // 2, L, V)
         noise = reference.uniform_noise(shape, logits.device, seed, step)
     return reference.sample_tokens(logits, guidance, top_k, top_p, noise)
-
-
-def _why_not_in_cpp() -> str | None:
-    return None if cpu_kernel.available() else cpu_kernel.why_unavailable()
 
 
 @torch.library.custom_op("actvar_kernels::sample_tokens", mutates_args=())
@@ -125,7 +129,7 @@ def _sample_tokens(
     step: int,
     noise: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise)
+    return _run(_choose(logits, noise), logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise)
 
 
 @_sample_tokens.register_fake

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.tiles import row_tiles
-from actvar_kernels.token_select.triton_kernel import channels_last, load_rows, load_vector
+from actvar_kernels.triton_rows import channels_last, load_rows, load_vector
 
 
 def scatter_rows(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
+from actvar_kernels.backend import Backend, choose, in_kernel_dtypes, wants_gradient
 from actvar_kernels.checks import as_number, expect_one_device, expect_shape
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.subset_attention import cpu_kernel, reference
 
 _TRITON_HEAD_SIZES = (16, 32, 64, 128)
+_LIMITS = f"float32, float16 and bfloat16, heads of {', '.join(map(str, _TRITON_HEAD_SIZES))} channels"
 
 
 def subset_attention(
@@ -63,42 +64,58 @@ def subset_attention(
         _expect_room(room, past, k)
     expect_one_device(q, k, v, *(past or ()), head_scale, mask, *(room or ()))
     softmax_scale = as_number("softmax_scale", softmax_scale)
-    backend = _backend(q, k, v, room or past, head_scale, mask)
-    if backend == "reference":
+    backend = _choose(q, k, v, past, room, head_scale, mask)
+    if backend.name == "reference":
         out, keys, values = reference.subset_attention(q, k, v, past, head_scale, softmax_scale, mask, room)
         return (out, keys, values) if keep_cache else (out, None, None)
     out, cache = _with_kernel(backend, q, k, v, past, head_scale, softmax_scale, mask, room, keep_cache)
     return out, *(cache if keep_cache else (None, None))
 
 
-def _backend(q, k, v, past, head_scale, mask) -> str:
-    tensors = [t for t in (q, k, v, *(past or ()), head_scale, mask) if t is not None]
-    supported = kernel_backends(*tensors, fits=q.shape[3] in _TRITON_HEAD_SIZES)
+def _choose(q, k, v, past, room, head_scale, mask) -> Backend:
+    """Return the backend of a call with these tensors."""
+    cache = room or past or ()
+
+    def takes_triton() -> bool:
+        optional = [tensor for tensor in (head_scale, mask) if tensor is not None]
+        return q.shape[3] in _TRITON_HEAD_SIZES and in_kernel_dtypes(q, k, v, *cache, *optional)
 
     def why_not_in_cpp() -> str | None:
         if mask is not None:
             return "it takes no mask"
-        dtypes = [t.dtype for t in (q, k, v, *(past or ()))]
-        if set(dtypes) != {cpu.computed_dtype(q)}:
-            return f"it takes queries, keys and values in the dtype to compute in, got {dtypes}"
+        dtype = cpu.computed_dtype(q)
+        for tensor in (q, k, v, *cache):
+            if tensor.dtype != dtype:
+                found = [t.dtype for t in (q, k, v, *cache)]
+                return f"it takes queries, keys and values in the dtype to compute in, got {found}"
         return cpu.why_not(q)
 
-    limits = f"float32, float16 and bfloat16, heads of {', '.join(map(str, _TRITON_HEAD_SIZES))} channels"
-    return backend_of("subset_attention", *tensors, supported=supported, limits=limits, why_not_in_cpp=why_not_in_cpp)
+    return choose(
+        "subset_attention",
+        q,
+        k,
+        v,
+        *(past or ()),
+        *(room or ()),
+        head_scale,
+        mask,
+        takes_triton=takes_triton,
+        limits=_LIMITS,
+        why_not_in_cpp=why_not_in_cpp,
+    )
 
 
 def _with_kernel(
-    backend, q, k, v, past, head_scale, softmax_scale, mask, room, keep_cache
+    backend: Backend, q, k, v, past, head_scale, softmax_scale, mask, room, keep_cache
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-    """Output, and the cache with the own keys and values where there is one to extend."""
+    """Return the output, and the cache with the own keys and values where there is one to extend."""
     if torch.is_autocast_enabled(q.device.type):  # as the reference's attention does; kernels do not see autocast
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     cached, own = 0 if past is None else past[0].shape[2], k.shape[2]
     append = keep_cache or room is not None
-    tensors = (q, k, v, *(past or ()), head_scale, mask)
     cache = None
-    if append and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if append and backend.recorded and wants_gradient(q, k, v, *(past or ()), head_scale, mask):
         # an operator that writes in place has no gradient
         cache = past = reference.extended_cache(k, v, past, head_scale is not None, room)
         append = False
@@ -106,7 +123,7 @@ def _with_kernel(
         past = room or _copied(past, k, v)
         cache = past[0][:, :, : cached + own], past[1][:, :, : cached + own]
     arguments = (q, k, v, *(past or (None, None)), cached, head_scale, softmax_scale, mask)
-    if not needs_operator(*tensors):
+    if not backend.recorded:
         return _run(backend, *arguments, append=append), cache
     operators = torch.ops.actvar_kernels
     attention = operators.subset_attention_append if append else operators.subset_attention
@@ -142,19 +159,22 @@ def _expect_broadcastable(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _run_operator(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append: bool) -> torch.Tensor:
-    backend = _backend(q, k, v, None if keys is None else (keys, values), head_scale, mask)
+    cache = None if keys is None else (keys, values)
+    backend = _choose(q, k, v, cache, None, head_scale, mask)
     return _run(backend, q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append)
 
 
-def _run(backend, q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append: bool) -> torch.Tensor:
-    """Attention over the first `cached` rows of `keys` and `values`, and over `k` and `v`, which are appended there."""
-    if backend == "triton":
+def _run(
+    backend: Backend, q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append: bool
+) -> torch.Tensor:
+    """Attend to the first `cached` rows of `keys` and `values`, and to `k` and `v`; with `append` add these there."""
+    if backend.name == "triton":
         from actvar_kernels.subset_attention import triton_kernel
 
         return triton_kernel.subset_attention(
             q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append=append
         )
-    if backend == "cpu":
+    if backend.name == "cpu":
         return cpu_kernel.subset_attention(q, k, v, keys, values, cached, head_scale, softmax_scale, append)
     past = (keys[:, :, :cached], values[:, :, :cached]) if cached else None
     room = (keys, values) if append else None

@@ -9,11 +9,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from actvar_kernels.backend import (
     MOST_SEQUENCES,
-    backend_of,
+    Backend,
+    choose,
     get_backend,
-    kernel_backends,
-    needs_operator,
-    needs_torch,
+    in_kernel_dtypes,
 )
 from actvar_kernels.checks import as_number, expect_count, expect_one_device, expect_shape
 from actvar_kernels.cpu_backend import cpu, row_ops
@@ -78,8 +77,8 @@ def select_tokens(
     in_place = in_place and not torch.is_grad_enabled() and x.stride(2) == 1
     tensors = (x, weight, bias, scale, shift)
     expect_one_device(*tensors)
-    backend = _selection_backend(*tensors)
-    if backend != "reference" and needs_operator(*tensors):
+    backend = _choose_selection(*tensors)
+    if backend.calls_operator:
         operator = torch.ops.actvar_kernels.select_tokens
         modulated, scores, rest, index = operator(*tensors, keep, share_guidance, in_place)
     else:
@@ -110,19 +109,23 @@ def normalize_modulate(
         raise ValueError(f"x: expected conditional and unconditional rows, got an odd number of rows, {x.shape[0]}")
     tensors = (x, scale, shift)
     expect_one_device(*tensors)
-    backend = _norm_backend(*tensors, guided=guidance is not None)
-    if backend != "reference" and needs_operator(*tensors):
+    backend = _choose_norm(*tensors, guided=guidance is not None)
+    if backend.calls_operator:
         return torch.ops.actvar_kernels.normalize_modulate(*tensors, guidance)
     return _normalize(backend, *tensors, guidance)
 
 
-def _selection_backend(x, *others) -> str:
-    supported = kernel_backends(x, *others, fits=x.shape[1] <= MAX_TOKENS and x.shape[0] <= MOST_SEQUENCES)
-    return backend_of(
+def _choose_selection(x: torch.Tensor, *others: torch.Tensor) -> Backend:
+    """Return the backend of a call of `select_tokens` with these tensors."""
+
+    def takes_triton() -> bool:
+        return x.shape[1] <= MAX_TOKENS and x.shape[0] <= MOST_SEQUENCES and in_kernel_dtypes(x, *others)
+
+    return choose(
         "select_tokens",
         x,
         *others,
-        supported=supported,
+        takes_triton=takes_triton,
         limits=_SELECTION_LIMITS,
         why_not_in_cpp=lambda: cpu.why_not(x, *others),
     )
@@ -130,13 +133,12 @@ def _selection_backend(x, *others) -> str:
 
 def _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place) -> tuple[torch.Tensor, ...]:
     tensors = (x, weight, bias, scale, shift)
-    if backend == "cpu":
+    if backend.name == "cpu":
         return *row_ops.select_tokens(*tensors, keep, share_guidance), x if in_place else x.clone()
-    if backend == "reference":
+    if backend.name == "reference":
         *selected, rest = reference.select_tokens(*tensors, keep, share_guidance)
-        # kernels that fill `rest` must not fill x
-        may_fill = get_backend() == "auto" and not needs_torch(*tensors) and (x.is_cuda or not needs_operator(x))
-        return *selected, rest.clone() if may_fill and not in_place else rest
+        # another operation may run in a kernel, which must not write to x
+        return *selected, rest if in_place or get_backend() == "reference" else rest.clone()
     from actvar_kernels.token_select import triton_kernel
 
     return triton_kernel.select_tokens(x, weight, bias, scale, shift, keep, share_guidance, in_place)
@@ -154,7 +156,7 @@ def _select_tokens(
     in_place: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`rest` is empty with `in_place`, since an operator must not return its argument."""
-    backend = _selection_backend(x, weight, bias, scale, shift)
+    backend = _choose_selection(x, weight, bias, scale, shift)
     index, modulated, scores, rest = _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place)
     if in_place:
         rest = x.new_empty(0)
@@ -184,21 +186,24 @@ def select_tokens_flops(x_shape, *_shapes, **_kwargs) -> int:
 register_flop_formula(torch.ops.actvar_kernels.select_tokens)(select_tokens_flops)
 
 
-def _norm_backend(*tensors, guided: bool) -> str:
-    supported = kernel_backends(*tensors, fits=tensors[0].shape[0] <= MOST_SEQUENCES)
+def _choose_norm(*tensors: torch.Tensor, guided: bool) -> Backend:
+    """Return the backend of a call of `normalize_modulate` with these tensors."""
+
+    def takes_triton() -> bool:
+        return tensors[0].shape[0] <= MOST_SEQUENCES and in_kernel_dtypes(*tensors)
 
     def why_not_in_cpp() -> str | None:
         return "it takes no guidance" if guided else cpu.why_not(*tensors)
 
-    return backend_of(
-        "normalize_modulate", *tensors, supported=supported, limits=_NORM_LIMITS, why_not_in_cpp=why_not_in_cpp
+    return choose(
+        "normalize_modulate", *tensors, takes_triton=takes_triton, limits=_NORM_LIMITS, why_not_in_cpp=why_not_in_cpp
     )
 
 
 def _normalize(backend, x, scale, shift, guidance) -> torch.Tensor:
-    if backend == "cpu":
+    if backend.name == "cpu":
         return row_ops.normalize_modulate(x, scale, shift)
-    if backend == "reference":
+    if backend.name == "reference":
         return reference.normalize_modulate(x, scale, shift, guidance)
     from actvar_kernels.token_select import triton_kernel
 
@@ -209,7 +214,7 @@ def _normalize(backend, x, scale, shift, guidance) -> torch.Tensor:
 def _normalize_modulate(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None
 ) -> torch.Tensor:
-    backend = _norm_backend(x, scale, shift, guided=guidance is not None)
+    backend = _choose_norm(x, scale, shift, guided=guidance is not None)
     return _normalize(backend, x, scale, shift, guidance)
 
 

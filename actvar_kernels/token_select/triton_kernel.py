@@ -9,10 +9,10 @@ import triton.language as tl
 
 from actvar_kernels.constants import NORM_EPS
 from actvar_kernels.tiles import SCORE_CHUNK, SCORE_ROWS, architecture, row_tiles, select_tiles
+from actvar_kernels.triton_rows import channels_last, descending_key, load_rows, load_vector, normalized
 
 _EPS = tl.constexpr(NORM_EPS)
 _LOWEST = tl.constexpr(-(2**31))
-_HIGHEST = tl.constexpr(2**31 - 1)
 
 
 def select_tokens(
@@ -111,11 +111,6 @@ def normalize_modulate(
         enable_fp_fusion=True,
     )
     return out
-
-
-def channels_last(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors with neighbouring channels next to each other in memory, copied where they are not."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -280,15 +275,6 @@ def _places(scores_ptr, length, keep, BLOCK_L: tl.constexpr):
     return tl.where(kept, before - 1, keep + index - before)
 
 
-@triton.jit
-def descending_key(score):
-    """Int32 above -2^31 that compares as `torch.sort(descending=True)` compares float32: NaN is the highest, equal to
-    itself, and -0 equals 0."""
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ _HIGHEST, bits)
-    return tl.where(score == score, key, _HIGHEST)
-
-
 @triton.jit(do_not_specialize=["length", "guidance"])
 def _normalize_modulate(
     x_ptr,
@@ -322,26 +308,3 @@ def _normalize_modulate(
             out = y
     target = (sequence.to(tl.int64) * length + row)[:, None] * C + channel[None, :]
     tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=(row < length)[:, None] & inside[None, :])
-
-
-@triton.jit
-def normalized(x, inside, C: tl.constexpr):
-    """LN of `x` `[ROWS, BLOCK_C]` float32, which is 0 where a channel is not `inside`; so is the result."""
-    mean = tl.sum(x, axis=1) / C
-    deviation = tl.where(inside[None, :], x - mean[:, None], 0.0)
-    variance = tl.sum(deviation * deviation, axis=1) / C
-    return deviation * tl.rsqrt(variance + _EPS)[:, None]
-
-
-@triton.jit
-def load_rows(ptr, strides, sequence, row, present, channel, inside):
-    """Rows `[ROWS, BLOCK_C]` of a sequence of a tensor `[R, length, C]`; 0 where a row is not `present` and outside."""
-    offset = sequence.to(tl.int64) * strides[0] + row.to(tl.int64)[:, None] * strides[1] + channel[None, :]
-    return tl.load(ptr + offset, mask=present[:, None] & inside[None, :], other=0.0)
-
-
-@triton.jit
-def load_vector(ptr, strides, sequence, channel, inside):
-    """The vector `[BLOCK_C]` of a sequence of a tensor `[R, 1, C]`, in float32; 0 outside."""
-    offset = sequence.to(tl.int64) * strides[0] + channel
-    return tl.load(ptr + offset, mask=inside, other=0.0).to(tl.float32)

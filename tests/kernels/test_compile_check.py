@@ -85,7 +85,7 @@ def test_float32_needs_no_tensor_cores(monkeypatch):
 def test_the_cases_call_every_operation():
     names = {name.split()[0] for name, _ in meta_cases()}
     products = {"conv3x3", "gelu_linear", "linear", "linear_once"}
-    tools = products | {"backend_of", "cpp_runs", "get_backend", "set_backend", "triton_runs"}
+    tools = products | {"backend_of", "choose_fused", "cpp_runs", "get_backend", "set_backend", "triton_runs"}
     assert names == {name for name in actvar_kernels.__all__ if name[0].islower()} - tools
 
 
