@@ -17,7 +17,8 @@ def expect_tensor(name: str, value: object) -> None:
 
 def expect_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise TypeError unless `tensor` is a tensor, ValueError unless it has `shape`; None stands for any size."""
-    expect_tensor(name, tensor)
+    if not isinstance(tensor, torch.Tensor):
+        expect_tensor(name, tensor)
     found = tensor.shape
     if found == shape:
         return

@@ -28,11 +28,12 @@ from actvar.config import ActVARConfig
 from actvar.models.public_code import public_classes, public_twin
 from actvar.patching.patch import patched_silently
 from actvar.sampling.request import Sampling
-from actvar.verify.operations import OPERATIONS, WRITABLE, Widen
+from actvar.verify.operations import OPERATIONS, WRITABLE
 from actvar.verify.report import Check, Report
-from actvar.verify.rounding import difference, measured, moved, unmoved, wide
+from actvar.verify.rounding import difference, measured, moved, unmoved
 from actvar_kernels.backend import BackendUnavailableError, choose_fused, get_backend, using_backend
 from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.exact import Widen, wide
 
 
 def verify(

@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from actvar_kernels.shapes import DTYPES, MODELS
 from actvar_kernels.tiles import ARCHITECTURES
-from actvar_kernels.tools.compile_cases import DTYPES, MODELS, cases
+from actvar_kernels.tools.compile_cases import cases
 from actvar_kernels.tools.virtual import CompiledKernel, virtual_gpu, why_unavailable
 from actvar_kernels.tools.virtual.driver import SHARED_MEMORY_KIB
 from actvar_kernels.tools.virtual.resources import Resources, resources

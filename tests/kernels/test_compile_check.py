@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 import actvar_kernels
+from actvar_kernels import shapes
 from actvar_kernels.tools import compile_cases, compile_check
 from actvar_kernels.tools.compile_check import Job, Row, check, main
 from actvar_kernels.tools.virtual import why_unavailable
@@ -99,8 +100,8 @@ def meta_cases() -> list:
 
 
 def test_the_shapes_are_those_of_the_official_models():
-    assert compile_cases.MODELS["d16"].active_scales() == ((169, 127, 255), (256, 192, 382))
-    assert compile_cases.MODELS["d36"].active_scales() == ((576, 432, 640), (1024, 768, 1072))
+    assert shapes.MODELS["d16"].active_scales() == ((169, 127, 255), (256, 192, 382))
+    assert shapes.MODELS["d36"].active_scales() == ((576, 432, 640), (1024, 768, 1072))
 
 
 def test_the_command_prints_a_table_and_fails_when_a_kernel_does(monkeypatch, capsys, tmp_path):
