@@ -269,7 +269,7 @@ def machine() -> dict[str, object]:
         "processor": results.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "experts": cpu.why_unavailable() or cpu.level_name(cpu.best_level()),
+        "experts": cpu.why_unavailable() or cpu.isa_name(cpu.best_isa()),
     }
 
 

@@ -22,7 +22,7 @@ def conv3x3(
     residual: torch.Tensor | None = None,
     enlarge: bool = False,
     *,
-    level: int | None = None,
+    isa: int | None = None,
     outputs: int | None = None,
 ) -> torch.Tensor:
     """As `conv3x3.op.conv3x3`, with sums in float32.
@@ -31,7 +31,7 @@ def conv3x3(
         x: `[B, C, H, W]` float32 or bfloat16, C a multiple of 16; a weight of another type is converted when it is
             packed.
         residual: in x's dtype.
-        level: instruction set; None: the highest.
+        isa: instruction set; None: the highest.
         outputs: 2, or in float32 4, the side of Winograd's tiles; None: by the size.
 
     Returns:
@@ -41,8 +41,8 @@ def conv3x3(
         ValueError: sizes that the kernel cannot count.
         MemoryError: there is none left for the intermediate results.
     """
-    level = cpu.best_level() if level is None else level
-    layout, (B, C, H, W), D = cpu.layout_of(level), x.shape, weight.shape[0]
+    isa = cpu.best_isa() if isa is None else isa
+    layout, (B, C, H, W), D = cpu.layout_of(isa), x.shape, weight.shape[0]
     H, W = (2 * H, 2 * W) if enlarge else (H, W)
     outputs = outputs or tile_outputs(x.dtype, C, D, H * W)
 
@@ -51,7 +51,7 @@ def conv3x3(
         by_position = torch.einsum("ai,dcij,bj->abcd", transform, weight.detach().double(), transform)
         return cpu.panels(by_position.flatten(0, 1).to(x.dtype), layout).flatten()
 
-    copy = packed((weight,), ("winograd", outputs, x.dtype, level), pack)
+    copy = packed((weight,), ("winograd", outputs, x.dtype, isa), pack)
     bias = cpu.padded(bias.detach().float(), layout.lanes)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
@@ -59,7 +59,7 @@ def conv3x3(
     out = memory.empty((B, H, W, D), x.dtype).permute(0, 3, 1, 2)
     sizes = cpu.checked_sizes(B, H, W, C, D)
     pointers = x.data_ptr(), copy.data_ptr(), bias.data_ptr(), None if residual is None else residual.data_ptr()
-    kind = level, x.dtype == torch.bfloat16, outputs
+    kind = isa, x.dtype == torch.bfloat16, outputs
     if _library().conv3x3(*kind, *pointers, out.data_ptr(), *sizes, enlarge, torch.get_num_threads()):
         raise MemoryError(f"conv3x3: no memory for {C} channels")
     return out

@@ -1,4 +1,4 @@
-// Winograd's convolution for one instruction set, included by ../cpu_backend/levels.h behind ../cpu_backend/vectors.h.
+// Winograd's convolution for one instruction set, included by ../cpu_backend/isa.h behind ../cpu_backend/vectors.h.
 
 namespace NAMESPACE {
 

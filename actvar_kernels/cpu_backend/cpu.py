@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 SOURCES = (*sorted(FOLDER.glob("*.cpp")), *sorted(FOLDER.parent.glob("*/cpu_*.cpp")))
 HEADERS = (*sorted(FOLDER.glob("*.h")), *sorted(FOLDER.parent.glob("*/cpu_*.h")))
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes")
-LIBRARY = Library("actvar_cpu", "the C++ kernels", "about a minute", SOURCES, HEADERS, FLAGS, "level_name")
+LIBRARY = Library("actvar_cpu", "the C++ kernels", "about a minute", SOURCES, HEADERS, FLAGS, "isa_name")
 DTYPES = (torch.float32, torch.bfloat16)
 MOST = 2**30  # sizes and their sums are 32-bit integers in C++, offsets 64-bit ones
 
@@ -66,24 +66,24 @@ def library() -> ctypes.CDLL:
         BuildError: it can be neither found nor compiled.
     """
     loaded = building.load(LIBRARY)
-    loaded.level_name.restype = ctypes.c_char_p
+    loaded.isa_name.restype = ctypes.c_char_p
     return loaded
 
 
 @functools.cache
-def best_level() -> int:
+def best_isa() -> int:
     """The highest instruction set that this processor has."""
-    return library().best_level()
+    return library().best_isa()
 
 
-def level_name(level: int) -> str:
-    return library().level_name(level).decode()
+def isa_name(isa: int) -> str:
+    return library().isa_name(isa).decode()
 
 
 @functools.cache
-def layout_of(level: int) -> Layout:
+def layout_of(isa: int) -> Layout:
     numbers = (ctypes.c_int * 3)()
-    library().level_layout(level, numbers)
+    library().isa_layout(isa, numbers)
     return Layout(*numbers)
 
 

@@ -79,36 +79,36 @@ def select_tokens(
     tensors = (x, weight, bias, scale, shift, scores, index, modulated)
     pointers = [t.data_ptr() for t in tensors]
     sizes = (R, L, keep, C, x.stride(0), x.stride(1), share_guidance)
-    kind = cpu.best_level(), x.dtype == torch.bfloat16
+    kind = cpu.best_isa(), x.dtype == torch.bfloat16
     if _library().select_rows(*kind, *pointers, *sizes, NORM_EPS, torch.get_num_threads()):
         raise MemoryError(f"no memory for rows of {C} channels and {L} scores")
     return index, modulated, scores
 
 
 def scatter_rows(
-    rest: torch.Tensor,
+    base: torch.Tensor,
     index: torch.Tensor | None,
     rows: torch.Tensor,
     update: torch.Tensor,
     gamma: torch.Tensor,
 ) -> None:
-    """As `scatter.reference.scatter_rows`, written to `rest`, with one rounding; without an index to all its rows.
+    """As `scatter.reference.scatter_rows`, written to `base`, with one rounding; without an index to all its rows.
 
     Args:
-        rest: `[R, L, C]` with neighbouring channels, in the dtype of rows; the update may be in a lower one.
+        base: `[R, L, C]` with neighbouring channels, in the dtype of rows; the update may be in a lower one.
     """
     R, K, C = rows.shape
     rows, update, gamma = rows.contiguous(), update.to(rows.dtype).contiguous(), _float(gamma)
     index = None if index is None else index.contiguous()
     _library().scatter_rows(
-        cpu.best_level(),
+        cpu.best_isa(),
         rows.dtype == torch.bfloat16,
-        rest.data_ptr(),
+        base.data_ptr(),
         None if index is None else index.data_ptr(),
         rows.data_ptr(),
         update.data_ptr(),
         gamma.data_ptr(),
-        *(R, K, C, rest.stride(0), rest.stride(1)),
+        *(R, K, C, base.stride(0), base.stride(1)),
         torch.get_num_threads(),
     )
 
@@ -139,7 +139,7 @@ def _router(
     """Return memory for the mask and the logits of `rows` `[R, K, C]`, and the router that fills it."""
     shape = *rows.shape[:2], weight.shape[0]
     mask, logits = rows.new_empty(shape, dtype=torch.bool), rows.new_empty(shape, dtype=torch.float32)
-    layout = cpu.layout_of(cpu.best_level())
+    layout = cpu.layout_of(cpu.best_isa())
     weights = packed((weight,), ("router", layout), lambda: cpu.panels(weight.detach().float().t()[None], layout))
     return mask, logits, _Router(weights, _float(bias), logits, mask, active)
 
@@ -166,7 +166,7 @@ def _normalize(
 
 def _normalize_rows(x: torch.Tensor, pointers: tuple, sizes: tuple[int, ...], router: _Router) -> None:
     """Call `add_normalize` of rows.cpp, whose arguments `pointers` and `sizes` are."""
-    kind = cpu.best_level(), x.dtype == torch.bfloat16
+    kind = cpu.best_isa(), x.dtype == torch.bfloat16
     arguments = (*pointers, *sizes, NORM_EPS, *router.arguments(), torch.get_num_threads())
     if _library().add_normalize(*kind, *arguments):
         raise MemoryError(f"no memory for a row of {x.shape[-1]} channels")

@@ -28,28 +28,28 @@ def expert_ffn(
     fc1_bias: torch.Tensor,
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
-    level: int | None = None,
+    isa: int | None = None,
 ) -> torch.Tensor:
     """As `reference.expert_ffn`, with sums in float32.
 
     Args:
         u: `[..., C]` float32 or bfloat16, C even; weights of another type are converted when they are packed.
         mask: bool.
-        level: instruction set; None: the highest.
+        isa: instruction set; None: the highest.
 
     Raises:
         ValueError: sizes that the kernel cannot count.
         MemoryError: there is none left for the intermediate results.
     """
-    level = cpu.best_level() if level is None else level
+    isa = cpu.best_isa() if isa is None else isa
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     C, experts = u.shape[-1], mask.shape[-1]
-    copies = packed(weights, (experts, u.dtype, level), lambda: pack(*weights, experts, u.dtype, cpu.layout_of(level)))
+    copies = packed(weights, (experts, u.dtype, isa), lambda: pack(*weights, experts, u.dtype, cpu.layout_of(isa)))
     u, mask = u.contiguous(), mask.contiguous()
     out = torch.empty_like(u)
     sizes = cpu.checked_sizes(u.numel() // C, C, experts, fc1_weight.shape[0] // experts)
     pointers = [tensor.data_ptr() for tensor in (u, mask, *copies, out)]
-    if _library().expert_ffn(level, u.dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads()):
+    if _library().expert_ffn(isa, u.dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads()):
         raise MemoryError(f"expert_ffn: no memory for {sizes[0]} tokens of width {C}")
     return out
 

@@ -104,7 +104,7 @@ def _choose(base: torch.Tensor | None, rows: torch.Tensor, update: torch.Tensor,
 def _why_not_in_cpp(base, rows, update, gamma) -> str | None:
     """Return why C++ does not take a call; under autocast the update may be in a lower dtype than the rows."""
     if base is not None and (base.dtype != rows.dtype or not base.is_contiguous()):
-        return f"it writes to rest in {rows.dtype} without gaps, got {base.dtype} and strides {base.stride()}"
+        return f"it writes to the base in {rows.dtype} without gaps, got {base.dtype} and strides {base.stride()}"
     if rows.dtype != torch.promote_types(rows.dtype, update.dtype):
         return f"it takes an update whose dtype {rows.dtype} holds, got {update.dtype}"
     return cpu.why_not(rows, update, gamma)
@@ -122,25 +122,25 @@ def _write(backend: Backend, base, index, rows, update, gamma) -> None:
         triton_kernel.scatter_rows(base, index, rows, update, gamma)
 
 
-@torch.library.custom_op("actvar_kernels::scatter_rows_", mutates_args=("rest",))
+@torch.library.custom_op("actvar_kernels::scatter_rows_", mutates_args=("base",))
 def _scatter_rows_in_place(
-    rest: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor
+    base: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor
 ) -> None:
-    _write(_choose(rest, rows, update, gamma), rest, index, rows, update, gamma)
+    _write(_choose(base, rows, update, gamma), base, index, rows, update, gamma)
 
 
 @torch.library.custom_op("actvar_kernels::scatter_rows", mutates_args=())
 def _scatter_rows(
-    rest: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor
+    base: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor
 ) -> torch.Tensor:
-    out = rest.clone()
+    out = base.clone()
     _write(_choose(out, rows, update, gamma), out, index, rows, update, gamma)
     return out
 
 
 @_scatter_rows.register_fake
-def _(rest, index, rows, update, gamma):
-    return torch.empty_like(rest)
+def _(base, index, rows, update, gamma):
+    return torch.empty_like(base)
 
 
 register_reference_gradient(_scatter_rows, reference.scatter_rows)

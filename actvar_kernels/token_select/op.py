@@ -26,14 +26,20 @@ _SELECTION_LIMITS = f"{_NORM_LIMITS} of up to {MAX_TOKENS} tokens"
 
 
 class Selection(NamedTuple):
-    """`index` `[R, K]` int64, ascending; `modulated` `[R, K, C]` the kept rows of x after LayerNorm and modulation, in
-    x's dtype; `scores` `[R, L]` float32; `rest` `[R, L, C]` x's rows that were not kept, the others undefined: what the
-    scattering operations fill and return."""
+    """Hold the tokens that a block updates.
+
+    Attributes:
+        index: `[R, K]` int64, ascending.
+        modulated: `[R, K, C]`, the kept rows of x after LayerNorm and modulation, in x's dtype.
+        scores: `[R, L]` float32; None where another block has chosen.
+        base: `[R, L, C]` in x's dtype: rows of x that were not kept, the others undefined. The scattering operations
+            fill and return it.
+    """
 
     index: torch.Tensor
     modulated: torch.Tensor
-    scores: torch.Tensor
-    rest: torch.Tensor
+    scores: torch.Tensor | None
+    base: torch.Tensor
 
 
 def select_tokens(
@@ -57,7 +63,7 @@ def select_tokens(
         scale, shift: AdaLN of the attention branch, `[R, 1, C]`.
         keep: rows to keep per sequence, 1 ... L.
         share_guidance: the first half of the R rows (conditional) decides for the second half as well.
-        in_place: `rest` may be x itself, which the operation that fills it then overwrites; not where gradients are on.
+        in_place: `base` may be x itself, which the operation that fills it then overwrites; not where gradients are on.
 
     On Triton it is two launches, or one from 128 sequences on, for L up to 1024.
 
@@ -80,10 +86,10 @@ def select_tokens(
     backend = _choose_selection(*tensors)
     if backend.calls_operator:
         operator = torch.ops.actvar_kernels.select_tokens
-        modulated, scores, rest, index = operator(*tensors, keep, share_guidance, in_place)
+        modulated, scores, base, index = operator(*tensors, keep, share_guidance, in_place)
     else:
-        index, modulated, scores, rest = _select(backend, *tensors, keep, share_guidance, in_place)
-    return Selection(index, modulated, scores, x if in_place else rest)
+        index, modulated, scores, base = _select(backend, *tensors, keep, share_guidance, in_place)
+    return Selection(index, modulated, scores, x if in_place else base)
 
 
 def normalize_modulate(
@@ -136,9 +142,9 @@ def _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_pla
     if backend.name == "cpu":
         return *row_ops.select_tokens(*tensors, keep, share_guidance), x if in_place else x.clone()
     if backend.name == "reference":
-        *selected, rest = reference.select_tokens(*tensors, keep, share_guidance)
+        *selected, base = reference.select_tokens(*tensors, keep, share_guidance)
         # another operation may run in a kernel, which must not write to x
-        return *selected, rest if in_place or get_backend() == "reference" else rest.clone()
+        return *selected, base if in_place or get_backend() == "reference" else base.clone()
     from actvar_kernels.token_select import triton_kernel
 
     return triton_kernel.select_tokens(x, weight, bias, scale, shift, keep, share_guidance, in_place)
@@ -155,12 +161,12 @@ def _select_tokens(
     share_guidance: bool,
     in_place: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`rest` is empty with `in_place`, since an operator must not return its argument."""
+    """`base` is empty with `in_place`, since an operator must not return its argument."""
     backend = _choose_selection(x, weight, bias, scale, shift)
-    index, modulated, scores, rest = _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place)
+    index, modulated, scores, base = _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place)
     if in_place:
-        rest = x.new_empty(0)
-    return modulated, scores, rest.clone() if rest is x else rest, index
+        base = x.new_empty(0)
+    return modulated, scores, base.clone() if base is x else base, index
 
 
 @_select_tokens.register_fake

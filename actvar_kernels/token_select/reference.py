@@ -51,7 +51,7 @@ def at_index(
     shift: torch.Tensor,
     index: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """`modulated`, `scores` and `rest` of a selection whose index is known."""
+    """`modulated`, `scores` and `base` of a selection whose index is known."""
     normalized, scores = _scored(x, weight, bias)
     modulated = _modulated(gather_rows(normalized, index), scale, shift)
     return modulated.to(x.dtype), scores, x

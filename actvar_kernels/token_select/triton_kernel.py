@@ -1,4 +1,4 @@
-"""Token selection in one Triton launch where sequences are many, else in two (scores; the rest), and LayerNorm with
+"""Token selection in one Triton launch where sequences are many, else in two (scores; all else), and LayerNorm with
 modulation in one."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def select_tokens(
     share_guidance: bool,
     in_place: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """`index`, `modulated`, `scores` and `rest` as in `reference.select_tokens`; `rest` is x with `in_place`, else new
+    """`index`, `modulated`, `scores` and `base` as in `reference.select_tokens`; `base` is x with `in_place`, else new
     memory, of which the rows that were kept are not written."""
     R, L, C = x.shape
     x, scale, shift = channels_last(x, scale, shift)
@@ -33,7 +33,7 @@ def select_tokens(
     modulated = x.new_empty(R, keep, C)
     scores = x.new_empty(R, L, dtype=torch.float32)
     moments = x.new_empty(R, L, 2, dtype=torch.float32)  # mean and 1 / sqrt(variance + eps)
-    rest = None if in_place else x.new_empty(R, L, C)
+    base = None if in_place else x.new_empty(R, L, C)
     weight = weight.contiguous()
     slots = keep if in_place else L
     tiles = select_tiles(architecture(x), R, slots, C)
@@ -64,7 +64,7 @@ def select_tokens(
         shift,
         index,
         modulated,
-        rest,
+        base,
         x.stride(),
         scale.stride(),
         shift.stride(),
@@ -82,7 +82,7 @@ def select_tokens(
         enable_fp_fusion=True,
         maxnreg=tiles.registers,
     )
-    return index, modulated, scores, x if in_place else rest
+    return index, modulated, scores, x if in_place else base
 
 
 def normalize_modulate(
@@ -193,7 +193,7 @@ def _select(
     shift_ptr,
     index_ptr,
     modulated_ptr,
-    rest_ptr,
+    base_ptr,
     x_strides,
     scale_strides,
     shift_strides,
@@ -209,7 +209,7 @@ def _select(
     CHUNK: tl.constexpr,
 ):
     """`STEPS * ROWS` rows of a sequence in the order of their places: those that are kept go to `modulated`, the others
-    to `rest` if there is one. `deciding` sequences have a choice of their own, the ones after them take it over.
+    to `base` if there is one. `deciding` sequences have a choice of their own, the ones after them take it over.
 
     With a weight each program scores its sequence, and the one that decides, by itself: the programs of a sequence
     write the same numbers. Without one scores and moments are there.
@@ -245,10 +245,10 @@ def _select(
         normal = (x.to(tl.float32) - mean[:, None]) * root[:, None]
         modulated = normal * (1.0 + scale)[None, :] + shift[None, :]
         tl.store(modulated_ptr + target, modulated.to(x.dtype), mask=kept[:, None] & inside[None, :])
-        if rest_ptr is not None:
+        if base_ptr is not None:
             left = (place >= keep) & (place < length)
             source = (sequence.to(tl.int64) * length + row)[:, None] * C + channel[None, :]
-            tl.store(rest_ptr + source, x, mask=left[:, None] & inside[None, :])
+            tl.store(base_ptr + source, x, mask=left[:, None] & inside[None, :])
         place += ROWS
 
 

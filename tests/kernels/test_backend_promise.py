@@ -108,7 +108,7 @@ def calls_of_cpp() -> Iterator[list[str]]:
         (library, name, function)
         for library in libraries
         for name, function in vars(library).items()
-        if callable(function) and not name.startswith("_") and name not in ("checksums", "best_level", "level_layout")
+        if callable(function) and not name.startswith("_") and name not in ("checksums", "best_isa", "isa_layout")
     ]
     before = [function.errcheck if hasattr(function, "errcheck") else None for *_, function in functions]
 

@@ -65,14 +65,14 @@ def _bytes(arguments: Arguments, *without: str) -> int:
 
 
 def _select(a: Arguments, _share: Share) -> Cost:
-    (R, length, C), in_place, scores = a["x_ptr"].shape, a["rest_ptr"] is None, a["weight_ptr"] is not None
+    (R, length, C), in_place, scores = a["x_ptr"].shape, a["base_ptr"] is None, a["weight_ptr"] is not None
     slots = a["keep"] if in_place else length
     moved = length + (0 if in_place else length - a["keep"]) if scores or not in_place else a["keep"]
     instructions = GATHER_INSTRUCTIONS * R * slots * C
     if scores:  # in every program; a sequence that does not decide, beside the one that does
         programs = math.ceil(slots / (a["ROWS"] * a["STEPS"]))
         instructions += SCORE_INSTRUCTIONS * programs * (2 * R - a["deciding"]) * length * C
-    others = _bytes(a, "x_ptr", "rest_ptr")
+    others = _bytes(a, "x_ptr", "base_ptr")
     return Cost(others + moved * a["x_ptr"].bytes // length, instructions=round(instructions))
 
 
@@ -87,7 +87,7 @@ def _route(a: Arguments, _share: Share) -> Cost:
 
 
 def _scatter(a: Arguments, _share: Share) -> Cost:
-    return Cost(_bytes(a, "rest_ptr") + a["rows_ptr"].bytes)
+    return Cost(_bytes(a, "base_ptr") + a["rows_ptr"].bytes)
 
 
 def _attention(a: Arguments, _share: Share) -> Cost:
