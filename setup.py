@@ -29,7 +29,7 @@ setup(
             *(f"zoo/**/*.{suffix}" for suffix in ("safetensors", "json", "md", "csv")),
             *(f"reports/inspection/page.{suffix}" for suffix in ("html", "css", "js")),
         ],
-        "actvar_kernels": ["**/*.cpp", "**/*.h"],
+        "actvar_kernels": ["py.typed", "**/*.cpp", "**/*.h"],
     },
     install_requires=[
         "torch>=2.6",

@@ -1,5 +1,7 @@
-"""The operations of the ActVAR block. Each folder has the public function (`op.py`) and the PyTorch code that defines
-its result (`reference.py`)."""
+"""Offer the operations of the ActVAR block.
+
+Each folder has the public function (`op.py`) and the PyTorch code that defines its result (`reference.py`).
+"""
 
 from actvar_kernels.backend import (
     BackendUnavailableError,

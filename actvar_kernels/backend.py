@@ -1,4 +1,4 @@
-"""Which implementation an operation runs: `auto` picks one, a name asked for runs or raises.
+"""Choose which implementation an operation runs: `auto` picks one, a name asked for runs or raises.
 
 `choose` decides once for each call of an operation, `choose_fused` once for a layer of a model. The body of a
 registered operator decides anew, since a compiled graph may run where another backend is in force.
@@ -22,19 +22,19 @@ from actvar_kernels.cpu_backend import cpu
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "ACTVAR_BACKEND"
 MOST_SEQUENCES = 65535
-"""Programs along the second axis of a CUDA grid, where kernels have the rows R, or tiles of 64 or more tokens."""
+"""Most programs along the second axis of a CUDA grid, where kernels have the rows R, or tiles of 64 or more tokens."""
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-"""Types of tensors whose memory holds what they say."""
+"""Types of tensors whose memory holds their numbers."""
 
 TORCH, RECORDED, DIRECT = "torch", "recorded", "direct"
-"""What `situation` returns."""
+"""Answers of `situation`."""
 
 _chosen: str | None = None
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot run the operation here."""
+    """Say that a backend was asked for by name and cannot run the operation here."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,28 @@ class Backend:
 
     @property
     def calls_operator(self) -> bool:
-        """Whether the call must go through its registered operator, instead of launching the kernel."""
+        """Return whether the call must go through its registered operator, instead of launching the kernel."""
         return self.recorded and self.name != "reference"
 
     @property
     def fuses(self) -> bool:
-        """Whether kernels run: they replace whole layers, and what a sample needs once is kept for them."""
+        """Return whether kernels run.
+
+        Kernels replace whole layers, and what a sample needs once is kept for them.
+        """
         return self.name != "reference"
 
     @property
     def fuses_residual(self) -> bool:
-        """Whether sums are left to the operation that reads them, which costs less than to write and read them."""
+        """Return whether sums are left to the operation that reads them.
+
+        There this costs less than to write and read a sum.
+        """
         return self.name == "triton"
 
     @property
     def packs_weights(self) -> bool:
-        """Whether products run on packed copies of the weights, beside vectors in float32 without gaps."""
+        """Return whether products run on packed copies of the weights, and read vectors in float32 without gaps."""
         return self.name == "cpu"
 
 
@@ -296,11 +302,14 @@ def interpreted() -> bool:
 def situation(*tensors: torch.Tensor | None) -> str:
     """Return how a call on `tensors` may run: `TORCH`, `RECORDED` or `DIRECT`.
 
-    `TORCH`: by PyTorch's own operations only. It traces or exports, there is a transform of `torch.func`, a
-    forward-mode derivative or a function mode, or a tensor is of a subclass. Kernels would not be seen there, or would
-    read memory that such a tensor does not have.
-    `RECORDED`: by registered operators, which `torch.compile`, dispatch modes and gradients need.
-    `DIRECT`: kernels are launched.
+    - `TORCH`: only PyTorch's own operations may run. PyTorch traces or exports, there is a transform of `torch.func`, a
+      forward-mode derivative or a function mode, or a tensor is of a subclass. Kernels would not be seen there, or
+      would read memory that such a tensor does not have.
+    - `RECORDED`: registered operators run, which `torch.compile`, dispatch modes and gradients need.
+    - `DIRECT`: kernels are launched.
+
+    Args:
+        tensors: all that the call reads, of any shape and dtype; None stands for one that is not there.
     """
     if torch.compiler.is_compiling():
         return TORCH if _is_exporting() else RECORDED
@@ -343,7 +352,7 @@ def _has_function_mode() -> bool:
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Return whether a call on `tensors` is differentiated."""
+    """Return whether a call on `tensors`, of which some may be None, is differentiated."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:

@@ -1,6 +1,7 @@
 """Say what the operations of a block must give, in float64, for the arguments of one call.
 
-Choices are judged by the scores they were made from: a result's kept tokens must be the highest of the result's own
+Every function takes `widen` and the arguments of its operation. The function that it returns takes a result apart.
+Choices are judged by the scores they were made from. A result's kept tokens must be the highest of the result's own
 scores, and its values must belong to those tokens. So rounding that swaps two nearly equal scores is no difference.
 """
 
@@ -20,7 +21,7 @@ from actvar_kernels.token_select import op as token_op
 from actvar_kernels.token_select.reference import gather_rows, top_indices
 
 Parts = Iterator[tuple[str, torch.Tensor, torch.Tensor]]
-"""What a result holds: name, value, and the value that is due. The last is met within a tolerance where it is in
+"""Name, value, and value that is due, for each part of a result. The last is met within a tolerance where it is in
 float64, otherwise bit for bit."""
 Widen = Callable[..., torch.Tensor]
 """Gives a tensor that sums run over in float64, and may change it by as much as these sums may be rounded."""
@@ -37,6 +38,7 @@ def wide(value):
 
 
 def select_tokens(widen: Widen, x, weight, bias, scale, shift, keep, share_guidance, in_place) -> Callable[..., Parts]:
+    """Judge scores, the choice by them, and the rows that were chosen and left."""
     normalized = F.layer_norm(widen(x), x.shape[-1:], eps=NORM_EPS)
     scores = (normalized * widen(weight)).sum(dim=-1) + bias.double()
 
@@ -54,11 +56,13 @@ def select_tokens(widen: Widen, x, weight, bias, scale, shift, keep, share_guida
 
 
 def normalize_modulate(widen: Widen, x, **arguments) -> Callable[..., Parts]:
+    """Judge the output."""
     exact = token_op.normalize_modulate(widen(x), **wide(arguments))
     return lambda result: iter([("output", result, exact)])
 
 
 def subset_attention(widen: Widen, q, k, v, past, **arguments) -> Callable[..., Parts]:
+    """Judge output, keys and values."""
     tokens = k.shape[2] + (0 if past is None else past[0].shape[2])
 
     def widen_values(values: torch.Tensor) -> torch.Tensor:
@@ -77,6 +81,7 @@ def subset_attention(widen: Widen, q, k, v, past, **arguments) -> Callable[..., 
 
 
 def add_normalize(widen: Widen, x, index, update, gamma, scale, shift) -> Callable[..., Parts]:
+    """Judge the sum, and its LayerNorm by the sum as it is stored."""
     rows = x if index is None else gather_rows(x, index)
     exact = rows.double() + gamma.double() * update.double()
 
@@ -96,6 +101,7 @@ def add_normalize(widen: Widen, x, index, update, gamma, scale, shift) -> Callab
 def add_normalize_route(
     widen: Widen, x, index, update, gamma, scale, shift, weight, bias, active, deferred
 ) -> Callable[..., Parts]:
+    """Judge what `add_normalize` gives, logits, and the choice by them."""
     before_routing = add_normalize(widen, x, index, update, gamma, scale, shift)
 
     def parts(result) -> Parts:
@@ -108,6 +114,7 @@ def add_normalize_route(
 
 
 def expert_ffn_scatter(widen: Widen, **arguments) -> Callable[..., Parts]:
+    """Judge all rows, and bit for bit those that are left alone."""
     rows, index = arguments["rows"], arguments["index"]
     if isinstance(rows, Residual):  # as it would be stored
         arguments = arguments | {"rows": rows.rows(index)}
@@ -116,6 +123,7 @@ def expert_ffn_scatter(widen: Widen, **arguments) -> Callable[..., Parts]:
 
 
 def scatter_rows(widen: Widen, **arguments) -> Callable[..., Parts]:
+    """Judge all rows, and bit for bit those that are left alone."""
     return _scattered(scatter_op.scatter_rows(**wide(arguments)), arguments)
 
 
@@ -132,5 +140,5 @@ def _scattered(exact: torch.Tensor, arguments: dict) -> Callable[..., Parts]:
 
 
 def _left_alone(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Mask `[R, L]` of the rows of `x` `[R, L, C]` that `index` `[R, K]` leaves out."""
+    """Return a mask `[R, L]` of the rows of `x` `[R, L, C]` that `index` `[R, K]` leaves out."""
     return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, index, False)

@@ -1,4 +1,4 @@
-"""Inputs of every operation of a block, random or without values."""
+"""Make inputs of every operation of a block, random or without values."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The table of all operations: how each is called, at which shapes, and what must come out.
+"""List all operations: how each is called, at which shapes, and what must come out.
 
-The compile check, the benchmarks and `actvar verify` are made from it.
+The compile check, the benchmarks and `actvar verify` are made from this table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Matrix products of PyTorch's libraries that operations and kernels share."""
+"""Multiply matrices by the libraries of PyTorch, for operations and kernels that share this."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of the official models, and of one scale as the operations of a block see it."""
+"""Give sizes of the official models, and of one scale as the operations of a block see it."""
 
 from __future__ import annotations
 

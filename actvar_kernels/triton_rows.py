@@ -1,4 +1,4 @@
-"""Parts of the Triton kernels that hold whole rows of channels in registers."""
+"""Load, normalise and route whole rows of channels in Triton kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C++ kernels for the CPU, compiled for every instruction set into one library."""
+"""Load the C++ kernels for the CPU, compiled for every instruction set into one library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ MOST = 2**30  # sizes and their sums are 32-bit integers in C++, offsets 64-bit 
 
 
 class Layout(NamedTuple):
-    """How weights are packed: floats of a vector, vectors of a panel, rows of bfloat16 that lie side by side."""
+    """Describe how weights are packed.
+
+    Attributes:
+        lanes: floats of a vector.
+        vectors: vectors of a panel.
+        step: rows of bfloat16 that lie side by side.
+    """
 
     lanes: int
     vectors: int
@@ -34,8 +40,10 @@ class Layout(NamedTuple):
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16, as PyTorch sees it: without them it takes
-    minutes for what takes seconds in float32."""
+    """Return whether this processor has instructions for products of bfloat16, as PyTorch sees it.
+
+    Without them products take minutes that take seconds in float32.
+    """
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -72,16 +80,18 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def best_isa() -> int:
-    """The highest instruction set that this processor has."""
+    """Return the highest instruction set that this processor has."""
     return library().best_isa()
 
 
 def isa_name(isa: int) -> str:
+    """Return the name of an instruction set."""
     return library().isa_name(isa).decode()
 
 
 @functools.cache
 def layout_of(isa: int) -> Layout:
+    """Return how weights are packed for an instruction set."""
     numbers = (ctypes.c_int * 3)()
     library().isa_layout(isa, numbers)
     return Layout(*numbers)
@@ -104,14 +114,20 @@ def why_not(*tensors: torch.Tensor, dtype: torch.dtype | None = None) -> str | N
 
 
 def computed_dtype(x: torch.Tensor) -> torch.dtype:
-    """What a linear layer computes `x` in: its dtype, or autocast's."""
+    """Return the dtype in which a linear layer computes `x`: its own, or that of autocast."""
     device = "cpu" if x.is_cpu else x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Weights `[N, K, columns]` as the kernels read them, `[N, ...]`: for each panel of columns its rows, `layout.step`
-    of them side by side in bfloat16, padded with zeros."""
+    """Return weights as the kernels read them, `[N, ...]`.
+
+    For each panel of columns there are its rows, padded with zeros. In bfloat16 `layout.step` rows lie side by side.
+
+    Args:
+        weight: `[N, K, columns]`, float32 or bfloat16.
+        layout: how weights are packed.
+    """
     step = layout.step if weight.dtype == torch.bfloat16 else 1
     missing = -weight.shape[2] % layout.lanes, -weight.shape[1] % step
     weight = F.pad(weight, (0, missing[0], 0, missing[1])) if any(missing) else weight
@@ -122,13 +138,19 @@ def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def padded(vector: torch.Tensor, lanes: int) -> torch.Tensor:
-    """A contiguous `[..., D]`, with zeros up to a multiple of `lanes`."""
+    """Return a contiguous tensor whose rows end with zeros up to a multiple of `lanes`.
+
+    Args:
+        vector: `[..., D]`, any dtype.
+        lanes: numbers of a vector.
+    """
     missing = -vector.shape[-1] % lanes
     return F.pad(vector, (0, missing)) if missing else vector.contiguous()
 
 
 def checked_sizes(*sizes: int) -> tuple[int, ...]:
-    """
+    """Return `sizes`.
+
     Raises:
         ValueError: one is more than the kernels count.
     """

@@ -67,7 +67,7 @@ FOR_EVERY_PROCESSOR void top_indices(const float *scores, int32_t *keys, int len
         if (keys[i] > threshold || (keys[i] == threshold && ties-- > 0)) *index++ = i;
 }
 
-// As many as the work is worth.
+// The number of threads that the work is worth.
 inline int threads_for(int64_t numbers, int threads) { return numbers < (1 << 14) ? 1 : threads; }
 
 float *allocated(size_t floats) { return (float *)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }

@@ -1,4 +1,4 @@
-"""The FFN as experts: hidden units cut into equal groups, of which each token uses a few."""
+"""Run the FFN as experts: hidden units cut into equal groups, of which each token uses a few."""
 
 from __future__ import annotations
 
@@ -220,6 +220,7 @@ def _ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, active: int, wei
 
 
 def _run_ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, weights: FFNWeights) -> torch.Tensor:
+    """Run the FFN on a backend."""
     if backend.name == "reference":
         return reference.expert_ffn(u, mask, *weights)
     if backend.name == "cpu":
@@ -230,6 +231,7 @@ def _run_ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, weights: FFN
 
 
 def _scatter_on_triton(out, index, rows, u, mask, weights, gamma, schedule) -> None:
+    """Run `expert_ffn_scatter` into `out` on Triton."""
     from actvar_kernels.expert_ffn import triton_kernel
 
     triton_kernel.expert_ffn_scatter(out, index, rows, u, mask, weights, gamma, schedule)

@@ -1,4 +1,4 @@
-"""The expert FFN in plain PyTorch: what the operation computes."""
+"""Define the expert FFN in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def expert_ffn(
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
 ) -> torch.Tensor:
+    """Return what `op.expert_ffn` does."""
     hidden = F.gelu(F.linear(u, fc1_weight, fc1_bias), approximate="tanh")
     by_expert = hidden.unflatten(-1, (mask.shape[-1], -1))
     if mask.dtype == torch.bool:
@@ -24,7 +25,16 @@ def expert_ffn(
 
 
 def sort_key(mask: torch.Tensor) -> torch.Tensor:
-    """Key `[T]` of the tokens with expert masks `[T, N]`, N <= 32: the mask as a number, expert 0 its highest bit, read
-    as a Gray code. Tokens with equal experts get equal keys, and neighbouring keys differ in few experts."""
+    """Return keys by which tokens with the same experts come together.
+
+    A key is the mask as a number, expert 0 its highest bit, read as a Gray code. Tokens with equal experts get equal
+    keys. Neighbouring keys differ in few experts.
+
+    Args:
+        mask: `[T, N]` bool, N <= 32.
+
+    Returns:
+        `[T]` int64.
+    """
     bits = mask.to(torch.int64)
     return (bits.cumsum(dim=-1) % 2 * 2 ** torch.arange(mask.shape[-1] - 1, -1, -1, device=mask.device)).sum(dim=-1)

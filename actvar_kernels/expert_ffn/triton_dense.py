@@ -1,6 +1,6 @@
-"""The hidden units of all experts as one matrix product of PyTorch's, and a Triton launch that writes the zeros.
+"""Compute the hidden units of all experts by one matrix product of PyTorch's, and write the zeros by Triton.
 
-This is faster than to compute them in tiles that skip nothing.
+This takes less time than tiles that skip nothing.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
-"""The expert FFN as three launches: the hidden units `[T, D]`, zero where a token did not choose the expert, and from
-them the output with its residual.
+"""Run the expert FFN in three launches.
 
-Tile lists: the tokens are sorted by their experts; `up` writes the hidden units in sorted order and leaves out every
-(tile of rows, expert) block that no row of the tile wants; `down` walks the experts that the tile did run. The order of
-a sum does not depend on the sort.
-
-`"dense"`: the hidden units are a matrix product of PyTorch's, faster than `up` with all its blocks, and one launch
-writes the zeros; `down` walks all experts.
+Two launches make the hidden units `[T, D]`, which are 0 where a token did not choose the expert. The third makes the
+output with its residual. There are two schedules, see `docs/kernels/expert_ffn.md`: `"tile_list"` skips experts that no
+row of a tile of sorted tokens wants, `"dense"` runs all of them.
 """
 
 from __future__ import annotations
@@ -103,6 +99,7 @@ def _launch(
         hidden = u.new_empty(T, D)
 
     def matrix(tensor: torch.Tensor, *block: int) -> torch.Tensor | TensorDescriptor | None:
+        """Return what the kernels read tiles of a matrix by; None for tiles without columns."""
         if 0 in block:
             return None
         return TensorDescriptor.from_tensor(tensor, list(block)) if tile.descriptors else tensor
@@ -164,7 +161,10 @@ def _launch(
 
 
 def _aligned(tensor: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can be made of a matrix: its rows begin at multiples of 16 bytes."""
+    """Return whether a tensor descriptor can be made of a matrix.
+
+    Its rows must begin at multiples of 16 bytes.
+    """
     size = tensor.element_size()
     return tensor.storage_offset() * size % 16 == 0 and tensor.stride(0) * size % 16 == 0
 
@@ -189,7 +189,10 @@ def _up(
     TAIL_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One tile of rows and `BLOCK_H + TAIL_H` hidden units of one expert; neighbouring programs share the rows."""
+    """Compute `BLOCK_H + TAIL_H` hidden units of one expert for one tile of rows.
+
+    Neighbouring programs share the rows.
+    """
     per_expert: tl.constexpr = (WIDTH + BLOCK_H + TAIL_H - 1) // (BLOCK_H + TAIL_H)
     expert = tl.program_id(0) // per_expert
     unit = tl.program_id(0) % per_expert * (BLOCK_H + TAIL_H)
@@ -228,7 +231,7 @@ def _up(
 
 @triton.jit
 def _tile_experts(choice_ptr, first, T, BLOCK_T: tl.constexpr):
-    """The experts that a tile of rows runs, as bits: those that any row wants."""
+    """Return the experts that any row of a tile wants, as bits."""
     row = first + tl.arange(0, BLOCK_T)
     return tl.reduce_or(tl.load(choice_ptr + row, mask=row < T, other=0), 0)
 
@@ -247,6 +250,7 @@ def _store_hidden(
     EXPERTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
+    """Store hidden units after bias and GELU, and zeros where a row is not `on`."""
     column = unit + tl.arange(0, acc.shape[1])
     x = acc + tl.load(b1_ptr + expert * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
     # gelu_tanh(x) = x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)); rsqrt(a)^2 is 1 / a in fewer instructions
@@ -289,7 +293,7 @@ def _down(
     BLOCK_H: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One tile of rows and of output channels: a sum over the hidden units of the tile's experts."""
+    """Sum over the hidden units of a tile of rows, for some output channels, and add the residual."""
     steps: tl.constexpr = (WIDTH + BLOCK_H - 1) // BLOCK_H
     channel = tl.program_id(0) * BLOCK_C
     first = tl.program_id(1) * BLOCK_T
@@ -340,7 +344,7 @@ def _down(
 
 @triton.jit
 def _lowest_bit(bits):
-    """Position of the lowest bit that is set: the exponent of that bit as a float."""
+    """Return the position of the lowest bit that is set: the exponent of that bit as a float."""
     lowest = (bits & -bits).to(tl.uint32, bitcast=True).to(tl.float32)
     return (lowest.to(tl.int32, bitcast=True) >> 23) - 127
 
@@ -349,7 +353,10 @@ def _lowest_bit(bits):
 def _store_rows(
     out_rows, acc, channel, b2_ptr, residual, update, gate, gamma, inside, C: tl.constexpr, PARTS: tl.constexpr
 ):
-    """Bias and residual of rows given by pointers, in `PARTS` parts one after the other for the sake of registers."""
+    """Add bias and residual to rows given by pointers, and store them.
+
+    This is done in `PARTS` parts, one after the other, which takes fewer registers.
+    """
     if PARTS > 1:
         half: tl.constexpr = acc.shape[1] // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, half)), (0, 2, 1)))

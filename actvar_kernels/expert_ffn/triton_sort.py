@@ -1,4 +1,4 @@
-"""The sort of the tokens by their experts as one Triton launch."""
+"""Sort tokens by their experts in one Triton launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from actvar_kernels import tiles
 
 
 def sort_by_experts(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stable order of the tokens by `reference.sort_key`, and the experts that each token of it chose.
+    """Return the stable order of the tokens by `reference.sort_key`, and the experts that each token of it chose.
 
     Args:
         mask: `[T, N]` uint8, 0 or 1.
@@ -47,8 +47,11 @@ def _sort_rows(
     BLOCK_T: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One block of rows finds its place: puts itself in order, then counts for each of its rows the
-    tokens before the block whose key is not higher and the tokens after it whose key is lower."""
+    """Find the places of one block of rows.
+
+    The program puts the block in order. Then it counts for each row the tokens before the block whose key is not
+    higher, and the tokens after the block whose key is lower.
+    """
     first = tl.program_id(0) * BLOCK_T
     local = tl.arange(0, BLOCK_T)
     row = first + local
@@ -82,15 +85,21 @@ def _sort_rows(
 
 @triton.jit
 def _packed(pointers, inside, FACTOR: tl.constexpr):
-    """Four bytes of 0 or 1 as four bits: the product moves them next to each other, from bit 24 on. 0x08040201 makes
-    the first byte the highest bit, 0x01020408 the lowest."""
+    """Return four bytes of 0 or 1 as four bits.
+
+    The product moves them next to each other, from bit 24 on. A factor of 0x08040201 makes the first byte the highest
+    bit, 0x01020408 the lowest.
+    """
     word = tl.load(pointers, mask=inside, other=0).to(tl.uint32, bitcast=True)
     return (word * FACTOR) >> 24
 
 
 @triton.jit
 def _keys(words_ptr, row, end, WORDS: tl.constexpr):
-    """`reference.sort_key` as uint32; experts that were filled up as not chosen do not change the order."""
+    """Return `reference.sort_key` as uint32.
+
+    Experts that were filled up as not chosen do not change the order.
+    """
     keys = tl.zeros(row.shape, tl.uint32)
     for word in tl.static_range(WORDS):
         keys = (keys << 4) | _packed(words_ptr + row * WORDS + word, row < end, 0x08040201)
@@ -113,8 +122,10 @@ def _count_others(
     BLOCK_T: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """How many tokens of a chunk have their place right before each of the sorted keys `own`, by binary search. Tokens
-    of an equal key come before it, or, where the chunk lies `AFTER` the block, behind."""
+    """Count the tokens of a chunk that have their place right before each of the sorted keys `own`, by binary search.
+
+    Tokens of an equal key come before it, or behind it where the chunk lies `AFTER` the block.
+    """
     row = start + tl.arange(0, CHUNK)
     keys = _keys(words_ptr, row, end, WORDS)
     place = tl.zeros((CHUNK,), tl.int32)

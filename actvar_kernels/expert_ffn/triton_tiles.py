@@ -1,4 +1,4 @@
-"""Parts of the Triton kernels that multiply tiles of matrices."""
+"""Multiply tiles of matrices in Triton kernels."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def row_pointers(ptr, row, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to the first `BLOCK` elements of rows of a matrix."""
+    """Return pointers to the first `BLOCK` elements of rows of a matrix."""
     return ptr + row.to(tl.int64)[:, None] * STRIDE + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
 def load_columns(rows, k, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """`BLOCK` elements from the k-th on of rows that are `LENGTH` long, zero from there on."""
+    """Return `BLOCK` elements from the k-th on of rows that are `LENGTH` long, zero from there on."""
     if LENGTH % BLOCK == 0:
         return tl.load(rows + k)
     else:
@@ -23,8 +23,11 @@ def load_columns(rows, k, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_product(acc, a, b):
-    """`acc + a b^T`. In float32 the product is summed by itself first: the error grows with the number of steps, not
-    with that of the terms."""
+    """Return `acc + a b^T`.
+
+    In float32 the product is summed by itself first. So the error grows with the number of steps, not with that of the
+    terms.
+    """
     if a.dtype == tl.float32:
         return acc + tl.dot(a, b.T, input_precision="ieee")
     else:

@@ -1,4 +1,4 @@
-"""The weights of an FFN, as the functions of this folder pass them on."""
+"""Name the weights of an FFN, as the functions of this folder pass them on."""
 
 from __future__ import annotations
 

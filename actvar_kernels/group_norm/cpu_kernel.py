@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU in C++: two passes over memory in place of PyTorch's four."""
+"""Run GroupNorm and SiLU in C++, in two passes over memory instead of PyTorch's four."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ def group_norm_silu(
     *,
     isa: int | None = None,
 ) -> torch.Tensor:
-    """As `group_norm.op.group_norm_silu` without an offset, in the memory format `channels_last`.
+    """Return what `group_norm.op.group_norm_silu` does without an offset, in the memory format `channels_last`.
 
     Args:
         x: `[B, C, H, W]` float32 or bfloat16, C a multiple of 16.
-        overwrite: the result takes the place of x, if that is in `channels_last`.
+        weight, bias: `[C]`, floating-point.
+        groups: number of groups.
+        eps: what is added to the variance.
+        silu: whether SiLU follows.
+        overwrite: whether the result takes the place of x, if that is in `channels_last`.
         isa: instruction set; None: the highest.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Between the autoencoder's convolutions: GroupNorm and SiLU, residuals, and the biases of the convolutions."""
+"""Run what lies between the autoencoder's convolutions: GroupNorm and SiLU, residuals, and biases."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ def group_norm_silu(
     offset: torch.Tensor | None = None,
     overwrite: bool = False,
 ) -> torch.Tensor:
-    """`F.silu(F.group_norm(x + offset, groups, weight, bias, eps))` in float32, returned in x's dtype.
+    """Return `F.silu(F.group_norm(x + offset, groups, weight, bias, eps))`, computed in float32.
 
-    On Triton it is three launches that read x twice. Where kernels run in C++ and C is a multiple of 16, so does this
-    without an offset. There and on Triton the result is in the memory format `channels_last`, in which x is fastest.
+    Triton takes three launches that read x twice. C++ takes channels in multiples of 16, without an offset. In both the
+    result is in the memory format `channels_last`, in which x is fastest.
 
     Args:
-        x: `[B, C, H, W]`.
-        weight, bias: `[C]`.
-        groups: groups of C / groups neighbouring channels.
+        x: `[B, C, H, W]`, floating-point.
+        weight, bias: `[C]`, floating-point.
+        groups: number of groups of C / groups neighbouring channels.
+        eps: what is added to the variance.
         silu: False leaves SiLU out.
-        offset: `[C]`, the bias of the convolution that x comes from; None: nothing is added.
-        overwrite: x is not needed any more, and the result may take its place, as it does in C++.
+        offset: `[C]`, floating-point, the bias of the convolution that x comes from; None: nothing is added.
+        overwrite: whether x is not needed any more; in C++ the result takes its place.
+
+    Returns:
+        `[B, C, H, W]` in x's dtype.
 
     Raises:
         ValueError: shapes or devices that do not fit, or groups that do not divide C.
@@ -58,13 +62,13 @@ def group_norm_silu(
 
 
 def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`x + (update + bias)` with one rounding, in the wider dtype of `x` and `update`.
+    """Return `x + (update + bias)` with one rounding, in the wider dtype of `x` and `update`.
 
-    On Triton it is one launch, and the result is in the memory format `channels_last`.
+    Triton takes one launch, and the result is in the memory format `channels_last`.
 
     Args:
-        x, update: `[B, C, H, W]`.
-        bias: `[C]`, of the convolution that `update` comes from.
+        x, update: `[B, C, H, W]`, floating-point.
+        bias: `[C]`, floating-point, of the convolution that `update` comes from.
 
     Raises:
         ValueError: shapes or devices that do not fit.

@@ -1,4 +1,4 @@
-"""A linear layer in C++, its weight packed once."""
+"""Run a linear layer in C++, on a weight that is packed once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.cpu_backend.packing import packed
 
 FEW_ROWS = 8
-"""As FEW in cpu_linear.cpp."""
+"""Most rows for a weight that is not packed; FEW in cpu_linear.cpp."""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, isa: int | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias` with sums in float32.
+    """Return `x @ weight.T + bias` with sums in float32.
 
     Args:
-        x: `[..., C]` float32 or bfloat16; a weight `[D, C]` of another type is converted when it is packed.
+        x: `[..., C]` float32 or bfloat16.
+        weight: `[D, C]`, floating-point; another dtype than x's is converted when the weight is packed.
+        bias: `[D]`, floating-point.
         isa: instruction set; None: the highest.
 
     Raises:
@@ -30,6 +32,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, isa: int |
     dtype, D = x.dtype, weight.shape[0]
 
     def pack() -> torch.Tensor:
+        """Return the weight in panels, flat."""
         return cpu.panels(weight.detach().to(dtype).t().unsqueeze(0), layout).flatten()
 
     copy = packed((weight,), (dtype, isa), pack)
@@ -45,11 +48,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, isa: int |
 
 
 def unpacked_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, isa: int | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias` with sums in float32, each weight read once.
+    """Return `x @ weight.T + bias` with sums in float32, each weight read once.
 
     Args:
         x: `[R, C]` float32 or bfloat16, at most `FEW_ROWS` rows, C a multiple of 32.
         weight: `[D, C]` without gaps, in x's dtype.
+        bias: `[D]`, floating-point.
         isa: instruction set; None: the highest.
 
     Raises:

@@ -69,7 +69,7 @@ extern "C" int linear(int isa, int is_bfloat16, const void *x, const void *weigh
     return failed;
 }
 
-// Of at most FEW rows, on a weight that is not packed; depth is a multiple of 32.
+// The layer of at most FEW rows, on a weight that is not packed; depth is a multiple of 32.
 extern "C" void unpacked_linear(int isa, int is_bfloat16, const void *x, const void *weight, const void *bias, void *out,
                                 int rows, int depth, int columns, int threads) {
     const Job job = {x, weight, (const float *)bias, out, rows, depth, columns};

@@ -1,4 +1,4 @@
-"""Between attention and FFN: residual, LayerNorm, modulation, and the router's choice of experts."""
+"""Run what lies between attention and FFN: residual, LayerNorm, modulation, and the choice of experts."""
 
 from __future__ import annotations
 

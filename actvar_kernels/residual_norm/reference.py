@@ -1,4 +1,4 @@
-"""The step between attention and FFN in plain PyTorch: what the operations compute."""
+"""Define in plain PyTorch the step between attention and FFN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Residual, LayerNorm, modulation and the choice of experts in one Triton launch."""
+"""Run residual, LayerNorm, modulation and the choice of experts in one Triton launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The router's choice of experts."""
+"""Choose experts by the router's logits."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def route_experts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the `active` experts with the highest logits for each token, ties to the lower index.
 
+    Triton takes one launch, for N up to 32.
+
     Args:
-        u: FFN input, `[..., C]`.
-        weight, bias: the router, `[N, C]` and `[N]`; logits are in float32 and outside autocast.
+        u: `[..., C]`, floating-point, the input of the FFN.
+        weight, bias: the router, `[N, C]` and `[N]`, floating-point; logits are in float32 and outside autocast.
         active: experts per token, 1 ... N.
 
     Returns:
         mask `[..., N]` bool, logits `[..., N]` float32.
-
-    On Triton it is one launch, for N up to 32.
 
     Raises:
         ValueError: shapes or devices that do not fit, or `active` out of range.
@@ -60,6 +60,7 @@ def _choose(u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Backen
 
 
 def _run(backend: Backend, u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the operation on a backend."""
     if backend.name == "cpu":
         return row_ops.route_experts(u, weight, bias, active)
     if backend.name == "reference":
@@ -84,6 +85,7 @@ def _(u, weight, bias, active):
 
 
 def _logits_first(u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the operator does, by the reference."""
     mask, logits = reference.route_experts(u, weight, bias, active)
     return logits, mask
 
@@ -92,7 +94,7 @@ register_reference_gradient(_route_experts, _logits_first)
 
 
 def route_experts_flops(u_shape, weight_shape, *_args, **_kwargs) -> int:
-    """FLOPs of one `route_experts` operator, 2 a multiply-add."""
+    """Return the FLOPs of one `route_experts` operator, 2 a multiply-add."""
     return 2 * math.prod(u_shape) * weight_shape[0]
 
 

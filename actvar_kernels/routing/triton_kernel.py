@@ -1,4 +1,4 @@
-"""The router in one Triton launch."""
+"""Run the router in one Triton launch."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def _route_experts(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Route `ROWS` tokens."""
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
     inside = (token < tokens)[:, None] & (channel < C)[None, :]

@@ -20,14 +20,15 @@ def scatter_rows(
     update: torch.Tensor,
     gamma: torch.Tensor,
 ) -> torch.Tensor:
-    """`rest` with `rest[r, index[r, j]] = rows[r, j] + gamma[r] * update[r, j]`.
+    """Return `rest` after `rest[r, index[r, j]] = rows[r, j] + gamma[r] * update[r, j]`.
+
+    Without gradients Triton and C++ write to `rest` and return it. Otherwise a copy is written to.
 
     Args:
-        rest: `[R, L, C]`, the rows that stay; written to and returned on Triton and in C++ without gradients, else
-            copied.
-        index: `[R, K]` int64 without repeats. Both are None when every row was kept: the result is `[R, K, C]`.
-        rows, update: `[R, K, C]`.
-        gamma: AdaLN gate of the branch, `[R, 1, C]`.
+        rest: `[R, L, C]`, floating-point, the rows that stay; None without an index.
+        index: `[R, K]` int64 without repeats; None when every row was kept: the result is `[R, K, C]`.
+        rows, update: `[R, K, C]`, floating-point.
+        gamma: `[R, 1, C]`, floating-point, the gate of the branch by AdaLN.
 
     Raises:
         TypeError: an index that is not int64.

@@ -13,7 +13,7 @@ from actvar_kernels.triton_rows import channels_last, load_rows, load_vector
 def scatter_rows(
     base: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor
 ) -> None:
-    """As `reference.scatter_rows`, written to `base`; the sum is rounded once."""
+    """Write what `reference.scatter_rows` returns to `base`, with one rounding of the sum."""
     R, K, C = rows.shape
     rows, update, gamma = channels_last(rows, update, gamma)
     tiles = row_tiles(R * K, C)
@@ -54,6 +54,7 @@ def _scatter_rows(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Scatter `ROWS` rows of a sequence."""
     sequence = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)

@@ -1,4 +1,4 @@
-"""Subset attention in C++: QK norm, appending to the cache, and attention in one pass over each head."""
+"""Attend in C++: QK norm, append to the cache, and attention in one pass over each head."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ def subset_attention(
     append: bool,
     isa: int | None = None,
 ) -> torch.Tensor:
-    """As the operator `subset_attention`, or `subset_attention_append` with `append`, with sums in float32.
+    """Run the operator `subset_attention`, or with `append` `subset_attention_append`, with sums in float32.
 
     Args:
-        q, k, v, keys, values: float32 or bfloat16, all of one type.
+        q, k, v, keys, values: as in the operators, float32 or bfloat16, all in one dtype.
+        cached: rows of the cache that are attended to.
+        head_scale: `[H]`, floating-point, or None.
+        softmax_scale: factor of the scores.
+        append: whether `k` and `v` are written to the cache.
         isa: instruction set; None: the highest.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Attention of the kept tokens over the K/V cache and their own scale."""
+"""Attend to the K/V cache and the own scale, with queries of the kept tokens."""
 
 from __future__ import annotations
 
@@ -26,24 +26,26 @@ def subset_attention(
     room: tuple[torch.Tensor, torch.Tensor] | None = None,
     keep_cache: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """`softmax(softmax_scale * q k^T + mask) v` per head, softmax in float32.
+    """Return `softmax(softmax_scale * q k^T + mask) v` per head, with the softmax in float32.
+
+    Triton takes one launch, for float32, float16 and bfloat16 and d of 16, 32, 64 or 128. Two more launches copy the
+    past where the cache is kept and has no room. On the CPU a C++ kernel runs without a mask, for float32 and bfloat16.
 
     Args:
-        q: queries of the kept tokens, `[R, H, K, d]`, before QK norm.
-        k, v: the scale's own keys and values, `[R, H, T, d]`: T = K rows, or all tokens of the scale.
+        q: `[R, H, K, d]`, floating-point, queries of the kept tokens before QK norm.
+        k, v: `[R, H, T, d]`, floating-point, keys and values of the own scale; T = K rows, or all tokens of the scale.
         past: cached keys (already normalised) and values of earlier scales, each `[R, H, P, d]`, or None.
-        head_scale: `[H]`; q and k are divided by their norm and q multiplied by it. None: no QK norm.
+        head_scale: `[H]`, floating-point; q and k are divided by their norm, and q is multiplied by it. None: no QK
+            norm.
+        softmax_scale: factor of the scores.
         mask: additive, broadcastable to `[R, H, K, P + T]`, or None; every query must see at least one key.
         room: preallocated cache, keys and values `[R, H, capacity, d]` with capacity >= P + T, whose first P rows are
-            `past`; the scale's own keys and values are appended there, and what is returned are views of it.
+            `past`; or None. Keys and values of the own scale are appended there, and views of the room are returned.
         keep_cache: whether the keys and values are needed afterwards.
 
     Returns:
-        output `[R, K, H * d]` in v's dtype, and the keys and values attended to, `[R, H, P + T, d]`: the next cache;
-        None in their place without `keep_cache`.
-
-    On Triton it is one launch, for float32, float16 and bfloat16 and d of 16, 32, 64 or 128; two more copy the past
-    where the cache is kept and has no room. On the CPU a C++ kernel runs it without a mask, for float32 and bfloat16.
+        output `[R, K, H * d]` in v's dtype, and the keys and values attended to, `[R, H, P + T, d]`: the next cache.
+        These are None without `keep_cache`.
 
     Raises:
         ValueError: shapes or devices that do not fit.
@@ -131,7 +133,7 @@ def _with_kernel(
 
 
 def _copied(past, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A new cache that begins with `past` and ends with room for `k` and `v`."""
+    """Return a new cache that begins with `past` and ends with room for `k` and `v`."""
     R, H, own, d = k.shape
     cached = 0 if past is None else past[0].shape[2]
     cache = v.new_empty(R, H, cached + own, d), v.new_empty(R, H, cached + own, d)
@@ -144,6 +146,7 @@ def _copied(past, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch
 def _expect_room(
     room: tuple[torch.Tensor, torch.Tensor], past: tuple[torch.Tensor, torch.Tensor] | None, k: torch.Tensor
 ) -> None:
+    """Raise ValueError unless a preallocated cache has room for `past` and the own keys."""
     R, H, own, d = k.shape
     cached = 0 if past is None else past[0].shape[2]
     expect_shape("room for keys", room[0], (R, H, None, d))
@@ -153,12 +156,14 @@ def _expect_room(
 
 
 def _expect_broadcastable(mask: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a mask broadcasts to `shape`."""
     pairs = zip(reversed(mask.shape), reversed(shape), strict=False)
     if mask.dim() > len(shape) or any(got not in (1, want) for got, want in pairs):
         raise ValueError(f"mask: expected a shape that broadcasts to {list(shape)}, got {list(mask.shape)}")
 
 
 def _run_operator(q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append: bool) -> torch.Tensor:
+    """Run an operator of attention."""
     cache = None if keys is None else (keys, values)
     backend = _choose(q, k, v, cache, None, head_scale, mask)
     return _run(backend, q, k, v, keys, values, cached, head_scale, softmax_scale, mask, append)
@@ -219,6 +224,7 @@ def _(q, k, v, *_):
 
 
 def _attention_alone(q, k, v, keys, values, cached, head_scale, softmax_scale, mask) -> torch.Tensor:
+    """Return what the operator `subset_attention` does, by the reference."""
     past = (keys[:, :, :cached], values[:, :, :cached]) if cached else None
     return reference.subset_attention(q, k, v, past, head_scale, softmax_scale, mask, room=None)[0]
 
@@ -227,7 +233,7 @@ register_reference_gradient(_subset_attention, _attention_alone)
 
 
 def subset_attention_flops(q_shape, k_shape, _v_shape, _keys_shape, _values_shape, cached, *_args, **_kwargs) -> int:
-    """FLOPs of one `subset_attention` or `subset_attention_append` operator: every query meets every key."""
+    """Return the FLOPs of one operator of attention: every query meets every key."""
     R, H, K, d = q_shape
     return 2 * 2 * R * H * K * (cached + k_shape[2]) * d
 

@@ -1,4 +1,4 @@
-"""Which tokens a block updates, and their rows ready for attention: score, top-K, gather, LayerNorm, modulation."""
+"""Choose which tokens a block updates, and make their rows ready for attention."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ def select_tokens(
     share_guidance: bool = False,
     in_place: bool = False,
 ) -> Selection:
-    """Keep the `keep` rows with the highest `LN(x) @ weight + bias` and modulate them: `LN(x) * (1 + scale) + shift`.
+    """Keep the `keep` rows with the highest `LN(x) @ weight + bias`; modulate them by `LN(x) * (1 + scale) + shift`.
 
-    LN has no affine part and eps 1e-6; scores are in float32 and outside autocast. Ties go to the lower index.
+    LN has no affine part and eps 1e-6. Scores are in float32 and outside autocast. Ties go to the lower index. Triton
+    takes two launches, or one from 128 sequences on, for L up to 1024.
 
     Args:
         x: `[R, L, C]`, float32, float16 or bfloat16.
-        weight, bias: the selector, `[1, C]` and `[1]`.
-        scale, shift: AdaLN of the attention branch, `[R, 1, C]`.
+        weight, bias: the selector, `[1, C]` and `[1]`, floating-point.
+        scale, shift: `[R, 1, C]`, floating-point, AdaLN of the attention branch.
         keep: rows to keep per sequence, 1 ... L.
-        share_guidance: the first half of the R rows (conditional) decides for the second half as well.
-        in_place: `base` may be x itself, which the operation that fills it then overwrites; not where gradients are on.
-
-    On Triton it is two launches, or one from 128 sequences on, for L up to 1024.
+        share_guidance: whether the first half of the R rows (conditional) decides for the second half as well.
+        in_place: whether `base` may be x itself, which the operation that fills it then overwrites. It never is where
+            gradients are on.
 
     Raises:
         ValueError: shapes or devices that do not fit, `keep` out of range, an odd R with `share_guidance`.
@@ -95,13 +95,16 @@ def select_tokens(
 def normalize_modulate(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None = None
 ) -> torch.Tensor:
-    """`y = LN(x) * (1 + scale) + shift` in float32 (float64 for a float64 x), returned in x's dtype.
+    """Return `y = LN(x) * (1 + scale) + shift`, computed in float32, or float64 for a float64 x.
 
     Args:
-        x: `[R, K, C]`.
-        scale, shift: `[R, 1, C]`.
-        guidance: strength t of classifier-free guidance: `(1 + t) * y[:R // 2] - t * y[R // 2:]` is returned instead,
-            so that a linear layer that follows has half the rows.
+        x: `[R, K, C]`, floating-point.
+        scale, shift: `[R, 1, C]`, floating-point.
+        guidance: strength t of classifier-free guidance, or None. With it `(1 + t) * y[:R // 2] - t * y[R // 2:]` is
+            returned, so that a linear layer that follows has half the rows.
+
+    Returns:
+        `[R, K, C]` in x's dtype, with guidance `[R // 2, K, C]`.
 
     Raises:
         ValueError: shapes or devices that do not fit.
@@ -138,6 +141,7 @@ def _choose_selection(x: torch.Tensor, *others: torch.Tensor) -> Backend:
 
 
 def _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place) -> tuple[torch.Tensor, ...]:
+    """Return index, modulated rows, scores and base on a backend."""
     tensors = (x, weight, bias, scale, shift)
     if backend.name == "cpu":
         return *row_ops.select_tokens(*tensors, keep, share_guidance), x if in_place else x.clone()
@@ -161,7 +165,7 @@ def _select_tokens(
     share_guidance: bool,
     in_place: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`base` is empty with `in_place`, since an operator must not return its argument."""
+    """Run `select_tokens`; with `in_place` the base is empty, since an operator must not return its argument."""
     backend = _choose_selection(x, weight, bias, scale, shift)
     index, modulated, scores, base = _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place)
     if in_place:
@@ -177,6 +181,7 @@ def _(x, weight, bias, scale, shift, keep, share_guidance, in_place):
 
 
 def _at_index(x, weight, bias, scale, shift, keep, share_guidance, in_place, index) -> tuple[torch.Tensor, ...]:
+    """Return what the operator does, by the reference, for a choice that was made."""
     return *reference.at_index(x, weight, bias, scale, shift, index), index
 
 
@@ -184,7 +189,7 @@ register_reference_gradient(_select_tokens, _at_index, chosen=(3,))
 
 
 def select_tokens_flops(x_shape, *_shapes, **_kwargs) -> int:
-    """FLOPs of the selector's product in one `select_tokens` operator."""
+    """Return the FLOPs of the selector's product in one `select_tokens` operator."""
     R, L, C = x_shape
     return 2 * R * L * C
 
@@ -207,6 +212,7 @@ def _choose_norm(*tensors: torch.Tensor, guided: bool) -> Backend:
 
 
 def _normalize(backend, x, scale, shift, guidance) -> torch.Tensor:
+    """Run `normalize_modulate` on a backend."""
     if backend.name == "cpu":
         return row_ops.normalize_modulate(x, scale, shift)
     if backend.name == "reference":

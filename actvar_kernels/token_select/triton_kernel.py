@@ -1,5 +1,7 @@
-"""Token selection in one Triton launch where sequences are many, else in two (scores; all else), and LayerNorm with
-modulation in one."""
+"""Select tokens in one Triton launch where sequences are many, otherwise in two; normalise and modulate in one.
+
+Of two launches the first makes the scores.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,10 @@ def select_tokens(
     share_guidance: bool,
     in_place: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """`index`, `modulated`, `scores` and `base` as in `reference.select_tokens`; `base` is x with `in_place`, else new
-    memory, of which the rows that were kept are not written."""
+    """Return index, modulated rows, scores and base, see `op.select_tokens`.
+
+    With `in_place` the base is x. Otherwise it is new memory, in which the rows that were kept are not written.
+    """
     R, L, C = x.shape
     x, scale, shift = channels_last(x, scale, shift)
     index = x.new_empty(R, keep, dtype=torch.int64)
@@ -88,7 +92,7 @@ def select_tokens(
 def normalize_modulate(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None
 ) -> torch.Tensor:
-    """As `reference.normalize_modulate`."""
+    """Return what `reference.normalize_modulate` does."""
     R, K, C = x.shape
     x, scale, shift = channels_last(x, scale, shift)
     out = x.new_empty(R if guidance is None else R // 2, K, C)
@@ -126,7 +130,7 @@ def _score(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Some rows of a sequence, whole."""
+    """Score `ROWS` rows of a sequence."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     _score_rows(
         x_ptr, weight_ptr, bias_ptr, scores_ptr, moments_ptr, x_strides, tl.program_id(1), row, length, C, BLOCK_C
@@ -147,9 +151,10 @@ def _score_rows(
     C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """`LN(x) @ weight + bias` of rows of a sequence, and the moments of their LN; each row summed in the same order.
+    """Store `LN(x) @ weight + bias` of rows of a sequence, and the moments of their LN.
 
-    Sums over `CHUNK` channels at a time, of `d = x - pivot`: near the mean, so that one pass loses no digits.
+    Each row is summed in the same order, `CHUNK` channels at a time. The terms are distances `d = x - pivot` to a
+    number near the mean, so that one pass loses no digits.
     """
     channel = tl.arange(0, CHUNK)
     inside = channel < C
@@ -208,11 +213,12 @@ def _select(
     SCORE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """`STEPS * ROWS` rows of a sequence in the order of their places: those that are kept go to `modulated`, the others
-    to `base` if there is one. `deciding` sequences have a choice of their own, the ones after them take it over.
+    """Put `STEPS * ROWS` rows of a sequence in the order of their places.
 
-    With a weight each program scores its sequence, and the one that decides, by itself: the programs of a sequence
-    write the same numbers. Without one scores and moments are there.
+    Rows that are kept go to `modulated`, the others to the base if there is one. `deciding` sequences have a choice of
+    their own, the ones after them take it over. With a weight each program scores its sequence, and the one that
+    decides, by itself: the programs of a sequence write the same numbers. Without a weight scores and moments are
+    there.
     """
     sequence = tl.program_id(1)
     decides = sequence % deciding
@@ -254,8 +260,10 @@ def _select(
 
 @triton.jit
 def _places(scores_ptr, length, keep, BLOCK_L: tl.constexpr):
-    """For each of `length` scores its place: first the `keep` highest in order of their index, behind them the others
-    in theirs."""
+    """Return the place of each of `length` scores.
+
+    First come the `keep` highest in order of their index, behind them the others in order of theirs.
+    """
     index = tl.arange(0, BLOCK_L)
     key = descending_key(tl.load(scores_ptr + index, mask=index < length, other=0.0))
     key = tl.where(index < length, key, _LOWEST)
@@ -291,6 +299,7 @@ def _normalize_modulate(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Normalise and modulate `ROWS` rows of a sequence."""
     sequence = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)

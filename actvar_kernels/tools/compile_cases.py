@@ -1,4 +1,4 @@
-"""Calls of all operations with tensors as they come in the official models' last two scales; for `compile_check`."""
+"""Call all operations with tensors as they come in the official models' last two scales, for `compile_check`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a Triton launch moves and computes, as functions of its arguments: the model behind the predicted times.
+"""Estimate what a Triton launch moves and computes, from its arguments: the model behind the predicted times.
 
 A kernel without an entry in `COSTS` reads or writes every tensor argument once and has no matrix product. Bytes are
 those of main memory: what neighbouring programs read again is taken to come from the cache. FLOPs are what is executed,
@@ -30,16 +30,17 @@ MOMENTS_INSTRUCTIONS = 6
 
 
 class Cost(NamedTuple):
-    """Work of one launch.
+    """Describe the work of one launch.
 
-    Args:
-        bytes: through memory.
-        flops: executed, 2 a multiply-add, on operands of `dtype`.
+    Attributes:
+        bytes: bytes through memory.
+        flops: FLOPs that are executed, 2 a multiply-add, on operands of `dtype`.
+        dtype: of the operands, or None without any.
         running: share of the programs that have anything to do.
         tile: rows and columns of the result that a program of a matrix product computes.
-        attention: products wait for a softmax, so they run at a lower rate.
-        instructions: executed, summed over threads; 0: every thread executes the machine code once, as it does where
-            there is no loop.
+        attention: whether products wait for a softmax, so that they run at a lower rate.
+        instructions: instructions that are executed, summed over threads. With 0 every thread executes the machine code
+            once, as it does where there is no loop.
     """
 
     bytes: int
@@ -52,14 +53,20 @@ class Cost(NamedTuple):
 
 
 def triton_cost(name: str, arguments: Arguments, share: Share = lambda tokens, rows: 1.0) -> Cost:
-    """Cost of one launch of the kernel `name`; `share` as above."""
+    """Return the cost of one launch.
+
+    Args:
+        name: of the kernel.
+        arguments: of the launch, by name.
+        share: share of the (tile, expert) blocks that run, given the tokens and the rows of a tile.
+    """
     if name in COSTS:
         return COSTS[name](arguments, share)
     return Cost(_bytes(arguments))
 
 
 def _bytes(arguments: Arguments, *without: str) -> int:
-    """Of every tensor argument, once."""
+    """Return the bytes of every tensor argument, once, except those named in `without`."""
     tensors = (value for name, value in arguments.items() if name not in without)
     return sum(value.bytes for value in tensors if isinstance(value, TensorInfo))
 
@@ -141,7 +148,7 @@ def _down(a: Arguments, share: Share) -> Cost:
 
 
 def _run(a: Arguments, share: Share) -> tuple[float, int]:
-    """Share of the (tile, expert) blocks that run, and rows of all tiles."""
+    """Return the share of the (tile, expert) blocks that run, and the rows of all tiles."""
     rows = math.ceil(a["T"] / a["BLOCK_T"]) * a["BLOCK_T"]
     if a["order_ptr"] is None:
         return 1.0, rows
