@@ -205,8 +205,8 @@ def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def _ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, active: int, weights: FFNWeights) -> torch.Tensor:
     """Run the FFN directly or by its operator.
 
-    The operator is called for the reference too, since it counts the FLOPs of the chosen experts alone, and in a
-    compiled graph may run in C++. Gradients of the reference are those of PyTorch.
+    The operator is called for the reference too. It counts the FLOPs of the chosen experts alone, and in a compiled
+    graph it may run in C++. Gradients of the reference are those of PyTorch.
     """
     if backend.name == "reference" and (not backend.recorded or wants_gradient(u, mask, *weights)):
         return reference.expert_ffn(u, mask, *weights)

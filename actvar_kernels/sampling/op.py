@@ -32,9 +32,9 @@ def sample_tokens(
     The draw is `argmax(p / e)` with `e = -log(u)` and independent uniform `u`, which has the distribution `p`. A token
     with a conditional logit of -inf is never drawn; no other logit may be infinite.
 
-    With a seed, `u` of row `r = b * L + l` and token `v` is made as `tl.rand` makes it: from output `v % 4` of Philox
-    4x32-10 with the key `seed` and the counter `(v // 4, r, step, 0)`. So `u` depends on nothing else, and all backends
-    draw the same tokens except where rounding decides. Triton takes one launch that reads the logits once.
+    With a seed, `u` is made as `tl.rand` makes it, by Philox 4x32-10 with the key `seed`. Row `r = b * L + l` and token
+    `v` take output `v % 4` of the counter `(v // 4, r, step, 0)`. So `u` depends on nothing else, and all backends draw
+    the same tokens except where rounding decides. Triton takes one launch that reads the logits once.
 
     Args:
         logits: `[2B, L, V]` float32, float16 or bfloat16, conditional rows first; computed with in float32.

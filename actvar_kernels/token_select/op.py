@@ -101,7 +101,7 @@ def normalize_modulate(
         x: `[R, K, C]`, floating-point.
         scale, shift: `[R, 1, C]`, floating-point.
         guidance: strength t of classifier-free guidance, or None. With it `(1 + t) * y[:R // 2] - t * y[R // 2:]` is
-            returned, so that a linear layer that follows has half the rows.
+            returned: a linear layer that follows has half the rows.
 
     Returns:
         `[R, K, C]` in x's dtype, with guidance `[R // 2, K, C]`.

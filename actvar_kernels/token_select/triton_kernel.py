@@ -1,6 +1,6 @@
 """Select tokens in one Triton launch where sequences are many, otherwise in two; normalise and modulate in one.
 
-Of two launches the first makes the scores.
+The first of two launches makes the scores.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m actvar_kernels.tools.tune --models d16 --out tuned.json
     ACTVAR_TUNED=tuned.json actvar sample ...
 
-Routing is that of a router with random weights: what a tile list leaves out, and so the choice of the schedule, is
-different with other routers.
+Routing is that of a router with random weights. With other routers a tile list leaves out other experts, and so another
+schedule may be faster.
 """
 
 from __future__ import annotations
