@@ -188,6 +188,29 @@ def test_triton_raises_on_the_cpu_without_its_interpreter(
 
 @needs_cpp
 @pytest.mark.parametrize("name", IN_CPP)
+def test_the_backend_of_a_call_is_chosen_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, get = [], backend.get_backend
+    with torch.no_grad():
+        IN_CPP[name](to_dtype(torch.float32))  # loads the libraries
+        monkeypatch.setattr(backend, "get_backend", lambda: asked.append(name) or get())
+        with calls_of_cpp() as names:
+            IN_CPP[name](to_dtype(torch.float32))
+    assert names
+    assert len(asked) == (2 if name == "expert_ffn_scatter" else 1)  # the FFN and the scatter have limits of their own
+
+
+@needs_cpp
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_layers_are_replaced_in_cpp_without_gradients_only(with_gradients: bool) -> None:
+    with torch.set_grad_enabled(with_gradients):
+        chosen = backend.choose_fused(X)
+    assert chosen.name == ("reference" if with_gradients else "cpu")
+    assert chosen.fuses == chosen.packs_weights == (not with_gradients)
+    assert not chosen.fuses_residual
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", IN_CPP)
 def test_gradients_are_those_of_the_reference_or_the_call_raises(name: str) -> None:
     if name == "sample_tokens":
         pytest.skip("a draw has no gradient")
