@@ -47,7 +47,7 @@ BAD = {
     "another type": (entries(dtype="int8"), "dtype: expected float32, float16 or bfloat16, got 'int8'"),
     "no tokens": (entries(tokens=0), "above 0"),
     "tokens as truth value": (entries(tokens=True), "tokens: got True"),
-    "a schedule that changes results": (entries(schedule="snap"), "schedule: expected one of dense, tile_list"),
+    "a schedule that was removed": (entries(schedule="snap"), "schedule: expected one of dense, tile_list"),
     "tiles that are not shipped": (entries(rows=32), r"expected one of \[\(128, 256\), .*got \(32, 64\)"),
     "a shape twice": (content(expert_ffn=[ENTRY._asdict()] * 2), "got several"),
 }
