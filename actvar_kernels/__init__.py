@@ -16,7 +16,7 @@ from actvar_kernels.conv3x3.op import conv3x3
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter
 from actvar_kernels.group_norm.op import add_residual, group_norm_silu
 from actvar_kernels.linear.op import linear, linear_once
-from actvar_kernels.products import gelu_linear
+from actvar_kernels.linear.products import gelu_linear
 from actvar_kernels.residual_norm.op import Residual, Routed, add_normalize, add_normalize_route
 from actvar_kernels.routing.op import route_experts
 from actvar_kernels.sampling.op import sample_tokens

@@ -25,7 +25,7 @@ from actvar.models import build_vae_var
 from actvar.patching.patch import patch_silently
 from actvar.sampling.timing import seconds_of
 from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.inputs import random_inputs
+from actvar_kernels.operations.inputs import random_inputs
 from benchmarks.operations import SIZES, last_scale, operations
 
 SHORTEST = 0.01  # seconds that are timed at once

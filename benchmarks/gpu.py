@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from actvar_kernels import set_backend
-from actvar_kernels.inputs import random_inputs
-from actvar_kernels.shapes import BlockShape
+from actvar_kernels.operations.inputs import random_inputs
+from actvar_kernels.operations.shapes import BlockShape
 from benchmarks.operations import allowed_error, last_scale, operations
 
 SECTIONS = ("numerics", "graphs", "times", "models")

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from actvar_kernels.inputs import BlockInputs
-from actvar_kernels.operations import BLOCK
-from actvar_kernels.shapes import EXPERTS, MODELS, BlockShape, Model, share
+from actvar_kernels.operations.inputs import BlockInputs
+from actvar_kernels.operations.shapes import EXPERTS, MODELS, BlockShape, Model, share
+from actvar_kernels.operations.table import BLOCK
 
 SIZES = MODELS | {"fashion-mnist": Model(192, (1, 2, 3, 4, 6, 8))}
 TIMED = (

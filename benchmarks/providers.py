@@ -18,8 +18,8 @@ from actvar.sampling.timing import interleaved_seconds, seconds_of
 from actvar_kernels import expert_ffn, linear, sample_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.inputs import BlockInputs, random_inputs
-from actvar_kernels.shapes import GUIDANCE, TOP_K, TOP_P, VOCABULARY, BlockShape
+from actvar_kernels.operations.inputs import BlockInputs, random_inputs
+from actvar_kernels.operations.shapes import GUIDANCE, TOP_K, TOP_P, VOCABULARY, BlockShape
 from benchmarks.operations import SIZES, allowed_error, last_scale, operations
 from benchmarks.results import Result, Shape
 

@@ -28,8 +28,8 @@ from actvar.models.var import MAX_LOG_SCALE, VAR, TransformerBlock
 from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, expert_ffn, gelu_linear, linear, linear_once
-from actvar_kernels.backend import are_plain
 from actvar_kernels.constants import NORM_EPS
+from actvar_kernels.situation import are_plain
 
 SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 REQUIRED_OF_MODEL = ("blocks", "patch_nums", "autoregressive_infer_cfg", "head", "head_nm")

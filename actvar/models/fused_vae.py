@@ -28,9 +28,10 @@ from actvar.models.basic_vae import (
 from actvar.utils.modes import no_grad
 from actvar.utils.plain_layers import is_plain
 from actvar_kernels import BackendUnavailableError, add_residual, choose_fused, conv3x3, group_norm_silu
-from actvar_kernels.backend import get_backend, wants_gradient
+from actvar_kernels.backend import get_backend
 from actvar_kernels.cpu_backend.memory import reused_memory
 from actvar_kernels.cpu_backend.packing import drop_changed
+from actvar_kernels.situation import wants_gradient
 
 
 def decoded(conv: nn.Module, decoder: nn.Module, features: torch.Tensor) -> torch.Tensor:

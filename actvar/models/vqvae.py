@@ -11,7 +11,7 @@ from torch import nn
 from actvar.models.basic_vae import Conv3x3, Decoder, Encoder
 from actvar.models.fused_vae import channels_last, decoded, encoded
 from actvar.models.quantizer import VectorQuantizer
-from actvar_kernels.backend import TORCH, situation
+from actvar_kernels.situation import TORCH, situation
 
 OFFICIAL_CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
 

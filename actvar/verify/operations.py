@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actvar_kernels.operations import BLOCK
+from actvar_kernels.operations.table import BLOCK
 
 OPERATIONS = {operation.name: operation.exact for operation in BLOCK if operation.exact is not None}
 """By the name in `actvar.sparse.block`. Each is called with `unmoved` or `moved` and the arguments of a call, and gives

@@ -37,7 +37,7 @@ from actvar.verify.report import Check, Report
 from actvar.verify.rounding import difference, measured, moved, unmoved
 from actvar_kernels.backend import BackendUnavailableError, choose_fused, get_backend, using_backend
 from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.exact import Widen, wide
+from actvar_kernels.operations.exact import Widen, wide
 
 
 def verify(

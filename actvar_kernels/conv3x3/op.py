@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels.backend import TORCH, choose, choose_fused, situation
+from actvar_kernels.backend import choose, choose_fused
 from actvar_kernels.checks import expect_shape
 from actvar_kernels.conv3x3 import cpu_kernel
 from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.situation import TORCH, situation
 
 
 def conv3x3(

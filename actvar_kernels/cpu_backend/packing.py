@@ -12,8 +12,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from actvar_kernels.backend import DIRECT, situation
 from actvar_kernels.cpu_backend.checksums import checksums
+from actvar_kernels.situation import DIRECT, situation
 
 T = TypeVar("T")
 

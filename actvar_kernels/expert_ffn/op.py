@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, in_kernel_dtypes, wants_gradient
+from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, in_kernel_dtypes
 from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape, expect_tensor
 from actvar_kernels.constants import MAX_EXPERTS
 from actvar_kernels.cpu_backend import cpu
@@ -14,6 +14,7 @@ from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.scatter.op import scatter_checked
+from actvar_kernels.situation import wants_gradient
 
 SCHEDULES = ("auto", "dense", "tile_list")
 

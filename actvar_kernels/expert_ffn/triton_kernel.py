@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from actvar_kernels import tiles
 from actvar_kernels.expert_ffn.triton_dense import chosen_hidden
 from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
 from actvar_kernels.expert_ffn.triton_tiles import add_product, load_columns, row_pointers
 from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.residual_norm.reference import Residual
-from actvar_kernels.tuning_table import tuned_expert_ffn
+from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.tuning_table import tuned_expert_ffn
 
 
 def expert_ffn(u: torch.Tensor, mask: torch.Tensor, weights: FFNWeights) -> torch.Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from actvar_kernels import tiles
+from actvar_kernels.triton_backend import tiles
 
 
 def sort_by_experts(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.tiles import group_norm_tiles
+from actvar_kernels.triton_backend.tiles import group_norm_tiles
 
 
 def group_norm_silu(

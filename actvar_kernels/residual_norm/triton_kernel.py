@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.residual_norm.reference import AdaLN
-from actvar_kernels.tiles import route_tiles, row_tiles
-from actvar_kernels.triton_rows import channels_last, load_rows, load_vector, normalized, route
+from actvar_kernels.triton_backend.rows import channels_last, load_rows, load_vector, normalized, route
+from actvar_kernels.triton_backend.tiles import route_tiles, row_tiles
 
 
 def add_normalize(

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.tiles import route_tiles
-from actvar_kernels.triton_rows import route
+from actvar_kernels.triton_backend.rows import route
+from actvar_kernels.triton_backend.tiles import route_tiles
 
 
 def route_experts(

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.sampling.reference import LARGEST, SMALLEST
-from actvar_kernels.tiles import sampling_warps
+from actvar_kernels.triton_backend.tiles import sampling_warps
 
 
 def sample_tokens(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, in_kernel_dtypes, wants_gradient
+from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, in_kernel_dtypes
 from actvar_kernels.checks import expect_index, expect_one_device, expect_shape
 from actvar_kernels.cpu_backend import cpu, row_ops
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.scatter import reference
+from actvar_kernels.situation import wants_gradient
 
 _LIMITS = f"float32, float16 and bfloat16, up to {MOST_SEQUENCES} sequences"
 

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.tiles import row_tiles
-from actvar_kernels.triton_rows import channels_last, load_rows, load_vector
+from actvar_kernels.triton_backend.rows import channels_last, load_rows, load_vector
+from actvar_kernels.triton_backend.tiles import row_tiles
 
 
 def scatter_rows(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels.backend import Backend, choose, in_kernel_dtypes, wants_gradient
+from actvar_kernels.backend import Backend, choose, in_kernel_dtypes
 from actvar_kernels.checks import as_number, expect_one_device, expect_shape
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.gradients import register_reference_gradient
+from actvar_kernels.situation import wants_gradient
 from actvar_kernels.subset_attention import cpu_kernel, reference
 
 _TRITON_HEAD_SIZES = (16, 32, 64, 128)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels.backend import is_transforming
+from actvar_kernels.situation import is_transforming
 
 
 def subset_attention(

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.tiles import architecture, attention_tiles
+from actvar_kernels.triton_backend.tiles import architecture, attention_tiles
 
 
 def subset_attention(

@@ -7,13 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels.backend import (
-    MOST_SEQUENCES,
-    Backend,
-    choose,
-    get_backend,
-    in_kernel_dtypes,
-)
+from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, get_backend, in_kernel_dtypes
 from actvar_kernels.checks import as_number, expect_count, expect_one_device, expect_shape
 from actvar_kernels.cpu_backend import cpu, row_ops
 from actvar_kernels.gradients import register_reference_gradient

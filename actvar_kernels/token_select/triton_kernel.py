@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.constants import NORM_EPS
-from actvar_kernels.tiles import SCORE_CHUNK, SCORE_ROWS, architecture, row_tiles, select_tiles
-from actvar_kernels.triton_rows import channels_last, descending_key, load_rows, load_vector, normalized
+from actvar_kernels.triton_backend.rows import channels_last, descending_key, load_rows, load_vector, normalized
+from actvar_kernels.triton_backend.tiles import SCORE_CHUNK, SCORE_ROWS, architecture, row_tiles, select_tiles
 
 _EPS = tl.constexpr(NORM_EPS)
 _LOWEST = tl.constexpr(-(2**31))

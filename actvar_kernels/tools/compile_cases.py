@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import torch
 
-from actvar_kernels import operations
-from actvar_kernels.inputs import BlockInputs, empty_inputs
-from actvar_kernels.operations import Call, Operation, expert_ffn_scatter_arguments
-from actvar_kernels.shapes import MODELS, VOCABULARY, BlockShape
-from actvar_kernels.tiles import ExpertTiles, architecture, expert_ffn_candidates, using_expert_tiles
-from actvar_kernels.tuning_table import SCHEDULES
+from actvar_kernels.operations import table
+from actvar_kernels.operations.inputs import BlockInputs, empty_inputs
+from actvar_kernels.operations.shapes import MODELS, VOCABULARY, BlockShape
+from actvar_kernels.operations.table import Call, Operation, expert_ffn_scatter_arguments
+from actvar_kernels.triton_backend.tiles import ExpertTiles, architecture, expert_ffn_candidates, using_expert_tiles
+from actvar_kernels.triton_backend.tuning_table import SCHEDULES
 
 Cases = Iterator[tuple[str, Call]]
 
@@ -22,14 +22,14 @@ def cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
     before, last = (BlockShape(2 * batch, *scale, MODELS[model].width) for scale in MODELS[model].active_scales())
     for shape in (before, last):
         inputs = empty_inputs(shape, dtype, "cuda")
-        yield from _calls(operations.BLOCK, inputs)
+        yield from _calls(table.BLOCK, inputs)
     yield from _tuned_cases(inputs, dtype)
     yield from _sampling_cases(batch, last.tokens)
     yield from _decoder_cases(batch, MODELS[model].sides[-1], dtype)
 
 
-def _calls(table: tuple[Operation, ...], *inputs: object) -> Cases:
-    for operation in table:
+def _calls(operations: tuple[Operation, ...], *inputs: object) -> Cases:
+    for operation in operations:
         yield from operation.calls(*inputs).items()
 
 
@@ -39,7 +39,7 @@ def _tuned_cases(inputs: BlockInputs, dtype: torch.dtype) -> Cases:
 
     def run(tile: ExpertTiles, schedule: str) -> None:
         with using_expert_tiles(tile):
-            operations.expert_ffn_scatter(**arguments, schedule=schedule)
+            table.expert_ffn_scatter(**arguments, schedule=schedule)
 
     width = 4 * inputs.shape.width // inputs.shape.num_experts
     for tile in expert_ffn_candidates(architecture(inputs.u), dtype, width, aligned=True):
@@ -52,11 +52,11 @@ def _sampling_cases(B: int, L: int) -> Cases:
     logits = torch.empty(2 * B, L, VOCABULARY, device="cuda")
     seed = torch.empty(1, dtype=torch.int64, device="cuda")
     noise = torch.empty(B, L, VOCABULARY, device="cuda")
-    yield from _calls(operations.SAMPLING, logits, seed, noise)
+    yield from _calls(table.SAMPLING, logits, seed, noise)
 
 
 def _decoder_cases(B: int, side: int, dtype: torch.dtype) -> Cases:
     """Yield calls with the widths of the official autoencoder, each at the largest image that has it."""
     for C, scale in ((640, 2), (320, 8), (160, 16)):
         x = torch.empty(B, scale * side, scale * side, C, dtype=dtype, device="cuda").permute(0, 3, 1, 2)
-        yield from _calls(operations.DECODER, x, torch.empty(C, device="cuda"))
+        yield from _calls(table.DECODER, x, torch.empty(C, device="cuda"))

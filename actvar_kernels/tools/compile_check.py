@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from actvar_kernels.shapes import DTYPES, MODELS
-from actvar_kernels.tiles import ARCHITECTURES
+from actvar_kernels.operations.shapes import DTYPES, MODELS
 from actvar_kernels.tools.compile_cases import cases
 from actvar_kernels.tools.virtual import CompiledKernel, virtual_gpu, why_unavailable
 from actvar_kernels.tools.virtual.driver import SHARED_MEMORY_KIB
 from actvar_kernels.tools.virtual.resources import Resources, resources
+from actvar_kernels.triton_backend.tiles import ARCHITECTURES
 
 TENSOR_CORES = {90: "HGMMA", 100: "UTC.*MMA"}  # others: HMMA
 # A product with fewer rows than a warp group's 64 runs on the older instruction, which these architectures have too.

@@ -19,11 +19,12 @@ import torch
 import triton
 from tqdm import tqdm
 
-from actvar_kernels import expert_ffn_scatter, route_experts, tiles
-from actvar_kernels.shapes import ACTIVE_EXPERTS, DTYPES, EXPERTS, MODELS
-from actvar_kernels.tiles import expert_ffn_candidates, using_expert_tiles
+from actvar_kernels import expert_ffn_scatter, route_experts
+from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, DTYPES, EXPERTS, MODELS
 from actvar_kernels.tools.compile_check import LineParser
-from actvar_kernels.tuning_table import ENVIRONMENT_VARIABLE, SCHEDULES, Entry, Table, write_table
+from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.tiles import expert_ffn_candidates, using_expert_tiles
+from actvar_kernels.triton_backend.tuning_table import ENVIRONMENT_VARIABLE, SCHEDULES, Entry, Table, write_table
 
 
 def main(arguments: list[str] | None = None) -> int:

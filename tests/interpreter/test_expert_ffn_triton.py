@@ -9,13 +9,14 @@ import torch
 from comparison import assert_close, exact_and_tolerance, normal
 from torch import Tensor
 
-from actvar_kernels import BackendUnavailableError, Residual, add_normalize, expert_ffn, expert_ffn_scatter, tiles
+from actvar_kernels import BackendUnavailableError, Residual, add_normalize, expert_ffn, expert_ffn_scatter
 from actvar_kernels.expert_ffn import reference, triton_kernel
 from actvar_kernels.expert_ffn.op import expert_ffn_flops, expert_ffn_scatter_flops
 from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
 from actvar_kernels.scatter.reference import scatter_rows
-from actvar_kernels.tiles import ExpertTiles, ProductTiles, SortTiles
-from actvar_kernels.tuning_table import Entry
+from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.tiles import ExpertTiles, ProductTiles, SortTiles
+from actvar_kernels.triton_backend.tuning_table import Entry
 
 # Experts of 48 hidden units: 32 and 16 beside them in the first product, three steps of 16 in the second.
 PRODUCTS = dict(up=ProductTiles(32, 16, 64, 4, 1), down=ProductTiles(64, 0, 16, 4, 1), parts=2)

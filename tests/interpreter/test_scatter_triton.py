@@ -11,7 +11,7 @@ from torch import Tensor
 
 from actvar_kernels import BackendUnavailableError, scatter_rows, select_tokens
 from actvar_kernels.scatter import reference, triton_kernel
-from actvar_kernels.tiles import RowTiles
+from actvar_kernels.triton_backend.tiles import RowTiles
 
 SHAPES = [(1, 1, 20, 1), (2, 16, 192, 12), (3, 25, 65, 1), (2, 7, 20, 7)]
 """Rows, tokens, width, updated tokens."""

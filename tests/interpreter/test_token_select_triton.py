@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actvar_kernels import BackendUnavailableError, normalize_modulate, select_tokens
-from actvar_kernels.tiles import RowTiles, SelectTiles
 from actvar_kernels.token_select import reference, triton_kernel
+from actvar_kernels.triton_backend.tiles import RowTiles, SelectTiles
 
 DTYPES = [torch.float32, torch.float16]
 SHAPES = [(1, 1, 20, 1), (2, 16, 192, 12), (3, 25, 65, 1), (2, 7, 20, 7)]

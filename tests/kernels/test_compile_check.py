@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 import actvar_kernels
-from actvar_kernels import shapes
+from actvar_kernels.operations import shapes
 from actvar_kernels.tools import compile_cases, compile_check
 from actvar_kernels.tools.compile_check import Job, Row, check, main
 from actvar_kernels.tools.virtual import why_unavailable

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_kernels.shapes import ACTIVE_EXPERTS, EXPERTS
+from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, EXPERTS
 from actvar_kernels.tools.virtual.records import TensorInfo
 
 Arguments = Mapping[str, object]

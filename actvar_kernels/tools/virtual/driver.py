@@ -15,8 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
 
-from actvar_kernels.tiles import MULTIPROCESSORS
 from actvar_kernels.tools.virtual.records import CompiledKernel
+from actvar_kernels.triton_backend.tiles import MULTIPROCESSORS
 
 # KiB that one program can get.
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}

@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_kernels import exact
 from actvar_kernels.expert_ffn.op import SCHEDULES, expert_ffn, expert_ffn_scatter
 from actvar_kernels.group_norm.op import add_residual, group_norm_silu
-from actvar_kernels.inputs import BlockInputs
+from actvar_kernels.operations import exact
+from actvar_kernels.operations.inputs import BlockInputs
+from actvar_kernels.operations.shapes import GUIDANCE, NORM_GROUPS, TOP_K, TOP_P
 from actvar_kernels.residual_norm.op import Residual, add_normalize, add_normalize_route
 from actvar_kernels.routing.op import route_experts
 from actvar_kernels.sampling.op import sample_tokens
 from actvar_kernels.scatter.op import scatter_rows
-from actvar_kernels.shapes import GUIDANCE, NORM_GROUPS, TOP_K, TOP_P
 from actvar_kernels.subset_attention.op import subset_attention
 from actvar_kernels.token_select.op import normalize_modulate, select_tokens
 
@@ -38,7 +38,7 @@ class Operation(NamedTuple):
         arguments: gives keyword arguments of calls by a label, which is empty for the plain call. It takes
             `BlockInputs`, or what `SAMPLING` and `DECODER` say.
         values: takes from a result what can be compared as numbers.
-        exact: says what a result must be, see `actvar_kernels.exact`; None where no block is verified by it.
+        exact: says what a result must be, see `actvar_kernels.operations.exact`; None where no block is verified by it.
     """
 
     call: Callable[..., object]

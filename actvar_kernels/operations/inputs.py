@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels.shapes import HEAD_DIM, BlockShape
+from actvar_kernels.operations.shapes import HEAD_DIM, BlockShape
 
 
 @dataclass

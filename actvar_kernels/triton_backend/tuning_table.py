@@ -16,7 +16,7 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 
-from actvar_kernels import tiles
+from actvar_kernels.triton_backend import tiles
 
 ENVIRONMENT_VARIABLE = "ACTVAR_TUNED"
 SCHEDULES = ("dense", "tile_list")
