@@ -126,7 +126,8 @@ def _choose(operation: str, x: torch.Tensor, update: torch.Tensor, adaln: AdaLN,
     """Return the backend of a call with these tensors; `router` is its weight and bias, or nothing."""
 
     def takes_triton() -> bool:
-        fits = x.shape[0] <= MOST_SEQUENCES and (not router or len(router[1]) <= MAX_EXPERTS)
+        experts = router[1].shape[0] if len(router) > 0 else 0
+        fits = experts <= MAX_EXPERTS and x.shape[0] <= MOST_SEQUENCES
         return fits and in_kernel_dtypes(x, update, *adaln, *router)
 
     return choose(

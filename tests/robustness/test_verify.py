@@ -91,7 +91,7 @@ def test_every_operation_that_a_block_calls_is_compared():
     called = {
         name
         for name in actvar_kernels.__all__
-        if hasattr(actvar.sparse.block, name) or hasattr(actvar.sparse.selection, name)
+        if name[0].islower() and (hasattr(actvar.sparse.block, name) or hasattr(actvar.sparse.selection, name))
     }
     assert set(OPERATIONS) == called - {"choose_fused"}
 
