@@ -233,7 +233,7 @@ def test_collaborative_decoding_needs_the_same_autoencoder(tiny_var, make_var):
     with pytest.raises(ValueError, match="same autoencoder"), baselines.collaborative_decoding(tiny_var, other, 1):
         pass
     fewer = make_var(patch_nums=(1, 2, 5))
-    with pytest.raises(ValueError, match="patch_nums"), baselines.collaborative_decoding(tiny_var, fewer, 1):
+    with pytest.raises(ValueError, match="token maps"), baselines.collaborative_decoding(tiny_var, fewer, 1):
         pass
 
 
