@@ -1,12 +1,22 @@
-"""The operations of the ActVAR block. Each folder has the public function (`op.py`) and the PyTorch code that defines
-its result (`reference.py`)."""
+"""Offer the operations of the ActVAR block.
 
-from actvar_kernels.backend import BackendUnavailableError, backend_of, get_backend, set_backend, triton_runs
+Each folder has the public function (`op.py`) and the PyTorch code that defines its result (`reference.py`).
+"""
+
+from actvar_kernels.backend import (
+    BackendUnavailableError,
+    backend_of,
+    choose_fused,
+    cpp_runs,
+    get_backend,
+    set_backend,
+    triton_runs,
+)
 from actvar_kernels.conv3x3.op import conv3x3
-from actvar_kernels.cpu_backend.cpu import runs as cpp_runs
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter
 from actvar_kernels.group_norm.op import add_residual, group_norm_silu
-from actvar_kernels.linear.op import gelu_linear, linear, linear_once
+from actvar_kernels.linear.op import linear, linear_once
+from actvar_kernels.linear.products import gelu_linear
 from actvar_kernels.residual_norm.op import Residual, Routed, add_normalize, add_normalize_route
 from actvar_kernels.routing.op import route_experts
 from actvar_kernels.sampling.op import sample_tokens
@@ -23,6 +33,7 @@ __all__ = [
     "add_normalize_route",
     "add_residual",
     "backend_of",
+    "choose_fused",
     "conv3x3",
     "cpp_runs",
     "expert_ffn",

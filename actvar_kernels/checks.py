@@ -1,4 +1,4 @@
-"""Argument checks that several operations share."""
+"""Check arguments of operations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def expect_tensor(name: str, value: object) -> None:
 
 def expect_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise TypeError unless `tensor` is a tensor, ValueError unless it has `shape`; None stands for any size."""
-    expect_tensor(name, tensor)
+    if not isinstance(tensor, torch.Tensor):
+        expect_tensor(name, tensor)
     found = tensor.shape
     if found == shape:
         return
@@ -43,10 +44,12 @@ def as_integer(name: str, value: object, wanted: str = "an integer") -> int:
     """Return an integer of any kind as an int: Python's, numpy's, or an array or tensor without dimensions.
 
     Args:
+        name: the argument, for the error.
+        value: what may be an integer; a bool is none.
         wanted: what the error says that was expected.
 
     Raises:
-        TypeError: `value` is no integer; a bool is none.
+        TypeError: `value` is no integer.
     """
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
@@ -60,10 +63,12 @@ def as_number(name: str, value: object, wanted: str = "a number") -> float:
     """Return a real number of any kind as a float: Python's, numpy's, or an array or tensor without dimensions.
 
     Args:
+        name: the argument, for the error.
+        value: what may be a real number; a bool is none.
         wanted: what the error says that was expected.
 
     Raises:
-        TypeError: `value` is no real number; a bool is none.
+        TypeError: `value` is no real number.
         ValueError: `value` is too large for a float.
     """
     if type(value) is float or isinstance(value, torch.SymFloat | torch.SymInt):
@@ -78,8 +83,10 @@ def as_number(name: str, value: object, wanted: str = "a number") -> float:
 
 
 def as_items(value: object) -> tuple | None:
-    """Return the items of a list, a tuple or another sequence, or of an array or tensor with a dimension; None where
-    `value` is none of these. A string is none."""
+    """Return the items of a sequence, or of an array or tensor with a dimension; None where `value` is neither.
+
+    A string is no sequence here.
+    """
     is_array = isinstance(value, np.ndarray | torch.Tensor) and value.ndim > 0
     is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
     return tuple(value) if is_array or is_sequence else None
@@ -91,8 +98,10 @@ def _unwrapped(value: object) -> object:
 
 
 def expect_index(index: torch.Tensor, shape: tuple[int | None, ...]) -> None:
-    """Raise unless `index` is an int64 tensor of `shape`. That its values name rows is not checked: that would wait for
-    the device."""
+    """Raise unless `index` is an int64 tensor of `shape`.
+
+    The values are not checked, since that would wait for the device.
+    """
     expect_shape("index", index, shape)
     if index.dtype != torch.int64:
         raise TypeError(f"index: expected int64, got {index.dtype}")

@@ -1,4 +1,4 @@
-"""Gradients of operators whose forward runs in kernels: autograd on the reference, recomputed in the backward pass."""
+"""Give gradients to operators whose forward runs in kernels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ def register_reference_gradient(
     reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     chosen: Sequence[int] = (),
 ) -> None:
-    """Give `operator` the gradient of `reference`, which takes its arguments and returns its outputs.
+    """Give `operator` the gradient of `reference`, which is computed again in the backward pass.
 
     Args:
-        chosen: positions of outputs that `reference` takes as further arguments, for choices that it would not be sure
-            to repeat.
+        operator: whose forward runs in kernels.
+        reference: takes the arguments of the operator and returns its outputs.
+        chosen: positions of outputs that `reference` takes as further arguments, for choices that it might not repeat.
     """
 
     def setup_context(ctx, inputs, output) -> None:

@@ -25,7 +25,8 @@ from actvar.models import build_vae_var
 from actvar.patching.patch import patch_silently
 from actvar.sampling.timing import seconds_of
 from actvar_kernels.cpu_backend import cpu
-from benchmarks.operations import SIZES, BlockShape, block_inputs, operations
+from actvar_kernels.operations.inputs import random_inputs
+from benchmarks.operations import SIZES, last_scale, operations
 
 SHORTEST = 0.01  # seconds that are timed at once
 WAYS = ("dense", "accelerated", "ActVAR")
@@ -68,8 +69,8 @@ def cases(subset: str, device: str) -> dict[str, Measurement]:
     for dtype in dtypes(device):
         suffix = "" if dtype == torch.float32 else ", bf16"
         for model, batch in SHAPES[subset]:
-            shape = BlockShape.last_scale(model, batch)
-            for operation, run in operations(shape, block_inputs(shape, dtype, device)).items():
+            shape = last_scale(model, batch)
+            for operation, run in operations(random_inputs(shape, dtype, device)).items():
                 found[f"{operation}, {model} batch {batch}{suffix}"] = partial(seconds, run, device)
         for model, batch in BLOCKS[subset]:
             for way in WAYS:

@@ -11,7 +11,7 @@ from actvar_kernels.backend import triton_installed
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.sampling import cpu_kernel as cpu_sampling
 
-QUERIES = ("best_level", "checksums", "level_layout", "level_name")
+QUERIES = ("best_isa", "checksums", "isa_layout", "isa_name")
 """Functions of the C++ library that compute nothing."""
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 
 from actvar_kernels import set_backend
-from benchmarks.operations import BlockShape, allowed_error, block_inputs, operations
+from actvar_kernels.operations.inputs import random_inputs
+from actvar_kernels.operations.shapes import BlockShape
+from benchmarks.operations import allowed_error, last_scale, operations
 
 SECTIONS = ("numerics", "graphs", "times", "models")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -84,11 +86,11 @@ def on(backend: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
 def numerics() -> list[dict]:
     """Largest error of each operation against the reference in float64, beside the reference's own."""
     rows = []
-    for label, shape in {"odd": ODD, "d16": BlockShape.last_scale("d16", 2)}.items():
+    for label, shape in {"odd": ODD, "d16": last_scale("d16", 2)}.items():
         for dtype in DTYPES:
-            inputs = block_inputs(shape, dtype, "cuda")
-            exact = operations(shape, inputs.to(torch.float64))
-            for name, run in operations(shape, inputs).items():
+            inputs = random_inputs(shape, dtype, "cuda")
+            exact = operations(inputs.to(torch.float64))
+            for name, run in operations(inputs).items():
                 truth = on("reference", exact[name])
                 error, allowed = (
                     (on(backend, run).double() - truth).abs().max().item() for backend in ("triton", "reference")
@@ -110,8 +112,8 @@ def numerics() -> list[dict]:
 def graphs() -> list[dict]:
     """Every operation captured in a CUDA graph and replayed: bit for bit what the eager call gives."""
     rows = []
-    shape = BlockShape.last_scale("d16", 2)
-    for name, run in operations(shape, block_inputs(shape, torch.bfloat16, "cuda")).items():
+    shape = last_scale("d16", 2)
+    for name, run in operations(random_inputs(shape, torch.bfloat16, "cuda")).items():
         expected = on("triton", run)
         replay, captured = captured_call(run)
         replay()
@@ -142,8 +144,8 @@ def times(names: list[str], batches: list[int]) -> list[dict]:
     rows = []
     for model in names:
         for batch in batches:
-            shape = BlockShape.last_scale(model, batch)
-            for name, run in operations(shape, block_inputs(shape, torch.bfloat16, "cuda")).items():
+            shape = last_scale(model, batch)
+            for name, run in operations(random_inputs(shape, torch.bfloat16, "cuda")).items():
                 row = {"model": model, "batch": batch, "operation": name}
                 for backend in ("triton", "reference"):
                     row[f"{backend}_ms"] = milliseconds(backend, run)

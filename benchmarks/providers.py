@@ -18,9 +18,9 @@ from actvar.sampling.timing import interleaved_seconds, seconds_of
 from actvar_kernels import expert_ffn, linear, sample_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.expert_ffn.reference import snapped
-from actvar_kernels.tools.compile_cases import GUIDANCE, HEAD_DIM, TOP_K, TOP_P, VOCABULARY
-from benchmarks.operations import SIZES, BlockInputs, BlockShape, allowed_error, block_inputs, operations
+from actvar_kernels.operations.inputs import BlockInputs, random_inputs
+from actvar_kernels.operations.shapes import GUIDANCE, TOP_K, TOP_P, VOCABULARY, BlockShape
+from benchmarks.operations import SIZES, allowed_error, last_scale, operations
 from benchmarks.results import Result, Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -72,42 +72,41 @@ def providers(case: Case, device: str) -> dict[str, dict[str, Call]]:
     Raises:
         WrongNumbersError: the values of one differ from the reference in float64.
     """
-    shape = BlockShape.last_scale(case.model, case.batch, case.rate)
-    inputs = block_inputs(shape, DTYPES[case.dtype], device)
-    calls = _ways(shape, inputs)
-    check(case, shape, inputs, calls)
+    inputs = random_inputs(last_scale(case.model, case.batch, case.rate), DTYPES[case.dtype], device)
+    calls = _ways(inputs)
+    check(case, inputs, calls)
     return calls
 
 
 def names(case: Case, device: str) -> list[tuple[str, str]]:
     """Operations and providers that `measure` times."""
     small = BlockShape(2, 4, 4 if case.rate == 1 else 3, 1, 64, active=16 if case.rate == 1 else 12)
-    calls = _ways(small, block_inputs(small, DTYPES[case.dtype], device))
+    calls = _ways(random_inputs(small, DTYPES[case.dtype], device))
     if _samples(case):
         calls |= sampling_providers(replace(case, batch=1), device)
     return [(operation, provider) for operation, ways in calls.items() for provider in ways]
 
 
-def _ways(shape: BlockShape, inputs: BlockInputs) -> dict[str, dict[str, Call]]:
+def _ways(inputs: BlockInputs) -> dict[str, dict[str, Call]]:
     calls: dict[str, dict[str, Call]] = {}
-    for operation, run in _ours(shape, inputs).items():
+    for operation, run in _ours(inputs).items():
         calls[operation] = {"reference": _on("reference", run)}
         if operation in CPP_OPERATIONS or inputs.x.is_cuda:
             backend = "triton" if inputs.x.is_cuda else "cpu"
             calls[operation][backend] = _on(backend, run)
-    for operation, ways in (_native_gates(shape, inputs) | _native_ffns(shape, inputs)).items():
+    for operation, ways in (_native_gates(inputs) | _native_ffns(inputs)).items():
         if operation in calls:
             calls[operation] |= ways
     return calls
 
 
-CPP_OPERATIONS = ("expert_ffn_scatter dense", "expert_ffn_scatter snap", "dense_ffn", "linear qkv", "linear proj")
+CPP_OPERATIONS = ("expert_ffn_scatter dense", "dense_ffn", "linear qkv", "linear proj")
 """What the backend "cpu" computes otherwise than the reference does."""
 
 
-def _ours(shape: BlockShape, inputs: BlockInputs) -> dict[str, Call]:
+def _ours(inputs: BlockInputs) -> dict[str, Call]:
     """Every operation of a block, and what a dense one has in their place."""
-    calls = operations(shape, inputs)
+    calls, shape = operations(inputs), inputs.shape
     if not inputs.x.is_cuda:
         del calls["expert_ffn_scatter tile_list"]  # the same as dense there
         calls |= _linear_layers(inputs)
@@ -138,11 +137,11 @@ def _on(backend: str, run: Call) -> Call:
     return call
 
 
-def _native_gates(shape: BlockShape, inputs: BlockInputs) -> dict[str, dict[str, Call]]:
+def _native_gates(inputs: BlockInputs) -> dict[str, dict[str, Call]]:
     """PyTorch's own: native LayerNorm, top-k and gather; SDPA."""
     gamma1, _, scale1, scale2, shift1, shift2 = inputs.modulation
-    C, heads = shape.width, shape.width // HEAD_DIM
-    q, k, v = inputs.qkv.unflatten(-1, (3, heads, HEAD_DIM)).permute(2, 0, 3, 1, 4).unbind(0)
+    C, shape = inputs.shape.width, inputs.shape
+    q, k, v = inputs.heads
 
     def gathered(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return x.gather(1, index.unsqueeze(-1).expand(-1, -1, C))
@@ -176,19 +175,18 @@ def _native_gates(shape: BlockShape, inputs: BlockInputs) -> dict[str, dict[str,
     }
 
 
-def _native_ffns(shape: BlockShape, inputs: BlockInputs) -> dict[str, dict[str, Call]]:
+def _native_ffns(inputs: BlockInputs) -> dict[str, dict[str, Call]]:
     """Experts by a product per expert over its tokens (`torch._grouped_mm`), or all of them with oneDNN's packed
     weights, those that are off set to 0; the dense FFN on packed weights. oneDNN packs bfloat16 for AVX-512 alone."""
-    gamma2, N = inputs.modulation[1], shape.num_experts
-    rows = inputs.x.gather(1, inputs.index.unsqueeze(-1).expand(-1, -1, shape.width))
-    u, rest = F.layer_norm(rows, rows.shape[-1:]), inputs.x.clone()
+    gamma2, N = inputs.modulation[1], inputs.shape.num_experts
+    rows, u = inputs.rows, inputs.u
     fc1, bias1, fc2, bias2 = inputs.ffn
     first = fc1.unflatten(0, (N, -1)).transpose(1, 2).contiguous()  # [N, C, D/N]
     second = fc2.unflatten(1, (N, -1)).permute(1, 2, 0).contiguous()  # [N, D/N, C]
 
     def scattered(update: torch.Tensor) -> torch.Tensor:
         index = inputs.index.unsqueeze(-1).expand_as(rows)
-        return rest.scatter(1, index, torch.addcmul(rows, gamma2, update))
+        return inputs.base.scatter(1, index, torch.addcmul(rows, gamma2, update))
 
     def grouped() -> torch.Tensor:
         expert, token = inputs.mask.flatten(0, 1).t().nonzero(as_tuple=True)
@@ -201,7 +199,7 @@ def _native_ffns(shape: BlockShape, inputs: BlockInputs) -> dict[str, dict[str, 
 
     if u.is_cuda:
         return {"expert_ffn_scatter dense": {"torch grouped_mm": grouped}}
-    every = F.layer_norm(inputs.x, (shape.width,))
+    every = F.layer_norm(inputs.x, (inputs.shape.width,))
     of_experts, of_dense = {"torch grouped_mm": grouped}, {"torch": lambda: _plain_ffn(every, inputs)}
     if u.dtype == torch.float32 or cpu.multiplies_bfloat16():
         ffn = _packed_ffn(inputs)
@@ -264,13 +262,13 @@ def sampling_providers(case: Case, device: str) -> dict[str, dict[str, Call]]:
 
 
 @torch.no_grad()
-def check(case: Case, shape: BlockShape, inputs: BlockInputs, calls: dict[str, dict[str, Call]]) -> None:
+def check(case: Case, inputs: BlockInputs, calls: dict[str, dict[str, Call]]) -> None:
     """Hold every provider to the reference in float64 on the rows of the first image.
 
     Raises:
         WrongNumbersError: one errs by more than allowed.
     """
-    truths = _exact(shape, inputs)
+    truths = _exact(inputs)
     for operation, ways in calls.items():
         truth = truths[operation]()
         errors = {name: (run()[:ROWS_CHECKED].double() - truth).abs().max().item() for name, run in ways.items()}
@@ -283,15 +281,10 @@ def check(case: Case, shape: BlockShape, inputs: BlockInputs, calls: dict[str, d
                 )
 
 
-def _exact(shape: BlockShape, inputs: BlockInputs) -> dict[str, Call]:
-    """The reference in float64 on the first image; `snap` with the experts that all tokens together decide."""
-    first = replace(shape, rows=ROWS_CHECKED)
-    exact = inputs.first_rows(ROWS_CHECKED).to(torch.float64)
-    truths = _ours(first, exact)
-    together = inputs.first_rows(ROWS_CHECKED).to(torch.float64)
-    together.mask = snapped(inputs.mask, shape.active)[:ROWS_CHECKED]
-    truths["expert_ffn_scatter snap"] = operations(first, together)["expert_ffn_scatter dense"]
-    return {operation: _on("reference", run) for operation, run in truths.items()}
+def _exact(inputs: BlockInputs) -> dict[str, Call]:
+    """Return the reference in float64 on the first image."""
+    first = inputs.first_rows(ROWS_CHECKED).to(torch.float64)
+    return {operation: _on("reference", run) for operation, run in _ours(first).items()}
 
 
 @torch.no_grad()

@@ -141,7 +141,7 @@ def device_name() -> str:
     """The GPU; or the processor, the threads that torch uses, and the instructions that our kernels use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    instructions = "no kernels" if cpu.why_unavailable() else cpu.level_name(cpu.best_level())
+    instructions = "no kernels" if cpu.why_unavailable() else cpu.isa_name(cpu.best_isa())
     return f"{processor()} {torch.get_num_threads()} threads {instructions}"
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.sampler_passes
 
 counts in Triton's interpreter, for logits of the bundled model's last scale and for random ones of 4096 tokens with the
-filters of `actvar_kernels.tools.compile_cases`. Its number of passes goes into `actvar_kernels/tools/virtual/cost.py`.
+filters of `actvar_kernels.operations.shapes`. Its number of passes goes into `actvar_kernels/tools/virtual/cost.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 from actvar_kernels import sample_tokens
 from actvar_kernels.backend import using_backend
+from actvar_kernels.operations.shapes import GUIDANCE, TOP_K, TOP_P, VOCABULARY
 from actvar_kernels.sampling import triton_kernel
-from actvar_kernels.tools.compile_cases import GUIDANCE, TOP_K, TOP_P, VOCABULARY
 
 PASSES = {"_reaching": 1, "_step_up": 2, "_mass_below": 1, "_weigh_lowest": 2}
 ROWS = 64

@@ -38,7 +38,7 @@ from actvar.sampling.timing import block_seconds
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels.backend import using_backend
 from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.tools.compile_cases import HEAD_DIM, MODELS
+from actvar_kernels.operations.shapes import HEAD_DIM, MODELS
 from actvar_kernels.tools.compile_check import LineParser
 from benchmarks import components, fused, memory, results
 
@@ -271,7 +271,7 @@ def machine() -> dict[str, object]:
         "processor": results.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "experts": cpu.why_unavailable() or cpu.level_name(cpu.best_level()),
+        "experts": cpu.why_unavailable() or cpu.isa_name(cpu.best_isa()),
     }
 
 

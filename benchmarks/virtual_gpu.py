@@ -24,7 +24,7 @@ from actvar.execution import EXPERT_EXECUTIONS
 from actvar.models.build import OFFICIAL_CHANNEL_MULTIPLIERS, skeleton
 from actvar.patching.patch import patch_silently
 from actvar_kernels.backend import using_backend
-from actvar_kernels.tools.compile_cases import MODELS
+from actvar_kernels.operations.shapes import MODELS
 from actvar_kernels.tools.compile_check import LineParser
 from actvar_kernels.tools.virtual import HostSyncError, Launch, VirtualGPU, to_fake_cuda, virtual_gpu, why_unavailable
 from actvar_kernels.tools.virtual.cost import Share

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 
 from actvar.families.base import BlockCall, Rows
-from actvar.sparse.block import ActVARBlock, attend, kernels_run, sample_state_of
+from actvar.sparse.block import ActVARBlock, attend, sample_state_of
 from actvar.sparse.schedule import Scale
-from actvar_kernels import normalize_modulate
+from actvar_kernels import choose_fused, normalize_modulate
 
 Pick = Callable[[torch.Tensor], torch.Tensor]
 
@@ -23,7 +23,7 @@ class Sublayers:
     """A patched block at one scale: `x = x + attention(x)` and `x = x + ffn(x)` are the dense block."""
 
     def __init__(self, block: ActVARBlock, call: BlockCall, scale: Scale):
-        self.block, self.scale, self.fused = block, scale, kernels_run(call.x)
+        self.block, self.scale, self.fused = block, scale, choose_fused(call.x).fuses
         self.state = sample_state_of(block, call.cond, self.fused)
 
     def attention(self, rows: torch.Tensor, pick: Pick = all_rows) -> torch.Tensor:

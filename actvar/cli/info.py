@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> None:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "threads": torch.get_num_threads(),
             "backend": get_backend(),
-            "C++ kernels": cpu.why_unavailable() or f"{cpu.level_name(cpu.best_level())}, from {cpu.library()._name}",
+            "C++ kernels": cpu.why_unavailable() or f"{cpu.isa_name(cpu.best_isa())}, from {cpu.library()._name}",
             "C++ samplers": cpu_kernel.why_unavailable() or f"from {cpu_kernel.library()._name}",
         }
     else:

@@ -27,9 +27,9 @@ from actvar.families.var_model import PatchedVAR
 from actvar.models.var import MAX_LOG_SCALE, VAR, TransformerBlock
 from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
-from actvar_kernels import cpp_runs, expert_ffn, gelu_linear, linear, linear_once
-from actvar_kernels.backend import are_plain
+from actvar_kernels import choose_fused, expert_ffn, gelu_linear, linear, linear_once
 from actvar_kernels.constants import NORM_EPS
+from actvar_kernels.situation import are_plain
 
 SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 REQUIRED_OF_MODEL = ("blocks", "patch_nums", "autoregressive_infer_cfg", "head", "head_nm")
@@ -253,7 +253,7 @@ class VARFamily:
         if FFN in _called(block):
             return block.ffn(u)
         weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias = self.ffn_weights(block)
-        if cpp_runs(u):
+        if choose_fused(u).packs_weights:
             every = u.new_ones(*u.shape[:-1], num_experts, dtype=torch.bool)
             return expert_ffn(u, every, num_experts, *weights)
         if not u.is_cuda or torch.is_grad_enabled() or u.dtype != fc1_weight.dtype or torch.is_autocast_enabled("cuda"):

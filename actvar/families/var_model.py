@@ -14,7 +14,7 @@ from actvar.models.sampling import sample_guided
 from actvar.models.var import VAR, HeadNorm
 from actvar.utils.plain_layers import why_called
 from actvar.utils.wrappers import unwrapped
-from actvar_kernels import cpp_runs, linear, normalize_modulate, sample_tokens, triton_runs
+from actvar_kernels import choose_fused, linear, normalize_modulate, sample_tokens
 
 if TYPE_CHECKING:
     from actvar.families.base import PatchedState
@@ -84,11 +84,12 @@ class PatchedVAR(nn.Module):
         """
         if linear_called(self.head) is not None:
             return None
-        if cpp_runs(x) and guidance is None:
+        backend = choose_fused(x)
+        if backend.packs_weights and guidance is None:
             h = self.head_nm(x.float(), cond)
             h = h if torch.is_autocast_enabled("cpu") else h.to(self.head.weight.dtype)
             return linear(h, self.head.weight, self.head.bias)
-        if not triton_runs(x) or x.dtype != self.head.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        if not backend.fuses_residual or x.dtype != self.head.weight.dtype or torch.is_autocast_enabled(x.device.type):
             return None
         norm = self.head_nm
         if module_called(norm, HeadNorm, {"ada_lin", "ln_wo_grad"}) or why_called(norm.ln_wo_grad, nn.LayerNorm):

@@ -27,10 +27,11 @@ from actvar.models.basic_vae import (
 )
 from actvar.utils.modes import no_grad
 from actvar.utils.plain_layers import is_plain
-from actvar_kernels import BackendUnavailableError, add_residual, conv3x3, cpp_runs, group_norm_silu, triton_runs
-from actvar_kernels.backend import get_backend, wants_gradient
+from actvar_kernels import BackendUnavailableError, add_residual, choose_fused, conv3x3, group_norm_silu
+from actvar_kernels.backend import get_backend
 from actvar_kernels.cpu_backend.memory import reused_memory
 from actvar_kernels.cpu_backend.packing import drop_changed
+from actvar_kernels.situation import wants_gradient
 
 
 def decoded(conv: nn.Module, decoder: nn.Module, features: torch.Tensor) -> torch.Tensor:
@@ -81,13 +82,14 @@ def kernels_run(x: torch.Tensor, *modules: nn.Module) -> bool:
 
 @no_grad
 def _runs(x: torch.Tensor) -> bool:
-    return triton_runs(x) or cpp_runs(x)
+    return choose_fused(x).fuses
 
 
 @no_grad
 def _decoded(conv: nn.Module, decoder: nn.Module, features: torch.Tensor) -> torch.Tensor:
     drop_changed(_packed_weights(conv, decoder))
-    fused = Fused(triton_runs(features), cpp_runs(features))
+    backend = choose_fused(features)
+    fused = Fused(backend.fuses_residual, backend.packs_weights)
     with nullcontext() if torch.compiler.is_compiling() else reused_memory():
         return fused.decoder(decoder, fused.conv(conv, channels_last(features)))
 
@@ -95,7 +97,8 @@ def _decoded(conv: nn.Module, decoder: nn.Module, features: torch.Tensor) -> tor
 @no_grad
 def _encoded(encoder: nn.Module, conv: nn.Module, image: torch.Tensor) -> torch.Tensor:
     drop_changed(_packed_weights(encoder, conv))
-    fused = Fused(triton_runs(image), cpp_runs(image))
+    backend = choose_fused(image)
+    fused = Fused(backend.fuses_residual, backend.packs_weights)
     return fused.conv(conv, fused.encoder(encoder, channels_last(image) if fused.on_triton else image))
 
 

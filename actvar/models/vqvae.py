@@ -11,7 +11,7 @@ from torch import nn
 from actvar.models.basic_vae import Conv3x3, Decoder, Encoder
 from actvar.models.fused_vae import channels_last, decoded, encoded
 from actvar.models.quantizer import VectorQuantizer
-from actvar_kernels.backend import needs_torch
+from actvar_kernels.situation import TORCH, situation
 
 OFFICIAL_CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
 
@@ -56,7 +56,7 @@ class VQVAE(nn.Module):
 
     def fhat_to_img(self, f_hat: torch.Tensor) -> torch.Tensor:
         """Decode quantized features `[B, Cvae, P, P]` to an image `[B, in_channels, H, W]` in [-1, 1]."""
-        if f_hat.device.type == "cpu" and not needs_torch(f_hat):  # oneDNN's convolutions take less time so
+        if f_hat.device.type == "cpu" and situation(f_hat) != TORCH:  # oneDNN's convolutions take less time so
             f_hat = channels_last(f_hat)
         return decoded(self.post_quant_conv, self.decoder, f_hat).contiguous().clamp_(-1, 1)
 

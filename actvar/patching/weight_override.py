@@ -11,7 +11,7 @@ from actvar.utils.class_swap import restore_class, swap_class
 
 
 class TunedModule(nn.Module):
-    """Swapped into the class of a module some of whose own parameters are replaced; `self.originals` holds the model's.
+    """Mixed into the class of a module some of whose own parameters are replaced; `self.originals` holds the model's.
 
     `parameters()` and the forward pass see the replaced ones, `state_dict` and `load_state_dict` the originals, and
     `.to`, `.half` and the like convert both.

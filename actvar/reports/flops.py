@@ -20,7 +20,7 @@ from actvar.patching.patch import patch_silently
 from actvar.reports.paper_tables import FIXED_FLOPS_PER_ROW, ROWS, Reproduced, reproduce
 from actvar.utils.pictures import COLOURS, save_figure
 from actvar.zoo.fashion_mnist import architecture
-from actvar_kernels.tools.compile_cases import HEAD_DIM, MODELS
+from actvar_kernels.operations.shapes import HEAD_DIM, MODELS
 
 MODEL_NAMES = (*MODELS, "fashion-mnist")
 AGREEMENT = 0.01

@@ -17,19 +17,19 @@ from actvar.sparse.teacher_forcing import teacher_forced_block
 from actvar_kernels import (
     add_normalize,
     add_normalize_route,
-    cpp_runs,
+    choose_fused,
     expert_ffn_scatter,
     normalize_modulate,
     route_experts,
     scatter_rows,
     subset_attention,
-    triton_runs,
 )
+from actvar_kernels.backend import REFERENCE, Backend
 from actvar_kernels.residual_norm.reference import Residual
 
 
 class ActVARBlock(nn.Module):
-    """Swapped into the class of a patched block, in front of it; `self.actvar` holds selector, router and schedule."""
+    """Mixed into the class of a patched block, in front of it; `self.actvar` holds selector, router and schedule."""
 
     actvar: BlockState
 
@@ -66,9 +66,9 @@ class ActVARBlock(nn.Module):
         scale = state.shared.scale_of(state.block_index, call, state.family.cache(self).rows)
         if scale.index == 0:
             state.shared.begin_block(state.block_index, self)
-        fused = kernels_run(call.x) and NORM not in state.called
-        if scale.active or fused:
-            return block_at_scale(self, call, scale, fused, current)
+        backend = REFERENCE if NORM in state.called else choose_fused(call.x)
+        if scale.active or backend.fuses:
+            return block_at_scale(self, call, scale, backend, current)
         return self.dense_forward(call)
 
     def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, Tensor]:
@@ -96,27 +96,19 @@ class ActVARBlock(nn.Module):
         return super().forward(**self.actvar.family.block_arguments(call))
 
 
-def kernels_run(x: Tensor) -> bool:
-    """Return whether operations run as kernels, Triton's or in C++.
-
-    Then dense scales use them too, and what a sample needs once is kept.
-    """
-    return cpp_runs(x) or triton_runs(x)
-
-
-def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, fused: bool, current: Pass) -> Tensor:
+def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: Backend, current: Pass) -> Tensor:
     """Run one scale with the K/V cache, `[R, L, C]` -> `[R, L, C]`; an operation whose rate is 1 is left out.
 
     Args:
-        fused: kernels run.
+        backend: what the block runs on.
         current: the pass that the call belongs to.
     """
     state, x = block.actvar, call.x
     shared, router, family = state.shared, state.router, state.family
+    fused = backend.fuses
     sample = sample_state_of(block, call.cond, fused)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = sample.modulation
     index = scores = base = mask = logits = None
-    fuse_residual = fused and not cpp_runs(x)  # the sum after attention, to the end of the block
 
     # 1. Select the tokens to update; 2. gather, normalise and modulate their rows
     if scale.select:
@@ -138,7 +130,9 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, fused: boo
     if scale.route:
         gate = router.weight, router.bias, scale.experts
         if rows is None:
-            rows, u, mask, logits = add_normalize_route(x, index, update, gamma1, scale2, shift2, *gate, fuse_residual)
+            rows, u, mask, logits = add_normalize_route(
+                x, index, update, gamma1, scale2, shift2, *gate, backend.fuses_residual
+            )
         else:
             u = normalize_modulate(rows, scale2, shift2)
             mask, logits = route_experts(u, *gate)

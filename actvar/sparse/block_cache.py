@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from actvar.families.base import MODULATION
 from actvar.sparse.schedule import Scale
-from actvar_kernels import cpp_runs
+from actvar_kernels import choose_fused
 
 KVBuffer = tuple[Tensor, Tensor]
 """Preallocated keys and values, each `[R, H, capacity, d]`, the cache first."""
@@ -49,7 +49,7 @@ class SampleState:
 def _modulation(block: nn.Module, cond: Any) -> tuple[Tensor, ...]:
     """Return what `SampleState.modulation` is."""
     modulation = block.actvar.family.modulation(block, cond)
-    if cpp_runs(modulation[0]):  # which reads float32 without gaps
+    if choose_fused(modulation[0]).packs_weights:  # beside vectors in float32 without gaps
         modulation = tuple(part.float().contiguous() for part in modulation)
     return modulation
 

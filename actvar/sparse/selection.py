@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
 from actvar.sparse.passes import Pass
 from actvar.sparse.schedule import Scale
-from actvar_kernels import normalize_modulate, select_tokens
+from actvar_kernels import Selection, normalize_modulate, select_tokens
 from actvar_kernels.token_select.reference import gather_rows
-
-
-class Selected(NamedTuple):
-    """The result of `actvar_kernels.select_tokens`; `scores` is None where the first block has chosen."""
-
-    index: torch.Tensor
-    modulated: torch.Tensor
-    scores: torch.Tensor | None
-    rest: torch.Tensor
 
 
 def selected(
@@ -30,7 +19,7 @@ def selected(
     scale: Scale,
     current: Pass,
     in_place: bool = False,
-) -> Selected:
+) -> Selection:
     """Return the tokens that a patched block keeps of one scale.
 
     Args:
@@ -46,10 +35,10 @@ def selected(
     if config.fixed_tokens and gates.block_index > 0:
         index = current.tokens_of(scale.index, len(x))
         modulated = normalize_modulate(gather_rows(x, index), scale1, shift1)
-        return Selected(index, modulated, None, x if in_place else x.clone())
+        return Selection(index, modulated, None, x if in_place else x.clone())
     weight, bias = gates.selector.weight, gates.selector.bias
     share = config.share_cfg_selection and current.are_guided()
     chosen = select_tokens(x, weight, bias, scale1, shift1, scale.keep, share_guidance=share, in_place=in_place)
     if config.fixed_tokens:
         current.tokens[scale.index] = chosen.index
-    return Selected(*chosen)
+    return chosen

@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.module_tracker import ModuleTracker
 
 from actvar.utils.class_swap import own_class
-from actvar_kernels.backend import are_plain
+from actvar_kernels.situation import are_plain
 
 _GLOBAL_HOOKS = tuple(
     getattr(torch_module, name)

@@ -33,16 +33,6 @@ UNIT = 2.0**-24
 """Half a unit in the last place of 1 in float32, in which every backend sums."""
 
 
-def wide(value):
-    """Return `value`, a tensor or a tuple or dict of tensors and others, with floating-point tensors in float64."""
-    if isinstance(value, dict):
-        return {name: wide(item) for name, item in value.items()}
-    if isinstance(value, tuple):
-        items = [wide(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
 def unmoved(tensor: torch.Tensor, length: int | None = None) -> torch.Tensor:
     """Return a tensor `[..., n]` in float64, not changed: `length` is for `moved` alone."""
     return tensor.double()

@@ -32,11 +32,12 @@ from actvar.models.public_code import public_classes, public_twin
 from actvar.patching.adapter import read_adapter
 from actvar.patching.patch import patched_silently
 from actvar.sampling.request import Sampling
-from actvar.verify.operations import OPERATIONS, WRITABLE, Widen
+from actvar.verify.operations import OPERATIONS, WRITABLE
 from actvar.verify.report import Check, Report
-from actvar.verify.rounding import difference, measured, moved, unmoved, wide
-from actvar_kernels.backend import BackendUnavailableError, get_backend, triton_runs, using_backend
+from actvar.verify.rounding import difference, measured, moved, unmoved
+from actvar_kernels.backend import BackendUnavailableError, choose_fused, get_backend, using_backend
 from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.operations.exact import Widen, wide
 
 
 def verify(
@@ -99,8 +100,9 @@ def available_backends(device: torch.device, dtypes: Sequence[torch.dtype] = ())
 
 
 def _expect_backend(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
-    with using_backend(name):
-        triton_runs(torch.empty(0, device=device))
+    if name == "triton":
+        with using_backend(name):
+            choose_fused(torch.empty(0, device=device))
     if name == "cpu":
         reason = cpu.why_unavailable() if device.type == "cpu" else f"it needs CPU tensors, got {device}"
         if torch.float16 in dtypes:

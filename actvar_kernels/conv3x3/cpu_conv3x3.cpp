@@ -27,7 +27,7 @@ constexpr int MOST = 48;  // tiles of a group
 }  // namespace
 
 #define KERNEL "../conv3x3/cpu_tile.h"
-#include "../cpu_backend/levels.h"
+#include "../cpu_backend/isa.h"
 
 namespace {
 
@@ -37,16 +37,16 @@ struct Kind {
 };
 
 // in float32 and bfloat16 by small tiles, in float32 by large ones
-#define KINDS_OF(level)                                            \
-    {{level::scratch_bytes<float, 2>, level::run<float, 2>},       \
-     {level::scratch_bytes<bfloat16, 2>, level::run<bfloat16, 2>}, \
-     {level::scratch_bytes<float, 4>, level::run<float, 4>}},
-const Kind LEVELS[][3] = {FOR_EVERY_LEVEL(KINDS_OF)};
+#define KINDS_OF(isa)                                          \
+    {{isa::scratch_bytes<float, 2>, isa::run<float, 2>},       \
+     {isa::scratch_bytes<bfloat16, 2>, isa::run<bfloat16, 2>}, \
+     {isa::scratch_bytes<float, 4>, isa::run<float, 4>}},
+const Kind ISAS[][3] = {FOR_EVERY_ISA(KINDS_OF)};
 
 }  // namespace
 
 // Channels are a multiple of 16; outputs are 2, or 4 in float32. Returns 0, or 1 when memory ran out.
-extern "C" int conv3x3(int level, int is_bfloat16, int outputs, const void *x, const void *weight, const void *bias,
+extern "C" int conv3x3(int isa, int is_bfloat16, int outputs, const void *x, const void *weight, const void *bias,
                        const void *residual, void *out, int images, int height, int width, int channels, int columns,
                        int enlarge, int threads) {
     const int64_t tiles = (int64_t)images * ((height + outputs - 1) / outputs) * ((width + outputs - 1) / outputs);
@@ -57,7 +57,7 @@ extern "C" int conv3x3(int level, int is_bfloat16, int outputs, const void *x, c
     const Job job = {x,      weight, (const float *)bias, residual, out,
                      images, height, width,               channels, columns,
                      enlarge, share < most ? (int)share : most};
-    const Kind &kind = LEVELS[level][outputs == 4 ? 2 : is_bfloat16];
+    const Kind &kind = ISAS[isa][outputs == 4 ? 2 : is_bfloat16];
     const size_t bytes = (kind.bytes(job) + 63) / 64 * 64;
     int failed = 0;
 #pragma omp parallel num_threads(threads)

@@ -1,4 +1,4 @@
-"""A 3x3 convolution in C++, its weight transformed and packed once."""
+"""Convolve in C++ with a kernel of 3x3, whose weight is transformed and packed once."""
 
 from __future__ import annotations
 
@@ -22,36 +22,39 @@ def conv3x3(
     residual: torch.Tensor | None = None,
     enlarge: bool = False,
     *,
-    level: int | None = None,
+    isa: int | None = None,
     outputs: int | None = None,
 ) -> torch.Tensor:
-    """As `conv3x3.op.conv3x3`, with sums in float32.
+    """Return what `conv3x3.op.conv3x3` does, with sums in float32.
 
     Args:
-        x: `[B, C, H, W]` float32 or bfloat16, C a multiple of 16; a weight of another type is converted when it is
-            packed.
-        residual: in x's dtype.
-        level: instruction set; None: the highest.
-        outputs: 2, or in float32 4, the side of Winograd's tiles; None: by the size.
+        x: `[B, C, H, W]` float32 or bfloat16, C a multiple of 16.
+        weight: `[D, C, 3, 3]`, floating-point; another dtype than x's is converted when the weight is packed.
+        bias: `[D]`, floating-point.
+        residual: in the shape of the result and x's dtype; None: nothing is added.
+        enlarge: whether x is convolved in twice its size.
+        isa: instruction set; None: the highest.
+        outputs: side of the tiles of Winograd's algorithm: 2, or 4 in float32; None: the side is chosen by the size.
 
     Returns:
-        `[B, D, H, W]` in the memory format `channels_last`.
+        `[B, D, H, W]` in x's dtype and the memory format `channels_last`; enlarged `[B, D, 2 * H, 2 * W]`.
 
     Raises:
         ValueError: sizes that the kernel cannot count.
         MemoryError: there is none left for the intermediate results.
     """
-    level = cpu.best_level() if level is None else level
-    layout, (B, C, H, W), D = cpu.layout_of(level), x.shape, weight.shape[0]
+    isa = cpu.best_isa() if isa is None else isa
+    layout, (B, C, H, W), D = cpu.layout_of(isa), x.shape, weight.shape[0]
     H, W = (2 * H, 2 * W) if enlarge else (H, W)
     outputs = outputs or tile_outputs(x.dtype, C, D, H * W)
 
     def pack() -> torch.Tensor:
+        """Return the transformed weight in panels, flat."""
         transform = _weight_transform(POINTS[outputs])
         by_position = torch.einsum("ai,dcij,bj->abcd", transform, weight.detach().double(), transform)
         return cpu.panels(by_position.flatten(0, 1).to(x.dtype), layout).flatten()
 
-    copy = packed((weight,), ("winograd", outputs, x.dtype, level), pack)
+    copy = packed((weight,), ("winograd", outputs, x.dtype, isa), pack)
     bias = cpu.padded(bias.detach().float(), layout.lanes)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
@@ -59,20 +62,31 @@ def conv3x3(
     out = memory.empty((B, H, W, D), x.dtype).permute(0, 3, 1, 2)
     sizes = cpu.checked_sizes(B, H, W, C, D)
     pointers = x.data_ptr(), copy.data_ptr(), bias.data_ptr(), None if residual is None else residual.data_ptr()
-    kind = level, x.dtype == torch.bfloat16, outputs
+    kind = isa, x.dtype == torch.bfloat16, outputs
     if _library().conv3x3(*kind, *pointers, out.data_ptr(), *sizes, enlarge, torch.get_num_threads()):
         raise MemoryError(f"conv3x3: no memory for {C} channels")
     return out
 
 
 def tile_outputs(dtype: torch.dtype, C: int, D: int, pixels: int) -> int:
-    """The side of a tile. Larger ones take fewer products and more weights, which pays where pixels are many beside
-    channels; bfloat16, which rounds transformed inputs, would lose by it what it has of exactness."""
+    """Return the side of a tile, 2 or 4.
+
+    Large tiles take fewer products and more weights, which pays where pixels are many beside channels. In bfloat16,
+    which rounds the transformed inputs, large tiles would lose too much precision.
+
+    Args:
+        dtype: float32 or bfloat16.
+        C, D: channels of the input and of the output.
+        pixels: size of the output's map.
+    """
     return 4 if dtype == torch.float32 and pixels >= 4 * max(C, D) else 2
 
 
 def _weight_transform(points: tuple[float, ...]) -> torch.Tensor:
-    """G of Cook and Toom's construction, `[points + 1, 3]` float64: a kernel w becomes G w G^T."""
+    """Return the matrix G of Cook and Toom's construction, `[points + 1, 3]` float64.
+
+    A kernel w of 3x3 becomes `G w G^T`.
+    """
     rows = [[p**k / math.prod(p - q for q in points if q != p) for k in range(3)] for p in points]
     return torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64, device="cpu")
 

@@ -1,13 +1,14 @@
-// Winograd's convolution for one instruction set, included by ../cpu_backend/levels.h behind ../cpu_backend/vectors.h.
+// Winograd's convolution for one instruction set, included by ../cpu_backend/isa.h behind ../cpu_backend/vectors.h.
 
 namespace NAMESPACE {
 
-// One dimension of F(M, 3): M + 2 inputs d become as many numbers v, whose products m with those of the weights become M
-// outputs y. Cook and Toom's construction: v are the inputs as a polynomial times (x - q) for all other points q. The
-// weights' part is in cpu_kernel.py.
+// One dimension of Winograd's F(M, 3): `input` turns M + 2 inputs d into as many numbers v, and `output` turns products m
+// of v and the transformed weights into M outputs y. docs/kernels/conv3x3.md derives both. The weights are transformed in
+// cpu_kernel.py.
 template <int M> struct Winograd;
 
-template <> struct Winograd<2> {  // at 0, 1, -1 and infinity
+// The points are 0, 1, -1 and infinity.
+template <> struct Winograd<2> {
     static inline void input(const vec (&d)[4], vec (&v)[4]) {
         v[0] = d[2] - d[0];
         v[1] = d[2] + d[1];
@@ -20,7 +21,8 @@ template <> struct Winograd<2> {  // at 0, 1, -1 and infinity
     }
 };
 
-template <> struct Winograd<4> {  // at 0, A, -A, B, -B and infinity
+// The points are 0, A, -A, B, -B and infinity.
+template <> struct Winograd<4> {
     static constexpr float A = 0.6875f, B = 1.5f, A2 = A * A, B2 = B * B;
     static inline void input(const vec (&d)[6], vec (&v)[6]) {
         const vec even_a = d[4] - B2 * d[2], odd_a = A * (d[3] - B2 * d[1]);
@@ -41,13 +43,14 @@ template <> struct Winograd<4> {  // at 0, A, -A, B, -B and infinity
     }
 };
 
+// Bytes that `run` needs for a group of tiles.
 template <class T, int M> size_t scratch_bytes(const Job &job) {
     constexpr int POSITIONS = (M + 2) * (M + 2);
     return (size_t)POSITIONS * job.group * (job.channels * sizeof(T) + PANEL * sizeof(float)) +
            (size_t)job.channels * sizeof(T);
 }
 
-// Channels of `count` tiles from number `first` on, transformed: `inputs` [positions, count, C].
+// Transform the channels of `count` tiles into `inputs` [positions, count, C].
 template <class T, int M> void transform(const Job &job, const Tile *tiles, int count, const T *zeros, T *inputs) {
     constexpr int N = M + 2;
     const int C = job.channels, shift = job.enlarge, across = job.width >> shift, down = job.height >> shift;
@@ -82,7 +85,7 @@ template <class T, int M> void transform(const Job &job, const Tile *tiles, int 
     }
 }
 
-// The outputs of a panel of `vectors` vectors from `column` on, of its products [positions, group, PANEL].
+// Store the outputs of a panel of `vectors` vectors from `column` on, from its `products` [positions, group, PANEL].
 template <class T, int M>
 void put_outputs(const Job &job, const Tile *tiles, int count, int column, int vectors, const float *products) {
     constexpr int N = M + 2;
@@ -120,7 +123,7 @@ void put_outputs(const Job &job, const Tile *tiles, int count, int column, int v
         }
 }
 
-// The outputs of `count` tiles from number `first` on.
+// Compute the outputs of `count` tiles, of which `first` is the number of the first one.
 template <class T, int M> void run(const Job &job, int64_t first, int count, char *scratch) {
     constexpr int POSITIONS = (M + 2) * (M + 2);
     const int C = job.channels, stride = padded(job.columns, LANES);

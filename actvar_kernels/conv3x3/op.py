@@ -1,14 +1,15 @@
-"""The convolution of the decoder."""
+"""Convolve as the decoder does."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels.backend import backend_of, needs_operator
+from actvar_kernels.backend import choose, choose_fused
 from actvar_kernels.checks import expect_shape
 from actvar_kernels.conv3x3 import cpu_kernel
 from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.situation import TORCH, situation
 
 
 def conv3x3(
@@ -18,20 +19,20 @@ def conv3x3(
     residual: torch.Tensor | None = None,
     enlarge: bool = False,
 ) -> torch.Tensor:
-    """`F.conv2d(x, weight, bias, padding=1) + residual` of a 3x3 kernel.
+    """Return `F.conv2d(x, weight, bias, padding=1) + residual` for a kernel of 3x3.
 
-    Where kernels run in C++ and C is a multiple of 16, so does this, in float32 or bfloat16: by Winograd's algorithm,
-    which takes 2.25 times fewer multiplications, or 4 times where maps are large in float32, and rounds otherwise. It
-    keeps a transformed copy of the weight. Elsewhere it is PyTorch's; on CUDA there the bias is a pass over the output
-    of its own.
+    C++ takes channels in multiples of 16, in float32 or bfloat16. Its algorithm is Winograd's, which takes 2.25 times
+    fewer multiplications, or 4 times fewer for large maps in float32, and rounds in another way. C++ keeps a
+    transformed copy of the weight. Otherwise the convolution is PyTorch's. On CUDA a bias is a pass of its own over the
+    output.
 
     Args:
-        x: `[B, C, H, W]`, fastest in the memory format `channels_last`.
-        weight: `[D, C, 3, 3]`, a tensor that stays; with `bias` `[D]` in x's dtype, or in any under autocast. A change
-            of its version, address or dtype is seen; after others call `actvar.refresh` on its module.
-        bias: None: none is added.
-        residual: of the result's shape; None: nothing is added.
-        enlarge: of `F.interpolate(x, scale_factor=2, mode="nearest")` in place of x.
+        x: `[B, C, H, W]`, floating-point; fastest in the memory format `channels_last`.
+        weight: `[D, C, 3, 3]` in x's dtype, or in any under autocast. The copy stays as long as this tensor. A change
+            of its version, address or dtype is seen; after other changes call `actvar.refresh` on its module.
+        bias: `[D]`, like the weight; None: nothing is added.
+        residual: in the shape of the result, floating-point; None: nothing is added.
+        enlarge: whether x is convolved in twice its size, `F.interpolate(x, scale_factor=2, mode="nearest")`.
 
     Returns:
         `[B, D, H, W]`; enlarged `[B, D, 2 * H, 2 * W]`.
@@ -71,22 +72,45 @@ def _runs_in_cpp(
     Raises:
         BackendUnavailableError: `"cpu"` was asked for by name and does not take the call.
     """
-    tensors = (x, weight, bias, residual)
 
     def why_not_in_cpp() -> str | None:
         if bias is None or x.shape[1] % 16:
             return f"it takes a bias and channels in multiples of 16, got {x.shape[1]} channels"
-        if needs_operator(*tensors):
-            return "it has no gradient, and no registered operator for what records the call"
         return cpu.why_not(dtype=cpu.computed_dtype(x))
 
-    return backend_of("conv3x3", *tensors, why_not_in_cpp=why_not_in_cpp, library_on_triton=True) == "cpu"
+    tensors = (x, weight, bias, residual)
+    options = dict(why_not_in_cpp=why_not_in_cpp, library_on_triton=True, has_operator=False)
+    return choose("conv3x3", *tensors, **options).name == "cpu"
+
+
+def in_fast_format(x: torch.Tensor) -> torch.Tensor:
+    """Return images in the memory format in which convolutions that follow take the least time.
+
+    Convolutions of oneDNN and cuDNN are faster in `channels_last`. Transforms of PyTorch do not take this format
+    everywhere.
+
+    Args:
+        x: `[B, C, H, W]`, floating-point.
+    """
+    if choose_fused(x).fuses_residual and not torch.is_grad_enabled():
+        return x.contiguous(memory_format=torch.channels_last)
+    if x.is_cpu and situation(x) != TORCH:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 def filled_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.conv2d(x, weight, bias, padding=1)` with few outputs filled up and cut off again. With three, the channels of
-    an image, cuDNN takes a kernel without tensor cores; in 16 bits it still does with eight (26 ms for 64 images of 256
-    pixels on an H100), while 64 are a tile of the kernel that other layers run on."""
+    """Return `F.conv2d(x, weight, bias, padding=1)`, with few outputs filled up and cut off again.
+
+    With three outputs, the channels of an image, cuDNN takes a kernel without tensor cores. In 16 bits it does so with
+    eight as well, which took 26 ms for 64 images of 256 pixels on an H100. A tile of the kernel that other layers run
+    on has 64.
+
+    Args:
+        x: `[B, C, H, W]`, floating-point.
+        weight: `[D, C, 3, 3]`, floating-point.
+        bias: `[D]`, floating-point, or None.
+    """
     D = weight.shape[0]
     missing = -D % (64 if weight.itemsize == 2 and D < 64 else 8)
     if missing:

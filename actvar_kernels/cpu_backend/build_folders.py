@@ -1,4 +1,4 @@
-"""Folders in which compiled libraries are kept: which ones there are, whether they can be used, and locks in them."""
+"""Find folders for compiled libraries, check whether they can be used, and lock files in them."""
 
 from __future__ import annotations
 
@@ -95,9 +95,10 @@ def _put_by_us(path: Path) -> bool:
 
 @contextmanager
 def lock(path: Path, deadline: float, title: str) -> Iterator[bool]:
-    """Keep other processes out of the context. The system frees the lock of a process that was killed.
+    """Keep other processes out of the context.
 
-    The context is given whether there is a lock, since some file systems have none.
+    The system frees the lock of a process that was killed. Some file systems have no locks: there the context runs
+    without.
 
     Args:
         path: file of the lock, which stays.

@@ -1,4 +1,4 @@
-"""C++ that is compiled when it is first needed, and found in a cache the next time."""
+"""Compile C++ when it is first needed, and find it in a cache the next time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _REMEDY = "install g++ or set CXX to a C++ compiler"
 
 
 class BuildError(RuntimeError):
-    """A C++ library can be neither found nor built; the message is one line that says why and what to do."""
+    """Say in one line why a C++ library can be neither found nor built, and what to do."""
 
 
 class Library(NamedTuple):
@@ -206,6 +206,7 @@ class _Step(NamedTuple):
 
     @property
     def log(self) -> Path:
+        """Return the file that the command writes its messages to."""
         return self.out.with_suffix(".log")
 
 

@@ -1,4 +1,4 @@
-"""Checksums of tensors in C++, at the speed of memory."""
+"""Compute checksums of tensors in C++, at the speed of memory."""
 
 from __future__ import annotations
 

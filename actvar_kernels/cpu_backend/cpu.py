@@ -1,4 +1,4 @@
-"""The C++ kernels for the CPU, compiled for every instruction set into one library."""
+"""Load the C++ kernels for the CPU, compiled for every instruction set into one library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels.backend import BackendUnavailableError, get_backend, needs_torch
 from actvar_kernels.cpu_backend import building, memory
 from actvar_kernels.cpu_backend.building import Library
 
@@ -21,13 +20,19 @@ FOLDER = Path(__file__).parent
 SOURCES = (*sorted(FOLDER.glob("*.cpp")), *sorted(FOLDER.parent.glob("*/cpu_*.cpp")))
 HEADERS = (*sorted(FOLDER.glob("*.h")), *sorted(FOLDER.parent.glob("*/cpu_*.h")))
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes")
-LIBRARY = Library("actvar_cpu", "the C++ kernels", "about a minute", SOURCES, HEADERS, FLAGS, "level_name")
+LIBRARY = Library("actvar_cpu", "the C++ kernels", "about a minute", SOURCES, HEADERS, FLAGS, "isa_name")
 DTYPES = (torch.float32, torch.bfloat16)
 MOST = 2**30  # sizes and their sums are 32-bit integers in C++, offsets 64-bit ones
 
 
 class Layout(NamedTuple):
-    """How weights are packed: floats of a vector, vectors of a panel, rows of bfloat16 that lie side by side."""
+    """Describe how weights are packed.
+
+    Attributes:
+        lanes: floats of a vector.
+        vectors: vectors of a panel.
+        step: rows of bfloat16 that lie side by side.
+    """
 
     lanes: int
     vectors: int
@@ -35,8 +40,10 @@ class Layout(NamedTuple):
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16, as PyTorch sees it: without them it takes
-    minutes for what takes seconds in float32."""
+    """Return whether this processor has instructions for products of bfloat16, as PyTorch sees it.
+
+    Without them products take minutes that take seconds in float32.
+    """
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -67,24 +74,26 @@ def library() -> ctypes.CDLL:
         BuildError: it can be neither found nor compiled.
     """
     loaded = building.load(LIBRARY)
-    loaded.level_name.restype = ctypes.c_char_p
+    loaded.isa_name.restype = ctypes.c_char_p
     return loaded
 
 
 @functools.cache
-def best_level() -> int:
-    """The highest instruction set that this processor has."""
-    return library().best_level()
+def best_isa() -> int:
+    """Return the highest instruction set that this processor has."""
+    return library().best_isa()
 
 
-def level_name(level: int) -> str:
-    return library().level_name(level).decode()
+def isa_name(isa: int) -> str:
+    """Return the name of an instruction set."""
+    return library().isa_name(isa).decode()
 
 
 @functools.cache
-def layout_of(level: int) -> Layout:
+def layout_of(isa: int) -> Layout:
+    """Return how weights are packed for an instruction set."""
     numbers = (ctypes.c_int * 3)()
-    library().level_layout(level, numbers)
+    library().isa_layout(isa, numbers)
     return Layout(*numbers)
 
 
@@ -93,41 +102,32 @@ def why_not(*tensors: torch.Tensor, dtype: torch.dtype | None = None) -> str | N
 
     The library is built if it is not there yet; a reason against that is logged once.
     """
-    for found in (*(tensor.dtype for tensor in tensors), *(() if dtype is None else (dtype,))):
-        if found not in DTYPES:
-            return f"it takes float32 and bfloat16, got {found}"
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            return f"it takes float32 and bfloat16, got {tensor.dtype}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"it takes float32 and bfloat16, got {dtype}"
     reason = why_unavailable()
     if reason is not None:
         available()  # which logs the reason once
     return reason
 
 
-def runs(x: torch.Tensor) -> bool:
-    """Return whether operations run in C++ for inputs like `x`, a tensor without gradient, under the chosen backend.
-
-    Raises:
-        BackendUnavailableError: `"cpu"` was asked for by name and does not take the dtype, or cannot be built.
-    """
-    name = get_backend()
-    if name not in ("auto", "cpu") or not x.is_cpu or torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling() or needs_torch(x):
-        return False
-    reason = why_not(dtype=computed_dtype(x))
-    if reason is not None and name == "cpu":
-        raise BackendUnavailableError(f"the 'cpu' backend cannot run the model: {reason}")
-    return reason is None
-
-
 def computed_dtype(x: torch.Tensor) -> torch.dtype:
-    """What a linear layer computes `x` in: its dtype, or autocast's."""
+    """Return the dtype in which a linear layer computes `x`: its own, or that of autocast."""
     device = "cpu" if x.is_cpu else x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Weights `[N, K, columns]` as the kernels read them, `[N, ...]`: for each panel of columns its rows, `layout.step`
-    of them side by side in bfloat16, padded with zeros."""
+    """Return weights as the kernels read them, `[N, ...]`.
+
+    For each panel of columns there are its rows, padded with zeros. In bfloat16 `layout.step` rows lie side by side.
+
+    Args:
+        weight: `[N, K, columns]`, float32 or bfloat16.
+        layout: how weights are packed.
+    """
     step = layout.step if weight.dtype == torch.bfloat16 else 1
     missing = -weight.shape[2] % layout.lanes, -weight.shape[1] % step
     weight = F.pad(weight, (0, missing[0], 0, missing[1])) if any(missing) else weight
@@ -138,13 +138,19 @@ def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def padded(vector: torch.Tensor, lanes: int) -> torch.Tensor:
-    """A contiguous `[..., D]`, with zeros up to a multiple of `lanes`."""
+    """Return a contiguous tensor whose rows end with zeros up to a multiple of `lanes`.
+
+    Args:
+        vector: `[..., D]`, any dtype.
+        lanes: numbers of a vector.
+    """
     missing = -vector.shape[-1] % lanes
     return F.pad(vector, (0, missing)) if missing else vector.contiguous()
 
 
 def checked_sizes(*sizes: int) -> tuple[int, ...]:
-    """
+    """Return `sizes`.
+
     Raises:
         ValueError: one is more than the kernels count.
     """

@@ -1,5 +1,8 @@
-"""Memory for large tensors on the CPU. What comes from the system anew costs a fault per page, in which it is filled
-with zeros, so huge pages are asked for, and within `reused_memory` what one tensor leaves is taken by the next."""
+"""Allocate memory for large tensors on the CPU.
+
+The system fills every new page with zeros at a fault. So huge pages are asked for, and within `reused_memory` a tensor
+takes the memory that another one left.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,15 @@ _reusing: ContextVar[bool] = ContextVar("actvar_kernels_reusing", default=False)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor without values; on Linux from 2 MiB on in huge pages where the system has them, and in memory that
-    another one left where it is made within `reused_memory`."""
+    """Return a tensor without values.
+
+    From 2 MiB on the tensor lies in huge pages on Linux, where the system has them. Within `reused_memory` it takes
+    memory that another one left.
+
+    Args:
+        shape: sizes of the tensor.
+        dtype: type of its numbers.
+    """
     size = math.prod(shape) * dtype.itemsize
     if not _is_large(size):
         return torch.empty(shape, dtype=dtype, device="cpu")
@@ -37,8 +47,13 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def kept(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy for long, in huge pages as `empty`'s: of weights, which are read at every step. With smaller
-    pages the processor looks up hundreds of addresses for each layer."""
+    """Return a contiguous copy that is kept for long, such as weights, in huge pages as those of `empty`.
+
+    With smaller pages the processor looks up hundreds of addresses for each layer at every step.
+
+    Args:
+        tensor: of any shape and dtype, on the CPU.
+    """
     size = tensor.numel() * tensor.element_size()
     block = _new(size) if _is_large(size) else None
     if block is None:
@@ -48,7 +63,10 @@ def kept(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def reused_memory() -> Iterator[None]:
-    """Tensors made in the context leave their memory to others that are; at its end `KEPT` bytes stay at most."""
+    """Let tensors made in the context take the memory of others that were.
+
+    At the end of the context `KEPT` bytes stay at most.
+    """
     token = _reusing.set(True)
     try:
         yield
@@ -58,7 +76,7 @@ def reused_memory() -> Iterator[None]:
 
 
 def release(kept: int = 0) -> None:
-    """Give memory that no tensor has back to the system, but for `kept` bytes."""
+    """Give memory that no tensor has back to the system, except for `kept` bytes."""
     while sum(map(len, tuple(_free))) > kept:
         try:
             _free.pop(0)
@@ -97,7 +115,7 @@ def _give_back(block: mmap.mmap) -> None:
 
 
 def _taken(size: int) -> mmap.mmap | None:
-    """The smallest block that has room and is no more than twice as large."""
+    """Return the smallest free block that has at least `size` bytes and at most twice as many, or None."""
     for block in sorted(tuple(_free), key=len):
         if size <= len(block) <= 2 * size:
             try:

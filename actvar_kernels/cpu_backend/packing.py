@@ -1,7 +1,7 @@
-"""Packed copies of weights: made once per tensor, and kept as long as it lives and stays as it is.
+"""Keep packed copies of weights: made once per tensor, kept as long as it lives and stays as it is.
 
-PyTorch counts most changes of a tensor (`_version`), but not those through `.data`, by fused optimizers, by NumPy views
-or by other processes. `drop_changed` finds these by a checksum of the original, so a sample begins with it.
+PyTorch counts most changes of a tensor (`_version`). It does not count those through `.data`, by fused optimizers, by
+NumPy views or by other processes. `drop_changed` finds these by a checksum of the original, so a sample begins with it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from actvar_kernels.backend import needs_operator, needs_torch
 from actvar_kernels.cpu_backend.checksums import checksums
+from actvar_kernels.situation import DIRECT, situation
 
 T = TypeVar("T")
 
 
 class Packed(NamedTuple):
-    """A copy, with what its originals were like when it was made."""
+    """Hold a copy, and what its originals were like when it was made.
+
+    Attributes:
+        originals: references to the tensors.
+        states: their addresses, versions and dtypes.
+        checksums: of their values.
+        copy: what `packed` returns.
+    """
 
     originals: tuple[weakref.ref, ...]
     states: tuple[tuple, ...]
@@ -37,8 +44,9 @@ def packed(tensors: Sequence[torch.Tensor], layout: Hashable, pack: Callable[[],
     A change is seen here by a tensor's version, address or dtype. `drop_changed` sees every change.
 
     Args:
-        tensors: plain CPU tensors that `pack` reads; the copy is freed with the first of them.
+        tensors: plain CPU tensors that `pack` reads, of any shape and dtype; the copy is freed with the first of them.
         layout: what else the copy depends on.
+        pack: makes the copy.
     """
     states = tuple(_state(tensor) for tensor in tensors)
     of_tensor = _cache.get(id(tensors[0]))
@@ -59,10 +67,12 @@ def packed(tensors: Sequence[torch.Tensor], layout: Hashable, pack: Callable[[],
 def drop_changed(tensors: Iterable[torch.Tensor | None]) -> None:
     """Drop copies of those among `tensors` that differ from what was packed, by a checksum of all their values.
 
-    None, the weight of a layer that has none of its own, is passed over. Nothing is looked at while PyTorch records or
-    transforms what runs, since no copy is used then.
+    Nothing is looked at while PyTorch records or transforms what runs, since no copy is used then.
+
+    Args:
+        tensors: of any shape and dtype; None stands for the weight of a layer that has none of its own.
     """
-    if needs_operator() or needs_torch():
+    if situation() != DIRECT:
         return
     kept: list[tuple[dict[Hashable, Packed], Hashable, Packed]] = []
     originals: dict[int, torch.Tensor] = {}

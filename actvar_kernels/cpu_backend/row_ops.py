@@ -1,5 +1,7 @@
-"""Selection, LayerNorm, modulation, residual and routing in C++ on the CPU: one or two passes over memory in place of
-PyTorch's several."""
+"""Run selection, LayerNorm, modulation, residual and routing in C++ on the CPU.
+
+They take one or two passes over memory instead of PyTorch's several.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from actvar_kernels.cpu_backend.packing import packed
 
 
 def normalize_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """As `token_select.reference.normalize_modulate`, with sums in float32."""
+    """Return what `token_select.reference.normalize_modulate` does, with sums in float32."""
     return _normalize(x, None, None, None, scale, shift)[1]
 
 
@@ -27,7 +29,7 @@ def add_normalize(
     scale: torch.Tensor,
     shift: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `residual_norm.reference.add_normalize`, with one rounding of the sum."""
+    """Return what `residual_norm.reference.add_normalize` does, with one rounding of the sum."""
     return _normalize(x, index, update, gamma, scale, shift)
 
 
@@ -42,7 +44,7 @@ def add_normalize_route(
     bias: torch.Tensor,
     active: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `residual_norm.reference.add_normalize_route`, with one rounding of the sum."""
+    """Return what `residual_norm.reference.add_normalize_route` does, with one rounding of the sum."""
     mask, logits, router = _router(update, weight, bias, active)
     return *_normalize(x, index, update, gamma, scale, shift, router), mask, logits
 
@@ -50,7 +52,7 @@ def add_normalize_route(
 def route_experts(
     u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `mask` and `logits` of rows `u` `[..., C]`, as `routing.reference.route_experts`."""
+    """Return mask and logits of rows `u` `[..., C]`, as `routing.reference.route_experts` does."""
     *rows, C = u.shape
     u = _with_neighbouring_channels(u.reshape(1, -1, C))
     mask, logits, router = _router(u, weight, bias, active)
@@ -69,7 +71,7 @@ def select_tokens(
     keep: int,
     share_guidance: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`index`, `modulated` and `scores` as in `token_select.reference.select_tokens`."""
+    """Return index, modulated rows and scores, as `token_select.reference.select_tokens` does."""
     R, L, C = x.shape
     x = _with_neighbouring_channels(x)
     index = x.new_empty(R, keep, dtype=torch.int64)
@@ -79,42 +81,53 @@ def select_tokens(
     tensors = (x, weight, bias, scale, shift, scores, index, modulated)
     pointers = [t.data_ptr() for t in tensors]
     sizes = (R, L, keep, C, x.stride(0), x.stride(1), share_guidance)
-    kind = cpu.best_level(), x.dtype == torch.bfloat16
+    kind = cpu.best_isa(), x.dtype == torch.bfloat16
     if _library().select_rows(*kind, *pointers, *sizes, NORM_EPS, torch.get_num_threads()):
         raise MemoryError(f"no memory for rows of {C} channels and {L} scores")
     return index, modulated, scores
 
 
 def scatter_rows(
-    rest: torch.Tensor,
+    base: torch.Tensor,
     index: torch.Tensor | None,
     rows: torch.Tensor,
     update: torch.Tensor,
     gamma: torch.Tensor,
 ) -> None:
-    """As `scatter.reference.scatter_rows`, written to `rest`, with one rounding; without an index to all its rows.
+    """Write what `scatter.reference.scatter_rows` returns to `base`, with one rounding.
 
     Args:
-        rest: `[R, L, C]` with neighbouring channels, in the dtype of rows; the update may be in a lower one.
+        base: `[R, L, C]`, float32 or bfloat16, with neighbouring channels.
+        index: `[R, K]` int64; None: all rows of the base are written.
+        rows: `[R, K, C]`, in the dtype of the base.
+        update: `[R, K, C]`, in that dtype or a lower one.
+        gamma: `[R, 1, C]`, floating-point.
     """
     R, K, C = rows.shape
     rows, update, gamma = rows.contiguous(), update.to(rows.dtype).contiguous(), _float(gamma)
     index = None if index is None else index.contiguous()
     _library().scatter_rows(
-        cpu.best_level(),
+        cpu.best_isa(),
         rows.dtype == torch.bfloat16,
-        rest.data_ptr(),
+        base.data_ptr(),
         None if index is None else index.data_ptr(),
         rows.data_ptr(),
         update.data_ptr(),
         gamma.data_ptr(),
-        *(R, K, C, rest.stride(0), rest.stride(1)),
+        *(R, K, C, base.stride(0), base.stride(1)),
         torch.get_num_threads(),
     )
 
 
 class _Router(NamedTuple):
-    """Weight in panels `[N, C]`, bias `[N]`, results `[R, K, N]` and the number of experts per row."""
+    """Hold what C++ takes of a router.
+
+    Attributes:
+        weight: `[N, C]` in panels; None: there is no routing.
+        bias: `[N]` float32.
+        logits, mask: `[R, K, N]` float32 and bool, which C++ fills.
+        active: experts per row.
+    """
 
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
@@ -139,7 +152,7 @@ def _router(
     """Return memory for the mask and the logits of `rows` `[R, K, C]`, and the router that fills it."""
     shape = *rows.shape[:2], weight.shape[0]
     mask, logits = rows.new_empty(shape, dtype=torch.bool), rows.new_empty(shape, dtype=torch.float32)
-    layout = cpu.layout_of(cpu.best_level())
+    layout = cpu.layout_of(cpu.best_isa())
     weights = packed((weight,), ("router", layout), lambda: cpu.panels(weight.detach().float().t()[None], layout))
     return mask, logits, _Router(weights, _float(bias), logits, mask, active)
 
@@ -147,6 +160,7 @@ def _router(
 def _normalize(
     x, index, update, gamma, scale, shift, router: _Router = _NO_ROUTER
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the sum, or None without an update, and its LayerNorm with modulation."""
     R, L, C = x.shape
     x = _with_neighbouring_channels(x)
     kept = L if index is None else index.shape[1]
@@ -166,18 +180,22 @@ def _normalize(
 
 def _normalize_rows(x: torch.Tensor, pointers: tuple, sizes: tuple[int, ...], router: _Router) -> None:
     """Call `add_normalize` of rows.cpp, whose arguments `pointers` and `sizes` are."""
-    kind = cpu.best_level(), x.dtype == torch.bfloat16
+    kind = cpu.best_isa(), x.dtype == torch.bfloat16
     arguments = (*pointers, *sizes, NORM_EPS, *router.arguments(), torch.get_num_threads())
     if _library().add_normalize(*kind, *arguments):
         raise MemoryError(f"no memory for a row of {x.shape[-1]} channels")
 
 
 def _float(tensor: torch.Tensor) -> torch.Tensor:
-    """A small tensor in contiguous float32, itself where it is that; a copy has to live as long as the call."""
+    """Return a small tensor in contiguous float32, which is itself where it is that.
+
+    A copy has to live as long as the call.
+    """
     return tensor if tensor.dtype is torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
 
 
 def _with_neighbouring_channels(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` `[R, L, C]`, copied where its channels are not next to each other."""
     return x if x.stride(2) == 1 else x.contiguous()
 
 

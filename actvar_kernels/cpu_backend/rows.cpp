@@ -37,11 +37,11 @@ INLINED int32_t rank_key(float score) {  // NaN before all others, as PyTorch so
 }  // namespace
 
 #define KERNEL "rows_tile.h"
-#include "levels.h"
+#include "isa.h"
 
 namespace {
 
-struct Level {
+struct Isa {
     void (*normalize[2])(const Rows &, int64_t, int, float *);  // float32, bfloat16
     float (*score[2])(const void *, const float *, float, float *, int, float);
     void (*add[2])(void *, const void *, const void *, const float *, int);
@@ -49,13 +49,13 @@ struct Level {
     int rows;
 };
 
-#define LEVEL_OF(level)                                       \
-    {{level::normalize<float>, level::normalize<bfloat16>},   \
-     {level::score<float>, level::score<bfloat16>},           \
-     {level::add<float>, level::add<bfloat16>},               \
-     level::scratch_floats,                                   \
-     level::TILE},
-const Level LEVELS[] = {FOR_EVERY_LEVEL(LEVEL_OF)};
+#define ISA_OF(isa)                                     \
+    {{isa::normalize<float>, isa::normalize<bfloat16>}, \
+     {isa::score<float>, isa::score<bfloat16>},         \
+     {isa::add<float>, isa::add<bfloat16>},             \
+     isa::scratch_floats,                               \
+     isa::TILE},
+const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
 // Indices of the `keep` highest scores, ties to the lower index, in ascending order.
 FOR_EVERY_PROCESSOR void top_indices(const float *scores, int32_t *keys, int length, int keep, int64_t *index) {
@@ -67,13 +67,13 @@ FOR_EVERY_PROCESSOR void top_indices(const float *scores, int32_t *keys, int len
         if (keys[i] > threshold || (keys[i] == threshold && ties-- > 0)) *index++ = i;
 }
 
-// As many as the work is worth.
+// The number of threads that the work is worth.
 inline int threads_for(int64_t numbers, int threads) { return numbers < (1 << 14) ? 1 : threads; }
 
 float *allocated(size_t floats) { return (float *)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
 
-int normalize(int level, int is_bfloat16, const Rows &job, int threads) {
-    const Level &l = LEVELS[level];
+int normalize(int isa, int is_bfloat16, const Rows &job, int threads) {
+    const Isa &l = ISAS[isa];
     const int64_t rows = job.sequences * job.kept;
     int failed = 0;
 #pragma omp parallel num_threads(threads_for(rows * job.channels, threads))
@@ -102,23 +102,23 @@ extern "C" {
 // rows. Without an update there is no sum, without a scale neither sum nor out. With experts: logits and mask [sequences,
 // kept, experts].
 int add_normalize(
-    int level, int is_bfloat16, const void *x, const int64_t *index, const void *update, const float *gamma,
+    int isa, int is_bfloat16, const void *x, const int64_t *index, const void *update, const float *gamma,
     const float *scale, const float *shift, void *sum, void *out, int64_t sequences, int64_t kept, int64_t channels,
     int64_t sequence_stride, int64_t row_stride, float eps, const float *router_weight, const float *router_bias,
     float *logits, uint8_t *mask, int64_t experts, int64_t active, int threads) {
     const Router router{router_weight, router_bias, logits, mask, int(experts), int(active)};
     const Rows job{x, index, update, gamma, scale, shift, sum, out, sequences, kept, sequence_stride, row_stride,
                    int(channels), eps, router};
-    return normalize(level, is_bfloat16, job, threads);
+    return normalize(isa, is_bfloat16, job, threads);
 }
 
 // x [sequences, length, channels]; weight [channels]; scores [sequences, length]; index [sequences, keep]; out [sequences,
 // keep, channels]. Where halves share, the first half of the sequences decides for the second.
 int select_rows(
-    int level, int is_bfloat16, const void *x, const float *weight, const float *bias, const float *scale,
+    int isa, int is_bfloat16, const void *x, const float *weight, const float *bias, const float *scale,
     const float *shift, float *scores, int64_t *index, void *out, int64_t sequences, int64_t length, int64_t keep,
     int64_t channels, int64_t sequence_stride, int64_t row_stride, int halves_share, float eps, int threads) {
-    const Level &l = LEVELS[level];
+    const Isa &l = ISAS[isa];
     const int64_t deciding = halves_share ? sequences / 2 : sequences, bytes = is_bfloat16 ? 2 : 4;
     int failed = 0;
 #pragma omp parallel num_threads(threads_for(sequences * length * channels, threads))
@@ -146,21 +146,21 @@ int select_rows(
     }
     const Rows job{x, index, nullptr, nullptr, scale, shift, nullptr, out, sequences, keep, sequence_stride, row_stride,
                    int(channels), eps, Router{}};
-    return failed || normalize(level, is_bfloat16, job, threads);
+    return failed || normalize(isa, is_bfloat16, job, threads);
 }
 
-// rest [sequences, length, channels] with the given strides: at index [sequences, kept], or at all rows, x + gamma * update,
+// base [sequences, length, channels] with the given strides: at index [sequences, kept], or at all rows, x + gamma * update,
 // both [sequences, kept, channels].
 void scatter_rows(
-    int level, int is_bfloat16, void *rest, const int64_t *index, const void *x, const void *update, const float *gamma,
+    int isa, int is_bfloat16, void *base, const int64_t *index, const void *x, const void *update, const float *gamma,
     int64_t sequences, int64_t kept, int64_t channels, int64_t sequence_stride, int64_t row_stride, int threads) {
     const int64_t bytes = is_bfloat16 ? 2 : 4;
 #pragma omp parallel for num_threads(threads_for(sequences * kept * channels, threads))
     for (int64_t i = 0; i < sequences * kept; ++i) {
         const int64_t sequence = i / kept, from = i * channels * bytes;
         const int64_t to = sequence * sequence_stride + (index ? index[i] : i % kept) * row_stride;
-        LEVELS[level].add[is_bfloat16](
-            (char *)rest + to * bytes, (const char *)x + from, (const char *)update + from, gamma + sequence * channels,
+        ISAS[isa].add[is_bfloat16](
+            (char *)base + to * bytes, (const char *)x + from, (const char *)update + from, gamma + sequence * channels,
             int(channels));
     }
 }

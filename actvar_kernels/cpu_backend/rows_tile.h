@@ -1,4 +1,4 @@
-// Steps over rows of channels for one instruction set, included by levels.h behind vectors.h.
+// Steps over rows of channels for one instruction set, included by isa.h behind vectors.h.
 
 namespace NAMESPACE {
 

@@ -1,4 +1,4 @@
-// Vectors and register tiles for one instruction set. Included once per set by levels.h, which defines NAMESPACE, LANES
+// Vectors and register tiles for one instruction set. Included once per set by isa.h, which defines NAMESPACE, LANES
 // (floats of a vector), VECTORS (vectors of a full panel), ROWS (rows of a register tile) and DOT (1: products of bfloat16
 // pairs). Nothing from the standard library's templates may be used here: they would be compiled for this set for everyone.
 

@@ -21,21 +21,21 @@ constexpr int FEW = 64;  // tokens up to which threads share columns
 }  // namespace
 
 #define KERNEL "../expert_ffn/cpu_tile.h"
-#include "../cpu_backend/levels.h"
+#include "../cpu_backend/isa.h"
 
 namespace {
 
-struct Level {
+struct Isa {
     size_t (*scratch_bytes[2])(const Job &, int, int);  // float32, bfloat16
     void (*runs[2])(const Job &, int, int, char *);
     void (*runs_few[2])(const Job &, char *, int);
 };
 
-#define LEVEL_OF(level)                                          \
-    {{level::scratch_bytes<float>, level::scratch_bytes<bfloat16>}, \
-     {level::run<float>, level::run<bfloat16>},                  \
-     {level::run_few<float>, level::run_few<bfloat16>}},
-const Level LEVELS[] = {FOR_EVERY_LEVEL(LEVEL_OF)};
+#define ISA_OF(isa)                                             \
+    {{isa::scratch_bytes<float>, isa::scratch_bytes<bfloat16>}, \
+     {isa::run<float>, isa::run<bfloat16>},                     \
+     {isa::run_few<float>, isa::run_few<bfloat16>}},
+const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
 constexpr int MOST = 192;  // tokens that go over a panel of weights while it is in the cache
 
@@ -44,12 +44,12 @@ char *allocated(size_t bytes) { return (char *)aligned_alloc(64, (bytes + 63) / 
 }  // namespace
 
 // 0, or 1 when memory ran out.
-extern "C" int expert_ffn(int level, int is_bfloat16, const void *u, const void *mask, const void *weight1,
+extern "C" int expert_ffn(int isa, int is_bfloat16, const void *u, const void *mask, const void *weight1,
                           const void *bias1, const void *weight2, const void *bias2, void *out, int tokens,
                           int channels, int experts, int width, int threads) {
     const Job job = {u,   (const uint8_t *)mask, weight1, weight2,  (const float *)bias1, (const float *)bias2,
                      out, tokens,                channels, experts, width};
-    const Level &l = LEVELS[level];
+    const Isa &l = ISAS[isa];
     if (tokens <= FEW) {
         char *scratch = allocated(l.scratch_bytes[is_bfloat16](job, tokens, experts) + 4 * (size_t)experts);
         if (scratch == nullptr) return 1;

@@ -1,4 +1,4 @@
-"""The expert FFN in C++, its weights packed once per layer."""
+"""Run the expert FFN in C++, on weights that are packed once per layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from actvar_kernels.cpu_backend.packing import packed
 
 
 class Packed(NamedTuple):
-    """Weights of one FFN as `cpu_expert_ffn.cpp` reads them; the biases are float32."""
+    """Name the weights of one FFN as `cpu_expert_ffn.cpp` reads them; the biases are float32."""
 
     weight1: torch.Tensor
     bias1: torch.Tensor
@@ -28,28 +28,30 @@ def expert_ffn(
     fc1_bias: torch.Tensor,
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
-    level: int | None = None,
+    isa: int | None = None,
 ) -> torch.Tensor:
-    """As `reference.expert_ffn`, with sums in float32.
+    """Return what `reference.expert_ffn` does, with sums in float32.
 
     Args:
-        u: `[..., C]` float32 or bfloat16, C even; weights of another type are converted when they are packed.
-        mask: bool.
-        level: instruction set; None: the highest.
+        u: `[..., C]` float32 or bfloat16, C even.
+        mask: `[..., N]` bool.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`, floating-point; another dtype than
+            u's is converted when the weights are packed.
+        isa: instruction set; None: the highest.
 
     Raises:
         ValueError: sizes that the kernel cannot count.
         MemoryError: there is none left for the intermediate results.
     """
-    level = cpu.best_level() if level is None else level
+    isa = cpu.best_isa() if isa is None else isa
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     C, experts = u.shape[-1], mask.shape[-1]
-    copies = packed(weights, (experts, u.dtype, level), lambda: pack(*weights, experts, u.dtype, cpu.layout_of(level)))
+    copies = packed(weights, (experts, u.dtype, isa), lambda: pack(*weights, experts, u.dtype, cpu.layout_of(isa)))
     u, mask = u.contiguous(), mask.contiguous()
     out = torch.empty_like(u)
     sizes = cpu.checked_sizes(u.numel() // C, C, experts, fc1_weight.shape[0] // experts)
     pointers = [tensor.data_ptr() for tensor in (u, mask, *copies, out)]
-    if _library().expert_ffn(level, u.dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads()):
+    if _library().expert_ffn(isa, u.dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads()):
         raise MemoryError(f"expert_ffn: no memory for {sizes[0]} tokens of width {C}")
     return out
 
@@ -71,7 +73,14 @@ def pack(
     dtype: torch.dtype,
     layout: cpu.Layout,
 ) -> Packed:
-    """Per expert, input rows by output columns, as `cpu.panels`."""
+    """Return the weights in panels, for each expert its input rows by its output columns.
+
+    Args:
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`, floating-point.
+        experts: number N of experts, which divides D.
+        dtype: float32 or bfloat16, in which the products run.
+        layout: how weights are packed.
+    """
     up = fc1_weight.to(dtype).unflatten(0, (experts, -1)).transpose(1, 2)  # [N, C, width]
     down = fc2_weight.to(dtype).unflatten(1, (experts, -1)).permute(1, 2, 0)  # [N, width, C]
     bias1 = fc1_bias.float().view(experts, -1)

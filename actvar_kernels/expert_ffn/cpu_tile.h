@@ -1,4 +1,4 @@
-// The expert FFN for one instruction set, included by ../cpu_backend/levels.h behind ../cpu_backend/vectors.h.
+// The expert FFN for one instruction set, included by ../cpu_backend/isa.h behind ../cpu_backend/vectors.h.
 
 namespace NAMESPACE {
 

@@ -1,30 +1,25 @@
-"""The FFN as experts: hidden units cut into equal groups, of which each token uses a few."""
+"""Run the FFN as experts: hidden units cut into equal groups, of which each token uses a few."""
 
 from __future__ import annotations
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels.backend import (
-    MOST_SEQUENCES,
-    backend_of,
-    kernel_backends,
-    needs_operator,
-    needs_torch,
-    wants_gradient,
-)
+from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, in_kernel_dtypes
 from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape, expect_tensor
 from actvar_kernels.constants import MAX_EXPERTS
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.expert_ffn import cpu_kernel, reference
+from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm.reference import Residual
-from actvar_kernels.scatter.op import scatter_rows
+from actvar_kernels.scatter.op import scatter_checked
+from actvar_kernels.situation import wants_gradient
 
-SCHEDULES = ("auto", "dense", "tile_list", "snap")
+SCHEDULES = ("auto", "dense", "tile_list")
 
 _MOST_TOKENS = 64 * MOST_SEQUENCES
-"""Of the Triton backend: the smallest tiles have 64."""
+"""Tokens that the Triton kernels take, whose smallest tiles have 64."""
 _LIMITS = f"float32, float16 and bfloat16, a bool mask of up to {MAX_EXPERTS} experts, {_MOST_TOKENS} tokens"
 
 
@@ -37,40 +32,33 @@ def expert_ffn(
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
 ) -> torch.Tensor:
-    """Sum of the chosen experts' outputs (Eq. 4): `fc2_bias + sum_e mask_e gelu_tanh(u W1_e^T + b1_e) W2_e^T`.
+    """Return the sum of the chosen experts' outputs: `fc2_bias + sum_e mask_e gelu_tanh(u W1_e^T + b1_e) W2_e^T`.
 
-    Expert e owns the e-th of N equal groups of the D hidden units. With every expert on it is the dense FFN.
+    This is Eq. 4 of the paper. Expert e owns the e-th of N equal groups of the D hidden units. With every expert on,
+    the result is that of the dense FFN.
+
+    Triton takes three launches, for float32, float16 and bfloat16, bool masks and up to 32 experts. On the CPU a C++
+    kernel runs the chosen experts only, for float32 and bfloat16, bool masks and even C. C++ keeps a packed copy of the
+    weights, which is made anew when their versions, addresses or dtypes change. PyTorch does not count changes through
+    `.data` and by fused optimizers: after these call `actvar.refresh` on the module of the weights.
 
     Args:
-        u: `[..., C]`.
-        mask: `[..., N]`: bool, or float gates that multiply the experts' outputs (training).
-        active: experts that are on per token; what the FLOP count of a call is based on.
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`.
+        u: `[..., C]`, floating-point.
+        mask: `[..., N]`: bool, or floating-point gates that multiply the experts' outputs (training).
+        active: number of experts that are on for a token, 1 ... N; the FLOP count of a call is based on it.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`, in u's dtype, or in any under
+            autocast.
 
-    On Triton it is three launches, for float32, float16 and bfloat16, bool masks and up to 32 experts. On the CPU a C++
-    kernel runs the chosen experts only, for float32 and bfloat16, bool masks and even C. It keeps a packed copy of the
-    weights, which is made anew when their versions, addresses or dtypes change; after changes that PyTorch does not
-    count (through `.data`, by fused optimizers) call `actvar.refresh` on their module.
+    Returns:
+        `[..., C]` in u's dtype, or in that of autocast.
 
     Raises:
         ValueError: shapes or devices that do not fit, or N that does not divide D.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    active = _expect_ffn(u, mask, active, *weights)
-    return _ffn(_backend("expert_ffn", u, mask, *weights), u, mask, active, *weights)
-
-
-def _ffn(backend, u, mask, active, *weights) -> torch.Tensor:
-    if backend == "reference" and (wants_gradient(u, mask, *weights) or needs_torch(u, mask, *weights)):
-        return reference.expert_ffn(u, mask, *weights)
-    if backend == "triton" or torch.compiler.is_compiling():
-        u, *weights = _as_autocast(u, *weights)
-    elif backend == "cpu":
-        (u,) = _as_autocast(u)  # the kernel converts weights when it packs them
-    if backend == "reference" or needs_operator(u, *weights):
-        return torch.ops.actvar_kernels.expert_ffn(u, mask, active, *weights)
-    return _run_ffn(backend, u, mask, active, *weights)
+    weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    active = _expect_ffn(u, mask, active, weights)
+    return _ffn(_choose("expert_ffn", u, mask, weights), u, mask, active, weights)
 
 
 def expert_ffn_scatter(
@@ -87,22 +75,28 @@ def expert_ffn_scatter(
     gamma: torch.Tensor,
     schedule: str = "auto",
 ) -> torch.Tensor:
-    """`expert_ffn` with its residual: `rest` with `rest[r, index[r, j]] = rows[r, j] + gamma[r] * expert_ffn(u)[r, j]`.
+    """Return `rest` after `rest[r, index[r, j]] = rows[r, j] + gamma[r] * expert_ffn(u)[r, j]`.
+
+    Triton takes three launches. There, and in C++, without gradients `rest` is written to and returned.
 
     Args:
-        rest, index: as in `scatter_rows`; both None when every row was kept: the result is `[R, K, C]`.
-        rows: the kept rows before the FFN, `[R, K, C]`, or what they are the sum of: `add_normalize_route(...,
-            deferred=True).rows`, whose x may be `rest`.
-        u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias: as in `expert_ffn`, `[R, K, ...]`.
-        gamma: AdaLN gate of the branch, `[R, 1, C]`.
-        schedule: one of `SCHEDULES`, for the Triton backend. `"dense"` runs every expert and masks, `"tile_list"` skips
-            experts that no row of a tile of sorted tokens wants; both are equal but for rounding. `"auto"` takes what
-            a table of `actvar_kernels.tools.tune` says, without one `"dense"`, which an H100 was faster with at every
-            size.
-            `"snap"` changes results: every 4096 tokens are sorted by their experts, and every tile of 128 runs the
-            `active` experts that most of its rows want (`reference.snapped`, for at most 32 experts).
+        rest: `[R, L, C]`, the tokens that keep their value; None without an index.
+        index: `[R, K]` int64 without repeats, where the rows belong; None when every row was kept: the result is
+            `[R, K, C]`.
+        rows: `[R, K, C]`, the kept rows before the FFN, or a `Residual` that gives them. A residual is what
+            `add_normalize_route(..., deferred=True).rows` is; its x may be `rest`.
+        u: `[R, K, C]`, the input of the FFN.
+        mask: `[R, K, N]`, as in `expert_ffn`.
+        active: number of experts that are on for a token, as in `expert_ffn`.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: the weights, as in `expert_ffn`.
+        gamma: `[R, 1, C]`, the gate of the branch by AdaLN.
+        schedule: one of `SCHEDULES`, for the Triton backend. `"dense"` runs every expert and masks. `"tile_list"` skips
+            experts that no row of a tile of sorted tokens wants. Both give results that are equal but for rounding.
+            `"auto"` takes what a table of `actvar_kernels.tools.tune` says. Without a table it takes `"dense"`, which
+            was faster on an H100 at every size.
 
-    On Triton it is three launches, and `rest` is written to and returned, as on the CPU in C++.
+    Returns:
+        `[R, L, C]` in the dtype of `rest`; without an index `[R, K, C]`.
 
     Raises:
         TypeError: an index that is not int64.
@@ -110,114 +104,138 @@ def expert_ffn_scatter(
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    active = _expect_ffn(u, mask, active, *weights)
-    expect_shape("u", u, (None, None, None))
-    R, K, C = u.shape
-    x, update, gate = rows if isinstance(rows, Residual) else (rows, None, None)
-    if update is None:
-        expect_shape("rows", x, (R, K, C))
-        parts = (x, gamma)
-    else:
-        expect_shape("rows.x", x, (R, K if index is None else None, C))
-        expect_shape("rows.update", update, (R, K, C))
-        expect_shape("rows.gamma", gate, (R, 1, C))
-        parts = (x, update, gate, gamma)
-    expect_shape("gamma", gamma, (R, 1, C))
-    if index is not None:
-        expect_index(index, (R, K))
-        expect_shape("rest", rest, (R, None, C))
-        parts = (rest, *parts)
-    expect_one_device(u, index, *parts)
-    backend = _backend("expert_ffn_scatter", u, mask, *weights, *parts)
-    if backend != "triton" or wants_gradient(u, *weights, *parts):  # what writes in place has no gradient
-        rows = x if update is None else rows.rows(index)
-        if backend == "cpu" and schedule != "snap":
-            return scatter_rows(rest, index, rows, _ffn(backend, u, mask, active, *weights), gamma)
-        return _by_parts(rest, index, rows, u, mask, active, *weights, gamma, schedule)
+        hint = "; it was removed, use 'dense' or 'tile_list'" if schedule == "snap" else ""
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}{hint}")
+    weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    active = _expect_ffn(u, mask, active, weights)
+    parts = _expect_rows(rest, index, rows, u, gamma)
+    backend = _choose("expert_ffn_scatter", u, mask, weights, *parts)
+    if backend.name != "triton" or wants_gradient(u, *weights, *parts):  # what writes in place has no gradient
+        rows = rows.rows(index) if isinstance(rows, Residual) else rows
+        return scatter_checked(rest, index, rows, _ffn(backend, u, mask, active, weights), gamma)
     u, *weights = _as_autocast(u, *weights)
+    x, update, gate = rows if isinstance(rows, Residual) else (rows, None, None)
     if index is not None:
         out = rest if rest.stride(2) == 1 else rest.contiguous()
     else:
         dtype = torch.promote_types(x.dtype, torch.promote_types(gamma.dtype, u.dtype))
-        out = x.new_empty(R, K, C, dtype=dtype)
-    run = torch.ops.actvar_kernels.expert_ffn_scatter if needs_operator(out) else _run_scatter
-    run(out, index, x, update, gate, u, mask, active, *weights, gamma, schedule)
+        out = x.new_empty(u.shape, dtype=dtype)
+    if backend.recorded:
+        operator = torch.ops.actvar_kernels.expert_ffn_scatter
+        operator(out, index, x, update, gate, u, mask, active, *weights, gamma, schedule)
+    else:
+        _scatter_on_triton(out, index, rows, u, mask, FFNWeights(*weights), gamma, schedule)
     return out
 
 
-def _by_parts(
-    rest, index, rows, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule
-) -> torch.Tensor:
-    if schedule == "snap":
-        mask = reference.snapped(mask, active)
-    update = expert_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return scatter_rows(rest, index, rows, update, gamma)
-
-
-def _expect_ffn(u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> int:
+def _expect_ffn(u: torch.Tensor, mask: torch.Tensor, active: int, weights: FFNWeights) -> int:
+    """Return `active` as an int; raise unless the arguments of an FFN fit each other."""
     expect_tensor("u", u)
-    expect_shape("fc1_weight", fc1_weight, (None, None))
-    D, C = fc1_weight.shape
+    expect_shape("fc1_weight", weights.fc1_weight, (None, None))
+    D, C = weights.fc1_weight.shape
     expect_shape("u", u, (*u.shape[:-1], C))
-    expect_shape("fc1_bias", fc1_bias, (D,))
-    expect_shape("fc2_weight", fc2_weight, (C, D))
-    expect_shape("fc2_bias", fc2_bias, (C,))
+    expect_shape("fc1_bias", weights.fc1_bias, (D,))
+    expect_shape("fc2_weight", weights.fc2_weight, (C, D))
+    expect_shape("fc2_bias", weights.fc2_bias, (C,))
     expect_shape("mask", mask, (*u.shape[:-1], None))
     if D % mask.shape[-1]:
         raise ValueError(f"mask: expected a number of experts that divides the hidden size {D}, got {mask.shape[-1]}")
-    expect_one_device(u, mask, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    expect_one_device(u, mask, *weights)
     return expect_count("active", active, mask.shape[-1])
 
 
-def _backend(operation: str, u: torch.Tensor, mask: torch.Tensor, *others: torch.Tensor) -> str:
-    experts = mask.shape[-1]
-    fits = mask.dtype == torch.bool and experts <= MAX_EXPERTS and mask.numel() <= experts * _MOST_TOKENS
-    supported = kernel_backends(u, *others, fits=fits)
+def _expect_rows(base, index, rows, u, gamma) -> tuple[torch.Tensor, ...]:
+    """Return the floating-point tensors beside those of the FFN; raise unless they fit `u`."""
+    expect_shape("u", u, (None, None, None))
+    R, K, C = u.shape
+    if isinstance(rows, Residual):
+        expect_shape("rows.x", rows.x, (R, K if index is None else None, C))
+        expect_shape("rows.update", rows.update, (R, K, C))
+        expect_shape("rows.gamma", rows.gamma, (R, 1, C))
+        parts = (*rows, gamma)
+    else:
+        expect_shape("rows", rows, (R, K, C))
+        parts = (rows, gamma)
+    expect_shape("gamma", gamma, (R, 1, C))
+    if index is not None:
+        expect_index(index, (R, K))
+        expect_shape("rest", base, (R, None, C))
+        parts = (base, *parts)
+    expect_one_device(u, index, *parts)
+    return parts
+
+
+def _choose(
+    operation: str, u: torch.Tensor, mask: torch.Tensor, weights: FFNWeights, *parts: torch.Tensor | None
+) -> Backend:
+    """Return the backend of a call with these tensors."""
+
+    def takes_triton() -> bool:
+        experts = mask.shape[-1]
+        fits = mask.dtype == torch.bool and experts <= MAX_EXPERTS and mask.numel() <= experts * _MOST_TOKENS
+        return fits and in_kernel_dtypes(u, *weights, *parts)
 
     def why_not_in_cpp() -> str | None:
-        dtype, weights_dtype = cpu.computed_dtype(u), others[0].dtype
-        same = torch.is_autocast_enabled("cpu") or weights_dtype == dtype
+        dtype, weights_dtype = cpu.computed_dtype(u), weights.fc1_weight.dtype
+        same = weights_dtype == dtype or torch.is_autocast_enabled("cpu")
         if dtype not in cpu.DTYPES or not same or mask.dtype != torch.bool or u.shape[-1] % 2:
             found = f"{dtype}, weights in {weights_dtype}, a mask in {mask.dtype} and width {u.shape[-1]}"
             return f"it takes float32 and bfloat16, weights alike, a bool mask and an even width, got {found}"
         return cpu.why_not()
 
-    return backend_of(operation, u, mask, *others, supported=supported, limits=_LIMITS, why_not_in_cpp=why_not_in_cpp)
+    return choose(
+        operation,
+        u,
+        mask,
+        *weights,
+        *parts,
+        takes_triton=takes_triton,
+        limits=_LIMITS,
+        why_not_in_cpp=why_not_in_cpp,
+    )
 
 
 def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """What autocast does to the operands of a linear layer; neither the compiler nor a kernel sees autocast."""
+    """Return `tensors` in the dtype of autocast, if it is on; neither the compiler nor a kernel sees autocast."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
-def _run_ffn(backend, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> torch.Tensor:
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if backend == "reference":
+def _ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, active: int, weights: FFNWeights) -> torch.Tensor:
+    """Run the FFN directly or by its operator.
+
+    The operator is called for the reference too. It counts the FLOPs of the chosen experts alone, and in a compiled
+    graph it may run in C++. Gradients of the reference are those of PyTorch.
+    """
+    if backend.name == "reference" and (not backend.recorded or wants_gradient(u, mask, *weights)):
         return reference.expert_ffn(u, mask, *weights)
-    if backend == "cpu":
+    if backend.name == "triton" or torch.compiler.is_compiling():
+        u, *weights = _as_autocast(u, *weights)
+    elif backend.name == "cpu":
+        (u,) = _as_autocast(u)  # the kernel converts weights when it packs them
+    if backend.recorded:
+        return torch.ops.actvar_kernels.expert_ffn(u, mask, active, *weights)
+    return _run_ffn(backend, u, mask, FFNWeights(*weights))
+
+
+def _run_ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, weights: FFNWeights) -> torch.Tensor:
+    """Run the FFN on a backend."""
+    if backend.name == "reference":
+        return reference.expert_ffn(u, mask, *weights)
+    if backend.name == "cpu":
         return cpu_kernel.expert_ffn(u, mask, *weights)
     from actvar_kernels.expert_ffn import triton_kernel
 
-    return triton_kernel.expert_ffn(u, mask, active, *weights)
+    return triton_kernel.expert_ffn(u, mask, weights)
 
 
-def _run_scatter(
-    out, index, rows, update, gate, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule
-) -> None:
-    arguments = (u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, schedule)
-    tensors = (fc1_weight, fc1_bias, fc2_weight, fc2_bias, out, rows, gamma)
-    if _backend("expert_ffn_scatter", u, mask, *tensors) != "triton":
-        rows = rows if update is None else Residual(rows, update, gate).rows(index)
-        out.copy_(_by_parts(out, index, rows, *arguments))
-    else:
-        from actvar_kernels.expert_ffn import triton_kernel
+def _scatter_on_triton(out, index, rows, u, mask, weights, gamma, schedule) -> None:
+    """Run `expert_ffn_scatter` into `out` on Triton."""
+    from actvar_kernels.expert_ffn import triton_kernel
 
-        triton_kernel.expert_ffn_scatter(out, index, rows, update, gate, *arguments)
+    triton_kernel.expert_ffn_scatter(out, index, rows, u, mask, weights, gamma, schedule)
 
 
 @torch.library.custom_op("actvar_kernels::expert_ffn", mutates_args=())
@@ -230,8 +248,8 @@ def _expert_ffn(
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
 ) -> torch.Tensor:
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return _run_ffn(_backend("expert_ffn", u, mask, *weights), u, mask, active, *weights)
+    weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    return _run_ffn(_choose("expert_ffn", u, mask, weights), u, mask, weights)
 
 
 @_expert_ffn.register_fake
@@ -259,9 +277,15 @@ def _expert_ffn_scatter(
     gamma: torch.Tensor,
     schedule: str,
 ) -> None:
-    """With `update` and `gate` the rows are x, and these three a `Residual`."""
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    _run_scatter(out, index, rows, update, gate, u, mask, active, *weights, gamma, schedule)
+    """Run `expert_ffn_scatter` into `out`; with `update` and `gate` the rows are x, and these three a `Residual`."""
+    weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    rows = rows if update is None else Residual(rows, update, gate)
+    backend = _choose("expert_ffn_scatter", u, mask, weights, *_expect_rows(out, index, rows, u, gamma))
+    if backend.name == "triton":
+        _scatter_on_triton(out, index, rows, u, mask, weights, gamma, schedule)
+        return
+    rows = rows.rows(index) if isinstance(rows, Residual) else rows
+    out.copy_(scatter_checked(out, index, rows, _run_ffn(backend, u, mask, weights), gamma))
 
 
 @_expert_ffn_scatter.register_fake
@@ -270,7 +294,7 @@ def _(*_):
 
 
 def expert_ffn_flops(u_shape, mask_shape, active, fc1_shape, *_shapes, **_kwargs) -> int:
-    """FLOPs of one `expert_ffn` call, 2 a multiply-add: only the chosen experts' rows and columns count."""
+    """Return the FLOPs of one `expert_ffn` call, 2 a multiply-add: only rows and columns of chosen experts count."""
     tokens = 1
     for size in u_shape[:-1]:
         tokens *= size
@@ -279,7 +303,7 @@ def expert_ffn_flops(u_shape, mask_shape, active, fc1_shape, *_shapes, **_kwargs
 
 
 def expert_ffn_scatter_flops(_out_shape, _index_shape, _rows_shape, _update_shape, _gate_shape, *ffn, **_kwargs) -> int:
-    """FLOPs of one `expert_ffn_scatter` operator: those of its `expert_ffn`."""
+    """Return the FLOPs of one `expert_ffn_scatter` operator: those of its `expert_ffn`."""
     return expert_ffn_flops(*ffn)
 
 

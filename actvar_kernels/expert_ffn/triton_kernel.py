@@ -1,12 +1,8 @@
-"""The expert FFN as three launches: the hidden units `[T, D]`, zero where a token did not choose the expert, and from
-them the output with its residual.
+"""Run the expert FFN in three launches.
 
-Tile lists: the tokens are sorted by their experts; `up` writes the hidden units in sorted order and leaves out every
-(tile of rows, expert) block that no row of the tile wants; `down` walks the experts that the tile did run. The order of
-a sum does not depend on the sort.
-
-`"dense"`: the hidden units are a matrix product of PyTorch's, faster than `up` with all its blocks, and one launch
-writes the zeros; `down` walks all experts.
+Two launches make the hidden units `[T, D]`, which are 0 where a token did not choose the expert. The third makes the
+output with its residual. There are two schedules, see `docs/kernels/expert_ffn.md`: `"tile_list"` skips experts that no
+row of a tile of sorted tokens wants, `"dense"` runs all of them.
 """
 
 from __future__ import annotations
@@ -16,68 +12,73 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from actvar_kernels import tiles
-from actvar_kernels.expert_ffn.reference import SNAP_SEGMENT, SNAP_TILE
+from actvar_kernels.expert_ffn.triton_dense import chosen_hidden
 from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
-from actvar_kernels.linear.op import gelu_linear
-from actvar_kernels.tuning_table import tuned_expert_ffn
+from actvar_kernels.expert_ffn.triton_tiles import add_product, load_columns, row_pointers
+from actvar_kernels.expert_ffn.weights import FFNWeights
+from actvar_kernels.residual_norm.reference import Residual
+from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.tuning_table import tuned_expert_ffn
 
-_SNAP_TILE = tl.constexpr(SNAP_TILE)
 
+def expert_ffn(u: torch.Tensor, mask: torch.Tensor, weights: FFNWeights) -> torch.Tensor:
+    """Return what `reference.expert_ffn` does.
 
-def expert_ffn(
-    u: torch.Tensor,
-    mask: torch.Tensor,
-    active: int,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
-) -> torch.Tensor:
-    """As `reference.expert_ffn`, for bool masks of at most 32 experts; weights in u's dtype."""
+    Args:
+        u: `[..., C]`, float32, float16 or bfloat16.
+        mask: `[..., N]` bool, N <= 32.
+        weights: in u's dtype.
+    """
     out = u.new_empty(u.shape)
     one, u, mask = (t.reshape(1, -1, t.shape[-1]) for t in (out, u, mask))
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    _launch(one, None, None, None, None, None, u, mask, active, *weights, "auto")
+    _launch(one, None, None, u, mask, weights, None, "auto")
     return out
 
 
 def expert_ffn_scatter(
     out: torch.Tensor,
     index: torch.Tensor | None,
-    rows: torch.Tensor,
-    update: torch.Tensor | None,
-    gate: torch.Tensor | None,
+    rows: torch.Tensor | Residual,
     u: torch.Tensor,
     mask: torch.Tensor,
-    active: int,
-    fc1_weight: torch.Tensor,
-    fc1_bias: torch.Tensor,
-    fc2_weight: torch.Tensor,
-    fc2_bias: torch.Tensor,
+    weights: FFNWeights,
     gamma: torch.Tensor,
     schedule: str,
 ) -> None:
-    """Write `rows + gamma * expert_ffn(u)` to `out[r, index[r, j]]`, or to `out[r, j]` without an index. With an
-    update `rows` is x, which may be `out`: the rows are those of x at the index, `+ gate * update`, in x's dtype.
+    """Write `rows + gamma * expert_ffn(u)` to `out[r, index[r, j]]`, or to `out[r, j]` without an index.
 
     Args:
-        out: `[R, L, C]`, any strides with contiguous channels; rows that the index does not name are left alone.
-        index, rows, u, mask, active, gamma, schedule: as in `op.expert_ffn_scatter`; u and the weights in one dtype.
+        out: `[R, L, C]`, floating-point, any strides with contiguous channels; rows that the index does not name are
+            left alone.
+        index: `[R, K]` int64, or None.
+        rows: `[R, K, C]`, floating-point; or the `Residual` that gives them, whose x may be `out`.
+        u: `[R, K, C]`, float32, float16 or bfloat16.
+        mask: `[R, K, N]` bool, N <= 32.
+        weights: in u's dtype.
+        gamma: `[R, 1, C]`, floating-point.
+        schedule: as in `op.expert_ffn_scatter`.
     """
     index = None if index is None else index.contiguous()
-    update = None if update is None else update.contiguous()
-    rows, gamma, gate = (t if t is None or t.stride(2) == 1 else t.contiguous() for t in (rows, gamma, gate))
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    _launch(out, index, rows, update, gate, gamma, u, mask, active, *weights, schedule)
+    _launch(out, index, rows, u, mask, weights, gamma, schedule)
 
 
 def _launch(
-    out, index, rows, update, gate, gamma, u, mask, active, fc1_weight, fc1_bias, fc2_weight, fc2_bias, schedule
+    out: torch.Tensor,
+    index: torch.Tensor | None,
+    rows: torch.Tensor | Residual | None,
+    u: torch.Tensor,
+    mask: torch.Tensor,
+    weights: FFNWeights,
+    gamma: torch.Tensor | None,
+    schedule: str,
 ) -> None:
-    """The launches; `rows` and `gamma` None: no residual."""
+    """Launch the kernels; without `rows` and `gamma` there is no residual."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     if not fc1_weight.dtype == fc2_weight.dtype == u.dtype:
         raise TypeError(f"fc1_weight, fc2_weight: expected u's {u.dtype}, got {fc1_weight.dtype}, {fc2_weight.dtype}")
+    rows, update, gate = rows if isinstance(rows, Residual) else (rows, None, None)
+    update = None if update is None else update.contiguous()
+    rows, gamma, gate = (t if t is None or t.stride(2) == 1 else t.contiguous() for t in (rows, gamma, gate))
     R, tokens, C = u.shape
     u, mask = u.reshape(-1, C).contiguous(), mask.reshape(R * tokens, -1).contiguous().view(torch.uint8)
     fc1_weight, fc2_weight = fc1_weight.contiguous(), fc2_weight.contiguous()
@@ -92,12 +93,13 @@ def _launch(
     up, down = tile.up, tile.down
     if schedule == "dense":
         order = choice = None
-        hidden = _chosen_hidden(u, mask, fc1_weight, fc1_bias)
+        hidden = chosen_hidden(u, mask, fc1_weight, fc1_bias)
     else:
-        order, choice = sort_by_experts(mask, SNAP_SEGMENT if schedule == "snap" else None)
+        order, choice = sort_by_experts(mask)
         hidden = u.new_empty(T, D)
 
     def matrix(tensor: torch.Tensor, *block: int) -> torch.Tensor | TensorDescriptor | None:
+        """Return what the kernels read tiles of a matrix by; None for tiles without columns."""
         if 0 in block:
             return None
         return TensorDescriptor.from_tensor(tensor, list(block)) if tile.descriptors else tensor
@@ -106,7 +108,6 @@ def _launch(
         C=C,
         WIDTH=D // N,
         EXPERTS=N,
-        ACTIVE=active if schedule == "snap" else None,
         DESCRIPTORS=tile.descriptors,
         BLOCK_T=tile.rows,
     )
@@ -159,48 +160,13 @@ def _launch(
     )
 
 
-def _chosen_hidden(u: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`gelu_tanh(u weight^T + bias)` `[T, D]`, zero where `mask` `[T, N]` is."""
-    hidden = gelu_linear(u, weight, bias)
-    (T, N), D = mask.shape, weight.shape[0]
-    rows = 16
-    _zero_unchosen[(N, triton.cdiv(T, rows))](
-        hidden,
-        mask,
-        T,
-        WIDTH=D // N,
-        BLOCK_H=triton.next_power_of_2(D // N),
-        EXPERTS=N,
-        ROWS=rows,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    return hidden
-
-
 def _aligned(tensor: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can be made of a matrix: its rows begin at multiples of 16 bytes."""
+    """Return whether a tensor descriptor can be made of a matrix.
+
+    Its rows must begin at multiples of 16 bytes.
+    """
     size = tensor.element_size()
     return tensor.storage_offset() * size % 16 == 0 and tensor.stride(0) * size % 16 == 0
-
-
-@triton.jit(do_not_specialize=["T"])
-def _zero_unchosen(
-    h_ptr,
-    mask_ptr,
-    T,
-    WIDTH: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Zeros into one expert's hidden units of those of some rows that did not choose it."""
-    expert = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    unit = tl.arange(0, BLOCK_H)
-    off = tl.load(mask_ptr + row * EXPERTS + expert, mask=row < T, other=1) == 0
-    target = _rows(h_ptr + expert * WIDTH, row, EXPERTS * WIDTH, BLOCK_H)
-    tl.store(target, tl.zeros((ROWS, BLOCK_H), h_ptr.dtype.element_ty), mask=off[:, None] & (unit < WIDTH)[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -217,91 +183,57 @@ def _up(
     C: tl.constexpr,
     WIDTH: tl.constexpr,
     EXPERTS: tl.constexpr,
-    ACTIVE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     TAIL_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One tile of rows and `BLOCK_H + TAIL_H` hidden units of one expert; neighbouring programs share the rows."""
+    """Compute `BLOCK_H + TAIL_H` hidden units of one expert for one tile of rows.
+
+    Neighbouring programs share the rows.
+    """
     per_expert: tl.constexpr = (WIDTH + BLOCK_H + TAIL_H - 1) // (BLOCK_H + TAIL_H)
     expert = tl.program_id(0) // per_expert
     unit = tl.program_id(0) % per_expert * (BLOCK_H + TAIL_H)
     first = tl.program_id(1) * BLOCK_T
     row = first + tl.arange(0, BLOCK_T)
-    if (_tile_experts(choice_ptr, first, T, ACTIVE, BLOCK_T) >> expert) & 1 != 0:
-        u_rows = _rows(u_ptr, tl.load(order_ptr + row, mask=row < T, other=0), C, BLOCK_C)
+    if (_tile_experts(choice_ptr, first, T, BLOCK_T) >> expert) & 1 != 0:
+        u_rows = row_pointers(u_ptr, tl.load(order_ptr + row, mask=row < T, other=0), C, BLOCK_C)
         if not DESCRIPTORS:
-            w1_rows = _rows(w1_ptr, expert * WIDTH + tl.minimum(unit + tl.arange(0, BLOCK_H), WIDTH - 1), C, BLOCK_C)
+            w1_rows = row_pointers(
+                w1_ptr, expert * WIDTH + tl.minimum(unit + tl.arange(0, BLOCK_H), WIDTH - 1), C, BLOCK_C
+            )
             if TAIL_H:
                 tail_unit = unit + BLOCK_H + tl.arange(0, TAIL_H)
-                w1_tail_rows = _rows(w1_tail_ptr, expert * WIDTH + tl.minimum(tail_unit, WIDTH - 1), C, BLOCK_C)
+                w1_tail_rows = row_pointers(w1_tail_ptr, expert * WIDTH + tl.minimum(tail_unit, WIDTH - 1), C, BLOCK_C)
         acc = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
         if TAIL_H:
             tail = tl.zeros((BLOCK_T, TAIL_H), tl.float32)
         for k in range(0, C, BLOCK_C):
-            u = _load(u_rows, k, C, BLOCK_C)
+            u = load_columns(u_rows, k, C, BLOCK_C)
             if DESCRIPTORS:
                 w1 = w1_ptr.load([expert * WIDTH + unit, k])
             else:
-                w1 = _load(w1_rows, k, C, BLOCK_C)
-            acc = _add_product(acc, u, w1)
+                w1 = load_columns(w1_rows, k, C, BLOCK_C)
+            acc = add_product(acc, u, w1)
             if TAIL_H:
                 if DESCRIPTORS:
                     w1_tail = w1_tail_ptr.load([expert * WIDTH + unit + BLOCK_H, k])
                 else:
-                    w1_tail = _load(w1_tail_rows, k, C, BLOCK_C)
-                tail = _add_product(tail, u, w1_tail)
-        if ACTIVE is None:
-            on = (tl.load(choice_ptr + row, mask=row < T, other=0) >> expert) & 1 != 0
-        else:
-            on = None
+                    w1_tail = load_columns(w1_tail_rows, k, C, BLOCK_C)
+                tail = add_product(tail, u, w1_tail)
+        on = (tl.load(choice_ptr + row, mask=row < T, other=0) >> expert) & 1 != 0
         _store_hidden(h_ptr, acc, b1_ptr, on, first, expert, unit, T, WIDTH, EXPERTS, DESCRIPTORS)
         if TAIL_H:
             _store_hidden(h_tail_ptr, tail, b1_ptr, on, first, expert, unit + BLOCK_H, T, WIDTH, EXPERTS, DESCRIPTORS)
 
 
 @triton.jit
-def _add_product(acc, a, b):
-    """`acc + a b^T`. In float32 the product is summed by itself first: the error grows with the number of steps, not
-    with that of the terms."""
-    if a.dtype == tl.float32:
-        return acc + tl.dot(a, b.T, input_precision="ieee")
-    else:
-        return tl.dot(a, b.T, acc, input_precision="ieee")
-
-
-@triton.jit
-def _tile_experts(choice_ptr, first, T, ACTIVE: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The experts that a tile of rows runs, as bits: those that any row wants, or the `ACTIVE` that most rows of the
-    `SNAP_TILE` around it want."""
-    if ACTIVE is None:
-        row = first + tl.arange(0, BLOCK_T)
-        return tl.reduce_or(tl.load(choice_ptr + row, mask=row < T, other=0), 0)
-    else:
-        row = first // _SNAP_TILE * _SNAP_TILE + tl.arange(0, _SNAP_TILE)
-        bits = tl.load(choice_ptr + row, mask=row < T, other=0)
-        expert = tl.arange(0, 32)
-        votes = tl.sum((bits[:, None] >> expert[None, :]) & 1, 0)
-        tie = (votes[None, :] == votes[:, None]) & (expert[None, :] < expert[:, None])
-        rank = tl.sum(((votes[None, :] > votes[:, None]) | tie).to(tl.int32), 1)
-        return tl.sum(tl.where(rank < ACTIVE, 1 << expert, 0), 0)
-
-
-@triton.jit
-def _rows(ptr, row, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to the first `BLOCK` elements of rows of a matrix."""
-    return ptr + row.to(tl.int64)[:, None] * STRIDE + tl.arange(0, BLOCK)[None, :]
-
-
-@triton.jit
-def _load(rows, k, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """`BLOCK` elements from the k-th on of rows that are `LENGTH` long, zero from there on."""
-    if LENGTH % BLOCK == 0:
-        return tl.load(rows + k)
-    else:
-        return tl.load(rows + k, mask=(k + tl.arange(0, BLOCK) < LENGTH)[None, :], other=0.0)
+def _tile_experts(choice_ptr, first, T, BLOCK_T: tl.constexpr):
+    """Return the experts that any row of a tile wants, as bits."""
+    row = first + tl.arange(0, BLOCK_T)
+    return tl.reduce_or(tl.load(choice_ptr + row, mask=row < T, other=0), 0)
 
 
 @triton.jit
@@ -318,18 +250,18 @@ def _store_hidden(
     EXPERTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
+    """Store hidden units after bias and GELU, and zeros where a row is not `on`."""
     column = unit + tl.arange(0, acc.shape[1])
     x = acc + tl.load(b1_ptr + expert * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
     # gelu_tanh(x) = x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)); rsqrt(a)^2 is 1 / a in fewer instructions
     root = tl.rsqrt(1 + tl.exp2(x * (-2.302208198144325 - 0.1029432395800235 * x * x)))
     hidden = x * root * root
-    if on is not None:
-        hidden = tl.where(on[:, None], hidden, 0.0)
+    hidden = tl.where(on[:, None], hidden, 0.0)
     if DESCRIPTORS:
         h_ptr.store([first, expert * WIDTH + unit], hidden.to(h_ptr.dtype))
     else:
         row = first + tl.arange(0, acc.shape[0])
-        h_ptrs = _rows(h_ptr + expert * WIDTH + unit, row, EXPERTS * WIDTH, acc.shape[1])
+        h_ptrs = row_pointers(h_ptr + expert * WIDTH + unit, row, EXPERTS * WIDTH, acc.shape[1])
         tl.store(h_ptrs, hidden.to(h_ptr.dtype.element_ty), mask=(row < T)[:, None] & (column < WIDTH)[None, :])
 
 
@@ -355,14 +287,13 @@ def _down(
     C: tl.constexpr,
     WIDTH: tl.constexpr,
     EXPERTS: tl.constexpr,
-    ACTIVE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One tile of rows and of output channels: a sum over the hidden units of the tile's experts."""
+    """Sum over the hidden units of a tile of rows, for some output channels, and add the residual."""
     steps: tl.constexpr = (WIDTH + BLOCK_H - 1) // BLOCK_H
     channel = tl.program_id(0) * BLOCK_C
     first = tl.program_id(1) * BLOCK_T
@@ -370,11 +301,11 @@ def _down(
     if order_ptr is None:
         experts = EXPERTS
     else:
-        live = _tile_experts(choice_ptr, first, T, ACTIVE, BLOCK_T)
+        live = _tile_experts(choice_ptr, first, T, BLOCK_T)
         experts = tl.sum((live >> tl.arange(0, 32)) & 1, 0)
     if not DESCRIPTORS:
-        h_rows = _rows(h_ptr, tl.minimum(row, T - 1), EXPERTS * WIDTH, BLOCK_H)
-        w2_rows = _rows(w2_ptr, tl.minimum(channel + tl.arange(0, BLOCK_C), C - 1), EXPERTS * WIDTH, BLOCK_H)
+        h_rows = row_pointers(h_ptr, tl.minimum(row, T - 1), EXPERTS * WIDTH, BLOCK_H)
+        w2_rows = row_pointers(w2_ptr, tl.minimum(channel + tl.arange(0, BLOCK_C), C - 1), EXPERTS * WIDTH, BLOCK_H)
 
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for i in range(0, experts * steps):
@@ -388,9 +319,9 @@ def _down(
             h = h_ptr.load([first, expert * WIDTH + step * BLOCK_H])
             w2 = w2_ptr.load([channel, expert * WIDTH + step * BLOCK_H])
         else:
-            h = _load(h_rows + expert * WIDTH, step * BLOCK_H, WIDTH, BLOCK_H)
-            w2 = _load(w2_rows + expert * WIDTH, step * BLOCK_H, WIDTH, BLOCK_H)
-        acc = _add_product(acc, h, w2)
+            h = load_columns(h_rows + expert * WIDTH, step * BLOCK_H, WIDTH, BLOCK_H)
+            w2 = load_columns(w2_rows + expert * WIDTH, step * BLOCK_H, WIDTH, BLOCK_H)
+        acc = add_product(acc, h, w2)
 
     if order_ptr is not None:
         row = tl.load(order_ptr + row, mask=row < T, other=T)
@@ -413,7 +344,7 @@ def _down(
 
 @triton.jit
 def _lowest_bit(bits):
-    """Position of the lowest bit that is set: the exponent of that bit as a float."""
+    """Return the position of the lowest bit that is set: the exponent of that bit as a float."""
     lowest = (bits & -bits).to(tl.uint32, bitcast=True).to(tl.float32)
     return (lowest.to(tl.int32, bitcast=True) >> 23) - 127
 
@@ -422,7 +353,10 @@ def _lowest_bit(bits):
 def _store_rows(
     out_rows, acc, channel, b2_ptr, residual, update, gate, gamma, inside, C: tl.constexpr, PARTS: tl.constexpr
 ):
-    """Bias and residual of rows given by pointers, in `PARTS` parts one after the other for the sake of registers."""
+    """Add bias and residual to rows given by pointers, and store them.
+
+    This is done in `PARTS` parts, one after the other, which takes fewer registers.
+    """
     if PARTS > 1:
         half: tl.constexpr = acc.shape[1] // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, half)), (0, 2, 1)))

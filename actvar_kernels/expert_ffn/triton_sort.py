@@ -1,4 +1,4 @@
-"""The sort of the tokens by their experts as one Triton launch."""
+"""Sort tokens by their experts in one Triton launch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import triton
 import triton.language as tl
 from torch.nn import functional as F
 
-from actvar_kernels import tiles
+from actvar_kernels.triton_backend import tiles
 
 
-def sort_by_experts(mask: torch.Tensor, segment: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stable order of the tokens by `reference.sort_key`, and the experts that each token of it chose.
+def sort_by_experts(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the stable order of the tokens by `reference.sort_key`, and the experts that each token of it chose.
 
     Args:
         mask: `[T, N]` uint8, 0 or 1.
-        segment: so many tokens at a time are sorted, a multiple of the rows of `tiles.SORT`; None: all.
 
     Returns:
         order `[T]` int32; experts as bits, expert 0 the lowest, `[T]` int32.
@@ -29,7 +28,6 @@ def sort_by_experts(mask: torch.Tensor, segment: int | None) -> tuple[torch.Tens
         order,
         bits,
         T,
-        T if segment is None else segment,
         WORDS=words.shape[1],
         BLOCK_T=tile.rows,
         CHUNK=tile.chunk,
@@ -39,22 +37,22 @@ def sort_by_experts(mask: torch.Tensor, segment: int | None) -> tuple[torch.Tens
     return order, bits
 
 
-@triton.jit(do_not_specialize=["T", "segment"])
+@triton.jit(do_not_specialize=["T"])
 def _sort_rows(
     words_ptr,
     order_ptr,
     bits_ptr,
     T,
-    segment,
     WORDS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One block of rows finds its place in its segment: puts itself in order, then counts for each of its rows the
-    tokens before the block whose key is not higher and the tokens after it whose key is lower."""
+    """Find the places of one block of rows.
+
+    The program puts the block in order. Then it counts for each row the tokens before the block whose key is not
+    higher, and the tokens after the block whose key is lower.
+    """
     first = tl.program_id(0) * BLOCK_T
-    begin = first // segment * segment
-    end = tl.minimum(begin + segment, T)
     local = tl.arange(0, BLOCK_T)
     row = first + local
     inside = row < T
@@ -72,11 +70,11 @@ def _sort_rows(
         own += tl.sum(tl.where(placed, tl.gather(keys, other, 0)[None, :], 0), 1).to(tl.uint32)
 
     others = tl.zeros((BLOCK_T,), tl.int32)
-    for start in range(begin, first, CHUNK):
+    for start in range(0, first, CHUNK):
         others += _count_others(words_ptr, own, start, first, False, WORDS, BLOCK_T, CHUNK)
-    for start in range(first + BLOCK_T, end, CHUNK):
-        others += _count_others(words_ptr, own, start, end, True, WORDS, BLOCK_T, CHUNK)
-    position = begin + tl.gather(tl.cumsum(others, 0), rank, 0) + rank
+    for start in range(first + BLOCK_T, T, CHUNK):
+        others += _count_others(words_ptr, own, start, T, True, WORDS, BLOCK_T, CHUNK)
+    position = tl.gather(tl.cumsum(others, 0), rank, 0) + rank
 
     bits = tl.zeros((BLOCK_T,), tl.uint32)
     for word in tl.static_range(WORDS):
@@ -87,15 +85,21 @@ def _sort_rows(
 
 @triton.jit
 def _packed(pointers, inside, FACTOR: tl.constexpr):
-    """Four bytes of 0 or 1 as four bits: the product moves them next to each other, from bit 24 on. 0x08040201 makes
-    the first byte the highest bit, 0x01020408 the lowest."""
+    """Return four bytes of 0 or 1 as four bits.
+
+    The product moves them next to each other, from bit 24 on. A factor of 0x08040201 makes the first byte the highest
+    bit, 0x01020408 the lowest.
+    """
     word = tl.load(pointers, mask=inside, other=0).to(tl.uint32, bitcast=True)
     return (word * FACTOR) >> 24
 
 
 @triton.jit
 def _keys(words_ptr, row, end, WORDS: tl.constexpr):
-    """`reference.sort_key` as uint32; experts that were filled up as not chosen do not change the order."""
+    """Return `reference.sort_key` as uint32.
+
+    Experts that were filled up as not chosen do not change the order.
+    """
     keys = tl.zeros(row.shape, tl.uint32)
     for word in tl.static_range(WORDS):
         keys = (keys << 4) | _packed(words_ptr + row * WORDS + word, row < end, 0x08040201)
@@ -118,8 +122,10 @@ def _count_others(
     BLOCK_T: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """How many tokens of a chunk have their place right before each of the sorted keys `own`, by binary search. Tokens
-    of an equal key come before it, or, where the chunk lies `AFTER` the block, behind."""
+    """Count the tokens of a chunk that have their place right before each of the sorted keys `own`, by binary search.
+
+    Tokens of an equal key come before it, or behind it where the chunk lies `AFTER` the block.
+    """
     row = start + tl.arange(0, CHUNK)
     keys = _keys(words_ptr, row, end, WORDS)
     place = tl.zeros((CHUNK,), tl.int32)

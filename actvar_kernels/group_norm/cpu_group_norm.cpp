@@ -28,26 +28,26 @@ struct Moments {  // of a group's numbers in a chunk, about their own mean
 }  // namespace
 
 #define KERNEL "../group_norm/cpu_tile.h"
-#include "../cpu_backend/levels.h"
+#include "../cpu_backend/isa.h"
 
 namespace {
 
-struct Level {
+struct Isa {
     void (*moments[2])(const Job &, const Chunk &, Moments *);  // float32, bfloat16
     void (*put[2])(const Job &, const Chunk &, const float *, const float *, const float *);
 };
 
-#define LEVEL_OF(level) \
-    {{level::moments<float>, level::moments<bfloat16>}, {level::put<float>, level::put<bfloat16>}},
-const Level LEVELS[] = {FOR_EVERY_LEVEL(LEVEL_OF)};
+#define ISA_OF(isa) \
+    {{isa::moments<float>, isa::moments<bfloat16>}, {isa::put<float>, isa::put<bfloat16>}},
+const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
 }  // namespace
 
 // Channels are a multiple of 16. Returns 0, or 1 when memory ran out.
-extern "C" int group_norm_silu(int level, int is_bfloat16, const void *x, const float *weight, const float *bias, void *out,
+extern "C" int group_norm_silu(int isa, int is_bfloat16, const void *x, const float *weight, const float *bias, void *out,
                                int images, int pixels, int channels, int groups, int silu, float eps, int threads) {
     const Job job = {x, out, pixels, channels, groups, silu};
-    const Level &l = LEVELS[level];
+    const Isa &l = ISAS[isa];
     const int64_t chunks = (pixels + CHUNK - 1) / CHUNK, items = images * chunks;
     Moments *moments = (Moments *)malloc(items * groups * sizeof(Moments));
     float *means = (float *)malloc(2 * (size_t)images * channels * sizeof(float)), *factors = means + (size_t)images * channels;

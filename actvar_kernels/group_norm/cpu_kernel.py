@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU in C++: two passes over memory in place of PyTorch's four."""
+"""Run GroupNorm and SiLU in C++, in two passes over memory instead of PyTorch's four."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ def group_norm_silu(
     silu: bool,
     overwrite: bool,
     *,
-    level: int | None = None,
+    isa: int | None = None,
 ) -> torch.Tensor:
-    """As `group_norm.op.group_norm_silu` without an offset, in the memory format `channels_last`.
+    """Return what `group_norm.op.group_norm_silu` does without an offset, in the memory format `channels_last`.
 
     Args:
         x: `[B, C, H, W]` float32 or bfloat16, C a multiple of 16.
-        overwrite: the result takes the place of x, if that is in `channels_last`.
-        level: instruction set; None: the highest.
+        weight, bias: `[C]`, floating-point.
+        groups: number of groups.
+        eps: what is added to the variance.
+        silu: whether SiLU follows.
+        overwrite: whether the result takes the place of x, if that is in `channels_last`.
+        isa: instruction set; None: the highest.
 
     Raises:
         ValueError: sizes that the kernel cannot count.
         MemoryError: there is none left for the sums.
     """
-    level = cpu.best_level() if level is None else level
+    isa = cpu.best_isa() if isa is None else isa
     B, C, H, W = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias = weight.detach().float().contiguous(), bias.detach().float().contiguous()
     out = x if overwrite else memory.empty((B, H, W, C), x.dtype).permute(0, 3, 1, 2)
     sizes = cpu.checked_sizes(B, H * W, C, groups)
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
-    kind = level, x.dtype == torch.bfloat16
+    kind = isa, x.dtype == torch.bfloat16
     if _library().group_norm_silu(*kind, *pointers, *sizes, silu, eps, torch.get_num_threads()):
         raise MemoryError(f"group_norm_silu: no memory for the sums of {B} images")
     return out

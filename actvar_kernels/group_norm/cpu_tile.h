@@ -1,4 +1,4 @@
-// GroupNorm and SiLU for one instruction set, included by ../cpu_backend/levels.h behind ../cpu_backend/vectors.h.
+// GroupNorm and SiLU for one instruction set, included by ../cpu_backend/isa.h behind ../cpu_backend/vectors.h.
 
 namespace NAMESPACE {
 

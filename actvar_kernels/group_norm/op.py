@@ -1,10 +1,10 @@
-"""Between the autoencoder's convolutions: GroupNorm and SiLU, residuals, and the biases of the convolutions."""
+"""Run what lies between the autoencoder's convolutions: GroupNorm and SiLU, residuals, and biases."""
 
 from __future__ import annotations
 
 import torch
 
-from actvar_kernels.backend import MOST_SEQUENCES, backend_of, kernel_backends, needs_operator
+from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, in_kernel_dtypes
 from actvar_kernels.checks import as_integer, as_number, expect_one_device, expect_shape
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.gradients import register_reference_gradient
@@ -24,18 +24,22 @@ def group_norm_silu(
     offset: torch.Tensor | None = None,
     overwrite: bool = False,
 ) -> torch.Tensor:
-    """`F.silu(F.group_norm(x + offset, groups, weight, bias, eps))` in float32, returned in x's dtype.
+    """Return `F.silu(F.group_norm(x + offset, groups, weight, bias, eps))`, computed in float32.
 
-    On Triton it is three launches that read x twice. Where kernels run in C++ and C is a multiple of 16, so does this
-    without an offset. There and on Triton the result is in the memory format `channels_last`, in which x is fastest.
+    Triton takes three launches that read x twice. C++ takes channels in multiples of 16, without an offset. In both the
+    result is in the memory format `channels_last`, in which x is fastest.
 
     Args:
-        x: `[B, C, H, W]`.
-        weight, bias: `[C]`.
-        groups: groups of C / groups neighbouring channels.
+        x: `[B, C, H, W]`, floating-point.
+        weight, bias: `[C]`, floating-point.
+        groups: number of groups of C / groups neighbouring channels.
+        eps: what is added to the variance.
         silu: False leaves SiLU out.
-        offset: `[C]`, the bias of the convolution that x comes from; None: nothing is added.
-        overwrite: x is not needed any more, and the result may take its place, as it does in C++.
+        offset: `[C]`, floating-point, the bias of the convolution that x comes from; None: nothing is added.
+        overwrite: whether x is not needed any more; in C++ the result takes its place.
+
+    Returns:
+        `[B, C, H, W]` in x's dtype.
 
     Raises:
         ValueError: shapes or devices that do not fit, or groups that do not divide C.
@@ -51,20 +55,20 @@ def group_norm_silu(
         raise ValueError(f"groups: expected a divisor of {C} channels, got {groups}")
     expect_one_device(x, weight, bias, offset)
     arguments = (x, weight, bias, groups, eps, silu, offset)
-    backend = _norm_backend(x, weight, bias, offset)
-    if backend != "reference" and needs_operator(x, weight, bias, offset):
+    backend = _choose_norm(x, weight, bias, offset)
+    if backend.calls_operator:
         return torch.ops.actvar_kernels.group_norm_silu(*arguments)
     return _normalize(backend, *arguments, overwrite)
 
 
 def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`x + (update + bias)` with one rounding, in the wider dtype of `x` and `update`.
+    """Return `x + (update + bias)` with one rounding, in the wider dtype of `x` and `update`.
 
-    On Triton it is one launch, and the result is in the memory format `channels_last`.
+    Triton takes one launch, and the result is in the memory format `channels_last`.
 
     Args:
-        x, update: `[B, C, H, W]`.
-        bias: `[C]`, of the convolution that `update` comes from.
+        x, update: `[B, C, H, W]`, floating-point.
+        bias: `[C]`, floating-point, of the convolution that `update` comes from.
 
     Raises:
         ValueError: shapes or devices that do not fit.
@@ -75,33 +79,49 @@ def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> t
     expect_shape("bias", bias, (x.shape[1],))
     expect_one_device(x, update, bias)
     tensors = (x, update, bias)
-    backend = _residual_backend(*tensors)
-    if backend != "reference" and needs_operator(*tensors):
+    backend = _choose_residual(*tensors)
+    if backend.calls_operator:
         return torch.ops.actvar_kernels.add_residual(*tensors)
     return _add(backend, *tensors)
 
 
-def _norm_backend(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, offset: torch.Tensor | None) -> str:
-    present = [vector for vector in (weight, bias, offset) if vector is not None]
-    supported = kernel_backends(x, *present, fits=x.shape[0] <= MOST_SEQUENCES)
+def _choose_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, offset: torch.Tensor | None) -> Backend:
+    """Return the backend of a call of `group_norm_silu` with these arguments."""
+
+    def takes_triton() -> bool:
+        offsets = () if offset is None else (offset,)
+        return x.shape[0] <= MOST_SEQUENCES and in_kernel_dtypes(x, weight, bias, *offsets)
 
     def why_not_in_cpp() -> str | None:
         if offset is not None or x.shape[1] % 16:
             return f"it takes channels in multiples of 16 and no offset, got {x.shape[1]} channels"
         return cpu.why_not(x)
 
-    return backend_of("group_norm_silu", x, *present, supported=supported, limits=LIMITS, why_not_in_cpp=why_not_in_cpp)
+    return choose(
+        "group_norm_silu",
+        x,
+        weight,
+        bias,
+        offset,
+        takes_triton=takes_triton,
+        limits=LIMITS,
+        why_not_in_cpp=why_not_in_cpp,
+    )
 
 
-def _residual_backend(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> str:
-    supported = kernel_backends(x, update, bias, fits=x.shape[0] <= MOST_SEQUENCES)
-    return backend_of("add_residual", x, update, bias, supported=supported, limits=LIMITS)
+def _choose_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> Backend:
+    """Return the backend of a call of `add_residual` with these arguments."""
+
+    def takes_triton() -> bool:
+        return x.shape[0] <= MOST_SEQUENCES and in_kernel_dtypes(x, update, bias)
+
+    return choose("add_residual", x, update, bias, takes_triton=takes_triton, limits=LIMITS)
 
 
 def _normalize(backend, x, weight, bias, groups, eps, silu, offset, overwrite=False) -> torch.Tensor:
-    if backend == "cpu":
+    if backend.name == "cpu":
         return cpu_kernel.group_norm_silu(x, weight, bias, groups, eps, silu, overwrite)
-    if backend == "reference":
+    if backend.name == "reference":
         return reference.group_norm_silu(x, weight, bias, groups, eps, silu, offset)
     from actvar_kernels.group_norm import triton_kernel
 
@@ -109,7 +129,7 @@ def _normalize(backend, x, weight, bias, groups, eps, silu, offset, overwrite=Fa
 
 
 def _add(backend, x, update, bias) -> torch.Tensor:
-    if backend != "triton":
+    if backend.name != "triton":
         return reference.add_residual(x, update, bias)
     from actvar_kernels.group_norm import triton_kernel
 
@@ -126,7 +146,7 @@ def _group_norm_silu(
     silu: bool,
     offset: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _normalize(_norm_backend(x, weight, bias, offset), x, weight, bias, groups, eps, silu, offset)
+    return _normalize(_choose_norm(x, weight, bias, offset), x, weight, bias, groups, eps, silu, offset)
 
 
 @_group_norm_silu.register_fake
@@ -139,7 +159,7 @@ register_reference_gradient(_group_norm_silu, reference.group_norm_silu)
 
 @torch.library.custom_op("actvar_kernels::add_residual", mutates_args=())
 def _add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return _add(_residual_backend(x, update, bias), x, update, bias)
+    return _add(_choose_residual(x, update, bias), x, update, bias)
 
 
 @_add_residual.register_fake

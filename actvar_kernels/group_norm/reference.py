@@ -1,4 +1,4 @@
-"""What is between the autoencoder's convolutions in plain PyTorch: what the operations compute."""
+"""Define in plain PyTorch what lies between the autoencoder's convolutions."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def group_norm_silu(
     silu: bool,
     offset: torch.Tensor | None,
 ) -> torch.Tensor:
+    """Return what `op.group_norm_silu` does."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype)
     if offset is not None:
@@ -24,6 +25,7 @@ def group_norm_silu(
 
 
 def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return what `op.add_residual` does."""
     stored = torch.promote_types(x.dtype, update.dtype)
     dtype = torch.promote_types(stored, torch.float32)
     return (x.to(dtype) + (update.to(dtype) + bias.to(dtype)[:, None, None])).to(stored)

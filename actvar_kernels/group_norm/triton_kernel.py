@@ -1,4 +1,4 @@
-"""GroupNorm with SiLU in three Triton launches, and a residual in one, on images `[positions, C]`."""
+"""Run GroupNorm with SiLU in three Triton launches, and a residual in one, on images `[positions, C]`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.tiles import group_norm_tiles
+from actvar_kernels.triton_backend.tiles import group_norm_tiles
 
 
 def group_norm_silu(
@@ -18,10 +18,10 @@ def group_norm_silu(
     silu: bool,
     offset: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As `reference.group_norm_silu`, in the memory format `channels_last`.
+    """Return what `reference.group_norm_silu` does, in the memory format `channels_last`.
 
-    The first launch reads x for mean and sum of squared deviations of every channel in every part of an image; the
-    second one joins them, small as they are, in a fixed order; the third one reads x again.
+    The first launch reads x for mean and sum of squared deviations of every channel in every part of an image. The
+    second joins these in a fixed order. The third reads x again.
     """
     B, C, H, W = x.shape
     rows = _rows(x)
@@ -80,7 +80,7 @@ def group_norm_silu(
 
 
 def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """As `reference.add_residual`, in the memory format `channels_last`."""
+    """Return what `reference.add_residual` does, in the memory format `channels_last`."""
     B, C, H, W = x.shape
     dtype = torch.promote_types(x.dtype, update.dtype)
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
@@ -107,7 +107,10 @@ def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> t
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """`[B, positions, C]` with an image's positions one after the other in memory, copied where they are not."""
+    """Return images `[B, C, H, W]` as `[B, positions, C]`, with positions one after the other in memory.
+
+    Images that do not lie so are copied.
+    """
     rows = x.permute(0, 2, 3, 1).flatten(1, 2)
     return rows if rows.stride()[1:] == (rows.shape[2], 1) else rows.contiguous()
 
@@ -125,8 +128,10 @@ def _channel_moments(
     ROWS: tl.constexpr,
     LOADS: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of some channels in a part of an image. Sums are those of the distance to the
-    part's first position, so that a large mean takes no digits."""
+    """Store mean and sum of squared deviations of some channels in a part of an image.
+
+    Distances to the first position of the part are summed, so that a large mean takes no digits.
+    """
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     image, part = tl.program_id(1).to(tl.int64), tl.program_id(0) // BLOCKS
     channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -168,7 +173,7 @@ def _join_groups(
     BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """For the channels of a group what is to be subtracted from x, and the factor of the difference."""
+    """Store for the channels of a group what is to be subtracted from x, and the factor of the difference."""
     image = tl.program_id(1).to(tl.int64)
     member = tl.arange(0, BLOCK_S)
     channel = tl.program_id(0) * SIZE + member
@@ -209,7 +214,7 @@ def _normalize_channels(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """`ROWS` positions of some channels of an image."""
+    """Normalise `ROWS` positions of some channels of an image."""
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     image = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -240,7 +245,7 @@ def _add_residual(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """`ROWS` positions of some channels of an image."""
+    """Add at `ROWS` positions of some channels of an image."""
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     image = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -1,4 +1,4 @@
-"""A linear layer in C++, its weight packed once."""
+"""Run a linear layer in C++, on a weight that is packed once."""
 
 from __future__ import annotations
 
@@ -11,58 +11,60 @@ from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.cpu_backend.packing import packed
 
 FEW_ROWS = 8
-"""As FEW in cpu_linear.cpp."""
+"""Most rows for a weight that is not packed; FEW in cpu_linear.cpp."""
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, level: int | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias` with sums in float32.
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, isa: int | None = None) -> torch.Tensor:
+    """Return `x @ weight.T + bias` with sums in float32.
 
     Args:
-        x: `[..., C]` float32 or bfloat16; a weight `[D, C]` of another type is converted when it is packed.
-        level: instruction set; None: the highest.
+        x: `[..., C]` float32 or bfloat16.
+        weight: `[D, C]`, floating-point; another dtype than x's is converted when the weight is packed.
+        bias: `[D]`, floating-point.
+        isa: instruction set; None: the highest.
 
     Raises:
         ValueError: sizes that the kernel cannot count.
         MemoryError: there is none left for a copy of a few rows.
     """
-    level = cpu.best_level() if level is None else level
-    layout = cpu.layout_of(level)
+    isa = cpu.best_isa() if isa is None else isa
+    layout = cpu.layout_of(isa)
     dtype, D = x.dtype, weight.shape[0]
 
     def pack() -> torch.Tensor:
+        """Return the weight in panels, flat."""
         return cpu.panels(weight.detach().to(dtype).t().unsqueeze(0), layout).flatten()
 
-    copy = packed((weight,), (dtype, level), pack)
+    copy = packed((weight,), (dtype, isa), pack)
     x = cpu.padded(x, layout.step if dtype == torch.bfloat16 else 1)
     bias = cpu.padded(bias if bias.dtype == torch.float32 else bias.detach().float(), layout.lanes)
     *rows, C = x.shape
     out = x.new_empty(*rows, D)
     sizes = cpu.checked_sizes(x.numel() // C, C, D)
     pointers = x.data_ptr(), copy.data_ptr(), bias.data_ptr(), out.data_ptr()
-    if _library().linear(level, dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads()):
+    if _library().linear(isa, dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads()):
         raise MemoryError(f"linear: no memory for {sizes[0]} rows of width {C}")
     return out
 
 
-def unpacked_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, level: int | None = None
-) -> torch.Tensor:
-    """`x @ weight.T + bias` with sums in float32, each weight read once.
+def unpacked_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, isa: int | None = None) -> torch.Tensor:
+    """Return `x @ weight.T + bias` with sums in float32, each weight read once.
 
     Args:
         x: `[R, C]` float32 or bfloat16, at most `FEW_ROWS` rows, C a multiple of 32.
         weight: `[D, C]` without gaps, in x's dtype.
-        level: instruction set; None: the highest.
+        bias: `[D]`, floating-point.
+        isa: instruction set; None: the highest.
 
     Raises:
         ValueError: sizes that the kernel cannot count.
     """
-    level = cpu.best_level() if level is None else level
+    isa = cpu.best_isa() if isa is None else isa
     (R, C), D = x.shape, weight.shape[0]
     x, bias, out = x.contiguous(), bias.detach().float().contiguous(), x.new_empty(R, D)
     sizes = cpu.checked_sizes(R, C, D)
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
-    _library().unpacked_linear(level, x.dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads())
+    _library().unpacked_linear(isa, x.dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads())
     return out
 
 

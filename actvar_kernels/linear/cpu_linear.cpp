@@ -16,11 +16,11 @@ constexpr int FEW = 8;  // rows for which a weight may stay as it is
 }  // namespace
 
 #define KERNEL "../linear/cpu_tile.h"
-#include "../cpu_backend/levels.h"
+#include "../cpu_backend/isa.h"
 
 namespace {
 
-struct Level {
+struct Isa {
     size_t (*scratch_bytes[2])(const Job &, int);  // float32, bfloat16
     void (*pack[2])(const Job &, int, int, char *);
     void (*run[2])(const Job &, int, int, int, int, char *);
@@ -28,21 +28,21 @@ struct Level {
     int panel;
 };
 
-#define LEVEL_OF(level)                                          \
-    {{level::scratch_bytes<float>, level::scratch_bytes<bfloat16>}, \
-     {level::pack<float>, level::pack<bfloat16>},                \
-     {level::run<float>, level::run<bfloat16>},                  \
-     {level::run_unpacked<float>, level::run_unpacked<bfloat16>}, \
-     level::PANEL},
-const Level LEVELS[] = {FOR_EVERY_LEVEL(LEVEL_OF)};
+#define ISA_OF(isa)                                             \
+    {{isa::scratch_bytes<float>, isa::scratch_bytes<bfloat16>}, \
+     {isa::pack<float>, isa::pack<bfloat16>},                   \
+     {isa::run<float>, isa::run<bfloat16>},                     \
+     {isa::run_unpacked<float>, isa::run_unpacked<bfloat16>},   \
+     isa::PANEL},
+const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
 }  // namespace
 
 // 0, or 1 when memory ran out.
-extern "C" int linear(int level, int is_bfloat16, const void *x, const void *weight, const void *bias, void *out, int rows,
+extern "C" int linear(int isa, int is_bfloat16, const void *x, const void *weight, const void *bias, void *out, int rows,
                       int depth, int columns, int threads) {
     const Job job = {x, weight, (const float *)bias, out, rows, depth, columns};
-    const Level &l = LEVELS[level];
+    const Isa &l = ISAS[isa];
     const int panels = padded(columns, l.panel) / l.panel;
     // rows that go over a panel: whole tiles that stay in the second-level cache for the next one
     const int fitting = (256 << 10) / (depth * (is_bfloat16 ? 2 : 4)) / 12 * 12, most = fitting < 12 ? 12 : fitting;
@@ -69,10 +69,10 @@ extern "C" int linear(int level, int is_bfloat16, const void *x, const void *wei
     return failed;
 }
 
-// Of at most FEW rows, on a weight that is not packed; depth is a multiple of 32.
-extern "C" void unpacked_linear(int level, int is_bfloat16, const void *x, const void *weight, const void *bias, void *out,
+// The layer of at most FEW rows, on a weight that is not packed; depth is a multiple of 32.
+extern "C" void unpacked_linear(int isa, int is_bfloat16, const void *x, const void *weight, const void *bias, void *out,
                                 int rows, int depth, int columns, int threads) {
     const Job job = {x, weight, (const float *)bias, out, rows, depth, columns};
 #pragma omp parallel for num_threads(threads)
-    for (int column = 0; column < columns; column += 2) LEVELS[level].run_unpacked[is_bfloat16](job, column);
+    for (int column = 0; column < columns; column += 2) ISAS[isa].run_unpacked[is_bfloat16](job, column);
 }

@@ -1,4 +1,4 @@
-// A linear layer for one instruction set, included by ../cpu_backend/levels.h behind ../cpu_backend/vectors.h.
+// A linear layer for one instruction set, included by ../cpu_backend/isa.h behind ../cpu_backend/vectors.h.
 
 namespace NAMESPACE {
 

@@ -1,26 +1,27 @@
-"""A linear layer; on the CPU with a weight that is packed once, or read once."""
+"""Run a linear layer, on the CPU with a weight that is packed once or read once."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels.backend import backend_of, needs_operator
+from actvar_kernels.backend import choose
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.linear import cpu_kernel
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T + bias`.
+    """Return `x @ weight.T + bias`.
 
-    Where kernels run in C++, so does this, in float32 or bfloat16 with sums in float32, on a packed copy of the weight;
-    otherwise it is PyTorch's.
+    C++ takes float32 and bfloat16, sums in float32, and works on a packed copy of the weight. Otherwise the product is
+    PyTorch's.
 
     Args:
-        x: `[..., C]`.
-        weight: `[D, C]`, a tensor that stays, since its copy is kept with it; with `bias` `[D]` in x's dtype, or in any
-            under autocast. A change of its version, address or dtype is seen; after others (through `.data`, by fused
-            optimizers) call `actvar.refresh` on its module.
+        x: `[..., C]`, floating-point.
+        weight: `[D, C]` in x's dtype, or in any under autocast. The copy stays as long as this tensor. A change of its
+            version, address or dtype is seen; after others (through `.data`, by fused optimizers) call `actvar.refresh`
+            on its module.
+        bias: `[D]`, like the weight.
 
     Raises:
         BackendUnavailableError: see `actvar_kernels.set_backend`.
@@ -32,12 +33,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
 
 
 def linear_once(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T + bias` on a weight that is read once per sample, which a packed copy would not pay for.
+    """Return `x @ weight.T + bias` for a weight that is read once per sample, where a packed copy would not pay.
 
-    In C++ where kernels run so, for up to 8 rows of a multiple of 32 numbers; otherwise it is PyTorch's.
+    C++ takes up to 8 rows of a multiple of 32 numbers. Otherwise the product is PyTorch's.
 
     Args:
-        x: `[R, C]`, with `weight` `[D, C]` and `bias` `[D]` in one dtype, or in any under autocast.
+        x: `[R, C]`, floating-point.
+        weight, bias: `[D, C]` and `[D]` in x's dtype, or in any under autocast.
+
+    Raises:
+        BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     fits = x.shape[0] <= cpu_kernel.FEW_ROWS and x.shape[1] % 32 == 0 and weight.is_contiguous()
     if not fits or not x.dtype == weight.dtype == cpu.computed_dtype(x):
@@ -53,24 +58,13 @@ def _runs_in_pytorch(operation: str, x: torch.Tensor, weight: torch.Tensor, bias
     Raises:
         BackendUnavailableError: `"cpu"` was asked for by name and does not take the call.
     """
-
-    def why_not_in_cpp() -> str | None:
-        if needs_operator(x, weight, bias):
-            return "it has no gradient, and no registered operator for what records the call"
-        return cpu.why_not(dtype=cpu.computed_dtype(x))
-
-    tensors = (x, weight, bias)
-    return backend_of(operation, *tensors, why_not_in_cpp=why_not_in_cpp, library_on_triton=True) != "cpu"
-
-
-def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`gelu_tanh(x @ weight.T + bias)` without gradients, by PyTorch.
-
-    On CUDA GELU runs in the epilogue of the product, but for float32, where cuBLAS's is less exact than PyTorch's.
-
-    Args:
-        x: `[T, C]`, in the dtype of `weight` `[D, C]` and `bias` `[D]`.
-    """
-    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
-        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    backend = choose(
+        operation,
+        x,
+        weight,
+        bias,
+        why_not_in_cpp=lambda: cpu.why_not(dtype=cpu.computed_dtype(x)),
+        library_on_triton=True,
+        has_operator=False,
+    )
+    return backend.name != "cpu"

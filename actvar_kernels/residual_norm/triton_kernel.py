@@ -1,4 +1,4 @@
-"""Residual, LayerNorm, modulation and the choice of experts in one Triton launch."""
+"""Run residual, LayerNorm, modulation and the choice of experts in one Triton launch."""
 
 from __future__ import annotations
 
@@ -6,26 +6,22 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.routing.triton_kernel import route
-from actvar_kernels.tiles import route_tiles, row_tiles
-from actvar_kernels.token_select.triton_kernel import (
-    channels_last,
-    load_rows,
-    load_vector,
-    normalized,
-)
+from actvar_kernels.residual_norm.reference import AdaLN
+from actvar_kernels.triton_backend.rows import channels_last, load_rows, load_vector, normalized, route
+from actvar_kernels.triton_backend.tiles import route_tiles, row_tiles
 
 
 def add_normalize(
-    x: torch.Tensor,
-    index: torch.Tensor | None,
-    update: torch.Tensor,
-    gamma: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    x: torch.Tensor, index: torch.Tensor | None, update: torch.Tensor, adaln: AdaLN
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `reference.add_normalize`, with one rounding of the sum."""
-    out, u, _, _ = _launch(x, index, update, gamma, scale, shift, None, None, 0, deferred=False)
+    """Return what `reference.add_normalize` does, with one rounding of the sum.
+
+    Args:
+        x, update: `[R, L, C]` and `[R, K, C]`, float32, float16 or bfloat16.
+        index: `[R, K]` int64, or None.
+        adaln: three tensors `[R, 1, C]`, float32, float16 or bfloat16.
+    """
+    out, u, _, _ = _launch(x, index, update, adaln, None, None, 0, fuse_residual=False)
     return out, u
 
 
@@ -33,22 +29,37 @@ def add_normalize_route(
     x: torch.Tensor,
     index: torch.Tensor | None,
     update: torch.Tensor,
-    gamma: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    adaln: AdaLN,
     weight: torch.Tensor,
     bias: torch.Tensor,
     active: int,
-    deferred: bool,
+    fuse_residual: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `reference.add_normalize_route`, with one rounding of the sum; None for a sum that is `deferred`."""
-    return _launch(x, index, update, gamma, scale, shift, weight.contiguous(), bias, active, deferred)
+    """Return what `reference.add_normalize_route` does, with one rounding of the sum.
+
+    Args:
+        x, index, update, adaln: as in `add_normalize`.
+        weight, bias: `[N, C]` and `[N]`, N <= 32, float32, float16 or bfloat16.
+        active: experts per token, 1 ... N.
+        fuse_residual: whether to leave out the sum, which is None then.
+    """
+    return _launch(x, index, update, adaln, weight.contiguous(), bias, active, fuse_residual)
 
 
-def _launch(x, index, update, gamma, scale, shift, weight, bias, active, deferred):
+def _launch(
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    update: torch.Tensor,
+    adaln: AdaLN,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    active: int,
+    fuse_residual: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Launch the kernel; without a weight there are no experts."""
     R, K, C = update.shape
-    x, update, gamma, scale, shift = channels_last(x, update, gamma, scale, shift)
-    out, u = None if deferred else x.new_empty(R, K, C), x.new_empty(R, K, C)
+    x, update, gamma, scale, shift = channels_last(x, update, *adaln)
+    out, u = None if fuse_residual else x.new_empty(R, K, C), x.new_empty(R, K, C)
     mask = logits = None
     experts = 0 if weight is None else weight.shape[0]
     if experts:
@@ -111,8 +122,10 @@ def _add_normalize_route(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Some rows of a sequence, those of x by their index if there is one; without experts there is no routing, and
-    without a place for it the sum is not kept."""
+    """Add, normalise and route `ROWS` rows of a sequence, those of x by their index if there is one.
+
+    Without experts there is no routing. Without `out_ptr` the sum is not kept.
+    """
     sequence = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
@@ -128,7 +141,7 @@ def _add_normalize_route(
     scale = load_vector(scale_ptr, scale_strides, sequence, channel, inside)
     shift = load_vector(shift_ptr, shift_strides, sequence, channel, inside)
 
-    # the sum and its LayerNorm are used as they are stored
+    # later operations read the sum and its LayerNorm as they are stored
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     flat = sequence.to(tl.int64) * length + row
     target = flat[:, None] * C + channel[None, :]

@@ -1,4 +1,4 @@
-"""The router's choice of experts."""
+"""Choose experts by the router's logits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels.backend import backend_of, kernel_backends, needs_operator
+from actvar_kernels.backend import Backend, choose, in_kernel_dtypes
 from actvar_kernels.checks import expect_count, expect_one_device, expect_shape, expect_tensor
 from actvar_kernels.constants import MAX_EXPERTS
 from actvar_kernels.cpu_backend import cpu, row_ops
@@ -20,15 +20,15 @@ def route_experts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the `active` experts with the highest logits for each token, ties to the lower index.
 
+    Triton takes one launch, for N up to 32.
+
     Args:
-        u: FFN input, `[..., C]`.
-        weight, bias: the router, `[N, C]` and `[N]`; logits are in float32 and outside autocast.
+        u: `[..., C]`, floating-point, the input of the FFN.
+        weight, bias: the router, `[N, C]` and `[N]`, floating-point; logits are in float32 and outside autocast.
         active: experts per token, 1 ... N.
 
     Returns:
         mask `[..., N]` bool, logits `[..., N]` float32.
-
-    On Triton it is one launch, for N up to 32.
 
     Raises:
         ValueError: shapes or devices that do not fit, or `active` out of range.
@@ -39,30 +39,31 @@ def route_experts(
     expect_shape("bias", bias, (weight.shape[0],))
     active = expect_count("active", active, weight.shape[0])
     expect_one_device(u, weight, bias)
-    backend = _backend(u, weight, bias)
-    if backend != "reference" and needs_operator(u, weight, bias):
+    backend = _choose(u, weight, bias)
+    if backend.calls_operator:
         logits, mask = torch.ops.actvar_kernels.route_experts(u, weight, bias, active)
         return mask, logits
     return _run(backend, u, weight, bias, active)
 
 
-def _backend(u, weight, bias) -> str:
-    supported = kernel_backends(u, weight, bias, fits=weight.shape[0] <= MAX_EXPERTS)
-    return backend_of(
+def _choose(u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Backend:
+    """Return the backend of a call with these arguments."""
+    return choose(
         "route_experts",
         u,
         weight,
         bias,
-        supported=supported,
+        takes_triton=lambda: weight.shape[0] <= MAX_EXPERTS and in_kernel_dtypes(u, weight, bias),
         limits=f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts",
         why_not_in_cpp=lambda: cpu.why_not(u, weight, bias),
     )
 
 
-def _run(backend, u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
-    if backend == "cpu":
+def _run(backend: Backend, u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the operation on a backend."""
+    if backend.name == "cpu":
         return row_ops.route_experts(u, weight, bias, active)
-    if backend == "reference":
+    if backend.name == "reference":
         return reference.route_experts(u, weight, bias, active)
     from actvar_kernels.routing import triton_kernel
 
@@ -73,7 +74,7 @@ def _run(backend, u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
 def _route_experts(
     u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    mask, logits = _run(_backend(u, weight, bias), u, weight, bias, active)
+    mask, logits = _run(_choose(u, weight, bias), u, weight, bias, active)
     return logits, mask
 
 
@@ -84,6 +85,7 @@ def _(u, weight, bias, active):
 
 
 def _logits_first(u, weight, bias, active) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the operator does, by the reference."""
     mask, logits = reference.route_experts(u, weight, bias, active)
     return logits, mask
 
@@ -92,7 +94,7 @@ register_reference_gradient(_route_experts, _logits_first)
 
 
 def route_experts_flops(u_shape, weight_shape, *_args, **_kwargs) -> int:
-    """FLOPs of one `route_experts` operator, 2 a multiply-add."""
+    """Return the FLOPs of one `route_experts` operator, 2 a multiply-add."""
     return 2 * math.prod(u_shape) * weight_shape[0]
 
 

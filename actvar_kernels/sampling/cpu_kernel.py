@@ -1,4 +1,4 @@
-"""Guidance, top-k, top-p and the draw in C++ on the CPU, from the random numbers of the Triton kernel."""
+"""Run guidance, top-k, top-p and the draw in C++ on the CPU, from the random numbers of the Triton kernel."""
 
 from __future__ import annotations
 
@@ -30,8 +30,16 @@ def sample_tokens(
     step: int,
     noise: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As the operation: `logits` `[2B, L, V]`, or `[B, L, V]` without guidance, `noise` `[B, L, V]` or None, any
-    strides; returns `[B, L]` int64."""
+    """Return the tokens `[B, L]` int64 that the operation draws.
+
+    Args:
+        logits: `[2B, L, V]`, or `[B, L, V]` without guidance, floating-point, any strides.
+        guidance: strength of classifier-free guidance, or None.
+        top_k: 0 ... V; 0 keeps all.
+        top_p: 0 ... 1; 0 keeps all.
+        seed, step: integers that the random numbers are made of.
+        noise: `[B, L, V]`, floating-point, any strides, instead of a seed; or None.
+    """
     rows, L, V = cpu.checked_sizes(*logits.shape)
     logits = logits.detach() if logits.dtype in cpu.DTYPES else logits.detach().float()
     logits = logits if logits.stride(2) == 1 else logits.contiguous()

@@ -1,4 +1,7 @@
-"""Guidance, filters and draw of the public VAR code in C++ on the CPU: the same tokens from the same random numbers."""
+"""Run guidance, filters and draw of the public VAR code in C++ on the CPU.
+
+The same random numbers give the same tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import threading
 
 import torch
 
-from actvar_kernels.backend import backend_of, needs_operator
+from actvar_kernels.backend import choose
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.sampling import public
 from actvar_kernels.sampling.cpu_kernel import available, library, why_unavailable
@@ -25,8 +28,8 @@ def runs(logits: torch.Tensor) -> bool:
     Raises:
         BackendUnavailableError: `"cpu"` was asked for by name and does not take them.
     """
-    backend = backend_of("sampling", logits, why_not_in_cpp=lambda: why_not(logits), library_on_triton=True)
-    return backend == "cpu" and not needs_operator(logits)
+    options = dict(why_not_in_cpp=lambda: why_not(logits), library_on_triton=True, has_operator=False)
+    return choose("sampling", logits, **options).name == "cpu"
 
 
 def why_not(logits: torch.Tensor) -> str | None:
@@ -37,11 +40,20 @@ def why_not(logits: torch.Tensor) -> str | None:
 
 
 def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: float) -> torch.Tensor:
-    """`(1 + guidance) * cond - guidance * uncond` of logits `[2B, L, V]`, conditional half first, after
-    `public.filter_`: `[B, L, V]` float32, bit for bit.
+    """Return guided logits after `public.filter_`, `[B, L, V]` float32, bit for bit.
 
-    Where rounding, or the order of equal logits, could decide what top-p removes, PyTorch does that to the row, and
-    both filters where logits are not finite.
+    PyTorch filters a row again where rounding, or the order of equal logits, could decide what top-p removes. It does
+    so with both filters where logits are not finite.
+
+    Args:
+        logits: `[2B, L, V]`, float32 or bfloat16, conditional half first.
+        guidance: strength t: logits are `(1 + t) * cond - t * uncond`.
+        top_k: 0 ... V; 0 keeps all.
+        top_p: 0 ... 1; 0 keeps all.
+
+    Raises:
+        ValueError: `top_k` is above V.
+        MemoryError: there is none left for a row.
     """
     rows, L, V = logits.shape
     if top_k > V:
@@ -75,10 +87,14 @@ def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: f
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """As `public.draw` of `[..., V]` float32, token for token, and the generator is left in the same state.
+    """Return what `public.draw` does, token for token, and leave the generator in the same state.
 
-    It works on a copy of the state: of one generator, the global one (None) included, other threads must not draw
-    meanwhile.
+    The draw works on a copy of the state. So other threads must not draw from the same generator meanwhile, nor from
+    the global one (None).
+
+    Args:
+        probabilities: `[..., V]` float32.
+        generator: source of random numbers, on the CPU.
     """
     if not _draws_as_torch():
         return public.draw(probabilities, generator)
@@ -86,6 +102,7 @@ def draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torc
 
 
 def _draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Draw in C++."""
     probabilities = probabilities.contiguous()
     V = probabilities.shape[-1]
     tokens = probabilities.new_empty(probabilities.shape[:-1], dtype=torch.int64)
@@ -106,7 +123,10 @@ def _draw(probabilities: torch.Tensor, generator: torch.Generator | None) -> tor
 
 @functools.cache
 def _draws_as_torch() -> bool:
-    """Whether this version of PyTorch draws as the C++ code supposes: tried once, and logged if not."""
+    """Return whether this version of PyTorch draws as the C++ code supposes.
+
+    This is tried once, and logged if it does not.
+    """
     of_cpu = {"dtype": torch.float32, "device": "cpu"}
     probabilities = torch.rand(20, 50, generator=torch.Generator("cpu").manual_seed(1), **of_cpu).softmax(dim=-1)
     twins = [torch.Generator("cpu").manual_seed(2) for _ in range(2)]

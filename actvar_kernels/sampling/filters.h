@@ -1,4 +1,4 @@
-// What the two samplers share: exponential and logarithm in float32, and what the lowest tokens of a row weigh together.
+// Parts that the two samplers share: exponential and logarithm in float32, and what the lowest tokens of a row weigh together.
 
 #pragma once
 

@@ -1,10 +1,10 @@
-"""Drawing tokens: classifier-free guidance, top-k, top-p and the draw in one operation."""
+"""Draw tokens: classifier-free guidance, top-k, top-p and the draw in one operation."""
 
 from __future__ import annotations
 
 import torch
 
-from actvar_kernels.backend import backend_of, needs_operator, needs_torch
+from actvar_kernels.backend import Backend, choose
 from actvar_kernels.checks import as_integer, as_number, expect_one_device, expect_shape
 from actvar_kernels.sampling import cpu_kernel, reference
 
@@ -26,33 +26,34 @@ def sample_tokens(
     Both filters are those of `actvar.models.sampling`, with a rule for equal logits, which stay or go together:
 
     - top-k keeps the logits that reach the k-th largest;
-    - top-p then removes a token if those whose logit is at most its own, itself included, have no more than `1 - top_p`
-      of the probability that top-k left; the largest logits always stay.
+    - top-p then removes a token if few probability lies at its logit or below. This is at most `1 - top_p` of what
+      top-k left, the token itself included. The largest logits always stay.
 
-    The draw is `argmax(p / e)` with `e = -log(u)` and independent uniform `u`, which has the distribution `p`.
-    A token with a conditional logit of -inf is never drawn; no other logit may be infinite.
+    The draw is `argmax(p / e)` with `e = -log(u)` and independent uniform `u`, which has the distribution `p`. A token
+    with a conditional logit of -inf is never drawn; no other logit may be infinite.
 
-    Of a seed, `u` of row `r = b * L + l` and token `v` is made, as `tl.rand` does it, of output `v % 4` of Philox
-    4x32-10 with the key `seed` and the counter `(v // 4, r, step, 0)`, so it depends on nothing else, and all backends
-    draw the same tokens but where rounding decides. On Triton it is one launch that reads the logits once.
+    With a seed, `u` is made as `tl.rand` makes it, by Philox 4x32-10 with the key `seed`. Row `r = b * L + l` and token
+    `v` take output `v % 4` of the counter `(v // 4, r, step, 0)`. So `u` depends on nothing else, and all backends draw
+    the same tokens except where rounding decides. Triton takes one launch that reads the logits once.
 
     Args:
-        logits: `[2B, L, V]` float32, float16 or bfloat16, conditional rows first; calculated with in float32.
+        logits: `[2B, L, V]` float32, float16 or bfloat16, conditional rows first; computed with in float32.
         guidance: strength t of classifier-free guidance; None: logits `[B, L, V]` that are guided already.
         top_k: 0 ... V; 0 keeps all.
         top_p: 0 ... 1; 0 keeps all.
-        seed: int, taken modulo 2^64, or an int64 tensor with one element on the logits' device, which a CUDA graph
-            reads anew at every replay. The reference has to wait for the device to read a tensor.
-        step: another one gives another stream from the same seed: the scale's index, say.
-        noise: `[B, L, V]` uniform in (0, 1), in place of a seed; numbers that round to 0 or 1 are clipped.
+        seed: int, taken modulo 2^64, or an int64 tensor with one element on the logits' device. A CUDA graph reads such
+            a tensor anew at every replay. The reference has to wait for the device to read it.
+        step: another one gives another stream from the same seed, such as the index of the scale.
+        noise: `[B, L, V]`, floating-point, uniform in (0, 1), instead of a seed; numbers that round to 0 or 1 are
+            clipped.
 
     Returns:
         tokens `[B, L]` int64.
 
     Raises:
         ValueError: shapes, `top_k` or `top_p` that do not fit, or not exactly one of `seed` and `noise`.
-        BackendUnavailableError: see `actvar_kernels.set_backend`; Triton takes up to 16384
-            tokens, C++ needs a compiler.
+        BackendUnavailableError: see `actvar_kernels.set_backend`. Triton takes up to 16384 tokens, C++ needs a
+            compiler.
     """
     expect_shape("logits", logits, (None, None, None))
     rows, L, V = logits.shape
@@ -77,41 +78,47 @@ def sample_tokens(
     elif seed is not None:
         seed_number = (as_integer("seed", seed) + 2**63) % 2**64 - 2**63
     arguments = (logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise)
-    if needs_operator(logits) and not needs_torch(logits, noise):
+    backend = _choose(logits, noise)
+    if backend.recorded:  # also with the reference, which reads the seed
         return torch.ops.actvar_kernels.sample_tokens(*arguments)
-    return _run(*arguments)
+    return _run(backend, *arguments)
 
 
 def _expect_seed(seed: torch.Tensor, device: torch.device) -> None:
+    """Raise ValueError unless `seed` is one int64 number on `device`."""
     if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device:
         raise ValueError(
             f"seed: expected one int64 number on {device}, got {seed.numel()} of {seed.dtype} on {seed.device}"
         )
 
 
-def _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) -> torch.Tensor:
-    supported = ("reference", "triton") if logits.shape[2] <= MOST_TOKENS else ("reference",)
-    limits = f"a vocabulary of up to {MOST_TOKENS} tokens"
-    backend = backend_of(
-        "sample_tokens", logits, noise, supported=supported, limits=limits, why_not_in_cpp=_why_not_in_cpp
+def _choose(logits: torch.Tensor, noise: torch.Tensor | None) -> Backend:
+    """Return the backend of a call with these tensors."""
+    return choose(
+        "sample_tokens",
+        logits,
+        noise,
+        takes_triton=lambda: logits.shape[2] <= MOST_TOKENS,
+        limits=f"a vocabulary of up to {MOST_TOKENS} tokens",
+        why_not_in_cpp=lambda: None if cpu_kernel.available() else cpu_kernel.why_unavailable(),
     )
-    if backend == "triton":
+
+
+def _run(backend: Backend, logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) -> torch.Tensor:
+    """Run the operation on a backend."""
+    if backend.name == "triton":
         from actvar_kernels.sampling import triton_kernel
 
         seed = seed_number if seed_tensor is None else seed_tensor
         return triton_kernel.sample_tokens(logits, guidance, top_k, top_p, seed, step, noise)
     seed = seed_number if seed_tensor is None else int(seed_tensor)
-    if backend == "cpu":
+    if backend.name == "cpu":
         return cpu_kernel.sample_tokens(logits, guidance, top_k, top_p, seed, step, noise)
     if noise is None:
         rows, L, V = logits.shape
         shape = (rows if guidance is None else rows // 2, L, V)
         noise = reference.uniform_noise(shape, logits.device, seed, step)
     return reference.sample_tokens(logits, guidance, top_k, top_p, noise)
-
-
-def _why_not_in_cpp() -> str | None:
-    return None if cpu_kernel.available() else cpu_kernel.why_unavailable()
 
 
 @torch.library.custom_op("actvar_kernels::sample_tokens", mutates_args=())
@@ -125,7 +132,7 @@ def _sample_tokens(
     step: int,
     noise: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _run(logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise)
+    return _run(_choose(logits, noise), logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise)
 
 
 @_sample_tokens.register_fake

@@ -1,4 +1,4 @@
-"""Guided top-k and top-p sampling in plain PyTorch: what the operation computes."""
+"""Define guided top-k and top-p sampling in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ SMALLEST, LARGEST = 1e-10, 1 - 2**-24
 def sample_tokens(
     logits: torch.Tensor, guidance: float | None, top_k: int, top_p: float, noise: torch.Tensor
 ) -> torch.Tensor:
-    """One token per position, the winner of `argmax(weight / e)`, `e = -log(noise)`; the lower index on a tie."""
+    """Return one token per position, the winner of `argmax(weight / e)` with `e = -log(noise)`.
+
+    The lower index wins a tie.
+    """
     weights = token_weights(logits, guidance, top_k, top_p)
     return (weights / -noise.float().clamp(SMALLEST, LARGEST).log()).argmax(dim=-1)
 
 
 def token_weights(logits: torch.Tensor, guidance: float | None, top_k: int, top_p: float) -> torch.Tensor:
-    """`[B, L, V]` float32: proportional to the probabilities, 0 where a token was filtered out."""
+    """Return weights `[B, L, V]` float32 in proportion to the probabilities, 0 where a token was filtered out."""
     guided = logits.float()
     if guidance is not None:
         cond, uncond = guided.chunk(2)
@@ -36,7 +39,10 @@ def token_weights(logits: torch.Tensor, guidance: float | None, top_k: int, top_
 
 
 def uniform_noise(shape: tuple[int, int, int], device: torch.device, seed: int, step: int) -> torch.Tensor:
-    """`[B, L, V]` float32 in [0, 1 - 2^-24]: Philox 4x32-10 (Salmon et al. 2011), as `sample_tokens` numbers it."""
+    """Return numbers `[B, L, V]` float32 in [0, 1 - 2^-24], made as `op.sample_tokens` says.
+
+    The generator is Philox 4x32-10 (Salmon et al. 2011).
+    """
     B, L, V = shape
     rows, groups = torch.arange(B * L, device=device).unsqueeze(1), torch.arange(-(-V // 4), device=device)
     a, b, c, d = torch.broadcast_tensors(groups, rows, torch.full_like(groups, step % 2**32), torch.zeros_like(groups))
@@ -50,6 +56,6 @@ def uniform_noise(shape: tuple[int, int, int], device: torch.device, seed: int, 
 
 
 def _product(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upper and lower 32 bits of `x * factor`, all unsigned numbers of 32 bits in int64."""
+    """Return upper and lower 32 bits of `x * factor`, all unsigned numbers of 32 bits in int64."""
     upper = ((x >> 16) * factor + ((x & 0xFFFF) * factor >> 16)) >> 16
     return upper, x * factor & 0xFFFFFFFF

@@ -1,8 +1,8 @@
-"""Guidance, top-k, top-p and the draw as one Triton launch, one position per program.
+"""Run guidance, top-k, top-p and the draw as one Triton launch, one position per program.
 
-Both filters keep the logits from some threshold on. It is searched for by passes over the logits, which stay in
-registers: each pass tries a number between two bounds, most often one that interpolation suggests. The threshold that
-is found is exact; how many passes it takes depends on the logits (`python -m benchmarks.sampler_passes`).
+Both filters keep the logits from some threshold on. Passes over the logits, which stay in registers, search for the
+threshold, see `docs/kernels/sampling.md`. The threshold that is found is exact. How many passes it takes depends on the
+logits (`python -m benchmarks.sampler_passes`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.sampling.reference import LARGEST, SMALLEST
-from actvar_kernels.tiles import sampling_warps
+from actvar_kernels.triton_backend.tiles import sampling_warps
 
 
 def sample_tokens(
@@ -26,8 +26,17 @@ def sample_tokens(
     step: int,
     noise: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As the operation: `logits` `[2B, L, V]`, or `[B, L, V]` without guidance, `noise` `[B, L, V]` or None, any
-    strides; returns `[B, L]` int64."""
+    """Return the tokens `[B, L]` int64 that the operation draws.
+
+    Args:
+        logits: `[2B, L, V]`, or `[B, L, V]` without guidance, floating-point, any strides.
+        guidance: strength of classifier-free guidance, or None.
+        top_k: 0 ... V; 0 keeps all.
+        top_p: 0 ... 1; 0 keeps all.
+        seed: number, or an int64 tensor with one element.
+        step: number of the stream.
+        noise: `[B, L, V]`, floating-point, any strides, instead of a seed; or None.
+    """
     rows, L, V = logits.shape
     images = rows if guidance is None else rows // 2
     tokens = logits.new_empty(images, L, dtype=torch.int64)
@@ -104,8 +113,12 @@ def _sample(
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The token of one position; `tail` is 1 - top_p, and `seed` a number or a pointer to one. Of normally distributed
-    logits the `top_k`-th highest lies `quantile` deviations above the mean, and one more or less is `slope` of them."""
+    """Draw the token of one position.
+
+    `tail` is 1 - top_p, and `seed` a number or a pointer to one. `quantile` and `slope` say where normally distributed
+    logits have their `top_k`-th highest: `quantile` deviations above the mean. One rank more or less is `slope`
+    deviations.
+    """
     row = tl.program_id(0)
     image, position = (row // positions).to(tl.int64), row % positions
     token = tl.arange(0, BLOCK)
@@ -142,8 +155,10 @@ def _sample(
 
 @triton.jit
 def _top_k_threshold(x, highest, count, k, quantile, slope):
-    """A number that the k highest of `x`, and those equal to the lowest of them, reach, and no others; the lowest but
-    -inf where not more than k are finite. `count` numbers are no padding."""
+    """Return a number that the k highest of `x` reach, and those equal to the lowest of them, and no others.
+
+    Where not more than k are finite, this is the lowest finite number. `count` numbers of `x` are no padding.
+    """
     finite = x > -float("inf")
     below = tl.where(finite, x - highest, 0.0)
     mean = tl.sum(below, axis=0) / count
@@ -184,8 +199,11 @@ def _top_k_threshold(x, highest, count, k, quantile, slope):
 
 @triton.jit
 def _top_p_threshold(x, highest, threshold, tail):
-    """A number that those reach which stay: of `x` from the finite `threshold` on, weighed by `exp(x)`, the lowest that
-    together have no more than `tail` of the weight go, equal ones together, but never the highest."""
+    """Return a number that exactly those of `x` reach which top-p keeps.
+
+    Numbers from the finite `threshold` on are weighed by `exp(x)`. The lowest ones go that together have no more than
+    `tail` of the weight. Equal ones go together, and the highest never go.
+    """
     weights = tl.where(x >= threshold, tl.exp2((x - highest) * _LOG2_E), 0.0)
     total = tl.sum(weights, axis=0)
     removable = tail * total
@@ -226,19 +244,19 @@ def _top_p_threshold(x, highest, threshold, tail):
 
 @triton.jit
 def _reaching(x, trial):
-    """How many of `x` are `trial` or higher."""
+    """Return how many of `x` are `trial` or higher."""
     return tl.sum((x >= trial).to(tl.int32), axis=0)
 
 
 @triton.jit
 def _mass_below(x, weights, trial):
-    """What those of `x` that are lower than `trial` weigh together."""
+    """Return the weight of those of `x` that are lower than `trial`."""
     return tl.sum(tl.where(x < trial, weights, 0.0), axis=0)
 
 
 @triton.jit
 def _step_up(x, low):
-    """The lowest of `x` from `low` on, the next one that differs, and how many are higher than the first."""
+    """Return the lowest of `x` from `low` on, the next one that differs, and how many are higher than the first."""
     lowest = tl.min(tl.where(x >= low, x, float("inf")), axis=0)
     higher = x > lowest
     return lowest, tl.min(tl.where(higher, x, float("inf")), axis=0), tl.sum(higher.to(tl.int32), axis=0)
@@ -246,7 +264,10 @@ def _step_up(x, low):
 
 @triton.jit
 def _uniform(seed, row, step, BLOCK: tl.constexpr):
-    """`[BLOCK]` float32 in [0, 1 - 2^-24]: four neighbours are the four outputs of one counter."""
+    """Return `[BLOCK]` float32 in [0, 1 - 2^-24].
+
+    Four neighbours are the four outputs of one counter.
+    """
     first, second, third, fourth = tl.philox(seed, tl.arange(0, BLOCK // 4), row, step, 0)
     bits = tl.join(tl.join(first, third), tl.join(second, fourth))
     return tl.uint_to_uniform_float(tl.reshape(bits, (BLOCK,)))

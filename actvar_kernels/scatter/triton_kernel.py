@@ -6,24 +6,24 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.tiles import row_tiles
-from actvar_kernels.token_select.triton_kernel import channels_last, load_rows, load_vector
+from actvar_kernels.triton_backend.rows import channels_last, load_rows, load_vector
+from actvar_kernels.triton_backend.tiles import row_tiles
 
 
 def scatter_rows(
-    rest: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor
+    base: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, update: torch.Tensor, gamma: torch.Tensor
 ) -> None:
-    """As `reference.scatter_rows`, written to `rest`; the sum is rounded once."""
+    """Write what `reference.scatter_rows` returns to `base`, with one rounding of the sum."""
     R, K, C = rows.shape
     rows, update, gamma = channels_last(rows, update, gamma)
     tiles = row_tiles(R * K, C)
     _scatter_rows[(triton.cdiv(K, tiles.rows), R)](
-        rest,
+        base,
         index,
         rows,
         update,
         gamma,
-        rest.stride(),
+        base.stride(),
         index.stride(),
         rows.stride(),
         update.stride(),
@@ -39,12 +39,12 @@ def scatter_rows(
 
 @triton.jit(do_not_specialize=["length"])
 def _scatter_rows(
-    rest_ptr,
+    base_ptr,
     index_ptr,
     rows_ptr,
     update_ptr,
     gamma_ptr,
-    rest_strides,
+    base_strides,
     index_strides,
     rows_strides,
     update_strides,
@@ -54,6 +54,7 @@ def _scatter_rows(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Scatter `ROWS` rows of a sequence."""
     sequence = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
@@ -66,6 +67,6 @@ def _scatter_rows(
     gamma = load_vector(gamma_ptr, gamma_strides, sequence, channel, inside)
     out = rows + gamma[None, :] * update
     target = (
-        sequence.to(tl.int64) * rest_strides[0] + index[:, None] * rest_strides[1] + channel[None, :] * rest_strides[2]
+        sequence.to(tl.int64) * base_strides[0] + index[:, None] * base_strides[1] + channel[None, :] * base_strides[2]
     )
-    tl.store(rest_ptr + target, out.to(rest_ptr.dtype.element_ty), mask=(row < length)[:, None] & inside[None, :])
+    tl.store(base_ptr + target, out.to(base_ptr.dtype.element_ty), mask=(row < length)[:, None] & inside[None, :])

@@ -26,31 +26,31 @@ constexpr int QUERIES = 48;  // whose scores a thread holds at a time
 }  // namespace
 
 #define KERNEL "../subset_attention/cpu_tile.h"
-#include "../cpu_backend/levels.h"
+#include "../cpu_backend/isa.h"
 
 namespace {
 
-struct Level {
+struct Isa {
     size_t (*bytes[2])(const Job &);  // float32, bfloat16
     void (*runs[2])(const Job &, int, int, char *);
 };
 
-#define LEVEL_OF(level) \
-    {{level::scratch_bytes<float>, level::scratch_bytes<bfloat16>}, {level::run<float>, level::run<bfloat16>}},
-const Level LEVELS[] = {FOR_EVERY_LEVEL(LEVEL_OF)};
+#define ISA_OF(isa) \
+    {{isa::scratch_bytes<float>, isa::scratch_bytes<bfloat16>}, {isa::run<float>, isa::run<bfloat16>}},
+const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
 Rows rows_of(void *data, const int64_t *strides) { return {data, strides[0], strides[1], strides[2]}; }
 
 }  // namespace
 
 // Strides of q, k, v, keys and values, three each. Returns 0, or 1 when memory ran out.
-extern "C" int subset_attention(int level, int is_bfloat16, void *q, void *k, void *v, void *keys, void *values,
+extern "C" int subset_attention(int isa, int is_bfloat16, void *q, void *k, void *v, void *keys, void *values,
                                 const void *head_scale, void *out, const int64_t *strides, int sequences, int heads,
                                 int kept, int own, int cached, int dim, int append, float scale, int threads) {
     const Job job = {rows_of(q, strides), rows_of(k, strides + 3), rows_of(v, strides + 6), rows_of(keys, strides + 9),
                      rows_of(values, strides + 12), (const float *)head_scale, out, sequences, heads, kept, own, cached,
                      dim, append, scale};
-    const size_t bytes = (LEVELS[level].bytes[is_bfloat16](job) + 63) / 64 * 64;
+    const size_t bytes = (ISAS[isa].bytes[is_bfloat16](job) + 63) / 64 * 64;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -61,7 +61,7 @@ extern "C" int subset_attention(int level, int is_bfloat16, void *q, void *k, vo
         }
 #pragma omp for schedule(dynamic, 1)
         for (int item = 0; item < sequences * heads; item++)
-            if (scratch != nullptr) LEVELS[level].runs[is_bfloat16](job, item / heads, item % heads, scratch);
+            if (scratch != nullptr) ISAS[isa].runs[is_bfloat16](job, item / heads, item % heads, scratch);
         free(scratch);
     }
     return failed;

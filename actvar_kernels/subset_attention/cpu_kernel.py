@@ -1,4 +1,4 @@
-"""Subset attention in C++: QK norm, appending to the cache, and attention in one pass over each head."""
+"""Attend in C++: QK norm, append to the cache, and attention in one pass over each head."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ def subset_attention(
     head_scale: torch.Tensor | None,
     softmax_scale: float,
     append: bool,
-    level: int | None = None,
+    isa: int | None = None,
 ) -> torch.Tensor:
-    """As the operator `subset_attention`, or `subset_attention_append` with `append`, with sums in float32.
+    """Run the operator `subset_attention`, or with `append` `subset_attention_append`, with sums in float32.
 
     Args:
-        q, k, v, keys, values: float32 or bfloat16, all of one type.
-        level: instruction set; None: the highest.
+        q, k, v, keys, values: as in the operators, float32 or bfloat16, all in one dtype.
+        cached: rows of the cache that are attended to.
+        head_scale: `[H]`, floating-point, or None.
+        softmax_scale: factor of the scores.
+        append: whether `k` and `v` are written to the cache.
+        isa: instruction set; None: the highest.
 
     Raises:
         ValueError: sizes that the kernel cannot count.
         MemoryError: there is none left for the intermediate results.
     """
-    level = cpu.best_level() if level is None else level
+    isa = cpu.best_isa() if isa is None else isa
     R, H, K, d = q.shape
     tensors = [t if t is None or t.stride(3) == 1 else t.contiguous() for t in (q, k, v, keys, values)]
     if append and (tensors[3] is not keys or tensors[4] is not values):
@@ -45,7 +49,7 @@ def subset_attention(
             strides[3 * position : 3 * position + 3] = tensor.stride()[:3]
     sizes = cpu.checked_sizes(R, H, K, k.shape[2], cached, d)
     failed = _library().subset_attention(
-        level,
+        isa,
         q.dtype == torch.bfloat16,
         *[None if tensor is None else tensor.data_ptr() for tensor in (*tensors, head_scale, out)],
         strides,

@@ -1,11 +1,11 @@
-"""Subset attention in plain PyTorch: what the operation computes."""
+"""Define subset attention in plain PyTorch."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels.backend import is_transforming
+from actvar_kernels.situation import is_transforming
 
 
 def subset_attention(
@@ -18,6 +18,7 @@ def subset_attention(
     mask: torch.Tensor | None,
     room: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return output, keys and values, see `op.subset_attention`."""
     if head_scale is not None:
         q = F.normalize(q, dim=-1) * head_scale.view(1, -1, 1, 1)
     k, v = extended_cache(k, v, past, head_scale is not None, room)
@@ -33,7 +34,13 @@ def extended_cache(
     normed: bool,
     room: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`past` followed by `k`, normalised if `normed`, and by `v`; in `room` if there is one."""
+    """Return `past` followed by `k` and `v`, in `room` if there is one.
+
+    Args:
+        k, v: `[R, H, T, d]`, floating-point.
+        past, room: as in `op.subset_attention`.
+        normed: whether `k` is divided by its norm.
+    """
     if normed:
         k = F.normalize(k, dim=-1)
     if room is not None:
@@ -44,16 +51,17 @@ def extended_cache(
 
 
 def _append(room: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None, own: torch.Tensor) -> torch.Tensor:
+    """Write `own` to the room behind `past`, and return the rows that are used."""
     start = 0 if past is None else past[0].shape[2]
     room[:, :, start : start + own.shape[2]] = own
     return room[:, :, : start + own.shape[2]]
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """`softmax(scale * q k^T + mask) v` for `[R, H, L, d]` tensors.
+    """Return `softmax(scale * q k^T + mask) v` for `[R, H, L, d]` tensors.
 
-    With gradients on a CPU it is written out, because the backward pass of torch's fused attention takes 3.6 times as
-    long there (32 x 3 heads, 130 tokens, bfloat16), and has no forward-mode derivative.
+    With gradients on a CPU it is written out. There the backward pass of torch's fused attention takes 3.6 times as
+    long (32 x 3 heads, 130 tokens, bfloat16), and has no forward-mode derivative.
     """
     differentiated = torch.is_grad_enabled() and q.requires_grad
     if q.device.type == "cpu" and (differentiated or (not torch.compiler.is_compiling() and is_transforming())):

@@ -1,4 +1,4 @@
-"""Subset attention as one Triton launch: QK norm, head scale, attention and the append to the cache."""
+"""Attend in one Triton launch: QK norm, head scale, attention and the append to the cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.tiles import architecture, attention_tiles
+from actvar_kernels.triton_backend.tiles import architecture, attention_tiles
 
 
 def subset_attention(
@@ -23,15 +23,17 @@ def subset_attention(
     mask: torch.Tensor | None,
     append: bool,
 ) -> torch.Tensor:
-    """Attention of `q` over the first `cached` rows of `keys` and `values` and over `k` and `v`.
+    """Return attention of `q` over the first `cached` rows of `keys` and `values` and over `k` and `v`.
 
     Args:
-        q, k, v: `[R, H, K, d]` and `[R, H, T, d]` twice, any strides; d a power of two from 16 to 128.
+        q: `[R, H, K, d]`, floating-point, any strides; d a power of two from 16 to 128.
+        k, v: `[R, H, T, d]`, floating-point, any strides.
         keys, values: the cache `[R, H, at least cached (+ T to append), d]`, any strides; None without one.
-        head_scale: `[H]`; None: no QK norm.
-        mask: additive, broadcastable to `[R, H, K, cached + T]`; it leaves every query at least one key.
-        append: whether to write the normalised `k`, and `v`, to the rows of `keys` and `values` after the first
-            `cached`.
+        cached: rows of the cache that are attended to.
+        head_scale: `[H]`, floating-point; None: no QK norm.
+        softmax_scale: factor of the scores.
+        mask: additive, broadcastable to `[R, H, K, cached + T]`, or None; it leaves every query at least one key.
+        append: whether to write the normalised `k`, and `v`, to the rows of the cache after the first `cached`.
 
     Returns:
         `[R, K, H * d]` in v's dtype.
@@ -108,7 +110,10 @@ def _attention(
     BLOCK_OWN: tl.constexpr,
     OWN_STAGES: tl.constexpr,
 ):
-    """One tile of queries of one head; neighbouring programs share the head's keys. Scores are in units of log 2."""
+    """Attend with one tile of queries of one head; neighbouring programs share the keys of the head.
+
+    Scores are in units of log 2.
+    """
     query_tiles = tl.cdiv(queries, BLOCK_Q)
     query_tile = tl.program_id(0) % query_tiles
     row = (tl.program_id(0) // query_tiles // HEADS).to(tl.int64)
@@ -164,13 +169,13 @@ def _attention(
 
 @triton.jit
 def _normalize(x):
-    """Rows `[N, d]` in float32 divided by their norm, or by 1e-12."""
+    """Return rows `[N, d]` in float32 divided by their norm, or by 1e-12."""
     return x * (1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12))[:, None]
 
 
 @triton.jit
 def _tile(k_ptr, k_strides, v_ptr, v_strides, start, end, BLOCK: tl.constexpr, PARTIAL: tl.constexpr):
-    """Keys and values `[BLOCK, d]` from `start` on; with `PARTIAL` zero from `end` on."""
+    """Return keys and values `[BLOCK, d]` from `start` on; with `PARTIAL` zero from `end` on."""
     index = (start + tl.arange(0, BLOCK))[:, None]
     if PARTIAL:
         k = tl.load(k_ptr + index * k_strides[2], mask=index < end, other=0.0)
@@ -183,7 +188,10 @@ def _tile(k_ptr, k_strides, v_ptr, v_strides, start, end, BLOCK: tl.constexpr, P
 
 @triton.jit
 def _scores(q, k, mask_ptr, mask_strides, query, queries, start, end, PARTIAL: tl.constexpr):
-    """`q k^T + mask` `[BLOCK_Q, keys]` of the keys from `start` on; with `PARTIAL` -inf from `end` on."""
+    """Return `q k^T + mask` `[BLOCK_Q, keys]` of the keys from `start` on.
+
+    With `PARTIAL` scores are -inf from `end` on.
+    """
     LOG2_E: tl.constexpr = 1.4426950408889634
     index = start + tl.arange(0, k.shape[0])
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")

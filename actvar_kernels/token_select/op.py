@@ -1,4 +1,4 @@
-"""Which tokens a block updates, and their rows ready for attention: score, top-K, gather, LayerNorm, modulation."""
+"""Choose which tokens a block updates, and make their rows ready for attention."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels.backend import (
-    MOST_SEQUENCES,
-    backend_of,
-    get_backend,
-    kernel_backends,
-    needs_operator,
-    needs_torch,
-)
+from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, get_backend, in_kernel_dtypes
 from actvar_kernels.checks import as_number, expect_count, expect_one_device, expect_shape
 from actvar_kernels.cpu_backend import cpu, row_ops
 from actvar_kernels.gradients import register_reference_gradient
@@ -27,14 +20,20 @@ _SELECTION_LIMITS = f"{_NORM_LIMITS} of up to {MAX_TOKENS} tokens"
 
 
 class Selection(NamedTuple):
-    """`index` `[R, K]` int64, ascending; `modulated` `[R, K, C]` the kept rows of x after LayerNorm and modulation, in
-    x's dtype; `scores` `[R, L]` float32; `rest` `[R, L, C]` x's rows that were not kept, the others undefined: what the
-    scattering operations fill and return."""
+    """Hold the tokens that a block updates.
+
+    Attributes:
+        index: `[R, K]` int64, ascending.
+        modulated: `[R, K, C]`, the kept rows of x after LayerNorm and modulation, in x's dtype.
+        scores: `[R, L]` float32; None where another block has chosen.
+        base: `[R, L, C]` in x's dtype: rows of x that were not kept, the others undefined. The scattering operations
+            fill and return it.
+    """
 
     index: torch.Tensor
     modulated: torch.Tensor
-    scores: torch.Tensor
-    rest: torch.Tensor
+    scores: torch.Tensor | None
+    base: torch.Tensor
 
 
 def select_tokens(
@@ -48,19 +47,19 @@ def select_tokens(
     share_guidance: bool = False,
     in_place: bool = False,
 ) -> Selection:
-    """Keep the `keep` rows with the highest `LN(x) @ weight + bias` and modulate them: `LN(x) * (1 + scale) + shift`.
+    """Keep the `keep` rows with the highest `LN(x) @ weight + bias`; modulate them by `LN(x) * (1 + scale) + shift`.
 
-    LN has no affine part and eps 1e-6; scores are in float32 and outside autocast. Ties go to the lower index.
+    LN has no affine part and eps 1e-6. Scores are in float32 and outside autocast. Ties go to the lower index. Triton
+    takes two launches, or one from 128 sequences on, for L up to 1024.
 
     Args:
         x: `[R, L, C]`, float32, float16 or bfloat16.
-        weight, bias: the selector, `[1, C]` and `[1]`.
-        scale, shift: AdaLN of the attention branch, `[R, 1, C]`.
+        weight, bias: the selector, `[1, C]` and `[1]`, floating-point.
+        scale, shift: `[R, 1, C]`, floating-point, AdaLN of the attention branch.
         keep: rows to keep per sequence, 1 ... L.
-        share_guidance: the first half of the R rows (conditional) decides for the second half as well.
-        in_place: `rest` may be x itself, which the operation that fills it then overwrites; not where gradients are on.
-
-    On Triton it is two launches, or one from 128 sequences on, for L up to 1024.
+        share_guidance: whether the first half of the R rows (conditional) decides for the second half as well.
+        in_place: whether `base` may be x itself, which the operation that fills it then overwrites. It never is where
+            gradients are on.
 
     Raises:
         ValueError: shapes or devices that do not fit, `keep` out of range, an odd R with `share_guidance`.
@@ -78,25 +77,28 @@ def select_tokens(
     in_place = in_place and not torch.is_grad_enabled() and x.stride(2) == 1
     tensors = (x, weight, bias, scale, shift)
     expect_one_device(*tensors)
-    backend = _selection_backend(*tensors)
-    if backend != "reference" and needs_operator(*tensors):
+    backend = _choose_selection(*tensors)
+    if backend.calls_operator:
         operator = torch.ops.actvar_kernels.select_tokens
-        modulated, scores, rest, index = operator(*tensors, keep, share_guidance, in_place)
+        modulated, scores, base, index = operator(*tensors, keep, share_guidance, in_place)
     else:
-        index, modulated, scores, rest = _select(backend, *tensors, keep, share_guidance, in_place)
-    return Selection(index, modulated, scores, x if in_place else rest)
+        index, modulated, scores, base = _select(backend, *tensors, keep, share_guidance, in_place)
+    return Selection(index, modulated, scores, x if in_place else base)
 
 
 def normalize_modulate(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None = None
 ) -> torch.Tensor:
-    """`y = LN(x) * (1 + scale) + shift` in float32 (float64 for a float64 x), returned in x's dtype.
+    """Return `y = LN(x) * (1 + scale) + shift`, computed in float32, or float64 for a float64 x.
 
     Args:
-        x: `[R, K, C]`.
-        scale, shift: `[R, 1, C]`.
-        guidance: strength t of classifier-free guidance: `(1 + t) * y[:R // 2] - t * y[R // 2:]` is returned instead,
-            so that a linear layer that follows has half the rows.
+        x: `[R, K, C]`, floating-point.
+        scale, shift: `[R, 1, C]`, floating-point.
+        guidance: strength t of classifier-free guidance, or None. With it `(1 + t) * y[:R // 2] - t * y[R // 2:]` is
+            returned: a linear layer that follows has half the rows.
+
+    Returns:
+        `[R, K, C]` in x's dtype, with guidance `[R // 2, K, C]`.
 
     Raises:
         ValueError: shapes or devices that do not fit.
@@ -110,33 +112,37 @@ def normalize_modulate(
         raise ValueError(f"x: expected conditional and unconditional rows, got an odd number of rows, {x.shape[0]}")
     tensors = (x, scale, shift)
     expect_one_device(*tensors)
-    backend = _norm_backend(*tensors, guided=guidance is not None)
-    if backend != "reference" and needs_operator(*tensors):
+    backend = _choose_norm(*tensors, guided=guidance is not None)
+    if backend.calls_operator:
         return torch.ops.actvar_kernels.normalize_modulate(*tensors, guidance)
     return _normalize(backend, *tensors, guidance)
 
 
-def _selection_backend(x, *others) -> str:
-    supported = kernel_backends(x, *others, fits=x.shape[1] <= MAX_TOKENS and x.shape[0] <= MOST_SEQUENCES)
-    return backend_of(
+def _choose_selection(x: torch.Tensor, *others: torch.Tensor) -> Backend:
+    """Return the backend of a call of `select_tokens` with these tensors."""
+
+    def takes_triton() -> bool:
+        return x.shape[1] <= MAX_TOKENS and x.shape[0] <= MOST_SEQUENCES and in_kernel_dtypes(x, *others)
+
+    return choose(
         "select_tokens",
         x,
         *others,
-        supported=supported,
+        takes_triton=takes_triton,
         limits=_SELECTION_LIMITS,
         why_not_in_cpp=lambda: cpu.why_not(x, *others),
     )
 
 
 def _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place) -> tuple[torch.Tensor, ...]:
+    """Return index, modulated rows, scores and base on a backend."""
     tensors = (x, weight, bias, scale, shift)
-    if backend == "cpu":
+    if backend.name == "cpu":
         return *row_ops.select_tokens(*tensors, keep, share_guidance), x if in_place else x.clone()
-    if backend == "reference":
-        *selected, rest = reference.select_tokens(*tensors, keep, share_guidance)
-        # kernels that fill `rest` must not fill x
-        may_fill = get_backend() == "auto" and not needs_torch(*tensors) and (x.is_cuda or not needs_operator(x))
-        return *selected, rest.clone() if may_fill and not in_place else rest
+    if backend.name == "reference":
+        *selected, base = reference.select_tokens(*tensors, keep, share_guidance)
+        # another operation may run in a kernel, which must not write to x
+        return *selected, base if in_place or get_backend() == "reference" else base.clone()
     from actvar_kernels.token_select import triton_kernel
 
     return triton_kernel.select_tokens(x, weight, bias, scale, shift, keep, share_guidance, in_place)
@@ -153,12 +159,12 @@ def _select_tokens(
     share_guidance: bool,
     in_place: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`rest` is empty with `in_place`, since an operator must not return its argument."""
-    backend = _selection_backend(x, weight, bias, scale, shift)
-    index, modulated, scores, rest = _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place)
+    """Run `select_tokens`; with `in_place` the base is empty, since an operator must not return its argument."""
+    backend = _choose_selection(x, weight, bias, scale, shift)
+    index, modulated, scores, base = _select(backend, x, weight, bias, scale, shift, keep, share_guidance, in_place)
     if in_place:
-        rest = x.new_empty(0)
-    return modulated, scores, rest.clone() if rest is x else rest, index
+        base = x.new_empty(0)
+    return modulated, scores, base.clone() if base is x else base, index
 
 
 @_select_tokens.register_fake
@@ -169,6 +175,7 @@ def _(x, weight, bias, scale, shift, keep, share_guidance, in_place):
 
 
 def _at_index(x, weight, bias, scale, shift, keep, share_guidance, in_place, index) -> tuple[torch.Tensor, ...]:
+    """Return what the operator does, by the reference, for a choice that was made."""
     return *reference.at_index(x, weight, bias, scale, shift, index), index
 
 
@@ -176,7 +183,7 @@ register_reference_gradient(_select_tokens, _at_index, chosen=(3,))
 
 
 def select_tokens_flops(x_shape, *_shapes, **_kwargs) -> int:
-    """FLOPs of the selector's product in one `select_tokens` operator."""
+    """Return the FLOPs of the selector's product in one `select_tokens` operator."""
     R, L, C = x_shape
     return 2 * R * L * C
 
@@ -184,21 +191,25 @@ def select_tokens_flops(x_shape, *_shapes, **_kwargs) -> int:
 register_flop_formula(torch.ops.actvar_kernels.select_tokens)(select_tokens_flops)
 
 
-def _norm_backend(*tensors, guided: bool) -> str:
-    supported = kernel_backends(*tensors, fits=tensors[0].shape[0] <= MOST_SEQUENCES)
+def _choose_norm(*tensors: torch.Tensor, guided: bool) -> Backend:
+    """Return the backend of a call of `normalize_modulate` with these tensors."""
+
+    def takes_triton() -> bool:
+        return tensors[0].shape[0] <= MOST_SEQUENCES and in_kernel_dtypes(*tensors)
 
     def why_not_in_cpp() -> str | None:
         return "it takes no guidance" if guided else cpu.why_not(*tensors)
 
-    return backend_of(
-        "normalize_modulate", *tensors, supported=supported, limits=_NORM_LIMITS, why_not_in_cpp=why_not_in_cpp
+    return choose(
+        "normalize_modulate", *tensors, takes_triton=takes_triton, limits=_NORM_LIMITS, why_not_in_cpp=why_not_in_cpp
     )
 
 
 def _normalize(backend, x, scale, shift, guidance) -> torch.Tensor:
-    if backend == "cpu":
+    """Run `normalize_modulate` on a backend."""
+    if backend.name == "cpu":
         return row_ops.normalize_modulate(x, scale, shift)
-    if backend == "reference":
+    if backend.name == "reference":
         return reference.normalize_modulate(x, scale, shift, guidance)
     from actvar_kernels.token_select import triton_kernel
 
@@ -209,7 +220,7 @@ def _normalize(backend, x, scale, shift, guidance) -> torch.Tensor:
 def _normalize_modulate(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None
 ) -> torch.Tensor:
-    backend = _norm_backend(x, scale, shift, guided=guidance is not None)
+    backend = _choose_norm(x, scale, shift, guided=guidance is not None)
     return _normalize(backend, x, scale, shift, guidance)
 
 

@@ -1,4 +1,4 @@
-"""Token selection in plain PyTorch: what the operation computes."""
+"""Define token selection in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from actvar_kernels.constants import NORM_EPS
 
 
 def top_indices(scores: torch.Tensor, keep: int) -> torch.Tensor:
-    """Indices `[..., keep]` of the highest scores `[..., L]`, ties to the lower index, in ascending order."""
+    """Return indices `[..., keep]` of the highest scores `[..., L]`, ascending, ties to the lower index."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :keep].sort(dim=-1).values
 
 
 def gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows `index` `[R, K]` of `x` `[R, L, C]` as `[R, K, C]`."""
+    """Return rows `index` `[R, K]` int64 of `x` `[R, L, C]` as `[R, K, C]`."""
     R, L, C = x.shape
     return x.reshape(R * L, C)[flat_index(index, L)]
 
 
 def flat_index(index: torch.Tensor, length: int) -> torch.Tensor:
-    """Per-row indices `[R, K]` into sequences of `length` as indices into all rows at once."""
+    """Return indices `[R, K]` into sequences of `length` as indices into all rows at once."""
     return index + torch.arange(index.shape[0], device=index.device).unsqueeze(1) * length
 
 
@@ -34,6 +34,7 @@ def select_tokens(
     keep: int,
     share_guidance: bool,
 ) -> tuple[torch.Tensor, ...]:
+    """Return index, modulated rows, scores and base, which is x, see `op.select_tokens`."""
     normalized, scores = _scored(x, weight, bias)
     deciding = scores[: x.shape[0] // 2] if share_guidance else scores
     index = top_indices(deciding, keep)
@@ -51,13 +52,14 @@ def at_index(
     shift: torch.Tensor,
     index: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """`modulated`, `scores` and `rest` of a selection whose index is known."""
+    """Return modulated rows, scores and base of a selection whose index is known."""
     normalized, scores = _scored(x, weight, bias)
     modulated = _modulated(gather_rows(normalized, index), scale, shift)
     return modulated.to(x.dtype), scores, x
 
 
 def _scored(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return LN of `x` and the scores `[R, L]` float32."""
     normalized = _normalized(x)
     # a sum over each row, since a matrix product may round equal rows differently and so break ties at random
     return normalized, (normalized.float() * weight.float()).sum(dim=-1) + bias.float()
@@ -66,6 +68,7 @@ def _scored(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[
 def normalize_modulate(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None = None
 ) -> torch.Tensor:
+    """Return what `op.normalize_modulate` does."""
     modulated = _modulated(_normalized(x), scale, shift)
     if guidance is not None:
         cond, uncond = modulated.chunk(2)
@@ -74,10 +77,11 @@ def normalize_modulate(
 
 
 def _normalized(x: torch.Tensor) -> torch.Tensor:
-    """`LN(x)` without affine part, in float32 or x's dtype if that is wider."""
+    """Return `LN(x)` without affine part, in float32 or x's dtype if that is wider."""
     return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=NORM_EPS)
 
 
 def _modulated(normalized: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Return `normalized * (1 + scale) + shift`."""
     dtype = normalized.dtype
     return torch.addcmul(shift.to(dtype), normalized, scale.to(dtype) + 1)

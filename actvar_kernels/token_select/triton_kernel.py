@@ -1,5 +1,7 @@
-"""Token selection in one Triton launch where sequences are many, else in two (scores; the rest), and LayerNorm with
-modulation in one."""
+"""Select tokens in one Triton launch where sequences are many, otherwise in two; normalise and modulate in one.
+
+The first of two launches makes the scores.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.constants import NORM_EPS
-from actvar_kernels.tiles import SCORE_CHUNK, SCORE_ROWS, architecture, row_tiles, select_tiles
+from actvar_kernels.triton_backend.rows import channels_last, descending_key, load_rows, load_vector, normalized
+from actvar_kernels.triton_backend.tiles import SCORE_CHUNK, SCORE_ROWS, architecture, row_tiles, select_tiles
 
 _EPS = tl.constexpr(NORM_EPS)
 _LOWEST = tl.constexpr(-(2**31))
-_HIGHEST = tl.constexpr(2**31 - 1)
 
 
 def select_tokens(
@@ -25,15 +27,17 @@ def select_tokens(
     share_guidance: bool,
     in_place: bool,
 ) -> tuple[torch.Tensor, ...]:
-    """`index`, `modulated`, `scores` and `rest` as in `reference.select_tokens`; `rest` is x with `in_place`, else new
-    memory, of which the rows that were kept are not written."""
+    """Return index, modulated rows, scores and base, see `op.select_tokens`.
+
+    With `in_place` the base is x. Otherwise it is new memory, in which the rows that were kept are not written.
+    """
     R, L, C = x.shape
     x, scale, shift = channels_last(x, scale, shift)
     index = x.new_empty(R, keep, dtype=torch.int64)
     modulated = x.new_empty(R, keep, C)
     scores = x.new_empty(R, L, dtype=torch.float32)
     moments = x.new_empty(R, L, 2, dtype=torch.float32)  # mean and 1 / sqrt(variance + eps)
-    rest = None if in_place else x.new_empty(R, L, C)
+    base = None if in_place else x.new_empty(R, L, C)
     weight = weight.contiguous()
     slots = keep if in_place else L
     tiles = select_tiles(architecture(x), R, slots, C)
@@ -64,7 +68,7 @@ def select_tokens(
         shift,
         index,
         modulated,
-        rest,
+        base,
         x.stride(),
         scale.stride(),
         shift.stride(),
@@ -82,13 +86,13 @@ def select_tokens(
         enable_fp_fusion=True,
         maxnreg=tiles.registers,
     )
-    return index, modulated, scores, x if in_place else rest
+    return index, modulated, scores, x if in_place else base
 
 
 def normalize_modulate(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None
 ) -> torch.Tensor:
-    """As `reference.normalize_modulate`."""
+    """Return what `reference.normalize_modulate` does."""
     R, K, C = x.shape
     x, scale, shift = channels_last(x, scale, shift)
     out = x.new_empty(R if guidance is None else R // 2, K, C)
@@ -113,11 +117,6 @@ def normalize_modulate(
     return out
 
 
-def channels_last(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors with neighbouring channels next to each other in memory, copied where they are not."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
-
-
 @triton.jit(do_not_specialize=["length"])
 def _score(
     x_ptr,
@@ -131,7 +130,7 @@ def _score(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Some rows of a sequence, whole."""
+    """Score `ROWS` rows of a sequence."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     _score_rows(
         x_ptr, weight_ptr, bias_ptr, scores_ptr, moments_ptr, x_strides, tl.program_id(1), row, length, C, BLOCK_C
@@ -152,9 +151,10 @@ def _score_rows(
     C: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """`LN(x) @ weight + bias` of rows of a sequence, and the moments of their LN; each row summed in the same order.
+    """Store `LN(x) @ weight + bias` of rows of a sequence, and the moments of their LN.
 
-    Sums over `CHUNK` channels at a time, of `d = x - pivot`: near the mean, so that one pass loses no digits.
+    Each row is summed in the same order, `CHUNK` channels at a time. The terms are distances `d = x - pivot` to a
+    number near the mean, so that one pass loses no digits.
     """
     channel = tl.arange(0, CHUNK)
     inside = channel < C
@@ -198,7 +198,7 @@ def _select(
     shift_ptr,
     index_ptr,
     modulated_ptr,
-    rest_ptr,
+    base_ptr,
     x_strides,
     scale_strides,
     shift_strides,
@@ -213,11 +213,12 @@ def _select(
     SCORE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """`STEPS * ROWS` rows of a sequence in the order of their places: those that are kept go to `modulated`, the others
-    to `rest` if there is one. `deciding` sequences have a choice of their own, the ones after them take it over.
+    """Put `STEPS * ROWS` rows of a sequence in the order of their places.
 
-    With a weight each program scores its sequence, and the one that decides, by itself: the programs of a sequence
-    write the same numbers. Without one scores and moments are there.
+    Rows that are kept go to `modulated`, the others to the base if there is one. `deciding` sequences have a choice of
+    their own, the ones after them take it over. With a weight each program scores its sequence, and the one that
+    decides, by itself: the programs of a sequence write the same numbers. Without a weight scores and moments are
+    there.
     """
     sequence = tl.program_id(1)
     decides = sequence % deciding
@@ -250,17 +251,19 @@ def _select(
         normal = (x.to(tl.float32) - mean[:, None]) * root[:, None]
         modulated = normal * (1.0 + scale)[None, :] + shift[None, :]
         tl.store(modulated_ptr + target, modulated.to(x.dtype), mask=kept[:, None] & inside[None, :])
-        if rest_ptr is not None:
+        if base_ptr is not None:
             left = (place >= keep) & (place < length)
             source = (sequence.to(tl.int64) * length + row)[:, None] * C + channel[None, :]
-            tl.store(rest_ptr + source, x, mask=left[:, None] & inside[None, :])
+            tl.store(base_ptr + source, x, mask=left[:, None] & inside[None, :])
         place += ROWS
 
 
 @triton.jit
 def _places(scores_ptr, length, keep, BLOCK_L: tl.constexpr):
-    """For each of `length` scores its place: first the `keep` highest in order of their index, behind them the others
-    in theirs."""
+    """Return the place of each of `length` scores.
+
+    First come the `keep` highest in order of their index, behind them the others in order of theirs.
+    """
     index = tl.arange(0, BLOCK_L)
     key = descending_key(tl.load(scores_ptr + index, mask=index < length, other=0.0))
     key = tl.where(index < length, key, _LOWEST)
@@ -280,15 +283,6 @@ def _places(scores_ptr, length, keep, BLOCK_L: tl.constexpr):
     return tl.where(kept, before - 1, keep + index - before)
 
 
-@triton.jit
-def descending_key(score):
-    """Int32 above -2^31 that compares as `torch.sort(descending=True)` compares float32: NaN is the highest, equal to
-    itself, and -0 equals 0."""
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ _HIGHEST, bits)
-    return tl.where(score == score, key, _HIGHEST)
-
-
 @triton.jit(do_not_specialize=["length", "guidance"])
 def _normalize_modulate(
     x_ptr,
@@ -305,6 +299,7 @@ def _normalize_modulate(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Normalise and modulate `ROWS` rows of a sequence."""
     sequence = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
@@ -322,26 +317,3 @@ def _normalize_modulate(
             out = y
     target = (sequence.to(tl.int64) * length + row)[:, None] * C + channel[None, :]
     tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=(row < length)[:, None] & inside[None, :])
-
-
-@triton.jit
-def normalized(x, inside, C: tl.constexpr):
-    """LN of `x` `[ROWS, BLOCK_C]` float32, which is 0 where a channel is not `inside`; so is the result."""
-    mean = tl.sum(x, axis=1) / C
-    deviation = tl.where(inside[None, :], x - mean[:, None], 0.0)
-    variance = tl.sum(deviation * deviation, axis=1) / C
-    return deviation * tl.rsqrt(variance + _EPS)[:, None]
-
-
-@triton.jit
-def load_rows(ptr, strides, sequence, row, present, channel, inside):
-    """Rows `[ROWS, BLOCK_C]` of a sequence of a tensor `[R, length, C]`; 0 where a row is not `present` and outside."""
-    offset = sequence.to(tl.int64) * strides[0] + row.to(tl.int64)[:, None] * strides[1] + channel[None, :]
-    return tl.load(ptr + offset, mask=present[:, None] & inside[None, :], other=0.0)
-
-
-@triton.jit
-def load_vector(ptr, strides, sequence, channel, inside):
-    """The vector `[BLOCK_C]` of a sequence of a tensor `[R, 1, C]`, in float32; 0 outside."""
-    offset = sequence.to(tl.int64) * strides[0] + channel
-    return tl.load(ptr + offset, mask=inside, other=0.0).to(tl.float32)

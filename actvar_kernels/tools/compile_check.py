@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from actvar_kernels.tiles import ARCHITECTURES
-from actvar_kernels.tools.compile_cases import DTYPES, MODELS, cases
+from actvar_kernels.operations.shapes import DTYPES, MODELS
+from actvar_kernels.tools.compile_cases import cases
 from actvar_kernels.tools.virtual import CompiledKernel, virtual_gpu, why_unavailable
 from actvar_kernels.tools.virtual.driver import SHARED_MEMORY_KIB
 from actvar_kernels.tools.virtual.resources import Resources, resources
+from actvar_kernels.triton_backend.tiles import ARCHITECTURES
 
 TENSOR_CORES = {90: "HGMMA", 100: "UTC.*MMA"}  # others: HMMA
 # A product with fewer rows than a warp group's 64 runs on the older instruction, which these architectures have too.
@@ -38,7 +39,7 @@ _PRODUCT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \*")
 
 @dataclass(frozen=True)
 class Job:
-    """What one process compiles: all cases of a model, batch and type for one architecture."""
+    """Name what one process compiles: all cases of a model, batch and type for one architecture."""
 
     arch: int
     model: str
@@ -48,9 +49,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel, or one operation that could not be compiled.
+    """Describe one compiled kernel, or one operation that could not be compiled.
 
-    `loop`: counts of tensor-core and copy instructions in the main loop; `faults`: what is wrong, empty when nothing.
+    Attributes:
+        kernel: name of the kernel, or of the case.
+        arch: compute capability.
+        case: operation, model, batch and type.
+        configuration: constants, warps and stages.
+        registers: registers of a thread.
+        spilled: bytes that a thread spilled.
+        shared: bytes of shared memory.
+        loop: counts of tensor-core and copy instructions in the main loop.
+        faults: what is wrong, empty when nothing is.
     """
 
     kernel: str
@@ -65,7 +75,7 @@ class Row:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if why_unavailable() is not None:
@@ -84,13 +94,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class LineParser(argparse.ArgumentParser):
-    """Errors are one line, exit code 2."""
+    """Parse arguments; an error is one line, with exit code 2."""
 
     def error(self, message: str):
+        """Print the message and leave with exit code 2."""
         self.exit(2, f"{self.prog}: {message} (try --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
     parser = LineParser("python -m actvar_kernels.compile_check", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES, metavar="ARCH")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS), metavar="MODEL")
@@ -101,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def jobs(architectures: Iterable[int], models: Iterable[str], quick: bool) -> list[Job]:
-    """Batches 1 and 64 in bfloat16, where tiles may differ, and one case in float32."""
+    """Return jobs for batches 1 and 64 in bfloat16, where tiles may differ, and for one case in float32."""
     if quick:
         return [
             Job(arch, model, batch, "bf16")
@@ -114,7 +126,7 @@ def jobs(architectures: Iterable[int], models: Iterable[str], quick: bool) -> li
 
 
 def check(todo: list[Job], processes: int) -> list[Row]:
-    """A row for every distinct kernel of the jobs, in the order of architecture and name."""
+    """Return a row for every distinct kernel of the jobs, in the order of architecture and name."""
     rows: dict[object, Row] = {}
     with (
         ProcessPoolExecutor(min(processes, len(todo)), get_context("spawn")) if processes > 1 else nullcontext() as pool
@@ -126,7 +138,10 @@ def check(todo: list[Job], processes: int) -> list[Row]:
 
 
 def compiled(job: Job) -> dict[object, Row]:
-    """Rows of a job's kernels by machine code, so that equal ones are found, or by case for those that failed."""
+    """Return rows of a job's kernels by machine code, so that equal ones are found.
+
+    Rows of cases that failed stand by job and case.
+    """
     rows: dict[object, Row] = {}
     with torch.no_grad(), virtual_gpu(job.arch, limit_shared_memory=False) as gpu:
         for name, run in cases(job.model, job.batch, DTYPES[job.dtype]):
@@ -167,8 +182,11 @@ def row_of(kernel: CompiledKernel, case: str) -> Row:
 
 
 def main_loop(found: Resources) -> collections.Counter:
-    """Of the innermost loops with a matrix product the shortest that copies asynchronously, else the shortest; all of
-    the kernel where the loop was unrolled; empty without matrix products on tensor cores."""
+    """Return the counts of instructions in the main loop; nothing without matrix products on tensor cores.
+
+    This is the shortest of the innermost loops with a matrix product that copy asynchronously, otherwise the shortest
+    of all. Where the loop was unrolled, all of the kernel counts.
+    """
     if not any("MMA" in name for name in found.instructions):
         return collections.Counter()
     loops = found.loops or (found.instructions,)
@@ -177,7 +195,7 @@ def main_loop(found: Resources) -> collections.Counter:
 
 
 def faults(kernel: CompiledKernel) -> Iterator[str]:
-    """What is wrong with a kernel."""
+    """Yield what is wrong with a kernel."""
     found, limit = resources(kernel.cubin), SHARED_MEMORY_KIB[kernel.arch] * 1024
     if found.stack or found.local:
         yield f"spills {found.stack + found.local} bytes per thread"
@@ -194,7 +212,7 @@ def faults(kernel: CompiledKernel) -> Iterator[str]:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text, one line each."""
+    """Return the rows as text, one line each."""
     lines = []
     for row in rows:
         loop = " ".join(f"{name} {count}" for name, count in sorted(row.loop.items()))

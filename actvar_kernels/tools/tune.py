@@ -3,8 +3,8 @@
     python -m actvar_kernels.tools.tune --models d16 --out tuned.json
     ACTVAR_TUNED=tuned.json actvar sample ...
 
-Routing is that of a router with random weights: what a tile list leaves out, and so the choice of the schedule, is
-different with other routers.
+Routing is that of a router with random weights. With other routers a tile list leaves out other experts, and so another
+schedule may be faster.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import torch
 import triton
 from tqdm import tqdm
 
-from actvar_kernels import expert_ffn_scatter, route_experts, tiles
-from actvar_kernels.tiles import expert_ffn_candidates, using_expert_tiles
-from actvar_kernels.tools.compile_cases import ACTIVE_EXPERTS, DTYPES, EXPERTS, MODELS
+from actvar_kernels import expert_ffn_scatter, route_experts
+from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, DTYPES, EXPERTS, MODELS
 from actvar_kernels.tools.compile_check import LineParser
-from actvar_kernels.tuning_table import ENVIRONMENT_VARIABLE, SCHEDULES, Entry, Table, write_table
+from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.tiles import expert_ffn_candidates, using_expert_tiles
+from actvar_kernels.triton_backend.tuning_table import ENVIRONMENT_VARIABLE, SCHEDULES, Entry, Table, write_table
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
     parser = LineParser("python -m actvar_kernels.tools.tune", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["d16", "d30"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="images (default 1 8 64)")
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def shapes(models: list[str], batches: list[int]) -> list[tuple[int, int]]:
-    """Tokens and channels of the kept rows at each model's last two scales under guidance, each once."""
+    """Return tokens and channels of the kept rows at each model's last two scales under guidance, each once."""
     found = (
         (2 * batch * scale.keep, MODELS[model].width)
         for model in models
@@ -68,7 +70,14 @@ def shapes(models: list[str], batches: list[int]) -> list[tuple[int, int]]:
 def measure(
     todo: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, time: Callable[[Callable], float]
 ) -> Iterator[Entry]:
-    """The fastest schedule and tiles for each number of tokens and channels; `time`: milliseconds of a call."""
+    """Yield the fastest schedule and tiles for each number of tokens and channels.
+
+    Args:
+        todo: tokens and channels.
+        dtype: float32, float16 or bfloat16.
+        device: where the calls run.
+        time: gives the milliseconds of a call.
+    """
     for tokens, channels in tqdm(todo, desc="tune", leave=False):
         width = 4 * channels // EXPERTS
         run = _call(tokens, channels, dtype, device)
@@ -85,7 +94,7 @@ def measure(
 
 
 def _call(tokens: int, channels: int, dtype: torch.dtype, device: torch.device) -> Callable[[str], torch.Tensor]:
-    """`expert_ffn_scatter` of random numbers under a schedule."""
+    """Return a function that calls `expert_ffn_scatter` with random numbers under a schedule."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)
@@ -97,13 +106,14 @@ def _call(tokens: int, channels: int, dtype: torch.dtype, device: torch.device) 
 
 
 def milliseconds(run: Callable[[], torch.Tensor]) -> float:
-    """Median of a call's time on the GPU."""
+    """Return the median of a call's time on the GPU."""
     from triton.testing import do_bench
 
     return do_bench(run, return_mode="median")
 
 
 def _capability(device: torch.device) -> int:
+    """Return the compute capability that kernels on a device are tuned for."""
     return tiles.architecture(torch.empty(0, device=device))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import against, against_worker
 from benchmarks.__main__ import main
-from benchmarks.operations import BlockShape
+from benchmarks.operations import last_scale
 
 ROOT = Path(__file__).parents[2]
 FAKE = """
@@ -225,7 +225,7 @@ def test_a_broken_worker_is_one_line_of_the_command(capsys, monkeypatch):
 
 OPERATIONS = (
     "select_tokens", "normalize_modulate", "subset_attention", "add_normalize_route", "expert_ffn_scatter dense",
-    "expert_ffn_scatter tile_list", "expert_ffn_scatter snap", "scatter_rows",
+    "expert_ffn_scatter tile_list", "scatter_rows",
 )  # fmt: skip
 SAMPLES = [
     f"sample, {way}, fashion-mnist batch {batch}" for batch in (1, 16) for way in ("dense", "accelerated", "ActVAR")
@@ -284,7 +284,7 @@ def test_the_block_that_is_timed_has_the_cache_of_a_sample(way, dtype):
 
     with block.register_forward_pre_hook(note):
         assert against_worker.last_scale_seconds(way, "fashion-mnist", 2, "cpu", dtype) > 0
-    shape = BlockShape.last_scale("fashion-mnist", 2)
+    shape = last_scale("fashion-mnist", 2)
     assert len(cached) == 6
     assert cached[:5] == [0, 1, 5, 14, 30]
     assert cached[5] == (shape.cached if way == "ActVAR" else 66)

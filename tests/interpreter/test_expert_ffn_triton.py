@@ -9,20 +9,21 @@ import torch
 from comparison import assert_close, exact_and_tolerance, normal
 from torch import Tensor
 
-from actvar_kernels import BackendUnavailableError, Residual, add_normalize, expert_ffn, expert_ffn_scatter, tiles
+from actvar_kernels import BackendUnavailableError, Residual, add_normalize, expert_ffn, expert_ffn_scatter
 from actvar_kernels.expert_ffn import reference, triton_kernel
 from actvar_kernels.expert_ffn.op import expert_ffn_flops, expert_ffn_scatter_flops
 from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
 from actvar_kernels.scatter.reference import scatter_rows
-from actvar_kernels.tiles import ExpertTiles, ProductTiles, SortTiles
-from actvar_kernels.tuning_table import Entry
+from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.tiles import ExpertTiles, ProductTiles, SortTiles
+from actvar_kernels.triton_backend.tuning_table import Entry
 
 # Experts of 48 hidden units: 32 and 16 beside them in the first product, three steps of 16 in the second.
 PRODUCTS = dict(up=ProductTiles(32, 16, 64, 4, 1), down=ProductTiles(64, 0, 16, 4, 1), parts=2)
 VARIANTS = {
     "pointers": ExpertTiles(rows=128, **PRODUCTS, descriptors=False),
     "descriptors": ExpertTiles(rows=128, **PRODUCTS, descriptors=True),
-    "half a snapped tile": ExpertTiles(rows=64, **PRODUCTS, descriptors=False),
+    "smaller tiles": ExpertTiles(rows=64, **PRODUCTS, descriptors=False),
 }
 
 
@@ -73,21 +74,20 @@ def scattered_by_reference(mask: Tensor) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("schedule", ["dense", "tile_list", "snap"])
+@pytest.mark.parametrize("schedule", ["dense", "tile_list"])
 @pytest.mark.parametrize("of_all_tokens", [False, True], ids=["scattered", "of all tokens"])
 def test_the_result_is_the_reference_in_float64(variant, dtype, schedule, of_all_tokens):
     tensors = block_inputs(2, 90, 75, 72, 4 * 48, dtype)
     mask = random_mask(2, 75, 4, active=3)
     if of_all_tokens:
         tensors[:2] = None, None
-    wanted = reference.snapped(mask, 3) if schedule == "snap" else mask
-    exact, tolerance = exact_and_tolerance(scattered_by_reference(wanted), *tensors)
+    exact, tolerance = exact_and_tolerance(scattered_by_reference(mask), *tensors)
     actual = scattered(mask, 3, schedule)(*tensors)
     assert actual.dtype == dtype
     assert_close(actual, exact, tolerance)
 
 
-@pytest.mark.parametrize("schedule", ["dense", "tile_list", "snap"])
+@pytest.mark.parametrize("schedule", ["dense", "tile_list"])
 @pytest.mark.parametrize(
     ("tokens", "C", "experts", "width", "active"),
     [
@@ -102,21 +102,16 @@ def test_the_result_is_the_reference_in_float64(variant, dtype, schedule, of_all
 def test_any_number_of_tokens_channels_and_experts(schedule, tokens, C, experts, width, active):
     tensors = [None, None, *block_inputs(1, tokens, tokens, C, experts * width)[2:]]
     mask = random_mask(1, tokens, experts, active=active)
-    wanted = reference.snapped(mask, active) if schedule == "snap" else mask
-    exact, tolerance = exact_and_tolerance(scattered_by_reference(wanted), *tensors)
+    exact, tolerance = exact_and_tolerance(scattered_by_reference(mask), *tensors)
     assert_close(scattered(mask, active, schedule)(*tensors), exact, tolerance)
 
 
 def test_neither_tiles_nor_the_order_of_programs_change_a_bit(variant, grid_order):
     tensors = block_inputs(1, 150, 140, 64, 4 * 48)
     mask = random_mask(1, 140, 4, active=2)
-    for wanted, schedule in ((mask, "tile_list"), (reference.snapped(mask, 2), "snap")):
-        exact, tolerance = exact_and_tolerance(scattered_by_reference(wanted), *tensors)
-        dense = scattered(wanted, 2, "dense")(*tensors)
-        assert_close(dense, exact, tolerance)
-        tile_list = scattered(wanted, 2, "tile_list")(*tensors)
-        assert_close(tile_list, exact, tolerance)
-        assert torch.equal(scattered(mask, 2, schedule)(*tensors), tile_list)
+    exact, tolerance = exact_and_tolerance(scattered_by_reference(mask), *tensors)
+    assert_close(scattered(mask, 2, "dense")(*tensors), exact, tolerance)
+    assert_close(scattered(mask, 2, "tile_list")(*tensors), exact, tolerance)
 
 
 def test_the_order_of_the_tokens_changes_no_bit(variant):
@@ -127,26 +122,24 @@ def test_the_order_of_the_tokens_changes_no_bit(variant):
     assert torch.equal(mixed, expected)
 
 
-@pytest.mark.parametrize("schedule", ["tile_list", "snap"])
-def test_an_expert_that_no_token_of_a_tile_wants_is_not_read(variant, schedule):
+def test_an_expert_that_no_token_of_a_tile_wants_is_not_read(variant):
     """The first half of the sorted tokens wants experts 0 and 2, the other half 1 and 2, none wants expert 3."""
     *tensors, fc1_weight, fc1_bias, fc2_weight, fc2_bias = block_inputs(1, 256, 256, 64, 4 * 48)
     mask = torch.zeros(1, 256, 4, dtype=torch.bool)
     mask[..., 2] = mask[:, ::2, 0] = mask[:, 1::2, 1] = True
-    expected = scattered(mask, 2, schedule)(*tensors, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    expected = scattered(mask, 2, "tile_list")(*tensors, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     for weight in (fc1_weight, fc1_bias, fc2_weight.T):
         weight[3 * 48 :] = torch.nan
-    assert torch.equal(scattered(mask, 2, schedule)(*tensors, fc1_weight, fc1_bias, fc2_weight, fc2_bias), expected)
+    assert torch.equal(scattered(mask, 2, "tile_list")(*tensors, fc1_weight, fc1_bias, fc2_weight, fc2_bias), expected)
     for weight in (fc1_weight, fc1_bias, fc2_weight.T):
         weight[48 : 2 * 48] = torch.nan
-    poisoned = scattered(mask, 2, schedule)(*tensors, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    poisoned = scattered(mask, 2, "tile_list")(*tensors, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     touched = poisoned.isnan().any(dim=-1)[0, tensors[1][0]]
     assert torch.equal(touched, mask[0, :, 1])
     assert torch.equal(poisoned[~poisoned.isnan()], expected[~poisoned.isnan()])
 
 
-@pytest.mark.parametrize("schedule", ["tile_list", "snap"])
-def test_the_first_product_leaves_out_what_no_token_of_a_tile_wants(variant, monkeypatch, schedule):
+def test_the_first_product_leaves_out_what_no_token_of_a_tile_wants(variant, monkeypatch):
     tensors = block_inputs(1, 256, 256, 64, 4 * 48)
     mask = torch.zeros(1, 256, 4, dtype=torch.bool)
     mask[..., 2] = mask[:, ::2, 0] = mask[:, 1::2, 1] = True
@@ -157,7 +150,7 @@ def test_the_first_product_leaves_out_what_no_token_of_a_tile_wants(variant, mon
             return lambda h, *_, **__: hidden.append(h if isinstance(h, Tensor) else h.base)
 
     monkeypatch.setattr(triton_kernel, "_down", Capture())
-    scattered(mask, 2, schedule)(*tensors)
+    scattered(mask, 2, "tile_list")(*tensors)
     by_expert = hidden[0].unflatten(1, (4, 48))
     ran = reference.sort_key(mask[0]).sort(stable=True).indices
     assert torch.equal(by_expert.isnan().all(dim=2), ~mask[0, ran])
@@ -182,31 +175,16 @@ MASKS = {
 
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize(
-    ("tokens", "experts", "segment"),
-    [(1, 4, None), (64, 1, None), (65, 16, None), (300, 5, None), (300, 32, None), (300, 16, 128), (256, 16, 64)],
+    ("tokens", "experts"),
+    [(1, 4), (64, 1), (65, 16), (300, 5), (300, 32), (256, 16)],
 )
-def test_the_sort_is_the_stable_sort_by_key(small_sort_blocks, grid_order, kind, tokens, experts, segment):
+def test_the_sort_is_the_stable_sort_by_key(small_sort_blocks, grid_order, kind, tokens, experts):
     mask = MASKS[kind](tokens, experts)
-    order, bits = sort_by_experts(mask.view(torch.uint8), segment)
-    keys = reference.sort_key(mask) + torch.arange(tokens) // (segment or tokens) * 2**32
-    expected = keys.sort(stable=True).indices
+    order, bits = sort_by_experts(mask.view(torch.uint8))
+    expected = reference.sort_key(mask).sort(stable=True).indices
     assert torch.equal(order.long(), expected)
     powers = 2 ** torch.arange(experts)
     assert torch.equal(bits.long() % 2**32, (mask[expected] * powers).sum(dim=1))
-
-
-@pytest.mark.parametrize(("experts", "active"), [(1, 1), (4, 3), (16, 12), (32, 24)])
-def test_snap_runs_the_experts_of_the_reference(monkeypatch, experts, active):
-    """Every expert adds 10 to a channel of its own."""
-    product = ProductTiles(16, 0, 16, 4, 1)
-    tile = ExpertTiles(128, product, product._replace(columns=32), parts=1, descriptors=False)
-    monkeypatch.setattr(tiles, "expert_ffn_tiles", lambda *_: tile)
-    mask = random_mask(1, 300, experts, active=active)
-    mask[:, :200] = mask[:, :1]  # at least one tile has equal votes only
-    weights = torch.zeros(experts, 32), torch.full((experts,), 10.0), torch.eye(32)[:, :experts], torch.zeros(32)
-    rows, gamma = torch.zeros(1, 300, 32), torch.ones(1, 1, 32)
-    added = expert_ffn_scatter(None, None, rows, rows, mask, active, *weights, gamma, "snap")
-    assert torch.equal(added[..., :experts], 10.0 * reference.snapped(mask, active))
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4)])
@@ -252,7 +230,7 @@ def deferred_sum(R: int, L: int, K: int, C: int, dtype: torch.dtype = torch.floa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("schedule", ["dense", "tile_list", "snap"])
+@pytest.mark.parametrize("schedule", ["dense", "tile_list"])
 @pytest.mark.parametrize("kept", [75, 90], ids=["scattered", "of all tokens"])
 def test_a_deferred_sum_gives_what_its_rows_give(variant, dtype, schedule, kept):
     rest, index, _, gamma, u, *weights = block_inputs(2, 90, kept, 72, 4 * 48, dtype)
@@ -264,7 +242,7 @@ def test_a_deferred_sum_gives_what_its_rows_give(variant, dtype, schedule, kept)
     assert torch.equal(run(rest, index, residual, gamma, u, *weights), run(rest, index, rows, gamma, u, *weights))
 
 
-@pytest.mark.parametrize("schedule", ["dense", "tile_list", "snap"])
+@pytest.mark.parametrize("schedule", ["dense", "tile_list"])
 def test_the_sum_may_be_of_the_tensor_that_is_written_to(schedule, grid_order):
     _, index, _, gamma, u, *weights = block_inputs(2, 90, 75, 72, 4 * 48)
     residual, mask = deferred_sum(2, 90, 75, 72), random_mask(2, 75, 4, active=3)
@@ -324,7 +302,7 @@ def test_the_operators_pass_the_checks_of_torch():
     torch.library.opcheck(scatter, (rest, index, *deferred, u, mask, 1, *weights, gamma, "tile_list"))
 
 
-@pytest.mark.parametrize("schedule", ["dense", "snap"])
+@pytest.mark.parametrize("schedule", ["dense", "tile_list"])
 def test_the_operations_compile_without_a_break(schedule):
     (rest, *tensors), mask = operator_inputs()
     run = scattered(mask, 1, schedule)
@@ -337,11 +315,10 @@ def test_the_operations_compile_without_a_break(schedule):
     assert all(map(torch.equal, compiled, both(rest, *tensors)))
 
 
-@pytest.mark.parametrize("schedule", ["auto", "snap"])
+@pytest.mark.parametrize("schedule", ["auto", "tile_list"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_gradients_are_those_of_the_reference(schedule, compiled):
     (rest, index, rows, gamma, u, *weights), mask = operator_inputs()
-    wanted = reference.snapped(mask, 1) if schedule == "snap" else mask
     weighting = normal(*rest.shape, seed=8, dtype=torch.float32)
 
     def gradients(run: Callable[..., Tensor]) -> list[Tensor]:
@@ -351,7 +328,7 @@ def test_gradients_are_those_of_the_reference(schedule, compiled):
 
     run = scattered(mask, 1, schedule)
     actual = gradients(torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run)
-    torch.testing.assert_close(actual, gradients(scattered_by_reference(wanted)))
+    torch.testing.assert_close(actual, gradients(scattered_by_reference(mask)))
 
 
 def test_gradients_reach_a_deferred_sum():
@@ -403,5 +380,4 @@ def test_tables_give_tiles_that_fit_any_model(arch, dtype):
                     assert width % columns == width % tile.down.depth == 0
                 elif width % 32 == 0:
                     assert columns <= width or columns == 16
-                assert reference.SNAP_TILE % tile.rows == 0
                 assert not tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, False).descriptors

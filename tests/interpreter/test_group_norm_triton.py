@@ -14,7 +14,7 @@ from actvar.models.vqvae import VQVAE
 from actvar_kernels import BackendUnavailableError, add_residual, group_norm_silu
 from actvar_kernels.backend import using_backend
 from actvar_kernels.group_norm import reference, triton_kernel
-from actvar_kernels.tiles import GroupNormTiles, group_norm_tiles
+from actvar_kernels.triton_backend.tiles import GroupNormTiles, group_norm_tiles
 
 DTYPES = [torch.float32, torch.float16]
 SHAPES = [(1, 160, 9, 7, 32), (2, 20, 5, 3, 4), (3, 7, 1, 1, 7), (2, 12, 4, 6, 1), (1, 320, 3, 3, 32)]

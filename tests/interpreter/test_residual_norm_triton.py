@@ -17,7 +17,7 @@ from actvar_kernels.residual_norm import reference, triton_kernel
 from actvar_kernels.residual_norm.op import add_normalize_route_flops
 from actvar_kernels.routing import reference as routing_reference
 from actvar_kernels.routing.op import route_experts_flops
-from actvar_kernels.tiles import RowTiles
+from actvar_kernels.triton_backend.tiles import RowTiles
 
 DTYPES = [torch.float32, torch.float16]
 SHAPES = [(1, 1, 20), (2, 9, 192), (3, 5, 65)]

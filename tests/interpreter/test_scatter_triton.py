@@ -11,7 +11,7 @@ from torch import Tensor
 
 from actvar_kernels import BackendUnavailableError, scatter_rows, select_tokens
 from actvar_kernels.scatter import reference, triton_kernel
-from actvar_kernels.tiles import RowTiles
+from actvar_kernels.triton_backend.tiles import RowTiles
 
 SHAPES = [(1, 1, 20, 1), (2, 16, 192, 12), (3, 25, 65, 1), (2, 7, 20, 7)]
 """Rows, tokens, width, updated tokens."""
@@ -99,7 +99,7 @@ def test_what_was_selected_goes_back_to_where_it_came_from() -> None:
     weight, bias, modulation = normal(1, 20, seed=1).float(), torch.zeros(1), torch.zeros(2, 1, 20)
     selection = select_tokens(x, weight, bias, modulation, modulation, 6)
     rows = torch.stack([x[row, kept] for row, kept in enumerate(selection.index)])
-    out = scatter_rows(selection.rest, selection.index, rows, rows, modulation)
+    out = scatter_rows(selection.base, selection.index, rows, rows, modulation)
     assert torch.equal(out, x)
 
 

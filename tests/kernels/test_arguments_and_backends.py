@@ -31,6 +31,8 @@ def test_an_unknown_schedule_is_a_value_error() -> None:
     operation, arguments = OPERATIONS["expert_ffn_scatter"]
     with pytest.raises(ValueError, match=r"^schedule: expected one of auto, .*'fastest'"):
         operation(**arguments, schedule="fastest")
+    with pytest.raises(ValueError, match=r"^schedule: .*'snap'; it was removed, use 'dense' or 'tile_list'"):
+        operation(**arguments, schedule="snap")
 
 
 R, L, K, C, N, D = 2, 9, 5, 64, 4, 256

@@ -108,7 +108,7 @@ def calls_of_cpp() -> Iterator[list[str]]:
         (library, name, function)
         for library in libraries
         for name, function in vars(library).items()
-        if callable(function) and not name.startswith("_") and name not in ("checksums", "best_level", "level_layout")
+        if callable(function) and not name.startswith("_") and name not in ("checksums", "best_isa", "isa_layout")
     ]
     before = [function.errcheck if hasattr(function, "errcheck") else None for *_, function in functions]
 
@@ -184,6 +184,29 @@ def test_triton_raises_on_the_cpu_without_its_interpreter(
         else:
             with pytest.raises(BackendUnavailableError, match=name.split(",")[0].split()[0]):
                 call(to_dtype(dtype))
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", IN_CPP)
+def test_the_backend_of_a_call_is_chosen_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, get = [], backend.get_backend
+    with torch.no_grad():
+        IN_CPP[name](to_dtype(torch.float32))  # loads the libraries
+        monkeypatch.setattr(backend, "get_backend", lambda: asked.append(name) or get())
+        with calls_of_cpp() as names:
+            IN_CPP[name](to_dtype(torch.float32))
+    assert names
+    assert len(asked) == (2 if name == "expert_ffn_scatter" else 1)  # the FFN and the scatter have limits of their own
+
+
+@needs_cpp
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_layers_are_replaced_in_cpp_without_gradients_only(with_gradients: bool) -> None:
+    with torch.set_grad_enabled(with_gradients):
+        chosen = backend.choose_fused(X)
+    assert chosen.name == ("reference" if with_gradients else "cpu")
+    assert chosen.fuses == chosen.packs_weights == (not with_gradients)
+    assert not chosen.fuses_residual
 
 
 @needs_cpp

@@ -298,7 +298,7 @@ def test_info_says_where_the_libraries_are_or_why_they_are_not(forgotten, monkey
         out = capsys.readouterr().out
         assert cpu.library()._name in out
         assert cpu_kernel.library()._name in out
-        assert cpu.level_name(cpu.best_level()) in out
+        assert cpu.isa_name(cpu.best_isa()) in out
     monkeypatch.setattr(cpu, "why_unavailable", lambda: "no compiler here")
     main(["info"])
     assert capsys.readouterr().out.count("no compiler here") == 2

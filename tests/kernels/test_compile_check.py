@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 import actvar_kernels
+from actvar_kernels.operations import shapes
 from actvar_kernels.tools import compile_cases, compile_check
 from actvar_kernels.tools.compile_check import Job, Row, check, main
 from actvar_kernels.tools.virtual import why_unavailable
@@ -85,7 +86,7 @@ def test_float32_needs_no_tensor_cores(monkeypatch):
 def test_the_cases_call_every_operation():
     names = {name.split()[0] for name, _ in meta_cases()}
     products = {"conv3x3", "gelu_linear", "linear", "linear_once"}
-    tools = products | {"backend_of", "cpp_runs", "get_backend", "set_backend", "triton_runs"}
+    tools = products | {"backend_of", "choose_fused", "cpp_runs", "get_backend", "set_backend", "triton_runs"}
     assert names == {name for name in actvar_kernels.__all__ if name[0].islower()} - tools
 
 
@@ -99,8 +100,8 @@ def meta_cases() -> list:
 
 
 def test_the_shapes_are_those_of_the_official_models():
-    assert compile_cases.MODELS["d16"].active_scales() == ((169, 127, 255), (256, 192, 382))
-    assert compile_cases.MODELS["d36"].active_scales() == ((576, 432, 640), (1024, 768, 1072))
+    assert shapes.MODELS["d16"].active_scales() == ((169, 127, 255), (256, 192, 382))
+    assert shapes.MODELS["d36"].active_scales() == ((576, 432, 640), (1024, 768, 1072))
 
 
 def test_the_command_prints_a_table_and_fails_when_a_kernel_does(monkeypatch, capsys, tmp_path):

@@ -13,7 +13,7 @@ from actvar_kernels.conv3x3 import cpu_kernel
 from actvar_kernels.cpu_backend import cpu
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
-LEVELS = range(cpu.best_level() + 1) if cpu.why_unavailable() is None else ()
+ISAS = range(cpu.best_isa() + 1) if cpu.why_unavailable() is None else ()
 SHAPES = [
     # images, channels, height, width, output channels
     (1, 16, 1, 1, 1),
@@ -69,13 +69,13 @@ def winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, points: 
     return y.transpose(3, 4).flatten(4, 5).flatten(2, 3)[:, :, :H, :W] + bias[:, None, None]
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
+@pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
 @pytest.mark.parametrize(("dtype", "outputs"), [*((dtype, 2) for dtype in DTYPES), (torch.float32, 4)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_instruction_set_errs_at_most_four_times_as_much_as_pytorch(shape, dtype, outputs, level):
+def test_every_instruction_set_errs_at_most_four_times_as_much_as_pytorch(shape, dtype, outputs, isa):
     """By small tiles beside a direct convolution, by large ones, which err more, beside the same algorithm."""
     tensors = inputs(shape, dtype)
-    found, wanted = cpu_kernel.conv3x3(*tensors, level=level, outputs=outputs), exact(*tensors)
+    found, wanted = cpu_kernel.conv3x3(*tensors, isa=isa, outputs=outputs), exact(*tensors)
     if outputs == 2:
         known = F.conv2d(*tensors, padding=1)
     else:
@@ -90,13 +90,13 @@ def test_every_instruction_set_errs_at_most_four_times_as_much_as_pytorch(shape,
         assert error <= limit, f"{error:.3g}, at most {limit:.3g}"
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
+@pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
 @pytest.mark.parametrize(("dtype", "outputs"), [(torch.float32, 2), (torch.float32, 4), (torch.bfloat16, 2)], ids=str)
 @pytest.mark.parametrize("columns", [40, 3])
-def test_a_residual_is_added_and_pixels_stand_twice_with_one_rounding(columns, dtype, outputs, level):
+def test_a_residual_is_added_and_pixels_stand_twice_with_one_rounding(columns, dtype, outputs, isa):
     x, weight, bias = inputs((2, 32, 5, 7, columns), dtype)
     residual = inputs((2, columns, 10, 14, 1), dtype)[0]
-    how = dict(level=level, outputs=outputs)
+    how = dict(isa=isa, outputs=outputs)
     found = cpu_kernel.conv3x3(x, weight, bias, residual, enlarge=True, **how)
     large = F.interpolate(x, scale_factor=2, mode="nearest")
     assert torch.equal(

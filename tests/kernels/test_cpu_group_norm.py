@@ -12,7 +12,7 @@ from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.group_norm import cpu_kernel, reference
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
-LEVELS = range(cpu.best_level() + 1) if cpu.why_unavailable() is None else ()
+ISAS = range(cpu.best_isa() + 1) if cpu.why_unavailable() is None else ()
 SHAPES = [
     # images, channels, height, width, groups
     (1, 16, 1, 1, 1),
@@ -36,17 +36,17 @@ def inputs(B, C, H, W, dtype=torch.float32, mean=0.5) -> tuple[torch.Tensor, tor
     return x.to(dtype), torch.randn(C, generator=generator), torch.randn(C, generator=generator)
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
+@pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_instruction_set_errs_at_most_four_times_as_much_as_the_reference(shape, silu, dtype, level):
+def test_every_instruction_set_errs_at_most_four_times_as_much_as_the_reference(shape, silu, dtype, isa):
     *sizes, groups = shape
     for mean in (0.5, 300.0):  # the second beside a deviation of 1
         x, weight, bias = inputs(*sizes, dtype, mean)
         exact = F.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-6)
         exact = F.silu(exact) if silu else exact
-        found = cpu_kernel.group_norm_silu(x, weight, bias, groups, 1e-6, silu, False, level=level)
+        found = cpu_kernel.group_norm_silu(x, weight, bias, groups, 1e-6, silu, False, isa=isa)
         known = reference.group_norm_silu(x, weight, bias, groups, 1e-6, silu, None)
         assert found.dtype == dtype
         assert found.is_contiguous(memory_format=torch.channels_last)

@@ -22,7 +22,7 @@ from actvar_kernels.expert_ffn import cpu_kernel, reference
 from actvar_kernels.linear import cpu_kernel as linear_kernel
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"the C++ kernel: {cpu.why_unavailable()}")
-LEVELS = range(cpu.best_level() + 1) if cpu.why_unavailable() is None else ()
+ISAS = range(cpu.best_isa() + 1) if cpu.why_unavailable() is None else ()
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -65,15 +65,15 @@ def rounding(u: torch.Tensor, mask: torch.Tensor, *weights: torch.Tensor) -> tor
     return unit * (u.shape[-1] + len(fc1)) ** 0.5 * (hidden * on @ fc2.T + bias2)
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
+@pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("T", "C", "width", "experts"),
     [(1, 64, 256, 16), (53, 192, 48, 16), (130, 128, 120, 4), (37, 66, 15, 3), (600, 32, 8, 40), (19, 2, 1, 1)],
 )
-def test_every_instruction_set_gives_the_reference(T, C, width, experts, dtype, level):
+def test_every_instruction_set_gives_the_reference(T, C, width, experts, dtype, isa):
     arguments = ffn(T, C, width, experts, dtype)
-    assert_as_exact(cpu_kernel.expert_ffn(*arguments, level=level), arguments)
+    assert_as_exact(cpu_kernel.expert_ffn(*arguments, isa=isa), arguments)
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,29 +82,29 @@ def test_every_instruction_set_gives_the_reference(T, C, width, experts, dtype, 
 )
 def test_any_shape(T, half_C, width, experts, dtype, data):
     arguments = ffn(T, 2 * half_C, width, experts, dtype)
-    level = data.draw(st.sampled_from(LEVELS))
-    assert_as_exact(cpu_kernel.expert_ffn(*arguments, level=level), arguments)
+    isa = data.draw(st.sampled_from(ISAS))
+    assert_as_exact(cpu_kernel.expert_ffn(*arguments, isa=isa), arguments)
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
-def test_large_and_small_hidden_units_saturate_as_gelu_does(level):
+@pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
+def test_large_and_small_hidden_units_saturate_as_gelu_does(isa):
     u = torch.tensor([[-200.0, 0], [-20, 0], [-5, 0], [-1e-3, 0], [0, 0], [1e-30, 0], [5, 0], [200, 0], [3e38, 0]])
     weights = torch.tensor([[1.0, 0]]), torch.zeros(1), torch.tensor([[1.0], [0]]), torch.zeros(2)
     mask = torch.ones(len(u), 1, dtype=torch.bool)
-    actual = cpu_kernel.expert_ffn(u, mask, *weights, level=level)
+    actual = cpu_kernel.expert_ffn(u, mask, *weights, isa=isa)
     torch.testing.assert_close(actual, reference.expert_ffn(u, mask, *weights), rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
+@pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_not_a_number_stays_in_its_row_and_in_its_expert(dtype, level):
+def test_not_a_number_stays_in_its_row_and_in_its_expert(dtype, isa):
     u, mask, w1, b1, w2, b2 = ffn(20, 64, 32, 4, dtype)
     mask[:, 1] = False
-    clean = cpu_kernel.expert_ffn(u, mask, w1, b1, w2, b2, level=level)
+    clean = cpu_kernel.expert_ffn(u, mask, w1, b1, w2, b2, isa=isa)
     u[7, 3] = torch.nan
     mask[7, 0] = True
     w1[32:64], w2[:, 32:64] = torch.nan, torch.nan  # nobody wants expert 1
-    found = cpu_kernel.expert_ffn(u, mask, w1, b1, w2, b2, level=level)
+    found = cpu_kernel.expert_ffn(u, mask, w1, b1, w2, b2, isa=isa)
     assert found[7].isnan().all()
     others = torch.arange(20) != 7
     assert torch.equal(found[others], clean[others])
@@ -165,15 +165,15 @@ def test_a_packed_linear_layer_is_the_plain_one_to_rounding(shape, dtype):
         assert (result.double() - exact).abs().max() <= 4 * plain + 2 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
+@pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("R", "C", "D"), [(1, 32, 1), (2, 64, 7), (3, 96, 6), (8, 1024, 33)])
-def test_a_linear_layer_on_a_weight_as_it_is_is_the_plain_one_to_rounding(R, C, D, dtype, level):
+def test_a_linear_layer_on_a_weight_as_it_is_is_the_plain_one_to_rounding(R, C, D, dtype, isa):
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in ((R, C), (D, C), (D,)))
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     plain = (torch.nn.functional.linear(x, weight, bias).double() - exact).abs().max()
-    found = linear_kernel.unpacked_linear(x, weight, bias, level=level)
+    found = linear_kernel.unpacked_linear(x, weight, bias, isa=isa)
     assert found.dtype == dtype
     assert (found.double() - exact).abs().max() <= 4 * plain + torch.finfo(dtype).eps * exact.abs().max() / 4
 

@@ -15,15 +15,15 @@ from actvar_kernels.token_select import reference as token_reference
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 
-LEVELS = range(cpu.best_level() + 1) if cpu.why_unavailable() is None else ()
+ISAS = range(cpu.best_isa() + 1) if cpu.why_unavailable() is None else ()
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1, 1, 1), (2, 9, 5, 65), (3, 6, 6, 192), (2, 25, 19, 1024)]
 """Sequences, tokens, kept tokens, channels."""
 
 
-@pytest.fixture(params=LEVELS, ids=cpu.level_name)
+@pytest.fixture(params=ISAS, ids=cpu.isa_name)
 def every_level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "best_level", lambda: request.param)
+    monkeypatch.setattr(cpu, "best_isa", lambda: request.param)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -105,7 +105,7 @@ def test_the_operations_take_the_code_on_the_cpu_and_without_gradients(monkeypat
     def everything() -> list[Tensor]:
         selected = select_tokens(x, weight[:1], bias[:1], scale, shift, 5)
         routed = add_normalize_route(*tensors, weight, bias, 3)
-        rest = scatter_rows(selected.rest, index, routed.rows, update, gamma)
+        rest = scatter_rows(selected.base, index, routed.rows, update, gamma)
         every = scatter_rows(None, None, routed.rows, update, gamma)
         alone = normalize_modulate(x, scale, shift), *add_normalize(*tensors)
         return [selected.index, selected.modulated, selected.scores, *routed, rest, every, *alone]

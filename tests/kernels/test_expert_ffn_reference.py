@@ -1,4 +1,4 @@
-"""Routing, experts and snap, values and gradients, against loops in float64."""
+"""Routing and experts, values and gradients, against loops in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from actvar_kernels import expert_ffn, expert_ffn_scatter, route_experts
 from actvar_kernels.expert_ffn.op import expert_ffn_flops
-from actvar_kernels.expert_ffn.reference import snapped
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
 
@@ -171,52 +170,13 @@ def test_expert_ffn_flops_are_two_per_multiply_add_of_a_chosen_expert(
     assert expert_ffn_flops((*shape, C), tuple(mask.shape), active, *shapes) == 2 * multiply_adds
 
 
-def gray_decoded(experts: list[bool]) -> int:
-    number = parity = 0
-    for on in experts:
-        parity ^= on
-        number = 2 * number + parity
-    return number
-
-
-def looped_snap(masks: list[list[bool]], active: int) -> list[list[bool]]:
-    order = sorted(range(len(masks)), key=lambda token: (token // 4096, gray_decoded(masks[token])))
-    result = {}
-    for start in range(0, len(order), 128):
-        tile = order[start : start + 128]
-        votes = [sum(masks[token][expert] for token in tile) for expert in range(len(masks[0]))]
-        run = oracle.highest(votes, active)
-        result.update({token: [expert in run for expert in range(len(votes))] for token in tile})
-    return [result[token] for token in range(len(masks))]
-
-
-@pytest.mark.parametrize(("tokens", "experts", "active"), [(1, 4, 3), (300, 1, 1), (300, 5, 2), (4400, 6, 4)])
-def test_snap_gives_every_tile_of_sorted_tokens_the_experts_of_most_votes(
-    tokens: int, experts: int, active: int
-) -> None:
-    mask = random_mask(tokens, experts, active=active)
-    assert snapped(mask, active).tolist() == looped_snap(mask.tolist(), active)
-    equal = mask[:1].expand(tokens, experts)
-    assert torch.equal(snapped(equal, active), equal)
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(st.data())
-def test_snap_breaks_any_tie_towards_the_lower_expert(data: st.DataObject) -> None:
-    experts = data.draw(st.integers(1, 32))
-    tokens = data.draw(st.lists(st.lists(st.booleans(), min_size=experts, max_size=experts), min_size=1, max_size=9))
-    active = data.draw(st.integers(1, experts))
-    assert snapped(torch.tensor(tokens), active).tolist() == looped_snap(tokens, active)
-
-
-@pytest.mark.parametrize("schedule", ["auto", "dense", "tile_list", "snap"])
+@pytest.mark.parametrize("schedule", ["auto", "dense", "tile_list"])
 @pytest.mark.parametrize("of_all_tokens", [False, True], ids=["scattered", "of all tokens"])
 def test_expert_ffn_scatter_is_the_loops_one_after_the_other(schedule: str, of_all_tokens: bool) -> None:
     tokens, keep = (5, 5) if of_all_tokens else (9, 5)
     (x, rows, u, gamma), index = scatter_inputs(2, tokens, 24, keep, torch.float64)
     weights, mask = ffn_weights(24, 96), random_mask(2, keep, 4, active=2)
-    run = torch.tensor(looped_snap(mask.flatten(0, 1).tolist(), 2)).view_as(mask) if schedule == "snap" else mask
-    update = looped_experts(u, run.double(), *weights)
+    update = looped_experts(u, mask.double(), *weights)
     if of_all_tokens:
         index = [list(range(keep))] * 2
         actual = expert_ffn_scatter(None, None, rows, u, mask, 2, *weights, gamma, schedule)

@@ -17,7 +17,7 @@ from actvar import ActVARConfig
 from actvar.flops import model_flops
 from actvar.patching.patch import patch_silently
 from actvar_kernels.backend import using_backend
-from actvar_kernels.tools.compile_cases import Model
+from actvar_kernels.operations.shapes import Model
 from actvar_kernels.tools.virtual import (
     CompiledKernel,
     HostSyncError,

@@ -12,6 +12,7 @@ from support.helpers import sample
 from actvar import ActVARConfig, apply_patch, release_cache
 from actvar.families.var import VARFamily
 from actvar.sparse.block_cache import SampleState
+from actvar_kernels.backend import REFERENCE, Backend
 
 SPARSE = ActVARConfig(token_rates=(0.75, 0.75), ffn_rate=0.5, num_experts=8)
 
@@ -19,7 +20,7 @@ SPARSE = ActVARConfig(token_rates=(0.75, 0.75), ffn_rate=0.5, num_experts=8)
 @pytest.fixture(autouse=True)
 def as_with_kernels(monkeypatch):
     """The references run where kernels would: over dense scales too, with what blocks keep for kernels."""
-    monkeypatch.setattr("actvar.sparse.block.kernels_run", lambda _: True)
+    monkeypatch.setattr("actvar.sparse.block.choose_fused", lambda _: Backend("cpu"))
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def sampled_up_to_the_last_scale(block) -> torch.Tensor:
 def test_tokens_and_images_are_those_without_anything_kept(tiny_var, monkeypatch):
     apply_patch(tiny_var, SPARSE)
     images = sample(tiny_var)
-    monkeypatch.setattr("actvar.sparse.block.kernels_run", lambda _: False)
+    monkeypatch.setattr("actvar.sparse.block.choose_fused", lambda _: REFERENCE)
     assert torch.allclose(images, sample(tiny_var), atol=1e-5)
 
 

@@ -37,6 +37,7 @@ def draw(model: ToyModel) -> torch.Tensor:
     return model.autoregressive_infer_cfg(3, LABELS, g_seed=1, cfg=2.0)
 
 
+@torch.no_grad()
 def batch_of(model: ToyModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return labels, inputs and token maps for teacher forcing."""
     token_maps = drawn_token_maps(model, LABELS, 1, 2.0)

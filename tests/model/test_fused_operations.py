@@ -153,9 +153,9 @@ def test_questions_to_the_library_are_no_operations():
     library, numbers = cpu.library(), (ctypes.c_int * 3)()
 
     def run() -> None:
-        level = library.best_level()
-        library.level_name(level)
-        library.level_layout(level, numbers)
+        isa = library.best_isa()
+        library.isa_name(isa)
+        library.isa_layout(isa, numbers)
 
     assert fused_operations(run) == {}
     assert set(QUERIES) <= set(vars(library))

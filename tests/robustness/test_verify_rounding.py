@@ -21,7 +21,7 @@ from actvar.verify.run import verify
 from actvar_kernels.cpu_backend import cpu
 
 CPP = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"the C++ kernels: {cpu.why_unavailable()}")
-LEVELS = range(cpu.best_level() + 1) if cpu.why_unavailable() is None else ()
+ISAS = range(cpu.best_isa() + 1) if cpu.why_unavailable() is None else ()
 # What each product is multiplied by, `[n]`, so that partial sums are large where the whole sum is not.
 SHAPES = {
     "random": lambda n: torch.ones(n),
@@ -152,10 +152,10 @@ def failures(load: Callable, backend: str, labels: tuple[int, ...] = (1,), **con
 
 
 @CPP
-@pytest.mark.parametrize("level", LEVELS, ids=cpu.level_name)
+@pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
 @pytest.mark.parametrize(("load", "labels"), [(tiny, (1, 2)), (bundled, (1,))])
-def test_every_instruction_set_passes_beside_the_best_reference(load, labels, level, best_processor, monkeypatch):
-    monkeypatch.setattr(cpu, "best_level", lambda: level)
+def test_every_instruction_set_passes_beside_the_best_reference(load, labels, isa, best_processor, monkeypatch):
+    monkeypatch.setattr(cpu, "best_isa", lambda: isa)
     assert failures(load, "cpu", labels) == []
 
 

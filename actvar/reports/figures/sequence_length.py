@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from actvar.utils.pictures import COLOURS, save_figure, save_table
 from actvar.zoo.fashion_mnist.architecture import PATCH_NUMS
-from actvar_kernels.tools.compile_cases import MODELS
+from actvar_kernels.operations.shapes import MODELS
 
 SIDES = {
     "bundled model, 32x32 pixels": PATCH_NUMS,

@@ -1,4 +1,7 @@
-"""A GPU that is not there: code for CUDA runs without one, and every launch is compiled and noted down instead."""
+"""Run code for CUDA on a GPU that is not there.
+
+Every launch is compiled and noted down instead.
+"""
 
 from actvar_kernels.tools.virtual.aten import HostSyncError
 from actvar_kernels.tools.virtual.device import VirtualGPUUnavailableError, to_fake_cuda, why_unavailable

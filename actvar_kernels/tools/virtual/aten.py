@@ -1,4 +1,4 @@
-"""Torch's own operations on a virtual GPU: which of them launch kernels, what those move and compute, which wait."""
+"""Record torch's own operations on a virtual GPU: which launch kernels, what those move and compute, which wait."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ aten = torch.ops.aten
 
 
 class HostSyncError(RuntimeError):
-    """An operation made the host wait for the GPU."""
+    """Say that an operation made the host wait for the GPU."""
 
 
 class Composite(NamedTuple):
-    """An operation that runs several kernels: how many, and how often its operands go through memory."""
+    """Describe an operation that runs several kernels: how many, and how often its operands go through memory."""
 
     launches: int
     passes: float
@@ -45,7 +45,7 @@ WAITING = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero}
 
 
 class Recorder(TorchDispatchMode):
-    """Calls `record` with the fields of a `Launch` for every call that launches a kernel on tensors of a CUDA device.
+    """Call `record` with the fields of a `Launch` for every call that launches a kernel on tensors of a CUDA device.
 
     Operators of this project run their body, so that its Triton kernels are seen.
 
@@ -89,7 +89,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _body(func) -> Callable:
-    """The function behind a custom operator."""
+    """Return the function behind a custom operator."""
     definition = OPDEFS.get(func.name().split(".")[0])
     if definition is None:
         raise RuntimeError(f"{func}: expected an operator made by torch.library.custom_op")
@@ -97,15 +97,17 @@ def _body(func) -> Callable:
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
+    """Return whether an image lies in the memory format `channels_last` alone."""
     return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def _tensors(tree) -> list[torch.Tensor]:
+    """Return the tensors of nested arguments."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _waits(packet, args) -> bool:
-    """Whether the call makes the host wait, of those that fake tensors let pass."""
+    """Return whether a call that fake tensors let pass makes the host wait."""
     if packet in WAITING:
         return True
     if packet is aten.copy_:
@@ -117,6 +119,7 @@ def _waits(packet, args) -> bool:
 
 
 def _launches(func, outputs: list[torch.Tensor]) -> bool:
+    """Return whether a call launches a kernel."""
     packet = func._overloadpacket
     if packet in NO_LAUNCH or packet.__name__.startswith(("empty", "new_empty")):
         return False
@@ -126,6 +129,7 @@ def _launches(func, outputs: list[torch.Tensor]) -> bool:
 
 
 def _fields(func, args, kwargs, inputs, result, outputs) -> dict[str, object]:
+    """Return the fields of the `Launch` of a call."""
     packet = func._overloadpacket
     flops = flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
     if packet is aten._addmm_activation:
@@ -144,7 +148,7 @@ def _fields(func, args, kwargs, inputs, result, outputs) -> dict[str, object]:
 
 
 def _traffic(packet, args, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
-    """Bytes read and written; what is changed in place is both."""
+    """Return the bytes that a call reads and writes; what is changed in place counts as both."""
     if packet in GATHERS:
         return _bytes(outputs) * 2 + _bytes(inputs[1:])
     if packet in WRITERS:
@@ -156,4 +160,5 @@ def _traffic(packet, args, inputs: list[torch.Tensor], outputs: list[torch.Tenso
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
+    """Return the bytes of all tensors."""
     return sum(TensorInfo.of(tensor).bytes for tensor in tensors)

@@ -1,4 +1,4 @@
-"""What a Triton launch moves and computes, as functions of its arguments: the model behind the predicted times.
+"""Estimate what a Triton launch moves and computes, from its arguments: the model behind the predicted times.
 
 A kernel without an entry in `COSTS` reads or writes every tensor argument once and has no matrix product. Bytes are
 those of main memory: what neighbouring programs read again is taken to come from the cache. FLOPs are what is executed,
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from actvar_kernels.tools.compile_cases import ACTIVE_EXPERTS, EXPERTS
+from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, EXPERTS
 from actvar_kernels.tools.virtual.records import TensorInfo
 
 Arguments = Mapping[str, object]
@@ -30,16 +30,17 @@ MOMENTS_INSTRUCTIONS = 6
 
 
 class Cost(NamedTuple):
-    """Work of one launch.
+    """Describe the work of one launch.
 
-    Args:
-        bytes: through memory.
-        flops: executed, 2 a multiply-add, on operands of `dtype`.
+    Attributes:
+        bytes: bytes through memory.
+        flops: FLOPs that are executed, 2 a multiply-add, on operands of `dtype`.
+        dtype: of the operands, or None without any.
         running: share of the programs that have anything to do.
         tile: rows and columns of the result that a program of a matrix product computes.
-        attention: products wait for a softmax, so they run at a lower rate.
-        instructions: executed, summed over threads; 0: every thread executes the machine code once, as it does where
-            there is no loop.
+        attention: whether products wait for a softmax, so that they run at a lower rate.
+        instructions: instructions that are executed, summed over threads. With 0 every thread executes the machine code
+            once, as it does where there is no loop.
     """
 
     bytes: int
@@ -52,27 +53,33 @@ class Cost(NamedTuple):
 
 
 def triton_cost(name: str, arguments: Arguments, share: Share = lambda tokens, rows: 1.0) -> Cost:
-    """Cost of one launch of the kernel `name`; `share` as above."""
+    """Return the cost of one launch.
+
+    Args:
+        name: of the kernel.
+        arguments: of the launch, by name.
+        share: share of the (tile, expert) blocks that run, given the tokens and the rows of a tile.
+    """
     if name in COSTS:
         return COSTS[name](arguments, share)
     return Cost(_bytes(arguments))
 
 
 def _bytes(arguments: Arguments, *without: str) -> int:
-    """Of every tensor argument, once."""
+    """Return the bytes of every tensor argument, once, except those named in `without`."""
     tensors = (value for name, value in arguments.items() if name not in without)
     return sum(value.bytes for value in tensors if isinstance(value, TensorInfo))
 
 
 def _select(a: Arguments, _share: Share) -> Cost:
-    (R, length, C), in_place, scores = a["x_ptr"].shape, a["rest_ptr"] is None, a["weight_ptr"] is not None
+    (R, length, C), in_place, scores = a["x_ptr"].shape, a["base_ptr"] is None, a["weight_ptr"] is not None
     slots = a["keep"] if in_place else length
     moved = length + (0 if in_place else length - a["keep"]) if scores or not in_place else a["keep"]
     instructions = GATHER_INSTRUCTIONS * R * slots * C
     if scores:  # in every program; a sequence that does not decide, beside the one that does
         programs = math.ceil(slots / (a["ROWS"] * a["STEPS"]))
         instructions += SCORE_INSTRUCTIONS * programs * (2 * R - a["deciding"]) * length * C
-    others = _bytes(a, "x_ptr", "rest_ptr")
+    others = _bytes(a, "x_ptr", "base_ptr")
     return Cost(others + moved * a["x_ptr"].bytes // length, instructions=round(instructions))
 
 
@@ -87,7 +94,7 @@ def _route(a: Arguments, _share: Share) -> Cost:
 
 
 def _scatter(a: Arguments, _share: Share) -> Cost:
-    return Cost(_bytes(a, "rest_ptr") + a["rows_ptr"].bytes)
+    return Cost(_bytes(a, "base_ptr") + a["rows_ptr"].bytes)
 
 
 def _attention(a: Arguments, _share: Share) -> Cost:
@@ -103,8 +110,8 @@ def _attention(a: Arguments, _share: Share) -> Cost:
 
 
 def _sort(a: Arguments, _share: Share) -> Cost:
-    programs, others = math.ceil(a["T"] / a["BLOCK_T"]), min(a["T"], a["segment"])
-    return Cost(_bytes(a), instructions=SORT_INSTRUCTIONS * others * programs)
+    programs = math.ceil(a["T"] / a["BLOCK_T"])
+    return Cost(_bytes(a), instructions=SORT_INSTRUCTIONS * a["T"] * programs)
 
 
 def _sample(a: Arguments, _share: Share) -> Cost:
@@ -141,12 +148,10 @@ def _down(a: Arguments, share: Share) -> Cost:
 
 
 def _run(a: Arguments, share: Share) -> tuple[float, int]:
-    """Share of the (tile, expert) blocks that run, and rows of all tiles."""
+    """Return the share of the (tile, expert) blocks that run, and the rows of all tiles."""
     rows = math.ceil(a["T"] / a["BLOCK_T"]) * a["BLOCK_T"]
     if a["order_ptr"] is None:
         return 1.0, rows
-    if a["ACTIVE"] is not None:
-        return a["ACTIVE"] / a["EXPERTS"], rows
     return share(a["T"], a["BLOCK_T"]), rows
 
 

@@ -1,4 +1,7 @@
-"""Tensors on a CUDA device that is not there: shapes without memory, also in a build of torch without CUDA."""
+"""Make tensors on a CUDA device that is not there.
+
+They have shapes and no memory, also in a build of torch without CUDA.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,15 @@ GUARD = Library(
 
 
 class VirtualGPUUnavailableError(RuntimeError):
-    """A virtual GPU cannot be set up here."""
+    """Say that a virtual GPU cannot be set up here."""
 
 
 @contextmanager
 def fake_cuda_tensors() -> Iterator[None]:
-    """`device="cuda"` makes fake tensors; their `data_ptr()` is the offset in their storage, as if that began at 0."""
+    """Let `device="cuda"` make fake tensors in the context.
+
+    Their `data_ptr()` is the offset in their storage, as if that began at 0.
+    """
     if not torch.cuda.is_available():
         _install_device_guard()
     pointer = FakeTensor.__dict__.get("data_ptr")
@@ -54,7 +60,7 @@ def fake_cuda_tensors() -> Iterator[None]:
 
 
 def to_fake_cuda(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Put new fake tensors of the same shapes in place of the parameters and buffers of `module`; returns it.
+    """Put new fake tensors of the same shapes in place of the parameters and buffers of `module`, and return it.
 
     Args:
         module: on any device, such as meta.
@@ -70,12 +76,13 @@ def to_fake_cuda(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
 
 
 def _fake_like(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return a fake tensor like `tensor`, in `dtype` if that is given and `tensor` is floating-point."""
     dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     return torch.empty(tensor.shape, dtype=dtype, device="cuda")
 
 
 def why_unavailable() -> str | None:
-    """Why there can be no virtual GPU here, or None if there can."""
+    """Return why there can be no virtual GPU here, or None if there can."""
     if interpreted():
         return "kernels are compiled on it, so TRITON_INTERPRET must not be set"
     if torch.cuda.is_available():
@@ -85,6 +92,7 @@ def why_unavailable() -> str | None:
 
 @functools.cache
 def _install_device_guard() -> None:
+    """Load the guard that torch asks for the current device."""
     try:
         load(GUARD)
     except BuildError as error:

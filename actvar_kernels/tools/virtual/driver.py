@@ -1,7 +1,7 @@
-"""A Triton driver without a GPU: a launch compiles its kernel and is handed to a function instead of a device.
+"""Stand in for a Triton driver without a GPU: a launch compiles its kernel and is handed to a function.
 
-All that depends on Triton's private interfaces is here. It was written with Triton 3.9; `make triton-matrix` runs it on
-other releases.
+Only this module depends on private interfaces of Triton. It was written with Triton 3.9; `make triton-matrix` runs it
+on other releases.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
 
-from actvar_kernels.tiles import MULTIPROCESSORS
 from actvar_kernels.tools.virtual.records import CompiledKernel
+from actvar_kernels.triton_backend.tiles import MULTIPROCESSORS
 
 # KiB that one program can get.
 SHARED_MEMORY_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -27,12 +27,12 @@ _LAUNCH_HEADER = 9  # grid x, y, z, stream, function, packed metadata, launch me
 
 
 class VirtualDriver:
-    """What Triton asks of a driver between `kernel[grid](...)` and the launch.
+    """Answer what Triton asks of a driver between `kernel[grid](...)` and the launch.
 
     Args:
         arch: compute capability, a key of `SHARED_MEMORY_KIB`.
         record: is called with every launch: kernel, grid, arguments by name.
-        limit_shared_memory: raise Triton's OutOfResources for kernels that the GPU could not hold.
+        limit_shared_memory: whether to raise Triton's OutOfResources for kernels that the GPU could not hold.
     """
 
     def __init__(self, arch: int, record: Record, limit_shared_memory: bool):
@@ -42,25 +42,36 @@ class VirtualDriver:
         self.launcher_cls = _Launcher
 
     def get_current_target(self) -> GPUTarget:
+        """Return what kernels are compiled for."""
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
+        """Return a number of the device.
+
+        Triton keeps compiled kernels by device, so this must be no index of a real one.
+        """
         return 1000 + self.arch  # Triton keeps compiled kernels by device, so this must be no real one's index
 
     def get_current_stream(self, device: int) -> int:
+        """Return a number of the stream."""
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
+        """Return what Triton reads of a device."""
         properties = {"max_shared_mem": _UNLIMITED, "multiprocessor_count": MULTIPROCESSORS[self.arch]}
         return {**properties, "max_num_regs": 65536, "warpSize": 32}
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[None, bytes, int, int, int]:
-        """No module to unload; the cubin in place of a function handle; registers, spills, most threads."""
+        """Return what Triton keeps of a loaded kernel.
+
+        There is no module to unload. The cubin takes the place of a function handle. Registers, spills and most threads
+        follow.
+        """
         return None, cubin, 0, 0, 1024
 
 
 class _Launcher:
-    """One compiled kernel; Triton keeps it beyond the driver that made it."""
+    """Launch one compiled kernel; Triton keeps the object beyond the driver that made it."""
 
     def __init__(self, source, metadata):
         self.function, self.metadata, self.kernel = source.fn, metadata, None
@@ -81,6 +92,7 @@ class _Launcher:
 
 
 def _compiled(metadata, cubin: bytes, constants: dict[str, object]) -> CompiledKernel:
+    """Return a kernel with what is known of it."""
     path = get_cache_manager(metadata.hash).get_file(f"{metadata.name[:150]}.ttir")
     if path is None:
         raise RuntimeError(f"no TTIR of {metadata.name} in Triton's cache: unset TRITON_STORE_BINARY_ONLY and clear it")
@@ -97,6 +109,7 @@ def _compiled(metadata, cubin: bytes, constants: dict[str, object]) -> CompiledK
 
 
 def _unknown_triton(what: str) -> str:
+    """Return a message about a release of Triton that works in another way."""
     return (
         f"Triton {triton.__version__} {what} in a way that {__name__} does not know: "
         "use a release that `make triton-matrix` names, or adapt that module"

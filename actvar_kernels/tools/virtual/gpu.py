@@ -1,4 +1,4 @@
-"""The virtual GPU: fake tensors, the recording of torch's operations, and Triton's driver, put together."""
+"""Put the virtual GPU together: fake tensors, the recording of torch's operations, and Triton's driver."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from actvar_kernels.tools.virtual.records import CompiledKernel, Launch, TensorI
 
 
 class VirtualGPU:
-    """`arch`: compute capability; `launches`: every kernel launch so far, in order; `region`: a name that the launches
-    that follow are marked by, for the caller to set."""
+    """Note down what a GPU would run.
+
+    Attributes:
+        arch: compute capability.
+        launches: every kernel launch so far, in order.
+        region: a name that the launches that follow are marked by, for the caller to set.
+    """
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -45,15 +50,16 @@ class VirtualGPU:
 
 @contextmanager
 def virtual_gpu(arch: int, *, limit_shared_memory: bool = True) -> Iterator[VirtualGPU]:
-    """While the context is open, `device="cuda"` is a GPU of this architecture, which computes nothing.
+    """Make `device="cuda"` a GPU of this architecture in the context, which computes nothing.
 
     Tensors made inside are fake: they have shapes, dtypes and strides but no values. A Triton `kernel[grid](...)` is
-    compiled with its arguments and noted down; so is every operation of torch that launches a kernel. Tensors made
+    compiled with its arguments and noted down. So is every operation of torch that launches a kernel. Tensors made
     outside cannot take part, except numbers on the CPU. Triton's driver is put back at the end.
 
     Args:
         arch: compute capability: 80, 86, 89, 90, 100 or 120.
-        limit_shared_memory: raise Triton's OutOfResources at the launch of a kernel that the GPU could not hold.
+        limit_shared_memory: whether to raise Triton's OutOfResources at the launch of a kernel that the GPU could not
+            hold.
 
     Raises:
         ValueError: an unknown architecture.

@@ -1,4 +1,4 @@
-"""What a virtual GPU notes down of every launch."""
+"""Describe what a virtual GPU notes down of every launch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class TensorInfo(NamedTuple):
-    """Shape, strides and dtype of a kernel's tensor argument."""
+    """Describe a kernel's tensor argument."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -18,21 +18,24 @@ class TensorInfo(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorInfo:
+        """Return the description of a tensor."""
         return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
     @property
     def bytes(self) -> int:
-        """Of the elements that are in memory: an expanded dimension counts once."""
+        """Return the bytes of the elements that are in memory: an expanded dimension counts once."""
         sizes = (size if stride else 1 for size, stride in zip(self.shape, self.strides, strict=True))
         return math.prod(sizes) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A Triton kernel as compiled for one set of arguments.
+    """Describe a Triton kernel as compiled for one set of arguments.
 
-    Args:
+    Attributes:
+        name: of the kernel.
         arch: compute capability.
+        num_warps, num_stages: warps and pipeline stages.
         shared: bytes of shared memory that a launch asks for.
         cubin: the machine code.
         ttir: Triton's first intermediate code, in which matrix products are still `tt.dot`.
@@ -51,15 +54,15 @@ class CompiledKernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch.
+    """Describe one kernel launch.
 
-    Args:
+    Attributes:
         name: of the Triton kernel, or of the ATen operation (`"aten.mm"`).
         region: what `VirtualGPU.region` was at the time.
         bytes, flops: estimate of memory traffic and matrix-product work; for Triton kernels what is in
             `actvar_kernels.tools.virtual.cost` at full work.
-        launches: GPU kernels behind the call; more than 1 for some ATen operations.
         dtype: of the matrix products' operands, or None without any.
+        launches: GPU kernels behind the call; more than 1 for some ATen operations.
         kernel, grid, arguments: of Triton launches: arguments by name, tensors as `TensorInfo`.
         result: of torch's operations, the first tensor they return.
     """

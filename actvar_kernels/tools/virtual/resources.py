@@ -17,9 +17,13 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_
 
 
 class Resources(NamedTuple):
-    """Per thread: `registers`, bytes of `stack` and `local` memory, which hold what was spilled.
+    """Describe what a kernel takes.
 
-    `instructions` counts all by name; `loops` does so for each innermost loop that has a matrix product, `MMA`.
+    Attributes:
+        registers: registers of a thread.
+        stack, local: bytes of memory of a thread, which hold what was spilled.
+        instructions: counts of all instructions by name.
+        loops: such counts for each innermost loop that has a matrix product, `MMA`.
     """
 
     registers: int
@@ -31,7 +35,7 @@ class Resources(NamedTuple):
 
 @functools.cache
 def resources(cubin: bytes) -> Resources:
-    """What `cuobjdump` and `nvdisasm`, which come with Triton, say about a kernel's machine code."""
+    """Return what `cuobjdump` and `nvdisasm`, which come with Triton, say about a kernel's machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -43,13 +47,15 @@ def resources(cubin: bytes) -> Resources:
 
 
 def _output(*command: str) -> str:
+    """Return what a command prints."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _product_loops(lines: list[str]) -> list[tuple[int, int]]:
-    """First and last line of every innermost loop that has a matrix product in it.
+    """Return first and last line of every innermost loop that has a matrix product in it.
 
-    Code that was moved behind the kernel, such as waits, jumps back too: of overlapping spans the shortest is the loop.
+    Code that was moved behind the kernel, such as waits, jumps back too. So the loop is the shortest of overlapping
+    spans.
     """
     labels = {match[1]: number for number, line in enumerate(lines) if (match := _LABEL.match(line.strip()))}
     spans = []
@@ -66,4 +72,5 @@ def _product_loops(lines: list[str]) -> list[tuple[int, int]]:
 
 
 def _count(lines: list[str]) -> collections.Counter:
+    """Return the counts of instructions in lines of code."""
     return collections.Counter(match[1] for line in lines if (match := _INSTRUCTION.search(line)))

@@ -1,20 +1,20 @@
 // Which instruction sets the library is compiled for, which of them the processor has, and how weights are packed for them.
 
 #define KERNEL "layout.h"
-#include "levels.h"
+#include "isa.h"
 
 namespace {
 
-#define LAYOUT_OF(level) level::LAYOUT,
-const int *const LAYOUTS[] = {FOR_EVERY_LEVEL(LAYOUT_OF)};
+#define LAYOUT_OF(isa) isa::LAYOUT,
+const int *const LAYOUTS[] = {FOR_EVERY_ISA(LAYOUT_OF)};
 const char *const NAMES[] = {"portable", "AVX2", "AVX-512", "AVX-512 with bfloat16"};
 
 }  // namespace
 
 extern "C" {
 
-// The highest level that this processor runs.
-int best_level() {
+// The highest isa that this processor runs.
+int best_isa() {
 #if defined(__x86_64__)
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -26,8 +26,8 @@ int best_level() {
 #endif
 }
 
-const char *level_name(int level) { return NAMES[level]; }
+const char *isa_name(int isa) { return NAMES[isa]; }
 
 // Floats of a vector, vectors of a panel, rows that lie side by side (of bfloat16).
-void level_layout(int level, int *layout) { memcpy(layout, LAYOUTS[level], 3 * sizeof(int)); }
+void isa_layout(int isa, int *layout) { memcpy(layout, LAYOUTS[isa], 3 * sizeof(int)); }
 }

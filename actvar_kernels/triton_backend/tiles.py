@@ -1,4 +1,4 @@
-"""Block sizes, warps and pipeline stages of the Triton kernels, by architecture and shape."""
+"""Choose block sizes, warps and pipeline stages of the Triton kernels, by architecture and shape."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
 def architecture(tensor: torch.Tensor) -> int:
-    """Compute capability that the kernels are tuned for: the highest of `ARCHITECTURES` that the GPU reaches, else 80;
-    80 in Triton's interpreter."""
+    """Return the compute capability that the kernels are tuned for.
+
+    This is the highest of `ARCHITECTURES` that the GPU reaches, otherwise 80. In Triton's interpreter it is 80.
+    """
     if not tensor.is_cuda:
         return 80
     capability = triton.runtime.driver.active.get_current_target().arch
@@ -22,29 +24,54 @@ def architecture(tensor: torch.Tensor) -> int:
 
 
 class RowTiles(NamedTuple):
-    """Kernels that hold whole rows in registers: `rows` per program."""
+    """Describe kernels that hold whole rows in registers.
+
+    Attributes:
+        rows: rows of a program.
+        warps: warps of a program.
+    """
 
     rows: int
     warps: int
 
 
 def row_tiles(tokens: int, width: int) -> RowTiles:
-    """Without a router: up to 32 numbers a thread, so that many programs hide each other's latency."""
+    """Return tiles of a kernel without a router.
+
+    A thread has up to 32 numbers, so that many programs hide each other's latency.
+
+    Args:
+        tokens: rows of all sequences.
+        width: channels of a row.
+    """
     return _row_tiles(tokens, width, numbers=32, programs=256)
 
 
 def route_tiles(tokens: int, width: int) -> RowTiles:
-    """With a router, a sum over all channels for every expert: where rows are plentiful a warp or two have two of them
-    and need not wait for others. Where they are few, 8 warps, and single rows up to a width of 2048: with other numbers
-    the compiler spills in some type."""
+    """Return tiles of a kernel with a router, which sums over all channels for every expert.
+
+    Where rows are plentiful a warp or two have two of them and need not wait for others. Where rows are few there are 8
+    warps, and single rows up to a width of 2048. With other numbers the compiler spills in some type.
+
+    Args:
+        tokens: rows of all sequences.
+        width: channels of a row.
+    """
     if tokens >= 2048:
         return RowTiles(rows=2, warps=max(1, triton.next_power_of_2(width) // 1024))
     return RowTiles(rows=2 if width > 2048 else 1, warps=8)
 
 
 class SelectTiles(NamedTuple):
-    """Token selection: `rows` at a time, `steps` times a program; `scores`: every program scores its whole sequence;
-    `registers` a thread may have, None: as many as the compiler finds best."""
+    """Describe token selection.
+
+    Attributes:
+        rows: rows at a time.
+        warps: warps of a program.
+        steps: how often a program takes `rows` rows.
+        scores: whether every program scores its whole sequence.
+        registers: registers that a thread may have; None: as many as the compiler finds best.
+    """
 
     rows: int
     warps: int
@@ -58,10 +85,18 @@ SCORE_ROWS, SCORE_CHUNK = 64, 64
 
 
 def select_tiles(arch: int, sequences: int, rows: int, width: int) -> SelectTiles:
-    """For so many sequences, of which `rows` each are read. From 128 sequences on one or two programs each fill a GPU:
-    it then costs less to score a sequence in each of them, the second time from the cache, than to read it from memory
-    in two launches. Else the scores come from a launch before, and more than one tile share a ranking where programs
-    are plentiful."""
+    """Return tiles of token selection.
+
+    From 128 sequences on one or two programs each fill a GPU. Then every program scores its sequence and reads it a
+    second time from the cache, which costs less than two launches that read from memory. With fewer sequences the
+    scores come from a launch before, and several tiles share a ranking where programs are plentiful.
+
+    Args:
+        arch: compute capability.
+        sequences: number of sequences.
+        rows: rows that are read of each.
+        width: channels of a row.
+    """
     if sequences >= 128:
         at_once = max(1, 8192 // triton.next_power_of_2(width))
         parts = triton.cdiv(256, sequences)
@@ -73,7 +108,7 @@ def select_tiles(arch: int, sequences: int, rows: int, width: int) -> SelectTile
 
 
 def _row_tiles(tokens: int, width: int, numbers: int, programs: int) -> RowTiles:
-    """At most about `numbers` elements a thread, fewer rows where there would not be so many `programs`."""
+    """Return tiles of at most about `numbers` elements a thread, with fewer rows below that many `programs`."""
     block = triton.next_power_of_2(width)
     warps = 4 if block <= 2048 else 8
     rows = max(1, 32 * warps * numbers // block)
@@ -83,8 +118,15 @@ def _row_tiles(tokens: int, width: int, numbers: int, programs: int) -> RowTiles
 
 
 class GroupNormTiles(NamedTuple):
-    """GroupNorm of images: a program has `channels` channels of `rows` positions at a time, in `loads` turns where it
-    sums; for sums an image is in `parts` of `part` positions."""
+    """Describe GroupNorm of images.
+
+    Attributes:
+        channels: channels of a program.
+        rows: positions at a time.
+        loads: turns in which sums take these positions.
+        parts: parts of an image for sums.
+        part: positions of a part.
+    """
 
     channels: int
     rows: int
@@ -94,8 +136,15 @@ class GroupNormTiles(NamedTuple):
 
 
 def group_norm_tiles(images: int, positions: int, width: int) -> GroupNormTiles:
-    """32 numbers a thread, in as many turns as there are loads of 16 bytes, and no padding where a power of two from 16
-    on divides the width."""
+    """Return tiles of GroupNorm with 32 numbers a thread, in as many turns as there are loads of 16 bytes.
+
+    There is no padding where a power of two from 16 on divides the width.
+
+    Args:
+        images: number of images.
+        positions: pixels of an image.
+        width: channels of a pixel.
+    """
     channels = width & -width
     channels = min(128, channels if channels >= 16 else triton.next_power_of_2(width))
     rows = 4096 // channels
@@ -105,7 +154,13 @@ def group_norm_tiles(images: int, positions: int, width: int) -> GroupNormTiles:
 
 
 class AttentionTiles(NamedTuple):
-    """Queries, cached keys and own keys per tile; pipeline stages of the two loops."""
+    """Describe attention.
+
+    Attributes:
+        queries, keys, own_keys: queries, cached keys and own keys of a tile.
+        warps: warps of a program.
+        stages, own_stages: pipeline stages of the loops over cached and own keys.
+    """
 
     queries: int
     keys: int
@@ -116,7 +171,16 @@ class AttentionTiles(NamedTuple):
 
 
 def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int, masked: bool) -> AttentionTiles:
-    """Tiles without spilled registers for head sizes up to 128, with a mask too; float32 has no tensor cores."""
+    """Return tiles without spilled registers for head sizes up to 128, with a mask too.
+
+    Float32 has no tensor cores.
+
+    Args:
+        arch: compute capability.
+        dtype: float32, float16 or bfloat16.
+        head_dim: channels of a head.
+        masked: whether there is a mask.
+    """
     wide = head_dim > 64
     if dtype == torch.float32:
         queries, keys, own_keys = (16, 16, 16) if wide else (32, 16, 16)
@@ -129,7 +193,13 @@ def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int, masked: bool) 
 
 
 class SortTiles(NamedTuple):
-    """Tokens per program, and tokens that they are compared with at a time."""
+    """Describe the sort.
+
+    Attributes:
+        rows: tokens of a program.
+        chunk: tokens that they are compared with at a time.
+        warps: warps of a program.
+    """
 
     rows: int
     chunk: int
@@ -140,8 +210,16 @@ SORT = SortTiles(rows=256, chunk=2048, warps=16)
 
 
 class ProductTiles(NamedTuple):
-    """A matrix product: columns per tile, more columns beside them or 0 (both powers of two), depth of a step;
-    `registers` a thread may have, None: as many as the compiler finds best."""
+    """Describe a matrix product.
+
+    Attributes:
+        columns: columns of a tile, a power of two.
+        tail: more columns beside them, a power of two or 0.
+        depth: depth of a step.
+        warps: warps of a program.
+        stages: pipeline stages.
+        registers: registers that a thread may have; None: as many as the compiler finds best.
+    """
 
     columns: int
     tail: int
@@ -152,9 +230,15 @@ class ProductTiles(NamedTuple):
 
 
 class ExpertTiles(NamedTuple):
-    """`rows` tokens per tile, the same for the up and the down projection; `parts` in which the down projection stores
-    a tile; whether matrices are read by tensor descriptors, for which tiles have to divide an expert, or by masked
-    pointers."""
+    """Describe the two products of the expert FFN.
+
+    Attributes:
+        rows: tokens of a tile, the same for both products.
+        up, down: the products.
+        parts: parts in which the down projection stores a tile.
+        descriptors: whether matrices are read by tensor descriptors, for which tiles have to divide an expert, or by
+            masked pointers.
+    """
 
     rows: int
     up: ProductTiles
@@ -175,15 +259,19 @@ def expert_ffn_tiles(
     aligned: bool,
     measured: tuple[int, int] | None = None,
 ) -> ExpertTiles:
-    """The tiles that give the busiest multiprocessor the least work in the down projection, which has fewer programs
-    than the up projection; the larger ones where equal. Small ones are taken to run at 0.6 of the rate.
+    """Return the tiles that give the busiest multiprocessor the least work in the down projection.
+
+    That projection has fewer programs than the up projection. The larger tiles win where the work is equal. Small ones
+    are taken to run at 0.6 of the rate.
 
     Args:
+        arch: compute capability.
+        dtype: float32, float16 or bfloat16.
         tokens, channels: rows and columns of the input.
         width: hidden units of an expert.
         aligned: whether tensor descriptors can be made of the matrices.
-        measured: rows and columns of the tiles that were measured to be fastest; they need not be among the masked
-            ones for matrices that are not aligned.
+        measured: rows and columns of the tiles that were measured to be fastest, or None. They need not be among the
+            masked ones for matrices that are not aligned.
     """
     if _only is not None:
         return _only
@@ -205,7 +293,7 @@ _only: ExpertTiles | None = None
 
 @contextmanager
 def using_expert_tiles(tile: ExpertTiles) -> Iterator[None]:
-    """Every expert FFN takes `tile` for the duration of the context."""
+    """Make every expert FFN take `tile` for the duration of the context."""
     global _only
     before, _only = _only, tile
     try:
@@ -215,7 +303,11 @@ def using_expert_tiles(tile: ExpertTiles) -> Iterator[None]:
 
 
 def expert_ffn_candidates(arch: int, dtype: torch.dtype, width: int, aligned: bool) -> list[ExpertTiles]:
-    """From large to small; arguments as in `expert_ffn_tiles`."""
+    """Return tiles from large to small.
+
+    Args:
+        arch, dtype, width, aligned: as in `expert_ffn_tiles`.
+    """
     if dtype == torch.float32:
         up = ProductTiles(*_columns(width, (64, 0)), depth=16, warps=8, stages=2)
         return [ExpertTiles(128, up, ProductTiles(64, 0, 16, 8, 2), parts=1, descriptors=False)]
@@ -247,7 +339,10 @@ def expert_ffn_candidates(arch: int, dtype: torch.dtype, width: int, aligned: bo
 
 
 def _columns(width: int, *choices: tuple[int, int]) -> tuple[int, int]:
-    """The first choice whose sum divides `width`, else one masked tile size: a power of two up to that of the first."""
+    """Return the first choice whose sum divides `width`, otherwise one masked tile size.
+
+    That is a power of two up to the columns of the first choice.
+    """
     for columns, tail in choices:
         if width % (columns + tail) == 0:
             return columns, tail
@@ -255,5 +350,11 @@ def _columns(width: int, *choices: tuple[int, int]) -> tuple[int, int]:
 
 
 def sampling_warps(block: int) -> int:
-    """32 tokens a thread, so that a sum over all of them costs little beside its terms; at most 16 warps."""
+    """Return the warps of a sampler, at most 16.
+
+    A thread has 32 tokens, so that a sum over all of them costs little beside its terms.
+
+    Args:
+        block: tokens of a program.
+    """
     return min(16, max(1, block // 1024))

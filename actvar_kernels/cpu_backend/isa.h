@@ -1,5 +1,5 @@
 // Compiles code once per instruction set: #define KERNEL as its header and include this. Every set gets a namespace with the
-// vectors and register tiles of vectors.h and what is in KERNEL; FOR_EVERY_LEVEL lists them, the highest last.
+// vectors and register tiles of vectors.h and what is in KERNEL; FOR_EVERY_ISA lists them, the highest last.
 
 #include <cstdint>
 #include <cstdlib>
@@ -63,9 +63,9 @@ inline int smaller(int a, int b) { return a < b ? a : b; }
 #undef NAMESPACE
 #pragma GCC pop_options
 
-#define FOR_EVERY_LEVEL(X) X(portable) X(avx2) X(avx512) X(avx512_bf16)
+#define FOR_EVERY_ISA(X) X(portable) X(avx2) X(avx512) X(avx512_bf16)
 #else
-#define FOR_EVERY_LEVEL(X) X(portable)
+#define FOR_EVERY_ISA(X) X(portable)
 #endif
 
 }  // namespace

@@ -1,7 +1,8 @@
-"""Measured choices for the expert FFN on one GPU: JSON by `actvar_kernels.tools.tune`, which `ACTVAR_TUNED` names.
+"""Read measured choices for the expert FFN on one GPU.
 
-A call takes the entry of its type, channels and expert width whose number of tokens is nearest, by at most a factor of
-two; other calls take what `tiles.py` says.
+`actvar_kernels.tools.tune` writes the table as JSON, and `ACTVAR_TUNED` names it. A call takes the entry of its type,
+channels and expert width whose number of tokens is nearest, by at most a factor of two. Other calls take what
+`tiles.py` says.
 """
 
 from __future__ import annotations
@@ -15,16 +16,24 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 
-from actvar_kernels import tiles
+from actvar_kernels.triton_backend import tiles
 
 ENVIRONMENT_VARIABLE = "ACTVAR_TUNED"
 SCHEDULES = ("dense", "tile_list")
-"""Of results that are equal but for rounding."""
 FACTOR = 2.0
 
 
 class Entry(NamedTuple):
-    """What was fastest at a shape, in milliseconds; `rows` and `columns` name one of `tiles.expert_ffn_candidates`."""
+    """Say what was fastest at a shape.
+
+    Attributes:
+        dtype: type of the numbers.
+        tokens, channels: rows and columns of the input.
+        width: hidden units of an expert.
+        schedule: one of `SCHEDULES`.
+        rows, columns: name one of `tiles.expert_ffn_candidates`.
+        milliseconds: time of a call.
+    """
 
     dtype: str
     tokens: int
@@ -37,7 +46,14 @@ class Entry(NamedTuple):
 
 
 class Table(NamedTuple):
-    """`device`: name of the GPU; `capability`: the one of `tiles.ARCHITECTURES` that it counts as."""
+    """Hold what was measured on a GPU.
+
+    Attributes:
+        device: name of the GPU.
+        capability: the one of `tiles.ARCHITECTURES` that it counts as.
+        triton: version of Triton.
+        expert_ffn: the entries.
+    """
 
     device: str
     capability: int
@@ -86,7 +102,7 @@ def read_table(path: Path) -> Table:
 
 
 def _of_fields(kind: type, content: object, where: str) -> NamedTuple:
-    """A named tuple of a JSON object that has exactly its fields, each of its type."""
+    """Return a named tuple of a JSON object that has exactly its fields, each of its type."""
     if not isinstance(content, dict) or set(content) != set(kind._fields):
         found = ", ".join(sorted(content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{where} expected an object with {', '.join(kind._fields)}, got {found}")
@@ -98,6 +114,7 @@ def _of_fields(kind: type, content: object, where: str) -> NamedTuple:
 
 
 def _checked_entry(entry: Entry, capability: int, path: Path, position: int) -> Entry:
+    """Return an entry; raise ValueError unless it names what is shipped."""
     where = f"{path}: expert_ffn[{position}]"
     dtype = getattr(torch, entry.dtype, None)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -115,11 +132,15 @@ def _checked_entry(entry: Entry, capability: int, path: Path, position: int) -> 
 
 
 def tuned_expert_ffn(u: torch.Tensor, width: int) -> Entry | None:
-    """The entry for rows `u` `[T, C]` and experts of `width` hidden units in the table that `ACTVAR_TUNED` names; None
-    without a table or a near entry.
+    """Return the entry for a call in the table that `ACTVAR_TUNED` names; None without a table or a near entry.
+
+    Args:
+        u: rows `[T, C]`, float32, float16 or bfloat16.
+        width: hidden units of an expert.
 
     Raises:
-        OSError, ValueError: see `read_table`; or the table is that of another GPU.
+        OSError: see `read_table`.
+        ValueError: see `read_table`; or the table is that of another GPU.
     """
     path = os.environ.get(ENVIRONMENT_VARIABLE)
     if not path:

@@ -1,0 +1,16 @@
+"""Name the weights of an FFN, as the functions of this folder pass them on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class FFNWeights(NamedTuple):
+    """Name the weights of two linear layers: `[D, C]`, `[D]`, `[C, D]` and `[C]`, all floating-point."""
+
+    fc1_weight: torch.Tensor
+    fc1_bias: torch.Tensor
+    fc2_weight: torch.Tensor
+    fc2_bias: torch.Tensor

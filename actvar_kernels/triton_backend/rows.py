@@ -1,0 +1,94 @@
+"""Load, normalise and route whole rows of channels in Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from actvar_kernels.constants import NORM_EPS
+
+_EPS = tl.constexpr(NORM_EPS)
+_LOWEST = tl.constexpr(-(2**31))
+_HIGHEST = tl.constexpr(2**31 - 1)
+
+
+def channels_last(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the tensors with neighbouring channels next to each other in memory, copied where they are not."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+@triton.jit
+def load_rows(ptr, strides, sequence, row, present, channel, inside):
+    """Return rows `[ROWS, BLOCK_C]` of a sequence of a tensor `[R, length, C]`.
+
+    Rows that are not `present` and channels that are not `inside` are 0.
+    """
+    offset = sequence.to(tl.int64) * strides[0] + row.to(tl.int64)[:, None] * strides[1] + channel[None, :]
+    return tl.load(ptr + offset, mask=present[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def load_vector(ptr, strides, sequence, channel, inside):
+    """Return the vector `[BLOCK_C]` of a sequence of a tensor `[R, 1, C]`, in float32 and 0 outside."""
+    offset = sequence.to(tl.int64) * strides[0] + channel
+    return tl.load(ptr + offset, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def normalized(x, inside, C: tl.constexpr):
+    """Return LN of `x` `[ROWS, BLOCK_C]` float32; both are 0 where a channel is not `inside`."""
+    mean = tl.sum(x, axis=1) / C
+    deviation = tl.where(inside[None, :], x - mean[:, None], 0.0)
+    variance = tl.sum(deviation * deviation, axis=1) / C
+    return deviation * tl.rsqrt(variance + _EPS)[:, None]
+
+
+@triton.jit
+def descending_key(score):
+    """Return an int32 above -2^31 that compares as `torch.sort(descending=True)` compares float32.
+
+    NaN is the highest and equal to itself, and -0 equals 0.
+    """
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ _HIGHEST, bits)
+    return tl.where(score == score, key, _HIGHEST)
+
+
+@triton.jit
+def route(
+    u,
+    weight_ptr,
+    bias_ptr,
+    mask_ptr,
+    logits_ptr,
+    token,
+    written,
+    active,
+    EXPERTS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Store the logits of rows `u`, and a mask of the `active` experts of each.
+
+    `u` is `[ROWS, BLOCK_C]` float32, 0 outside C. Every logit is summed in the same order, one after the other. An
+    expert is chosen by counting those that go before it.
+    """
+    BLOCK_N: tl.constexpr = triton.next_power_of_2(EXPERTS)
+    channel = tl.arange(0, BLOCK_C)
+    expert = tl.arange(0, BLOCK_N)
+    logits = tl.zeros((u.shape[0], BLOCK_N), tl.float32)
+    for e in range(0, EXPERTS):
+        weight = tl.load(weight_ptr + e * C + channel, mask=channel < C, other=0.0).to(tl.float32)
+        product = tl.sum(u * weight[None, :], axis=1)  # [ROWS]
+        logits += tl.where(expert[None, :] == e, product[:, None], 0.0)
+    logits += tl.load(bias_ptr + expert, mask=expert < EXPERTS, other=0.0).to(tl.float32)[None, :]
+
+    key = tl.where(expert[None, :] < EXPERTS, descending_key(logits), _LOWEST)
+    mine, other = key[:, :, None], key[:, None, :]
+    before = (other > mine) | ((other == mine) & (expert[None, None, :] < expert[None, :, None]))
+    chosen = tl.sum(before.to(tl.int32), axis=2) < active
+    target = token[:, None] * EXPERTS + expert[None, :]
+    written = written[:, None] & (expert[None, :] < EXPERTS)
+    tl.store(logits_ptr + target, logits, mask=written)
+    tl.store(mask_ptr + target, chosen, mask=written)
