@@ -3,7 +3,7 @@
 Source: Chen et al., Collaborative Decoding Makes Visual Auto-Regressive Modeling Efficient, CVPR 2025.
 
 Adapted: neither model is fine-tuned for its scales, as in the paper's training-free variant. The small model reads the
-large one's token maps scale by scale, so its K/V cache is the same as if it had drawn these maps.
+large one's token maps scale by scale, so its K/V cache is the one of drawing these maps itself.
 """
 
 from __future__ import annotations

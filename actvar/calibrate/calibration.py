@@ -62,8 +62,8 @@ def calibrate(
 
     Raises:
         TypeError: a model of an unsupported kind, or an argument that is no number.
-        ValueError: a configuration or Execution that does not fit the model, rates of 1, a budget that is too low,
-            fewer than 4 images, a seed or cfg out of its range, or a model in train mode.
+        ValueError: a configuration or Execution that does not fit the model, rates of 1, or a budget that is too low.
+        ValueError: fewer than 4 images, a seed or cfg out of its range, or a model in train mode.
     """
     model = unwrapped(var)
     config = ActVARConfig() if config is None else config

@@ -49,8 +49,8 @@ def load_image(path: Path, side: int, channels: int) -> torch.Tensor:
         `[channels, side, side]` float32 in [0, 1].
 
     Raises:
-        ValueError: a file that is no image, is damaged, is of a mode without a known range, or has more pixels than
-            Pillow's `Image.MAX_IMAGE_PIXELS` before or after it is resized; names the file.
+        ValueError: a file that is no image, is damaged, or is of a mode without a known range; names the file.
+        ValueError: more pixels than Pillow's `Image.MAX_IMAGE_PIXELS`, before or after the image is resized.
     """
     with _opened(path, side) as file:
         image = flattened(file, channels)

@@ -1,7 +1,7 @@
 """A training loop that several processes share, that a kill cannot hurt and that Ctrl-C stops between two steps.
 
-Every step's examples and random numbers follow from (seed, step, rank) alone. Therefore a run that was interrupted and
-resumed ends with the same weights as an unbroken one, unless the loss keeps a state of its own.
+Every step's examples and random numbers follow from (seed, step, rank) alone. Therefore an interrupted and resumed
+run ends with the same weights as an unbroken one, unless the loss keeps a state of its own.
 """
 
 from __future__ import annotations
