@@ -1,6 +1,6 @@
 """Rivals of ActVAR: other ways to sample a dense VAR faster, each a context manager on `actvar.models.VAR`.
 
-They run on the kernels that `actvar.accelerate` uses, and leave the model as it was, bit for bit.
+All run on the kernels that `actvar.accelerate` uses, and leave the model as it was, bit for bit.
 """
 
 from actvar.baselines.collaborative import collaborative_decoding

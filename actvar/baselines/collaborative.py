@@ -2,14 +2,15 @@
 
 Source: Chen et al., Collaborative Decoding Makes Visual Auto-Regressive Modeling Efficient, CVPR 2025.
 
-Adapted: neither model is fine-tuned for its scales, as in the paper's training-free variant. The small model fills its
-K/V cache with the large one's token maps scale by scale, as if it had drawn them.
+Adapted: neither model is fine-tuned for its scales, as in the paper's training-free variant. The small model reads the
+large one's token maps scale by scale, so its K/V cache is the one of drawing these maps itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,40 +26,44 @@ from actvar.sparse.state import patch_state
 
 @contextmanager
 def collaborative_decoding(var: nn.Module, small: nn.Module, count: int) -> Iterator[nn.Module]:
-    """The last `count` scales are predicted by `small`, which first reads the token maps of the scales before.
+    """Let `small` predict the last `count` scales, after it has read the token maps of the scales before.
 
     Args:
+        var: the large VAR, which predicts the other scales.
         small: a VAR of the same autoencoder.
+        count: number of scales, from 1 to one less than the model has.
 
     Raises:
         TypeError: a model of another kind.
         ValueError: models with other token maps, classes or codes, or a count that leaves `var` no scale.
     """
-    first, family = expect_last_scales("count", count, expect_var(var)), family_of(small)
-    _expect_same_tokens(var, expect_var(small))
-    drawn: list[torch.Tensor | None] = []
-    condition: Condition | None = None
+    large = expect_var(var)
+    first, family = expect_last_scales("count", count, large), family_of(small)
+    drafter = expect_var(small)
+    _expect_same_tokens(large, drafter)
+    seen_inputs: list[torch.Tensor | None] = []
+    condition: Condition
 
-    def predict(self, scale, inputs, of_large):
+    def predict(self, scale, inputs, large_condition):
         nonlocal condition
         if scale < first:
-            drawn[scale:] = [inputs]
-            return type(self).predict(self, scale, inputs, of_large)
+            seen_inputs[scale:] = [inputs]
+            return type(self).predict(self, scale, inputs, large_condition)
         if scale == first:
-            condition = small.condition(of_large.labels)
-            for block in blocks_of(small):
+            condition = drafter.condition(large_condition.labels)
+            for block in blocks_of(drafter):
                 family.cache(block).start()
-            for earlier, seen in enumerate(drawn):
-                small.run_blocks(earlier, seen, condition)
-        return small.predict(scale, inputs, condition)
+            for seen_scale, seen in enumerate(seen_inputs):
+                drafter.run_blocks(seen_scale, seen, condition)
+        return drafter.predict(scale, inputs, condition)
 
-    with patched_silently(var, DENSE, None), with_methods(var, predict=predict), _sampling(small):
+    with patched_silently(var, DENSE, None), with_methods(var, predict=predict), _sampling(drafter):
         yield var
 
 
 @contextmanager
 def _sampling(small: VAR) -> Iterator[None]:
-    """`small` accelerated, as within its own sampling method; its K/V cache is empty afterwards."""
+    """Accelerate `small` as in its own sampling method; its K/V cache is empty afterwards."""
     with patched_silently(small, DENSE, None), patch_state(small).sampling(small, in_place=False):
         yield
 
@@ -68,8 +73,9 @@ def _expect_same_tokens(var: VAR, small: VAR) -> None:
     for name in wanted:
         if wanted[name] != found[name]:
             raise ValueError(f"small: expected a model with {name} {wanted[name]}, as the large one, got {found[name]}")
-    codes = [family_of(model).autoencoder(model).quantize.embedding.weight for model in (var, small)]
-    if not torch.equal(*codes):
+    autoencoders: list[Any] = [family_of(model).autoencoder(model) for model in (var, small)]
+    codes, small_codes = (autoencoder.quantize.embedding.weight for autoencoder in autoencoders)
+    if not torch.equal(codes, small_codes):
         raise ValueError("small: expected a model of the same autoencoder, got one with other codes")
 
 

@@ -2,10 +2,10 @@
 
 Source: Guo et al., FastVAR: Linear Visual Autoregressive Modeling via Cached Token Pruning, ICCV 2025.
 
+Taken over: the score, one choice of tokens per sublayer, the first blocks left whole, and the stand-ins for other ones.
 Adapted: the authors have code for Infinity and HART; here it is for class-conditional VAR, without cross-attention. The
-rate is the same at all `scales`; theirs falls from scale to scale, and is 0 at the last ones (`skip_last_scales`).
-The score, one choice per sublayer, the first blocks left whole, and what stands in for the others are theirs. Keys and
-values are those of pivotal tokens.
+rate is the same at all `scales`; the authors' rate falls from scale to scale, and is 0 at the last ones
+(`skip_last_scales`). Keys and values are those of pivotal tokens.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ from actvar.families import blocks_of, family_of
 from actvar.patching.patch import patched_silently
 
 FIRST_BLOCKS = 0.1
-"""Share of the blocks, from the first on, that compute all tokens; the authors' code leaves out 3 of 32."""
+"""Share of the blocks, from the first on, that compute all tokens; in the authors' code these are 3 of 32."""
 
 
 @contextmanager
 def fastvar(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1)) -> Iterator[nn.Module]:
-    """At `scales` attention and FFN each compute the `rate` of tokens with the largest `|x - mean(x)|^2`; in place of
-    the others' outputs stand those of the scale before `scales`, interpolated by area.
+    """Let attention and FFN at `scales` each compute only the `rate` of tokens with the largest `|x - mean(x)|^2`.
+
+    In place of the other tokens' outputs stand those of the scale before `scales`, interpolated by area.
+
+    Args:
+        var: the dense model.
+        rate: share of the tokens that are computed, above 0 and at most 1.
+        scales: numbers of scales, counted from the end where negative.
 
     Raises:
         TypeError: a model of another kind.
@@ -76,7 +82,7 @@ def fastvar(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1)) -> It
 
 
 def pivotal_tokens(x: torch.Tensor, keep: int) -> torch.Tensor:
-    """Indices `[R, keep]` of the rows of `x` `[R, L, C]` with the largest `|x - mean(x)|^2`."""
+    """Return the indices `[R, keep]` int64 of the tokens of `x` `[R, L, C]` with the largest `|x - mean(x)|^2`."""
     return (x - x.mean(dim=1, keepdim=True)).square().sum(dim=-1).topk(keep, dim=1).indices
 
 

@@ -21,27 +21,35 @@ from actvar.patching.patch import patched_silently
 
 @contextmanager
 def without_guidance(var: nn.Module, count: int) -> Iterator[nn.Module]:
-    """The last `count` scales are drawn from the conditional rows alone, the only ones that are computed there.
+    """Compute the conditional rows alone in the last `count` scales, and draw from these.
 
-    Not for `more_smooth`, which mixes codes instead of drawing them.
+    Sampling with `more_smooth` is not changed so, since it mixes codes instead of drawing them.
+
+    Args:
+        var: the dense model.
+        count: number of scales, from 1 to one less than the model has.
 
     Raises:
         TypeError: a model of another kind.
         ValueError: a count that leaves no scale with guidance.
     """
     first, family = expect_last_scales("count", count, expect_var(var)), family_of(var)
-    condition: Condition | None = None
+    condition: Condition
 
-    def predict(self, scale, inputs, of_all):
+    def predict(self, scale, inputs, guided: Condition):
         nonlocal condition
         if scale < first:
-            return type(self).predict(self, scale, inputs, of_all)
+            return type(self).predict(self, scale, inputs, guided)
         if scale == first:
             images = len(inputs)
-            condition = Condition(*(rows[:images] for rows in of_all[:3]), of_all.position)
+            condition = Condition(
+                guided.labels[:images], guided.embedded[:images], guided.modulation[:images], guided.position
+            )
             for block in blocks_of(self):
                 cache = family.cache(block)
-                cache.write(*(cached[:images] for cached in cache.read()))
+                past = cache.read()
+                if past is not None:
+                    cache.write(*(rows[:images] for rows in past))
         return type(self).predict(self, scale, inputs, condition)
 
     def draw(self, logits, guidance, top_k, top_p, rng, scale):

@@ -15,7 +15,11 @@ from actvar_kernels.checks import as_integer
 
 @contextmanager
 def with_methods(module: nn.Module, **methods: Callable) -> Iterator[None]:
-    """`module.<name>` is the given function, with the module as its first argument, while the context is open."""
+    """Replace methods of `module` while the context is open.
+
+    Args:
+        methods: by the method's name, a function that gets the module as its first argument.
+    """
     before = {name: module.__dict__[name] for name in methods if name in module.__dict__}
     module.__dict__.update({name: MethodType(method, module) for name, method in methods.items()})
     try:
@@ -28,7 +32,7 @@ def with_methods(module: nn.Module, **methods: Callable) -> Iterator[None]:
 
 @contextmanager
 def with_forwards(blocks: Sequence[nn.Module], make: Callable[[nn.Module], Callable]) -> Iterator[None]:
-    """Every block's `forward` is `make(block)` while the context is open."""
+    """Replace every block's `forward` by `make(block)` while the context is open."""
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(with_methods(block, forward=make(block)))
@@ -36,10 +40,10 @@ def with_forwards(blocks: Sequence[nn.Module], make: Callable[[nn.Module], Calla
 
 
 def expect_var(var: nn.Module) -> VAR:
-    """`var`, if its sampling loop is ours.
+    """Return `var` if it samples by our own loop.
 
     Raises:
-        TypeError: it is not.
+        TypeError: `var` is of another class than `actvar.models.VAR`.
     """
     if not isinstance(var, VAR):
         raise TypeError(f"var: expected actvar.models.VAR (actvar.load_var makes one), got {type(var).__name__}")
@@ -47,11 +51,16 @@ def expect_var(var: nn.Module) -> VAR:
 
 
 def expect_last_scales(name: str, count: int, var: VAR) -> int:
-    """Number of the first of the last `count` scales, before which there must be others.
+    """Return the number of the first of the last `count` scales, before which there must be others.
+
+    Args:
+        name: of the argument `count`, for errors.
+        count: number of scales.
+        var: the model.
 
     Raises:
         TypeError: `count` is no integer.
-        ValueError: there are none, or `count` is below 1.
+        ValueError: no scale is left before, or `count` is below 1.
     """
     count = as_integer(name, count)
     scales = len(family_of(var).maps(var))

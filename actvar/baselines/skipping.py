@@ -1,6 +1,7 @@
 """Skip the last scales: the image is decoded from the token maps so far.
 
-Source: the last step of Guo et al., FastVAR, ICCV 2025. Without training: the autoencoder expects all token maps.
+Source: the last step of Guo et al., FastVAR, ICCV 2025. Nothing is trained, though the autoencoder expects all token
+maps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from actvar.patching.patch import patched_silently
 
 @contextmanager
 def skip_last_scales(var: nn.Module, count: int) -> Iterator[nn.Module]:
-    """Sampling ends before the last `count` scales.
+    """End sampling before the last `count` scales.
+
+    Args:
+        var: the dense model.
+        count: number of scales, from 1 to one less than the model has.
 
     Raises:
         TypeError: a model of another kind.

@@ -1,17 +1,19 @@
 """Static pruning of the FFN: the same hidden units are left out for every token of the last scales.
 
 Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, for both scores. Adapted:
-whole hidden units are left out, not single weights, so that smaller matrices save time; and the weights may be trained
-afterwards, as ActVAR's are: by `fix_experts` static pruning is an ActVAR whose router chooses the same experts for all.
+whole hidden units are left out, not single weights, so that smaller matrices save time. The weights may be trained
+afterwards like those of ActVAR: `fix_experts` makes a router that chooses the same experts for all tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +32,7 @@ from actvar.sparse.schedule import build_schedule
 from actvar.sparse.state import patch_state
 
 IMAGES, BATCH = 16, 8
-# one expert, since the kernel pads every expert's units to the processor's vectors
+# With more experts the kernel would pad the units of each to the processor's vectors.
 ONE_EXPERT = replace(DENSE, num_experts=1)
 
 
@@ -38,7 +40,12 @@ ONE_EXPERT = replace(DENSE, num_experts=1)
 def static_pruning(
     var: nn.Module, units: Sequence[torch.Tensor], scales: Sequence[int] = (-2, -1)
 ) -> Iterator[nn.Module]:
-    """At `scales` each block's FFN has only the hidden units `units` `[m]` int64 of that block: smaller matrices.
+    """Leave each block's FFN at `scales` only the given hidden units, in smaller matrices.
+
+    Args:
+        var: the dense model.
+        units: a tensor `[m]` int64 of hidden units per block.
+        scales: numbers of scales, counted from the end where negative.
 
     Raises:
         TypeError: a model of another kind.
@@ -53,8 +60,13 @@ def static_pruning(
 
 @contextmanager
 def trained_static_pruning(var: nn.Module, adapter: str | Path) -> Iterator[nn.Module]:
-    """`static_pruning` with the units, scales and changed weights of an adapter that was trained from `fix_experts`;
-    results are those of the model patched with it, to rounding.
+    """Prune statically with the units, scales and changed weights of an adapter that was trained from `fix_experts`.
+
+    Results are those of the model patched with that adapter, to rounding.
+
+    Args:
+        var: the dense model.
+        adapter: the file.
 
     Raises:
         TypeError: a model of another kind.
@@ -64,11 +76,13 @@ def trained_static_pruning(var: nn.Module, adapter: str | Path) -> Iterator[nn.M
     expect_var(var)
     config = read_adapter_config(adapter)
     rates = f"token_rates {config.token_rates} and ffn_rate {config.ffn_rate}"
-    _expect_static(set(config.token_rates) == {1.0} and isinstance(config.ffn_rate, float), adapter, rates)
+    if set(config.token_rates) != {1.0} or not isinstance(config.ffn_rate, float):
+        raise _not_static(adapter, rates)
     with patched_silently(var, config, adapter):
-        gates = [block.actvar for block in blocks_of(var)]
-        fixed = all(not (g.router.weight.any() or (g.router.bias.diff() >= 0).any()) for g in gates)
-        _expect_static(fixed, adapter, "routers whose choice is not the first experts for every token")
+        blocks: list[Any] = blocks_of(var)
+        gates = [block.actvar for block in blocks]
+        if any(g.router.weight.any() or (g.router.bias.diff() >= 0).any() for g in gates):
+            raise _not_static(adapter, "routers whose choice is not the first experts for every token")
         orders, weights = [g.hidden_order.clone() for g in gates], tuned_parameters(var)
     units = share_of(config.ffn_rate, config.num_experts) * (len(orders[0]) // config.num_experts)
     kept = torch.arange(units, device="cpu")
@@ -80,22 +94,24 @@ def trained_static_pruning(var: nn.Module, adapter: str | Path) -> Iterator[nn.M
             yield var
 
 
-def _expect_static(is_static: bool, adapter: str | Path, found: str) -> None:
-    if not is_static:
-        raise ValueError(
-            f"{adapter}: expected an adapter of static pruning, with token rates of 1, one ffn_rate and routers as "
-            f"actvar.baselines.static_pruning.fix_experts makes them, got {found}; sample with this one by "
-            "actvar.patched, or train another from fix_experts"
-        )
+def _not_static(adapter: str | Path, found: str) -> ValueError:
+    return ValueError(
+        f"{adapter}: expected an adapter of static pruning, with token rates of 1, one ffn_rate and routers as "
+        f"actvar.baselines.static_pruning.fix_experts makes them, got {found}; sample with this one by "
+        "actvar.patched, or train another from fix_experts"
+    )
 
 
 @contextmanager
 def _smaller_ffns(var: nn.Module, units: Sequence[torch.Tensor], scales: Sequence[int]) -> Iterator[None]:
-    """Give each block of a model patched with rates of 1 an FFN of `units` at `scales`, counted as they lie."""
+    """Give each block of a model patched with rates of 1 an FFN of `units` at `scales`.
+
+    Units are counted in the order in which the block has them.
+    """
     family = family_of(var)
     chosen = {range(len(family.maps(var)))[scale] for scale in scales}
 
-    def forward_of(block: nn.Module):
+    def forward_of(block: Any):
         whole, part = family.ffn_module(block), family.pruned_ffn(block, units[block.actvar.block_index])
 
         def forward(self, *args, **kwargs):
@@ -114,22 +130,27 @@ def _smaller_ffns(var: nn.Module, units: Sequence[torch.Tensor], scales: Sequenc
 
 
 def fix_experts(var: nn.Module, units: Sequence[torch.Tensor]) -> None:
-    """Static pruning as gates of a patched model, in place, so that it can be trained: at every scale the first experts
-    are on for all tokens. They hold the first of the hidden units `units` `[m]` int64 of their block.
+    """Turn the gates of a patched model, in place, into static pruning, so that it can be trained.
+
+    At every scale the first experts are on for all tokens. These experts hold the first of the block's `units`.
+
+    Args:
+        var: a patched model.
+        units: a tensor `[m]` int64 of hidden units per block.
 
     Raises:
-        ValueError: the model is not patched, or `units` are not different ones in each block, at least as many as its
-            experts that are on hold at most.
+        ValueError: the model is not patched; or `units` of a block repeat, or are fewer than its active experts hold.
     """
-    num_experts, blocks = patch_state(var).config.num_experts, blocks_of(var)
+    num_experts = patch_state(var).config.num_experts
+    blocks: list[Any] = blocks_of(var)
     hidden = family_of(var).sizes(var).hidden
     most = [max([s.experts for s in block.actvar.schedule if s.route] or [num_experts]) for block in blocks]
-    expected, found = [m * (hidden // num_experts) for m in most], [len(of_block.unique()) for of_block in units]
-    different = found == [len(of_block) for of_block in units]
+    expected, found = [m * (hidden // num_experts) for m in most], [len(block_units.unique()) for block_units in units]
+    different = found == [len(block_units) for block_units in units]
     if len(found) != len(expected) or not different or any(map(operator.lt, found, expected)):
         raise ValueError(f"units: expected {expected} or more different ones in the blocks, got {found}")
-    for block, of_block in zip(blocks, units, strict=True):
-        router, kept = block.actvar.router, of_block.cpu()
+    for block, block_units in zip(blocks, units, strict=True):
+        router, kept = block.actvar.router, block_units.cpu()
         is_other = torch.ones(hidden, dtype=torch.bool, device="cpu").index_fill_(0, kept, False)
         others = is_other.nonzero().flatten()
         bias = -torch.arange(len(router.bias), dtype=router.bias.dtype, device=router.bias.device)
@@ -138,12 +159,21 @@ def fix_experts(var: nn.Module, units: Sequence[torch.Tensor]) -> None:
 
 
 def magnitude_units(var: nn.Module, rate: float) -> list[torch.Tensor]:
-    """Per block the `rate` of hidden units with the largest `|w1_i| |w2_i|`, largest first: the norms of the weights
-    that go in and of those that go out."""
+    """Return per block the `rate` of hidden units with the largest `|w1_i| |w2_i|`, largest first.
+
+    The factors are the norms of the unit's ingoing and outgoing weights.
+
+    Args:
+        var: a VAR; a patch does not count.
+        rate: share of the hidden units, above 0 and at most 1.
+
+    Returns:
+        A tensor `[m]` int64 per block.
+    """
     with unpatched(var):
         weights = [family_of(var).ffn_weights(block) for block in blocks_of(var)]
         norms = [into.norm(dim=1) * out.norm(dim=0) for into, _, out, _ in weights]
-    return [_largest(of_block, rate) for of_block in norms]
+    return [_largest(block_norms, rate) for block_norms in norms]
 
 
 @torch.no_grad()
@@ -152,6 +182,15 @@ def wanda_units(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1), s
 
     Wanda scores a weight of the second layer by `|W| |x|`. Here that is summed over the layer's rows, with the norm of
     each unit over tokens of `scales` that the dense model samples itself.
+
+    Args:
+        var: a VAR; a patch does not count.
+        rate: share of the hidden units, above 0 and at most 1.
+        scales: numbers of scales, counted from the end where negative.
+        seed: of the samples.
+
+    Returns:
+        A tensor `[m]` int64 per block.
     """
     with unpatched(var):
         family, blocks = family_of(var), blocks_of(var)
@@ -160,15 +199,13 @@ def wanda_units(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1), s
         weights = [family.ffn_weights(block) for block in blocks]
         energy = [bias.new_zeros(len(bias)) for _, bias, _, _ in weights]
 
-        def add(index: int, u: torch.Tensor) -> None:
-            hidden = F.gelu(F.linear(u, *weights[index][:2]), approximate="tanh")
+        def add(index: int, _ffn: nn.Module, arguments: tuple[torch.Tensor]) -> None:
+            hidden = F.gelu(F.linear(arguments[0], *weights[index][:2]), approximate="tanh")
             for span in spans:
                 energy[index] += hidden[:, span.start : span.start + span.tokens].square().sum(dim=(0, 1))
 
         handles = [
-            family.ffn_module(block).register_forward_pre_hook(
-                lambda _, arguments, index=index: add(index, arguments[0])
-            )
+            family.ffn_module(block).register_forward_pre_hook(functools.partial(add, index))
             for index, block in enumerate(blocks)
         ]
         try:
@@ -179,11 +216,11 @@ def wanda_units(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1), s
             for handle in handles:
                 handle.remove()
         norms = [out.norm(dim=0) * total.sqrt() for (_, _, out, _), total in zip(weights, energy, strict=True)]
-    return [_largest(of_block, rate) for of_block in norms]
+    return [_largest(block_norms, rate) for block_norms in norms]
 
 
 SCORES = {"magnitude": magnitude_units, "wanda": wanda_units}
-"""Functions of a model and the rate that choose the units which stay."""
+"""By name, functions of a model and the rate, which choose the units that stay."""
 
 
 def _largest(values: torch.Tensor, rate: float) -> torch.Tensor:

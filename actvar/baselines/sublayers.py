@@ -15,6 +15,7 @@ Pick = Callable[[torch.Tensor], torch.Tensor]
 
 
 def all_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return `rows`: nothing is chosen or merged."""
     return rows
 
 
@@ -26,9 +27,11 @@ class Sublayers:
         self.state = sample_state_of(block, call.cond, self.fused)
 
     def attention(self, rows: torch.Tensor, pick: Pick = all_rows) -> torch.Tensor:
-        """Return what attention adds to `rows` `[R, K, C]`, after `pick` has chosen or merged normalised ones.
+        """Return what attention adds to a block's rows, and put their keys and values into the cache.
 
-        Keys and values of the rows go to the cache.
+        Args:
+            rows: `[R, K, C]`.
+            pick: chooses or merges the normalised rows.
         """
         gamma1, _, scale1, _, shift1, _ = self.state.modulation
         u = pick(normalize_modulate(rows, scale1, shift1))
@@ -36,7 +39,12 @@ class Sublayers:
         return attend(self.block, u, u, self.state, self.scale, self.fused, at) * gamma1
 
     def ffn(self, rows: torch.Tensor, pick: Pick = all_rows) -> torch.Tensor:
-        """Return what the FFN adds to `rows` `[R, K, C]`, after `pick` in the same way."""
+        """Return what the FFN adds to a block's rows.
+
+        Args:
+            rows: `[R, K, C]`.
+            pick: chooses or merges the normalised rows.
+        """
         _, gamma2, _, scale2, _, shift2 = self.state.modulation
         u = pick(normalize_modulate(rows, scale2, shift2))
         state = self.block.actvar
@@ -44,12 +52,12 @@ class Sublayers:
 
 
 def rows_of(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows `index` `[R, K]` of `x` `[R, L, C]`: `[R, K, C]`."""
+    """Return the rows `[R, K, C]` of `x` `[R, L, C]` that `index` `[R, K]` int64 names."""
     return x.flatten(0, 1).index_select(0, flat(index, x.shape[1])).unflatten(0, index.shape)
 
 
 def flat(index: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Tokens `index` `[R, K]` of `tokens` in every row, counted through all rows: `[R * K]`."""
+    """Return the tokens `index` `[R, K]` int64, of `tokens` in a row, counted through all rows, `[R * K]`."""
     return (index + tokens * torch.arange(len(index), device=index.device).unsqueeze(1)).flatten()
 
 

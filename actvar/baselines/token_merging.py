@@ -2,7 +2,7 @@
 
 Source: Bolya and Hoffman, Token Merging for Fast Stable Diffusion, 2023.
 
-Adapted: the destination of a window is its top left token, not one at random, so that an image repeats; windows of odd
+Adapted: the destination of a window is its top left token, not one at random, so that an image repeats. Windows of odd
 maps are cut off at the edge. Merged tokens give one key and value to the K/V cache. One matching serves attention and
 FFN of a block.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,17 +27,22 @@ from actvar.patching.patch import patched_silently
 
 @contextmanager
 def token_merging(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1)) -> Iterator[nn.Module]:
-    """At `scales` every block merges its tokens to the `rate` of them before attention and FFN.
+    """Let every block at `scales` merge its tokens to the `rate` of them before attention and FFN.
+
+    Args:
+        var: the dense model.
+        rate: share of the tokens that are left, above 0 and at most 1.
+        scales: numbers of scales, counted from the end where negative.
 
     Raises:
         TypeError: a model of another kind.
-        ValueError: a rate or scales that do not fit the model, or a rate that asks to merge more tokens than there are
-            besides one per 2x2 window.
+        ValueError: a rate or scales that do not fit the model, or a rate that leaves less than one token per 2x2
+            window.
     """
     expect_var(var)
     config = replace(DENSE, scales=tuple(scales), token_rates=(rate,) * len(scales), ffn_rate=(1.0,) * len(scales))
 
-    def forward_of(block: nn.Module):
+    def forward_of(block: Any):
         for scale in block.actvar.schedule:
             fewest = len(destinations(scale.height, scale.width))
             if scale.keep < fewest:
@@ -58,16 +64,18 @@ def token_merging(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1))
 
 
 def destinations(height: int, width: int) -> torch.Tensor:
-    """Return the indices of the top left token of every 2x2 window of a map."""
+    """Return the indices of the top left token of every 2x2 window of a map, int64."""
     return torch.arange(height * width, device="cpu").view(height, width)[::2, ::2].flatten()
 
 
 class Matching:
-    """Each row's `L - keep` tokens that are most like a destination, one of every 2x2 window, are merged into it.
+    """The pairing of the `L - keep` tokens of each row that are most like a destination with that destination.
+
+    Every 2x2 window has one destination, and tokens are compared by the cosine.
 
     Args:
-        x: `[R, L, C]`, tokens of a map; they are compared by the cosine.
-        keep: tokens that are left.
+        x: tokens of a map, `[R, L, C]`.
+        keep: tokens of a row that are left.
         size: height and width of the map.
     """
 
@@ -90,9 +98,9 @@ class Matching:
         self.shares = belongs / belongs.sum(dim=2, keepdim=True)
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """The mean `[R, keep, C]` of the tokens that are one now."""
+        """Return the means `[R, keep, C]` of the tokens of `x` `[R, L, C]` that are merged into one."""
         return self.shares @ x
 
     def unmerge(self, rows: torch.Tensor) -> torch.Tensor:
-        """`rows` `[R, keep, C]` for every token that was merged into one, `[R, L, C]`."""
+        """Return for every token the one of `rows` `[R, keep, C]` that it was merged into, `[R, L, C]`."""
         return rows_of(rows, self.position)

@@ -1,4 +1,4 @@
-"""Selectors, routers and experts without data and without gradients."""
+"""Selectors, routers and experts, fitted without data and without gradients."""
 
 from actvar.calibrate.calibration import calibrate
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,29 +42,33 @@ def calibrate(
 ) -> Report:
     """Patch `var` with selectors and routers fitted without data or gradients; `save_adapter` writes them.
 
-    The dense model samples token maps. Going through its blocks, each on the dense residual stream, hidden units are
-    clustered into experts, selector and router are fitted by ridge regression (`fit_block`), and what every rate would
-    lose is measured on every fourth batch, which is not fitted to. Memory: three residual streams of the samples,
-    `2 * images * L * C` numbers each, besides the model.
+    The dense model samples token maps. Then each block gets the dense residual stream. Its hidden units are clustered
+    into experts, and its selector and router are fitted by ridge regression (`fit_block`). The losses of every rate are
+    measured on every fourth batch, which is not fitted to. Besides the model, three residual streams of the samples
+    take memory, `2 * images * L * C` numbers each.
 
     Args:
         var: a VAR in eval mode; a patch that it has is removed.
         config: the rates whose FLOPs are the budget, the number of experts and other variants.
         images: samples, at least 4; each gives a row with and one without its class, as under guidance.
-        seed, cfg: of the sampling.
+        seed: of the first batch of samples.
+        cfg: guidance strength of the samples.
         uniform: use the rates of `config` in every block instead of the best ones under its budget.
         cluster: experts of hidden units that matter for the same tokens, instead of contiguous ones.
         execution: how the patched model is run; None for the default.
 
+    Returns:
+        How much the fitted selectors and routers keep.
+
     Raises:
         TypeError: a model of an unsupported kind, or an argument that is no number.
-        ValueError: a configuration or Execution that does not fit the model, rates of 1, a budget that is too low,
-            fewer than 4 images, a seed or cfg out of its range, or a model in train mode.
+        ValueError: a configuration or Execution that does not fit the model, rates of 1, or a budget that is too low.
+        ValueError: fewer than 4 images, a seed or cfg out of its range, or a model in train mode.
     """
     model = unwrapped(var)
     config = ActVARConfig() if config is None else config
     images = checked_integer("images", images, HELD_OUT)
-    seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1] - images)  # every batch takes the next one
+    seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1] - images)  # every batch takes the next seed
     cfg = checked_finite("cfg", cfg)
     if model.training:
         raise ValueError("expected a model in eval mode: call var.eval()")
@@ -97,7 +102,8 @@ def calibrate(
 
 def _install(model: nn.Module, config: ActVARConfig, execution: Execution | None, fits: list[BlockFit]) -> None:
     patch_silently(model, config, execution)
-    for block, fit in zip(blocks_of(model), fits, strict=True):
+    blocks: list[Any] = blocks_of(model)
+    for block, fit in zip(blocks, fits, strict=True):
         gates = block.actvar
         values = {
             gates.selector.weight: fit.selector,
@@ -108,7 +114,7 @@ def _install(model: nn.Module, config: ActVARConfig, execution: Execution | None
 
 
 def _active_scales(config: ActVARConfig, maps: Sequence[tuple[int, int]]) -> list[Scale]:
-    """Every scale of the configuration, whatever its rates."""
+    """Return every scale of the configuration, whatever its rates."""
     return [scale for scale in build_schedule(replace(config, always_sparse=True), maps) if scale.active]
 
 

@@ -1,4 +1,4 @@
-"""Hidden units of an FFN in groups of equal size, so that units that matter for the same tokens are together."""
+"""Hidden units of an FFN in groups of equal size, in which units that matter for the same tokens are together."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ ROUNDS = 20
 
 
 def expert_order(energy: torch.Tensor, num_experts: int, active: int) -> torch.Tensor:
-    """Order `[D]` int64 of hidden units, a permutation in which expert e has the e-th D / N of them.
+    """Return an order `[D]` int64 of hidden units, a permutation in which expert e has the e-th D / N of them.
 
-    Balanced k-means on the units' profiles (columns of `energy`), then steps that each raise the energy which the
+    Balanced k-means clusters the units' profiles, the columns of `energy`. Further steps each raise the energy that the
     `active` best experts of every token hold.
 
     Args:
-        energy: share of each unit in its token's FFN output, `[T, D]`; rows sum to 1.
+        energy: share of each unit in its token's FFN output, `[T, D]` float32; rows sum to 1.
         num_experts: N, a divisor of D.
         active: experts on per token.
     """
@@ -24,9 +24,13 @@ def expert_order(energy: torch.Tensor, num_experts: int, active: int) -> torch.T
 
 
 def balanced_kmeans(profiles: torch.Tensor, count: int) -> torch.Tensor:
-    """Cluster `[D]` int64 of each row of `profiles` `[D, T]`; `count` clusters of `D / count` rows each.
+    """Return the cluster `[D]` int64 of each row of `profiles` `[D, T]`, with `D / count` rows in every cluster.
 
-    The first centres are rows far from each other (farthest first, from the longest one).
+    The first centres are rows far from each other: first the longest row, then always the farthest from those so far.
+
+    Args:
+        profiles: `[D, T]`, of a floating-point dtype.
+        count: number of clusters, a divisor of D.
     """
     chosen = [int(profiles.square().sum(dim=1).argmax())]
     distance = profiles.new_full((len(profiles),), torch.inf)
@@ -36,7 +40,9 @@ def balanced_kmeans(profiles: torch.Tensor, count: int) -> torch.Tensor:
     centres = profiles[chosen]
     cluster = torch.arange(len(profiles), device=profiles.device) * count // len(profiles)
     for _ in range(ROUNDS):
-        cost = centres.square().sum(dim=1) - 2 * profiles @ centres.T  # less |profile|^2, the same for every cluster
+        cost = (
+            centres.square().sum(dim=1) - 2 * profiles @ centres.T
+        )  # |profile|^2 is left out, the same for every cluster
         moved = exchanged(cost, cluster)
         if torch.equal(moved, cluster):
             break
@@ -47,30 +53,40 @@ def balanced_kmeans(profiles: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def raise_kept_energy(energy: torch.Tensor, cluster: torch.Tensor, count: int, active: int) -> torch.Tensor:
-    """Better clusters `[D]`: by turns choose the best experts of every token, and move units to the experts that are on
-    for the tokens where they matter. Neither step lowers the energy in the chosen experts; stops when it stays.
+    """Return better clusters `[D]` int64, whose chosen experts hold more of the tokens' energy.
+
+    Two steps take turns: choose the best experts of every token, and move units to the experts that are on for the
+    tokens where these units matter. Neither step lowers the energy in the chosen experts. The turns end when this
+    energy stays the same.
+
+    Args:
+        energy: share of each unit in its token's FFN output, `[T, D]` float32.
+        cluster: of each unit, `[D]` int64.
+        count: number of clusters, which are the experts.
+        active: experts on per token.
     """
     kept = -torch.inf
     for _ in range(ROUNDS):
-        of_expert = energy @ F.one_hot(cluster, count).to(energy.dtype)
-        best = of_expert.topk(active, dim=1)
+        expert_energy = energy @ F.one_hot(cluster, count).to(energy.dtype)
+        best = expert_energy.topk(active, dim=1)
         total = best.values.sum().item()
         if total <= kept * (1 + 1e-5):
             break
         kept = total
-        on = torch.zeros_like(of_expert).scatter_(1, best.indices, 1.0)
+        on = torch.zeros_like(expert_energy).scatter_(1, best.indices, 1.0)
         cluster = exchanged(-(energy.T @ on), cluster)
     return cluster
 
 
 def exchanged(cost: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
-    """`cluster` `[D]` after exchanges of two units between two clusters, as long as one lowers the sum of
-    `cost[i, cluster[i]]`, for `ROUNDS` rounds at most; sizes stay as they are.
+    """Return the clusters `[D]` int64 after exchanges of two units each, which leave the clusters' sizes as they are.
 
-    On the CPU wherever the tensors are: many small steps, each of which looks at the one before.
+    Exchanges go on while one lowers the sum of `cost[i, cluster[i]]`, for `ROUNDS` rounds at most. They run on the CPU
+    wherever the tensors are, since they are many small steps that depend on each other.
 
     Args:
-        cost: of each unit in each cluster, `[D, N]`.
+        cost: of each unit in each cluster, `[D, N]`, of a floating-point dtype.
+        cluster: of each unit, `[D]` int64.
     """
     device, count = cluster.device, cost.shape[1]
     cost, cluster = cost.cpu(), cluster.to("cpu", copy=True)

@@ -1,4 +1,4 @@
-"""What one block loses at one scale, for every number of tokens and of experts that could be kept."""
+"""The losses of one block at one scale, for every number of tokens and of experts that could be kept."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ CHUNK = 256
 
 @dataclass
 class Curves:
-    """Sums over tokens that were not fitted to, as functions of how many are kept, each float64.
+    """Sums over tokens that were not fitted to, by the number of tokens or experts that are kept, each float64.
 
-    `update_lost` and `update_lost_by_oracle` `[L + 1]`: energy `|block(x) - x|^2` of the tokens that are not kept;
-    `output_lost` `[N + 1]`: energy `|gamma * sum of E_e|^2` of the experts that are off; `norm_kept` and
-    `norm_kept_by_oracle` `[N + 1]`: sum of `|gamma * E_e|` over the experts that are on.
+    Args:
+        tokens: of the scale, L.
+        num_experts: N.
+
+    Attributes:
+        update_lost: energy `|block(x) - x|^2` of the tokens that are not kept, `[L + 1]`.
+        update_lost_by_oracle: the same for the best choice of tokens.
+        output_lost: energy `|gamma * sum of E_e|^2` of the experts that are off, `[N + 1]`.
+        norm_kept: sum of `|gamma * E_e|` over the experts that are on, `[N + 1]`.
+        norm_kept_by_oracle: the same for the best choice of experts.
     """
 
     tokens: int
@@ -31,8 +38,9 @@ class Curves:
         self.update_lost, self.update_lost_by_oracle = torch.zeros(
             2, self.tokens + 1, dtype=torch.float64, device="cpu"
         )
-        of_experts = torch.zeros(3, self.num_experts + 1, dtype=torch.float64, device="cpu")
-        self.output_lost, self.norm_kept, self.norm_kept_by_oracle = of_experts
+        self.output_lost, self.norm_kept, self.norm_kept_by_oracle = torch.zeros(
+            3, self.num_experts + 1, dtype=torch.float64, device="cpu"
+        )
 
     def add_rows(self, scores: torch.Tensor, change: torch.Tensor) -> None:
         """Count the selector's `scores` and `|block(x) - x|` of whole rows, each `[R, L]`."""
@@ -43,7 +51,14 @@ class Curves:
     def add_routed(
         self, logits: torch.Tensor, hidden: torch.Tensor, fc2_weight: torch.Tensor, gamma: torch.Tensor
     ) -> None:
-        """Count router `logits` `[T, N]` of tokens with hidden activations `[T, D]` and AdaLN gates `[T, C]`."""
+        """Count the router's choices for some tokens.
+
+        Args:
+            logits: of the router, `[T, N]`.
+            hidden: activations of the FFN's hidden units, `[T, D]`.
+            fc2_weight: second weight of the FFN, `[C, D]`.
+            gamma: AdaLN gates of the FFN's output, `[T, C]`.
+        """
         for scores, h, gate in zip(*(t.split(CHUNK) for t in (logits, hidden, gamma)), strict=True):
             outputs = torch.stack(list(expert_outputs(h, fc2_weight, gate, self.num_experts)), dim=1)  # [t, N, C]
             order = scores.argsort(dim=1, descending=True, stable=True)
@@ -62,13 +77,20 @@ def expert_outputs(
     """Yield `gamma * hidden_e W2_e^T` `[T, C]` of one expert after the other, without the bias of the second layer.
 
     Args:
-        hidden: `[T, D]`; fc2_weight: `[C, D]`; gamma: `[T, C]`.
+        hidden: activations of the FFN's hidden units, `[T, D]`.
+        fc2_weight: second weight of the FFN, `[C, D]`.
+        gamma: AdaLN gates of the FFN's output, `[T, C]`.
+        num_experts: N, a divisor of D.
     """
     for h, weight in zip(hidden.chunk(num_experts, dim=1), fc2_weight.chunk(num_experts, dim=1), strict=True):
         yield h @ weight.T * gamma
 
 
 def _lost(energy: torch.Tensor) -> torch.Tensor:
-    """Of `[R, L]` in order of preference: the sum of what comes after the first k, for k in 0 ... L."""
+    """Return the sums `[L + 1]` float64 of all energy that comes after the first k tokens, for k in 0 ... L.
+
+    Args:
+        energy: of tokens in order of preference, `[R, L]`.
+    """
     total = energy.sum(dim=0).double().cpu()
     return torch.cat((total.flip(0).cumsum(0).flip(0), total.new_zeros(1)))

@@ -1,8 +1,11 @@
-"""Selector, router and order of hidden units of one block, from the dense block's own activations."""
+"""Selector, router and order of hidden units of one block, fitted to the dense block's own activations.
+
+Both fits are ridge regressions. `E_e` is the output of expert e, and `gamma` is the AdaLN gate of the FFN's output.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,8 +26,15 @@ HELD_OUT = 4
 
 
 class BlockFit(NamedTuple):
-    """`selector` weight `[1, C]`; `router` weight `[N, C]` and bias `[N]`; `order` `[D]`, or None; `curves` by scale
-    index; `after`: the residual stream behind the dense block."""
+    """One block's gates and their losses.
+
+    Args:
+        selector: weight of the selector, `[1, C]`.
+        router: weight `[N, C]` and bias `[N]` of the router.
+        order: of the hidden units, `[D]` int64; None for their own order.
+        curves: losses by scale index.
+        after: the residual stream behind the dense block, by batch.
+    """
 
     selector: torch.Tensor
     router: tuple[torch.Tensor, torch.Tensor]
@@ -33,11 +43,20 @@ class BlockFit(NamedTuple):
     after: list[BlockCall]
 
 
-class _Dense(NamedTuple):
-    """A batch through the dense block: its output `y` and the FFN's input `u`, both `[R, L, C]`."""
+class _Batch(NamedTuple):
+    """One batch at the dense block.
 
+    Args:
+        call: arguments of the block.
+        y: the block's output, `[R, L_all, C]`.
+        u: the FFN's input, `[R, L_all, C]`.
+        is_held_out: it is measured instead of fitted to.
+    """
+
+    call: BlockCall
     y: torch.Tensor
     u: torch.Tensor
+    is_held_out: bool
 
 
 @torch.no_grad()
@@ -46,107 +65,120 @@ def fit_block(
 ) -> BlockFit:
     """Fit one unpatched block in closed form.
 
-    Selector: ridge regression from `LN(x)` to `|block(x) - x|`, divided by its mean over the row, both centred over the
-    row, since tokens compete within it. Router: from the FFN's input to `|gamma * E_e|`, divided by its mean over e.
-
     Args:
-        stream: calls of the block by batch; every fourth, from the last one on, is held out.
-        scales: the active ones, of which tokens and experts may be left out.
-        cluster: reorder hidden units by what they do for the same tokens; otherwise experts are contiguous.
+        family: of the model.
+        block: the block, which is not changed.
+        stream: calls of the block by batch; every fourth, counted from the last one, is held out.
+        scales: the active scales, at which tokens and experts may be left out.
+        num_experts: N, a divisor of the hidden units.
+        cluster: reorder hidden units so that those of an expert matter for the same tokens; otherwise experts are
+            contiguous.
     """
-    dense = [_dense(family, block, batch) for batch in stream]
-    selector = _selector(stream, dense, scales)
+    batches = [
+        _dense_batch(family, block, call, is_held_out=(len(stream) - number) % HELD_OUT == 0)
+        for number, call in enumerate(stream, 1)
+    ]
+    selector = _selector(batches, scales)
     weights = [weight.float() for weight in family.ffn_weights(block)]
     order = None
     if cluster:
-        order = expert_order(_unit_energy(family, block, stream, dense, scales, weights), num_experts, num_experts // 2)
+        order = expert_order(_unit_energy(family, block, batches, scales, weights), num_experts, num_experts // 2)
         weights = [weights[0][order], weights[1][order], weights[2][:, order], weights[3]]
-    router = _router(family, block, stream, dense, scales, weights, num_experts)
+    router = _router(family, block, batches, scales, weights, num_experts)
     curves = {scale.index: Curves(scale.tokens, num_experts) for scale in scales}
-    for number, (batch, of_dense) in enumerate(zip(stream, dense, strict=True)):
-        if _is_held_out(number, len(stream)):
+    for batch in batches:
+        if batch.is_held_out:
             for scale in scales:
-                _measure(curves[scale.index], family, block, batch, of_dense, scale, selector, router, weights)
-    after = [batch._replace(x=of_dense.y) for batch, of_dense in zip(stream, dense, strict=True)]
+                _measure(curves[scale.index], family, block, batch, scale, selector, router, weights)
+    after = [batch.call._replace(x=batch.y) for batch in batches]
     return BlockFit(selector, router, order, curves, after)
 
 
-def _is_held_out(number: int, count: int) -> bool:
-    return (count - 1 - number) % HELD_OUT == 0
-
-
-def _dense(family: Family, block: nn.Module, batch: BlockCall) -> _Dense:
+def _dense_batch(family: Family, block: nn.Module, call: BlockCall, is_held_out: bool) -> _Batch:
     inputs: list[torch.Tensor] = []
     ffn = family.ffn_module(block)
     handle = ffn.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     try:
-        return _Dense(block(**family.block_arguments(batch)), inputs[0])
+        return _Batch(call, block(**family.block_arguments(call)), inputs[0], is_held_out)
     finally:
         handle.remove()
 
 
-def _of(scale: Scale, tensor: torch.Tensor) -> torch.Tensor:
-    """The scale's part `[R, L, C]` of `[R, L_all, C]` in float32."""
+def _rows_at(scale: Scale, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the scale's part `[R, L, C]` float32 of a tensor `[R, L_all, C]`."""
     return tensor[:, scale.start : scale.start + scale.tokens].float()
 
 
 def _regression(
-    stream: list[BlockCall], dense: list[_Dense], samples: Callable, outputs: int
+    batches: list[_Batch], samples: Callable[[_Batch], Iterator[tuple[torch.Tensor, torch.Tensor]]], outputs: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ridge regression of `samples(batch, of_dense)`, which yields pairs of `[T, C]` and `[T, outputs]`."""
-    x = stream[0].x
+    """Return weight `[outputs, C]` and bias `[outputs]` of the ridge regression over all batches.
+
+    Args:
+        batches: to fit to and held out.
+        samples: yields features `[T, C]` and targets `[T, outputs]` of a batch.
+        outputs: number of targets of a token.
+    """
+    x = batches[0].call.x
     train, held_out = (NormalEquations(x.shape[2], outputs, x.device) for _ in range(2))
-    for number, (batch, of_dense) in enumerate(zip(stream, dense, strict=True)):
-        for features, targets in samples(batch, of_dense):
-            (held_out if _is_held_out(number, len(stream)) else train).add(features, targets)
+    for batch in batches:
+        for features, targets in samples(batch):
+            (held_out if batch.is_held_out else train).add(features, targets)
     return fitted(train, held_out)
 
 
-def _selector(stream: list[BlockCall], dense: list[_Dense], scales: list[Scale]) -> torch.Tensor:
-    def samples(batch: BlockCall, of_dense: _Dense):
+def _selector(batches: list[_Batch], scales: list[Scale]) -> torch.Tensor:
+    """Return the selector's weight `[1, C]`, fitted from `LN(x)` to `|block(x) - x|`.
+
+    The target is divided by its mean over the row, and both are centred over the row, since tokens compete within it.
+    """
+
+    def samples(batch: _Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for scale in scales:
-            x = _of(scale, batch.x)
-            features, target = _normalized(x), (_of(scale, of_dense.y) - x).norm(dim=-1)
+            x = _rows_at(scale, batch.call.x)
+            features, target = _normalized(x), (_rows_at(scale, batch.y) - x).norm(dim=-1)
             target = target / target.mean(dim=1, keepdim=True)
             yield (features - features.mean(dim=1, keepdim=True)).flatten(0, 1), (target - 1).flatten().unsqueeze(1)
 
-    return _regression(stream, dense, samples, 1)[0]
+    return _regression(batches, samples, 1)[0]
 
 
 def _router(
     family: Family,
     block: nn.Module,
-    stream: list[BlockCall],
-    dense: list[_Dense],
+    batches: list[_Batch],
     scales: list[Scale],
     weights: list[torch.Tensor],
     num_experts: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    def samples(batch: BlockCall, of_dense: _Dense):
+    """Return the router's weight `[N, C]` and bias `[N]`, fitted from the FFN's input to `|gamma * E_e|`.
+
+    The targets of a token are divided by their mean over the experts.
+    """
+
+    def samples(batch: _Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for scale in scales:
-            u, gamma = _ffn_inputs(family, block, batch, of_dense, scale)
+            u, gamma = _ffn_inputs(family, block, batch, scale)
             outputs = expert_outputs(_hidden(u, weights), weights[2], gamma, num_experts)
             norms = torch.stack([output.norm(dim=-1) for output in outputs], dim=1)
             yield u, norms / norms.mean(dim=1, keepdim=True)
 
-    return _regression(stream, dense, samples, num_experts)
+    return _regression(batches, samples, num_experts)
 
 
 def _unit_energy(
-    family: Family,
-    block: nn.Module,
-    stream: list[BlockCall],
-    dense: list[_Dense],
-    scales: list[Scale],
-    weights: list[torch.Tensor],
+    family: Family, block: nn.Module, batches: list[_Batch], scales: list[Scale], weights: list[torch.Tensor]
 ) -> torch.Tensor:
-    """`h_i^2 |gamma * w2_i|^2` of tokens spread evenly over the samples, each token's divided by its sum, `[T, D]`."""
-    total = sum(batch.x.shape[0] for batch in stream) * sum(scale.tokens for scale in scales)
+    """Return each hidden unit's share in the energy of its token's FFN output, `[T, D]`, where each row sums to 1.
+
+    The energy is `h_i^2 |gamma * w2_i|^2`. The tokens are spread evenly over the samples.
+    """
+    total = sum(batch.call.x.shape[0] for batch in batches) * sum(scale.tokens for scale in scales)
     step = -(-total // CLUSTERED_TOKENS)
     parts, skip = [], 0
-    for batch, of_dense in zip(stream, dense, strict=True):
+    for batch in batches:
         for scale in scales:
-            u, gamma = _ffn_inputs(family, block, batch, of_dense, scale)
+            u, gamma = _ffn_inputs(family, block, batch, scale)
             count = len(u)
             u, gamma = u[skip::step], gamma[skip::step]
             skip = (skip - count) % step
@@ -159,27 +191,25 @@ def _measure(
     curves: Curves,
     family: Family,
     block: nn.Module,
-    batch: BlockCall,
-    of_dense: _Dense,
+    batch: _Batch,
     scale: Scale,
     selector: torch.Tensor,
     router: tuple[torch.Tensor, torch.Tensor],
     weights: list[torch.Tensor],
 ) -> None:
-    x, y = _of(scale, batch.x), _of(scale, of_dense.y)
+    """Add a held-out batch to the curves of a scale."""
+    x, y = _rows_at(scale, batch.call.x), _rows_at(scale, batch.y)
     curves.add_rows((_normalized(x) * selector[0]).sum(dim=-1), (y - x).norm(dim=-1))
-    u, gamma = _ffn_inputs(family, block, batch, of_dense, scale)
+    u, gamma = _ffn_inputs(family, block, batch, scale)
     step = -(-len(u) // MEASURED_TOKENS)
     u, gamma = u[::step], gamma[::step]
     curves.add_routed(F.linear(u, *router), _hidden(u, weights), weights[2], gamma)
 
 
-def _ffn_inputs(
-    family: Family, block: nn.Module, batch: BlockCall, of_dense: _Dense, scale: Scale
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the FFN's input and the AdaLN gate of its output, each `[R * L, C]`."""
-    u = _of(scale, of_dense.u)
-    gamma = family.modulation(block, batch.cond)[1].float().expand_as(u)
+def _ffn_inputs(family: Family, block: nn.Module, batch: _Batch, scale: Scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the FFN's input and the AdaLN gate of its output, each `[R * L, C]` float32."""
+    u = _rows_at(scale, batch.u)
+    gamma = family.modulation(block, batch.call.cond)[1].float().expand_as(u)
     return u.flatten(0, 1), gamma.flatten(0, 1)
 
 

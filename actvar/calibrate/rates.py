@@ -20,7 +20,7 @@ BISECTIONS = 40
 
 
 Budget = tuple[int, int]
-"""Tokens and experts."""
+"""Tokens and experts that are kept."""
 
 
 def rates_under_budget(
@@ -29,20 +29,24 @@ def rates_under_budget(
     curves: list[dict[int, Curves]],
     sensitivity: list[dict[int, tuple[float, float]]],
 ) -> ActVARConfig:
-    """`config` with the rates per block that lose the least at no more FLOPs of a scale than `config` has there.
+    """Return `config` with the rates per block that lose the least.
 
-    Divergences of blocks are added up, each in proportion to the energy that is lost in it: of K tokens and M experts,
+    No scale takes more FLOPs than under `config`. The divergences of blocks are added up, each in proportion to the
+    energy that is lost in it. A block that keeps K tokens and M experts has the divergence
     `d_tokens * lost(K) / lost(K of the probe) + K / L * d_experts * lost(M) / lost(M of the probe)`. Every choice
     minimises `divergence + price * FLOPs`; the price of a scale is found by bisection.
 
     Args:
+        var: the model.
+        config: with one rate per scale.
         curves: per block, by scale index.
-        sensitivity: likewise, see `divergence_per_block`.
+        sensitivity: per block, by scale index, see `divergence_per_block`.
     """
     token_rates, ffn_rates = [], []
     for index, options, budget in _choices(var, config):
         losses = [
-            _losses(of_block[index], *of_probes[index]) for of_block, of_probes in zip(curves, sensitivity, strict=True)
+            _losses(block_curves[index], *divergences[index])
+            for block_curves, divergences in zip(curves, sensitivity, strict=True)
         ]
         chosen = _cheapest(losses, options, budget * len(losses))
         height, width = family_of(var).maps(var)[index]
@@ -53,9 +57,10 @@ def rates_under_budget(
 
 
 def expect_budget(var: nn.Module, config: ActVARConfig) -> None:
-    """
+    """Check that the budget of `config` is enough for the least rates that are tried in a block.
+
     Raises:
-        ValueError: rates whose FLOPs are less than those of the least rates that are tried in a block.
+        ValueError: the rates of `config` take fewer FLOPs.
     """
     for _, options, budget in _choices(var, config):
         if min(options.values()) > budget:
@@ -66,9 +71,9 @@ def expect_budget(var: nn.Module, config: ActVARConfig) -> None:
 
 
 def _choices(var: nn.Module, config: ActVARConfig) -> Iterator[tuple[int, dict[Budget, int], int]]:
-    """Index of each active scale, a block's FLOPs by what is kept, and its share of the budget.
+    """Yield the index of each active scale, a block's FLOPs by its choice, and the block's share of the budget.
 
-    A choice is counted as if the cache held all tokens of earlier scales, so that it costs no more than that.
+    FLOPs are counted as if the K/V cache held all tokens of earlier scales, which is an upper bound.
     """
     family, N = family_of(var), config.num_experts
     maps, sizes = family.maps(var), family.sizes(var)
@@ -77,7 +82,7 @@ def _choices(var: nn.Module, config: ActVARConfig) -> Iterator[tuple[int, dict[B
         return sum(block_flops(scale, config, sizes.width, sizes.hidden).values())
 
     dense = build_schedule(replace(config, token_rates=(1.0,) * len(config.scales), ffn_rate=1.0), maps)
-    of_budget = build_schedule(config, maps)
+    budget_schedule = build_schedule(config, maps)
     for scale in (dense[index] for index in config.scales):
         options = {
             (keep, experts): flops(
@@ -86,11 +91,11 @@ def _choices(var: nn.Module, config: ActVARConfig) -> Iterator[tuple[int, dict[B
             for keep in sorted({share_of(rate, scale.tokens) for rate in TOKEN_RATES})
             for experts in range(share_of(LEAST_FFN_RATE, N), N + 1)
         }
-        yield scale.index, options, flops(of_budget[scale.index])
+        yield scale.index, options, flops(budget_schedule[scale.index])
 
 
 def blocks_flops(var: nn.Module, config: ActVARConfig) -> int:
-    """FLOPs of one row in all blocks and scales."""
+    """Return the FLOPs of one row in all blocks and scales."""
     family = family_of(var)
     sizes, maps = family.sizes(var), family.maps(var)
     return sum(
@@ -100,11 +105,17 @@ def blocks_flops(var: nn.Module, config: ActVARConfig) -> int:
     )
 
 
-def _losses(curves: Curves, of_tokens: float, of_experts: float) -> dict[Budget, float]:
-    """Divergence of one block, mean over the tokens of a scale, by what is kept."""
+def _losses(curves: Curves, token_divergence: float, expert_divergence: float) -> dict[Budget, float]:
+    """Return the divergence that one block causes, mean over the tokens of a scale, by the block's choice.
+
+    Args:
+        curves: of the block at the scale.
+        token_divergence: at `TOKEN_RATE`.
+        expert_divergence: at `FFN_RATE`.
+    """
     L, N = curves.tokens, curves.num_experts
-    by_tokens = of_tokens * curves.update_lost / curves.update_lost[share_of(TOKEN_RATE, L)]
-    by_experts = of_experts * curves.output_lost / curves.output_lost[share_of(FFN_RATE, N)]
+    by_tokens = token_divergence * curves.update_lost / curves.update_lost[share_of(TOKEN_RATE, L)]
+    by_experts = expert_divergence * curves.output_lost / curves.output_lost[share_of(FFN_RATE, N)]
     return {
         (keep, experts): (by_tokens[keep] + keep / L * by_experts[experts]).item()
         for keep in {share_of(rate, L) for rate in TOKEN_RATES}
@@ -113,10 +124,10 @@ def _losses(curves: Curves, of_tokens: float, of_experts: float) -> dict[Budget,
 
 
 def _cheapest(losses: list[dict[Budget, float]], flops: dict[Budget, int], budget: int) -> list[Budget]:
-    """What to keep in each block: the least loss at no more than `budget` FLOPs, on the convex hull."""
+    """Return the choice of each block: the least loss at no more than `budget` FLOPs, on the convex hull."""
 
     def at(price: float) -> list[Budget]:
-        return [min(of_block, key=lambda kept: of_block[kept] + price * flops[kept]) for of_block in losses]
+        return [min(block_losses, key=lambda kept: block_losses[kept] + price * flops[kept]) for block_losses in losses]
 
     def fits(chosen: list[Budget]) -> bool:
         return sum(flops[kept] for kept in chosen) <= budget

@@ -1,4 +1,4 @@
-"""How much the fitted selectors and routers keep, beside the best and a random choice."""
+"""A report of how much the fitted selectors and routers keep, beside the best and a random choice."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from actvar.calibrate.curves import Curves
 from actvar.calibrate.rates import blocks_flops
 from actvar.config import DENSE, ActVARConfig
 from actvar.sparse.schedule import Scale
+from actvar.sparse.state import patch_state
 
 
 @dataclass(frozen=True)
 class KeptShare:
     """Shares kept in one block at one scale, of token maps that nothing was fitted to.
 
-    `update`: of the energy `|block(x) - x|^2`, by the tokens kept; `norm`: of the experts' output norms, by those that
-    are on; each also by an oracle that sees them. A random choice keeps `token_rate` and `ffn_rate`.
+    A random choice keeps `token_rate` and `ffn_rate`.
+
+    Args:
+        block: number of the block.
+        scale: height and width of the scale's map, as text.
+        token_rate: share of the tokens that are kept.
+        ffn_rate: share of the experts that are on.
+        update: share of the energy `|block(x) - x|^2` in the tokens that are kept.
+        update_by_oracle: the same for the best choice of tokens.
+        norm: share of the experts' output norms in those that are on.
+        norm_by_oracle: the same for the best choice of experts.
     """
 
     block: int
@@ -32,14 +42,20 @@ class KeptShare:
 
 @dataclass(frozen=True)
 class Report:
-    """`flops`: of all blocks for one row: `dense`, `budget` and `chosen`."""
+    """The result of a calibration.
+
+    Args:
+        config: the one that the model is patched with.
+        flops: of all blocks for one row, by name: `dense`, `budget` and `chosen`.
+        kept: shares per block and active scale.
+    """
 
     config: ActVARConfig
     flops: dict[str, int]
     kept: tuple[KeptShare, ...]
 
     def table(self) -> str:
-        """A line per block and scale, as aligned text."""
+        """Return aligned text with a line per block and scale."""
         titles = ("block", "map", "tokens", "update", "oracle", "random", "experts", "norm", "oracle", "random")
         lines = ["".join(f"{title:>9}" for title in titles)]
         for k in self.kept:
@@ -55,22 +71,25 @@ class Report:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
+        """Return the fields, JSON-compatible."""
         return asdict(self)
 
 
 def report_of(var: nn.Module, budget: ActVARConfig, chosen: ActVARConfig, curves: list[dict[int, Curves]]) -> Report:
-    """The report of a patched model.
+    """Return the report of a patched model.
 
     Args:
-        budget, chosen: the configuration asked for, and the one the model is patched with.
+        var: the model.
+        budget: the configuration that was asked for.
+        chosen: the one that the model is patched with.
         curves: per block, by scale index.
     """
     flops = {name: blocks_flops(var, c) for name, c in {"dense": DENSE, "budget": budget, "chosen": chosen}.items()}
-    schedules = var.actvar.schedules
+    schedules = patch_state(var).schedules
     kept = [
-        _kept(block, schedules[block][index], of_scale)
-        for block, of_block in enumerate(curves)
-        for index, of_scale in sorted(of_block.items())
+        _kept(block, schedules[block][index], scale_curves)
+        for block, block_curves in enumerate(curves)
+        for index, scale_curves in sorted(block_curves.items())
     ]
     return Report(chosen, flops, tuple(kept))
 

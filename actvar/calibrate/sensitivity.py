@@ -1,8 +1,9 @@
-"""What leaving out tokens or experts in one block does to the logits."""
+"""The effect on the logits when one block leaves out tokens or experts."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,22 +16,26 @@ from actvar.families.base import BlockCall
 from actvar.sparse.schedule import build_schedule
 
 TOKEN_RATE, FFN_RATE = 0.75, 0.5
-"""Rates that are tried, one of them below 1 in one block."""
+"""Rates that are tried, one of the two in one block at a time."""
 
 
 @torch.no_grad()
 def divergence_per_block(
     var: nn.Module, config: ActVARConfig, labels: torch.Tensor, inputs: torch.Tensor
 ) -> list[dict[int, tuple[float, float]]]:
-    """KL to the dense logits, mean over a scale's tokens, when one block alone is sparse: per block, by scale index,
-    with `TOKEN_RATE` and with `FFN_RATE`.
+    """Return the KL to the dense logits, mean over a scale's tokens, when one block alone is sparse.
 
     Args:
         var: a patched model with fitted gates; its schedules are put back.
-        config: the one it is patched with.
-        labels, inputs: `[B]` and `[B, L - first_l, Cvae]` for teacher forcing.
+        config: the one that the model is patched with.
+        labels: classes for teacher forcing, `[B]` int64.
+        inputs: of teacher forcing, `[B, L - first_l, Cvae]`.
+
+    Returns:
+        Per block, by scale index, the KL with `TOKEN_RATE` and the one with `FFN_RATE`.
     """
-    family, blocks = family_of(var), blocks_of(var)
+    family = family_of(var)
+    blocks: list[Any] = blocks_of(var)
     before = [block.actvar.schedule for block in blocks]
     ones = (1.0,) * len(config.scales)
     dense = replace(config, token_rates=ones, ffn_rate=1.0, always_sparse=False)
@@ -52,19 +57,18 @@ def divergence_per_block(
         expected = run(0, call)
         found = []
         for index, block in enumerate(tqdm(blocks, desc="sensitivity")):
-            of_probes = []
+            divergences = []
             for schedule in schedules[1:]:
                 block.actvar.schedule = schedule
-                of_probes.append(token_divergence(expected, run(index, call)).mean(dim=0))
+                divergences.append(token_divergence(expected, run(index, call)).mean(dim=0))
             block.actvar.schedule = schedules[0]
             call = after(block, call)
             scales = [schedules[0][scale] for scale in config.scales]
-            found.append(
-                {
-                    scale.index: tuple(kl[scale.start : scale.start + scale.tokens].mean().item() for kl in of_probes)
-                    for scale in scales
-                }
+            by_tokens, by_experts = (
+                {scale.index: kl[scale.start : scale.start + scale.tokens].mean().item() for scale in scales}
+                for kl in divergences
             )
+            found.append({scale.index: (by_tokens[scale.index], by_experts[scale.index]) for scale in scales})
         return found
     finally:
         for block, schedule in zip(blocks, before, strict=True):

@@ -1,6 +1,6 @@
 """Token maps to distil on: of Fashion-MNIST, of a folder of images, or sampled from the teacher itself.
 
-They are computed once, kept in a `.npy` file and mapped into memory.
+Token maps are computed once, kept in a `.npy` file and mapped into memory.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from actvar.models import VAR, VQVAE
 from actvar.models.arguments import checked_integer
 from actvar.training.plan import SEEDS
 from actvar.training.processes import barrier, rank, world_size
+from actvar.utils.devices import device_of
 from actvar.utils.files import replacing
 from actvar.zoo.fashion_mnist.data import load_labels, load_split
 
@@ -34,18 +35,18 @@ MISSING = -1
 
 @dataclass(frozen=True)
 class Source:
-    """Where token maps come from.
+    """A source of token maps.
 
     Args:
-        labels: classes `[N]` int64.
-        tokens_of: token maps `[stop - start, L]` of examples `start` to `stop`.
-        facts: what the token maps depend on, JSON-compatible.
-        description: what was found, for people.
+        labels: classes, `[N]` int64.
+        tokens_of: returns the token maps `[stop - start, L]` of examples `start` to `stop`.
+        facts: all that the token maps depend on, JSON-compatible.
+        description: of the images that were found, for people.
     """
 
     labels: torch.Tensor
     tokens_of: Callable[[int, int], torch.Tensor]
-    facts: dict[str, object]
+    facts: Mapping[str, object]
     description: str = ""
 
 
@@ -65,12 +66,15 @@ def source_of(
     Args:
         data: `"none"` for token maps sampled from `var`, a folder with the four files of Fashion-MNIST, or a folder
             with a subfolder of images per class.
-        vae, var: the dense model and its autoencoder.
-        samples, seed: number of token maps to sample, and the seed of the sampling noise; for `"none"` only.
+        vae: the autoencoder.
+        var: the dense model.
+        samples: number of token maps to sample; for `"none"` only.
+        seed: of the sampling noise; for `"none"` only.
         mapping, skip_bad, cache: see `folder_source`; for a folder of images only.
 
     Raises:
-        ValueError: a folder that holds neither, or as `folder_source`; a mapping or `skip_bad` without such a folder.
+        ValueError: a folder of neither kind, the errors of `folder_source`, or a mapping or `skip_bad` without a folder
+            of images.
         FileNotFoundError: no such folder, or an incomplete one.
     """
     folder = Path(data)
@@ -87,7 +91,12 @@ def source_of(
 
 
 def sampled_source(var: VAR, samples: int, seed: int) -> Source:
-    """Return token maps of `samples` images of the dense model, classes in turn, drawn with guidance 1.5.
+    """Return token maps of images that the dense model draws with guidance 1.5, classes in turn.
+
+    Args:
+        var: the dense model.
+        samples: number of images.
+        seed: of the sampling noise.
 
     Raises:
         TypeError, ValueError: samples that are no integer of at least 1, a seed that is none of
@@ -98,14 +107,14 @@ def sampled_source(var: VAR, samples: int, seed: int) -> Source:
     labels = torch.arange(samples, device="cpu") % var.num_classes
 
     def tokens_of(start: int, stop: int) -> torch.Tensor:
-        return sample_token_maps(var, labels[start:stop].to(var.lvl_1L.device), seed * 1_000_003 + start)
+        return sample_token_maps(var, labels[start:stop].to(device_of(var)), seed * 1_000_003 + start)
 
     facts = {"data": "none", "guidance": GUIDANCE, "seed": seed, "model": digest(var.head.weight)}
     return Source(labels, tokens_of, facts)
 
 
 def fashion_mnist_source(folder: Path, vae: VQVAE) -> Source:
-    """Token maps of the 60,000 training images, which are read when the first of them is asked for."""
+    """Return the token maps of the 60,000 training images, which are read when the first of them is asked for."""
     labels = load_labels(folder, "train")
     images = functools.cache(lambda: load_split(folder, "train")[0])
 
@@ -125,13 +134,15 @@ def folder_source(
 ) -> Source:
     """Return the token maps of `folder/<class>/<image>`, see `actvar.distill.image_folder.find_images`.
 
-    Every image is looked at first. Images are prepared as the public code prepares those it validates on, see
-    `load_image`.
+    Every image is checked first. Images are prepared like those that the public code validates on, see `load_image`.
 
     Args:
-        mapping: a JSON file with the class of each folder; None: the folders' names say it.
+        folder: with a subfolder of images per class.
+        vae: the autoencoder.
+        num_classes: of the model.
+        mapping: a JSON file with the class of each folder; None: the folders' names tell the classes.
         skip_bad: leave out images that cannot be read.
-        cache: folder that keeps which images cannot be read; None: nothing is kept.
+        cache: folder that keeps the list of images that cannot be read; None: nothing is kept.
 
     Raises:
         ValueError: folders whose classes are not known, no image, or some that cannot be read.
@@ -150,7 +161,13 @@ def folder_source(
 
 @torch.no_grad()
 def sample_token_maps(var: VAR, labels: torch.Tensor, seed: int) -> torch.Tensor:
-    """Return token maps `[B, L]` int64 of one sampling run with guidance 1.5, of classes `labels` `[B]`."""
+    """Return the token maps `[B, L]` int64 of one sampling run with guidance 1.5.
+
+    Args:
+        var: the dense model.
+        labels: classes, `[B]` int64 on the model's device.
+        seed: of the sampling noise.
+    """
     maps: list[torch.Tensor] = []
     with family_of(var).watch_scales(var, lambda _scale, tokens, _features: maps.append(tokens)):
         var.autoregressive_infer_cfg(len(labels), labels, g_seed=seed, cfg=GUIDANCE)
@@ -163,22 +180,27 @@ def _encoded(vae: VQVAE, images: torch.Tensor) -> torch.Tensor:
 
 
 def cached_tokens(source: Source, var: VAR, folder: Path) -> torch.Tensor:
-    """Token maps `[N, L]` of `source`, mapped from a file in `folder` that is made on the first call.
+    """Return the token maps of `source`, mapped from a file that the first call makes.
 
-    Several processes each make a part. What was finished before an interruption is not made again.
+    Several processes each make a part. Parts that were finished before an interruption are not made again.
+
+    Args:
+        source: of the token maps.
+        var: the model, for its token maps' sizes and number of codes.
+        folder: of the file.
 
     Returns:
-        int16, or int32 for more than 32,768 codes.
+        `[N, L]` int16, or int32 for more than 32,768 codes.
     """
     count, dtype = len(source.labels), np.int16 if var.V <= 2**15 else np.int32
-    facts = source.facts | {"count": count, "maps": family_of(var).maps(var), "codes": var.V}
+    facts = {**source.facts, "count": count, "maps": family_of(var).maps(var), "codes": var.V}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"tokens-{key}.npy"
     if not path.exists():
         partial = folder / f"tokens-{key}.partial.npy"
         if rank() == 0 and not partial.exists():
             with replacing(partial) as temporary, temporary.open("wb") as file:
-                # written, not mapped: on a full disk that is an error, and not the end of the process
+                # A write to a full disk is an error; a write to mapped memory would end the process there.
                 np.save(file, np.broadcast_to(np.array(MISSING, dtype), (count, var.L)))
         barrier()
         tokens = np.load(partial, mmap_mode="r+")
@@ -196,13 +218,18 @@ def cached_tokens(source: Source, var: VAR, folder: Path) -> torch.Tensor:
 
 
 def teacher_inputs(vae: VQVAE, tokens: torch.Tensor) -> torch.Tensor:
-    """Transformer input `[B, L - first_l, Cvae]` for teacher forcing on token maps `[B, L]`."""
+    """Return the transformer's inputs `[B, L - first_l, Cvae]` for teacher forcing on `tokens` `[B, L]`.
+
+    Args:
+        vae: the autoencoder.
+        tokens: token maps of an integer dtype.
+    """
     sides = vae.quantize.v_patch_nums
     with torch.no_grad():
         return vae.quantize.teacher_input(tokens.long().split([side * side for side in sides], dim=1))
 
 
 def digest(weight: torch.Tensor) -> str:
-    """A few hexadecimal digits by which a model's weight is known again."""
+    """Return 16 hexadecimal digits that identify a weight by its values."""
     values = weight.detach().float().cpu().contiguous().numpy()
     return hashlib.sha256(values.tobytes()).hexdigest()[:16]

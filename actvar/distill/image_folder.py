@@ -20,9 +20,9 @@ from actvar.utils.files import replacing
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 SHOWN = 10
-"""How many files or folders an error names."""
+"""Files or folders that an error names at most."""
 CHUNK = 1024
-"""Files that are checked between two looks at the progress."""
+"""Files that are checked between two updates of the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class ImageFolder:
         root: the folder.
         files: images, those of a class together, in the order of their names.
         labels: the class of each file.
-        skipped: how many other files there are, by suffix.
-        unreadable: images that were left out, since they cannot be read.
+        skipped: number of other files, by suffix.
+        unreadable: number of images that were left out because they cannot be read.
     """
 
     root: Path
@@ -44,7 +44,7 @@ class ImageFolder:
     unreadable: int = 0
 
     def described(self) -> str:
-        """Return what was found, such as `40 images in 2 classes, 3 skipped (.gif)`."""
+        """Return the numbers of files as text, such as `40 images in 2 classes, 3 skipped (.gif)`."""
         parts = [f"{len(self.files)} images in {len(set(self.labels))} classes"]
         if self.skipped:
             kinds = [f"{count} {suffix}" for suffix, count in self.skipped.most_common()]
@@ -55,18 +55,23 @@ class ImageFolder:
         return ", ".join(parts)
 
     def key(self) -> str:
-        """Return a few digits that change with the files' names and sizes and with their classes."""
+        """Return 16 hexadecimal digits that change with the files' names and sizes and with their classes."""
         sizes = [(self._name(file), file.stat().st_size) for file in self.files]
         return _digest([sizes, self.labels])
 
     def readable(self, side: int, channels: int, skip_bad: bool, cache: Path | None) -> ImageFolder:
-        """Return the folder without the images that cannot be read, after a look at all of them.
+        """Check all images and return the folder without those that cannot be read.
 
-        What is found is kept in the folder `cache`, if there is one, until a file changes. Every process of a training
-        calls this, looks at a part of the files and gets the whole result.
+        Every process of a training calls this, checks a part of the files and gets the whole result.
+
+        Args:
+            side: pixels of a loaded image's side.
+            channels: 1 (grey) or 3.
+            skip_bad: leave out images that cannot be read.
+            cache: folder that keeps the result until a file changes; None: nothing is kept.
 
         Raises:
-            ValueError: some cannot be read, without `skip_bad`, or none can.
+            ValueError: some images cannot be read, without `skip_bad`, or none can.
         """
         bad = self._bad_files(side, channels, cache)
         if bad and (not skip_bad or len(bad) == len(self.files)):
@@ -80,7 +85,7 @@ class ImageFolder:
         return ImageFolder(self.root, files, labels, self.skipped, len(bad))
 
     def _bad_files(self, side: int, channels: int, cache: Path | None) -> dict[str, str]:
-        """Return what is wrong by the name of the file in the folder."""
+        """Return the errors of files that cannot be read, by the file's name in the folder."""
         stats = [(self._name(file), *_size_and_time(file)) for file in self.files]
         known = cache and cache / f"images-{_digest([str(self.root.resolve()), stats, side, channels])}.json"
         if known and known.exists():
@@ -106,7 +111,7 @@ def _digest(facts: object) -> str:
 
 
 def _size_and_time(file: Path) -> tuple[int, int]:
-    """Return the file's bytes and when it was changed, or those of a link that leads nowhere."""
+    """Return size and time of change of the file, or of a link that leads nowhere."""
     stat = file.stat() if file.exists() else file.lstat()
     return stat.st_size, stat.st_mtime_ns
 
@@ -115,12 +120,14 @@ def find_images(root: Path, num_classes: int, mapping: Path | None = None) -> Im
     """Find the images in the subfolders of `root`; names that begin with a dot are ignored.
 
     Args:
-        mapping: a JSON file, an object with the class of each folder by its name. Without one, folders that are as many
-            as the classes are these in the order of their names, as in the public code; folders that are fewer must
-            have class numbers for names.
+        root: folder with a subfolder per class.
+        num_classes: of the model.
+        mapping: a JSON file, an object with the class of each folder by its name. Without one, folders in the order of
+            their names are the classes if there are as many, like in the public code. Otherwise the folders must have
+            class numbers for names.
 
     Raises:
-        ValueError: folders whose classes are not known, or no image; says what to do.
+        ValueError: folders whose classes are not known, or no image; the error tells the remedy.
         OSError: a folder or the mapping cannot be read.
     """
     with os.scandir(root) as entries:
@@ -143,7 +150,7 @@ def find_images(root: Path, num_classes: int, mapping: Path | None = None) -> Im
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """Yield what is no folder in `folder` and below, except what is hidden."""
+    """Yield the files in `folder` and below, except those that are hidden or in a hidden folder."""
 
     def fail(error: OSError):
         raise error
@@ -181,7 +188,7 @@ def _classes_of(root: Path, names: Sequence[str], num_classes: int) -> dict[str,
 
 
 def _mapped(root: Path, names: Sequence[str], num_classes: int, mapping: Path) -> dict[str, int]:
-    """Return classes by folder as the file `mapping` has them."""
+    """Return the classes by folder that the file `mapping` holds."""
     wanted = "a JSON object with the class number of each folder by its name, such as " + '{"cats": 281}'
     try:
         classes = json.loads(mapping.read_text("utf-8"))

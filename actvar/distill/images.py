@@ -1,4 +1,4 @@
-"""One image file as pixels: read right, or refused by an error that names the file."""
+"""One image file as pixels, either read correctly or refused by an error that names the file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from PIL import ExifTags, Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""Formats that are read, whatever the file's name says. Pillow would run other programs for some others."""
+"""Formats that are read, whatever the file's name. For some other formats Pillow would run other programs."""
 EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-"""Modes of Pillow whose values have a known range. Those of its other modes, `I` and `F`, have none."""
+"""Modes of Pillow whose values have a known range. The values of its other modes, `I` and `F`, have none."""
 MARGIN = 1.125
-"""How much longer an image's shorter side is than the square that is cut from its centre, as in the public code."""
+"""Ratio of a resized image's shorter side to the square that is cut from its centre, taken from the public code."""
 TURNS = dict(
     enumerate(
         (
@@ -31,16 +31,17 @@ TURNS = dict(
         start=2,
     )
 )
-"""What brings an image of an EXIF orientation upright; orientation 1 is upright."""
+"""By EXIF orientation, the turn that brings an image upright; orientation 1 is upright."""
 
 
 def load_image(path: Path, side: int, channels: int) -> torch.Tensor:
     """Return the pixels of an image file, turned as its EXIF orientation says, and cut to a square.
 
     The shorter side becomes 1.125 times `side`, by Lanczos, and the centre is cut out. Transparent pixels are laid on
-    white, 16 bits are scaled to 8, and of a file with several frames the first one is taken.
+    white, 16 bits are scaled to 8, and a file with several frames gives its first one.
 
     Args:
+        path: the file.
         side: pixels of the square's side.
         channels: 1 (grey) or 3.
 
@@ -48,8 +49,8 @@ def load_image(path: Path, side: int, channels: int) -> torch.Tensor:
         `[channels, side, side]` float32 in [0, 1].
 
     Raises:
-        ValueError: a file that is no image, is damaged, has more pixels than Pillow's `Image.MAX_IMAGE_PIXELS` or
-            would have when it is resized, or is of a mode without a known range; names the file.
+        ValueError: a file that is no image, is damaged, or is of a mode without a known range; names the file.
+        ValueError: more pixels than Pillow's `Image.MAX_IMAGE_PIXELS`, before or after the image is resized.
     """
     with _opened(path, side) as file:
         image = flattened(file, channels)
@@ -63,7 +64,12 @@ def load_image(path: Path, side: int, channels: int) -> torch.Tensor:
 
 
 def check_image(path: Path, side: int, channels: int) -> None:
-    """Decode an image file as `load_image` does, a JPEG at an eighth of its size, which is faster.
+    """Decode an image file like `load_image`, but a JPEG at an eighth of its size, which is faster.
+
+    Args:
+        path: the file.
+        side: pixels of the square's side.
+        channels: 1 (grey) or 3.
 
     Raises:
         ValueError: a file that `load_image` cannot read; names the file.
@@ -79,9 +85,10 @@ def flattened(image: Image.Image, channels: int) -> Image.Image:
     Args:
         image: of one of the modes `EIGHT_BITS` and `SIXTEEN_BITS`, or a PNG of mode `I`. Transparent pixels are laid on
             white, and 16 bits are scaled.
+        channels: 1 (grey) or 3.
     """
     mode = "L" if channels == 1 else "RGB"
-    image.load()  # which may find that a colour is transparent
+    image.load()  # only now may `info` have a transparent colour
     if image.mode not in EIGHT_BITS:
         values = np.asarray(image).astype(np.float32)
         values[values == image.info.get("transparency")] = 65535
@@ -96,15 +103,17 @@ def flattened(image: Image.Image, channels: int) -> Image.Image:
 
 @contextmanager
 def _opened(path: Path, side: int) -> Iterator[Image.Image]:
-    """Open an image file for a square of `side` pixels; an error while the context is open becomes one that names the
-    file."""
+    """Open an image file for a square of `side` pixels.
+
+    An error while the context is open becomes one that names the file.
+    """
     try:
         if not path.is_file():
             raise ValueError("it is a folder, a device or a pipe" if path.exists() else "there is no such file")
         with Image.open(path, formats=FORMATS) as image:
             _expect_readable(image, side)
             yield image
-    except Exception as error:  # of any kind: decoders raise many, and so do warnings that are errors
+    except Exception as error:  # decoders raise many kinds, and so do warnings that are errors
         reason = str(error).replace(f" {str(path)!r}", "") or type(error).__name__
         raise ValueError(f"{path}: expected an image: {reason}") from error
 
@@ -117,7 +126,7 @@ def _expect_readable(image: Image.Image, side: int) -> None:
             raise ValueError(
                 f"its size {size} takes {width * height} pixels, of which {most} are read; make it smaller"
             )
-    is_old_pillows = image.mode == "I" and image.format == "PNG"  # which says I of 16 bits
+    is_old_pillows = image.mode == "I" and image.format == "PNG"  # old Pillows read 16 bits as mode I
     if image.mode not in EIGHT_BITS + SIXTEEN_BITS and not is_old_pillows:
         raise ValueError(f"Pillow's mode {image.mode} has no known range of values; save it with 8 or 16 bits")
 
@@ -131,7 +140,7 @@ def _resized(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation; where EXIF is damaged it says nothing, as for every viewer."""
+    """Return the EXIF orientation, or 1 where EXIF is missing or damaged."""
     with suppress(Exception):
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     return 1

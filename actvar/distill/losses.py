@@ -18,13 +18,16 @@ from actvar.models.sampling import guided
 def expert_distances(
     u: torch.Tensor, fc1_weight: torch.Tensor, fc1_bias: torch.Tensor, fc2_weight: torch.Tensor, num_experts: int
 ) -> torch.Tensor:
-    """Mean squared distance of each expert's output to the whole FFN's, `d_e = mean_c (E_e(u) - FFN(u))_c^2`.
+    """Return the mean squared distances of the experts' outputs to the FFN's, `d_e = mean_c (E_e(u) - FFN(u))_c^2`.
 
     `E_e(u) = gelu(u W1_e^T + b1_e) W2_e^T + b2`. The square is expanded, so that no `[T, N, C]` tensor is made.
 
     Args:
-        u: FFN input `[T, C]`.
-        fc1_weight, fc1_bias, fc2_weight: `[D, C]`, `[D]`, `[C, D]`.
+        u: FFN input, `[T, C]`.
+        fc1_weight: `[D, C]`.
+        fc1_bias: `[D]`.
+        fc2_weight: `[C, D]`.
+        num_experts: N, a divisor of D.
 
     Returns:
         `[T, N]` in u's dtype.
@@ -42,22 +45,28 @@ def expert_distances(
 
 
 def router_target(distances: torch.Tensor, active: int, temperature: float = 1.0) -> torch.Tensor:
-    """Pseudo-labels over experts (Eq. 5): softmax of `-d / mean(d) / temperature` over the nearest, 0 elsewhere.
+    """Return pseudo-labels over experts (Eq. 5): softmax of `-d / mean(d) / temperature` over the nearest.
+
+    Other experts have 0.
 
     Args:
         distances: `[T, N]`.
         active: experts on per token, M.
+        temperature: of the softmax.
     """
     relative = distances / distances.mean(dim=-1, keepdim=True).clamp_min(1e-12)
     return _softmax_over_largest(-relative / temperature, active)
 
 
 def selector_target(change: torch.Tensor, keep: int, temperature: float = 1.0) -> torch.Tensor:
-    """Pseudo-labels over tokens (Eq. 16): softmax of `c / mean(c) / temperature` over the most changed, 0 elsewhere.
+    """Return pseudo-labels over tokens (Eq. 16): softmax of `c / mean(c) / temperature` over the most changed.
+
+    Other tokens have 0.
 
     Args:
         change: `||block(x)_i - x_i||_2` of the dense block, `[R, L]`.
         keep: tokens kept per row, K.
+        temperature: of the softmax.
     """
     relative = change / change.mean(dim=-1, keepdim=True).clamp_min(1e-12)
     return _softmax_over_largest(relative / temperature, keep)
@@ -70,17 +79,22 @@ def _softmax_over_largest(values: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def distillation_loss(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """`KL(target || softmax(logits))` over the last axis, averaged over the others (Eq. 6, 14, 17)."""
+    """Return `KL(target || softmax(logits))` over the last axis, averaged over the others (Eq. 6, 14, 17).
+
+    Args:
+        target: probabilities, `[..., N]`.
+        logits: `[..., N]`.
+    """
     log_prediction = logits.log_softmax(dim=-1)
     return (torch.xlogy(target, target) - target * log_prediction).sum(dim=-1).mean()
 
 
 def balance_loss(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """`N * sum_e f_e P_e` (Eq. 15, 18): f_e the share of rows that chose e, P_e its mean probability.
+    """Return `N * sum_e f_e P_e` (Eq. 15, 18): f_e is the share of rows that chose e, P_e its mean probability.
 
     Args:
         logits: `[rows, N]` of experts, or `[R, L]` of token positions.
-        chosen: bool, same shape.
+        chosen: `[rows, N]` or `[R, L]` bool.
     """
     share = chosen.to(logits.dtype).mean(dim=0)
     probability = logits.softmax(dim=-1).mean(dim=0)
@@ -88,17 +102,32 @@ def balance_loss(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
 
 def block_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean over blocks of the mean squared difference of block outputs, each `[B, L, C]` (Eq. 20), in float32."""
+    """Return the mean over blocks of the mean squared difference of block outputs (Eq. 20), in float32.
+
+    Args:
+        student: the outputs of its blocks, each `[B, L, C]`.
+        teacher: the outputs of its blocks, each `[B, L, C]`.
+    """
     pairs = zip(student, teacher, strict=True)
     return torch.stack([F.mse_loss(ours.float(), theirs.float()) for ours, theirs in pairs]).mean()
 
 
 def output_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """`KL(softmax(teacher) || softmax(student))` of logits `[B, L, V]`, averaged over tokens (Eq. 21)."""
+    """Return `KL(softmax(teacher) || softmax(student))`, averaged over tokens (Eq. 21).
+
+    Args:
+        logits: of the student, `[B, L, V]`.
+        teacher_logits: `[B, L, V]`.
+    """
     return distillation_loss(teacher_logits.softmax(dim=-1), logits)
 
 
 def guided_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """`KL(teacher || student)` of what sampling draws from: logits `[2B, L, V]`, conditional half first, guided by
-    `strength` `[L, 1]`; averaged over tokens."""
+    """Return `KL(teacher || student)` of the guided logits that sampling draws from, averaged over tokens.
+
+    Args:
+        logits: of the student, `[2B, L, V]`, conditional half first.
+        teacher_logits: `[2B, L, V]`, conditional half first.
+        strength: of the guidance, `[L, 1]`.
+    """
     return output_loss(guided(logits, strength), guided(teacher_logits, strength))

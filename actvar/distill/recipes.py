@@ -1,4 +1,4 @@
-"""Which choices make up a training: the paper's, and those that win here."""
+"""The choices that make up a training: the paper's, and those that win here."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ MUON_LR = 2e-3
 
 @dataclass(frozen=True)
 class Recipe:
-    """How both stages are done.
+    """The choices for both stages.
 
     Args:
-        calibrated: stage 1 fits selectors and routers in closed form, with experts of clustered hidden units
-            (`actvar.calibrate`), instead of training them.
-        uniform: a calibrated stage 1 leaves the rates as they are, instead of choosing those per block and scale that
-            lose the least at their FLOPs.
+        calibrated: instead of training selectors and routers, stage 1 fits them in closed form, with experts of
+            clustered hidden units (`actvar.calibrate`).
+        uniform: a calibrated stage 1 leaves the rates unchanged, instead of choosing those per block and scale that
+            lose the least at the same FLOPs.
         losses: parts of stage 2's loss among `cls`, `block` and `output` (Eq. 22), and `guided`
             (`actvar.distill.losses.guided_loss`).
         muon: stage 2 trains the matrices of the blocks with Muon, see `actvar.training.plan.Plan`.
@@ -28,7 +28,12 @@ class Recipe:
     muon: bool = False
 
     def lr(self, stage: int, batch: int) -> float:
-        """Peak learning rate: VAR's for AdamW, in proportion to the batch."""
+        """Return the peak learning rate: for AdamW that of VAR, in proportion to the batch.
+
+        Args:
+            stage: 1 or 2.
+            batch: token maps per step.
+        """
         return MUON_LR if self.muon and stage == 2 else LR_PER_256 * batch / 256
 
 

@@ -33,11 +33,11 @@ CALIBRATION_IMAGES = 64
 
 @dataclass(frozen=True)
 class Distillation:
-    """How to train.
+    """Settings of a training.
 
     Args:
         stage: 1 trains selectors and routers, 2 attention, FFN and head.
-        recipe: the paper's choices or others; a calibrated stage 1 ignores the fields below but the seed.
+        recipe: the paper's choices or others; a calibrated stage 1 ignores the fields below except `seed`.
         epochs: passes over the token maps; None for the paper's 2 and 10.
         batch: token maps per step, over all processes.
         lr: peak learning rate, after a warm-up over 2 % of the steps; None for the recipe's.
@@ -86,7 +86,11 @@ class Distillation:
             raise ValueError(f"ema: expected a number from 0 to below 1, got {self.ema}")
 
     def plan(self, examples: int, folder: Path) -> Plan:
-        """The training plan for so many token maps, with its files in `folder`.
+        """Return the training plan.
+
+        Args:
+            examples: number of token maps.
+            folder: of the plan's files.
 
         Raises:
             ValueError: fewer token maps than a batch, or no step at all.
@@ -124,19 +128,28 @@ def distill(
     how: Distillation,
     out: Path,
 ) -> Path:
-    """Train `var`, which ends patched, and write the adapter to `out`; called by every process alike.
+    """Train `var`, which ends patched, and write the adapter to `out`.
 
-    Checkpoints, the losses as CSV and their plot go to a folder named as `out` with `.training` for its suffix; token
-    maps are kept beside it. After an interruption the same call goes on and ends with the same adapter.
+    Every process of a training calls this with the same arguments.
+
+    Checkpoints, the losses as CSV and their plot go to a folder with the name of `out` and the suffix `.training`;
+    token maps are kept beside this folder. After an interruption the same call resumes and ends with the same adapter.
 
     Args:
-        vae, var: the dense model, in float32, and its autoencoder.
+        vae: the autoencoder.
+        var: the dense model, in float32.
+        config: rates and number of experts.
         adapter: file to start from; stage 2 needs one.
         source: of the token maps.
+        how: the settings.
+        out: file of the adapter.
+
+    Returns:
+        `out`.
 
     Raises:
-        ValueError: arguments that do not fit each other, or that differ from those with which the training in the
-            folder was begun.
+        ValueError: arguments that do not fit each other, or that differ from those that the training in the folder
+            began with.
         KeyboardInterrupt: Ctrl-C; a checkpoint is written.
     """
     if how.stage == 2 and adapter is None:
@@ -151,15 +164,15 @@ def distill(
     module = prepared(var, config, adapter, how)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        _begin(folder / "settings.json", settings, goes_on=plan.checkpoint.exists())
+        _begin(folder / "settings.json", settings, resumes=plan.checkpoint.exists())
     barrier()
     with unpatched(var):
         tokens = cached_tokens(source, var, out.parent)
     device = device_of(var)
 
     def loss(model: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        of_batch = tokens[index].to(device)
-        return model(source.labels[index].to(device), teacher_inputs(vae, of_batch), of_batch)
+        batch_tokens = tokens[index].to(device)
+        return model(source.labels[index].to(device), teacher_inputs(vae, batch_tokens), batch_tokens)
 
     try:
         fit(module, loss, plan, len(tokens))
@@ -175,7 +188,7 @@ def distill(
 
 
 def _calibrate(var: VAR, config: ActVARConfig, how: Distillation, out: Path) -> Path:
-    """Stage 1 in closed form: every process fits the same, the first one writes it."""
+    """Do stage 1 in closed form: every process fits the same adapter, and the first one writes the file."""
     calibrate(var, config, images=CALIBRATION_IMAGES, seed=how.seed, uniform=how.recipe.uniform)
     if rank() == 0:
         facts = {"stage": 1, "recipe": asdict(how.recipe), "images": CALIBRATION_IMAGES, "seed": how.seed}
@@ -185,18 +198,24 @@ def _calibrate(var: VAR, config: ActVARConfig, how: Distillation, out: Path) -> 
 
 
 def prepared(var: VAR, config: ActVARConfig, adapter: Path | None, how: Distillation) -> Stage1 | Stage2:
-    """Patch `var` and make the stage's trainable module of it."""
+    """Patch `var` and return the stage's trainable module.
+
+    Args:
+        var: the dense model.
+        config: rates and number of experts.
+        adapter: file to start from, or None.
+        how: the settings.
+    """
     patch_silently(var, config)
     if adapter is not None:
         load_adapter(var, adapter)
     return Stage1(var) if how.stage == 1 else Stage2(var, how.recipe.losses, how.cfg)
 
 
-def _begin(path: Path, settings: dict[str, object], goes_on: bool) -> None:
-    """Write down the settings of a training, or check, where there is a checkpoint to go on from, that they are those
-    it was begun with."""
+def _begin(path: Path, settings: dict[str, object], resumes: bool) -> None:
+    """Write the settings of a training to `path`, or check that a training which resumes has the same ones there."""
     settings = json.loads(json.dumps(settings))
-    if not goes_on:
+    if not resumes:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
         return

@@ -1,4 +1,4 @@
-"""What both stages of the distillation have in common."""
+"""The common base of both stages of the distillation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from torch import nn
 
 
 class Stage(nn.Module):
-    """A patched model with the losses of one stage: `self.var`."""
+    """The losses of one stage as a module, with the patched model at `self.var`."""
+
+    var: nn.Module
 
     def train(self, mode: bool = True) -> Stage:
-        """Only labels are dropped in training; the blocks stay in eval mode."""
+        """Set the mode of the model alone, which drops labels in training; its blocks stay in eval mode."""
         super().train(mode)
         for child in self.var.children():
             child.eval()

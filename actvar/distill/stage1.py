@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from actvar.distill.losses import (
 )
 from actvar.distill.stage import Stage
 from actvar.families import blocks_of, family_of
+from actvar.families.base import BlockCall
 from actvar.patching.adapter import gate_parameters
 from actvar.sparse.state import BlockRecord, patch_state, record
 
@@ -27,8 +29,7 @@ class Stage1(Stage):
     """Loss of a batch as a module, so that it can be trained in several processes.
 
     Args:
-        var: a patched model; its selectors and routers, as far as the rates use them, become the only trainable
-            parameters.
+        var: a patched model; the selectors and routers that its rates use become the only trainable parameters.
 
     Raises:
         ValueError: the model is not patched, or its rates are all 1.
@@ -46,12 +47,14 @@ class Stage1(Stage):
             parameter.requires_grad_(used[name.split(".")[2]])
 
     def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Scalar losses: `loss` (Eq. 19) and its parts `cls`, `router`, `selector`, `balance`, averaged over blocks.
+        """Return scalar losses: `loss` (Eq. 19) and its parts `cls`, `router`, `selector`, `balance`.
+
+        All parts except `cls` are averaged over the blocks.
 
         Args:
-            labels: classes `[B]`.
-            inputs: `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`.
-            tokens: the true token maps `[B, L]`.
+            labels: classes, `[B]` int64.
+            inputs: `[B, L - first_l, Cvae]` float32, see `VectorQuantizer.teacher_input`.
+            tokens: the true token maps, `[B, L]` of an integer dtype.
 
         Raises:
             RuntimeError: blocks run under reentrant activation checkpointing, which hides the gates from the loss.
@@ -61,8 +64,8 @@ class Stage1(Stage):
         _expect_gradients(records)
         parts = {"router": [], "selector": [], "balance": []}
         blocks = blocks_of(self.var)
-        for index, of_block in groupby(records, key=lambda r: r.block):
-            for name, value in self._block_losses(blocks[index], list(of_block)).items():
+        for index, block_records in groupby(records, key=lambda r: r.block):
+            for name, value in self._block_losses(blocks[index], list(block_records)).items():
                 parts[name].append(value)
         means = {name: torch.stack(values).mean() for name, values in parts.items()}
         cls = F.cross_entropy(logits.flatten(0, 1), tokens.flatten().long())
@@ -70,19 +73,25 @@ class Stage1(Stage):
         return {"loss": cls + distillation + BALANCE_WEIGHT * means["balance"], "cls": cls, **means}
 
     def _block_losses(self, block: nn.Module, records: list[BlockRecord]) -> dict[str, torch.Tensor]:
-        """Router and selector loss of one block, each averaged over the scales where that gate runs, and the sum of
-        both gates' balance losses, averaged likewise."""
-        change = self._dense_change(block, records[0])
+        """Return router and selector loss of one block, and the sum of both gates' balance losses.
+
+        Each is averaged over the scales where its gate runs.
+        """
+        call = records[0].call
+        if call is None:
+            raise ValueError("expected records of a teacher-forced pass, got some of a sample")
+        change = self._dense_change(block, call)
         router, selector, balance_r, balance_s = [], [], [], []
         with torch.autocast(change.device.type, enabled=False):
             for r in records:
-                if r.logits is not None:
+                if r.logits is not None and r.mask is not None:
                     logits, mask = r.logits.flatten(0, -2), r.mask.flatten(0, -2)
-                    router.append(distillation_loss(self._router_target(block, r), logits))
+                    target = self._router_target(block, r, num_experts=logits.shape[-1])
+                    router.append(distillation_loss(target, logits))
                     balance_r.append(balance_loss(logits, mask))
-                if r.scores is not None:
-                    of_scale = change[:, r.scale.start : r.scale.start + r.scale.tokens]
-                    selector.append(distillation_loss(selector_target(of_scale, r.scale.keep), r.scores))
+                if r.scores is not None and r.index is not None:
+                    scale_change = change[:, r.scale.start : r.scale.start + r.scale.tokens]
+                    selector.append(distillation_loss(selector_target(scale_change, r.scale.keep), r.scores))
                     kept = torch.zeros_like(r.scores, dtype=torch.bool).scatter_(1, r.index, True)
                     balance_s.append(balance_loss(r.scores, kept))
 
@@ -92,15 +101,15 @@ class Stage1(Stage):
         return {"router": mean(router), "selector": mean(selector), "balance": mean(balance_r) + mean(balance_s)}
 
     @torch.no_grad()
-    def _dense_change(self, block: nn.Module, r: BlockRecord) -> torch.Tensor:
-        """Return `||block(x)_i - x_i||_2` `[R, L_all]` of the dense block at the student's input."""
-        return (block.dense_forward(r.call) - r.call.x).float().norm(dim=-1)
+    def _dense_change(self, block: Any, call: BlockCall) -> torch.Tensor:
+        """Return `||block(x)_i - x_i||_2` `[R, L_all]` float32 of the dense block at the student's input."""
+        return (block.dense_forward(call) - call.x).float().norm(dim=-1)
 
     @torch.no_grad()
-    def _router_target(self, block: nn.Module, r: BlockRecord) -> torch.Tensor:
+    def _router_target(self, block: nn.Module, r: BlockRecord, num_experts: int) -> torch.Tensor:
         fc1_weight, fc1_bias, fc2_weight, _ = (w.float() for w in self.family.ffn_weights(block))
         u = r.u.float().flatten(0, -2)
-        distances = expert_distances(u, fc1_weight, fc1_bias, fc2_weight, r.logits.shape[-1])
+        distances = expert_distances(u, fc1_weight, fc1_bias, fc2_weight, num_experts)
         return router_target(distances, r.scale.experts)
 
 

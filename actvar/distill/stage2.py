@@ -1,4 +1,4 @@
-"""Stage 2: train attention, FFN and head for the gates of stage 1, which stay as they are."""
+"""Stage 2: train attention, FFN and head for the gates of stage 1, which do not change."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LOSSES = ("cls", "block", "output", "guided")
 class Stage2(Stage):
     """Loss of a batch as a module, so that it can be trained in several processes.
 
-    The teacher is the same model without the patch: only what is trained is held twice.
+    The teacher is the same model without the patch, so that only the trained weights are held twice.
 
     Args:
-        var: a patched model; its attention, FFN and head get trainable copies of their weights, the only trainable
-            parameters, or go on from those that an adapter brought. `remove_patch` puts the originals back.
-        losses: parts of the loss, of `LOSSES`. With `guided` every image is computed with its class and without, as in
-            sampling, and no label is dropped.
-        cfg: guidance strength of the part `guided`, as in sampling.
+        var: a patched model. The only trainable parameters become the weights of attention, FFN and head: those that an
+            adapter brought, otherwise copies of the model's. `remove_patch` puts the originals back.
+        losses: parts of the loss, from `LOSSES`. With `guided` every image is computed with its class and without it,
+            like in sampling, and no label is dropped.
+        cfg: guidance strength of the part `guided`.
 
     Raises:
         ValueError: the model is not patched, or parts that do not exist.
@@ -59,21 +59,24 @@ class Stage2(Stage):
 
     @property
     def guides(self) -> bool:
+        """Return whether every image is computed with its class and without it."""
         return "guided" in self.losses
 
     def train(self, mode: bool = True) -> Stage2:
+        """Set the mode of the model alone, which drops labels in training unless the loss is guided."""
         super().train(mode)
-        self.var.training = mode and not self.guides  # else it drops labels
+        self.var.training = mode and not self.guides
         return self
 
     def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Scalar losses over all scales: `loss` (Eq. 22), the sum of those asked for, and `cls`, `block`, `output`,
-        with `guided` if that was asked for.
+        """Return scalar losses over all scales: `loss` (Eq. 22) and its possible parts.
+
+        The parts are `cls`, `block`, `output`, and `guided` if it is in `losses`. `loss` sums those in `losses`.
 
         Args:
-            labels: classes `[B]`.
-            inputs: `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`.
-            tokens: the true token maps `[B, L]`.
+            labels: classes, `[B]` int64.
+            inputs: `[B, L - first_l, Cvae]` float32, see `VectorQuantizer.teacher_input`.
+            tokens: the true token maps, `[B, L]` of an integer dtype.
         """
         count = len(labels)
         if self.guides:
@@ -88,11 +91,12 @@ class Stage2(Stage):
             parts = {"cls": cls, "block": block, "output": output}
             if self.guides:
                 parts["guided"] = guided_loss(logits, teacher_logits, self.strength)
-        return {"loss": sum(parts[name] for name in self.losses)} | parts
+        first, *others = (parts[name] for name in self.losses)
+        return {"loss": sum(others, first)} | parts
 
     @torch.no_grad()
     def _teacher(self, labels: torch.Tensor, inputs: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Block outputs and logits of the dense model, which drops the labels that the student is going to drop."""
+        """Return block outputs and logits of the dense model, which drops the same labels as the student after it."""
         devices = [labels.device] if labels.is_cuda else []
         with torch.random.fork_rng(devices), unpatched(self.var), _block_outputs(self.var) as outputs:
             logits = self.var(labels, inputs)
@@ -101,10 +105,14 @@ class Stage2(Stage):
 
 @contextmanager
 def _block_outputs(var: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """The output of every block, in order, of calls within the context."""
+    """Collect the output of every block, in order, while the context is open."""
     outputs: list[torch.Tensor] = []
     blocks = family_of(unwrapped(var)).blocks(unwrapped(var))
-    handles = [block.register_forward_hook(lambda _, __, output: outputs.append(output)) for block in blocks]
+
+    def keep(_block: nn.Module, _arguments: tuple, output: torch.Tensor) -> None:
+        outputs.append(output)
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
     try:
         yield outputs
     finally:

@@ -1,4 +1,4 @@
-"""What the bundled model is evaluated with: its feature network, real images, and token maps of test images."""
+"""The evaluation of the bundled model: its feature network, real images, and token maps of test images."""
 
 from __future__ import annotations
 
@@ -16,21 +16,33 @@ TEST_IMAGES, BATCH = 200, 100
 
 
 def training_image_quality(data: Path, device: str | torch.device = "cpu") -> ImageQuality:
-    """Compares, on `device`, with the 60,000 training images in `data`, whose statistics `cache_folder()` keeps."""
+    """Return the comparison with the 60,000 training images, whose statistics `cache_folder()` keeps.
+
+    Args:
+        data: folder with the files of Fashion-MNIST.
+        device: where features are computed.
+    """
     network = load_feature_network().to(device)
     return ImageQuality(network, real_images(network, load_split(data, "train")[0], cache_folder()))
 
 
 def dense_predictions(vae: VQVAE, var: VAR, data: Path, cfg: float) -> DensePredictions:
-    """Of an unpatched model on `batches_of_test_images`."""
+    """Return the predictions of an unpatched model on `batches_of_test_images`.
+
+    Args:
+        vae: the autoencoder.
+        var: the dense model.
+        data: folder with the files of Fashion-MNIST.
+        cfg: guidance strength.
+    """
     return DensePredictions(var, batches_of_test_images(vae, data), cfg)
 
 
 def batches_of_test_images(vae: VQVAE, data: Path) -> list[Batch]:
-    """Labels and token maps of the first test images in `data`, on the device of `vae`."""
-    images, labels = (of_split[:TEST_IMAGES] for of_split in load_split(data, "t10k"))
+    """Return labels and inputs of the first test images in `data`, on the device of `vae`."""
+    images, labels = (tensor[:TEST_IMAGES] for tensor in load_split(data, "t10k"))
     device = vae.quantize.embedding.weight.device
     return [
-        (of_batch.to(device), vae.quantize.teacher_input(vae.img_to_idxBl(image.to(device) * 2 - 1)))
-        for image, of_batch in zip(images.split(BATCH), labels.split(BATCH), strict=True)
+        (batch_labels.to(device), vae.quantize.teacher_input(vae.img_to_idxBl(batch.to(device) * 2 - 1)))
+        for batch, batch_labels in zip(images.split(BATCH), labels.split(BATCH), strict=True)
     ]

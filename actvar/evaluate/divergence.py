@@ -1,4 +1,4 @@
-"""How far a patched model's predictions are from the dense model's."""
+"""The distance of a patched model's predictions from the dense model's."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from actvar.sparse.state import patch_state
 
 @torch.no_grad()
 def divergence_by_scale(var: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
-    """Mean over tokens of `KL(dense || patched)` of the predicted tokens, in nats, for every scale.
+    """Return `KL(dense || patched)` of the predicted tokens in nats, mean over the tokens of every scale.
 
-    Teacher-forced: both see the same token maps. The model stays patched as it is.
+    Both models read the same token maps under teacher forcing. The model stays patched.
 
     Args:
         var: a patched model in eval mode.
-        batches: labels `[B]` and inputs `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`.
+        batches: labels `[B]` int64 and inputs `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`.
 
     Raises:
         ValueError: the model is not patched, or there is no batch.
@@ -31,8 +31,8 @@ def divergence_by_scale(var: nn.Module, batches: Iterable[tuple[torch.Tensor, to
         patched = var(labels, inputs)
         with patched_silently(var, DENSE, None):
             dense = var(labels, inputs)
-        of_tokens = token_divergence(dense, patched).sum(dim=0)
-        total += torch.stack([part.sum() for part in of_tokens.split(sizes)]).double().cpu()
+        token_sums = token_divergence(dense, patched).sum(dim=0)
+        total += torch.stack([part.sum() for part in token_sums.split(sizes)]).double().cpu()
         images += len(labels)
     if not images:
         raise ValueError("expected at least one batch")
@@ -40,6 +40,6 @@ def divergence_by_scale(var: nn.Module, batches: Iterable[tuple[torch.Tensor, to
 
 
 def token_divergence(expected: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """`KL(softmax(expected) || softmax(logits))` in nats, `[...]` of two tensors `[..., V]`."""
+    """Return `KL(softmax(expected) || softmax(logits))` in nats, `[...]` float32 of two tensors `[..., V]`."""
     expected, logits = expected.float().log_softmax(dim=-1), logits.float().log_softmax(dim=-1)
     return (expected.exp() * (expected - logits)).sum(dim=-1)

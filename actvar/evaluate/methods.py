@@ -1,4 +1,4 @@
-"""Every way to sample that is compared, by name."""
+"""All ways to sample that are compared, by name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -33,9 +34,9 @@ class Method:
     """A way to sample from a VAR.
 
     Args:
-        name: unique; before an `@` the method's family, behind it how much.
-        applied: puts it on an unpatched model while its context is open.
-        facts: what its results depend on besides the name and the tensors of the model it is on.
+        name: unique; the method's group, and behind an `@` how much is saved.
+        applied: puts the method on an unpatched model while its context is open.
+        facts: text on which results depend, besides the name and the tensors of the sampled model.
     """
 
     name: str
@@ -43,23 +44,26 @@ class Method:
     facts: str = ""
 
     @property
-    def family(self) -> str:
+    def group(self) -> str:
+        """Return the part of the name that all settings of a method share."""
         return self.name.partition("@")[0]
 
 
-def methods_of(model: str | None = None, **placement: object) -> dict[str, Method]:
-    """All methods by name: of a bundled model with its adapters and trained baselines, or those that any VAR has.
-
-    Args:
-        model: a bundled model's name.
-        placement: device and dtype of the small model, as `load_pretrained` takes them.
+def methods_of(model: str | None = None, **placement: Any) -> dict[str, Method]:
+    """Return all methods by name.
 
     CoDe is left out, with a logged warning, while a bundled model has no small one.
+
+    Args:
+        model: name of a bundled model, whose adapters and trained baselines are methods too; None for the methods
+            that any VAR has.
+        placement: device and dtype of the small model, for `load_pretrained`.
     """
     found = [Method("dense", unpatched), Method("accelerated", lambda var: patched_silently(var, DENSE, None))]
-    for name in bundled_adapters(model) if model else ():
-        found += adapter_methods(name, adapter_path(model, name))
-    found += [_trained(*baseline) for baseline in (bundled_baselines(model) if model else {}).items()]
+    if model:
+        for name in bundled_adapters(model):
+            found += adapter_methods(name, adapter_path(model, name))
+        found += [_trained(*baseline) for baseline in bundled_baselines(model).items()]
     for rate in RATES:
         found += [_pruned("magnitude", rate), _pruned("wanda", rate)]
         found.append(Method(f"fastvar@{rate}", functools.partial(baselines.fastvar, rate=rate)))
@@ -78,8 +82,12 @@ def methods_of(model: str | None = None, **placement: object) -> dict[str, Metho
 
 
 def chosen_methods(names: str, known: dict[str, Method]) -> list[Method]:
-    """The methods of a comma-separated list: `all`; names, those of a family without its `@` for all of it; and files
-    of adapters, named as they are without suffix.
+    """Return the methods of a comma-separated list.
+
+    Args:
+        names: `all`; names of methods, or of a group for all its methods; and files of adapters, whose methods are
+            named by the file without its suffix.
+        known: methods by name, see `methods_of`.
 
     Raises:
         ValueError: an unknown name; lists those there are.
@@ -88,17 +96,23 @@ def chosen_methods(names: str, known: dict[str, Method]) -> list[Method]:
     chosen: dict[str, Method] = {}
     for name in names.split(","):
         if name.endswith(".safetensors"):
-            of_name = [adapter_method(Path(name).stem, Path(name))]
+            meant = [adapter_method(Path(name).stem, Path(name))]
         else:
-            of_name = [m for m in known.values() if name in ("all", m.name, m.family)]
-        if not of_name:
+            meant = [m for m in known.values() if name in ("all", m.name, m.group)]
+        if not meant:
             raise ValueError(f"methods: expected all, adapter files or names among {', '.join(known)}, got {name!r}")
-        chosen |= {method.name: method for method in of_name}
+        chosen |= {method.name: method for method in meant}
     return list(chosen.values())
 
 
-def adapter_method(name: str, path: Path, **changes: object) -> Method:
-    """Return ActVAR with an adapter and the Execution that it recommends, some fields of its configuration changed."""
+def adapter_method(name: str, path: Path, **changes: Any) -> Method:
+    """Return ActVAR with an adapter and the Execution that it recommends.
+
+    Args:
+        name: of the method.
+        path: file of the adapter.
+        changes: other values for fields of the adapter's configuration.
+    """
     adapter = read_adapter(path)
     config, execution = replace(adapter.config, **changes), adapter.execution
 
@@ -113,7 +127,11 @@ def adapter_method(name: str, path: Path, **changes: object) -> Method:
 def adapter_methods(name: str, path: Path) -> Iterator[Method]:
     """Yield an adapter as it is, with fixed tokens, without experts, and without token selection.
 
-    With fixed tokens the first block chooses for all, as many tokens as the blocks of the adapter on average.
+    With fixed tokens the first block chooses for all. It keeps as many tokens as the adapter's blocks do on average.
+
+    Args:
+        name: of the first method, with which the others' names begin.
+        path: file of the adapter.
     """
     rates = read_adapter(path).config.token_rates
     all_tokens = (1.0,) * len(rates)
@@ -131,7 +149,7 @@ def code(small: nn.Module, count: int) -> Method:
 
 
 def _pruned(score: str, rate: float) -> Method:
-    """Return static pruning; which units stay is found once."""
+    """Return static pruning, which looks once for the units that stay."""
     units = functools.cache(functools.partial(SCORES[score], rate=rate))
     return Method(f"static-{score}@{rate}", lambda var: baselines.static_pruning(var, units(var)))
 
@@ -145,7 +163,7 @@ def _trained(name: str, path: Path) -> Method:
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """Keep back the warning that an adapter is used at other rates than it was trained for."""
+    """Hold back the warning that an adapter is used at other rates than it was trained for."""
     adapter_logger = logging.getLogger("actvar.patching.adapter")
     before, adapter_logger.disabled = adapter_logger.disabled, True
     try:

@@ -13,20 +13,25 @@ CHUNK = 1000
 def precision_recall(
     real: torch.Tensor, real_radii: torch.Tensor, generated: torch.Tensor, neighbours: int = 3
 ) -> tuple[float, float]:
-    """Share of generated features within the real manifold, and share of real ones within the generated manifold.
+    """Return the share of generated features in the real manifold, and of real features in the generated manifold.
 
     A manifold is the union of balls around its features that reach to their k-th neighbour.
 
     Args:
-        real, generated: features `[M, F]` and `[N, F]`.
-        real_radii: `radii(real, neighbours)`.
+        real: features of real images, `[M, F]`.
+        real_radii: `radii(real, neighbours)`, `[M]` float64.
+        generated: features of generated images, `[N, F]`.
         neighbours: k.
     """
     return _within(generated, real, real_radii), _within(real, generated, radii(generated, neighbours))
 
 
 def radii(features: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """Distance `[N]` in float64 of each of `features` `[N, F]` to its k-th nearest other one.
+    """Return the distance of each feature to its k-th nearest other feature, `[N]` float64.
+
+    Args:
+        features: `[N, F]`.
+        neighbours: k.
 
     Raises:
         ValueError: too few features to have k neighbours.
@@ -44,7 +49,7 @@ def radii(features: torch.Tensor, neighbours: int) -> torch.Tensor:
 
 
 def _within(features: torch.Tensor, centres: torch.Tensor, radius: torch.Tensor) -> float:
-    """Share of `features` that lie within the radius of a centre or more."""
+    """Return the share of `features` that lie within the radius of at least one centre."""
     chunks = features.double().split(CHUNK)
     return (
         torch.cat([(torch.cdist(chunk, centres.double()) <= radius).any(dim=1) for chunk in chunks])

@@ -1,4 +1,4 @@
-"""What a model predicts scale by scale on given token maps, as in sampling, and how far that is from dense."""
+"""Predictions of a model scale by scale on given token maps, as in sampling, and their distance from dense."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from actvar.sparse.state import is_patched, patch_state
 from actvar.utils.fingerprint import fingerprint
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""Labels `[B]` and inputs `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`."""
+"""Labels `[B]` int64 and inputs `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`."""
 
 
 @torch.no_grad()
 def predictions(var: nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the number of each scale that is sampled with its logits `[R, L, V]`.
 
-    Rows are `B` conditional ones, then as many unconditional ones, unless the method in use has no more of those.
-
-    Teacher forcing in steps, through the K/V cache, so that it goes with everything that changes sampling.
+    Rows are `B` conditional ones, then as many unconditional ones, unless the method in use has dropped these. The
+    inputs are fed scale by scale, through the K/V cache, so that every change of sampling takes effect.
 
     Args:
-        labels, inputs: a `Batch`.
+        var: dense, or with a method on.
+        labels: classes `[B]` int64.
+        inputs: `[B, L - first_l, Cvae]`.
     """
     with patch_state(var).sampling(var, in_place=False) if is_patched(var) else nullcontext():
         yield from family_of(var).scale_logits(var, labels, inputs)
@@ -37,8 +38,9 @@ class DensePredictions:
     """The logits of an unpatched model, kept to compare others with.
 
     Args:
+        var: the unpatched model.
         batches: the token maps.
-        cfg: guidance strength, as in sampling.
+        cfg: guidance strength of the drawn tokens.
     """
 
     def __init__(self, var: nn.Module, batches: Sequence[Batch], cfg: float):
@@ -48,15 +50,24 @@ class DensePredictions:
 
     @torch.no_grad()
     def divergences(self, var: nn.Module) -> dict[str, list[float | None]]:
-        """Mean over tokens of `KL(dense || var)` in nats per scale, None where `var` predicts nothing: `kl` of the
-        conditional rows; `kl_drawn` of what tokens are drawn from, with guidance where `var` has it."""
+        """Return `KL(dense || var)` in nats, mean over the tokens of each scale.
+
+        A scale that `var` does not predict has None.
+
+        Args:
+            var: the model with a method on.
+
+        Returns:
+            `kl` of the conditional rows, and `kl_drawn` of the distributions that tokens are drawn from, with guidance
+            where `var` has it.
+        """
         last = len(family_of(var).maps(var)) - 1
         sums: dict[str, list[float | None]] = {name: [None] * (last + 1) for name in ("kl", "kl_drawn")}
         images = sum(len(labels) for labels, _ in self.batches)
-        for (labels, inputs), of_batch in zip(self.batches, self.logits, strict=True):
+        for (labels, inputs), dense_logits in zip(self.batches, self.logits, strict=True):
             for scale, logits in predictions(var, labels, inputs):
                 count, strength = len(labels), self.cfg * scale / last
-                dense = of_batch[scale]
+                dense = dense_logits[scale]
                 drawn = guided(logits, strength) if len(logits) == 2 * count else logits
                 pairs = {"kl": (dense[:count], logits[:count]), "kl_drawn": (guided(dense, strength), drawn)}
                 for name, pair in pairs.items():

@@ -6,6 +6,7 @@ import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,17 +24,20 @@ NEIGHBOURS = 3
 MANIFOLD = 10_000
 """Real images, evenly spaced, whose neighbourhoods are the real manifold of precision and recall."""
 FEWEST_IMAGES = 20
-"""What the Inception Score, in ten parts, needs."""
+"""Images that the Inception Score, in ten parts, needs."""
 METRICS = ("fid", "is", "precision", "recall", "agreement")
 
 
 @dataclass(frozen=True)
 class RealImages:
-    """What has to be known of the real images.
+    """Statistics of real images.
 
     Args:
-        features_sum, features_cov_sum, count: `[F]`, `[F, F]` and `[]`, of all images, as torchmetrics sums them.
-        manifold, manifold_radii: features `[M, F]` and distances `[M]` to their third neighbour, of some images.
+        features_sum: sum of the features over all images, `[F]` float64, by torchmetrics.
+        features_cov_sum: sum of their outer products, `[F, F]` float64, by torchmetrics.
+        count: number of all images, `[]` int64.
+        manifold: features of some images, `[M, F]` float32.
+        manifold_radii: distances of these features to their third neighbours, `[M]` float64.
     """
 
     features_sum: torch.Tensor
@@ -44,14 +48,14 @@ class RealImages:
 
 
 class ImageQuality:
-    """Compares images with real ones. Features and their neighbourhoods are computed on the network's device.
+    """A comparison of images with real ones; features and their neighbourhoods are computed on the network's device.
 
     Args:
         network: a classifier in eval mode with `features(images)` `[B, F]` and `classifier(features)` `[B, classes]`.
         real: see `real_images`.
     """
 
-    def __init__(self, network: nn.Module, real: RealImages):
+    def __init__(self, network: Any, real: RealImages):
         self.network, self.real = network, real
         self.frechet = FrechetInceptionDistance(feature=_as_given(real.features_sum.numel()))
         self.frechet.reset_real_features = False
@@ -61,14 +65,18 @@ class ImageQuality:
 
     @torch.no_grad()
     def of(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, float]:
-        """FID; `is`, the Inception Score in ten parts of a fixed random order; precision and recall by three
-        neighbours; and with `labels` `[N]` the share of images that the network puts into their class, `agreement`.
+        """Return the metrics of images by name.
 
         Args:
-            images: `[N, C, H, W]` in [0, 1], at least 20.
+            images: `[N, C, H, W]` float32 in [0, 1], at least 20.
+            labels: their classes, `[N]` int64; None where these are not known.
+
+        Returns:
+            `fid`; `is`, the Inception Score in ten parts of a fixed random order; `precision` and `recall` by three
+            neighbours; and with `labels` `agreement`, the share of images that the network puts into their class.
 
         Raises:
-            ValueError: fewer images.
+            ValueError: there are fewer images.
         """
         if len(images) < FEWEST_IMAGES:
             raise ValueError(f"expected at least {FEWEST_IMAGES} images to compare, got {len(images)}")
@@ -77,13 +85,13 @@ class ImageQuality:
         self.frechet.reset()
         self.frechet.update(features.cpu(), real=False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it keeps all logits in memory
+            warnings.simplefilter("ignore", UserWarning)  # it warns that it keeps all logits in memory
             score = InceptionScore(feature=_as_given(logits.shape[1]))
         score.update(logits)
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             inception = score.compute()[0].item()
-        manifold, manifold_radii = (of.to(features.device) for of in (self.real.manifold, self.real.manifold_radii))
+        manifold, manifold_radii = (t.to(features.device) for t in (self.real.manifold, self.real.manifold_radii))
         precision, recall = precision_recall(manifold, manifold_radii, features, NEIGHBOURS)
         found = {"fid": self.frechet.compute().item(), "is": inception, "precision": precision, "recall": recall}
         if labels is not None:
@@ -92,14 +100,30 @@ class ImageQuality:
 
 
 def real_images(network: nn.Module, images: torch.Tensor, cache: Path | None = None) -> RealImages:
-    """The statistics of `images` `[N, C, H, W]` in [0, 1], kept in the folder `cache` under a hash of the network's
-    weights and the images; a file there that cannot be read is made again."""
-    path = None if cache is None else cache / f"real-images-{_key(network, images)}.safetensors"
-    if path is not None and path.exists():
+    """Return the statistics of real images.
+
+    Args:
+        network: see `ImageQuality`.
+        images: `[N, C, H, W]` float32 in [0, 1].
+        cache: folder that keeps the statistics under a hash of the network's weights and the images; None: nothing is
+            kept. A file that cannot be read is made again.
+    """
+    if cache is None:
+        return _statistics(network, images)
+    path = cache / f"real-images-{_key(network, images)}.safetensors"
+    if path.exists():
         try:
             return RealImages(**load_file(path))
         except (SafetensorError, TypeError, OSError):
             pass
+    real = _statistics(network, images)
+    cache.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_file(asdict(real), temporary)
+    return real
+
+
+def _statistics(network: nn.Module, images: torch.Tensor) -> RealImages:
     features = network_features(network, images)
     frechet = FrechetInceptionDistance(feature=_as_given(features.shape[1]))
     frechet.update(features.cpu(), real=True)
@@ -108,35 +132,35 @@ def real_images(network: nn.Module, images: torch.Tensor, cache: Path | None = N
         .round()
         .long()
     ].contiguous()
-    real = RealImages(
+    return RealImages(
         frechet.real_features_sum,
         frechet.real_features_cov_sum,
         frechet.real_features_num_samples,
         some.cpu(),
         radii(some, NEIGHBOURS).cpu(),
     )
-    if path is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_file(asdict(real), temporary)
-    return real
 
 
 def cache_folder() -> Path:
-    """Where statistics of real images are kept: `actvar` in `XDG_CACHE_HOME`, by default `~/.cache`."""
+    """Return the folder for statistics of real images: `actvar` in `XDG_CACHE_HOME`, by default in `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actvar"
 
 
 @torch.no_grad()
-def network_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """`network.features` of images `[N, C, H, W]` in [0, 1], `[N, F]`, in batches, on the network's device."""
+def network_features(network: Any, images: torch.Tensor) -> torch.Tensor:
+    """Return the features of images in batches, `[N, F]` on the network's device.
+
+    Args:
+        network: see `ImageQuality`.
+        images: `[N, C, H, W]` float32 in [0, 1].
+    """
     device = next(network.parameters()).device
     return torch.cat([network.features(batch.to(device)) for batch in images.split(BATCH)])
 
 
 def _as_given(features: int) -> nn.Module:
-    """What torchmetrics takes for a network: it gets features already."""
-    network = nn.Identity()
+    """Return a network for torchmetrics that gives back its input, which are features already."""
+    network: Any = nn.Identity()
     network.num_features = features
     return network
 

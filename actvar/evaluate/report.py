@@ -22,13 +22,14 @@ TITLES = {"fid": "FID", "is": "IS", "precision": "precision", "recall": "recall"
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of paired or single values, and half of its 95 % interval by Student's t; None for fewer than two."""
+    """The mean of some values, and half of its 95 % interval by Student's t; None for fewer than two values."""
 
     mean: float
     interval: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
+        """Return the mean of one value or more."""
         if len(values) < 2:
             return cls(values[0], None)
         error = statistics.stdev(values) / math.sqrt(len(values))
@@ -40,16 +41,26 @@ class Mean:
 
 @dataclass(frozen=True)
 class Report:
-    """Results with the settings they come from."""
+    """Results and their settings.
+
+    Args:
+        results: one per method.
+        how: the settings.
+        maps: height and width of every scale's token map.
+    """
 
     results: Sequence[Result]
     how: Evaluation
     maps: Sequence[tuple[int, int]]
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-compatible. Per method the means over seeds of the metrics; `seconds` and `flops` per image (the median
-        of the timed batches; the transformer's alone); `kl` and `kl_drawn` by scale; `interval`: half of the 95 %
-        interval of each metric; `minus_dense`: mean and interval of paired differences; and all values by seed."""
+        """Return the results JSON-compatible.
+
+        Every method has the means of the metrics over the seeds, and all values by seed. `seconds` per image are the
+        median of the timed batches, and `flops` per image those of the transformer alone. `kl` and `kl_drawn` are by
+        scale. `interval` is half of the 95 % interval of each metric, and `minus_dense` has mean and interval of the
+        paired differences.
+        """
         return {"settings": asdict(self.how), "methods": {result.name: self._entry(result) for result in self.results}}
 
     def _entry(self, result: Result) -> dict[str, object]:
@@ -67,20 +78,20 @@ class Report:
         }
 
     def means(self, result: Result) -> dict[str, Mean]:
-        """Each metric over the seeds; none where no images were drawn."""
+        """Return the mean of each metric over the seeds; without images there is none."""
         names = METRICS if result.quality else ()
-        return {name: Mean.of([of_seed[name] for of_seed in result.quality]) for name in names}
+        return {name: Mean.of([metrics[name] for metrics in result.quality]) for name in names}
 
     def differences(self, result: Result) -> dict[str, Mean]:
-        """Each metric less that of `dense` with the same seed; none without `dense`."""
+        """Return each metric less that of `dense` with the same seed; without `dense` there is none."""
         dense = next((other for other in self.results if other.name == DENSE), None)
         if dense is None or dense is result:
             return {}
         pairs = list(zip(result.quality, dense.quality, strict=True))
-        return {name: Mean.of([of[name] - base[name] for of, base in pairs]) for name in METRICS if pairs}
+        return {name: Mean.of([own[name] - base[name] for own, base in pairs]) for name in METRICS if pairs}
 
     def table(self) -> str:
-        """Aligned text, a row per method."""
+        """Return aligned text with a row per method."""
         has_quality = any(result.quality for result in self.results)
         has_kl = any(result.divergences for result in self.results)
         titles = ["", "ms / image", "GFLOP / image"]
@@ -106,22 +117,29 @@ class Report:
 
 
 def save_quality_plot(report: Report, path: Path) -> Path:
-    """FID over time per image, with its 95 % interval; settings of one method are joined by a line.
+    """Plot the FID with its 95 % interval over the time per image; a line joins the settings of one method.
+
+    Args:
+        report: the results.
+        path: the PNG.
+
+    Returns:
+        The path.
 
     Raises:
         ValueError: an evaluation without images.
     """
-    families: dict[str, list[tuple[float, Mean, str]]] = {}
+    groups: dict[str, list[tuple[float, Mean, str]]] = {}
     for result in report.results:
         if not result.quality:
             raise ValueError("expected an evaluation with images to plot")
-        family, _, amount = result.name.partition("@")
+        group, _, amount = result.name.partition("@")
         point = (1e3 * statistics.median(result.seconds), report.means(result)["fid"], amount)
-        families.setdefault(family, []).append(point)
+        groups.setdefault(group, []).append(point)
     figure = Figure(figsize=(8.5, 5.5), layout="constrained")
     axes = figure.subplots()
     markers = "osD^v<>Ph*Xp"
-    for index, (family, points) in enumerate(families.items()):
+    for index, (group, points) in enumerate(groups.items()):
         points.sort(key=lambda point: point[0])
         times, means, amounts = zip(*points, strict=True)
         axes.errorbar(
@@ -133,7 +151,7 @@ def save_quality_plot(report: Report, path: Path) -> Path:
             markersize=5,
             linewidth=1,
             capsize=2,
-            label=family,
+            label=group,
         )
         for time, mean, amount in zip(times, means, amounts, strict=True):
             axes.annotate(amount, (time, mean.mean), xytext=(4, 4), textcoords="offset points", fontsize=6)

@@ -7,9 +7,10 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -31,16 +32,19 @@ from actvar.utils.fingerprint import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is sampled from each method, and how often.
+    """Settings of an evaluation: the images that are drawn by each method, and the timed batches.
 
     Args:
         num: images per seed, as many of every class.
-        seed, repeats: the seeds are `seed` ... `seed + repeats - 1`; the same for every method.
+        seed: the first seed.
+        repeats: number of seeds, which follow each other and are the same for every method.
         batch: images per batch, in sampling and in timing.
-        cfg, top_k, top_p: as in `VAR.autoregressive_infer_cfg`.
+        cfg, top_k, top_p: see `VAR.autoregressive_infer_cfg`.
         rounds: timed batches of every method.
 
     Numbers of any kind become Python's own.
@@ -68,7 +72,7 @@ class Evaluation:
             object.__setattr__(self, name, number)
 
     def bulk(self, var: VAR, seed: int) -> Bulk:
-        """The images of one seed.
+        """Return the request for the images of one seed.
 
         Raises:
             ValueError: a number that the model's classes cannot share equally.
@@ -78,13 +82,21 @@ class Evaluation:
 
     @property
     def seeds(self) -> range:
+        """Return the seeds of every method."""
         return range(self.seed, self.seed + self.repeats)
 
 
 @dataclass
 class Result:
-    """What was found of one method: `quality` per seed (`actvar.evaluate.quality.METRICS`); `seconds` per image of
-    every timed batch; `flops` per image; `divergences` as `DensePredictions` has them. Empty: not measured."""
+    """The results of one method, where what was not measured is empty.
+
+    Args:
+        name: of the method.
+        quality: per seed the metrics of `actvar.evaluate.quality.METRICS`.
+        seconds: per image of every timed batch.
+        flops: per image.
+        divergences: see `DensePredictions.divergences`.
+    """
 
     name: str
     quality: list[dict[str, float]]
@@ -94,17 +106,26 @@ class Result:
 
 
 class Parts:
-    """Finished parts of an evaluation, a JSON file each, in a folder: what is there is not computed again.
+    """Finished parts of an evaluation, a JSON file each; a part that has its file is not computed again.
 
-    A file's name has a hash of all that its contents follow from, so that other settings make other files. A part that
-    is not finished has a folder of that name, gone when it is.
+    A file's name has a hash of all that its contents follow from, so that other settings make other files. An
+    unfinished part has a folder of that name, which is removed in the end.
+
+    Args:
+        folder: of the files.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def get(self, name: str, facts: object, compute: Callable[[Path], object]):
-        """What `compute(folder)` returned, JSON-compatible, now or before."""
+    def get(self, name: str, facts: object, compute: Callable[[Path], T]) -> T:
+        """Return the result of `compute(folder)`, from this call or an earlier one.
+
+        Args:
+            name: of the part, with which the file's name begins.
+            facts: all that the result follows from, JSON-compatible.
+            compute: gets the folder of the unfinished part and returns a JSON-compatible result.
+        """
         key = hashlib.sha256(json.dumps([actvar.__version__, facts]).encode()).hexdigest()[:12]
         path = self.folder / f"{name}-{key}.json"
         unfinished = path.with_suffix("")
@@ -140,8 +161,11 @@ def evaluate(
 
     Args:
         var: unpatched, on the device to evaluate on.
+        methods: to evaluate.
+        how: the settings.
+        folder: of the finished parts.
         quality: compares the images with real ones; None: no images are drawn.
-        dense: what the dense model predicts; None: no divergence is measured.
+        dense: predictions of the dense model; None: no divergence is measured.
 
     Raises:
         ValueError: a number of images that the model's classes cannot share equally, or of fewer than 20.
@@ -161,42 +185,76 @@ def evaluate(
             flops = parts.get(f"{method.name}-flops", facts, lambda _: sampling_flops(var))
             found = {}
             if dense:
-                of_dense = facts | {"cfg": how.cfg, "tokens": dense.fingerprint}
-                found = parts.get(f"{method.name}-divergence", of_dense, lambda _: dense.divergences(var))
-            of_seeds = [
-                parts.get(
-                    f"{method.name}-seed{seed}",
-                    facts | asdict(replace(how, seed=seed, repeats=1, rounds=0)),
-                    lambda images, seed=seed: quality.of(*sampled_images(var, how.bulk(var, seed), images)),
-                )
-                for seed in (how.seeds if quality else ())
-            ]
-        results.append(Result(method.name, of_seeds, [], flops, found))
+                dense_facts = facts | {"cfg": how.cfg, "tokens": dense.fingerprint}
+                found = parts.get(f"{method.name}-divergence", dense_facts, lambda _: dense.divergences(var))
+            metrics = _metrics(parts, method.name, facts, var, how, quality) if quality else []
+        results.append(Result(method.name, metrics, [], flops, found))
     for result, seconds in zip(results, image_seconds(var, methods, how), strict=True):
         result.seconds = seconds
     return results
 
 
+def _metrics(
+    parts: Parts, name: str, facts: Mapping[str, object], var: VAR, how: Evaluation, quality: ImageQuality
+) -> list[dict[str, float]]:
+    """Return the metrics of one method per seed, from the finished parts where these have them.
+
+    Args:
+        parts: finished parts.
+        name: of the method, which is on `var`.
+        facts: on which the images depend, besides the settings.
+        var: the model.
+        how: the settings.
+        quality: compares the images with real ones.
+    """
+    return [
+        parts.get(
+            f"{name}-seed{seed}",
+            {**facts, **asdict(replace(how, seed=seed, repeats=1, rounds=0))},
+            lambda images, seed=seed: quality.of(*sampled_images(var, how.bulk(var, seed), images)),
+        )
+        for seed in how.seeds
+    ]
+
+
 def image_seconds(var: VAR, methods: Sequence[Method], how: Evaluation) -> list[list[float]]:
-    """Seconds per image of `how.rounds` timed batches per method, all methods in turn; each batch follows one of the
-    same size that is not timed, which packs weights and finds its memory."""
+    """Return the seconds per image of `how.rounds` timed batches per method, all methods in turn.
+
+    Each batch follows one of the same size that is not timed, which packs weights and takes its memory.
+
+    Args:
+        var: unpatched.
+        methods: to time.
+        how: the settings.
+    """
     labels = tuple(index % var.num_classes for index in range(how.batch))
     sampling = Sampling(labels, how.cfg, how.top_k, how.top_p, how.seed)
     device = device_of(var)
     seconds: list[list[float]] = [[] for _ in methods]
     with tqdm(total=how.rounds * len(methods), desc="timing") as bar:
         for _ in range(how.rounds):
-            for method, of_method in zip(methods, seconds, strict=True):
+            for method, method_seconds in zip(methods, seconds, strict=True):
                 with method.applied(var):
                     sampling.run(var)
-                    of_method.append(seconds_of(lambda: sampling.run(var), device) / how.batch)
+                    method_seconds.append(seconds_of(lambda: sampling.run(var), device) / how.batch)
                 bar.update()
     return seconds
 
 
 def write_samples(var: VAR, methods: Sequence[Method], how: Evaluation, folder: Path) -> list[Path]:
-    """`<method>-seed<n>.npz` in `folder` for OpenAI's evaluator, of every method and seed; resumes, see
-    `actvar.sampling.shards.sample_many`."""
+    """Write `<method>-seed<n>.npz` for OpenAI's evaluator, of every method and seed.
+
+    An interrupted call goes on where it was, see `actvar.sampling.shards.sample_many`.
+
+    Args:
+        var: unpatched.
+        methods: to sample.
+        how: the settings.
+        folder: of the files.
+
+    Returns:
+        The files.
+    """
     written = []
     for method in methods:
         for seed in how.seeds:
@@ -209,8 +267,18 @@ def write_samples(var: VAR, methods: Sequence[Method], how: Evaluation, folder: 
 
 
 def sampled_images(var: VAR, bulk: Bulk, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images `[N, C, H, W]` in [0, 1], in steps of 1 / 255, and labels `[N]` of `bulk`; those that `folder` has are
-    not drawn again, see `actvar.sampling.shards.sample_many`."""
+    """Return the images of `bulk` and their labels.
+
+    Images that `folder` has are not drawn again, see `actvar.sampling.shards.sample_many`.
+
+    Args:
+        var: the model with a method on.
+        bulk: the images to draw.
+        folder: keeps them.
+
+    Returns:
+        Images `[N, C, H, W]` float32 in [0, 1], in steps of 1 / 255, and labels `[N]` int64.
+    """
     sample_many(var, bulk, folder)
     pixels, labels = read_images(folder, bulk)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -27,9 +27,18 @@ Measured = TypeVar("Measured")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of a whole sample, seconds of the blocks at the active scales, and FLOPs of the transformer, by formula
-    and by torch's counter; each by name: `dense`, `actvar`, and seconds also of `accelerated`, the dense model on the
-    kernels (`actvar.accelerate`)."""
+    """Times and FLOPs of the same sample drawn in several ways.
+
+    Seconds are by the names `dense`, `actvar` and `accelerated`, the dense model on the kernels (`actvar.accelerate`).
+    FLOPs are by `dense` and `actvar`.
+
+    Args:
+        images: of the sample.
+        seconds: of the whole sample.
+        block_seconds: of the blocks at the active scales.
+        formula_flops: of the transformer, by formula.
+        counted_flops: of the transformer, by torch's counter.
+    """
 
     images: int
     seconds: dict[str, float]
@@ -38,9 +47,9 @@ class Comparison:
     counted_flops: dict[str, int]
 
     def table(self) -> str:
-        """The comparison as aligned text."""
+        """Return the comparison as aligned text."""
 
-        def row(label: str, values: dict[str, float], unit: float, digits: int, gain: Sequence[str] = ()) -> str:
+        def row(label: str, values: Mapping[str, float], unit: float, digits: int, gain: Sequence[str] = ()) -> str:
             columns = (values.get(name, values["dense"]) / unit for name in ("dense", "accelerated", "actvar"))
             return f"{label:<34}" + "".join(f"{value:>13.{digits}f}" for value in columns) + "".join(gain)
 
@@ -67,7 +76,14 @@ class Comparison:
 def compare(
     var: nn.Module, config: ActVARConfig, adapter: str | Path | None, sampling: Sampling, repeats: int
 ) -> Comparison:
-    """Measure an unpatched `var`, the same accelerated, and with ActVAR, in turn, medians of `repeats`.
+    """Measure the dense model, the same on the kernels, and with ActVAR, in turn.
+
+    Args:
+        var: an unpatched model.
+        config: of ActVAR.
+        adapter: file of the gates; None for gates without training.
+        sampling: the images to draw.
+        repeats: of every measurement, whose median is taken.
 
     Raises:
         TypeError: repeats that are no integer.
@@ -90,7 +106,7 @@ def compare(
     batch = len(sampling.labels)
     formula = {"dense": total_flops(model_flops(var, batch))}
     counted = {"dense": total_flops(counted_flops(var, batch))}
-    with patched_silently(var, config, adapter):  # once, so that what is packed of an adapter's weights stays
+    with patched_silently(var, config, adapter):  # patched once, so that packed weights of the adapter stay
         seconds = interleaved_medians(all_ways(var, whole), repeats, "whole samples")
         block_times = interleaved_medians(all_ways(var, blocks), repeats, "blocks")
         formula["actvar"] = total_flops(model_flops(var, batch))
@@ -99,10 +115,10 @@ def compare(
 
 
 def all_ways(var: nn.Module, measure: Callable[[], Measured]) -> dict[str, Callable[[], Measured]]:
-    """Return `measure` by name of the model that it finds.
+    """Return `measure` by the name of the way in which it finds the model.
 
-    `actvar` is `var` as it is patched, `dense` without its patch, `accelerated` the dense model on the kernels, by the
-    same Execution.
+    `actvar` is the patched `var`, `dense` the model without its patch, and `accelerated` the dense model on the kernels
+    by the same Execution.
 
     Args:
         var: a patched model.
@@ -129,11 +145,19 @@ def save_pictures(
     columns: int,
     titles: Sequence[str],
 ) -> list[Path]:
-    """Write `dense.png`, `actvar.png`, `difference.png` and, where tokens are selected, `tokens.png`; returns them.
+    """Write `dense.png`, `actvar.png`, `difference.png` and, where tokens are selected, `tokens.png`.
 
     Args:
+        var: an unpatched model.
+        config: of ActVAR.
+        adapter: file of the gates; None for gates without training.
+        sampling: the images to draw.
+        folder: of the pictures.
         columns: images per row of the grids.
         titles: a label per image, for the token overlay, which shows the first image of up to five rows.
+
+    Returns:
+        The files.
     """
     dense = sampling.run(var)
     with patched_silently(var, config, adapter), record(var) as records:
@@ -143,6 +167,6 @@ def save_pictures(
     written = [save_grid(images, folder / f"{name}.png", columns) for name, images in grids.items()]
     if selects:
         shown = list(range(0, len(sparse), columns))[:5]
-        of_shown, names = [r.only(shown) for r in records], [titles[i] for i in shown]
-        written.append(save_token_overlay(sparse[shown], of_shown, folder / "tokens.png", names))
+        shown_records, names = [r.only(shown) for r in records], [titles[i] for i in shown]
+        written.append(save_token_overlay(sparse[shown], shown_records, folder / "tokens.png", names))
     return written

@@ -1,4 +1,4 @@
-"""What `actvar flops` says: FLOPs of a model by module and step as text, JSON and a plot like the paper's Figure 4."""
+"""The report of `actvar flops`: FLOPs by module and step as text, JSON and a plot like the paper's Figure 4."""
 
 from __future__ import annotations
 
@@ -28,8 +28,18 @@ AGREEMENT = 0.01
 
 @dataclass(frozen=True)
 class FlopsReport:
-    """FLOPs of `batch` images under guidance, by name: `dense` and `actvar`, scale by scale; of the autoencoder's
-    decoder for one image; and the paper's rows, if they were asked for."""
+    """FLOPs of some images under guidance.
+
+    Args:
+        model: name of the model.
+        batch: number of images.
+        config: of ActVAR.
+        sides: of the token maps, by scale.
+        formula: by formula, scale by scale, of `dense` and `actvar`.
+        counted: by torch's counter, scale by scale, of `dense` and `actvar`.
+        decoder: of the autoencoder's decoder for one image.
+        paper: the paper's rows, if they were asked for.
+    """
 
     model: str
     batch: int
@@ -42,7 +52,7 @@ class FlopsReport:
 
     @property
     def worst_difference(self) -> float:
-        """The largest relative difference between formula and counter in any module of any step."""
+        """Return the largest relative difference between formula and counter in any module of any step."""
         return max(
             abs(getattr(counted, module) - getattr(formula, module)) / max(getattr(formula, module), 1)
             for name in self.formula
@@ -52,12 +62,12 @@ class FlopsReport:
 
     @property
     def saving(self) -> dict[str, float]:
-        """Share of the transformer's FLOPs that ActVAR saves, by formula and by counter."""
+        """Return the share of the transformer's FLOPs that ActVAR saves, by formula and by counter."""
         ways = {"formula": self.formula, "counted": self.counted}
         return {way: 1 - total_flops(flops["actvar"]) / total_flops(flops["dense"]) for way, flops in ways.items()}
 
     def text(self) -> str:
-        """The tables, in GFLOP and percent."""
+        """Return the tables, in GFLOP and percent."""
         lines = []
         for name, title in (("dense", "dense"), ("actvar", "ActVAR")):
             lines += _steps_table(title, self.sides, self.formula[name], self.counted[name])
@@ -72,7 +82,7 @@ class FlopsReport:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-compatible; FLOPs are whole numbers, percentages those of `Reproduced.as_dict`."""
+        """Return the report JSON-compatible; FLOPs are integers, percentages those of `Reproduced.as_dict`."""
         return {
             "model": self.model,
             "batch": self.batch,
@@ -89,15 +99,21 @@ class FlopsReport:
 
 
 def flops_report(model: str, config: ActVARConfig, batch: int, paper: bool) -> FlopsReport:
-    """FLOPs of a model of `MODEL_NAMES`, which is made of shapes alone.
+    """Return the FLOPs of a model, which is built without memory for its weights.
+
+    Args:
+        model: one of `MODEL_NAMES`.
+        config: of ActVAR.
+        batch: number of images.
+        paper: compute the paper's rows too.
 
     Raises:
         ValueError: a configuration that does not fit the model.
     """
     vae, var = shapes_of(model)
     formula, counted = {}, {}
-    for name, of_name in tqdm({"dense": DENSE, "actvar": config}.items(), desc="counting", leave=False):
-        patch_silently(var, of_name)
+    for name, patch_config in tqdm({"dense": DENSE, "actvar": config}.items(), desc="counting", leave=False):
+        patch_silently(var, patch_config)
         formula[name], counted[name] = model_flops(var, batch), counted_flops(var, batch)
     rows = reproduce({name: shapes_of(name)[1] for name in {row.model for row in ROWS}}) if paper else []
     return FlopsReport(
@@ -113,7 +129,7 @@ def flops_report(model: str, config: ActVARConfig, batch: int, paper: bool) -> F
 
 
 def shapes_of(model: str) -> tuple[VQVAE, VAR]:
-    """Autoencoder and transformer on the meta device."""
+    """Return autoencoder and transformer of one of `MODEL_NAMES` on the meta device."""
     if model == "fashion-mnist":
         return architecture.build(device="meta")
     width, sides = MODELS[model]
@@ -122,7 +138,7 @@ def shapes_of(model: str) -> tuple[VQVAE, VAR]:
 
 @torch.no_grad()
 def decoder_flops(vae: VQVAE) -> int:
-    """FLOPs of decoding one image by torch's counter; `vae` is on the meta device."""
+    """Return the FLOPs of decoding one image by torch's counter, for a `vae` on the meta device."""
     side = vae.quantize.v_patch_nums[-1]
     with FlopCounterMode(display=False) as counter:
         vae.fhat_to_img(torch.empty(1, vae.Cvae, side, side, device="meta"))
@@ -132,7 +148,7 @@ def decoder_flops(vae: VQVAE) -> int:
 def _steps_table(
     title: str, sides: Sequence[int], formula: Sequence[StepFlops], counted: Sequence[StepFlops]
 ) -> list[str]:
-    """A row per step by formula, their sums, and the sums by the counter."""
+    """Return the lines of a table: each step by formula, their sums, and the sums by the counter."""
 
     def line(label: str, values: Sequence[int]) -> str:
         return f"{label:<20}" + "".join(f"{value / 1e9:>10.3f}" for value in values)
@@ -164,7 +180,7 @@ def _paper_table(table: int, rows: Sequence[Reproduced]) -> list[str]:
 
 
 def save_plot(report: FlopsReport, path: Path) -> Path:
-    """Write a PNG: FLOPs by module over all steps, and by step, the dense model beside ActVAR."""
+    """Write a PNG with the FLOPs by module over all steps, and by step, of the dense model beside ActVAR."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_module, by_step = figure.subplots(1, 2, width_ratios=(1, 2))
     steps = range(1, len(report.sides) + 1)

@@ -1,8 +1,8 @@
 """FLOPs savings of the paper's Tables 1, 2, 3 and 6, and the same rows computed.
 
-The paper does not say what its denominator holds. The rows are computed under two conventions and none is fitted:
-blocks, AdaLN and head of the transformer; and the same with 50 GFLOP a row of fixed cost that nothing in the model
-explains (a row is one of the two sequences of an image under guidance).
+The paper does not tell the parts of its denominator. The rows are computed under two conventions, and none is fitted.
+The first counts blocks, AdaLN and head of the transformer. The second adds a fixed cost of 50 GFLOP a row, which
+nothing in the model explains. A row is one of the two sequences of an image under guidance.
 """
 
 from __future__ import annotations
@@ -20,13 +20,21 @@ FIXED_FLOPS_PER_ROW = 50 * 10**9
 
 
 def _rates(before: float, last: float, ffn: float) -> ActVARConfig:
-    """The paper's (a, b; c): token rates of steps 9 and 10, FFN rate of both."""
+    """Return the paper's (a, b; c): token rates of steps 9 and 10, FFN rate of both."""
     return ActVARConfig(token_rates=(before, last), ffn_rate=ffn)
 
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row: `table` number, `name` as printed there, `model`, its `config`, and the `saving` printed, in percent."""
+    """One row of a table in the paper.
+
+    Args:
+        table: number of the table.
+        name: printed name of the row.
+        model: its name.
+        config: of ActVAR.
+        saving: printed saving in percent.
+    """
 
     table: int
     name: str
@@ -36,14 +44,14 @@ class PaperRow:
 
 
 ROWS = (
-    # Abstract and conclusion speak of savings "up to" a number: it is missing in the abstract and 21.2 % in the
-    # conclusion, less than the 22.3 % of d30 here. The text of section 4.1 lists d16, d20 and d30; d24 is in the table.
+    # Abstract and conclusion speak of savings "up to" a number. The abstract omits the number. The conclusion has
+    # 21.2 %, less than the 22.3 % of d30 here. The text of section 4.1 lists d16, d20 and d30; d24 is in the table.
     PaperRow(1, "ActVAR-d16", "d16", ActVARConfig(), 20.2),
     PaperRow(1, "ActVAR-d20", "d20", ActVARConfig(), 21.2),
     PaperRow(1, "ActVAR-d24", "d24", ActVARConfig(), 21.8),
     PaperRow(1, "ActVAR-d30", "d30", ActVARConfig(), 22.3),
     # Tables 2, 3 and 6 name no model. Each has the row 21.2 %, FID 2.72, IS 290.4, which is d20 in Table 1.
-    # The order of the rates in "(50%, 25%; 50%)" is not explained; taken as step 9, step 10; FFN.
+    # The paper does not explain the order of the rates in "(50%, 25%; 50%)"; here it is step 9, step 10; FFN.
     PaperRow(2, "(50%, 25%; 50%)", "d20", _rates(0.50, 0.25, 0.50), 43.2),
     PaperRow(2, "(50%, 75%; 25%)", "d20", _rates(0.50, 0.75, 0.25), 39.9),
     PaperRow(2, "(50%, 50%; 75%)", "d20", _rates(0.50, 0.50, 0.75), 32.8),
@@ -61,8 +69,14 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Reproduced:
-    """Savings computed for one row, in percent: of the transformer's FLOPs, of those with the fixed cost added, and
-    Eq. 12's of the transformer's."""
+    """Savings computed for one row, in percent.
+
+    Args:
+        row: of the paper.
+        transformer: saving of the transformer's FLOPs.
+        with_fixed_cost: saving of the transformer's FLOPs with the fixed cost added.
+        equation_12: saving by Eq. 12, of the transformer's FLOPs.
+    """
 
     row: PaperRow
     transformer: float
@@ -70,7 +84,7 @@ class Reproduced:
     equation_12: float
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-compatible; deviations are computed minus printed, in percentage points."""
+        """Return the row JSON-compatible; deviations are computed minus printed, in percentage points."""
         row = self.row
         return {
             "table": row.table,
@@ -86,7 +100,7 @@ class Reproduced:
 
 
 def reproduce(models: Mapping[str, nn.Module]) -> list[Reproduced]:
-    """Every row of `ROWS`, of one image under guidance.
+    """Return the savings of every row of `ROWS`, for one image under guidance.
 
     Args:
         models: a VAR by name for each model of the rows; shapes suffice.

@@ -1,4 +1,4 @@
-"""Show which tokens each block updated."""
+"""A picture of the tokens that each block updated."""
 
 from __future__ import annotations
 
@@ -16,13 +16,22 @@ UPDATED_COLOUR = np.array([1.0, 0.55, 0.1])
 
 
 def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], path: Path, titles: Sequence[str]) -> Path:
-    """For each image a row per active scale: the image, one panel per block with its updated tokens in colour, and one
-    with the number of blocks that updated each token, and the share of tokens that any did.
+    """Write a picture with a row per image and active scale.
+
+    A row has the image, and a panel per block with its updated tokens in colour. The last panel has the number of
+    blocks that updated each token, and the share of tokens that any block updated.
 
     Args:
-        images: `[n, C, H, W]` in [0, 1], the first n of the sampled batch.
+        images: `[n, C, H, W]` float32 in [0, 1], the first n of the sampled batch.
         records: of one sampling run (`actvar.record`); only conditional rows are shown.
+        path: the PNG.
         titles: a label per image.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no record has selected tokens.
     """
     scales = sorted({r.scale.index for r in records if r.index is not None})
     if not scales:
@@ -59,19 +68,25 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
 
 
 def times_updated(records: Sequence[BlockRecord]) -> torch.Tensor:
-    """How many of these records, of one scale, updated each token, `[R, L]` int64."""
+    """Return how many of these records, all at one scale, updated each token, `[R, L]` int64."""
     scale, rows = records[0].scale, len(records[0].u)
     times = torch.zeros(rows, scale.tokens, dtype=torch.int64, device="cpu")
-    for of_block in records:
-        if of_block.index is None:
+    for record in records:
+        if record.index is None:
             times += 1
         else:
-            times.scatter_add_(1, of_block.index.cpu(), torch.ones_like(of_block.index, device="cpu"))
+            times.scatter_add_(1, record.index.cpu(), torch.ones_like(record.index, device="cpu"))
     return times
 
 
 def _tinted(picture: np.ndarray, index: torch.Tensor, height: int, width: int) -> np.ndarray:
-    """Return `picture` `[H, W, 3]` with the tokens `index` of a map tinted."""
+    """Return the picture with some tokens of a map tinted.
+
+    Args:
+        picture: `[H, W, 3]` float32 in [0, 1].
+        index: tokens, `[K]` int64.
+        height, width: of the map.
+    """
     updated = torch.zeros(height * width, dtype=torch.bool, device="cpu")
     updated[index.cpu()] = True
     picture_height, picture_width, _ = picture.shape

@@ -1,4 +1,4 @@
-"""Save the state of a training whole or not at all, and go on from it."""
+"""Save the state of a training whole or not at all, and resume from it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,35 @@ logger = logging.getLogger(__name__)
 
 
 def save_atomically(payload: object, path: Path) -> None:
-    """`torch.save` under a temporary name, then rename: a reader never sees half a file.
+    """Save with `torch.save` under a temporary name, then rename, so that a reader never sees half a file.
+
+    Args:
+        payload: the value.
+        path: the file.
 
     Raises:
-        OSError: the file cannot be written; an older one is as it was.
+        OSError: the file cannot be written; an older one is unchanged.
     """
     with replacing(path) as temporary:
         try:
             torch.save(payload, temporary)
-        except RuntimeError as error:  # as which torch reports a full disk
+        except RuntimeError as error:  # torch reports a full disk so
             raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: parameters that require a gradient, and buffers."""
+    """Return the tensors that training changes, by name: parameters that require a gradient, and buffers."""
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return trainable | dict(model.named_buffers())
 
 
 @torch.no_grad()
 def load_trained(model: nn.Module, plan: Plan) -> dict:
-    """Copy the tensors of the plan's checkpoint into `model`; returns the whole checkpoint.
+    """Copy the tensors of the plan's checkpoint into `model`, and return the whole checkpoint.
+
+    Args:
+        model: with the trainable parameters and buffers of the checkpoint.
+        plan: of the training.
 
     Raises:
         ValueError: the file is damaged, or of another model; `model` is unchanged.
@@ -68,9 +76,16 @@ def _read_checkpoint(path: Path) -> dict:
 
 
 def resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], average: list[torch.Tensor], plan: Plan) -> int:
-    """Load the checkpoint if there is one; the step to go on from."""
+    """Load the checkpoint if there is one, and return the number of steps that are done.
+
+    Args:
+        model: to train.
+        optimizers: of the model.
+        average: means of the trainable parameters, or an empty list.
+        plan: of the training.
+    """
     if rank() == 0:
-        for left_behind in plan.folder.glob(f".{glob.escape(plan.name)}.*"):  # by a process that was killed
+        for left_behind in plan.folder.glob(f".{glob.escape(plan.name)}.*"):  # from a killed process
             left_behind.unlink(missing_ok=True)
     if not plan.checkpoint.exists():
         if rank() == 0:
@@ -88,14 +103,16 @@ def resume(model: nn.Module, optimizers: list[torch.optim.Optimizer], average: l
 
 
 def _shorten(log: Path, step: int) -> None:
-    """Keep the header and the rows up to `step`; a row without its line end was being written when the process died."""
+    """Keep the header and the rows up to `step`, and remove a row whose line end is missing."""
     with log.open(newline="") as file:
+        # A process that died while it wrote a row leaves no line end.
         header, *rows = [line for line in file if line.endswith("\n")] or [""]
     with replacing(log) as temporary, temporary.open("w", newline="") as file:
         file.writelines([header, *(row for row in rows if int(row.split(",")[0]) <= step)])
 
 
 def append_row(path: Path, step: int, values: dict[str, float]) -> None:
+    """Append the `values` of a step to the CSV file `path`, which a new file begins with their names."""
     new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.writer(file)

@@ -1,7 +1,7 @@
 """A training loop that several processes share, that a kill cannot hurt and that Ctrl-C stops between two steps.
 
-Every step's examples and random numbers follow from (seed, step, rank) alone, so a run that was interrupted and resumed
-ends with the same weights as an unbroken one, unless the loss keeps a state of its own.
+Every step's examples and random numbers follow from (seed, step, rank) alone. Therefore an interrupted and resumed
+run ends with the same weights as an unbroken one, unless the loss keeps a state of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 def batch_indices(num_examples: int, step: int, batch: int, seed: int) -> torch.Tensor:
-    """Indices `[batch / world_size]` of this process at `step`: a fresh permutation per pass over the data."""
+    """Return the indices `[batch / world_size]` int64 of this process at `step`, from a new permutation per pass.
+
+    Args:
+        num_examples: size of the data set.
+        step: number of the step.
+        batch: examples per step over all processes.
+        seed: of the permutations.
+    """
     per_epoch = num_examples // batch
     epoch, position = divmod(step, per_epoch)
     generator = torch.Generator("cpu").manual_seed(seed * 100_003 + epoch)
@@ -44,7 +51,10 @@ def fit(
     """Train `model` in place, resuming from the plan's checkpoint when there is one.
 
     Args:
-        loss_of: maps (model, example indices) to named scalar losses; `"loss"` is minimised, all are logged.
+        model: has its trainable parameters on one device.
+        loss_of: returns named scalar losses of the model and of example indices, `[n]` int64; `"loss"` is minimised,
+            and all are logged.
+        plan: of the training.
         num_examples: size of the data set that indices point into.
         after_step: called with the step number after each optimizer step.
 
@@ -79,7 +89,9 @@ def fit(
                 optimizer.step()
             if average:
                 decay = min(plan.ema, (1 + step) / (10 + step))
-                torch._foreach_lerp_(average, [p.detach() for p in trainable], 1 - decay)
+                # torch has no public name for this call on many tensors at once.
+                weights = [p.detach() for p in trainable]
+                torch._foreach_lerp_(average, weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
             if after_step is not None:
                 after_step(step)
             done = step + 1
@@ -108,14 +120,17 @@ def fit(
 def _accumulate_gradients(
     parallel: nn.Module, loss_of: Callable, plan: Plan, indices: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Gradients of the mean loss over this process's share of the batch, averaged over processes with the last part;
-    returns the losses."""
+    """Add up gradients over this process's share of the batch, and return the mean losses.
+
+    Gradients are averaged over the processes with the last part.
+    """
     parts = indices.chunk(plan.accumulate)
     device = next(parallel.parameters()).device
     means: dict[str, torch.Tensor] = {}
     for number, part in enumerate(parts, start=1):
-        waits = number < len(parts) and isinstance(parallel, DistributedDataParallel)
-        with parallel.no_sync() if waits else nullcontext():
+        is_last = number == len(parts)
+        is_shared = isinstance(parallel, DistributedDataParallel)
+        with parallel.no_sync() if is_shared and not is_last else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16):
                 losses = loss_of(parallel, part)
             (losses["loss"] / len(parts)).backward()
@@ -126,11 +141,14 @@ def _accumulate_gradients(
 
 def _optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
     trainable = [p for p in model.parameters() if p.requires_grad]
-    blocks = blocks_of(getattr(model, "var", model)) if plan.muon else []  # a stage of the distillation has a model
+    # A stage of the distillation has its model at `var`.
+    blocks = blocks_of(getattr(model, "var", model)) if plan.muon else []
     inside = {p for block in blocks for p in block.parameters()}
     matrices = [p for p in trainable if p.ndim == 2 and p in inside]
     rest = [p for p in trainable if p.ndim != 2 or p not in inside]
-    optimizers = [torch.optim.AdamW(rest, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)
+    ]
     if matrices:
-        optimizers.append(Muon(matrices.values(), plan.lr, plan.weight_decay))
+        optimizers.append(Muon(matrices, plan.lr, plan.weight_decay))
     return optimizers

@@ -13,15 +13,20 @@ import torch
 from actvar_kernels.cpu_backend import cpu
 
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-"""Of the Newton-Schulz polynomial `a x + b x^3 + c x^5`: Jordan's, as in `torch.optim.Muon`."""
+"""Jordan's coefficients a, b, c of the Newton-Schulz polynomial `a x + b x^3 + c x^5`, also in `torch.optim.Muon`."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal: `W <- (1 - lr wd) W - 0.2 lr sqrt(max(rows, columns)) O`, `O` the
-    orthogonalized Nesterov momentum. The factor makes updates as large as AdamW's (Liu et al. 2025, arXiv 2502.16982).
+    """Momentum with an orthogonal update: `W <- (1 - lr wd) W - 0.2 lr sqrt(max(rows, columns)) O`.
+
+    `O` is the orthogonalized Nesterov momentum. The factor makes updates as large as those of AdamW (Liu et al. 2025,
+    arXiv 2502.16982).
 
     Args:
         params: matrices.
+        lr: learning rate.
+        weight_decay: wd.
+        momentum: decay of the average of gradients.
 
     Raises:
         ValueError: a parameter is not a matrix.
@@ -48,8 +53,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
-    """About `U V^T` of `matrix = U S V^T` by Newton-Schulz iterations: singular values near the largest come to
-    between 0.6 and 1.2."""
+    """Return about `U V^T` of `matrix = U S V^T`, by Newton-Schulz iterations.
+
+    Singular values near the largest become numbers between 0.6 and 1.2.
+    """
     a, b, c = COEFFICIENTS
     narrow = matrix.is_cuda or cpu.multiplies_bfloat16()
     tall = matrix.shape[0] > matrix.shape[1]

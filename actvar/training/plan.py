@@ -1,4 +1,4 @@
-"""How long and how to train."""
+"""The settings of a training loop."""
 
 from __future__ import annotations
 
@@ -12,26 +12,31 @@ from actvar_kernels.checks import as_integer
 from actvar_kernels.cpu_backend import cpu
 
 SEEDS = range(-(2**31), 2**32)
-"""Seeds of a training: those of its steps and processes, which are multiples, are still seeds for torch."""
+"""Seeds of a training; the multiples of these for its steps and processes are still seeds for torch."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how to train.
+    """The settings of a training loop.
 
     Args:
-        folder: where `<name>.checkpoint.pt` and the loss log `<name>.csv` live.
-        steps, batch: optimizer steps, and examples per step over all processes together.
-        accumulate: parts, equally long, into which each process cuts its share of the batch to save memory.
+        name: of the files.
+        folder: of the checkpoint `<name>.checkpoint.pt` and the loss log `<name>.csv`.
+        steps: optimizer steps.
+        batch: examples per step over all processes.
         lr: peak learning rate; linear warm-up over `warmup` steps, then a cosine to zero.
-        ema: decay of the exponential moving average of the weights, which the model ends with; 0 switches it off. At
-            step `i` it is at most `(1 + i) / (10 + i)`.
+        warmup: steps of the warm-up.
+        weight_decay: of AdamW and Muon.
+        betas: of AdamW.
         clip: largest norm of the gradient over all parameters.
-        seed: one of `SEEDS`, of the order of the examples and of every step's random numbers.
+        accumulate: parts, equally long, into which each process cuts its share of the batch to save memory.
+        ema: decay of the exponential moving average of the weights, which the model ends with; 0 switches it off. The
+            decay at step `i` is at most `(1 + i) / (10 + i)`.
         muon: train the weight matrices of the transformer blocks with Muon (`actvar.training.muon`), and the rest with
             AdamW. False: AdamW for all.
+        seed: one of `SEEDS`, of the order of the examples and of every step's random numbers.
         bf16: compute in bfloat16 by autocast; by default where the processor has instructions for it.
-        checkpoint_seconds: time between checkpoints.
+        checkpoint_seconds: seconds between checkpoints.
 
     Numbers of any kind become Python's own.
 
@@ -66,14 +71,20 @@ class Plan:
 
     @property
     def checkpoint(self) -> Path:
+        """Return the file of the checkpoint."""
         return self.folder / f"{self.name}.checkpoint.pt"
 
     @property
     def log(self) -> Path:
+        """Return the CSV file of the losses."""
         return self.folder / f"{self.name}.csv"
 
     def check(self, num_examples: int) -> None:
-        """Raise a ValueError unless batches of so many examples can be cut into equal parts."""
+        """Check that batches can be drawn from `num_examples` examples and cut into equal parts.
+
+        Raises:
+            ValueError: that is not so.
+        """
         if not 1 <= self.batch <= num_examples or self.batch % (world_size() * self.accumulate):
             raise ValueError(
                 f"batch: expected a multiple of {world_size()} processes x {self.accumulate} parts, from 1 to the "
@@ -81,6 +92,7 @@ class Plan:
             )
 
     def lr_at(self, step: int) -> float:
+        """Return the learning rate of a step."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)

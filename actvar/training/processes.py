@@ -1,4 +1,4 @@
-"""Run what several processes share: who they are, how they are started, and how Ctrl-C stops them all."""
+"""Training in several processes: their ranks, their start, their messages, and how Ctrl-C stops them all."""
 
 from __future__ import annotations
 
@@ -9,21 +9,29 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
 
 
 def rank() -> int:
+    """Return the number of this process, 0 without others."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_gather_rows(part: torch.Tensor) -> torch.Tensor:
-    """The processes' parts, equally long and of a type that gloo knows, joined along the first axis in rank order."""
+    """Return the parts of all processes, joined along the first axis in the order of the ranks.
+
+    Args:
+        part: of this process, `[n, ...]` of the same shape in all of them, of a dtype that gloo knows.
+    """
     if world_size() == 1:
         return part
     parts = [torch.empty_like(part) for _ in range(world_size())]
@@ -33,9 +41,13 @@ def all_gather_rows(part: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def launched_processes(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that `torchrun` started, if it did: by NCCL on GPUs, by gloo on CPUs.
+    """Join the processes that `torchrun` started, if any: by NCCL on GPUs, by gloo on CPUs.
 
-    Yields this process's device: its own GPU where `device` is CUDA, else `device`.
+    Args:
+        device: to train on.
+
+    Yields:
+        This process's device: its own GPU where `device` is CUDA, otherwise `device`.
     """
     if not dist.is_torchelastic_launched():
         yield device
@@ -57,6 +69,7 @@ def barrier() -> None:
 
 
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Return the mean over all processes of `values`, which have the same shape in all of them."""
     if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -65,10 +78,13 @@ def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[torch.device], bool]]:
-    """Let Ctrl-C and SIGTERM wait for a good moment: yields a function that says whether one of them came.
+    """Let Ctrl-C and SIGTERM wait for a good moment while the context is open.
 
-    The function is called by every process at the same point, with the device of the processes' messages, and tells
-    all the same. A second signal acts at once. In a thread that cannot receive signals nothing is changed.
+    A second signal acts at once. In a thread that cannot receive signals nothing is changed.
+
+    Yields:
+        A function that returns whether a signal came to any process. All processes call it at the same point, with the
+        device of their messages.
     """
     asked = threading.Event()
 
@@ -76,9 +92,9 @@ def stop_requests() -> Iterator[Callable[[torch.device], bool]]:
         asked.set()
         signal.signal(number, previous[number])
 
-    previous = {}
+    previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {int(number): signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if world_size() == 1:
             yield lambda _: asked.is_set()  # without waiting for a GPU
@@ -94,16 +110,20 @@ def stop_requests() -> Iterator[Callable[[torch.device], bool]]:
 
 
 def run_in_processes(worker: Callable[..., None], processes: int, *args) -> None:
-    """Run `worker(*args)` in `processes` processes of one thread each, joined by gloo; one process runs in place."""
+    """Run `worker(*args)` in `processes` processes of one thread each, joined by gloo; one process runs in place.
+
+    Args:
+        worker: a function that can be pickled.
+        processes: number of processes.
+        args: of the worker.
+    """
     if processes == 1:
         worker(*args)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _process, args=(processes, port, worker, args), nprocs=processes, start_method="spawn"
-    )
+    start_processes(_process, args=(processes, port, worker, args), nprocs=processes, start_method="spawn")
 
 
 def _process(index: int, processes: int, port: int, worker: Callable[..., None], args: tuple) -> None:

@@ -1,4 +1,4 @@
-"""The comparisons of a check, and what is printed of them."""
+"""The comparisons of a verification, and their report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: of `what` (`"output"`, `"tokens"`), in the group `check` (an operation, `"removal"`, ...)."""
+    """One comparison.
+
+    Args:
+        check: the group, such as the name of an operation or `"removal"`.
+        dtype: of the model's weights.
+        backend: that was compared.
+        what: the compared value, such as `"output"` or `"tokens"`.
+        error: largest difference, or the number of elements that differ.
+        tolerance: largest error that passes.
+        block: number of the block, or None.
+        scale: number of the scale, or None.
+    """
 
     check: str
     dtype: str
@@ -21,11 +32,12 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Return whether the error is within the tolerance."""
         return self.error <= self.tolerance < math.inf
 
     @property
     def excess(self) -> float:
-        """The error as a multiple of the tolerance; infinite where that is no number."""
+        """Return the error as a multiple of the tolerance, infinite where that is no number."""
         if self.error == 0:
             return 0.0
         return self.error / self.tolerance if self.tolerance > 0 and math.isfinite(self.error) else math.inf
@@ -44,10 +56,11 @@ class Report:
 
     @property
     def failures(self) -> list[Check]:
+        """Return the comparisons that did not pass."""
         return [check for check in self.checks if not check.passed]
 
     def table(self) -> str:
-        """A line per check, dtype and backend with its worst comparison, as aligned text."""
+        """Return aligned text with a line per check, dtype and backend that has the worst comparison."""
         lines = [
             f"{'check':<25}{'dtype':<10}{'backend':<11}{'compared':>8}  {'result':<8}{'error':>11}{'tolerance':>11}"
         ]
@@ -62,13 +75,13 @@ class Report:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """One line; of failures the first."""
+        """Return one line, with the first failure if there is any."""
         if not self.failures:
             return f"ok: {len(self.checks)} comparisons"
         return f"FAILED: {len(self.failures)} of {len(self.checks)} comparisons; first {self.failures[0]}"
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-compatible: numbers that are not finite become strings."""
+        """Return the comparisons JSON-compatible; numbers that are not finite become strings."""
 
         def plain(value: object) -> object:
             return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,37 +7,29 @@ error is the number of elements that differ.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import hashlib
-import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-import actvar.sparse.block
-import actvar.sparse.selection
 from actvar.config import ActVARConfig
 from actvar.execution import Execution
-from actvar.families import blocks_of, family_of
-from actvar.families.base import BlockCall
+from actvar.families import family_of
 from actvar.models.public_code import public_classes, public_twin
 from actvar.patching.adapter import read_adapter
 from actvar.patching.patch import patched_silently
 from actvar.sampling.request import Sampling
-from actvar.verify.operations import OPERATIONS, WRITABLE
+from actvar.utils.devices import device_of
+from actvar.utils.fingerprint import fingerprint
+from actvar.verify.comparisons import compared_blocks, compared_operations, dtype_of
 from actvar.verify.report import Check, Report
-from actvar.verify.rounding import difference, measured, moved, unmoved
+from actvar.verify.rounding import difference
 from actvar_kernels.backend import BackendUnavailableError, choose_fused, get_backend, using_backend
 from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.operations.exact import Widen, wide
 
 
 def verify(
@@ -55,14 +47,15 @@ def verify(
     A backend whose operations differ is not tried with rates of 1.
 
     Args:
-        load: gives the unpatched `actvar.models.VAR` with weights of a dtype, in eval mode.
-        config, adapter: rates and gates with which operations, removal and the public class are checked.
-        sampling: what is drawn.
-        dtypes: float32 is always among them, since tokens and removal are compared in it alone.
+        load: returns the unpatched `actvar.models.VAR` with weights of a dtype, in eval mode.
+        config: rates with which operations, removal and the public class are checked.
+        adapter: file of the gates for these checks; None for gates without training.
+        sampling: the images to draw.
+        dtypes: float32 is always added, since tokens and removal are compared in it alone.
         backends: None for those that run on the model's device.
         public_folder: a clone of the public VAR code, whose class must give the same tokens.
-        execution: how patched models are run, but tokens are drawn by `sampler="torch"`; None for the one that the
-            adapter recommends, otherwise the default.
+        execution: how patched models are run, except that tokens are drawn by `sampler="torch"`; None for the one that
+            the adapter recommends, otherwise the default.
 
     Raises:
         BackendUnavailableError: a backend asked for cannot run here.
@@ -77,9 +70,9 @@ def verify(
     checks: list[Check] = []
     for dtype in dict.fromkeys((torch.float32, *dtypes)):
         var = load(dtype)
-        backends = backends or available_backends(var.head.weight.device, dtypes)
+        backends = backends or available_backends(device_of(var), dtypes)
         for backend in backends:
-            _expect_backend(backend, var.head.weight.device, dtypes)
+            _expect_backend(backend, device_of(var), dtypes)
         if dtype == torch.float32:
             checks += _all_checks(var, patched, config, adapter, sampling, backends, classes)
         else:
@@ -90,7 +83,12 @@ def verify(
 
 
 def available_backends(device: torch.device, dtypes: Sequence[torch.dtype] = ()) -> tuple[str, ...]:
-    """Backends that run on `device`, the reference first."""
+    """Return the backends that run on `device`, the reference first.
+
+    Args:
+        device: of the model.
+        dtypes: that the backends must take.
+    """
     found = ["reference"]
     for name in ("cpu", "triton"):
         with contextlib.suppress(BackendUnavailableError):
@@ -114,17 +112,22 @@ def _expect_backend(name: str, device: torch.device, dtypes: Sequence[torch.dtyp
 
 
 def _all_checks(var, patched, config, adapter, sampling, backends, classes) -> Iterator[Check]:
-    """Yield the checks of the backends, of removal, and of the public class; `var` is in float32.
+    """Yield the checks of the backends, of removal, and of the public class.
 
-    `patched` patches a model as `patched_silently` does.
+    Args:
+        var: the unpatched model in float32.
+        patched: patches a model, with the arguments of `patched_silently`.
+        config, adapter, sampling: see `verify`.
+        backends: to check.
+        classes: of the public code, or None.
     """
-    before = _fingerprint(var)
+    before = _facts(var)
     with using_backend("reference"):
         dense = _sampled(var, sampling, "dense")
     with patched(var, config, adapter):
         yield from _checks_of_backends(var, patched, config, sampling, backends, dense)
     with using_backend("reference"):
-        after, again = _fingerprint(var), _sampled(var, sampling, "patch removed")
+        after, again = _facts(var), _sampled(var, sampling, "patch removed")
         for what, due in before.items():
             differing = sum(due.get(name) != after[what].get(name) for name in due.keys() | after[what].keys())
             yield Check("removal", "float32", "reference", what, float(differing))
@@ -136,22 +139,30 @@ def _all_checks(var, patched, config, adapter, sampling, backends, classes) -> I
             with patched(var, config, adapter):
                 sparse = _sampled(var, sampling, "patched")
             with patched(public, config, adapter):
-                of_public = _sampled(public, sampling, "public class, patched")
-            yield from _same_tokens("public class, patched", var, of_public, sparse)
+                sparse_public = _sampled(public, sampling, "public class, patched")
+            yield from _same_tokens("public class, patched", var, sparse_public, sparse)
 
 
 def _checks_of_backends(var, patched, config, sampling, backends, dense=None) -> Iterator[Check]:
-    """The operations of a patched `var`, then rates of 1 against dense; tokens against those of `dense` if given."""
+    """Yield the checks of a patched model's operations, then those of rates of 1 against the dense model.
+
+    Args:
+        var: the patched model.
+        patched: patches a model, with the arguments of `patched_silently`.
+        config, sampling: see `verify`.
+        backends: to check.
+        dense: the dense model's sample, whose tokens are compared; None: tokens are not compared.
+    """
     rates_1 = replace(config, token_rates=(1.0,) * len(config.scales), ffn_rate=1.0)
     for backend in backends:
         with using_backend(backend):
-            with _operations(var) as checks:
+            with compared_operations(var) as checks:
                 _sampled(var, sampling, f"operations, {backend}")
             yield from checks
             if not all(check.passed for check in checks):
-                continue  # sampling with a backend that errs may raise anywhere
+                continue  # a wrong backend could raise anywhere in a sample
             for name, forced in (("rates 1", False), ("rates 1, forced", True)):
-                with patched(var, replace(rates_1, always_sparse=forced), None), _blocks(var, name) as checks:
+                with patched(var, replace(rates_1, always_sparse=forced), None), compared_blocks(var, name) as checks:
                     sampled = _sampled(var, sampling, f"{name}, {backend}")
                 yield from checks
                 if dense is not None:
@@ -167,8 +178,9 @@ class _Sampled:
 
 
 def _sampled(var: nn.Module, sampling: Sampling, title: str) -> _Sampled:
+    """Draw a sample under a progress bar with a title."""
     tokens: list[torch.Tensor] = []
-    title = f"{title}, {_dtype_of(var)}"
+    title = f"{title}, {dtype_of(var)}"
     family = family_of(var)
     with tqdm(total=len(family.maps(var)), desc=title, leave=False, disable=None) as bar:
 
@@ -180,177 +192,17 @@ def _sampled(var: nn.Module, sampling: Sampling, title: str) -> _Sampled:
             return _Sampled(tokens, sampling.run(var))
 
 
-@contextmanager
-def _removing(handles: list[RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _dtype_of(var: nn.Module) -> str:
-    return str(var.head.weight.dtype).removeprefix("torch.")
-
-
 def _same_tokens(name: str, var: nn.Module, sampled: _Sampled, due: _Sampled) -> Iterator[Check]:
+    """Yield a check per scale of the tokens of two samples."""
     for scale, (got, wanted) in enumerate(zip(sampled.tokens, due.tokens, strict=True)):
-        yield Check(name, _dtype_of(var), get_backend(), "tokens", difference(got, wanted), scale=scale)
+        yield Check(name, dtype_of(var), get_backend(), "tokens", difference(got, wanted), scale=scale)
 
 
-@contextmanager
-def _blocks(var: nn.Module, name: str) -> Iterator[list[Check]]:
-    """Compare each block of a patched model with its dense forward, on the input and the cache it is called with."""
-    checks: list[Check] = []
-    found: list[tuple] = []
-    dtype, backend = _dtype_of(var), get_backend()
-
-    family = family_of(var)
-
-    def before(block, _args, _inputs):
-        found.append(family.cache(block).read())
-
-    def after(block, args, inputs, output):
-        cache = family.cache(block)
-        past, grown = found.pop(), cache.read()
-        call = family.block_call(*args, **inputs)
-        scale = _scale_of(var, output)
-        parts = ("output",) if scale == len(family.maps(var)) - 1 else ("output", "keys", "values")
-        got, dense = (output, *grown)[: len(parts)], _dense(block, past, call)[: len(parts)]
-        cache.start()  # copies need no cache
-
-        @functools.cache
-        def due(widen: Widen) -> tuple[torch.Tensor, ...]:
-            return _dense(_widened(block, widen), wide(past), wide(call))[: len(parts)]
-
-        equal = all(torch.equal(*pair) for pair in zip(got, dense, strict=True))
-        for i, (part, value, reference) in enumerate(zip(parts, got, dense, strict=True)):
-            of_part = dense[i] if equal else due(unmoved)[i]
-            limits = measured(value, of_part, reference, of_part, lambda i=i: due(moved)[i])
-            checks.append(Check(name, dtype, backend, part, *limits, block.actvar.block_index, scale))
-        cache.write(*grown)
-
-    handles = []
-    for block in blocks_of(var):
-        handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(block.register_forward_hook(after, with_kwargs=True))
-    with _removing(handles):
-        yield checks
-
-
-def _dense(block: nn.Module, past: tuple | None, call: BlockCall) -> tuple[torch.Tensor, ...]:
-    """Return output, keys and values of the block's dense forward after the cache `past`."""
-    cache = block.actvar.family.cache(block)
-    cache.start()
-    if past is not None:
-        cache.write(*past)
-    output = block.dense_forward(call)
-    return output, *cache.read()
-
-
-def _widened(block: nn.Module, widen: Widen) -> nn.Module:
-    """Return a copy of the block in float64, with the matrices that `widen` gives."""
-    twin = copy.deepcopy(block).double()
-    for parameter, own in zip(twin.parameters(), block.parameters(), strict=True):
-        if parameter.dim() > 1:
-            parameter.data = widen(own)
-    return twin
-
-
-def _scale_of(var: nn.Module, x: torch.Tensor) -> int:
-    return [height * width for height, width in family_of(var).maps(var)].index(x.shape[1])
-
-
-@contextmanager
-def _operations(var: nn.Module) -> Iterator[list[Check]]:
-    """Run each operation that a block calls on the reference and on the backend in force, on the same arguments; the
-    block goes on with what the reference gave."""
-    checks: list[Check] = []
-    backend, dtype = get_backend(), _dtype_of(var)
-    place: dict[str, int] = {}
-
-    def note(block, args, inputs):
-        x = block.actvar.family.block_call(*args, **inputs).x
-        place.update(block=block.actvar.block_index, scale=_scale_of(var, x))
-
-    def compared(name: str, operation: Callable) -> Callable:
-        signature = inspect.signature(operation)
-
-        @functools.wraps(operation)
-        def call(*args, **kwargs):
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            arguments = bound.arguments
-            weights = {id(v): v for v in arguments.values() if isinstance(v, nn.Parameter)}
-            copies = copy.deepcopy(arguments, weights)  # what shares memory still does
-            with using_backend("reference"):
-                reference = operation(**arguments)
-            try:
-                result = operation(**copies)
-            except BackendUnavailableError:
-                raise
-            except Exception as error:
-                checks.append(Check(name, dtype, backend, f"raised {error!r}", math.inf, **place))
-                return reference
-            with using_backend("reference"):
-                for what, *measured in _compared(name, arguments, copies, reference, result):
-                    checks.append(Check(name, dtype, backend, what, *measured, **place))
-            return reference
-
-        return call
-
-    callers = {name: actvar.sparse.selection if name == "select_tokens" else actvar.sparse.block for name in OPERATIONS}
-    originals = {name: getattr(caller, name) for name, caller in callers.items()}
-    with _removing([block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks_of(var)]):
-        try:
-            for name, operation in originals.items():
-                setattr(callers[name], name, compared(name, operation))
-            yield checks
-        finally:
-            for name, operation in originals.items():
-                setattr(callers[name], name, operation)
-
-
-def _compared(name: str, arguments: dict, copies: dict, reference, result) -> Iterator[tuple[str, float, float]]:
-    """What was compared, its error and tolerance."""
-    kinds = [[(tensor.shape, tensor.dtype) for tensor in _tensors(value)] for value in (reference, result)]
-    if kinds[0] != kinds[1]:
-        yield f"shapes and dtypes {kinds[1]}, expected {kinds[0]}", math.inf, 0.0
-        return
-    kept = [_not_writable(of) for of in (arguments, copies)]
-    yield "arguments left alone", sum(difference(*pair) for pair in zip(*kept, strict=True)), 0.0
-    parts = OPERATIONS[name](unmoved, **arguments)
-
-    def if_moved(position: int) -> torch.Tensor:
-        return list(OPERATIONS[name](moved, **arguments)(result))[position][2]
-
-    compared = zip(parts(reference), parts(result), strict=True)
-    for i, ((what, of_reference, due_of_reference), (_, value, due)) in enumerate(compared):
-        yield what, *measured(value, due, of_reference, due_of_reference, lambda i=i: if_moved(i))
-
-
-def _not_writable(arguments: dict) -> list[torch.Tensor]:
-    """Tensors that an operation must leave alone: those that no writable argument is."""
-    written = {id(tensor) for name in WRITABLE for tensor in _tensors(arguments.get(name))}
-    others = _tensors(tuple(value for name, value in arguments.items() if name not in WRITABLE))
-    return [tensor for tensor in others if id(tensor) not in written]
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    if isinstance(value, tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return [value] if isinstance(value, torch.Tensor) else []
-
-
-def _fingerprint(var: nn.Module) -> dict[str, dict]:
-    """All that removal must leave as it was, each by name."""
+def _facts(var: nn.Module) -> dict[str, dict]:
+    """Return everything that removal must leave unchanged, each by name."""
     state = var.state_dict()
     return {
         "classes and attributes": {n: (type(m), sorted(vars(m)), list(m._modules)) for n, m in var.named_modules()},
         "state_dict keys": dict(enumerate(state)),
-        "state_dict tensors": {name: (t.shape, t.dtype, t.device, _digest(t)) for name, t in state.items()},
+        "state_dict tensors": {name: (t.device, fingerprint([(name, t)])) for name, t in state.items()},
     }
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    return hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()).digest()

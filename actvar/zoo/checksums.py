@@ -1,4 +1,4 @@
-"""SHA-256 of the weights that come with the package, in a table beside them: a file that differs is not used."""
+"""SHA-256 of the weights that come with the package, in a table beside the files: a changed file is not used."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ TABLE = "sha256.json"
 
 
 def checked(path: Path) -> Path:
-    """`path`, a file of a folder with a table, when its contents are those the table was made from.
+    """Return `path` if the file has the SHA-256 in the table of its folder.
 
     Raises:
-        CheckpointError: they are not, or the table does not name the file.
+        CheckpointError: the file has another one, or the table does not name it.
         FileNotFoundError: no such file, or no table beside it.
     """
     expected = json.loads((path.parent / TABLE).read_text("utf-8")).get(path.name)

@@ -16,7 +16,7 @@ from actvar.zoo.fashion_mnist.features import FeatureNet
 
 _FASHION_MNIST = Path(__file__).parent / "fashion_mnist" / "weights"
 WEIGHTS = {"fashion-mnist": _FASHION_MNIST, "fashion-mnist-small": _FASHION_MNIST / "small"}
-"""Folder of each model; autoencoder and feature network of both are in the first one's."""
+"""Folder of each model; the first one also has the autoencoder and the feature network of both."""
 
 
 def load_pretrained(
@@ -31,8 +31,9 @@ def load_pretrained(
     Args:
         name: `"fashion-mnist"`: ten classes of clothes, images `[B, 1, 32, 32]`; `"fashion-mnist-small"`: the same
             token maps from a smaller transformer.
-        adapter: None for the dense model, or a bundled adapter such as `"paper"`, with which `var` is patched.
-        device, dtype: as in `load_var`.
+        adapter: a bundled adapter such as `"paper"`, with which `var` is patched; None for the dense model.
+        device: of both models.
+        dtype: of both models' weights, see `load_var`.
         execution: how the patched model is run; None for the one that the adapter recommends, otherwise the default.
 
     Raises:
@@ -66,8 +67,8 @@ def adapter_path(name: str, adapter: str) -> Path:
     """Return the file of a bundled adapter.
 
     Raises:
-        ValueError: there is none of that name; lists those that exist.
-        CheckpointError: it is not the one that was shipped.
+        ValueError: there is no adapter of that name; lists those that exist.
+        CheckpointError: the file is not the one that was shipped.
     """
     folder = weights_folder(name)
     path = folder / f"adapter-{adapter}.safetensors"
@@ -84,7 +85,7 @@ def bundled_adapters(name: str) -> list[str]:
 def bundled_baselines(name: str) -> dict[str, Path]:
     """Return the files of the trained baselines that a bundled model comes with, by name.
 
-    They are adapters that `actvar evaluate` samples in a way of their own, and none of `bundled_adapters`.
+    These files are adapters, but `actvar evaluate` samples by them in its own way, and `bundled_adapters` omits them.
 
     Raises:
         CheckpointError: one is not the file that was shipped.

@@ -149,7 +149,7 @@ def test_fastvar_is_its_definition(tiny_var):
 def test_pivotal_tokens_are_far_from_the_mean_and_maps_are_enlarged_by_area():
     x = torch.tensor([[[0.0], [1.0], [9.0], [-8.0]]])
     assert pivotal_tokens(x, 2)[0].sort().values.tolist() == [2, 3]
-    assert interpolated(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]]), 16)[0, :, 0].view(4, 4).tolist() == [
+    assert interpolated(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]]), (2, 2), (4, 4))[0, :, 0].view(4, 4).tolist() == [
         [1, 1, 2, 2],
         [1, 1, 2, 2],
         [3, 3, 4, 4],
@@ -159,8 +159,8 @@ def test_pivotal_tokens_are_far_from_the_mean_and_maps_are_enlarged_by_area():
 
 def test_tokens_are_merged_with_the_destination_they_are_most_like():
     x = torch.randn(3, 25, 8, generator=torch.Generator().manual_seed(0))
-    matching = Matching(x, 14)
-    to = destinations(5).tolist()
+    matching = Matching(x, 14, (5, 5))
+    to = destinations(5, 5).tolist()
     assert to == [0, 2, 4, 10, 12, 14, 20, 22, 24]
     for row, tokens in enumerate(x):
         sources = [i for i in range(25) if i not in to]
@@ -184,7 +184,8 @@ def test_tome_is_its_definition(tiny_var):
         if scale < 2:
             return sublayer(x)
         if name == "attention":
-            matchings[index] = Matching(x, math.floor(0.5 * x.shape[1] + 0.5))
+            side = math.isqrt(x.shape[1])
+            matchings[index] = Matching(x, math.floor(0.5 * x.shape[1] + 0.5), (side, side))
         of_block = matchings[index]
 
         def normed(block, scale, shift):
@@ -232,7 +233,7 @@ def test_collaborative_decoding_needs_the_same_autoencoder(tiny_var, make_var):
     with pytest.raises(ValueError, match="same autoencoder"), baselines.collaborative_decoding(tiny_var, other, 1):
         pass
     fewer = make_var(patch_nums=(1, 2, 5))
-    with pytest.raises(ValueError, match="patch_nums"), baselines.collaborative_decoding(tiny_var, fewer, 1):
+    with pytest.raises(ValueError, match="token maps"), baselines.collaborative_decoding(tiny_var, fewer, 1):
         pass
 
 

@@ -181,9 +181,10 @@ def test_samples_are_the_inputs_that_sampling_saw(tiny_var):
     batches = sampled_inputs(tiny_var, 5, 2, seed=3)
     handle.remove()
     assert sorted(torch.cat([labels for labels, _ in batches]).tolist()) == [0, 2, 4, 6, 8]
+    looked_up = len(tokens) // len(batches)  # the tokens of 4 scales, and those that the inputs are made from
     for number, (_, inputs) in enumerate(batches):
-        of_batch = tokens[number * 4 : number * 4 + 4]
-        torch.testing.assert_close(inputs, tiny_var.vae_proxy[0].quantize.teacher_input(of_batch), atol=1e-5, rtol=0)
+        drawn = tokens[number * looked_up : number * looked_up + 4]
+        torch.testing.assert_close(inputs, tiny_var.vae_proxy[0].quantize.teacher_input(drawn), atol=1e-5, rtol=0)
     assert sample(tiny_var).shape[1] == 1  # it decodes again
 
 
@@ -225,7 +226,7 @@ def test_the_budget_is_kept_and_no_single_change_within_it_is_better(tiny_var):
         sensitivity.append({2: (0.3, 0.1 + block), 3: (0.5 + block, 0.2)})
     chosen = rates_under_budget(tiny_var, CONFIG, curves, sensitivity)
     assert blocks_flops(tiny_var, chosen) <= blocks_flops(tiny_var, CONFIG)
-    assert chosen.blocks == 2
+    assert chosen.num_blocks == 2
     assert chosen.ffn_rate[0][1] >= chosen.ffn_rate[0][0]  # the block where experts matter more keeps more
     assert chosen.token_rates[1][1] >= chosen.token_rates[1][0]
 

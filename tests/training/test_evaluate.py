@@ -185,7 +185,7 @@ def result(name: str, fid: list[float], seconds: float) -> Result:
 
 def test_a_report_pairs_seeds_with_the_dense_model(tmp_path):
     results = [result("dense", [10.0, 20.0], 0.02), result("tome@0.5", [11.0, 21.0], 0.01)]
-    report = Report(results, Evaluation(repeats=2), (1, 2))
+    report = Report(results, Evaluation(repeats=2), ((1, 1), (2, 2)))
     entry = report.as_dict()["methods"]["tome@0.5"]
     assert entry["fid"] == 16
     assert entry["interval"]["fid"] > 1

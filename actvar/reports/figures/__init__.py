@@ -1,4 +1,4 @@
-"""The paper's figures, drawn on the bundled model: one module each, one function from a folder to the files written."""
+"""The paper's figures, drawn on the bundled model: each is a module with a function from a folder to the files."""
 
 from actvar.reports.figures.active_tokens import figure6
 from actvar.reports.figures.cost_split import figure4

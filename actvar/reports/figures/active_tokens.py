@@ -17,12 +17,19 @@ SHOWN = (1, 3, 7, 8, 9)
 
 
 def figure6(folder: Path, adapter: str = "paper", per_class: int = 8) -> list[Path]:
-    """Write `figure6.png`, an image per class of `SHOWN`, and `figure6.csv` (`class, step, block, updated, covered,
-    covered_at_random`): shares of the tokens that the block updates, that this block and those before it reach
-    together, and that as many tokens drawn at random would, means over `per_class` images.
+    """Write `figure6.png`, an image per class of `SHOWN`, and `figure6.csv`.
+
+    The table has `class, step, block, updated, covered, covered_at_random`. The last three are shares of the tokens,
+    means over `per_class` images: those that the block updates, those that this block and the ones before it update
+    together, and those that as many random choices would reach.
 
     Args:
+        folder: of the files.
         adapter: of the bundled model, one that selects tokens.
+        per_class: images drawn of each class.
+
+    Returns:
+        The files.
     """
     _, var = load_pretrained("fashion-mnist", adapter)
     labels = tuple(label for label in range(len(CLASSES)) for _ in range(per_class))
@@ -31,7 +38,7 @@ def figure6(folder: Path, adapter: str = "paper", per_class: int = 8) -> list[Pa
     first_of_class = [label * per_class for label in SHOWN]
     picture = save_token_overlay(
         images[first_of_class],
-        [of_block.only(first_of_class) for of_block in records],
+        [block_record.only(first_of_class) for block_record in records],
         folder / "figure6.png",
         [CLASSES[label] for label in SHOWN],
     )
@@ -40,14 +47,15 @@ def figure6(folder: Path, adapter: str = "paper", per_class: int = 8) -> list[Pa
 
 
 def _coverage(records: Sequence[BlockRecord], labels: Sequence[int]) -> Iterator[tuple]:
-    for scale in sorted({of_block.scale.index for of_block in records}):
-        of_scale = sorted((r for r in records if r.scale.index == scale), key=lambda of_block: of_block.block)
+    """Yield the rows of the table."""
+    for scale in sorted({r.scale.index for r in records}):
+        scale_records = sorted((r for r in records if r.scale.index == scale), key=lambda r: r.block)
         for label in sorted(set(labels)):
-            rows = [row for row, of_row in enumerate(labels) if of_row == label]
+            rows = [row for row, row_label in enumerate(labels) if row_label == label]
             missed_at_random = 1.0
-            for count, of_block in enumerate(of_scale, 1):
-                updated = (times_updated([of_block.only(rows)]) > 0).float().mean().item()
-                covered = (times_updated([r.only(rows) for r in of_scale[:count]]) > 0).float().mean().item()
+            for count, block_record in enumerate(scale_records, 1):
+                updated = (times_updated([block_record.only(rows)]) > 0).float().mean().item()
+                covered = (times_updated([r.only(rows) for r in scale_records[:count]]) > 0).float().mean().item()
                 missed_at_random *= 1 - updated
                 shares = (updated, covered, 1 - missed_at_random)
-                yield CLASSES[label], scale + 1, of_block.block + 1, *(f"{share:.4f}" for share in shares)
+                yield CLASSES[label], scale + 1, block_record.block + 1, *(f"{share:.4f}" for share in shares)

@@ -11,12 +11,15 @@ from actvar.utils.pictures import save_table
 
 
 def figure4(folder: Path) -> list[Path]:
-    """Write `figure4.png` and `figure4.csv` (`model, step, side, module, flops, share`: of the model's own total)."""
+    """Write `figure4.png` and `figure4.csv` to a folder, and return the files.
+
+    The table has `model, step, side, module, flops, share`, where the share is that of the model's own total.
+    """
     report = flops_report("fashion-mnist", ActVARConfig(), batch=1, paper=False)
     rows = [
-        (name, step, side, module, getattr(of_step, module), f"{getattr(of_step, module) / total_flops(steps):.5f}")
+        (name, step, side, module, getattr(flops, module), f"{getattr(flops, module) / total_flops(steps):.5f}")
         for name, steps in report.formula.items()
-        for step, (side, of_step) in enumerate(zip(report.sides, steps, strict=True), 1)
+        for step, (side, flops) in enumerate(zip(report.sides, steps, strict=True), 1)
         for module in MODULES
     ]
     columns = ("model", "step", "side", "module", "flops", "share")

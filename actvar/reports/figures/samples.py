@@ -23,11 +23,17 @@ MODELS = ("fashion-mnist", "fashion-mnist-small")
 def figures7and8(folder: Path, models: Sequence[str] = MODELS, per_class: int = 6) -> list[Path]:
     """Write `figure7.png` and `.csv` of the first model, `figure8.png` and `.csv` of the second, and so on.
 
-    A model that does not come with the package is left out. The tables have `model, adapter, class, image, drawn_as`,
-    the class that the feature network sees, and `difference`, mean and absolute, to the dense image in [0, 1].
+    A model that does not come with the package is left out. The tables have `model, adapter, class, image, drawn_as,
+    difference`. The feature network sees the class `drawn_as`. The `difference` is the mean absolute one to the dense
+    image in [0, 1].
 
     Args:
-        per_class: images of each class.
+        folder: of the files.
+        models: their names.
+        per_class: images drawn of each class.
+
+    Returns:
+        The files.
     """
     written = []
     for number, model in enumerate(models, 7):
@@ -53,8 +59,8 @@ def _side_by_side(model: str, path: Path, per_class: int) -> list[Path]:
         seen = network.logits(images).argmax(dim=1).tolist()
         difference = (images - dense).abs().mean(dim=(1, 2, 3)).tolist()
         rows += [
-            (model, adapter or "dense", CLASSES[label], place % per_class + 1, CLASSES[of_image], f"{change:.4f}")
-            for place, (label, of_image, change) in enumerate(zip(sampling.labels, seen, difference, strict=True))
+            (model, adapter or "dense", CLASSES[label], place % per_class + 1, CLASSES[drawn_as], f"{change:.4f}")
+            for place, (label, drawn_as, change) in enumerate(zip(sampling.labels, seen, difference, strict=True))
         ]
     columns = ("model", "adapter", "class", "image", "drawn_as", "difference")
     return [
@@ -64,7 +70,7 @@ def _side_by_side(model: str, path: Path, per_class: int) -> list[Path]:
 
 
 def _sheet(images: torch.Tensor, per_class: int) -> np.ndarray:
-    """`[B, 1, H, W]` in [0, 1] as one picture, a row per class."""
+    """Return one picture, uint8 with a row per class, of images `[B, 1, H, W]` in [0, 1]."""
     framed = torch.nn.functional.pad(pixel_values(images), (1, 1, 1, 1), value=255)
     return rearrange(framed, "(rows columns) 1 h w -> (rows h) (columns w)", columns=per_class).numpy()
 

@@ -20,7 +20,7 @@ SIDES = {
 
 
 def figure3(folder: Path) -> list[Path]:
-    """Write `figure3.png` and `figure3.csv` (`model, step, side, tokens, tokens_so_far`)."""
+    """Write `figure3.png` and `figure3.csv` (`model, step, side, tokens, tokens_so_far`), and return the files."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     rows = []
     for axes, (model, sides) in zip(figure.subplots(1, len(SIDES)), SIDES.items(), strict=True):

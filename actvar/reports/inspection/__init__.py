@@ -1,4 +1,4 @@
-"""One sample looked at from inside: what each scale adds, what each block chose, what each step costs."""
+"""One sample seen from inside: the image by scale, the choices of the blocks, the cost of every step."""
 
 from actvar.reports.inspection.page import save_page
 from actvar.reports.inspection.sample import Inspection, inspect_sample

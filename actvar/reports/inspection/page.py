@@ -29,8 +29,13 @@ def save_page(inspection: Inspection, path: Path, title: str, facts: Sequence[st
     """Write the page; the same inspection gives the same file.
 
     Args:
-        title: what was drawn.
-        facts: where the numbers come from, e.g. model, adapter, versions.
+        inspection: of one sample.
+        path: the file.
+        title: of the page.
+        facts: on which the numbers depend, such as model, adapter and versions.
+
+    Returns:
+        The path.
     """
     with replacing(path) as temporary:
         temporary.write_text(page(inspection, title, facts), "utf-8")
@@ -38,7 +43,7 @@ def save_page(inspection: Inspection, path: Path, title: str, facts: Sequence[st
 
 
 def page(inspection: Inspection, title: str, facts: Sequence[str]) -> str:
-    """The page's HTML."""
+    """Return the page's HTML, with the arguments of `save_page`."""
     files = {suffix: (FOLDER / f"page.{suffix}").read_text("utf-8") for suffix in ("html", "css", "js")}
     data = json.dumps(explorer_data(inspection), separators=(",", ":")).replace("<", "\\u003c")
     return Template(files["html"]).substitute(
@@ -57,13 +62,15 @@ def page(inspection: Inspection, title: str, facts: Sequence[str]) -> str:
 
 
 def explorer_data(inspection: Inspection) -> dict[str, object]:
-    """What the blocks chose, JSON-compatible.
+    """Return the choices of the blocks, JSON-compatible.
 
-    `scales`: for each active one its `step` (from 1), `side` and `blocks`; for each block `kept`, the tokens it
-    updated, in order; `experts`, for each of these a text of N characters, "1" for an expert that is on, or null where
-    the FFN is dense; `load`, for each expert the share of the updated tokens that chose it, or null.
+    `experts` is their number N. `scales` has `step` (from 1), `side` and `blocks` of each active scale. Each block has:
+
+    - `kept`: the tokens that it updated, in order;
+    - `experts`: for each kept token a text of N characters, "1" for an expert that is on; null where the FFN is dense;
+    - `load`: for each expert the share of the kept tokens that chose it; null where the FFN is dense.
     """
-    records = {(of_block.scale.index, of_block.block): of_block for of_block in inspection.records}
+    records = {(record.scale.index, record.block): record for record in inspection.records}
     return {
         "experts": inspection.config.num_experts,
         "scales": [
@@ -80,12 +87,12 @@ def explorer_data(inspection: Inspection) -> dict[str, object]:
     }
 
 
-def _block_data(of_block: BlockRecord | None, tokens: int) -> dict[str, object]:
-    index = None if of_block is None else of_block.index
+def _block_data(record: BlockRecord | None, tokens: int) -> dict[str, object]:
+    index = None if record is None else record.index
     kept = torch.arange(tokens, device="cpu") if index is None else index[0].cpu()
     data: dict[str, object] = {"kept": kept.sort().values.tolist(), "experts": None, "load": None}
-    if of_block is not None and of_block.mask is not None:
-        mask = of_block.mask[0].cpu()[kept.argsort()]
+    if record is not None and record.mask is not None:
+        mask = record.mask[0].cpu()[kept.argsort()]
         data["experts"] = ["".join("01"[on] for on in token) for token in mask.tolist()]
         data["load"] = [round(share, 4) for share in mask.float().mean(dim=0).tolist()]
     return data
@@ -95,7 +102,7 @@ def _summary(inspection: Inspection) -> str:
     flops = {name: total_flops(steps) for name, steps in inspection.flops.items()}
     seconds = {name: sum(steps) for name, steps in inspection.seconds.items()}
     gain = {name: f"{seconds[name] / seconds['actvar']:.2f}×" for name in ("dense", "accelerated")}
-    active = sorted({of_block.scale.index for of_block in inspection.records})
+    active = sorted({record.scale.index for record in inspection.records})
     return "".join(
         f"<div><dt>{label}</dt><dd>{value}</dd><dd>{note}</dd></div>"
         for label, value, note in (
@@ -116,8 +123,8 @@ def _share_of_dense(inspection: Inspection, scales: Sequence[int]) -> str:
 
 
 def _film(inspection: Inspection) -> str:
-    """A figure per scale: the image so far, dense and with ActVAR."""
-    active = {of_block.scale.index for of_block in inspection.records}
+    """Return a figure per scale with the image so far, dense and with ActVAR."""
+    active = {record.scale.index for record in inspection.records}
     figures = []
     for scale, side in enumerate(inspection.sides):
         images = "".join(
@@ -134,7 +141,7 @@ def _film(inspection: Inspection) -> str:
 
 
 def _data_uri(image: torch.Tensor) -> str:
-    """An image `[C, H, W]` in [0, 1] as a PNG in a data URI."""
+    """Return an image `[C, H, W]` in [0, 1] as a PNG in a data URI."""
     pixels = rearrange(pixel_values(image), "c h w -> h w c").cpu().numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, format="PNG", optimize=True)
@@ -154,18 +161,18 @@ def _milliseconds(inspection: Inspection) -> dict[str, list[float]]:
 
 
 def _bars(steps: Sequence[str], values: Mapping[str, Sequence[float]], digits: int) -> str:
-    """A group of bars per step, one for each name, and their sums."""
-    longest = max(max(of_name) for of_name in values.values())
+    """Return a group of bars per step, one for each name, and their sums."""
+    longest = max(map(max, values.values()))
     rows = [
         '<div class="legend">' + "".join(f'<span class="{name}">{NAMES[name]}</span>' for name in values) + "</div>"
     ]
     for place, step in enumerate(steps):
         bars = "".join(
-            f'<span class="bar {name}"><i style="width:{of_name[place] / longest:.2%}"></i>'
-            f"<b>{of_name[place]:.{digits}f}</b></span>"
-            for name, of_name in values.items()
+            f'<span class="bar {name}"><i style="width:{heights[place] / longest:.2%}"></i>'
+            f"<b>{heights[place]:.{digits}f}</b></span>"
+            for name, heights in values.items()
         )
         rows.append(f'<div class="step"><span>{step}</span><div>{bars}</div></div>')
-    sums = "".join(f'<b class="{name}">{math.fsum(of_name):.{digits}f}</b>' for name, of_name in values.items())
+    sums = "".join(f'<b class="{name}">{math.fsum(heights):.{digits}f}</b>' for name, heights in values.items())
     rows.append(f'<div class="sum"><span>sum</span>{sums}</div>')
     return "".join(rows)

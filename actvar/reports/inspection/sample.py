@@ -1,4 +1,4 @@
-"""What happens while one image is drawn: the image after each scale, the choices of the blocks, time and FLOPs."""
+"""The course of one sample: the image after each scale, the choices of the blocks, time and FLOPs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from actvar.config import ActVARConfig
 from actvar.families import blocks_of, family_of
 from actvar.flops import StepFlops, model_flops
+from actvar.models import VAR
 from actvar.models.arguments import checked_integer
 from actvar.patching.patch import patched_silently
 from actvar.reports.compare import all_ways
@@ -25,9 +25,18 @@ from actvar.sparse.state import BlockRecord, record
 class Inspection:
     """One image, drawn dense and with ActVAR from the same seed.
 
-    `images` `[S, C, H, W]` in [0, 1]: decoded after each of the S scales; `records`: what the blocks chose for the
-    image's conditional row; `flops` by scale; `seconds` by scale, the decoder's last, medians. By name: `dense`,
-    `actvar`, and seconds also of `accelerated`, the dense model on the kernels.
+    Images, FLOPs and seconds are by the names `dense` and `actvar`. Seconds also have `accelerated`, the dense model on
+    the kernels.
+
+    Args:
+        sampling: the request.
+        config: of ActVAR.
+        sides: of the token maps, by scale.
+        blocks: number of blocks.
+        images: decoded after each of the S scales, `[S, C, H, W]` float32 in [0, 1].
+        records: choices of the blocks for the image's conditional row.
+        flops: by scale.
+        seconds: medians by scale, with the decoder's last.
     """
 
     sampling: Sampling
@@ -41,9 +50,16 @@ class Inspection:
 
 
 def inspect_sample(
-    var: nn.Module, config: ActVARConfig, adapter: str | Path | None, sampling: Sampling, repeats: int
+    var: VAR, config: ActVARConfig, adapter: str | Path | None, sampling: Sampling, repeats: int
 ) -> Inspection:
-    """Draw the one image of `sampling` with an `actvar.models.VAR`, and time it `repeats` times.
+    """Draw one image, and measure every step.
+
+    Args:
+        var: an unpatched model.
+        config: of ActVAR.
+        adapter: file of the gates; None for gates without training.
+        sampling: the request, for one image.
+        repeats: of the timing, whose medians are taken.
 
     Raises:
         TypeError: repeats that are no integer.
@@ -60,16 +76,16 @@ def inspect_sample(
         flops["actvar"] = model_flops(var, 1)
         ways = all_ways(var, lambda: step_seconds(var, lambda: sampling.run(var)))
         runs = interleaved_seconds(ways, repeats, "timing steps")
-    seconds = {name: [statistics.median(step) for step in zip(*of_way, strict=True)] for name, of_way in runs.items()}
-    of_image = [of_block.only([0]) for of_block in records]
+    seconds = {name: [statistics.median(step) for step in zip(*steps, strict=True)] for name, steps in runs.items()}
+    image_records = [block_record.only([0]) for block_record in records]
     sides = tuple(height for height, _ in family_of(var).maps(var))
-    return Inspection(sampling, config, sides, len(blocks_of(var)), images, of_image, flops, seconds)
+    return Inspection(sampling, config, sides, len(blocks_of(var)), images, image_records, flops, seconds)
 
 
 @torch.no_grad()
-def _images_by_scale(var: nn.Module, sampling: Sampling) -> torch.Tensor:
+def _images_by_scale(var: VAR, sampling: Sampling) -> torch.Tensor:
     features: list[torch.Tensor] = []
     with family_of(var).watch_scales(var, lambda _scale, _tokens, image: features.append(image.clone())):
         sampling.run(var)
     steps = tqdm(features, desc="decoding steps", leave=False)
-    return torch.cat([var.decode(of_scale).add(1).mul(0.5).float().cpu() for of_scale in steps])
+    return torch.cat([var.decode(f_hat).add(1).mul(0.5).float().cpu() for f_hat in steps])

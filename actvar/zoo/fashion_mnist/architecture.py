@@ -11,7 +11,14 @@ SMALL = {"depth": 4, "width": 128}
 
 
 def build(seed: int = 0, device: str | torch.device = "cpu", depth: int = 6, width: int = 192) -> tuple[VQVAE, VAR]:
-    """Freshly initialised autoencoder (32x32 grey images, 4x downsampling) and transformer; see `build_vae_var`."""
+    """Return a new autoencoder for 32x32 grey images, with 4x downsampling, and a new transformer.
+
+    Args:
+        seed: of the initial weights.
+        device: of both models.
+        depth: blocks of the transformer.
+        width: channels of a token.
+    """
     return build_vae_var(
         V=512,
         Cvae=16,

@@ -21,7 +21,7 @@ WHERE_FROM = (
 
 
 def read_idx(path: Path) -> torch.Tensor:
-    """A uint8 idx file, plain or gzipped, as a tensor of the shape its header gives.
+    """Return the contents of an idx file, plain or gzipped, as a uint8 tensor of the shape in its header.
 
     Raises:
         ValueError: not a uint8 idx file, fewer or more bytes than the header promises, or more than `MOST_BYTES`.
@@ -51,10 +51,14 @@ def read_idx(path: Path) -> torch.Tensor:
 
 
 def load_split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images `[N, 1, 32, 32]` float32 in [0, 1] and labels `[N]` int64 of `split` "train" or "t10k".
+    """Return images `[N, 1, 32, 32]` float32 in [0, 1] and labels `[N]` int64.
+
+    Args:
+        folder: of the four files.
+        split: "train" or "t10k".
 
     Raises:
-        FileNotFoundError: the folder lacks a file; says where the data comes from.
+        FileNotFoundError: the folder lacks a file; tells how to get the data.
         ValueError: a file that is damaged, or not of 28x28 images or of as many labels of ten classes.
     """
     images, labels = read_idx(_file(folder, split, "images-idx3")), load_labels(folder, split)
@@ -67,7 +71,7 @@ def load_split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def load_labels(folder: Path, split: str) -> torch.Tensor:
-    """Labels `[N]` int64 of `split`; errors as in `load_split`."""
+    """Return the labels `[N]` int64 alone, with the arguments and errors of `load_split`."""
     labels = read_idx(_file(folder, split, "labels-idx1"))
     if labels.ndim != 1:
         raise ValueError(f"{folder}: expected labels [N] of {split!r}, got {list(labels.shape)}")

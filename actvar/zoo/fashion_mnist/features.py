@@ -31,15 +31,15 @@ class FeatureNet(nn.Module):
         self.classifier = nn.Linear(128, 10)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """`[B, 1, 32, 32]` in [0, 1] -> `[B, 128]`."""
+        """Return the features `[B, 128]` of images `[B, 1, 32, 32]` in [0, 1]."""
         return self.features_of(self.trunk(images))
 
     def features_of(self, last_stage: torch.Tensor) -> torch.Tensor:
-        """The last of `stages` -> `[B, 128]`."""
+        """Return the features `[B, 128]` of the last of `stages`, `[B, 96, 4, 4]`."""
         return F.relu(self.neck(last_stage.flatten(1)))
 
     def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Activations after each stage, `[B, 24, 16, 16]`, `[B, 48, 8, 8]` and `[B, 96, 4, 4]`."""
+        """Return the activations after each stage, `[B, 24, 16, 16]`, `[B, 48, 8, 8]` and `[B, 96, 4, 4]`."""
         activations = []
         for stage in self.trunk:
             images = stage(images)
@@ -47,15 +47,22 @@ class FeatureNet(nn.Module):
         return activations
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """`[B, 1, 32, 32]` in [0, 1] -> class logits `[B, 10]`."""
+        """Return the class logits `[B, 10]` of images `[B, 1, 32, 32]` in [0, 1]."""
         return self.classifier(F.dropout(self.features(images), 0.3, self.training))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the logits in training, otherwise the features, of images `[B, 1, 32, 32]` in [0, 1]."""
         return self.logits(images) if self.training else self.features(images)
 
 
 def training_loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Cross-entropy with random horizontal flips and shifts of up to 2 pixels."""
+    """Return cross-entropy and accuracy under random horizontal flips and shifts of up to 2 pixels.
+
+    Args:
+        model: a `FeatureNet` in training.
+        images: `[B, 1, 32, 32]` float32 in [0, 1].
+        labels: classes, `[B]` int64.
+    """
     flip = torch.rand(len(images), 1, 1, 1) < 0.5
     images = torch.where(flip, images.flip(-1), images)
     dy, dx = torch.randint(-2, 3, (2,)).tolist()
