@@ -106,9 +106,18 @@ def add_normalize_route(
 
     def parts(result) -> Parts:
         yield from before_routing(result)
-        yield "logits", result.logits, F.linear(widen(result.u), weight.double(), bias.double())
-        chosen = top_indices(result.logits, active)
-        yield "experts", result.mask, torch.zeros_like(result.mask).scatter(-1, chosen, True)
+        yield from route_experts(widen, result.u, weight, bias, active)((result.mask, result.logits))
+
+    return parts
+
+
+def route_experts(widen: Widen, u, weight, bias, active) -> Callable[..., Parts]:
+    """Judge logits, and the choice by them."""
+
+    def parts(result) -> Parts:
+        mask, logits = result
+        yield "logits", logits, F.linear(widen(u), weight.double(), bias.double())
+        yield "experts", mask, torch.zeros_like(mask).scatter(-1, top_indices(logits, active), True)
 
     return parts
 

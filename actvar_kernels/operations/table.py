@@ -176,7 +176,7 @@ BLOCK = (
     Operation(subset_attention, _subset_attention, lambda result: result[0], exact.subset_attention),
     Operation(add_normalize, _add_normalize, lambda result: result[1], exact.add_normalize),
     Operation(add_normalize_route, _add_normalize_route, lambda result: result.u, exact.add_normalize_route),
-    Operation(route_experts, _route_experts, lambda result: result[1]),
+    Operation(route_experts, _route_experts, lambda result: result[1], exact.route_experts),
     Operation(expert_ffn, _expert_ffn),
     Operation(expert_ffn_scatter, expert_ffn_scatter_arguments, exact=exact.expert_ffn_scatter),
     Operation(scatter_rows, _scatter_rows, exact=exact.scatter_rows),
