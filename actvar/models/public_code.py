@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from actvar.models.checkpoint_sizes import autoencoder_sizes, var_sizes
+from actvar.models.checkpoint.sizes import autoencoder_sizes, var_sizes
 
 
 def public_classes(folder: Path) -> tuple[type[nn.Module], type[nn.Module]]:

@@ -12,16 +12,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from actvar.models import checkpoint_sizes as sizes_of
-from actvar.models.checkpoint_files import CheckpointError, PathLike, fail, read_file
-from actvar.models.checkpoint_sizes import DERIVED, HIT_COUNTS
-from actvar.models.checkpoint_states import KIND_NAMES, StateDict, as_keys, choose, expect_found, state_dicts
+from actvar.models.checkpoint import sizes as sizes_of
+from actvar.models.checkpoint.files import CheckpointError, PathLike, fail, read_file
+from actvar.models.checkpoint.sizes import DERIVED, HIT_COUNTS
+from actvar.models.checkpoint.states import KIND_NAMES, StateDict, as_keys, choose, expect_found, state_dicts
 from actvar.models.var import VAR
 from actvar.models.vqvae import VQVAE
 from actvar.utils.files import read_mapped
 from actvar.utils.modes import inference_mode
-
-__all__ = ["CheckpointError", "describe_checkpoint", "load_var", "read_tensors", "usable_device"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NOT_FINITE_BY_DESIGN = ("attn_bias_for_masking", HIT_COUNTS)

@@ -9,8 +9,8 @@ from itertools import islice
 
 from torch import Tensor
 
-from actvar.models.checkpoint_files import PathLike, fail
-from actvar.models.checkpoint_sizes import AUTOENCODER_KIND, VAR_KIND
+from actvar.models.checkpoint.files import PathLike, fail
+from actvar.models.checkpoint.sizes import AUTOENCODER_KIND, VAR_KIND
 
 KIND_NAMES = {
     VAR_KIND: "a VAR transformer (names such as `blocks.0.attn.mat_qkv.weight`)",
