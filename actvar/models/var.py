@@ -144,6 +144,9 @@ class VAR(nn.Module):
         attn_l2_norm: normalised queries and keys with a learned scale per head.
     """
 
+    lvl_1L: torch.Tensor
+    attn_bias_for_masking: torch.Tensor
+
     def __init__(
         self,
         vae: VQVAE,
