@@ -1,11 +1,10 @@
-"""Which tokens a block updates at one scale: its own selector's choice, or that of the first block."""
+"""Select the tokens that a block updates at one scale, by its own selector or as the first block did."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from actvar.sparse.passes import Pass
 from actvar.sparse.schedule import Scale
@@ -14,7 +13,14 @@ from actvar_kernels.token_select.reference import gather_rows
 
 
 class Selected(NamedTuple):
-    """The result of `actvar_kernels.select_tokens`; `scores` is None where the first block has chosen."""
+    """Hold the result of `actvar_kernels.select_tokens`.
+
+    Args:
+        index: the kept tokens, `[R, K]` int64.
+        modulated: the kept rows after norm and modulation, `[R, K, C]`.
+        scores: logits of the selector, `[R, L]` float32, or None where the first block has chosen.
+        rest: the rows that are not kept, `[R, L, C]`; the others are undefined, for a scattering operation to fill.
+    """
 
     index: torch.Tensor
     modulated: torch.Tensor
@@ -23,7 +29,7 @@ class Selected(NamedTuple):
 
 
 def selected(
-    block: nn.Module,
+    block: Any,
     x: torch.Tensor,
     scale1: torch.Tensor,
     shift1: torch.Tensor,
@@ -34,9 +40,11 @@ def selected(
     """Return the tokens that a patched block keeps of one scale.
 
     Args:
+        block: a patched block.
         x: the tokens of the scale, `[R, L, C]`.
-        scale1, shift1: AdaLN by which the kept tokens are modulated, `[R, 1, C]`.
-        current: the pass that the call belongs to; the first block adds its choice where all blocks update the same.
+        scale1, shift1: AdaLN's scale and shift for the kept tokens, each `[R, 1, C]`.
+        scale: the scale of the tokens.
+        current: the pass of the call, to which the first block adds its choice where all blocks update the same tokens.
         in_place: as in `actvar_kernels.select_tokens`.
 
     Raises:
