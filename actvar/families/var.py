@@ -24,7 +24,8 @@ from actvar.families.base import (
 )
 from actvar.families.var_layers import class_with_forward, is_known, linear_called, parts_called
 from actvar.families.var_model import PatchedVAR
-from actvar.models.var import MAX_LOG_SCALE, VAR, TransformerBlock
+from actvar.models.transformer_block import MAX_LOG_SCALE, TransformerBlock
+from actvar.models.var import VAR
 from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import cpp_runs, expert_ffn, gelu_linear, linear, linear_once

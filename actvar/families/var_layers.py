@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from actvar.families.base import ATTENTION, FFN, MODULATION, NORM, PROJECTION, Called
-from actvar.models.var import FeedForward, HeadNorm, SelfAttention, TransformerBlock
+from actvar.models.transformer_block import FeedForward, HeadNorm, SelfAttention, TransformerBlock
 from actvar.utils.class_swap import own_class
 from actvar.utils.plain_layers import is_ordinary, why_called, why_not_by_class
 
@@ -18,7 +18,7 @@ PUBLIC_NAMES = {
     FeedForward: "FFN",
     HeadNorm: "AdaLNBeforeHead",
 }
-"""Classes of `actvar.models.var`, each with the name of the public code's class that has the same forward."""
+"""Our classes, each with the name of the public code's class that has the same forward."""
 INERT = (nn.Identity, nn.Dropout, nn.GELU)
 """Layers in the public code's attention and FFN that kernels leave out, or compute themselves."""
 
@@ -61,7 +61,7 @@ def module_called(module: nn.Module, own: type, read: Collection[str]) -> str | 
 
     Args:
         module: the module.
-        own: the class of `actvar.models.var` that it must be, or be the public counterpart of.
+        own: the class of ours that it must be, or be the public counterpart of.
         read: names of the layers that the caller looks at itself.
     """
     kind = own_class(module)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from actvar.families.var_layers import linear_called, module_called
 from actvar.models.arguments import checked_labels, one_thread
 from actvar.models.sampling import sample_guided
-from actvar.models.var import VAR, HeadNorm
+from actvar.models.transformer_block import HeadNorm
+from actvar.models.var import VAR
 from actvar.utils.plain_layers import why_called
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import cpp_runs, linear, normalize_modulate, sample_tokens, triton_runs
