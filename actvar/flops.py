@@ -148,8 +148,8 @@ def model_flops(var: Any, batch: int, config: ActVARConfig | None = None) -> lis
 def equation_12(*, width: int, depth: int, maps: Sequence[tuple[int, int]], config: ActVARConfig) -> float:
     """Return the FLOPs that one row saves by Eq. 12: the savings of the active steps and blocks less their gates' cost.
 
-    Each step contributes by its length L, the width C, the number of experts N, and the saving rates t of tokens and w
-    of FFN weights. The terms are our reading of the paper's words; the text they were read from lacks the formulas:
+    L is a step's length, C the width and N the number of experts. t is the saving rate of tokens, and w that of FFN
+    weights. The terms are our reading of the paper's words; the text they were read from lacks the formulas:
 
         saved = t * 8 L C^2  +  (1 - (1 - t)^2) * 4 L^2 C  +  (1 - (1 - t) (1 - w)) * 16 L C^2
         cost  = 2 L C (selector, where t > 0)  +  2 (1 - t) L C N (router, where w > 0)
@@ -263,8 +263,8 @@ class _CountByModule:
     def formulas(self) -> dict[object, Callable]:
         """Return a counter's formulas by operator, each of which also adds to the sums.
 
-        They are the registered ones of torch and `actvar_kernels`, and one for the selector on the reference backend,
-        which is a product written as a multiplication and a sum.
+        Torch and `actvar_kernels` have registered most of them. Another one is for the selector on the reference
+        backend, whose product is a multiplication and a sum.
         """
         aten = torch.ops.aten
         formulas = {operator: self._summed(formula) for operator, formula in flop_registry.items()}

@@ -1,7 +1,7 @@
 """Define the VAR transformer, which predicts scale after scale. State-dict keys follow the official `var_d*.pth`.
 
-Attribute and method names that other code touches (`blocks`, `attn.kv_caching`, `autoregressive_infer_cfg`, ...) are
-those of the public implementation, so that loops written for the public classes run here too.
+Names that other code uses (`blocks`, `attn.kv_caching`, `autoregressive_infer_cfg`, ...) are the public
+implementation's. Therefore loops written for the public classes run here too.
 """
 
 from __future__ import annotations

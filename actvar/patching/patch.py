@@ -155,9 +155,10 @@ def _install(model: Any, state: PatchState, block_states: list[BlockState]) -> N
 def remove_patch(var: nn.Module) -> nn.Module:
     """Undo `apply_patch`, bit for bit, and return `var`. An unpatched VAR is left as it is.
 
-    This also removes the remains of an interrupted `apply_patch` or `remove_patch`, and the patch of any block, even a
-    wrapped one or one from another model. The layers may have changed since. An FFN with reordered hidden units that
-    was wrapped or quantised keeps their order, in which it computes the same sum; a logged line says so.
+    This also removes the remains of an interrupted `apply_patch` or `remove_patch`. Patches of single blocks go too,
+    even of wrapped blocks or of blocks from another model. The layers may have changed since. An FFN with reordered
+    hidden units that was wrapped or quantised keeps their order, in which it computes the same sum; a logged line says
+    so.
 
     Args:
         var: as in `apply_patch`.

@@ -34,8 +34,8 @@ def teacher_forced_block(block: Any, call: BlockCall, current: Pass) -> torch.Te
     Rows that a scale dropped are invisible to every later query, as in sampling.
 
     While a gate is being trained, the kept tokens' updates or the chosen experts' outputs are multiplied by
-    `1 + p - stopgrad(p)` (straight-through), where p is the softmax of the gate's scores. This changes values by
-    rounding only.
+    `1 + p - stopgrad(p)` (straight-through). Here p is the softmax of the gate's scores, and values change by rounding
+    only.
 
     Args:
         block: a patched block.
