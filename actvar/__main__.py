@@ -1,4 +1,4 @@
-"""`python -m actvar`: the same as the `actvar` command."""
+"""Run the `actvar` command, by `python -m actvar`."""
 
 from actvar.cli import main
 

@@ -1,4 +1,4 @@
-"""Which scales are sparse, and how much."""
+"""Say which scales are sparse, and how much."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ Rate = float | tuple[float, ...]
 
 
 def share_of(rate: float, count: int) -> int:
-    """Return `floor(rate * count + 0.5)`, at least 1."""
+    """Return the part `rate` of `count` as `floor(rate * count + 0.5)`, at least 1."""
     return max(1, math.floor(float(rate) * count + 0.5))
 
 
@@ -30,26 +31,28 @@ def share_of(rate: float, count: int) -> int:
 class ActVARConfig:
     """Say what is computed: rates and variants of ActVAR. The default is the paper's (0.75, 0.75; 0.75).
 
-    Adapters hold it. `actvar.Execution` says how the model is run.
-
-    Args:
-        scales: numbers of the active scales, negative ones from the end.
-        token_rates: share of tokens each active scale updates, in (0, 1]; a scale's may be a tuple with one per block.
-        ffn_rate: share of experts per token, in (0, 1]; one number for all active scales or one per scale, which may be
-            a tuple with one per block.
-        num_experts: groups the FFN's hidden units are cut into; must divide the hidden size.
-        kv: `"compact"` caches keys and values of kept tokens only (Eq. 8); `"all"` projects and caches all tokens of
-            an active scale.
-        share_cfg_selection: under guidance the conditional row chooses the tokens of both rows.
-        fixed_tokens: the first block chooses the tokens that all blocks update, as fixed token pruning does (the rival
-            in the paper's Table 4); token rates are then those of all blocks.
-        always_sparse: run every sparse operation even where a rate is 1, where they change nothing (for checks).
+    Adapters hold a configuration. `actvar.Execution` says how the model is run.
 
     Numbers of any kind become Python's own: numpy's, and arrays and tensors without dimensions. Arrays and tensors with
     dimensions, and lists, become tuples.
 
+    Args:
+        scales: numbers of the active scales, negative ones from the end.
+        token_rates: share of the tokens that each active scale updates, in (0, 1]. A scale may have a tuple with a rate
+            for each block.
+        ffn_rate: share of the experts that are on per token, in (0, 1]: one number for all active scales, or a tuple
+            with a rate for each scale, which may again be a tuple with one for each block.
+        num_experts: groups that the FFN's hidden units are cut into; must divide the hidden size.
+        kv: `"compact"` caches keys and values of kept tokens only (Eq. 8); `"all"` projects and caches all tokens of
+            an active scale.
+        share_cfg_selection: whether the conditional row chooses the tokens of both rows under guidance.
+        fixed_tokens: whether the first block chooses the tokens that all blocks update, as fixed token pruning does
+            (the rival in the paper's Table 4). Every token rate then holds for all blocks.
+        always_sparse: whether every sparse operation runs even where a rate is 1 and it changes nothing, for checks.
+
     Raises:
-        TypeError, ValueError: a field that is wrong, or one of `actvar.Execution`.
+        TypeError: a field of a wrong type, or a field of `actvar.Execution`.
+        ValueError: a field out of its range, or fields that do not fit together.
     """
 
     scales: tuple[int, ...] = (-2, -1)
@@ -109,7 +112,7 @@ class ActVARConfig:
         return any(min(rate) < 1 if isinstance(rate, tuple) else rate < 1 for rate in rates)
 
     def to_json(self) -> str:
-        """Return all fields as a JSON object."""
+        """Return all fields as the text of a JSON object."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -117,8 +120,8 @@ class ActVARConfig:
         """Return the configuration that `to_json` wrote as `text`.
 
         Raises:
-            TypeError, ValueError: not a JSON object, one with unknown fields or those of `actvar.Execution`, or a field
-                that is wrong.
+            TypeError, ValueError: `text` is no JSON object, or one with a field that is unknown, wrong or one of
+                `actvar.Execution`.
         """
         values = json_object(text)
         expect_no_execution(values)
@@ -127,23 +130,25 @@ class ActVARConfig:
 
 
 def _rate(name: str, value: object) -> float:
+    """Return a rate as a float in (0, 1]."""
     rate = as_number(name, value, "a number in (0, 1]")
     if not 0 < rate <= 1:
         raise ValueError(f"{name}: expected a number in (0, 1], got {rate}")
     return rate
 
 
-def _rate_or_rates(name: str, value: object, of_item: Callable = _rate) -> Rate:
-    """Return one rate, or a tuple of what `of_item` returns for each item."""
-    return _rate(name, value) if as_items(value) is None else _tuple_of(name, value, of_item)
+def _rate_or_rates(name: str, value: object, convert: Callable = _rate) -> Any:
+    """Return one rate, or a tuple of the items of `value` after `convert`."""
+    return _rate(name, value) if as_items(value) is None else _tuple_of(name, value, convert)
 
 
-def _tuple_of(name: str, values: object, of_item: Callable) -> tuple:
+def _tuple_of(name: str, values: object, convert: Callable) -> tuple:
+    """Return the items of `values`, of which there must be one, after `convert`."""
     items = as_items(values)
     if not items:
         raise TypeError(f"{name}: expected a non-empty tuple, got {values!r:.100}")
-    return tuple(of_item(name, item) for item in items)
+    return tuple(convert(name, item) for item in items)
 
 
 DENSE = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=1.0)
-"""Rates of 1: what the dense model computes."""
+"""Rates of 1, at which the results are the dense model's."""

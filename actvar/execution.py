@@ -1,4 +1,4 @@
-"""How a patched model is run."""
+"""Say how a patched model is run."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ FIELDS_ONCE_IN_CONFIG = {
 
 @dataclass(frozen=True)
 class Execution:
-    """How a patched model is run; `ActVARConfig` says what is computed. The default changes no token and no image.
+    """Say how a patched model is run. The default changes no token and no image.
+
+    `ActVARConfig` says what is computed.
 
     Args:
         sampler: `"torch"` draws tokens as the public code does. `"fast"` draws them in one kernel and from another
             random stream (`actvar_kernels.sample_tokens`). For `actvar.models.VAR` only.
-        decoder_dtype: `"bfloat16"` or `"float16"` decodes images under autocast to it, which changes them slightly.
-            None leaves the autoencoder as it is. For `actvar.models.VAR` only.
+        decoder_dtype: `"bfloat16"` or `"float16"` decodes images under autocast to that dtype, which changes them
+            slightly. None leaves the autoencoder as it is. For `actvar.models.VAR` only.
         expert_execution: how the Triton backend runs the experts; results are equal to rounding. `"dense"` computes all
-            and writes zeros for those that are off. `"tile_list"` sorts tokens by their experts, and a tile of tokens
-            skips the experts that none of them wants. `"auto"` takes what was measured for the GPU.
+            experts and writes zeros for those that are off. `"tile_list"` sorts tokens by their experts, and a tile of
+            tokens skips the experts that none of them wants. `"auto"` takes the one that was measured to be faster on
+            the GPU.
 
     Raises:
         TypeError: a field is neither a string nor None.
@@ -50,7 +53,7 @@ class Execution:
         check_choice("expert_execution", self.expert_execution, EXPERT_EXECUTIONS)
 
     def to_json(self) -> str:
-        """Return all fields as a JSON object."""
+        """Return all fields as the text of a JSON object."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -58,7 +61,7 @@ class Execution:
         """Return the Execution that `to_json` wrote as `text`.
 
         Raises:
-            TypeError, ValueError: not a JSON object, one with unknown fields, or a field that is wrong.
+            TypeError, ValueError: `text` is no JSON object, or one with a field that is unknown or wrong.
         """
         values = json_object(text)
         check_names(values, {field.name for field in fields(cls)})
@@ -66,10 +69,10 @@ class Execution:
 
 
 def checked_execution(execution: object) -> Execution:
-    """Return `execution`, which has to be an Execution.
+    """Return `execution`.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: `execution` is no Execution.
     """
     if not isinstance(execution, Execution):
         raise TypeError(f"execution: expected an actvar.Execution, got {type(execution).__name__}")
@@ -77,7 +80,7 @@ def checked_execution(execution: object) -> Execution:
 
 
 def expect_no_execution(names: Iterable[str]) -> None:
-    """Raise a TypeError if a field that belongs to `Execution` is among `names`, those given to `ActVARConfig`."""
+    """Raise a TypeError if `names`, arguments of `ActVARConfig`, have a field that belongs to `Execution`."""
     for name in names:
         if name in FIELDS_ONCE_IN_CONFIG:
             field = FIELDS_ONCE_IN_CONFIG[name]

@@ -1,4 +1,4 @@
-"""FLOPs of the transformer in one sampling run, by formula and by torch's counter. A multiply-add is 2 FLOPs."""
+"""Count the transformer's FLOPs in one sampling run, by formula and by torch's counter. A multiply-add is 2 FLOPs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,10 @@ from actvar_kernels.backend import using_backend
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one scale, over all rows and blocks, by module; `head` with the embedding of the tokens before it."""
+    """Hold the FLOPs of one scale by module, over all rows and blocks.
+
+    `head` includes the embedding of the tokens that the scale begins with.
+    """
 
     qkv: int
     attention: int
@@ -39,6 +43,7 @@ class StepFlops:
 
     @property
     def total(self) -> int:
+        """Return the FLOPs of all modules."""
         return sum(getattr(self, module) for module in MODULES)
 
 
@@ -46,7 +51,7 @@ MODULES = tuple(field.name for field in fields(StepFlops))
 
 
 def total_flops(steps: Sequence[StepFlops]) -> int:
-    """FLOPs of all scales."""
+    """Return the FLOPs of all scales."""
     return sum(step.total for step in steps)
 
 
@@ -62,21 +67,28 @@ def formula_flops(
     batch: int,
     config: ActVARConfig = DENSE,
 ) -> list[StepFlops]:
-    """FLOPs of each scale for `batch` images under guidance (2 rows an image); LN, softmax and other element-wise
-    work is not counted, selectors and routers are. A block's own AdaLN counts at every scale and a shared one at the
-    first, as the models compute them (kernels: both once).
+    """Return the FLOPs of each scale for `batch` images under guidance, which has 2 rows an image.
+
+    Selectors and routers count. LayerNorm, softmax and other element-wise work does not. A block's own AdaLN counts at
+    every scale and a shared one at the first, as the models compute them. Kernels compute both once a sample.
 
     Args:
         width, hidden, depth, vocab_size, code_size: sizes C, D, blocks, V, Cvae.
         maps: height and width of the token map of every scale.
-        shares_modulation: one AdaLN projection serves all blocks.
+        shares_modulation: whether one AdaLN projection serves all blocks.
+        batch: number of images.
+        config: rates and variants.
+
+    Raises:
+        TypeError: a batch that is no integer.
+        ValueError: a batch below 1, or a configuration that does not fit the maps.
     """
     batch = checked_integer("batch", batch, 1)
     rows, C = 2 * batch, width
     steps = []
-    for of_blocks in zip(*(build_schedule(config, maps, block) for block in range(depth)), strict=True):
-        tokens, index = of_blocks[0].tokens, of_blocks[0].index
-        blocks = [block_flops(scale, config, C, hidden) for scale in of_blocks]
+    for block_scales in zip(*(build_schedule(config, maps, block) for block in range(depth)), strict=True):
+        tokens, index = block_scales[0].tokens, block_scales[0].index
+        blocks = [block_flops(scale, config, C, hidden) for scale in block_scales]
         adaln_blocks = (index == 0) if shares_modulation else depth
         embedded = 0 if index == 0 else batch * tokens
         steps.append(
@@ -90,7 +102,10 @@ def formula_flops(
 
 
 def block_flops(scale: Scale, config: ActVARConfig, width: int, hidden: int) -> dict[str, int]:
-    """FLOPs of one row in one block at `scale`, by module: `qkv`, `attention`, `proj`, `ffn`, `selector`, `router`."""
+    """Return the FLOPs of one row in one block at `scale`, by module.
+
+    The modules are `qkv`, `attention`, `proj`, `ffn`, `selector` and `router` of `StepFlops`.
+    """
     C = width
     kept = scale.keep if scale.select else scale.tokens
     projected = kept if config.kv == "compact" else scale.tokens
@@ -105,13 +120,18 @@ def block_flops(scale: Scale, config: ActVARConfig, width: int, hidden: int) -> 
     }
 
 
-def model_flops(var: nn.Module, batch: int, config: ActVARConfig | None = None) -> list[StepFlops]:
-    """`formula_flops` of a model, of which only shapes are read: with `config`; as it is patched, or not, if None."""
+def model_flops(var: Any, batch: int, config: ActVARConfig | None = None) -> list[StepFlops]:
+    """Return the `formula_flops` of a model, of which only shapes are read.
+
+    Args:
+        var: a model of any family, patched or not, with or without weights.
+        batch: number of images.
+        config: rates and variants; None for those of the patch, or of the dense model without one.
+    """
     var = unwrapped(var)
     family = family_of(var)
     sizes = family.sizes(var)
-    if config is None:
-        config = var.actvar.config if is_patched(var) else DENSE
+    own: ActVARConfig = var.actvar.config if is_patched(var) else DENSE
     return formula_flops(
         width=sizes.width,
         hidden=sizes.hidden,
@@ -121,25 +141,36 @@ def model_flops(var: nn.Module, batch: int, config: ActVARConfig | None = None) 
         maps=family.maps(var),
         shares_modulation=sizes.shares_modulation,
         batch=batch,
-        config=config,
+        config=own if config is None else config,
     )
 
 
 def equation_12(*, width: int, depth: int, maps: Sequence[tuple[int, int]], config: ActVARConfig) -> float:
-    """FLOPs that one row saves by Eq. 12: the sum over active steps and blocks of what a block saves less what its
-    gates cost, as a formula of the step's length L, the width C, the number of experts N, and the saving rates t of
-    tokens and w of FFN weights.
+    """Return the FLOPs that one row saves by Eq. 12: the savings of the active steps and blocks less their gates' cost.
 
-    The terms are our reading of the paper's words; the text they were read from lacks the formulas:
+    L is a step's length, C the width and N the number of experts. t is the saving rate of tokens, and w that of FFN
+    weights. The terms are our reading of the paper's words; the text they were read from lacks the formulas:
 
         saved = t * 8 L C^2  +  (1 - (1 - t)^2) * 4 L^2 C  +  (1 - (1 - t) (1 - w)) * 16 L C^2
         cost  = 2 L C (selector, where t > 0)  +  2 (1 - t) L C N (router, where w > 0)
 
-    for projections, attention and an FFN of 4 C hidden units. Attention is that of the step's own tokens: with the K/V
-    cache, which L and C do not describe, a step has more of it, and the next step finds fewer keys.
+    The savings are those of projections, attention and an FFN of 4 C hidden units. Only attention among the step's own
+    tokens counts. L and C do not describe the K/V cache, with which a step has more attention and the next step fewer
+    keys.
+
+    Args:
+        width: channels C.
+        depth: number of blocks.
+        maps: height and width of the token map of every scale.
+        config: rates, each one number for all blocks.
+
+    Raises:
+        TypeError: a rate that is a tuple with one for each block.
     """
     saved = 0.0
     for scale, token_rate, ffn_rate in zip(config.scales, config.token_rates, config.ffn_rates, strict=True):
+        if isinstance(token_rate, tuple) or isinstance(ffn_rate, tuple):
+            raise TypeError(f"config: expected one rate for all blocks, got {token_rate} and {ffn_rate}")
         L, C, t, w = math.prod(maps[scale]), width, 1 - token_rate, 1 - ffn_rate
         block = t * 8 * L * C**2 + (1 - (1 - t) ** 2) * 4 * L**2 * C + (1 - (1 - t) * (1 - w)) * 16 * L * C**2
         gates = 2 * L * C * (t > 0) + 2 * (1 - t) * L * C * config.num_experts * (w > 0)
@@ -149,11 +180,19 @@ def equation_12(*, width: int, depth: int, maps: Sequence[tuple[int, int]], conf
 
 @torch.no_grad()
 def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
-    """FLOPs of each scale of the same run, counted by `torch.utils.flop_counter` on the operations of the model itself.
+    """Return the FLOPs of each scale of one sampling run, counted by torch on the model's own operations.
 
-    The model runs as a copy with fake tensors for weights, so that a model on the meta device will do; on the reference
-    backend. An expert FFN counts the experts that are on, whatever is done with the others. A product belongs to the
-    module whose weight is in it, one without a weight to attention.
+    A copy of the model with fake tensors for weights runs on the reference backend, so a model on the meta device will
+    do. An expert FFN counts the experts that are on, even if the others are computed too. A product belongs to the
+    module whose weight it has, and to attention if it has no weight.
+
+    Args:
+        var: a model of any family, patched or not, with or without weights.
+        batch: number of images.
+
+    Raises:
+        TypeError: a batch that is no integer.
+        ValueError: a batch below 1.
     """
     batch = checked_integer("batch", batch, 1)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -172,10 +211,15 @@ def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
 
 
 @torch.no_grad()
-def sampling_flops(var: nn.Module) -> int:
-    """FLOPs of the transformer for one image under guidance, counted by `torch.utils.flop_counter` while
-    `autoregressive_infer_cfg` runs on the reference backend: whatever a method makes of the sampling loop is in. The
-    autoencoder's are not: the image is not decoded, and convolutions do not count."""
+def sampling_flops(var: Any) -> int:
+    """Return the transformer's FLOPs for one image under guidance, counted by torch during the sample.
+
+    `autoregressive_infer_cfg` runs on the reference backend, so changes of a method to the sampling loop are counted.
+    The autoencoder's FLOPs are not: the image is not decoded, and convolutions do not count.
+
+    Args:
+        var: a model with weights, patched or not.
+    """
     counts, aten = _CountByModule(unwrapped(var)), torch.ops.aten
     formulas = counts.formulas() | {aten.convolution: lambda *_, **__: 0}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
@@ -185,7 +229,7 @@ def sampling_flops(var: nn.Module) -> int:
 
 
 def without_weights(var: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of `var` on the CPU whose parameters and buffers are fake tensors."""
+    """Return a copy of `var` on the CPU whose parameters and buffers are fake tensors of `mode`."""
     with mode:
         copies = {id(p): nn.Parameter(_on_cpu(p), p.requires_grad) for p in var.parameters()}
         copies |= {id(b): _on_cpu(b) for b in var.buffers()}
@@ -199,7 +243,7 @@ def _on_cpu(like: torch.Tensor) -> torch.Tensor:
 
 
 class _CountByModule:
-    """FLOP formulas for a counter that also sum what they return by the module of `StepFlops`."""
+    """Sum the FLOPs that a counter finds by the module of `StepFlops`."""
 
     def __init__(self, var: nn.Module):
         self.flops: Counter[str] = Counter()
@@ -211,14 +255,17 @@ class _CountByModule:
                 self.module_of[_storage(parameter)] = module
 
     def take(self) -> StepFlops:
-        """What was counted since the last call."""
+        """Return the FLOPs counted since the last call."""
         step = StepFlops(**{module: self.flops[module] for module in MODULES})
         self.flops.clear()
         return step
 
     def formulas(self) -> dict[object, Callable]:
-        """The registered formulas, torch's and those of `actvar_kernels`, and of the selector on the reference backend:
-        a product written as a multiplication and a sum."""
+        """Return a counter's formulas by operator, each of which also adds to the sums.
+
+        Torch and `actvar_kernels` have registered most of them. Another one is for the selector on the reference
+        backend, whose product is a multiplication and a sum.
+        """
         aten = torch.ops.aten
         formulas = {operator: self._summed(formula) for operator, formula in flop_registry.items()}
         formulas[aten._scaled_dot_product_flash_attention_for_cpu] = self._summed(_cpu_attention_flops)
@@ -227,6 +274,8 @@ class _CountByModule:
         return formulas
 
     def _summed(self, formula: Callable[..., int]) -> Callable[..., int]:
+        """Return `formula` as one that also adds its result to the sum of the module."""
+
         def count(*args, **kwargs) -> int:
             flops = formula(*args, **kwargs)
             self.flops[self._module(args) or "attention"] += flops
@@ -236,15 +285,16 @@ class _CountByModule:
         return count
 
     def _module(self, args: Sequence[object]) -> str | None:
-        """Module of the first weight among `args`."""
+        """Return the module of the first weight among `args`, or None without a weight."""
         found = (self.module_of.get(_storage(arg)) for arg in args if isinstance(arg, torch.Tensor))
         return next((module for module in found if module is not None), None)
 
     def _selector_flops(self, *args, out_val: torch.Tensor, **_kwargs) -> int:
+        """Return the FLOPs of a multiplication: those of the selector's product, otherwise none."""
         return 2 * out_val.numel() if self._module(args) == "selector" else 0
 
     def _cast_flops(self, source: torch.Tensor, *_args, out_val: torch.Tensor, **_kwargs) -> int:
-        """None; a weight in another dtype is still that module's."""
+        """Return no FLOPs, and let a weight in another dtype belong to the module of the original."""
         module = self._module((source,))
         if module is not None:
             self.module_of[_storage(out_val)] = module
@@ -252,8 +302,10 @@ class _CountByModule:
 
 
 def _storage(tensor: torch.Tensor) -> StorageWeakRef:
+    """Return a key for the memory of a tensor."""
     return StorageWeakRef(tensor.untyped_storage())
 
 
 def _cpu_attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_args, **_kwargs) -> int:
+    """Return the FLOPs of torch's attention on the CPU, for which torch has no formula."""
     return sdpa_flop_count(query.shape, key.shape, value.shape)

@@ -1,11 +1,14 @@
-"""The command line: `actvar sample`, `inspect`, `evaluate`, `distill`, `calibrate`, `verify`, `flops`, `info`; a module
-each, with the command's options and what it does."""
+"""Run the commands `actvar sample`, `inspect`, `evaluate`, `distill`, `calibrate`, `verify`, `flops` and `info`.
+
+Each command has a module with a function `add_to`, which adds its options, and a function `run`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
+from typing import NoReturn
 
 import torch
 
@@ -15,28 +18,33 @@ from actvar_kernels import BackendUnavailableError
 
 COMMANDS = (sample, inspect, evaluate, distill, calibrate, verify, flops, info)
 OPTION_OF = {"g_seed": "seed", "num_experts": "experts", "token_rates": "rates", "ffn_rate": "rates"}
-"""Names of options for arguments of functions that are called otherwise."""
+"""Names of options, without the dashes, for arguments of functions that have another name."""
 OUT_OF_MEMORY = "expected less at a time than the memory has room for; give smaller numbers"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line that says what to do, exit code 2."""
+    """Report errors in one line that says what to do, with exit code 2."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """Print `message` and exit with code 2."""
         self.exit(2, f"{self.prog}: {message} (try {self.prog} --help)\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the `actvar` command.
+    """Run the `actvar` command.
 
-    The exit code is 0 if the work was done, whatever became of the output; 1 if a check found a difference; 2 with one
-    line on standard error if the work was not done; 130 after Ctrl-C.
+    The exit code is 0 if the work was done, even if the output could not be written. It is 1 if a check found a
+    difference, 2 with one line on standard error if the work was not done, and 130 after Ctrl-C.
+
+    Args:
+        arguments: the words after `actvar`; None for those of the process.
     """
     with forgiving_streams():
         _run(arguments)
 
 
 def _run(arguments: list[str] | None) -> None:
+    """Parse `arguments`, and run the command that they name."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = _Parser(prog="actvar", description="Sample pretrained VAR image generators faster with ActVAR.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
@@ -66,4 +74,5 @@ def _in_words_of(options: argparse.Namespace, message: str) -> str:
 
 
 def _is_about_memory(error: Exception) -> bool:
+    """Return whether an error says that there is too little memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

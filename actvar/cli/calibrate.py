@@ -1,4 +1,4 @@
-"""`actvar calibrate`: an adapter without training."""
+"""Make an adapter without training, by `actvar calibrate`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from actvar.cli.options import (
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add the command `calibrate` and its options to `commands`."""
     command = commands.add_parser("calibrate", help="make an adapter without data or training, in minutes")
     add_source(command, adapter=None)
     add_dtype(command)
@@ -48,6 +49,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Fit an adapter to samples of the model, and write it with a report."""
     check_source(options)
     expect_file("--out", options.out)
     if options.out.suffix == ".json":

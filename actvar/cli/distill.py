@@ -1,4 +1,4 @@
-"""`actvar distill`: train an adapter."""
+"""Train an adapter, by `actvar distill`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER, WHERE_FROM
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add the command `distill` and its options to `commands`."""
     command = commands.add_parser("distill", help="train an adapter; run the same command again to go on with it")
     add_source(command)
     command.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast (default fp32)")
@@ -70,6 +71,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Train an adapter, or go on with a training, and write it."""
     check_source(options)
     data = options.data or (str(DEBIAN_FOLDER) if options.model else None)
     if data is None:

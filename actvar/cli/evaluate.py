@@ -1,4 +1,4 @@
-"""`actvar evaluate`: quality, time and FLOPs of methods."""
+"""Measure quality, time and FLOPs of methods, by `actvar evaluate`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add the command `evaluate` and its options to `commands`."""
     command = commands.add_parser("evaluate", help="quality, time and FLOPs of ActVAR beside other methods; resumes")
-    add_source(command, adapter=False)
+    add_source(command, adapter=None)
     add_dtype(command)
     command.add_argument(
         "--methods",
@@ -50,6 +51,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Measure the methods, and write and print the results."""
     check_source(options)
     expect_file("--json", options.json)
     expect_file("--plot", options.plot)
@@ -71,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     placement = dict(device=usable_device(options.device), dtype=DTYPES[options.dtype])
     methods = chosen_methods(options.methods, methods_of(options.model, **placement))
     quality = dense = None
-    how.bulk(var, options.seed)  # says what is wrong with the numbers before anything is read
+    how.bulk(var, options.seed)  # reports wrong numbers before anything is read
     if options.model:
         quality = training_image_quality(options.data, device_of(var))
         dense = dense_predictions(vae, var, options.data, options.cfg)

@@ -1,4 +1,4 @@
-"""`actvar flops`: count."""
+"""Count FLOPs, by `actvar flops`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from actvar.reports.flops import AGREEMENT, MODEL_NAMES, flops_report, save_plot
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add the command `flops` and its options to `commands`."""
     command = commands.add_parser("flops", help="FLOPs by module and step; exit code 1 if torch counts other ones")
     command.add_argument("--model", choices=MODEL_NAMES, required=True, help="an official size, or the bundled model")
     add_rates(command)
@@ -22,6 +23,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Count FLOPs by formula and by torch's counter, and exit with code 1 where they differ."""
     expect_file("--json", options.json)
     expect_file("--plot", options.plot)
     config = with_rates(actvar.ActVARConfig(), options.rates)

@@ -1,13 +1,14 @@
-"""`actvar info`: describe a file or this installation."""
+"""Describe a file or this installation, by `actvar info`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from actvar_kernels.sampling import cpu_kernel
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add the command `info` and its options to `commands`."""
     command = commands.add_parser(
         "info", help="describe a checkpoint or adapter, or, without a file, this installation"
     )
@@ -32,6 +34,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Print the description as lines or as JSON."""
     if options.file is None:
         facts = {
             "actvar": actvar.__version__,
@@ -54,35 +57,36 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _describe_file(path: str, key: str | None) -> dict[str, object]:
-    """Describe an adapter or a checkpoint; when it is neither, the error is the checkpoint reader's."""
+    """Describe an adapter or a checkpoint; a file that is neither raises the errors of `describe_checkpoint`."""
     if key is None and Path(path).expanduser().is_file():
         with contextlib.suppress(actvar.AdapterError):
             return describe_adapter(path)
     return describe_checkpoint(path, key)
 
 
-def _flat(facts: dict[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield names and values for people; a name in a nested mapping has the outer one and a dot before it."""
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield names and values as text; a name in a nested mapping follows the outer name and a dot."""
     for name, value in facts.items():
-        if is_dataclass(value):
-            value = asdict(value)
+        shown: Any = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         if name == "key":
-            yield f"{prefix}key", value or "(top level)"
+            yield f"{prefix}key", shown or "(top level)"
         elif name == "not_finite":
-            yield f"{prefix}values", _finite_or_not(value)
-        elif isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield f"{prefix}values", _finite_or_not(shown)
+        elif isinstance(shown, dict):
+            yield from _flat(shown, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", _text(value)
+            yield f"{prefix}{name}", _text(shown)
 
 
 def _finite_or_not(names: list[str]) -> str:
+    """Return a text about the tensors `names`, whose values are not finite."""
     if not names:
         return "finite"
     return f"NOT FINITE in {len(names)} tensors: {' '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
 
 
 def _text(value: object) -> str:
+    """Return a value as text: a sequence as its items, a nested one in parentheses."""
     if value is None:
         return "none"
     if isinstance(value, list | tuple):

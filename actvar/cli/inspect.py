@@ -1,4 +1,4 @@
-"""`actvar inspect`: a page about one image."""
+"""Write a page about one image, by `actvar inspect`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from actvar.sampling.request import Sampling
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add the command `inspect` and its options to `commands`."""
     command = commands.add_parser(
         "inspect", help="one image from inside, as an HTML page: scales, tokens, experts, cost"
     )
@@ -39,6 +40,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Sample the image, and write the page about it."""
     check_source(options)
     expect_file("--out", options.out)
     sampling = Sampling((options.label,), options.cfg, options.top_k, options.top_p, options.seed)

@@ -1,12 +1,14 @@
-"""Options that several commands share, and what they stand for."""
+"""Add the options that several commands share, and read their values."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -19,15 +21,22 @@ from actvar.utils.files import replacing
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import WEIGHTS, adapter_path, bundled_adapters
 
+Number = TypeVar("Number", int, float)
+
 MOST_AT_ONCE = 1_000_000
-"""What one sample, or one batch, may be asked for: more fits into no memory."""
+"""The most images of one sample or one batch; more would fit into no memory."""
 FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".html", ".json", ".csv", ".npz", ".npy", ".safetensors"}
 _SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES = _SHORT | {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def add_source(command: argparse.ArgumentParser, adapter: str | None = "paper") -> None:
-    """`adapter`: the bundled one that --model takes by default; None for a command that reads none."""
+    """Add the options that choose a model, an adapter and a device.
+
+    Args:
+        command: the command's parser.
+        adapter: the bundled adapter that --model takes by default; None for a command that reads no adapter.
+    """
     source = command.add_argument_group("model")
     source.add_argument("--model", choices=sorted(WEIGHTS), help="a model that comes with the package")
     source.add_argument(
@@ -49,12 +58,12 @@ def add_source(command: argparse.ArgumentParser, adapter: str | None = "paper") 
 
 
 def add_dtype(command: argparse.ArgumentParser) -> None:
-    """The type of the transformer's weights."""
+    """Add the option for the dtype of the transformer's weights."""
     command.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
 
 
 def add_draw(command: argparse._ActionsContainer) -> None:
-    """How tokens are drawn."""
+    """Add the options that say how tokens are drawn."""
     command.add_argument("--cfg", type=number, default=1.5, help="guidance strength (default 1.5)")
     command.add_argument("--top-k", type=integer, default=0, help="draw from the k likeliest tokens (default 0: all)")
     command.add_argument("--top-p", type=number, default=0.0, help="from the likeliest that reach p (default 0: all)")
@@ -62,13 +71,14 @@ def add_draw(command: argparse._ActionsContainer) -> None:
 
 
 def add_rates(command: argparse.ArgumentParser) -> None:
+    """Add the option for the rates of tokens and experts."""
     command.add_argument(
         "--rates", nargs="+", type=number, help="token rates of the last scales, then the FFN's, e.g. 0.75 0.75 0.75"
     )
 
 
 def check_source(options: argparse.Namespace) -> None:
-    """One model must be named: a bundled one, or both checkpoints."""
+    """Raise a ValueError unless one model is named: a bundled one, or both checkpoints."""
     if (options.model is None) == (options.var is None):
         raise ValueError("give either --model, or --var with --vae")
     if (options.var is None) != (options.vae is None):
@@ -78,19 +88,28 @@ def check_source(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[VQVAE, VAR]:
-    """Autoencoder and transformer, on the device that is asked for, or that torchrun gives this process."""
+    """Load autoencoder and transformer in `dtype`, on the device of --device or the one that torchrun gives."""
     if torch.cuda.is_available():
         torch.cuda.set_device(of_process("LOCAL_RANK", 0) % torch.cuda.device_count())
-    placement = dict(device=usable_device(options.device), dtype=dtype)
+    device = usable_device(options.device)
     if options.model:
-        return actvar.load_pretrained(options.model, **placement)
-    return actvar.load_var(options.var, options.vae, key=options.key, **placement)
+        return actvar.load_pretrained(options.model, device=device, dtype=dtype)
+    return actvar.load_var(options.var, options.vae, device, dtype, options.key)
 
 
 def load_to_sample(
     options: argparse.Namespace, labels: tuple[int, ...], option: str
 ) -> tuple[VAR, actvar.ActVARConfig, Path | None]:
-    """The model, and the adapter with its configuration, or without one the paper's."""
+    """Load the model, and choose the adapter and its configuration, or the paper's configuration without an adapter.
+
+    Args:
+        options: the command's options.
+        labels: classes to sample.
+        option: the option that gave them, for the message.
+
+    Raises:
+        ValueError: the model does not have such a class, or so many tokens.
+    """
     _, var = load(options, DTYPES[options.dtype])
     if options.top_k > var.V:
         raise ValueError(f"--top-k: the model has {var.V} tokens to choose from, got {options.top_k}")
@@ -102,22 +121,25 @@ def load_to_sample(
 
 
 def warn_without_adapter(config: actvar.ActVARConfig) -> None:
-    """Say that a model is used without an adapter, and which command makes one."""
+    """Log that a model is used without an adapter, and which command makes one."""
     warn_untrained(config, "run actvar calibrate first, then give its file as --adapter")
 
 
 def class_name(options: argparse.Namespace, label: int) -> str:
-    """Of a picture's title."""
+    """Return the name of a class for the title of a picture."""
     return CLASSES[label] if options.model else f"class {label}"
 
 
 def of_process(variable: str, default: int) -> int:
-    """What torchrun tells its processes."""
+    """Return a number that torchrun gives its processes by an environment variable, or `default` without torchrun."""
     return int(os.environ.get(variable, default))
 
 
 def adapter_of(options: argparse.Namespace, bundled: str = "paper") -> Path | None:
-    """The adapter's file, with --model by default the `bundled` one; a name without a suffix is a bundled one."""
+    """Return the adapter's file, or None without an adapter.
+
+    With --model, a name without a suffix is that of a bundled adapter, and `bundled` is the default.
+    """
     comes_with = bundled_adapters(options.model) if options.model else []
     name = options.adapter or (bundled if bundled in comes_with else None)
     if name is None:
@@ -128,7 +150,7 @@ def adapter_of(options: argparse.Namespace, bundled: str = "paper") -> Path | No
 
 
 def describe(config: actvar.ActVARConfig) -> str:
-    """What is sparse, in one line."""
+    """Return one line about the rates and scales of a configuration."""
 
     def text(rate: float | tuple[float, ...]) -> str:
         return f"{min(rate):.0%}-{max(rate):.0%}" if isinstance(rate, tuple) else f"{rate:.0%}"
@@ -157,7 +179,7 @@ def expect_folder(option: str, folder: Path | None) -> None:
 
 
 def _expect_folder(option: str, given: Path, folder: Path) -> None:
-    """Look at `folder`, or at the nearest folder above it that exists, where it would be made."""
+    """Raise a ValueError unless `folder`, or the nearest folder above it that exists, can be written to."""
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
@@ -169,27 +191,34 @@ def _expect_folder(option: str, given: Path, folder: Path) -> None:
 def with_rates(
     config: actvar.ActVARConfig, rates: list[float] | None, scales: list[int] | None = None
 ) -> actvar.ActVARConfig:
-    """`config` at the rates of `--rates`, if there are any: of the last scales unless `scales` are given."""
+    """Return `config` at the rates of --rates, or unchanged without any.
+
+    Args:
+        config: the configuration.
+        rates: token rates of the scales, then the FFN's.
+        scales: numbers of the scales; None for the last ones.
+    """
     if not rates:
         return config
     if len(rates) < 2:
         raise ValueError(f"--rates: expected token rates, then the FFN's, e.g. 0.75 0.75 0.75, got {rates}")
     *token_rates, ffn_rate = rates
-    scales = tuple(range(-len(token_rates), 0)) if scales is None else tuple(scales)
-    return replace(config, scales=scales, token_rates=tuple(token_rates), ffn_rate=ffn_rate)
+    active = tuple(range(-len(token_rates), 0)) if scales is None else tuple(scales)
+    return replace(config, scales=active, token_rates=tuple(token_rates), ffn_rate=ffn_rate)
 
 
 def positive(text: str) -> int:
-    """Return the whole number of at least 1 that an option's text says."""
+    """Return the whole number of at least 1 in an option's text."""
     return _whole(text, 1)
 
 
 def at_once(text: str) -> int:
-    """Return the whole number that an option's text says, of things that are in memory together."""
+    """Return the whole number in an option's text that counts things which are in memory together."""
     return _whole(text, 1, MOST_AT_ONCE)
 
 
 def _whole(text: str, least: int, most: int | None = None) -> int:
+    """Return the whole number in an option's text, which must be from `least` to `most`."""
     number = _parsed(int, text)
     if number is None or number < least or (most is not None and number > most):
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
@@ -198,7 +227,7 @@ def _whole(text: str, least: int, most: int | None = None) -> int:
 
 
 def integer(text: str) -> int:
-    """Return the whole number that an option's text says."""
+    """Return the whole number in an option's text."""
     number = _parsed(int, text)
     if number is None:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r:.100}")
@@ -206,7 +235,7 @@ def integer(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """Return the number that an option's text says."""
+    """Return the number in an option's text."""
     found = _parsed(float, text)
     if found is None:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r:.100}")
@@ -214,20 +243,21 @@ def number(text: str) -> float:
 
 
 def labels_of(text: str) -> tuple[int, ...]:
-    """Return the classes that an option's text says, such as `0-9` or `207,980`."""
+    """Return the classes in an option's text, such as `0-9` or `207,980`."""
     labels: list[int] = []
     for part in text.split(","):
         ends = [_parsed(int, end) if end.isdecimal() else None for end in part.split("-")]
-        if None in ends or len(ends) > 2:
+        numbers = [end for end in ends if end is not None]
+        if len(numbers) < len(ends) or len(ends) > 2:
             raise argparse.ArgumentTypeError(f"expected class numbers such as 0-9 or 207,980, got {text!r:.100}")
-        if not 0 <= ends[-1] - ends[0] < MOST_AT_ONCE:
+        if not 0 <= numbers[-1] - numbers[0] < MOST_AT_ONCE:
             raise argparse.ArgumentTypeError(f"expected a range of 1 to {MOST_AT_ONCE} classes, got {part!r:.100}")
-        labels.extend(range(ends[0], ends[-1] + 1))
+        labels.extend(range(numbers[0], numbers[-1] + 1))
     return tuple(labels)
 
 
-def _parsed(kind: type, text: str) -> int | float | None:
-    """Return the number that `text` says; None where it says none, or one of thousands of digits."""
+def _parsed(kind: Callable[[str], Number], text: str) -> Number | None:
+    """Return the number in `text`, or None where there is no number, or one of thousands of digits."""
     try:
         return kind(text)
     except ValueError:
@@ -235,7 +265,7 @@ def _parsed(kind: type, text: str) -> int | float | None:
 
 
 def write_json(path: Path, values: dict[str, object]) -> None:
-    """Write `values`, with the versions of actvar and torch before them."""
+    """Write `values` as JSON, after the versions of actvar and torch."""
     versions = {"actvar": actvar.__version__, "torch": torch.__version__}
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(versions | values, indent=1) + "\n", "utf-8")

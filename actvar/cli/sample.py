@@ -1,4 +1,4 @@
-"""`actvar sample`: images, few of given classes or many of all."""
+"""Sample images, few of given classes or many of all, by `actvar sample`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from actvar.cli.options import (
     positive,
     warn_without_adapter,
 )
+from actvar.models import VAR
 from actvar.patching.patch import patched_silently
 from actvar.reports.compare import compare, save_pictures
 from actvar.sampling.request import Sampling
@@ -34,6 +35,7 @@ from actvar.utils.pictures import save_grid
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add the command `sample` and its options to `commands`."""
     command = commands.add_parser("sample", help="sample images; --compare also times dense against ActVAR")
     add_source(command, "best")
     add_dtype(command)
@@ -55,6 +57,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Sample images, and write them."""
     check_source(options)
     _check_images(options)
     sampling = Sampling(options.labels or (), options.cfg, options.top_k, options.top_p, options.seed)
@@ -85,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_images(options: argparse.Namespace) -> None:
-    """Raise a ValueError where options of a few images and of many are mixed, or ask for what cannot be."""
+    """Raise a ValueError if options of a few images and of many are mixed, or contradict each other."""
     expect_folder("--out", options.out)
     if options.dense and options.compare:
         raise ValueError("--dense samples without ActVAR; leave it out for --compare")
@@ -101,7 +104,8 @@ def _check_images(options: argparse.Namespace) -> None:
         raise ValueError(f"--per-class: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
 
 
-def _sample_many(var: torch.nn.Module, sampling: Sampling, options: argparse.Namespace) -> None:
+def _sample_many(var: VAR, sampling: Sampling, options: argparse.Namespace) -> None:
+    """Draw the shards of `--num` images as one of torchrun's processes, and write the file of `--npz`."""
     rank, processes = of_process("RANK", 0), of_process("WORLD_SIZE", 1)
     sampling = replace(sampling, labels=sampling.labels or tuple(range(var.num_classes)))
     bulk = Bulk(sampling, options.num, options.batch or 50)

@@ -1,4 +1,4 @@
-"""`actvar verify`: check a checkpoint."""
+"""Check a checkpoint, by `actvar verify`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from actvar_kernels.backend import BACKENDS
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add the command `verify` and its options to `commands`."""
     command = commands.add_parser("verify", help="check a checkpoint with ActVAR; exit code 1 if anything differs")
     add_source(command)
     command.add_argument("--dtype", nargs="+", choices=DTYPES, default=[], help="besides fp32, which is always checked")
@@ -41,6 +42,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Check the model on every backend, and exit with code 1 where anything differs."""
     check_source(options)
     expect_file("--json", options.json)
     adapter = adapter_of(options)

@@ -1,8 +1,8 @@
-"""Model families that can be patched: one file each, and one line in `FAMILIES`."""
+"""Find the family of a model: every family that can be patched has a file here, and a line in `FAMILIES`."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from actvar.families.base import Family
 from actvar.families.var import VARFamily
@@ -14,11 +14,11 @@ FAMILIES: tuple[Family, ...] = (VARFamily(),)
 """Families in the order in which they are asked."""
 
 
-def family_of(model: nn.Module) -> Family:
-    """Return the family of `model`, which must not be inside a wrapper.
+def family_of(model: Any) -> Family:
+    """Return the family of `model`, an `nn.Module` that is not inside a wrapper.
 
     Raises:
-        TypeError: the model is of no supported family; lists those there are, and what is missing.
+        TypeError: the model is of no supported family; the message lists the families, and what is missing for each.
     """
     problems = {}
     for family in FAMILIES:
@@ -29,8 +29,8 @@ def family_of(model: nn.Module) -> Family:
     raise TypeError(f"{type(model).__name__} cannot be patched. Supported: {supported}")
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the transformer blocks of `model`, which may be inside a wrapper, outside of wrappers.
+def blocks_of(model: Any) -> list[Any]:
+    """Return the transformer blocks of `model` without wrappers; the model itself may be inside one.
 
     Raises:
         TypeError: the model is of no supported family.

@@ -1,6 +1,9 @@
-"""The questions that a model family answers: which blocks, which scales, where the K/V cache, how the FFN splits.
+"""List the questions that a model family answers: which blocks, which scales, where the K/V cache, how the FFN splits.
 
-A family is stateless. Every patched block keeps its own at `block.actvar.family`, so nothing else has to know it.
+A family is stateless. Every patched block keeps its family at `block.actvar.family`, so nothing else has to know it.
+
+Models and blocks are annotated `Any`. Their classes may be those of other people's code, so no class names the
+attributes that a family reads; `Family.mismatch` checks these attributes at run time.
 """
 
 from __future__ import annotations
@@ -12,18 +15,22 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-OnScale = Callable[[int, Tensor, Tensor], None]
-"""Called behind every scale of a sample with its number, its tokens `[B, L]` and the image's features so far."""
+OnScale = Callable[[int, Tensor | None, Tensor], None]
+"""Called after every scale of a sample with three arguments.
+
+They are the scale's number, its tokens `[B, L]` int64, and the sum of the features so far, `[B, Cvae, height, width]`.
+Tokens are None where code vectors were mixed instead of drawn.
+"""
 
 
 class BlockCall(NamedTuple):
-    """One call of a block.
+    """Hold the arguments of one call of a block.
 
     Args:
-        x: rows of the residual stream, `[R, L, C]`.
+        x: rows of the residual stream, `[R, L, C]` in a floating dtype.
         cond: the condition that `Family.modulation` reads.
         scale: number of the scale, or None where the tokens and the K/V cache tell it.
-        context: what `Family.between` reads, such as the features of a text; None without one.
+        context: input of `Family.between`, such as the features of a text; None without one.
         mask: additive attention mask under teacher forcing, where `x` has all scales; None at a single scale.
     """
 
@@ -35,12 +42,12 @@ class BlockCall(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Positions of rows in the whole sequence of tokens.
+    """Hold the positions of rows in the whole sequence of tokens.
 
     Args:
         start: position of the first token that `index` counts from.
-        count: tokens there.
-        index: `[R, K]` int64, the rows counted from `start`; None for all `count`.
+        count: number of tokens from `start` on.
+        index: `[R, K]` int64, the rows counted from `start`; None for all `count` rows.
     """
 
     start: int
@@ -48,7 +55,7 @@ class Rows(NamedTuple):
     index: Tensor | None
 
     def positions(self, device: torch.device) -> Tensor:
-        """Return the positions as int64, `[R, K]`, or `[1, count]` for all rows."""
+        """Return the positions on `device`, `[R, K]` int64, or `[1, count]` int64 for all rows."""
         if self.index is not None:
             return self.index + self.start
         return torch.arange(self.start, self.start + self.count, device=device).unsqueeze(0)
@@ -59,7 +66,7 @@ class Rows(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Sizes of a model.
+    """Hold the sizes of a model.
 
     Args:
         width: channels C of a token.
@@ -77,25 +84,35 @@ class Sizes(NamedTuple):
 
 
 NORM, MODULATION, ATTENTION, PROJECTION, FFN = "norm", "modulation", "attention", "projection", "ffn"
-"""Parts of a block that kernels read; `PROJECTION` is the one behind attention."""
+"""Parts of a block that kernels read; `PROJECTION` is the linear layer after attention."""
 
 
 class Called(NamedTuple):
-    """A part of a block that must be called instead of read: its name in the block, and why."""
+    """Name a part of a block that must be called instead of read.
+
+    Args:
+        path: name of the part in the block.
+        reason: why its weights must not be read, as the predicate of a sentence.
+    """
 
     path: str
     reason: str
 
 
 class Embedded(NamedTuple):
-    """Teacher forcing in two parts: `call` for the first block, and the condition that the head reads."""
+    """Hold what teacher forcing begins with.
+
+    Args:
+        call: arguments of the first block.
+        head_cond: the condition that `Family.logits` reads.
+    """
 
     call: BlockCall
     head_cond: Any
 
 
 class Cache(Protocol):
-    """The K/V cache of one block."""
+    """Read and write the K/V cache of one block."""
 
     @property
     def is_on(self) -> bool:
@@ -109,7 +126,7 @@ class Cache(Protocol):
 
     @property
     def key(self) -> Tensor | None:
-        """Return a tensor that is another one after every write, or None when nothing is cached."""
+        """Return a tensor that every write replaces, so that its identity tells a change; None for an empty cache."""
         ...
 
     def start(self) -> None:
@@ -121,186 +138,207 @@ class Cache(Protocol):
         ...
 
     def read(self) -> tuple[Tensor, Tensor] | None:
-        """Return cached keys and values, each `[R, H, P, d]`, or None when nothing is cached."""
+        """Return the cached keys and values, each `[R, H, P, d]`, or None when nothing is cached."""
         ...
 
     def write(self, keys: Tensor, values: Tensor) -> None:
-        """Replace the cache by `keys` and `values` `[R, H, P, d]`, in the layout that the block itself uses."""
+        """Replace the cache by `keys` and `values`, each `[R, H, P, d]`, stored in the block's own layout."""
         ...
 
 
 class Family(Protocol):
-    """The answers of one family. Neither `model` nor `block` is inside a wrapper."""
+    """Answer questions about the models of one family. Neither `model` nor `block` is inside a wrapper."""
 
     name: str
     model_mixin: type
-    """Put in front of a patched model's class."""
+    """The class that goes in front of a patched model's own."""
     hidden_axes: Mapping[str, int]
-    """The axis of hidden units in a block's tensors, by name."""
+    """The axis of hidden units in each of a block's tensors that have one, by the tensor's name in the block."""
     has_between: bool
-    """Something stands between attention and FFN."""
+    """Whether a layer, such as cross-attention, stands between attention and FFN."""
     weight_kinds: Sequence[tuple[str, str]]
-    """Parts of parameter names and the kind of product that such a weight is in, see `actvar.flops.StepFlops`."""
+    """Parts of parameter names, each with the field of `actvar.flops.StepFlops` that counts such a weight's product."""
 
     # the model
-    def mismatch(self, model: nn.Module) -> str | None:
+    def mismatch(self, model: Any) -> str | None:
         """Return why `model` is not of this family, or None if it is."""
         ...
 
-    def has_draw_and_decode(self, model: nn.Module) -> bool:
+    def has_draw_and_decode(self, model: Any) -> bool:
         """Return whether a patch can replace how tokens are drawn and images decoded."""
         ...
 
-    def loop_is_ours(self, model: nn.Module) -> bool:
-        """Return whether the unpatched class samples by our own loop, which needs no block's input afterwards."""
+    def loop_is_ours(self, model: Any) -> bool:
+        """Return whether the unpatched class samples by `VAR`'s loop, which never reads a block's input again."""
         ...
 
-    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        """Return the transformer blocks in order; each may be inside a wrapper, such as that of `torch.compile`."""
+    def blocks(self, model: Any) -> Sequence[Any]:
+        """Return the transformer blocks in order, each possibly inside a wrapper, such as that of `torch.compile`."""
         ...
 
-    def maps(self, model: nn.Module) -> tuple[tuple[int, int], ...]:
+    def maps(self, model: Any) -> tuple[tuple[int, int], ...]:
         """Return height and width of the token map of every scale."""
         ...
 
-    def sizes(self, model: nn.Module) -> Sizes: ...
-
-    def recorded_sizes(self, model: nn.Module) -> dict[str, int | list[int]]:
-        """Return what an adapter file records of the model that it fits."""
+    def sizes(self, model: Any) -> Sizes:
+        """Return the sizes of the model."""
         ...
 
-    def autoencoder(self, model: nn.Module) -> nn.Module:
-        """Return what turns sampled tokens into images."""
+    def recorded_sizes(self, model: Any) -> dict[str, int | list[int]]:
+        """Return the sizes that an adapter file records of the model that it fits, JSON-compatible."""
         ...
 
-    def finetuned_names(self, model: nn.Module) -> list[str]:
+    def autoencoder(self, model: Any) -> Any:
+        """Return the module that turns sampled tokens into images."""
+        ...
+
+    def finetuned_names(self, model: Any) -> list[str]:
         """Return the names of the parameters that stage 2 of the distillation trains."""
         ...
 
-    def embedded(self, model: nn.Module, labels: Tensor, inputs: Tensor) -> Embedded:
-        """Return teacher forcing up to the first block, of classes `[R]` and inputs `[R, L - first, Cvae]`."""
-        ...
-
-    def without_class(self, model: nn.Module, labels: Tensor) -> Tensor:
-        """Return labels `[R]` that stand for no class."""
-        ...
-
-    def logits(self, model: nn.Module, x: Tensor, head_cond: Any) -> Tensor:
-        """Return the logits `[R, L, V]` of the last block's output `[R, L, C]`."""
-        ...
-
-    def scale_logits(self, model: nn.Module, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number and the logits `[2B, L, V]` of every scale that is sampled, through the K/V cache.
+    def embedded(self, model: Any, labels: Tensor, inputs: Tensor) -> Embedded:
+        """Return the arguments of the first block under teacher forcing.
 
         Args:
-            labels: classes `[B]`; the unconditional rows come behind.
-            inputs: `[B, L - first, Cvae]`.
+            labels: classes `[R]` int64.
+            inputs: `[R, L - first, Cvae]`, where `first` is the number of tokens of the first scale.
         """
         ...
 
-    def watch_scales(self, model: nn.Module, on_scale: OnScale) -> AbstractContextManager[None]:
-        """Call `on_scale` behind every scale that is sampled while the context is open."""
+    def without_class(self, model: Any, labels: Tensor) -> Tensor:
+        """Return labels that stand for no class, shaped and typed like `labels` `[R]` int64."""
         ...
 
-    def teacher_input(self, model: nn.Module, token_maps: Tensor) -> Tensor:
-        """Return inputs `[B, L - first, Cvae]` for teacher forcing of token maps `[B, L]`."""
+    def logits(self, model: Any, x: Tensor, head_cond: Any) -> Tensor:
+        """Return the logits `[R, L, V]` float32 of the last block's output `x` `[R, L, C]`."""
         ...
 
-    def head_called(self, model: nn.Module) -> str | None:
-        """Return why the head must be called instead of read, or None."""
+    def scale_logits(self, model: Any, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number and the logits `[2B, L, V]` of every scale that is sampled, through the K/V cache.
+
+        The conditional rows come first, then the unconditional ones.
+
+        Args:
+            labels: classes `[B]` int64.
+            inputs: as in `embedded`, `[B, L - first, Cvae]`.
+        """
         ...
 
-    def packed_head(self, model: nn.Module) -> list[Tensor | None]:
-        """Return the weights of the head that kernels keep packed copies of."""
+    def watch_scales(self, model: Any, on_scale: OnScale) -> AbstractContextManager[None]:
+        """Call `on_scale` after every scale that is sampled while the context is open."""
+        ...
+
+    def teacher_input(self, model: Any, token_maps: Tensor) -> Tensor:
+        """Return inputs `[B, L - first, Cvae]` float32 for teacher forcing of token maps `[B, L]` int64."""
+        ...
+
+    def head_called(self, model: Any) -> str | None:
+        """Return why the head must be called instead of read, or None where kernels may read it."""
+        ...
+
+    def packed_head(self, model: Any) -> list[Tensor | None]:
+        """Return the weights of the head that kernels keep packed copies of; None for one that is not there."""
         ...
 
     # the block
     def block_call(self, *args: Any, **kwargs: Any) -> BlockCall:
-        """Return the arguments of a block's own `forward`."""
+        """Return the arguments that a block's own `forward` was called with."""
         ...
 
     def block_arguments(self, call: BlockCall) -> dict[str, Any]:
-        """Return the keyword arguments of a block's own `forward`."""
+        """Return `call` as keyword arguments of a block's own `forward`."""
         ...
 
-    def parts_called(self, block: nn.Module) -> dict[str, Called]:
+    def parts_called(self, block: Any) -> dict[str, Called]:
         """Return the parts of a block that kernels must not read, by `NORM`, `MODULATION` and so on."""
         ...
 
-    def packed_weights(self, block: nn.Module) -> list[Tensor | None]:
-        """Return the weights of a block that kernels keep packed copies of."""
+    def packed_weights(self, block: Any) -> list[Tensor | None]:
+        """Return the weights of a block that kernels keep packed copies of; None for one that is not there."""
         ...
 
-    def cache(self, block: nn.Module) -> Cache: ...
-
-    def modulation(self, block: nn.Module, cond: Any) -> tuple[Tensor, ...]:
-        """Return gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`."""
+    def cache(self, block: Any) -> Cache:
+        """Return the K/V cache of a block."""
         ...
 
-    def qkv_bias(self, block: nn.Module) -> Tensor:
+    def modulation(self, block: Any, cond: Any) -> tuple[Tensor, ...]:
+        """Return AdaLN's gamma1, gamma2, scale1, scale2, shift1 and shift2 under `cond`, each `[R, 1, C]`."""
+        ...
+
+    def qkv_bias(self, block: Any) -> Tensor:
         """Return the bias of queries, keys and values, `[3C]`."""
         ...
 
     def project(
-        self, block: nn.Module, queries_from: Tensor, keys_from: Tensor, bias: Tensor, queries_at: Rows, keys_at: Rows
+        self, block: Any, queries_from: Tensor, keys_from: Tensor, bias: Tensor, queries_at: Rows, keys_at: Rows
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q `[R, H, K, d]` of `queries_from` `[R, K, C]`; k and v `[R, H, T, d]` of `keys_from` `[R, T, C]`.
+        """Return queries `[R, H, K, d]`, keys `[R, H, T, d]` and values `[R, H, T, d]`.
 
         Args:
-            bias: `[3C]`, by `qkv_bias`.
-            queries_at, keys_at: where the rows stand, for position encodings that act on queries and keys.
+            queries_from: rows that queries are projected from, `[R, K, C]`.
+            keys_from: rows that keys and values are projected from, `[R, T, C]`; may be `queries_from` itself.
+            bias: the result of `qkv_bias`, `[3C]`.
+            queries_at, keys_at: positions of the rows, for position encodings that act on queries and keys.
         """
         ...
 
-    def head_scale(self, block: nn.Module) -> Tensor | None:
+    def head_scale(self, block: Any) -> Tensor | None:
         """Return the query scale per head `[H]` under QK norm, or None without it."""
         ...
 
-    def attention_scale(self, block: nn.Module) -> float:
-        """Return what the products of queries and keys are multiplied by."""
+    def attention_scale(self, block: Any) -> float:
+        """Return the factor of the products of queries and keys."""
         ...
 
-    def called_attention(self, block: nn.Module, u: Tensor, mask: Tensor | None) -> Tensor:
-        """Return what the block's own attention module gives for `u` `[R, K, C]`."""
+    def called_attention(self, block: Any, u: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the output `[R, K, C]` of the block's own attention for `u` `[R, K, C]` under an additive mask."""
         ...
 
-    def attention_output(self, block: nn.Module, out: Tensor) -> Tensor:
-        """Return the projection after attention, `[R, K, C]`."""
+    def attention_output(self, block: Any, out: Tensor) -> Tensor:
+        """Return `out` `[R, K, C]`, the joined heads, after the linear layer that follows attention."""
         ...
 
-    def between(self, block: nn.Module, rows: Tensor, at: Rows, call: BlockCall) -> Tensor:
-        """Return `rows` `[R, K, C]` after what stands between attention and FFN, such as cross-attention.
+    def between(self, block: Any, rows: Tensor, at: Rows, call: BlockCall) -> Tensor:
+        """Return rows `[R, K, C]` after the layer between attention and FFN; called where `has_between` is True.
 
-        It is called where `has_between` is True.
+        Args:
+            rows: the residual stream after attention, `[R, K, C]`.
+            at: positions of the rows.
+            call: arguments of the block.
         """
         ...
 
-    def dense_ffn(self, block: nn.Module, u: Tensor, num_experts: int) -> Tensor:
-        """Return the block's FFN of `u` `[R, K, C]` by the fastest equal way."""
+    def dense_ffn(self, block: Any, u: Tensor, num_experts: int) -> Tensor:
+        """Return the output `[R, K, C]` of the whole FFN for `u` `[R, K, C]`, computed in the fastest way there is.
+
+        Args:
+            u: rows after norm and modulation.
+            num_experts: experts of the patch, all of which are on here.
+        """
         ...
 
-    def called_ffn(self, block: nn.Module, u: Tensor) -> Tensor:
-        """Return what the block's own FFN module gives for `u` `[R, K, C]`."""
+    def called_ffn(self, block: Any, u: Tensor) -> Tensor:
+        """Return the output `[R, K, C]` of the block's own FFN module for `u` `[R, K, C]`."""
         ...
 
-    def ffn_module(self, block: nn.Module) -> nn.Module:
+    def ffn_module(self, block: Any) -> Any:
         """Return the module that maps the FFN's input to its output."""
         ...
 
-    def set_ffn_module(self, block: nn.Module, ffn: nn.Module) -> None:
+    def set_ffn_module(self, block: Any, ffn: nn.Module) -> None:
         """Put another module in the place of `ffn_module`."""
         ...
 
-    def pruned_ffn(self, block: nn.Module, units: Tensor) -> nn.Module:
-        """Return the FFN with the hidden units `units` `[m]` int64 alone, in memory of its own."""
+    def pruned_ffn(self, block: Any, units: Tensor) -> Any:
+        """Return a copy of the FFN that has only the hidden units `units` `[m]` int64."""
         ...
 
-    def ffn_weights(self, block: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the FFN's first weight `[D, C]` and bias, second weight `[C, D]` and bias."""
+    def ffn_weights(self, block: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the FFN's first weight `[D, C]` and bias `[D]`, then its second weight `[C, D]` and bias `[C]`."""
         ...
 
-    def reordered_hidden(self, block: nn.Module, order: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Return the FFN's weights, and what they are with hidden unit `order[i]` in place `i`.
+    def reordered_hidden(self, block: Any, order: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Return each of the FFN's parameters with its values after hidden unit `order[i]` has moved to place `i`.
 
         Args:
             order: a permutation, `[D]` int64.
@@ -312,19 +350,42 @@ class Family(Protocol):
 
 
 class PatchedState(Protocol):
-    """What a `model_mixin` sees of the patch at `self.actvar`, see `actvar.sparse.state.PatchState`."""
+    """Describe what a `model_mixin` reads of the patch at `self.actvar`, an `actvar.sparse.state.PatchState`."""
 
     config: Any
     execution: Any
     seed: Tensor | None
     rows_are_guided: bool
 
-    def begin_pass(self, model: nn.Module) -> None: ...
+    def begin_pass(self, model: Any) -> None:
+        """Begin a teacher-forced pass through `model`.
 
-    def end_pass(self) -> None: ...
+        Raises:
+            ValueError: the blocks are not those that were patched.
+        """
+        ...
 
-    def sampling(self, model: nn.Module, in_place: bool) -> AbstractContextManager[None]: ...
+    def end_pass(self) -> None:
+        """End the pass that `begin_pass` began."""
+        ...
 
-    def begin_head(self, model: nn.Module, tokens: int) -> None: ...
+    def sampling(self, model: Any, in_place: bool) -> AbstractContextManager[None]:
+        """Sample with guidance while the context is open; the K/V caches are empty afterwards.
 
-    def expect_own_blocks(self, model: nn.Module) -> None: ...
+        Args:
+            model: the patched model.
+            in_place: a block may write its result into its input.
+        """
+        ...
+
+    def begin_head(self, model: Any, tokens: int) -> None:
+        """Look at the head's layers before a call of the head on `tokens` tokens a row."""
+        ...
+
+    def expect_own_blocks(self, model: Any) -> None:
+        """Check that the blocks of `model` are those that were patched, in their order.
+
+        Raises:
+            ValueError: they are not.
+        """
+        ...

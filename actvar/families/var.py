@@ -1,11 +1,11 @@
-"""VAR: our `actvar.models.VAR` and the public implementation's class, in any module path."""
+"""Answer for VAR: `actvar.models.VAR`, and the public implementation's class in any module path."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ from actvar.families.base import (
 )
 from actvar.families.var_layers import class_with_forward, is_known, linear_called, parts_called
 from actvar.families.var_model import PatchedVAR
-from actvar.models.var import MAX_LOG_SCALE, VAR, TransformerBlock
+from actvar.models.transformer_block import MAX_LOG_SCALE, TransformerBlock
+from actvar.models.var import VAR
 from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, expert_ffn, gelu_linear, linear, linear_once
@@ -48,13 +49,13 @@ REQUIRED_OF_BLOCK = (
 
 
 class VARFamily:
-    """Answers of VAR; the methods are described in `actvar.families.base.Family`."""
+    """Answer for VAR; `actvar.families.base.Family` describes the methods."""
 
     name = "VAR (actvar.models.VAR or the class of the public VAR code)"
-    model_mixin = PatchedVAR
+    model_mixin: type = PatchedVAR
     has_between = False
     hidden_axes: Mapping[str, int] = {"ffn.fc1.weight": 0, "ffn.fc1.bias": 0, "ffn.fc2.weight": 1}
-    weight_kinds = (
+    weight_kinds: Sequence[tuple[str, str]] = (
         (".attn.mat_qkv.", "qkv"),
         (".attn.proj.", "proj"),
         (".ffn.", "ffn"),
@@ -65,7 +66,7 @@ class VARFamily:
 
     # the model
 
-    def mismatch(self, model: nn.Module) -> str | None:
+    def mismatch(self, model: Any) -> str | None:
         for module in (model, *map(unwrapped, getattr(model, "blocks", ()))):
             if any(kind.__name__ in SHARDED for kind in type(module).__mro__):
                 kind = type(module).__name__
@@ -82,29 +83,28 @@ class VARFamily:
             if problem is not None:
                 return problem
             other = first_with.setdefault(id(block.ffn.fc1._parameters.get("weight", block.ffn.fc1)), index)
-            if other != index:  # their experts would not be the same
+            if other != index:  # each block orders its hidden units by its own experts
                 return f"expected an FFN for every block, got the same one in blocks[{other}] and blocks[{index}]"
         return None
 
-    def has_draw_and_decode(self, model: nn.Module) -> bool:
+    def has_draw_and_decode(self, model: Any) -> bool:
         return isinstance(model, VAR)
 
-    def loop_is_ours(self, model: nn.Module) -> bool:
+    def loop_is_ours(self, model: Any) -> bool:
         return _unpatched_class(model).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg
 
-    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, model: Any) -> Sequence[Any]:
         return model.blocks
 
-    def maps(self, model: nn.Module) -> tuple[tuple[int, int], ...]:
+    def maps(self, model: Any) -> tuple[tuple[int, int], ...]:
         return tuple((side, side) for side in model.patch_nums)
 
-    def sizes(self, model: nn.Module) -> Sizes:
+    def sizes(self, model: Any) -> Sizes:
         first = unwrapped(model.blocks[0])
-        hidden, width = _ffn_sizes(first)
-        head, embedding = unwrapped(model.head), unwrapped(model.word_embed)
-        return Sizes(width, hidden, embedding.in_features, head.out_features, first.shared_aln)
+        fc1, head, embedding = first.ffn.fc1, unwrapped(model.head), unwrapped(model.word_embed)
+        return Sizes(fc1.in_features, fc1.out_features, embedding.in_features, head.out_features, first.shared_aln)
 
-    def recorded_sizes(self, model: nn.Module) -> dict[str, int | list[int]]:
+    def recorded_sizes(self, model: Any) -> dict[str, int | list[int]]:
         sizes = self.sizes(model)
         return {
             "depth": len(model.blocks),
@@ -113,11 +113,11 @@ class VARFamily:
             "patch_nums": list(model.patch_nums),
         }
 
-    def autoencoder(self, model: nn.Module) -> nn.Module:
+    def autoencoder(self, model: Any) -> Any:
         return model.vae_proxy[0]
 
-    def finetuned_names(self, model: nn.Module) -> list[str]:
-        """Return attention, FFN and head; not AdaLN, norms and embeddings."""
+    def finetuned_names(self, model: Any) -> list[str]:
+        """Return the names of the parameters of attention, FFN and head; not of AdaLN, norms and embeddings."""
         block_names = [
             f"blocks.{index}.{part}.{name}"
             for index, block in enumerate(model.blocks)
@@ -126,7 +126,7 @@ class VARFamily:
         ]
         return [*block_names, *(f"head.{name}" for name, _ in model.head.named_parameters())]
 
-    def embedded(self, model: nn.Module, labels: Tensor, inputs: Tensor) -> Embedded:
+    def embedded(self, model: Any, labels: Tensor, inputs: Tensor) -> Embedded:
         cond = model.class_emb(labels)
         rest = model.word_embed(inputs.to(model.word_embed.weight.dtype))
         x = torch.cat((cond.unsqueeze(1) + model.pos_start, rest), dim=1)
@@ -134,13 +134,13 @@ class VARFamily:
         mask = model.attn_bias_for_masking.to(x.dtype)
         return Embedded(BlockCall(x, model.shared_ada_lin(cond), mask=mask), cond)
 
-    def without_class(self, model: nn.Module, labels: Tensor) -> Tensor:
+    def without_class(self, model: Any, labels: Tensor) -> Tensor:
         return torch.full_like(labels, model.num_classes)
 
-    def logits(self, model: nn.Module, x: Tensor, head_cond: Tensor) -> Tensor:
+    def logits(self, model: Any, x: Tensor, head_cond: Tensor) -> Tensor:
         return model.get_logits(x, head_cond)
 
-    def scale_logits(self, model: nn.Module, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def scale_logits(self, model: Any, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
         scale_inputs = inputs.split([side * side for side in model.patch_nums[1:]], dim=1)
         condition = model.condition(torch.cat((labels, self.without_class(model, labels))))
         blocks = [unwrapped(block) for block in model.blocks]
@@ -154,7 +154,7 @@ class VARFamily:
                 self.cache(block).drop()
 
     @contextmanager
-    def watch_scales(self, model: nn.Module, on_scale: OnScale) -> Iterator[None]:
+    def watch_scales(self, model: Any, on_scale: OnScale) -> Iterator[None]:
         quantizer = model.vae_proxy[0].quantize
         tokens: list[Tensor] = []
         add_scale, method = _adding_method(quantizer)
@@ -174,16 +174,16 @@ class VARFamily:
             handle.remove()
             delattr(quantizer, method)
 
-    def teacher_input(self, model: nn.Module, token_maps: Tensor) -> Tensor:
+    def teacher_input(self, model: Any, token_maps: Tensor) -> Tensor:
         quantizer = model.vae_proxy[0].quantize
         maps = list(token_maps.split([side * side for side in model.patch_nums], dim=1))
         own = getattr(quantizer, "teacher_input", None)
         return own(maps) if own is not None else quantizer.idxBl_to_var_input(maps)
 
-    def head_called(self, model: nn.Module) -> str | None:
+    def head_called(self, model: Any) -> str | None:
         return linear_called(model.head)
 
-    def packed_head(self, model: nn.Module) -> list[Tensor | None]:
+    def packed_head(self, model: Any) -> list[Tensor | None]:
         return [model.head._parameters.get("weight")]
 
     # the block
@@ -194,17 +194,17 @@ class VARFamily:
     def block_arguments(self, call: BlockCall) -> dict[str, Tensor | None]:
         return {"x": call.x, "cond_BD": call.cond, "attn_bias": call.mask}
 
-    def parts_called(self, block: nn.Module) -> dict[str, Called]:
+    def parts_called(self, block: Any) -> dict[str, Called]:
         return parts_called(block)
 
-    def packed_weights(self, block: nn.Module) -> list[Tensor | None]:
+    def packed_weights(self, block: Any) -> list[Tensor | None]:
         layers = (block.attn.mat_qkv, block.attn.proj, block.ffn.fc1)
         return [layer._parameters.get("weight") for layer in layers]
 
-    def cache(self, block: nn.Module) -> AttentionCache:
+    def cache(self, block: Any) -> AttentionCache:
         return AttentionCache(block.attn)
 
-    def modulation(self, block: nn.Module, cond: Tensor) -> tuple[Tensor, ...]:
+    def modulation(self, block: Any, cond: Tensor) -> tuple[Tensor, ...]:
         if block.shared_aln:
             return (block.ada_gss + cond).unbind(2)
         if MODULATION in _called(block):
@@ -212,44 +212,45 @@ class VARFamily:
         silu, last = block.ada_lin
         return linear_once(silu(cond), last.weight, last.bias).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
 
-    def qkv_bias(self, block: nn.Module) -> Tensor:
+    def qkv_bias(self, block: Any) -> Tensor:
         attn = block.attn
         return torch.cat((attn.q_bias, attn.zero_k_bias, attn.v_bias))
 
     def project(
-        self, block: nn.Module, queries_from: Tensor, keys_from: Tensor, bias: Tensor, _queries_at: Rows, _keys_at: Rows
+        self, block: Any, queries_from: Tensor, keys_from: Tensor, bias: Tensor, queries_at: Rows, keys_at: Rows
     ) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
         weight = attn.mat_qkv.weight
         if queries_from is keys_from:
-            return _heads(attn, linear(queries_from, weight, bias), 3)
+            q, k, v = _heads(attn, linear(queries_from, weight, bias), 3)
+            return q, k, v
         C = weight.shape[1]
-        q = _heads(attn, F.linear(queries_from, weight[:C], bias[:C]), 1)
-        kv = _heads(attn, F.linear(keys_from, weight[C:], bias[C:]), 2)
-        return *q, *kv
+        (q,) = _heads(attn, F.linear(queries_from, weight[:C], bias[:C]), 1)
+        k, v = _heads(attn, F.linear(keys_from, weight[C:], bias[C:]), 2)
+        return q, k, v
 
-    def head_scale(self, block: nn.Module) -> Tensor | None:
+    def head_scale(self, block: Any) -> Tensor | None:
         if not block.attn.attn_l2_norm:
             return None
         return block.attn.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().flatten()
 
-    def attention_scale(self, block: nn.Module) -> float:
+    def attention_scale(self, block: Any) -> float:
         return block.attn.scale
 
-    def called_attention(self, block: nn.Module, u: Tensor, mask: Tensor | None) -> Tensor:
+    def called_attention(self, block: Any, u: Tensor, mask: Tensor | None) -> Tensor:
         return block.attn(u, attn_bias=mask)
 
-    def attention_output(self, block: nn.Module, out: Tensor) -> Tensor:
+    def attention_output(self, block: Any, out: Tensor) -> Tensor:
         proj = block.attn.proj
         if PROJECTION in _called(block):
             return proj(out)
         return linear(out, proj.weight, proj.bias)
 
-    def between(self, _block: nn.Module, rows: Tensor, _at: Rows, _call: BlockCall) -> Tensor:
+    def between(self, block: Any, rows: Tensor, at: Rows, call: BlockCall) -> Tensor:
         return rows
 
-    def dense_ffn(self, block: nn.Module, u: Tensor, num_experts: int) -> Tensor:
-        """Return the FFN of `u`: in C++ by all experts on the packed weights, on CUDA by `gelu_linear`."""
+    def dense_ffn(self, block: Any, u: Tensor, num_experts: int) -> Tensor:
+        """Return the FFN of `u` `[R, K, C]`: in C++ as experts that are all on, on CUDA by `gelu_linear`."""
         if FFN in _called(block):
             return block.ffn(u)
         weights = fc1_weight, fc1_bias, fc2_weight, fc2_bias = self.ffn_weights(block)
@@ -260,16 +261,16 @@ class VARFamily:
             return block.ffn(u)
         return F.linear(gelu_linear(u.flatten(0, 1), fc1_weight, fc1_bias), fc2_weight, fc2_bias).view_as(u)
 
-    def called_ffn(self, block: nn.Module, u: Tensor) -> Tensor:
+    def called_ffn(self, block: Any, u: Tensor) -> Tensor:
         return block.ffn(u)
 
-    def ffn_module(self, block: nn.Module) -> nn.Module:
+    def ffn_module(self, block: Any) -> Any:
         return block.ffn
 
-    def set_ffn_module(self, block: nn.Module, ffn: nn.Module) -> None:
+    def set_ffn_module(self, block: Any, ffn: nn.Module) -> None:
         block.ffn = ffn
 
-    def pruned_ffn(self, block: nn.Module, units: Tensor) -> nn.Module:
+    def pruned_ffn(self, block: Any, units: Tensor) -> Any:
         ffn = block.ffn
         small = copy.deepcopy(ffn).requires_grad_(False)
         small.fc1.weight, small.fc1.bias = nn.Parameter(ffn.fc1.weight[units]), nn.Parameter(ffn.fc1.bias[units])
@@ -277,11 +278,11 @@ class VARFamily:
         small.fc1.out_features = small.fc2.in_features = len(units)
         return small.requires_grad_(False)
 
-    def ffn_weights(self, block: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def ffn_weights(self, block: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         fc1, fc2 = block.ffn.fc1, block.ffn.fc2
         return fc1.weight, fc1.bias, fc2.weight, fc2.bias
 
-    def reordered_hidden(self, block: nn.Module, order: Tensor) -> dict[nn.Parameter, Tensor]:
+    def reordered_hidden(self, block: Any, order: Tensor) -> dict[nn.Parameter, Tensor]:
         axes = {}
         for name, axis in self.hidden_axes.items():
             layer, leaf = block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
@@ -293,9 +294,9 @@ class VARFamily:
 
 
 class AttentionCache(NamedTuple):
-    """The K/V cache that a block of VAR keeps in its attention module, see `actvar.families.base.Cache`."""
+    """Read and write the K/V cache that a block of VAR keeps in its attention module; see `base.Cache`."""
 
-    attn: nn.Module
+    attn: Any
 
     @property
     def is_on(self) -> bool:
@@ -332,14 +333,20 @@ class AttentionCache(NamedTuple):
             attn.cached_v = values.transpose(1, 2) if swap else values
 
 
-def _called(block: nn.Module) -> Mapping[str, Called]:
-    """Return what `parts_called` said when the sample began; for a block that is not patched what it says now."""
+def _called(block: Any) -> Mapping[str, Called]:
+    """Return the parts that are called: those found when the sample began, or found now in a block without a patch."""
     state = block._modules.get("actvar")
     return parts_called(block) if state is None else state.called
 
 
-def _block_mismatch(block: nn.Module, place: str, first: tuple[int | None, int | None]) -> str | None:
-    """Return why a block is not of this family, or None; `first` are hidden units and inputs of the first block."""
+def _block_mismatch(block: Any, place: str, first: tuple[int | None, int | None]) -> str | None:
+    """Return why a block is not of this family, or None if it is.
+
+    Args:
+        block: a transformer block outside of wrappers.
+        place: name of the block, for the message.
+        first: the first block's `_ffn_sizes`.
+    """
     for path in REQUIRED_OF_BLOCK:
         part = block
         for name in path.split("."):
@@ -356,35 +363,35 @@ def _block_mismatch(block: nn.Module, place: str, first: tuple[int | None, int |
     return None
 
 
-def _ffn_sizes(block: nn.Module) -> tuple[int | None, int | None]:
-    """Return hidden units and inputs of the FFN, by its first layer, which may be wrapped."""
+def _ffn_sizes(block: Any) -> tuple[int | None, int | None]:
+    """Return hidden units and inputs of the FFN, read from its first layer; None for a size that is not there."""
     fc1 = getattr(getattr(block, "ffn", None), "fc1", None)
     return getattr(fc1, "out_features", None), getattr(fc1, "in_features", None)
 
 
-def _unpatched_class(model: nn.Module) -> type:
+def _unpatched_class(model: Any) -> type:
     return getattr(type(model), "original_class", type(model))
 
 
-def _adding_method(quantizer: nn.Module):
-    """Return the method that adds a scale to the image's features, and its name: ours or the public code's."""
+def _adding_method(quantizer: Any):
+    """Return the quantizer's method that adds a scale to the features, and its name, ours or the public code's."""
     for name in ("add_scale", "get_next_autoregressive_input"):
         if hasattr(quantizer, name):
             return getattr(quantizer, name), name
     raise TypeError(f"expected the quantizer of a VAR, got {type(quantizer).__name__}")
 
 
-def _heads(attn: nn.Module, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Return queries, keys and values `[R, H, L, d]`, `parts` of them, of `projected` `[R, L, parts * C]`."""
+def _heads(attn: Any, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """Split `projected` `[R, L, parts * C]` into `parts` tensors `[R, H, L, d]`."""
     R, L, _ = projected.shape
     split = projected.view(R, L, parts, attn.num_heads, attn.head_dim)
     return split.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _tokens_first(attn: nn.Module, dtype: torch.dtype) -> bool:
+def _tokens_first(attn: Any, dtype: torch.dtype) -> bool:
     """Return whether the cache is `[R, tokens, H, d]`, as flash-attention and xformers keep it.
 
-    The public code takes flash only below float32.
+    The public code uses flash-attention only for dtypes other than float32.
     """
-    flags = vars(attn)  # where a flag that is not there is found missing at once
+    flags = vars(attn)  # faster than `getattr` where a flag is missing
     return (flags.get("using_flash", False) and dtype != torch.float32) or flags.get("using_xform", False)

@@ -1,13 +1,14 @@
-"""Look at the layers of a VAR: which ones kernels may read, and which must be called instead."""
+"""Look at the layers of a VAR: kernels may read some of them, and the others must be called."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 from torch import nn
 
 from actvar.families.base import ATTENTION, FFN, MODULATION, NORM, PROJECTION, Called
-from actvar.models.var import FeedForward, HeadNorm, SelfAttention, TransformerBlock
+from actvar.models.transformer_block import FeedForward, HeadNorm, SelfAttention, TransformerBlock
 from actvar.utils.class_swap import own_class
 from actvar.utils.plain_layers import is_ordinary, why_called, why_not_by_class
 
@@ -17,25 +18,25 @@ PUBLIC_NAMES = {
     FeedForward: "FFN",
     HeadNorm: "AdaLNBeforeHead",
 }
-"""Classes of `actvar.models.var`, and the names of those with the same forward in the public code."""
+"""Our classes, each with the name of the public code's class that has the same forward."""
 INERT = (nn.Identity, nn.Dropout, nn.GELU)
-"""Layers inside of attention and FFN of the public code that kernels leave out, or compute themselves."""
+"""Layers in the public code's attention and FFN that kernels leave out, or compute themselves."""
 
 
 def is_known(kind: type, own: type) -> bool:
-    """Return whether `kind` is `own`, or the public code's class in its place, in any module path."""
+    """Return whether `kind` is `own`, a key of `PUBLIC_NAMES`, or the public code's class of that forward."""
     return kind is own or (kind.__name__ == PUBLIC_NAMES[own] and kind.__bases__ == (nn.Module,))
 
 
 def class_with_forward(module: nn.Module) -> type:
-    """Return the class, apart from mixins of a patch, that defines the `forward` of `module`."""
+    """Return the class that defines the `forward` of `module`, without the mixins of a patch."""
     return next(kind for kind in own_class(module).__mro__ if "forward" in kind.__dict__)
 
 
-def parts_called(block: nn.Module) -> dict[str, Called]:
+def parts_called(block: Any) -> dict[str, Called]:
     """Return the parts of a block that kernels must not read, see `Family.parts_called`.
 
-    A part that is not there is read. `mat_qkv` counts as `attn`, which reads its weight and does not call it.
+    `mat_qkv` counts as `attn`, since attention reads its weight and does not call it.
     """
     attn, ffn = block.attn, block.ffn
     reasons = {
@@ -49,14 +50,20 @@ def parts_called(block: nn.Module) -> dict[str, Called]:
     return {part: Called(path, reason) for part, (path, reason) in reasons.items() if reason is not None}
 
 
-def linear_called(layer: nn.Module) -> str | None:
-    """Return why a linear layer must be called, or None."""
+def linear_called(layer: Any) -> str | None:
+    """Return why a linear layer must be called instead of read, or None."""
     reason = why_called(layer, nn.Linear)
     return "has no bias" if reason is None and layer.bias is None else reason
 
 
 def module_called(module: nn.Module, own: type, read: Collection[str]) -> str | None:
-    """Return why a module of several layers must be called, or None; layers named in `read` are looked at elsewhere."""
+    """Return why a module of several layers must be called instead of read, or None.
+
+    Args:
+        module: the module.
+        own: the class of ours that it must be, or be the public counterpart of.
+        read: names of the layers that the caller looks at itself.
+    """
     kind = own_class(module)
     if not is_known(kind, own):
         return f"is of {kind.__module__}.{kind.__qualname__}"
@@ -64,7 +71,7 @@ def module_called(module: nn.Module, own: type, read: Collection[str]) -> str | 
     return why_not_by_class(module) or _first(others, lambda layer: why_called(layer, *INERT))
 
 
-def _ffn_called(ffn: nn.Module) -> str | None:
+def _ffn_called(ffn: Any) -> str | None:
     """Return why an FFN must be called, or None."""
     reason = module_called(ffn, FeedForward, {"fc1", "fc2"})
     reason = reason or _first([("fc1", ffn.fc1), ("fc2", ffn.fc2)], linear_called)
@@ -73,7 +80,7 @@ def _ffn_called(ffn: nn.Module) -> str | None:
     return reason
 
 
-def _ada_lin_called(ada_lin: nn.Module) -> str | None:
+def _ada_lin_called(ada_lin: Any) -> str | None:
     """Return why a block's AdaLN must be called, or None."""
     reason = why_called(ada_lin, nn.Sequential)
     if reason is None and len(ada_lin) != 2:
@@ -86,15 +93,15 @@ def _ada_lin_called(ada_lin: nn.Module) -> str | None:
 
 
 def _weight_called(layer: nn.Module) -> str | None:
-    """Return why the weight of `mat_qkv`, of which attention calls nothing, must not be read by kernels, or None."""
+    """Return why kernels must not read the weight of `layer`, a `mat_qkv`, which attention does not call; or None."""
     weight = layer._parameters.get("weight")
     if own_class(layer) is nn.Linear and weight is not None and is_ordinary(weight):
         return None
     return f"mat_qkv is a {type(layer).__qualname__}, or has a weight of a tensor subclass"
 
 
-def _first(layers: Iterable[tuple[str, nn.Module]], reason_of: Callable[[nn.Module], str | None]) -> str | None:
-    """Return the first reason among `layers`, behind the layer's name, or None."""
+def _first(layers: Iterable[tuple[str, Any]], reason_of: Callable[[Any], str | None]) -> str | None:
+    """Return the name of the first of `layers` that has a reason, and the reason; None if none has one."""
     for name, layer in layers:
         reason = reason_of(layer)
         if reason is not None:

@@ -1,9 +1,9 @@
-"""The mixin of a patched VAR: its sampling loop, its head, how it draws tokens and how it decodes images."""
+"""Mix into a patched VAR its sampling, its head, the draw of its tokens and the decoding of its images."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from actvar.families.var_layers import linear_called, module_called
 from actvar.models.arguments import checked_labels, one_thread
 from actvar.models.sampling import sample_guided
-from actvar.models.var import VAR, HeadNorm
+from actvar.models.transformer_block import HeadNorm
+from actvar.models.var import VAR
 from actvar.utils.plain_layers import why_called
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, linear, normalize_modulate, sample_tokens
@@ -19,14 +20,18 @@ from actvar_kernels import choose_fused, linear, normalize_modulate, sample_toke
 if TYPE_CHECKING:
     from actvar.families.base import PatchedState
 
+    _Base = VAR  # the class behind the mixin; the public code's has these attributes and methods too
+else:
+    _Base = nn.Module
 
-class PatchedVAR(nn.Module):
-    """Mixed into the class of a patched VAR, in front of it; `self.actvar` is the state of the patch."""
+
+class PatchedVAR(_Base):
+    """Change how a patched VAR samples; goes in front of the model's class, with the patch's state in `self.actvar`."""
 
     actvar: PatchedState
 
     def forward(self, label_B, x_BLCv_wo_first_l, *args, **kwargs):
-        """Run teacher forcing as the model itself does.
+        """Run teacher forcing as the model itself does: `[B]` and `[B, L - first_l, Cvae]` -> logits `[B, L, V]`.
 
         Raises:
             ValueError: the blocks are not those that were patched.
@@ -38,9 +43,9 @@ class PatchedVAR(nn.Module):
             self.actvar.end_pass()
 
     def autoregressive_infer_cfg(self, B, label_B, *args, **kwargs):
-        """Sample as the model itself does, with the labels and errors of `actvar.models.VAR.autoregressive_infer_cfg`.
+        """Sample as the model itself does, with the arguments and errors of `VAR.autoregressive_infer_cfg`.
 
-        When it ends, also by an exception, the K/V caches are empty.
+        The K/V caches are empty afterwards, also after an exception.
 
         Raises:
             ValueError: the blocks are not those that were patched.
@@ -49,21 +54,21 @@ class PatchedVAR(nn.Module):
         loop_is_ours = _unpatched_class(self).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg
         if not loop_is_ours:
             label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
-        # a sampling loop of another make, or a hook, may still need a block's input when the block has run
+        # another sampling loop, or a hook, may need a block's input after the block has run
         layers = (*self.blocks, *map(unwrapped, self.blocks))
         watched = any(block._forward_hooks or block._forward_pre_hooks for block in layers)
         with one_thread(self), self.actvar.sampling(self, in_place=loop_is_ours and not watched):
             return super().autoregressive_infer_cfg(B, label_B, *args, **kwargs)
 
     def decode(self, f_hat):
-        """Decode as `actvar.models.VAR.decode` does, in the precision of the Execution."""
+        """Decode features `[B, Cvae, side, side]` as `VAR.decode` does, in the precision of the Execution."""
         dtype = self.actvar.execution.decoder_dtype
         with torch.autocast(f_hat.device.type, getattr(torch, dtype)) if dtype else nullcontext():
             images = super().decode(f_hat)
         return images.float() if dtype else images
 
     def get_logits(self, x, cond_BD):
-        """Return the model's own logits, by kernels where these run."""
+        """Return the logits of `x` `[R, L, C]` as the model's own method does, computed by kernels where these run."""
         self.actvar.begin_head(self, x.shape[1])
         logits = self.kernel_logits(x, cond_BD)
         if logits is None:
@@ -74,13 +79,16 @@ class PatchedVAR(nn.Module):
     def kernel_logits(self, x: Tensor, cond: Tensor, guidance: float | None = None) -> Tensor | None:
         """Return logits by kernels in the head's dtype, or None where the model has to compute them itself.
 
-        The head is linear, so guidance may act on the norm before it; on Triton alone. There the norm is one launch
-        where neither autocast nor the head's dtype has a say in its dtype.
+        The head is linear, so guidance may act on its input. Triton alone applies guidance, in the launch of the norm.
+        That launch runs where neither autocast nor the head's dtype changes the dtype of the norm.
 
         Args:
             x: output of the last block, `[R, L, C]`.
             cond: embedded classes `[R, C]`.
-            guidance: strength; the logits are then those after guidance, `[R / 2, L, V]`, otherwise `[R, L, V]`.
+            guidance: strength, or None to return logits of all rows.
+
+        Returns:
+            logits `[R / 2, L, V]` after guidance, or `[R, L, V]` without it.
         """
         if linear_called(self.head) is not None:
             return None
@@ -97,18 +105,21 @@ class PatchedVAR(nn.Module):
         scale, shift = norm.ada_lin(cond).unsqueeze(1).chunk(2, dim=-1)
         return self.head(normalize_modulate(x, scale, shift, guidance))
 
-    def next_tokens(self, scale, inputs, condition, guidance, *sampling):
-        """Return tokens as `actvar.models.VAR.next_tokens` does; kernels apply guidance before the head."""
+    def next_tokens(self, scale, inputs, condition, guidance, top_k, top_p, rng):
+        """Return tokens `[B, L]` int64 as `VAR.next_tokens` does, with guidance before the head where kernels can."""
         if self.actvar.execution.sampler == "torch":
-            return super().next_tokens(scale, inputs, condition, guidance, *sampling)
+            return super().next_tokens(scale, inputs, condition, guidance, top_k, top_p, rng)
         x = self.run_blocks(scale, inputs, condition)
         logits = self.kernel_logits(x, condition.embedded, guidance)
         if logits is None:
-            return self.draw(self.get_logits(x, condition.embedded), guidance, *sampling, scale)
-        return self.draw(logits, None, *sampling, scale)
+            return self.draw(self.get_logits(x, condition.embedded), guidance, top_k, top_p, rng, scale)
+        return self.draw(logits, None, top_k, top_p, rng, scale)
 
-    def draw(self, logits, guidance, top_k, top_p, rng, scale):
-        """Draw tokens as `actvar.models.VAR.draw` does, by the sampler of the Execution."""
+    def draw(self, logits: Tensor, guidance: Any, top_k, top_p, rng, scale):
+        """Draw tokens `[B, L]` int64 as `VAR.draw` does, by the sampler of the Execution.
+
+        Guidance is None for logits `[B, L, V]` that have it already.
+        """
         if self.actvar.execution.sampler == "torch":
             if getattr(_unpatched_class(self), "draw", None) is VAR.draw:
                 return sample_guided(logits, guidance, top_k, top_p, rng)

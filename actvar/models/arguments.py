@@ -1,4 +1,4 @@
-"""Checks of what sampling takes, before anything runs: labels, seed, guidance, filters; and one thread per model."""
+"""Check the arguments of sampling before anything runs, and let one thread at a time use a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ def checked_integer(name: str, value: object, least: int, most: int | None = Non
     """Return an integer of any kind (`actvar_kernels.checks.as_integer`) as an int.
 
     Args:
-        name: of the argument, for errors.
+        name: name of the argument, for errors.
         value: any object.
         least, most: the range; None for `most` is no bound.
 
@@ -46,7 +46,7 @@ def checked_finite(name: str, value: object) -> float:
     """Return a real number of any kind (`actvar_kernels.checks.as_number`) as a float.
 
     Args:
-        name: of the argument, for errors.
+        name: name of the argument, for errors.
         value: any object.
 
     Raises:
@@ -76,9 +76,9 @@ def checked_draw(
     Args:
         g_seed: one seed, several as a sequence or a 1-d array or tensor of integers, or None.
         cfg: guidance strength.
-        top_k: tokens that are drawn from, 0 for all.
-        top_p: probability that the tokens that are drawn from reach, 0 for all.
-        vocabulary: tokens to choose from, which bounds `top_k`; None: not known yet.
+        top_k: number of tokens to draw from, 0 for all.
+        top_p: probability that the tokens to draw from reach together, 0 for all.
+        vocabulary: number of tokens in all, which bounds `top_k`; None if it is not known yet.
 
     Raises:
         TypeError: an argument that is no number.
@@ -102,18 +102,18 @@ def checked_draw(
 def checked_labels(
     B: int, label_B: int | torch.Tensor | None, num_classes: int, device: torch.device
 ) -> int | torch.Tensor | None:
-    """Return `label_B` of `VAR.autoregressive_infer_cfg`, a tensor as int64.
+    """Return `label_B` of `VAR.autoregressive_infer_cfg` after checks, a tensor as int64.
 
     Negative labels in a tensor become `num_classes`, the unconditional one. Values of a tensor on the CPU are read.
-    Those of one on a GPU are not, since that would wait for the GPU. There an assertion in the stream, also in a CUDA
-    graph's, finds a label that is too high. Such an assertion ends the process's use of the GPU ("device-side assert
-    triggered"), so check labels that come from outside before.
+    Reading values on a GPU would wait for the GPU. An assertion in the stream, also in a CUDA graph's, finds a label
+    there that is too high. A failed assertion ends the process's use of the GPU ("device-side assert triggered"), so
+    check labels from outside before.
 
     Args:
         B: batch size.
         label_B: one label for all images, an integer tensor `[B]`, or None.
         num_classes: classes of the model.
-        device: of the model.
+        device: device of the model.
 
     Raises:
         TypeError: a batch size or labels of another type, such as a float tensor.
@@ -142,7 +142,7 @@ def checked_labels(
     if torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling():
         return label_B
     if label_B.is_cuda:
-        torch._assert_async((label_B < num_classes).all(), f"label_B: expected {classes}")
+        torch._assert_async((label_B < num_classes).all(), f"label_B: expected {classes}")  # pyright: ignore[reportPrivateImportUsage]
         return torch.where(label_B < 0, num_classes, label_B)
     lowest, highest = (int(end) for end in label_B.aminmax())
     if highest >= num_classes:
@@ -150,8 +150,8 @@ def checked_labels(
     return torch.where(label_B < 0, num_classes, label_B) if lowest < 0 else label_B
 
 
-def expect_own_blocks(model: nn.Module) -> None:
-    """Raise ValueError if `model` is not patched and one of its blocks is."""
+def expect_own_blocks(model: Any) -> None:
+    """Raise a ValueError if `model` is not patched and one of its blocks is."""
     if torch.compiler.is_compiling() or "actvar" in vars(model):
         return
     for index, block in enumerate(model.blocks):
@@ -179,13 +179,13 @@ def one_thread(model: nn.Module) -> Iterator[None]:
                 "sample: give each thread a copy (copy.deepcopy), or let them take turns"
             )
         yield
-    finally:  # without a call, after which Ctrl-C could come between
+    finally:  # no call here: after one, Ctrl-C could come in between
         if not is_nested and key in _threads and _threads[key] == me:
             del _threads[key]
 
 
 def by_one_thread(method: Callable) -> Callable:
-    """Make `method` of a model one that only one thread at a time can run; errors as in `one_thread`."""
+    """Let only one thread at a time run `method` of a model; errors are those of `one_thread`."""
 
     @functools.wraps(method)
     def alone(self, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""Encoder and decoder of VAR's convolutional autoencoder, in plain PyTorch.
+"""Define encoder and decoder of VAR's convolutional autoencoder, in plain PyTorch.
 
 State-dict keys follow the official `vae_ch160v4096z32.pth`. `actvar.models.fused_vae` computes the same by kernels.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,18 +17,19 @@ NORM_GROUPS = 32
 
 
 def _norm(channels: int) -> nn.GroupNorm:
+    """Return the norm of a feature map `[B, channels, H, W]`."""
     return nn.GroupNorm(num_groups=NORM_GROUPS, num_channels=channels, eps=1e-6)
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps the size of the image."""
+    """Convolve a feature map by 3x3 without a change of height and width."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions, each after a norm and SiLU, added to their input `[B, in_channels, H, W]`."""
+    """Add two convolutions, each after a norm and SiLU, to their input `[B, in_channels, H, W]`."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -45,7 +47,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over the pixels of a feature map `[B, channels, H, W]`."""
+    """Add single-head self-attention over the pixels to a feature map `[B, channels, H, W]`."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -66,7 +68,7 @@ def pixel_attention(qkv: torch.Tensor) -> torch.Tensor:
 
 
 class Downsample(nn.Module):
-    """Half the height and width of a feature map `[B, channels, H, W]`."""
+    """Halve height and width of a feature map `[B, channels, H, W]`."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -77,7 +79,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width of a feature map `[B, channels, H, W]`."""
+    """Double height and width of a feature map `[B, channels, H, W]`."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -88,7 +90,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, with attention after each at the lowest one."""
+    """Run the residual blocks of one resolution, with attention after each at the lowest resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, attention: bool):
         super().__init__()
@@ -105,7 +107,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Two residual blocks with attention between them, at the lowest resolution."""
+    """Run two residual blocks with attention between them, at the lowest resolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -118,7 +120,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image `[B, in_channels, H, W]` -> features `[B, z_channels, H / f, W / f]`, `f = 2^(levels - 1)`."""
+    """Map images `[B, in_channels, H, W]` to features `[B, z_channels, H / f, W / f]`, where f is `2^(levels - 1)`."""
 
     def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, in_channels: int, z_channels: int):
         super().__init__()
@@ -136,6 +138,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv_in(x)
+        level: Any  # only some have `downsample`
         for level in self.down:
             h = level(h)
             if hasattr(level, "downsample"):
@@ -145,7 +148,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features `[B, z_channels, h, w]` -> image `[B, in_channels, h * f, w * f]`, `f = 2^(levels - 1)`."""
+    """Map features `[B, z_channels, h, w]` to images `[B, in_channels, h * f, w * f]`, where f is `2^(levels - 1)`."""
 
     def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, in_channels: int, z_channels: int):
         super().__init__()
@@ -164,6 +167,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         h = self.mid(self.conv_in(z))
+        level: Any  # only some have `upsample`
         for level in reversed(self.up):
             h = level(h)
             if hasattr(level, "upsample"):

@@ -1,4 +1,4 @@
-"""Construct the autoencoder and the transformer with freshly initialised weights."""
+"""Build the autoencoder and the transformer with freshly initialised weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from actvar.models.arguments import SEEDS, checked_integer
-from actvar.models.var import HEAD_DIM, VAR
+from actvar.models.transformer_block import HEAD_DIM
+from actvar.models.var import VAR
 from actvar.models.vqvae import OFFICIAL_CHANNEL_MULTIPLIERS, VQVAE
 from actvar.utils.modes import inference_mode
 
@@ -43,11 +44,12 @@ def build_vae_var(
         num_classes, depth, shared_aln, attn_l2_norm: see `VAR`.
         device: where both models go; on `"meta"` they have shapes and no weights.
         width: transformer channels, a multiple of 64; `64 * depth` if None, as in the official models.
-        seed: of the generator that initialises the weights; torch's global generators are not touched.
+        seed: seed of the generator that initialises the weights; torch's global generators are not touched.
 
     Raises:
-        TypeError, ValueError: a size that is not an integer of at least 1, a width that is not a multiple of 64, or
-            patch_nums that are not two or more ascending sides.
+        TypeError: a size that is no integer.
+        ValueError: a size below 1, a width that is not a multiple of 64, or patch_nums that are not two or more
+            ascending sides.
     """
     seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1])
     vae, var = skeleton(
@@ -91,7 +93,10 @@ def skeleton(
     num_res_blocks: int,
     image_channels: int,
 ) -> tuple[VQVAE, VAR]:
-    """The two modules on the meta device, in eval mode: shapes without memory. Arguments as in `build_vae_var`."""
+    """Return `(vae, var)` in eval mode on the meta device, where they have shapes and no memory.
+
+    Arguments and errors are those of `build_vae_var`.
+    """
     counts = dict(V=V, Cvae=Cvae, ch=ch, num_classes=num_classes, depth=depth, num_res_blocks=num_res_blocks)
     counts |= dict(image_channels=image_channels)
     checked = [checked_integer(name, count, 1) for name, count in counts.items()]

@@ -1,14 +1,16 @@
-"""The autoencoder by the operations of `actvar_kernels`, which compute what `actvar.models.basic_vae` does.
+"""Run the modules of `actvar.models.basic_vae` by the operations of `actvar_kernels`.
 
-`encoded` and `decoded` choose once per call whether kernels run. A module that is more than its class and its weight
-(hooks, LoRA, parametrisations, quantised weights) is called instead of read. PyTorch computes it, and kernels the rest.
+`encoded` and `decoded` choose once per call whether kernels run. PyTorch computes a module that is more than its class
+and its weight (hooks, LoRA, parametrisations, quantised weights), and kernels compute the rest.
+
+Modules are annotated `Any`: another module may stand in the place of any of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,7 +36,7 @@ from actvar_kernels.cpu_backend.packing import drop_changed
 from actvar_kernels.situation import wants_gradient
 
 
-def decoded(conv: nn.Module, decoder: nn.Module, features: torch.Tensor) -> torch.Tensor:
+def decoded(conv: Any, decoder: Any, features: torch.Tensor) -> torch.Tensor:
     """Return `decoder(conv(features))`, by kernels where they run and no gradient is wanted.
 
     Args:
@@ -50,7 +52,7 @@ def decoded(conv: nn.Module, decoder: nn.Module, features: torch.Tensor) -> torc
     return _decoded(conv, decoder, features)
 
 
-def encoded(encoder: nn.Module, conv: nn.Module, image: torch.Tensor) -> torch.Tensor:
+def encoded(encoder: Any, conv: Any, image: torch.Tensor) -> torch.Tensor:
     """Return `conv(encoder(image))`, by kernels where they run and no gradient is wanted.
 
     Args:
@@ -67,7 +69,7 @@ def encoded(encoder: nn.Module, conv: nn.Module, image: torch.Tensor) -> torch.T
 
 
 def kernels_run(x: torch.Tensor, *modules: nn.Module) -> bool:
-    """Return whether kernels compute `modules` for `x` `[B, C, H, W]`.
+    """Return whether kernels compute `modules` for an input `x` `[B, C, H, W]`.
 
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run.
@@ -82,11 +84,13 @@ def kernels_run(x: torch.Tensor, *modules: nn.Module) -> bool:
 
 @no_grad
 def _runs(x: torch.Tensor) -> bool:
+    """Return whether kernels run for `x`, without gradients."""
     return choose_fused(x).fuses
 
 
 @no_grad
-def _decoded(conv: nn.Module, decoder: nn.Module, features: torch.Tensor) -> torch.Tensor:
+def _decoded(conv: Any, decoder: Any, features: torch.Tensor) -> torch.Tensor:
+    """Return `decoder(conv(features))` by kernels."""
     drop_changed(_packed_weights(conv, decoder))
     backend = choose_fused(features)
     fused = Fused(backend.fuses_residual, backend.packs_weights)
@@ -95,7 +99,8 @@ def _decoded(conv: nn.Module, decoder: nn.Module, features: torch.Tensor) -> tor
 
 
 @no_grad
-def _encoded(encoder: nn.Module, conv: nn.Module, image: torch.Tensor) -> torch.Tensor:
+def _encoded(encoder: Any, conv: Any, image: torch.Tensor) -> torch.Tensor:
+    """Return `conv(encoder(image))` by kernels."""
     drop_changed(_packed_weights(encoder, conv))
     backend = choose_fused(image)
     fused = Fused(backend.fuses_residual, backend.packs_weights)
@@ -106,8 +111,9 @@ def _packed_weights(*modules: nn.Module) -> Iterator[torch.Tensor]:
     """Yield the weights that kernels keep packed copies of."""
     for module in modules:
         for layer in module.modules():
-            if isinstance(layer, Conv3x3) and layer._parameters.get("weight") is not None:
-                yield layer._parameters["weight"]
+            weight = layer._parameters.get("weight") if isinstance(layer, Conv3x3) else None
+            if weight is not None:
+                yield weight
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -118,18 +124,19 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 class Fused(NamedTuple):
     """Compute modules of `actvar.models.basic_vae` by kernels; every method takes the module and its input.
 
-    On Triton the convolutions are PyTorch's, and what is between them is fused. A bias there is added by what comes
-    next, since on its own it would be a pass over the convolution's output. Such a bias `[C]` is called `offset`.
+    On Triton the convolutions are PyTorch's, and the operations between them are fused. The operation after a
+    convolution adds the convolution's bias, which would otherwise need a pass of its own. Such a bias `[C]` is called
+    `offset`.
 
     Args:
-        on_triton: kernels run on Triton.
-        in_cpp: kernels run in C++.
+        on_triton: whether kernels run on Triton.
+        in_cpp: whether kernels run in C++.
     """
 
     on_triton: bool
     in_cpp: bool
 
-    def decoder(self, decoder: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    def decoder(self, decoder: Any, z: torch.Tensor) -> torch.Tensor:
         """Return the image `[B, in_channels, H, W]` of features `z` `[B, z_channels, h, w]`."""
         if not is_plain(decoder, Decoder):
             return decoder(z)
@@ -140,7 +147,7 @@ class Fused(NamedTuple):
                 h, offset = self.upsample(level.upsample, h)
         return self.conv(decoder.conv_out, self.norm_silu(decoder.norm_out, h, overwrite=True))
 
-    def encoder(self, encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def encoder(self, encoder: Any, x: torch.Tensor) -> torch.Tensor:
         """Return the features `[B, z_channels, h, w]` of an image `x` `[B, in_channels, H, W]`."""
         if not is_plain(encoder, Encoder):
             return encoder(x)
@@ -152,8 +159,8 @@ class Fused(NamedTuple):
         h = self.middle(encoder.mid, h)
         return self.conv(encoder.conv_out, self.norm_silu(encoder.norm_out, h, overwrite=True))
 
-    def level(self, level: nn.Module, x: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
-        """Return `level(x + offset)`."""
+    def level(self, level: Any, x: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `level(x + offset)` for `x` `[B, C, H, W]` and `offset` `[C]` or None."""
         if not is_plain(level, Level):
             return level(_sum(x, offset))
         for i, block in enumerate(level.block):
@@ -162,14 +169,14 @@ class Fused(NamedTuple):
                 x = self.attention(level.attn[i], x)
         return x
 
-    def middle(self, middle: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Return `middle(x)`."""
+    def middle(self, middle: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return `middle(x)` for `x` `[B, C, H, W]`."""
         if not is_plain(middle, Middle):
             return middle(x)
         return self.resnet(middle.block_2, self.attention(middle.attn_1, self.resnet(middle.block_1, x)))
 
-    def resnet(self, block: nn.Module, x: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
-        """Return `block(x + offset)`."""
+    def resnet(self, block: Any, x: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `block(x + offset)` for `x` `[B, in_channels, H, W]` and `offset` `[in_channels]` or None."""
         if not is_plain(block, ResnetBlock):
             return block(_sum(x, offset))
         if self._reads(block.norm1, block.conv1, block.norm2, block.conv2, block.nin_shortcut):
@@ -181,8 +188,8 @@ class Fused(NamedTuple):
         h = self.conv(block.conv1, self.norm_silu(block.norm1, x))
         return self.conv(block.conv2, self.norm_silu(block.norm2, h, overwrite=True), residual=block.nin_shortcut(x))
 
-    def attention(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """Return `block(x)`."""
+    def attention(self, block: Any, x: torch.Tensor) -> torch.Tensor:
+        """Return `block(x)` for `x` `[B, C, H, W]`."""
         if not is_plain(block, AttnBlock):
             return block(x)
         h = pixel_attention(block.qkv(self.norm_silu(block.norm, x, silu=False)))
@@ -190,8 +197,11 @@ class Fused(NamedTuple):
             return add_residual(x, F.conv2d(channels_last(h), block.proj_out.weight), block.proj_out.bias)
         return x + block.proj_out(h)
 
-    def upsample(self, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return two parts whose sum is `module(x)`: a feature map, and on Triton a bias `[C]`, otherwise None."""
+    def upsample(self, module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a feature map `[B, C, 2H, 2W]` and a bias `[C]`, whose sum is `module(x)`.
+
+        The bias is None except on Triton.
+        """
         if not is_plain(module, Upsample):
             return module(x), None
         if self._reads(module.conv):
@@ -199,16 +209,23 @@ class Fused(NamedTuple):
         return self.conv(module.conv, x, enlarge=True), None
 
     def conv(
-        self, conv: nn.Module, x: torch.Tensor, residual: torch.Tensor | None = None, enlarge: bool = False
+        self, conv: Any, x: torch.Tensor, residual: torch.Tensor | None = None, enlarge: bool = False
     ) -> torch.Tensor:
-        """Return `conv(x) + residual`, with `enlarge` of x in twice its size."""
-        if is_plain(conv, Conv3x3) and conv.in_channels % 16 == 0:  # which is what the kernel takes
+        """Return `conv(x) + residual`.
+
+        Args:
+            conv: a convolution.
+            x: `[B, in_channels, H, W]`.
+            residual: `[B, out_channels, H', W']` in the size of the output, or None.
+            enlarge: whether x is doubled in height and width first.
+        """
+        if is_plain(conv, Conv3x3) and conv.in_channels % 16 == 0:  # the kernel takes no other widths
             return conv3x3(x, conv.weight, conv.bias, residual, enlarge)
         out = conv(F.interpolate(x, scale_factor=2, mode="nearest") if enlarge else x)
         return out if residual is None else residual + out
 
-    def norm_silu(self, norm: nn.Module, x: torch.Tensor, silu: bool = True, **options) -> torch.Tensor:
-        """Return `silu(norm(x))`, or with `silu=False` `norm(x)`; for `options` see `group_norm_silu`."""
+    def norm_silu(self, norm: Any, x: torch.Tensor, silu: bool = True, **options) -> torch.Tensor:
+        """Return `silu(norm(x))`, or `norm(x)` if `silu` is False; `options` are those of `group_norm_silu`."""
         if (self.on_triton or self.in_cpp) and is_plain(norm, nn.GroupNorm):
             return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, **options)
         return F.silu(norm(x)) if silu else norm(x)
@@ -224,10 +241,8 @@ def _sum(x: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
     return x if offset is None else x + offset.view(-1, 1, 1)
 
 
-def _shortcut(
-    conv: nn.Module, x: torch.Tensor, offset: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return two parts whose sum is `conv(x + offset)`: a feature map, and a bias `[out_channels]` or None."""
+def _shortcut(conv: Any, x: torch.Tensor, offset: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a feature map and a bias `[out_channels]` or None, whose sum is `conv(x + offset)`."""
     if isinstance(conv, nn.Identity):
         return x, offset
     bias = conv.bias
@@ -239,10 +254,10 @@ def _shortcut(
 def twice_as_large(x: torch.Tensor) -> torch.Tensor:
     """Return `F.interpolate(x, scale_factor=2, mode="nearest")` in the memory format `channels_last`.
 
-    It is copied 16 bytes at a time where channels allow it, and also under autocast in x's dtype.
+    It is copied 16 bytes at a time where the number of channels allows it, and in x's dtype even under autocast.
 
     Args:
-        x: `[B, C, H, W]`.
+        x: `[B, C, H, W]` in a floating dtype, where C times its bytes is a multiple of 8.
     """
     B, C, H, W = x.shape
     rows = channels_last(x).permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""The public VAR class with the weights of one of our models, to compare them."""
+"""Build the public VAR class with the weights of one of our models, to compare them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import contextlib
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
-from actvar.models.checkpoint_sizes import autoencoder_sizes, var_sizes
+from actvar.models.checkpoint.sizes import autoencoder_sizes, var_sizes
 
 
-def public_classes(folder: Path) -> tuple[type[nn.Module], type[nn.Module]]:
-    """The classes `VAR` and `VQVAE` of a clone of the public VAR code; its module `models` stays imported.
+def public_classes(folder: Path) -> tuple[Any, Any]:
+    """Return the classes `VAR` and `VQVAE` of a clone of the public VAR code, whose module `models` stays imported.
+
+    Args:
+        folder: the clone.
 
     Raises:
         ValueError: `folder` is no such clone.
@@ -24,17 +27,18 @@ def public_classes(folder: Path) -> tuple[type[nn.Module], type[nn.Module]]:
         raise ValueError(f"expected a clone of the public VAR code, with models/var.py, got {folder}")
     sys.path.insert(0, str(folder))
     try:
-        from models import VAR, VQVAE
+        from models import VAR, VQVAE  # pyright: ignore[reportMissingImports]  # a module of the clone
     finally:
         sys.path.remove(str(folder))
     return VAR, VQVAE
 
 
-def public_twin(var: nn.Module, classes: tuple[type[nn.Module], type[nn.Module]]) -> nn.Module:
-    """A public VAR with the weights of `var`, an `actvar.models.VAR`, on its device; it decodes by var's autoencoder.
+def public_twin(var: Any, classes: tuple[Any, Any]) -> Any:
+    """Return a public VAR with the weights of `var` on its device; it decodes by var's autoencoder.
 
     Args:
-        classes: those of `public_classes`.
+        var: an `actvar.models.VAR`.
+        classes: the result of `public_classes`.
     """
     vae = var.vae_proxy[0]
     sizes, vae_sizes = var_sizes(var.state_dict()), autoencoder_sizes(vae.state_dict())

@@ -1,4 +1,4 @@
-"""Multi-scale residual vector quantizer: an image's features as token maps from 1x1 up to the full grid.
+"""Quantize an image's features as token maps from 1x1 up to the full grid, each the residual of those before.
 
 Source: VAR (Tian et al., 2024), Algorithms 1 and 2. State-dict keys follow the official autoencoder checkpoints.
 """
@@ -6,6 +6,7 @@ Source: VAR (Tian et al., 2024), Algorithms 1 and 2. State-dict keys follow the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 
 class ResidualConv(nn.Conv2d):
-    """`phi(h) = (1 - ratio) * h + ratio * conv3x3(h)`, applied to every upsampled token map."""
+    """Compute `phi(h) = (1 - ratio) * h + ratio * conv3x3(h)` for an upsampled token map `h` `[B, Cvae, P, P]`."""
 
     def __init__(self, channels: int, ratio: float):
         super().__init__(channels, channels, kernel_size=3, padding=1)
@@ -25,53 +26,63 @@ class ResidualConv(nn.Conv2d):
 
 
 def _ticks(count: int) -> np.ndarray:
-    """Positions in [0, 1] of `count` convolutions; a scale uses the nearest. The constants are the official ones."""
+    """Return the positions in [0, 1] of `count` convolutions, of which a scale uses the nearest.
+
+    The constants are those of the public code.
+    """
     margin = 1 / 3 / count if count == 4 else 1 / 2 / count
     return np.linspace(margin, 1 - margin, count)
 
 
 class SharedConv(nn.Module):
-    """One convolution for all scales."""
+    """Share one convolution among all scales."""
 
     def __init__(self, conv: ResidualConv):
         super().__init__()
         self.qresi = conv
 
     def at(self, position: float) -> ResidualConv:
+        """Return the convolution of a scale at `position` in [0, 1]."""
         return self.qresi
 
 
 class PartiallySharedConvs(nn.Module):
-    """A few convolutions, each shared by neighbouring scales."""
+    """Share each of a few convolutions among neighbouring scales."""
 
     def __init__(self, convs: Sequence[ResidualConv]):
         super().__init__()
         self.qresi_ls = nn.ModuleList(convs)
 
-    def at(self, position: float) -> ResidualConv:
+    def at(self, position: float) -> Any:
+        """Return the convolution of a scale at `position` in [0, 1]."""
         return self.qresi_ls[int(np.abs(_ticks(len(self.qresi_ls)) - position).argmin())]
 
 
 class SeparateConvs(nn.ModuleList):
-    """One convolution per scale."""
+    """Keep one convolution per scale."""
 
-    def at(self, position: float) -> ResidualConv:
+    def at(self, position: float) -> Any:
+        """Return the convolution of a scale at `position` in [0, 1]."""
         return self[int(np.abs(_ticks(len(self)) - position).argmin())]
 
 
 def uninitialised_embedding(count: int, size: int) -> nn.Embedding:
-    """`nn.Embedding` without its initialisation, which on the meta device would import all of torch's compiler."""
+    """Return an `nn.Embedding` `[count, size]` without its initialisation.
+
+    On the meta device the initialisation would import all of torch's compiler.
+    """
     return nn.Embedding.from_pretrained(torch.empty(count, size), freeze=False)
 
 
 def upsampled_by_axis(maps: torch.Tensor, side: int) -> torch.Tensor:
-    """`F.interpolate(maps, size=(side, side), mode="bicubic")`, a row at a time and then a column at a time.
+    """Return `F.interpolate(maps, size=(side, side), mode="bicubic")`, computed along rows and then along columns.
 
-    PyTorch's CUDA kernel has a thread for every pixel of one map, which goes through all maps; here all maps make a
-    single one. An axis whose size stays is taken over as it is, so the sums are the same.
+    PyTorch's CUDA kernel has a thread for every pixel of one map, which loops over all maps; here all maps are joined
+    to a single one. Interpolation leaves an axis of unchanged size as it is, so the sums are the same.
 
     Args:
-        maps: `[B, C, p, p]`.
+        maps: `[B, C, p, p]` in a floating dtype.
+        side: new height and width.
     """
     B, C, p, _ = maps.shape
     dtype = torch.promote_types(maps.dtype, torch.float32)
@@ -83,14 +94,16 @@ def upsampled_by_axis(maps: torch.Tensor, side: int) -> torch.Tensor:
 
 
 class VectorQuantizer(nn.Module):
-    """Codebook `[V, Cvae]` and the residual convolutions.
+    """Map features to token maps and back, by a codebook `[V, Cvae]` and residual convolutions.
 
     Args:
         vocab_size: number of codes `V`.
         channels: code dimension `Cvae`.
         patch_nums: side length of every token map, ascending; the last is the feature grid's side.
-        share_quant_resi: 0 one convolution per scale, 1 a single one, n > 1 n partially shared ones.
+        share_quant_resi: 0 for one convolution per scale, 1 for a single one, n > 1 for n partially shared ones.
     """
+
+    ema_vocab_hit_SV: torch.Tensor
 
     def __init__(self, vocab_size: int, channels: int, patch_nums: Sequence[int], share_quant_resi: int = 4):
         super().__init__()
@@ -108,7 +121,7 @@ class VectorQuantizer(nn.Module):
         self.embedding = uninitialised_embedding(vocab_size, channels)
 
     def upsampled(self, codes: torch.Tensor, scale: int) -> torch.Tensor:
-        """Codes `[B, Cvae, p, p]` of one scale as their share of the feature grid `[B, Cvae, P, P]`."""
+        """Return the share of one scale's codes `[B, Cvae, p, p]` in the feature grid, `[B, Cvae, P, P]`."""
         last = len(self.v_patch_nums) - 1
         if scale != last:
             side = self.v_patch_nums[-1]
@@ -119,25 +132,28 @@ class VectorQuantizer(nn.Module):
         return self.quant_resi.at(scale / last)(codes)
 
     def nearest(self, features: torch.Tensor) -> torch.Tensor:
-        """Index `[N]` of the nearest code for each row of `features` `[N, Cvae]` (squared Euclidean distance)."""
+        """Return the index `[N]` int64 of the nearest code for each row of `features` `[N, Cvae]`.
+
+        Distances are squared Euclidean ones.
+        """
         weight = self.embedding.weight.detach()
         distance = features.square().sum(dim=1, keepdim=True) + weight.square().sum(dim=1)
         return distance.addmm_(features, weight.T, alpha=-2, beta=1).argmin(dim=1)
 
     def pooled_rows(self, rest: torch.Tensor, scale: int) -> torch.Tensor:
-        """The residual `[B, Cvae, P, P]` averaged to scale's grid, as rows `[B * p * p, Cvae]`."""
+        """Return the residual `[B, Cvae, P, P]` averaged to the scale's grid, as rows `[B * p * p, Cvae]`."""
         side = self.v_patch_nums[scale]
         if scale != len(self.v_patch_nums) - 1:
             rest = F.interpolate(rest, size=(side, side), mode="area")
         return rest.permute(0, 2, 3, 1).reshape(-1, rest.shape[1])
 
     def code_map(self, tokens: torch.Tensor, side: int) -> torch.Tensor:
-        """Tokens `[B, p * p]` as code vectors `[B, Cvae, p, p]`."""
+        """Return the code vectors `[B, Cvae, p, p]` of tokens `[B, p * p]` int64."""
         codes = self.embedding(tokens.view(tokens.shape[0], side, side))
         return codes.permute(0, 3, 1, 2).contiguous()
 
     def tokens(self, features: torch.Tensor) -> list[torch.Tensor]:
-        """Encode features `[B, Cvae, P, P]` greedily, scale by scale; returns one `[B, p * p]` int64 map per scale."""
+        """Encode features `[B, Cvae, P, P]` greedily, and return one map `[B, p * p]` int64 per scale."""
         rest = features.detach().clone()
         token_maps = []
         for scale, side in enumerate(self.v_patch_nums):
@@ -147,16 +163,23 @@ class VectorQuantizer(nn.Module):
         return token_maps
 
     def features(self, token_maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Sum of all scales' upsampled codes `[B, Cvae, P, P]`; the inverse of `tokens` up to quantization."""
-        total = 0
+        """Return the sum of all scales' upsampled codes, `[B, Cvae, P, P]`: the inverse of `tokens` up to quantization.
+
+        Args:
+            token_maps: one map `[B, p * p]` int64 per scale.
+        """
+        total: Any = 0
         for scale, (index, side) in enumerate(zip(token_maps, self.v_patch_nums, strict=True)):
             total = total + self.upsampled(self.code_map(index, side), scale)
         return total
 
     def teacher_input(self, token_maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Transformer input for teacher forcing, `[B, L - p_0^2, Cvae]` in float32.
+        """Return the transformer's input for teacher forcing, `[B, L - p_0^2, Cvae]` float32.
 
-        Position by position it is the partial sum of all coarser scales, averaged to the next scale's grid.
+        At each position it is the partial sum of all coarser scales, averaged to the scale's grid.
+
+        Args:
+            token_maps: one map `[B, p * p]` int64 per scale.
         """
         batch, channels, full = token_maps[0].shape[0], self.Cvae, self.v_patch_nums[-1]
         partial = torch.zeros(batch, channels, full, full, dtype=torch.float32, device=token_maps[0].device)
@@ -171,12 +194,12 @@ class VectorQuantizer(nn.Module):
         """Add one scale to the partial sum, in place.
 
         Args:
-            scale: index of the scale just sampled.
-            partial: `[B, Cvae, P, P]`, changed in place.
-            codes: `[B, Cvae, p, p]` code vectors of the scale.
+            scale: number of the scale.
+            partial: the sum of the scales before, `[B, Cvae, P, P]`, changed in place.
+            codes: code vectors of the scale, `[B, Cvae, p, p]`.
 
         Returns:
-            the partial sum, and the same averaged to the next scale's grid (itself at the last scale).
+            the partial sum, and its average on the next scale's grid, which is the sum itself at the last scale.
         """
         partial.add_(self.upsampled(codes, scale))
         if scale == len(self.v_patch_nums) - 1:
@@ -185,18 +208,19 @@ class VectorQuantizer(nn.Module):
         return partial, F.interpolate(partial, size=(side, side), mode="area")
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-        """Training pass, in float32.
+        """Quantize features for training, in float32.
 
         Args:
             features: `[B, Cvae, P, P]`.
 
         Returns:
-            quantized features with a straight-through gradient, the token maps, and the scalar quantization loss
-            (codebook term plus `beta` times the commitment term, averaged over scales).
+            quantized features `[B, Cvae, P, P]` with a straight-through gradient, the token maps, and the scalar loss:
+            the codebook term plus `beta` times the commitment term, averaged over scales.
         """
         features = features.float()
         target = features.detach()
-        rest, total, loss, token_maps = target.clone(), torch.zeros_like(target), 0.0, []
+        rest, total, token_maps = target.clone(), torch.zeros_like(target), []
+        loss: Any = 0.0
         for scale, side in enumerate(self.v_patch_nums):
             index = self.nearest(self.pooled_rows(rest, scale)).view(rest.shape[0], side * side)
             token_maps.append(index)

@@ -1,4 +1,4 @@
-"""Drawing tokens from logits exactly as the public VAR code does, so that equal seeds give equal tokens."""
+"""Draw tokens from logits exactly as the public VAR code does, so that equal seeds give equal tokens."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import torch
 from actvar_kernels.sampling import cpu_public, public
 
 Randomness = torch.Generator | Sequence[torch.Generator] | None
-"""Where noise comes from: one generator for the batch, one per image, or torch's global one."""
+"""Generators of noise: one for the batch, one per image, or None for torch's global one."""
 
 
 def generators(g_seed: int | Sequence[int] | None, B: int, device: torch.device) -> Randomness:
-    """Generators of a seed for the batch, of `B` seeds, one per image, or None.
+    """Return the generators of `g_seed`, which are None without a seed.
+
+    Args:
+        g_seed: one seed for the batch, a sequence with one per image, or None.
+        B: number of images.
+        device: device of the generators.
 
     Raises:
-        ValueError: another number of seeds.
+        ValueError: a sequence of another length than `B`.
     """
     if g_seed is None:
         return None
@@ -31,9 +36,9 @@ def sample_top_k_top_p(logits: torch.Tensor, top_k: int, top_p: float, rng: Rand
     """Draw one token per position.
 
     Args:
-        logits: `[B, L, V]` float32; positions that are filtered out become -inf in place.
-        top_k: keep the k largest logits (0: all).
-        top_p: then keep the smallest set of tokens whose probability reaches p (0: all).
+        logits: `[B, L, V]` float32; tokens that are filtered out become -inf in place.
+        top_k: number of the largest logits to keep; 0 keeps all.
+        top_p: probability that the smallest set of tokens to keep reaches, after `top_k`; 0 keeps all.
         rng: generator on the logits' device, one per image, or None for the global one.
 
     Returns:
@@ -47,7 +52,13 @@ def sample_top_k_top_p(logits: torch.Tensor, top_k: int, top_p: float, rng: Rand
 
 
 def sample_guided(logits: torch.Tensor, guidance: float, top_k: int, top_p: float, rng: Randomness) -> torch.Tensor:
-    """Tokens `[B, L]`, those of `sample_top_k_top_p` after guidance of logits `[2B, L, V]`, in C++ where that runs."""
+    """Draw tokens `[B, L]` int64 as `sample_top_k_top_p` does, after guidance, in C++ where C++ runs.
+
+    Args:
+        logits: `[2B, L, V]`, the conditional half first.
+        guidance: strength t, as in `guided`.
+        top_k, top_p, rng: as in `sample_top_k_top_p`.
+    """
     if not cpu_public.runs(logits):
         return sample_top_k_top_p(guided(logits, guidance), top_k, top_p, rng)
     filtered = cpu_public.guide_and_filter(logits, guidance, top_k, top_p)
@@ -55,14 +66,18 @@ def sample_guided(logits: torch.Tensor, guidance: float, top_k: int, top_p: floa
 
 
 def guided(logits: torch.Tensor, strength: float | torch.Tensor) -> torch.Tensor:
-    """Classifier-free guidance of logits `[2B, L, V]`, conditional half first: `(1 + t) * cond - t * uncond`; t is a
-    number, or one for each token, `[L, 1]`."""
+    """Return logits `[B, L, V]` float32 after classifier-free guidance: `(1 + t) * cond - t * uncond`.
+
+    Args:
+        logits: `[2B, L, V]`, the conditional half first.
+        strength: t as a number, or as one for each token, `[L, 1]`.
+    """
     conditional, unconditional = logits.float().chunk(2)
     return (1 + strength) * conditional - strength * unconditional
 
 
 def gumbel_softmax(logits: torch.Tensor, temperature: float, rng: Randomness) -> torch.Tensor:
-    """`softmax((logits + Gumbel noise) / temperature)` over the last axis, same shape as `logits`."""
+    """Return `softmax((logits + Gumbel noise) / temperature)` over the last axis, in the shape of `logits`."""
 
     def gumbel(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         return -torch.empty_like(like).exponential_(generator=generator).log()
@@ -71,10 +86,16 @@ def gumbel_softmax(logits: torch.Tensor, temperature: float, rng: Randomness) ->
 
 
 def by_image(
-    random: Callable[[torch.Tensor, torch.Generator | None], torch.Tensor], of_images: torch.Tensor, rng: Randomness
+    random: Callable[[torch.Tensor, torch.Generator | None], torch.Tensor], batch: torch.Tensor, rng: Randomness
 ) -> torch.Tensor:
-    """`random(of_images, rng)`; with a generator per image, of each image `[1, ...]` alone, joined again."""
+    """Return `random(batch, rng)`, or with a generator per image the joined results of each image alone.
+
+    Args:
+        random: a function of a tensor `[b, ...]` and a generator.
+        batch: `[B, ...]`, one entry per image.
+        rng: one generator, one per image, or None for the global one.
+    """
     if rng is None or isinstance(rng, torch.Generator):
-        return random(of_images, rng)
-    images = of_images.split(1)
+        return random(batch, rng)
+    images = batch.split(1)
     return torch.cat([random(image, generator) for image, generator in zip(images, rng, strict=True)])

@@ -1,109 +1,35 @@
-"""The VAR transformer: class-conditional next-scale prediction. State-dict keys follow the official `var_d*.pth`.
+"""Define the VAR transformer, which predicts scale after scale. State-dict keys follow the official `var_d*.pth`.
 
-Attribute and method names that other code touches (`blocks`, `attn.kv_caching`, `autoregressive_infer_cfg`, ...) are
-those of the public implementation, so that loops written for it run here too.
+Names that other code uses (`blocks`, `attn.kv_caching`, `autoregressive_infer_cfg`, ...) are the public
+implementation's. Therefore loops written for the public classes run here too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from actvar.models.arguments import by_one_thread, checked_draw, checked_integer, checked_labels, expect_own_blocks
 from actvar.models.quantizer import uninitialised_embedding
 from actvar.models.sampling import Randomness, by_image, generators, guided, gumbel_softmax, sample_top_k_top_p
+from actvar.models.transformer_block import HeadNorm, SharedAdaLin, TransformerBlock
 from actvar.models.vqvae import VQVAE
 from actvar.utils.modes import no_grad
-from actvar_kernels.subset_attention.reference import attend
-
-HEAD_DIM = 64
-MAX_LOG_SCALE = math.log(100)
-
-
-class FeedForward(nn.Module):
-    """`fc2(gelu_tanh(fc1(x)))` with hidden size `4C`."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class SelfAttention(nn.Module):
-    """Multi-head attention with a K/V cache `[R, H, tokens, 64]` that grows by one scale per call.
-
-    With `attn_l2_norm` queries and keys are normalised and scaled per head by `exp(min(scale_mul, log 100))`;
-    without, the softmax scale is `0.25 / sqrt(64)`.
-    """
-
-    def __init__(self, width: int, num_heads: int, attn_l2_norm: bool):
-        super().__init__()
-        self.num_heads, self.head_dim, self.attn_l2_norm = num_heads, width // num_heads, attn_l2_norm
-        if attn_l2_norm:
-            self.scale = 1.0
-            self.scale_mul_1H11 = nn.Parameter(torch.empty(1, num_heads, 1, 1))
-        else:
-            self.scale = 0.25 / math.sqrt(self.head_dim)
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.empty(width))
-        self.v_bias = nn.Parameter(torch.empty(width))
-        self.register_buffer("zero_k_bias", torch.empty(width))
-        self.proj = nn.Linear(width, width)
-        self.caching, self.cached_k, self.cached_v = False, None, None
-
-    def kv_caching(self, enable: bool) -> None:
-        """Start an empty cache, or drop it."""
-        self.caching, self.cached_k, self.cached_v = enable, None, None
-
-    def forward(self, x: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
-        R, L, C = x.shape
-        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv = F.linear(x, self.mat_qkv.weight, bias).view(R, L, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.attn_l2_norm:
-            q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp()
-            k = F.normalize(k, dim=-1)
-        if self.caching:
-            if self.cached_k is not None:
-                k, v = torch.cat((self.cached_k, k), dim=2), torch.cat((self.cached_v, v), dim=2)
-            self.cached_k, self.cached_v = k, v
-        out = attend(q, k, v, attn_bias, self.scale)
-        return self.proj(out.transpose(1, 2).reshape(R, L, C))
-
-
-class TransformerBlock(nn.Module):
-    """One VAR block: attention and FFN, each behind an adaptive LayerNorm conditioned on the class."""
-
-    def __init__(self, width: int, num_heads: int, shared_aln: bool, attn_l2_norm: bool):
-        super().__init__()
-        self.C, self.shared_aln = width, shared_aln
-        self.attn = SelfAttention(width, num_heads, attn_l2_norm)
-        self.ffn = FeedForward(width)
-        self.ln_wo_grad = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        if shared_aln:
-            self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, width))
-        else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-
-    def forward(self, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias: torch.Tensor | None) -> torch.Tensor:
-        """`x` `[R, L, C]`; `cond_BD` `[R, C]`, or `[R, 1, 6, C]` with shared AdaLN; returns `[R, L, C]`."""
-        modulation = self.ada_gss + cond_BD if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        x = x + self.attn(self.ln_wo_grad(x).mul(scale1.add(1)).add_(shift1), attn_bias=attn_bias).mul_(gamma1)
-        return x + self.ffn(self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2)).mul(gamma2)
 
 
 class Condition(NamedTuple):
-    """Of the rows of one sample: classes `[R]`, their embeddings `[R, C]`; what every block's AdaLN gets, `[R, C]` or
-    with shared AdaLN `[R, 1, 6, C]`; position and level embeddings `[1, L, C]` of all scales."""
+    """Hold what all scales of a sample have in common.
+
+    Args:
+        labels: classes of the rows, `[R]` int64.
+        embedded: their embeddings, `[R, C]`.
+        modulation: input of every block's AdaLN, `[R, C]`, or with shared AdaLN `[R, 1, 6, C]`.
+        position: position and level embeddings of all scales, `[1, L, C]`.
+    """
 
     labels: torch.Tensor
     embedded: torch.Tensor
@@ -111,38 +37,24 @@ class Condition(NamedTuple):
     position: torch.Tensor
 
 
-class HeadNorm(nn.Module):
-    """Adaptive LayerNorm before the classifier head."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.ln_wo_grad = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.ada_lin(cond_BD).unsqueeze(1).chunk(2, dim=-1)
-        return self.ln_wo_grad(x).mul(scale.add(1)).add(shift)
-
-
-class SharedAdaLin(nn.Linear):
-    """One AdaLN projection for all blocks; returns `[R, 1, 6, C]`."""
-
-    def forward(self, cond_BD: torch.Tensor) -> torch.Tensor:
-        return super().forward(cond_BD).view(-1, 1, 6, self.in_features)
-
-
 class VAR(nn.Module):
-    """Build it with `build_vae_var` or `load_var`, which initialise or load every tensor.
+    """Sample token maps scale by scale, and decode them to images.
+
+    `build_vae_var` and `load_var` make a model; they initialise or load every tensor.
 
     Args:
-        vae: the autoencoder that turns sampled tokens into images; kept outside the module tree, so its weights are
-            not part of this `state_dict` and `.to()` does not move it.
-        num_classes: classes; index `num_classes` is the unconditional embedding.
-        depth, width, num_heads: transformer blocks, channels `C`, attention heads.
-        patch_nums: token map side of every scale.
-        shared_aln: one AdaLN projection for all blocks (d36) instead of one per block.
-        attn_l2_norm: normalised queries and keys with a learned scale per head.
+        vae: the autoencoder that turns sampled tokens into images. It is kept outside the module tree, so its weights
+            are not part of this `state_dict` and `.to()` does not move it.
+        num_classes: number of classes; index `num_classes` is the unconditional embedding.
+        depth, width, num_heads: number of blocks, channels `C`, number of attention heads.
+        patch_nums: side of the token map of every scale.
+        shared_aln: whether one AdaLN projection serves all blocks (d36) instead of one per block.
+        attn_l2_norm: whether queries and keys are normalised, with a learned scale per head.
     """
+
+    blocks: Any  # a `ModuleList`, whose blocks may be patched or inside wrappers
+    lvl_1L: torch.Tensor
+    attn_bias_for_masking: torch.Tensor
 
     def __init__(
         self,
@@ -176,7 +88,12 @@ class VAR(nn.Module):
         self.head = nn.Linear(width, self.V)
 
     def get_logits(self, x: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
-        """Logits `[R, L, V]` in float32 of the last block's output `[R, L, C]`."""
+        """Return the logits `[R, L, V]` float32 of the last block's output `x` `[R, L, C]`.
+
+        Args:
+            x: output of the last block.
+            cond_BD: embedded classes `[R, C]`.
+        """
         h = self.head_nm(x.float(), cond_BD)
         return self.head(h.to(self.head.weight.dtype)).float()
 
@@ -195,20 +112,22 @@ class VAR(nn.Module):
         """Sample `B` images with classifier-free guidance.
 
         Args:
-            label_B: class per image, an integer tensor `[B]` on the model's device; one class for all, an int; or None
-                for random classes. Labels are 0 ... num_classes - 1, or negative for unconditional images.
+            B: number of images.
+            label_B: the class of each image as an integer tensor `[B]` on the model's device, one class for all as an
+                int, or None for random classes. Labels are 0 ... num_classes - 1, or negative for unconditional images.
             g_seed: seed of the sampling noise, -2^63 ... 2^64 - 1; None draws from torch's global generator.
-                With a sequence of `B` seeds an image's noise is that of a batch of it alone, `g_seed=g_seed[b]`.
-            cfg: guidance strength; step `s` of `S` uses `cfg * s / (S - 1)`.
-            top_k, top_p: keep the k likeliest tokens, then the smallest set with probability p; 0 switches off.
-            more_smooth: mix code vectors by a Gumbel softmax instead of taking the sampled one (for display only).
+                With a sequence of `B` seeds, image b has the noise of a batch of one with `g_seed=g_seed[b]`.
+            cfg: guidance strength; scale number `s` of `S` uses `cfg * s / (S - 1)`.
+            top_k: number of the likeliest tokens to keep; 0 keeps all.
+            top_p: probability that the smallest set of tokens to keep reaches, after `top_k`; 0 keeps all.
+            more_smooth: mix code vectors by a Gumbel softmax instead of drawing one (for display only).
 
         Returns:
             images `[B, channels, H, W]` in [0, 1].
 
         Raises:
-            TypeError, ValueError: an argument of another type or out of its range, or a block with the patch of another
-                model; nothing was sampled.
+            TypeError: an argument of a wrong type.
+            ValueError: an argument out of its range, or a block with the patch of another model.
             RuntimeError: another thread is sampling from this model.
         """
         expect_own_blocks(self)
@@ -246,24 +165,26 @@ class VAR(nn.Module):
         return self.decode(f_hat).add_(1).mul_(0.5)
 
     def scales(self) -> range:
-        """Numbers of the scales that are sampled."""
+        """Return the numbers of the scales that are sampled."""
         return range(len(self.patch_nums))
 
     def condition(self, label_B: torch.Tensor) -> Condition:
-        """What all scales of a sample have in common, of rows with classes `[R]`, `num_classes` for none."""
+        """Return the `Condition` of rows with classes `label_B` `[R]` int64; `num_classes` stands for no class."""
         cond_BD = self.class_emb(label_B)
         return Condition(label_B, cond_BD, self.shared_ada_lin(cond_BD), self.lvl_embed(self.lvl_1L) + self.pos_1LC)
 
     def predict(self, scale: int, inputs: torch.Tensor | None, condition: Condition) -> torch.Tensor:
-        """Logits `[R, L, V]` of scale number `scale`; arguments as in `run_blocks`."""
+        """Return the logits `[R, L, V]` float32 of scale number `scale`; arguments are those of `run_blocks`."""
         return self.get_logits(self.run_blocks(scale, inputs, condition), condition.embedded)
 
     def run_blocks(self, scale: int, inputs: torch.Tensor | None, condition: Condition) -> torch.Tensor:
-        """The last block's output `[R, L, C]` at scale number `scale`, with the K/V cache of the scales before it.
+        """Return the last block's output `[R, L, C]` at one scale, with the K/V cache of the scales before it.
 
         Args:
-            inputs: `[B, L, Cvae]`, the sum of all coarser scales averaged to this one's grid, for `R / B` rows each;
+            scale: number of the scale.
+            inputs: the sum of all coarser scales averaged to this scale's grid, `[B, L, Cvae]`, each for `R / B` rows;
                 None at the first scale.
+            condition: the condition of the `R` rows.
         """
         start = sum(pn * pn for pn in self.patch_nums[:scale])
         position = condition.position[:, start : start + self.patch_nums[scale] ** 2]
@@ -277,14 +198,21 @@ class VAR(nn.Module):
         return x
 
     def decode(self, f_hat: torch.Tensor) -> torch.Tensor:
-        """Images `[B, channels, H, W]` in [-1, 1] of features `[B, Cvae, side, side]`."""
+        """Return the images `[B, channels, H, W]` in [-1, 1] of features `f_hat` `[B, Cvae, side, side]`."""
         return self.vae_proxy[0].fhat_to_img(f_hat)
 
     def next_tokens(
-        self, scale: int, inputs: torch.Tensor | None, condition: Condition, guidance: float, *sampling
+        self,
+        scale: int,
+        inputs: torch.Tensor | None,
+        condition: Condition,
+        guidance: float,
+        top_k: int,
+        top_p: float,
+        rng: Randomness,
     ) -> torch.Tensor:
-        """Tokens `[B, L]` of scale number `scale`; other arguments as in `run_blocks` and `draw`."""
-        return self.draw(self.predict(scale, inputs, condition), guidance, *sampling, scale)
+        """Return tokens `[B, L]` int64 of scale number `scale`; arguments are those of `run_blocks` and `draw`."""
+        return self.draw(self.predict(scale, inputs, condition), guidance, top_k, top_p, rng, scale)
 
     def draw(
         self,
@@ -295,10 +223,18 @@ class VAR(nn.Module):
         rng: Randomness,
         scale: int,
     ) -> torch.Tensor:
-        """Tokens `[B, L]` of scale number `scale`, drawn from its logits `[2B, L, V]`, conditional half first."""
+        """Draw tokens `[B, L]` int64 of one scale.
+
+        Args:
+            logits: logits of the scale, `[2B, L, V]` float32, the conditional half first.
+            guidance: strength of the guidance at this scale.
+            top_k, top_p, rng: as in `sample_top_k_top_p`.
+            scale: number of the scale.
+        """
         return sample_top_k_top_p(guided(logits, guidance), top_k, top_p, rng)
 
     def _labels(self, B: int, label_B: int | torch.Tensor | None, rng: Randomness) -> torch.Tensor:
+        """Return labels `[B]` int64 of the checked argument `label_B`; None draws them."""
         device = self.lvl_1L.device
         if label_B is None:
 
@@ -313,14 +249,11 @@ class VAR(nn.Module):
         return label_B
 
     def forward(self, label_B: torch.Tensor, x_BLCv_wo_first_l: torch.Tensor) -> torch.Tensor:
-        """Teacher forcing over all scales at once.
+        """Return logits `[B, L, V]` float32 of all scales at once, by teacher forcing.
 
         Args:
-            label_B: classes `[B]`; in train mode each is dropped to the unconditional one with `cond_drop_rate`.
+            label_B: classes `[B]` int64; in train mode each becomes the unconditional one by `cond_drop_rate`.
             x_BLCv_wo_first_l: `[B, L - first_l, Cvae]` from `VectorQuantizer.teacher_input`.
-
-        Returns:
-            logits `[B, L, V]` in float32.
 
         Raises:
             ValueError: a block with the patch of another model.
@@ -347,12 +280,14 @@ class VAR(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=std, generator=generator)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()
+                bias = getattr(module, "bias", None)
+                if bias is not None:
+                    bias.zero_()
         for position in (self.pos_start, self.pos_1LC):
             nn.init.trunc_normal_(position, std=std, generator=generator)
         self.head.weight.mul_(0.02)
-        self.head_nm.ada_lin[-1].weight.mul_(0.5)
+        modulation: Any = self.head_nm.ada_lin[-1]
+        modulation.weight.mul_(0.5)
         for block in self.blocks:
             attn = block.attn
             for zero in (attn.q_bias, attn.v_bias, attn.zero_k_bias):
@@ -373,7 +308,10 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def init_buffers(self) -> None:
-        """Fill the scale index of every position and the block-causal mask (0 where attention may look, else -inf)."""
+        """Fill `lvl_1L` with the scale of every position, and the block-causal mask.
+
+        The mask is 0 where attention may look, otherwise -inf.
+        """
         sides = torch.tensor(self.patch_nums, device=self.lvl_1L.device)
         level = torch.arange(len(sides), device=sides.device).repeat_interleave(sides * sides)
         self.lvl_1L.copy_(level.unsqueeze(0))

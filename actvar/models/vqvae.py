@@ -1,9 +1,10 @@
-"""VAR's convolutional autoencoder. State-dict keys follow the official `vae_ch160v4096z32.pth`."""
+"""Define VAR's convolutional autoencoder. State-dict keys follow the official `vae_ch160v4096z32.pth`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,15 +18,17 @@ OFFICIAL_CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
 
 
 class VQVAE(nn.Module):
-    """Autoencoder with a multi-scale residual quantizer; images are in [-1, 1] inside.
+    """Encode images in [-1, 1] as token maps and decode them, by a multi-scale residual quantizer.
 
     Args:
-        vocab_size: codes in the codebook `V`.
+        vocab_size: number of codes `V`.
         z_channels: code dimension `Cvae`.
-        ch, ch_mult, num_res_blocks, in_channels: convolution width, its multiplier per resolution, residual blocks
-            per resolution, image channels. The defaults are those of the official checkpoint.
+        ch: convolution width.
+        patch_nums: side of the token map of every scale.
         share_quant_resi: see `VectorQuantizer`.
-        patch_nums: token map sides per scale.
+        ch_mult: multiplier of the convolution width per resolution.
+        num_res_blocks: residual blocks per resolution.
+        in_channels: image channels.
     """
 
     def __init__(
@@ -43,15 +46,14 @@ class VQVAE(nn.Module):
         self.vocab_size, self.Cvae, self.ch = vocab_size, z_channels, ch
         self.ch_mult, self.num_res_blocks, self.in_channels = tuple(ch_mult), num_res_blocks, in_channels
         self.downsample = 2 ** (len(ch_mult) - 1)
-        sizes = dict(ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks)
-        self.encoder = Encoder(**sizes, in_channels=in_channels, z_channels=z_channels)
-        self.decoder = Decoder(**sizes, in_channels=in_channels, z_channels=z_channels)
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, in_channels, z_channels)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, in_channels, z_channels)
         self.quantize = VectorQuantizer(vocab_size, z_channels, patch_nums, share_quant_resi)
         self.quant_conv = Conv3x3(z_channels, z_channels)
         self.post_quant_conv = Conv3x3(z_channels, z_channels)
 
     def img_to_features(self, image: torch.Tensor) -> torch.Tensor:
-        """Return what is quantized of an image `[B, in_channels, H, W]` in [-1, 1]: `[B, Cvae, P, P]`."""
+        """Return the features `[B, Cvae, P, P]`, not yet quantized, of an image `[B, in_channels, H, W]` in [-1, 1]."""
         return encoded(self.encoder, self.quant_conv, image)
 
     def fhat_to_img(self, f_hat: torch.Tensor) -> torch.Tensor:
@@ -71,7 +73,10 @@ class VQVAE(nn.Module):
         return self.fhat_to_img(self.quantize.features(token_maps))
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-        """Return reconstruction (not clamped), token maps and quantization loss of an image, for training."""
+        """Return reconstruction, token maps and quantization loss of an image `[B, in_channels, H, W]`, for training.
+
+        The reconstruction `[B, in_channels, H, W]` is not clamped to [-1, 1].
+        """
         f_hat, token_maps, loss = self.quantize(self.img_to_features(image))
         return decoded(self.post_quant_conv, self.decoder, f_hat), token_maps, loss
 
@@ -81,7 +86,8 @@ class VQVAE(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=5**0.5, generator=generator)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.GroupNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
@@ -90,8 +96,8 @@ class VQVAE(nn.Module):
 
 
 @contextmanager
-def without_decoder(vae: nn.Module) -> Iterator[None]:
-    """Let `vae.fhat_to_img` return the features it is given while the context is open."""
+def without_decoder(vae: Any) -> Iterator[None]:
+    """Let `vae.fhat_to_img` return its argument unchanged while the context is open."""
     replaced = vae.__dict__.get("fhat_to_img")
     vae.fhat_to_img = lambda f_hat: f_hat
     try:

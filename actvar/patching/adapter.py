@@ -1,4 +1,4 @@
-"""Adapter files: selectors, routers and changed weights in safetensors, configuration and Execution as JSON metadata.
+"""Read and write adapter files: gates and changed weights in safetensors, configuration and Execution as metadata.
 
 `actvar.patching.patch.load_adapter` loads them.
 """
@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -37,7 +37,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class AdapterError(ValueError):
-    """An adapter file that cannot be read, or does not fit the model; the model is unchanged."""
+    """Report an adapter file that cannot be read, or does not fit the model, which is unchanged."""
 
 
 def save_adapter(
@@ -46,23 +46,25 @@ def save_adapter(
     training: Mapping[str, object] | None = None,
     execution: Execution | None = None,
 ) -> None:
-    """Write selectors, routers and changed weights of a patched model, under a temporary name first.
+    """Write selectors, routers and changed weights of a patched model to an adapter file.
 
-    Tensors `blocks.<i>.selector.weight` `[1, C]`, `.selector.bias` `[1]`, `.router.weight` `[N, C]`, `.router.bias`
-    `[N]`, where hidden units were reordered for the experts `.order` `[D]` int32, and `weights.<name>` for each changed
-    weight under its name in the model's `state_dict`, hidden units in that order; all in their own dtype; metadata:
-    format, version, the model's sizes, the configuration, `training` and `execution`.
+    Block number i has the tensors `blocks.<i>.selector.weight` `[1, C]`, `.selector.bias` `[1]`, `.router.weight`
+    `[N, C]` and `.router.bias` `[N]`. It also has `.order` `[D]` int32 where hidden units were reordered for the
+    experts. Each changed weight is `weights.<name>`, where `<name>` is that of the model's `state_dict`; its hidden
+    units lie in the order of the experts. All tensors but `.order` have the dtype of the parameter.
+
+    Metadata has the format, its version, the model's sizes, the configuration, `training` and `execution`.
 
     Args:
         var: a patched model.
-        path: the file to write.
-        training: how the adapter was made, JSON-compatible; for `describe_adapter`.
-        execution: recommended to those who load the adapter; None recommends none.
+        path: the file to write, under a temporary name until it is complete.
+        training: how the adapter was made, JSON-compatible; `describe_adapter` shows it.
+        execution: the Execution that is recommended to those who load the adapter; None recommends none.
 
     Raises:
         TypeError: `execution` is no Execution.
-        ValueError: the model is not patched, or what is saved has values that are not finite.
-        OSError: the file cannot be written; an older one is as it was.
+        ValueError: the model is not patched, or a tensor has values that are not finite.
+        OSError: the file cannot be written; an older file is as it was.
     """
     var = unwrapped(var)
     state = patch_state(var)
@@ -85,20 +87,20 @@ def save_adapter(
 
 
 class Adapter(NamedTuple):
-    """Hold what is in an adapter file.
+    """Hold the content of an adapter file.
 
     Args:
         path: the file.
-        sizes: those of the model that it was made for, as `_sizes` gives them.
-        config: what the model was patched with when the file was saved.
-        execution: how to run the model: what the caller of `read_adapter` gave, otherwise what the file recommends,
-            otherwise the default.
-        training: how it was made.
+        sizes: the sizes of the model that the adapter was made for, by `Family.recorded_sizes`.
+        config: the configuration of the patch when the file was saved.
+        execution: how to run the model: the argument of `read_adapter`, otherwise the file's recommendation, otherwise
+            the default.
+        training: how the adapter was made.
         tensors: all tensors of the file by name, as `save_adapter` describes them.
     """
 
     path: Path
-    sizes: dict[str, object]
+    sizes: Mapping[str, object]
     config: ActVARConfig
     execution: Execution
     training: object
@@ -112,10 +114,14 @@ class Adapter(NamedTuple):
 
 @no_grad
 def put_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Bring an adapter and its Execution into a patched model, all of it or, after any exception, nothing.
+    """Bring an adapter and its Execution into a patched model. Any exception leaves the model unchanged.
+
+    Args:
+        model: a patched model, without wrappers.
+        adapter: the adapter.
 
     Raises:
-        AdapterError: the adapter does not fit the model; names the file, what was expected and what came.
+        AdapterError: the adapter does not fit the model; the message names the file, what was expected and what came.
         ValueError: the model is not patched, or its blocks are not those that were patched.
     """
     state, path, tensors = patch_state(model), adapter.path, dict(adapter.tensors)
@@ -159,7 +165,7 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> None:
 
 
 def _differences(trained: ActVARConfig, used: ActVARConfig) -> list[str]:
-    """Return a clause per field that differs."""
+    """Return a clause for each field in which two configurations differ."""
     clauses = []
     for name in (field.name for field in fields(ActVARConfig)):
         before, now = getattr(trained, name), getattr(used, name)
@@ -171,7 +177,7 @@ def _differences(trained: ActVARConfig, used: ActVARConfig) -> list[str]:
 
 
 def _short(value: object) -> str:
-    """Return a field of a configuration as text, with the range of rates that every block has its own of."""
+    """Return a field of a configuration as text; rates by block become their range."""
     if not isinstance(value, tuple):
         return str(value)
     parts = [f"{min(part):g} to {max(part):g} by block" if isinstance(part, tuple) else str(part) for part in value]
@@ -184,7 +190,7 @@ def _put(
     orders: Sequence[torch.Tensor | None],
     weights: Mapping[str, nn.Parameter],
 ) -> None:
-    """Bring what has been checked into the model."""
+    """Bring gates, orders of hidden units and weights, all checked before, into the model."""
     restore_parameters(model)
     for index, block in enumerate(patch_state(model).blocks(model)):
         values = {parameter: gates[name] for name, parameter in _gates_of(block, index).items()}
@@ -193,7 +199,7 @@ def _put(
 
 
 def _checked(path: str | Path, name: str, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Return the values of `found` in the dtype of `expected`, read into memory."""
+    """Return the values of `found` in the dtype of `expected`, in memory; raise AdapterError if they do not fit."""
     if found.shape != expected.shape:
         raise AdapterError(f"{path}: {name}: expected shape {list(expected.shape)}, got {list(found.shape)}")
     if found.dtype not in DTYPES:
@@ -205,7 +211,7 @@ def _checked(path: str | Path, name: str, found: torch.Tensor, expected: torch.T
 
 
 def _check_orders(path: str | Path, hidden: int, orders: list[torch.Tensor | None]) -> None:
-    """Raise AdapterError unless every order is a permutation of the `hidden` units, or None."""
+    """Raise AdapterError unless every order is None or a permutation of the `hidden` units."""
     for index, order in enumerate(orders):
         if order is None:
             continue
@@ -217,10 +223,14 @@ def _check_orders(path: str | Path, hidden: int, orders: list[torch.Tensor | Non
 
 
 def read_adapter_config(path: str | Path) -> ActVARConfig:
-    """Return the configuration of an adapter, which `load_adapter` patches an unpatched model with.
+    """Return the configuration of an adapter, with which `load_adapter` patches an unpatched model.
+
+    Args:
+        path: a file of `save_adapter`.
 
     Raises:
-        FileNotFoundError, AdapterError: as `read_adapter`.
+        FileNotFoundError: no such file.
+        AdapterError: the file is no adapter, or a damaged one.
     """
     return read_adapter(path, Execution()).config
 
@@ -228,11 +238,14 @@ def read_adapter_config(path: str | Path) -> ActVARConfig:
 def describe_adapter(path: str | Path) -> dict[str, object]:
     """Return model sizes, configuration, Execution, training, parameter counts and dtypes of an adapter file.
 
-    `parameters` counts gates and changed weights, `changed weights` the latter alone; `not_finite` names the tensors
-    that hold NaN or infinity, with which no adapter is loaded.
+    `parameters` counts gates and changed weights, and `changed weights` the latter alone. `not_finite` names the
+    tensors that hold NaN or infinity, with which no adapter is loaded.
+
+    Args:
+        path: a file of `save_adapter`.
 
     Raises:
-        FileNotFoundError, AdapterError: as `read_adapter`.
+        FileNotFoundError, AdapterError: as in `read_adapter`.
     """
     adapter = read_adapter(path)
     tensors = adapter.tensors
@@ -250,12 +263,13 @@ def describe_adapter(path: str | Path) -> dict[str, object]:
 
 
 def gate_parameters(var: nn.Module) -> dict[str, nn.Parameter]:
-    """Return selector and router parameters of a patched model by their name in an adapter file."""
+    """Return the parameters of selectors and routers of a patched model by their name in an adapter file."""
     blocks = enumerate(patch_state(var).blocks(unwrapped(var)))
     return {name: parameter for index, block in blocks for name, parameter in _gates_of(block, index).items()}
 
 
-def _gates_of(block: nn.Module, index: int) -> dict[str, nn.Parameter]:
+def _gates_of(block: Any, index: int) -> dict[str, nn.Parameter]:
+    """Return the parameters of block number `index` by their name in an adapter file."""
     return {
         f"blocks.{index}.{gate}.{name}": parameter
         for gate in ("selector", "router")
@@ -263,7 +277,7 @@ def _gates_of(block: nn.Module, index: int) -> dict[str, nn.Parameter]:
     }
 
 
-def _sizes(var: nn.Module) -> dict[str, object]:
+def _sizes(var: nn.Module) -> Mapping[str, object]:
     """Return the sizes of a model as an adapter file records them."""
     return family_of(var).recorded_sizes(var)
 
@@ -272,13 +286,13 @@ def read_adapter(path: str | Path, execution: Execution | None = None) -> Adapte
     """Read an adapter file.
 
     Args:
-        path: the file.
-        execution: instead of the one that the file recommends, which is not read then.
+        path: a file of `save_adapter`. A leading `~` is the home folder.
+        execution: how to run the model; None for the Execution that the file recommends, which is not read otherwise.
 
     Raises:
         TypeError: `execution` is no Execution.
         FileNotFoundError: no such file.
-        AdapterError: it is no adapter, or a damaged one.
+        AdapterError: the file is no adapter, or a damaged one.
     """
     if execution is not None:
         checked_execution(execution)
@@ -309,14 +323,14 @@ def read_adapter(path: str | Path, execution: Execution | None = None) -> Adapte
 
 
 def _config_from(text: str) -> tuple[ActVARConfig, dict[str, object]]:
-    """Return the configuration, and the fields of `Execution` that it has in files written before there was one."""
+    """Return the configuration, and the fields of `Execution` that older files keep in it."""
     values = json_object(text)
     fields = {name: values.pop(once) for once, name in FIELDS_ONCE_IN_CONFIG.items() if once in values}
     return ActVARConfig.from_json(json.dumps(values)), fields
 
 
 def _execution_from(path: Path, fields: Mapping[str, object]) -> Execution:
-    """Return the recommended Execution of `fields`; those that are not there have their default."""
+    """Return the recommended Execution of `fields`, with defaults for missing ones."""
     if fields.get("expert_execution") == "snap":
         raise AdapterError(
             f"{path}: recommends expert_execution 'snap', which was removed; give 'dense' or 'tile_list' instead, as "
@@ -326,7 +340,7 @@ def _execution_from(path: Path, fields: Mapping[str, object]) -> Execution:
 
 
 def _sizes_from(text: str) -> dict[str, object]:
-    """Return the model's sizes as `_sizes` gives them, from JSON."""
+    """Return the model's sizes from JSON; raise a ValueError if they are no integers."""
     sizes = json.loads(text)
     if not isinstance(sizes, dict) or not sizes:
         raise ValueError(f"expected the sizes of a model, got {text[:200]!r}")

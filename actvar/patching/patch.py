@@ -1,4 +1,4 @@
-"""Patch a model in place, and take the patch off again. Knows no model family."""
+"""Patch a model in place, and take the patch off again, for every model family."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -30,30 +31,30 @@ logger = logging.getLogger(__name__)
 
 
 def apply_patch(var: nn.Module, config: ActVARConfig | None = None, execution: Execution | None = None) -> nn.Module:
-    """Make the last scales of a VAR sparse, in place; returns `var`.
+    """Make the last scales of a VAR sparse, in place, and return `var`.
 
     The classes of `var` and its blocks are swapped for subclasses, and each block gets a selector and a router.
     Parameters and `state_dict` stay as they are; an adapter may reorder hidden units of the FFN, in place. A model that
-    is patched already is re-patched with fresh gates. Active scales are computed as in eval mode: without dropout and
-    stochastic depth.
-
-    Args:
-        var: `actvar.models.VAR`, or an instance of the public VAR class; the model or its blocks may be inside
-            `torch.compile`'s wrapper.
-        config: what is computed; the default is the paper's.
-        execution: how it is run; None for the default.
+    is patched already gets a new patch with fresh gates. Active scales are computed as in eval mode, without dropout
+    and stochastic depth.
 
     Layers that are more than their weight (LoRA, hooks, parametrisations, quantised weights) are called as the dense
-    model calls them; a logged line names what is not fused for that.
+    model calls them. A logged line names the parts that are not fused for that reason.
+
+    An error leaves the model unchanged. An interruption (Ctrl-C) leaves it unpatched.
+
+    Args:
+        var: `actvar.models.VAR`, or an instance of the public VAR class. The model or its blocks may be inside
+            `torch.compile`'s wrapper.
+        config: what is computed; None for the paper's configuration.
+        execution: how the model is run; None for the default.
 
     Raises:
         TypeError: a model of an unsupported kind, or a layer that is more than its weight where the configuration's
             experts or selectors have to read it.
         ValueError: a configuration or Execution that does not fit the model, or a block whose `forward` was replaced
-            on the instance, which the patch could not reach. The model is unchanged in every case.
+            on the instance, which the patch could not reach.
         RuntimeError: another thread is sampling from the model.
-
-    An interruption (Ctrl-C) on the way leaves the model unpatched.
     """
     config = ActVARConfig() if config is None else config
     patch_silently(var, config, execution)
@@ -63,13 +64,13 @@ def apply_patch(var: nn.Module, config: ActVARConfig | None = None, execution: E
 
 
 def accelerate(var: nn.Module, execution: Execution | None = None) -> nn.Module:
-    """Run the dense model on the kernels, in place; returns `var`. `remove_patch` undoes it.
+    """Let kernels run the dense model, in place, and return `var`. `remove_patch` undoes it.
 
     Results are the dense model's to rounding. `apply_patch` with rates of 1 does the same.
 
     Args:
         var: as in `apply_patch`.
-        execution: how it is run; None for the default.
+        execution: how the model is run; None for the default.
 
     Raises:
         TypeError: a model of an unsupported kind.
@@ -79,13 +80,18 @@ def accelerate(var: nn.Module, execution: Execution | None = None) -> nn.Module:
 
 
 def warn_untrained(config: ActVARConfig, advice: str = "load trained ones with actvar.load_adapter(var, path)") -> None:
-    """Say that a model is used without an adapter, and what to do, unless every rate is 1."""
+    """Log that a model is used without an adapter, unless every rate is 1.
+
+    Args:
+        config: the rates of the model.
+        advice: what the user should do about it.
+    """
     if config.is_sparse:
         logger.warning("selectors and routers are untrained: %s", advice)
 
 
 def patch_silently(var: nn.Module, config: ActVARConfig, execution: Execution | None = None) -> None:
-    """Do as `apply_patch`, but without the warning, for callers that load an adapter next."""
+    """Do the same as `apply_patch` without its warning, for callers that load an adapter next."""
     model = unwrapped(var)
     family = family_of(model)
     blocks = [unwrapped(block) for block in family.blocks(model)]
@@ -118,7 +124,7 @@ def patch_silently(var: nn.Module, config: ActVARConfig, execution: Execution | 
 
 
 def _expect_runs(model: nn.Module, execution: Execution) -> None:
-    """Raise a TypeError or ValueError unless `model` can be run by `execution`."""
+    """Raise a TypeError or ValueError if `execution` cannot run `model`."""
     checked_execution(execution)
     if family_of(model).has_draw_and_decode(model):
         return
@@ -132,8 +138,8 @@ def _expect_runs(model: nn.Module, execution: Execution) -> None:
             )
 
 
-def _install(model: nn.Module, state: PatchState, block_states: list[BlockState]) -> None:
-    """Put a patch in the place of any other."""
+def _install(model: Any, state: PatchState, block_states: list[BlockState]) -> None:
+    """Put a patch, with a state for each block, in place of the one that is there, if any."""
     try:
         take_off(model)
         for block, block_state in zip(state.blocks(model), block_states, strict=True):
@@ -147,12 +153,15 @@ def _install(model: nn.Module, state: PatchState, block_states: list[BlockState]
 
 
 def remove_patch(var: nn.Module) -> nn.Module:
-    """Undo `apply_patch`, bit for bit; returns `var`. An unpatched VAR is left as it is.
+    """Undo `apply_patch`, bit for bit, and return `var`. An unpatched VAR is left as it is.
 
-    Also takes off what an interrupted `apply_patch` or `remove_patch` left behind, and the patch of any block, which
-    may have come from another model or be wrapped. It works whatever has become of the layers since. Where an FFN with
-    reordered hidden units was wrapped or quantised, these stay in that order, which is logged; the FFN computes the
-    same sum in it.
+    This also removes the remains of an interrupted `apply_patch` or `remove_patch`. Patches of single blocks go too,
+    even of wrapped blocks or of blocks from another model. The layers may have changed since. An FFN with reordered
+    hidden units that was wrapped or quantised keeps their order, in which it computes the same sum; a logged line says
+    so.
+
+    Args:
+        var: as in `apply_patch`.
 
     Raises:
         TypeError: a model of an unsupported kind.
@@ -164,7 +173,7 @@ def remove_patch(var: nn.Module) -> nn.Module:
 
 
 def take_off(var: nn.Module) -> None:
-    """Do as `remove_patch`, but keep packed copies, which a sample checks anyway, for the next patch."""
+    """Do the same as `remove_patch`, but keep packed copies of weights, which the next sample checks anyway."""
     model = unwrapped(var)
     if not is_patched(model):
         family_of(model)
@@ -180,20 +189,25 @@ def take_off(var: nn.Module) -> None:
 
 
 def refresh(module: nn.Module) -> None:
-    """Drop the packed copies that kernels keep of the weights in `module`, a model or any part of one.
+    """Drop the packed copies that kernels keep of the weights in `module`.
 
     A sample of a patched model, and `fhat_to_img` of an autoencoder, find changed weights themselves. Direct calls of
-    `actvar_kernels.linear`, `expert_ffn` and `conv3x3` find changes that PyTorch counts or that move the weight. After
-    others (through `.data`, by fused optimizers, through NumPy) call this before them.
+    `actvar_kernels.linear`, `expert_ffn` and `conv3x3` find changes that PyTorch counts or that move the weight. Call
+    this before such a direct call after any other change (through `.data`, by fused optimizers, through NumPy).
+
+    Args:
+        module: a model, or any part of one.
     """
     drop(parameter for part in module.modules() for parameter in part._parameters.values() if parameter is not None)
 
 
 def release_cache(var: nn.Module) -> None:
-    """Give back memory that a patched model keeps from one sample for the next.
+    """Give back the memory that a patched model keeps from one sample for the next.
 
-    That is the K/V cache, on the CPU packed copies of weights, and what the decoder used, of which the process keeps up
-    to 1 GiB.
+    It holds the K/V cache, on the CPU packed copies of weights, and up to 1 GiB that the decoder used.
+
+    Args:
+        var: a patched model.
 
     Raises:
         ValueError: the model is not patched.
@@ -208,7 +222,10 @@ def release_cache(var: nn.Module) -> None:
 def unpatched(var: nn.Module) -> Iterator[nn.Module]:
     """Give the dense model with its own weights while the context is open.
 
-    A patch that was there before is put back afterwards, with its gates, weights and Execution: the same objects.
+    An existing patch is put back afterwards, with the same gates, weights and Execution.
+
+    Args:
+        var: as in `apply_patch`.
 
     Raises:
         TypeError: a model of an unsupported kind.
@@ -233,30 +250,30 @@ def unpatched(var: nn.Module) -> Iterator[nn.Module]:
 
 
 def load_adapter(var: nn.Module, path: str | Path, execution: Execution | None = None) -> nn.Module:
-    """Load selectors, routers and changed weights of an adapter, in place; returns `var`.
+    """Load selectors, routers and changed weights of an adapter, in place, and return `var`.
 
-    A model that is not patched is patched with the adapter's own configuration and the Execution that it recommends. A
-    patched one keeps its own of both: rates, scales or a K/V mode that differ from the adapter's are logged in one
-    line.
+    An unpatched model is patched with the adapter's own configuration and the Execution that the adapter recommends. A
+    patched model keeps its configuration and Execution. One logged line names the rates, scales or K/V mode that differ
+    from the adapter's.
 
-    The FFN's hidden units are brought into the adapter's order, and changed weights, those of stage 2 of the
-    distillation, take the place of the model's own. `remove_patch` takes both back. The model's own weights stay in
-    memory until then. Everything is read into memory, so the file may be written to afterwards.
+    The FFN's hidden units are brought into the adapter's order. Weights that stage 2 of the distillation changed take
+    the place of the model's own, which stay in memory. `remove_patch` undoes both. Everything is read into memory, so
+    the file may be written to afterwards.
+
+    An exception or Ctrl-C leaves the model as it was, patched or not.
 
     Args:
         var: as in `apply_patch`.
-        path: a file of `save_adapter`, made for the model's sizes and, if it is patched, its number of experts.
-        execution: how the model is run from now on; None as said above.
+        path: a file of `save_adapter`, made for the model's sizes and, if the model is patched, its number of experts.
+        execution: how the model is run from now on; None for the Execution named above.
 
     Raises:
         FileNotFoundError: no such file.
         TypeError: a model of an unsupported kind.
-        AdapterError: not an adapter, or one that does not fit the model; names the file, what was expected and what
-            came.
+        AdapterError: a file that is no adapter, or does not fit the model; the message names the file, what was
+            expected and what came.
         ValueError: the blocks are not those that were patched.
         RuntimeError: another thread is sampling from the model.
-
-    After an exception or Ctrl-C on the way the model is as it was, patched or not.
     """
     load_silently(var, path, execution)
     refresh(var)
@@ -264,7 +281,7 @@ def load_adapter(var: nn.Module, path: str | Path, execution: Execution | None =
 
 
 def load_silently(var: nn.Module, path: str | Path, execution: Execution | None = None) -> None:
-    """Do as `load_adapter`, but keep packed copies, which a sample checks anyway."""
+    """Do the same as `load_adapter`, but keep packed copies of weights, which the next sample checks anyway."""
     model = unwrapped(var)
     if is_patched(model):
         execution = patch_state(model).execution if execution is None else execution
@@ -292,19 +309,19 @@ def patched(
     adapter: str | Path | None = None,
     execution: Execution | None = None,
 ) -> Iterator[nn.Module]:
-    """Patch the model while the context is open: `apply_patch`, or `load_adapter` if an adapter is given.
+    """Patch the model while the context is open, by `apply_patch`, or by `load_adapter` if an adapter is given.
 
-    A patch that was there before is put back afterwards, with its gates, weights and Execution.
+    An existing patch is put back afterwards, with its gates, weights and Execution.
 
     Args:
         var: as in `apply_patch`.
-        config: None for the adapter's own, or without an adapter the paper's; another one than the adapter's is logged
-            as in `load_adapter`.
-        adapter: a file of `save_adapter`.
-        execution: how the model is run; None for the one that the adapter recommends, otherwise for the default.
+        config: what is computed; None for the adapter's own configuration, or the paper's without an adapter. A logged
+            line names how it differs from the adapter's, as in `load_adapter`.
+        adapter: a file of `save_adapter`, or None.
+        execution: how the model is run; None for the Execution that the adapter recommends, or the default without one.
 
     Raises:
-        As `apply_patch` and `load_adapter`.
+        FileNotFoundError, TypeError, AdapterError, ValueError, RuntimeError: as in `apply_patch` and `load_adapter`.
     """
     with patched_silently(var, config, adapter, execution):
         if adapter is None:
@@ -316,7 +333,7 @@ def patched(
 def patched_silently(
     var: nn.Module, config: ActVARConfig | None, adapter: str | Path | None, execution: Execution | None = None
 ) -> Iterator[nn.Module]:
-    """Do as `patched`, but without the warning, for callers that have given it."""
+    """Do the same as `patched` without its warning, for callers that have given it."""
     with unpatched(var):
         if adapter is None:
             patch_silently(var, ActVARConfig() if config is None else config, execution)

@@ -1,9 +1,10 @@
-"""Weights that an adapter brings in place of the model's own, which are kept beside them for removal."""
+"""Put an adapter's weights in place of the model's own, which are kept beside them for removal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -11,11 +12,13 @@ from actvar.utils.class_swap import restore_class, swap_class
 
 
 class TunedModule(nn.Module):
-    """Mixed into the class of a module some of whose own parameters are replaced; `self.originals` holds the model's.
+    """Run a module with some of its parameters replaced; goes in front of the module's class.
 
-    `parameters()` and the forward pass see the replaced ones, `state_dict` and `load_state_dict` the originals, and
-    `.to`, `.half` and the like convert both.
+    `self.originals` holds the model's own parameters by name. `parameters()` and the forward pass see the new ones,
+    `state_dict` and `load_state_dict` the originals. Conversions such as `.to` and `.half` apply to both.
     """
+
+    originals: dict[str, nn.Parameter | None]
 
     def _save_to_state_dict(self, *args):
         with _originals_in_place(self):
@@ -33,6 +36,7 @@ class TunedModule(nn.Module):
 
 @contextmanager
 def _originals_in_place(module: TunedModule) -> Iterator[None]:
+    """Put the model's own parameters in place while the context is open."""
     tuned = {name: module._parameters[name] for name in module.originals}
     try:
         module._parameters.update(module.originals)
@@ -46,11 +50,13 @@ def replace_parameters(model: nn.Module, tuned: Mapping[str, nn.Parameter]) -> N
     """Put parameters in place of the model's own of the same names, which are kept; nothing is copied.
 
     Args:
-        tuned: by names as in `model.state_dict()`, shapes, dtypes and devices as there. None may be replaced already.
+        model: the model.
+        tuned: new parameters by their name in `model.state_dict()`, with the shape, dtype and device of the entry
+            there. None of these names may be replaced already.
     """
     for name, parameter in tuned.items():
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
+        module: Any = model.get_submodule(path)
         if not isinstance(module, TunedModule):
             module.originals = {}
             swap_class(module, TunedModule)
@@ -59,9 +65,9 @@ def replace_parameters(model: nn.Module, tuned: Mapping[str, nn.Parameter]) -> N
 
 
 def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that `replace_parameters` put into the model, by name."""
+    """Return the parameters that `replace_parameters` put into the model, by their name in its `state_dict`."""
     return {
-        f"{path}.{leaf}".replace("_orig_mod.", ""): module._parameters[leaf]
+        f"{path}.{leaf}".replace("_orig_mod.", ""): module.get_parameter(leaf)
         for path, module in model.named_modules()
         if isinstance(module, TunedModule)
         for leaf in module.originals
@@ -69,10 +75,10 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def restore_parameters(model: nn.Module) -> None:
-    """Undo `replace_parameters`, also one that was interrupted: the model's own parameters are back, the same ones."""
+    """Put the model's own parameters back, the same objects, also after an interrupted `replace_parameters`."""
     for module in model.modules():
         if "originals" in module.__dict__:
-            module._parameters.update(module.originals)
+            module._parameters.update(module.__dict__["originals"])
             if isinstance(module, TunedModule):
                 restore_class(module)
             del module.originals

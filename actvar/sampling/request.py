@@ -1,11 +1,11 @@
-"""What to sample: the classes, the guidance, the filters and the seeds."""
+"""Hold a request for images: the classes, the guidance, the filters and the seeds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from actvar.models.arguments import checked_draw
 from actvar.utils.devices import device_of
@@ -14,12 +14,19 @@ from actvar_kernels.checks import as_integer, as_items
 
 @dataclass(frozen=True)
 class Sampling:
-    """What to sample: arguments of `autoregressive_infer_cfg`; `seed` may be one per image.
+    """Hold the arguments of a call of `VAR.autoregressive_infer_cfg`.
 
     Numbers of any kind, also in arrays, become Python's own.
 
+    Args:
+        labels: the class of each image.
+        cfg: guidance strength.
+        top_k, top_p: filters of the tokens, as in `VAR.autoregressive_infer_cfg`.
+        seed: one seed for the batch, or a tuple with one per image.
+
     Raises:
-        TypeError, ValueError: as `actvar.models.arguments.checked_draw`; labels that are no integers.
+        TypeError: labels that are no integers, or a field as in `actvar.models.arguments.checked_draw`.
+        ValueError: a field as in `actvar.models.arguments.checked_draw`.
     """
 
     labels: tuple[int, ...]
@@ -38,8 +45,8 @@ class Sampling:
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
 
-    def run(self, var: nn.Module) -> torch.Tensor:
-        """Images `[B, C, H, W]` in [0, 1]."""
+    def run(self, var: Any) -> torch.Tensor:
+        """Sample `var`, dense or patched, and return images `[B, C, H, W]` in [0, 1]."""
         labels = torch.tensor(self.labels, device=device_of(var))
         return var.autoregressive_infer_cfg(
             len(labels), labels, g_seed=self.seed, cfg=self.cfg, top_k=self.top_k, top_p=self.top_p

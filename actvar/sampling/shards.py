@@ -1,9 +1,9 @@
-"""Many images of one model: in shards, resumable, shared out between processes, exported for OpenAI's evaluator.
+"""Draw many images of one model as shards, resumably, by several processes, and export them for OpenAI's evaluator.
 
-Image `i` has a class and noise of its own, which follow from the settings and `i` alone. Batch `b` is always the same
-images and becomes shard `b`, whichever process draws it: on one kind of machine, with one number of threads, the shards
-are the same bit for bit however many processes there are. With another batch size matrix products may round
-differently: images agree to rounding, and a token differs where rounding decides its draw.
+Image `i` has a class and noise of its own, which follow from the settings and `i` alone. Batch `b` always has the same
+images and becomes shard `b`, whichever process draws it. On one kind of machine, with one number of threads, the shards
+are therefore the same bit for bit for every number of processes. Another batch size may change how matrix products
+round. Images then agree to rounding, and a token differs where rounding decides its draw.
 """
 
 from __future__ import annotations
@@ -32,14 +32,19 @@ from actvar.utils.wrappers import unwrapped
 
 MANIFEST = "manifest.json"
 MOST_IMAGES = 2**63 - 1
-"""What `len` of a range can count."""
+"""The largest length of a range that `len` can return."""
 SEEDS = 2**32
-"""How many different seeds torch's generator has on the CPU; it ignores the higher bits."""
+"""The number of different seeds of torch's generator on the CPU, which ignores higher bits."""
 
 
 @dataclass(frozen=True)
 class Bulk:
-    """`num` images in batches of `batch`; image `i` is of class `sampling.labels[i % len(sampling.labels)]`.
+    """Hold a request for `num` images; image `i` is of class `sampling.labels[i % len(sampling.labels)]`.
+
+    Args:
+        sampling: classes, guidance, filters and the one seed from which those of all images follow.
+        num: number of images.
+        batch: images per batch and shard.
 
     Raises:
         TypeError: a seed that is not one int, a number of images or a batch that is no integer.
@@ -63,30 +68,39 @@ class Bulk:
             )
 
     @property
+    def seed(self) -> int:
+        """Return the one seed of the request."""
+        assert isinstance(self.sampling.seed, int)  # checked on construction
+        return self.sampling.seed
+
+    @property
     def shards(self) -> int:
+        """Return the number of shards."""
         return -(-self.num // self.batch)
 
     def images_of(self, shard: int) -> range:
+        """Return the numbers of the images of a shard."""
         return range(shard * self.batch, min((shard + 1) * self.batch, self.num))
 
     def count_of(self, shards: range) -> int:
-        """Return how many images the shards have together, without a look at each."""
-        fill_of_last = len(self.images_of(self.shards - 1))
-        return len(shards) * self.batch - (self.batch - fill_of_last if self.shards - 1 in shards else 0)
+        """Return how many images `shards` have together, in constant time."""
+        last_fill = len(self.images_of(self.shards - 1))
+        return len(shards) * self.batch - (self.batch - last_fill if self.shards - 1 in shards else 0)
 
     def labels_of(self, shard: int) -> tuple[int, ...]:
+        """Return the classes of the images of a shard."""
         classes = self.sampling.labels
         return tuple(classes[image % len(classes)] for image in self.images_of(shard))
 
     def run(self, var: nn.Module, shard: int) -> np.ndarray:
-        """Images `[b, H, W, C]` uint8 of a shard."""
-        seeds = tuple(image_seed(self.sampling.seed, image) for image in self.images_of(shard))
+        """Sample a shard, and return its images `[b, H, W, C]` uint8."""
+        seeds = tuple(image_seed(self.seed, image) for image in self.images_of(shard))
         images = replace(self.sampling, labels=self.labels_of(shard), seed=seeds).run(var)
         return pixel_values(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def image_seed(seed: int, image: int) -> int:
-    """Seed of image number `image`; different for the first 2^32 images of a run."""
+    """Return the seed of image number `image`, which differs for the first 2^32 images of a run."""
     first = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "big")
     return (first + image) % SEEDS
 
@@ -94,18 +108,20 @@ def image_seed(seed: int, image: int) -> int:
 def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, processes: int = 1) -> None:
     """Draw the images that `folder` does not have yet.
 
-    `folder` gets `manifest.json`, the settings, and one file per batch, `shard-<number>.safetensors`: `images`
-    `[b, H, W, C]` uint8 and `labels` `[b]` int64, in the order of the images. A shard is complete or not there; one
-    that is damaged is drawn again.
+    `folder` gets the settings as `manifest.json`, and a file `shard-<number>.safetensors` per batch. A shard holds
+    `images` `[b, H, W, C]` uint8 and `labels` `[b]` int64, in the order of the images. It is complete or not there, and
+    a damaged one is drawn again.
 
     Args:
-        var: dense or patched.
-        rank, processes: this process's number, and how many share the work; they need no connection but the folder.
-            Process 0 returns when all shards are there, the others when theirs are.
+        var: a dense or patched `actvar.models.VAR`.
+        bulk: the images to draw.
+        folder: the folder to write to, made if it is missing.
+        rank, processes: this process's number, and how many share the work. They need no connection but the folder.
+            Process 0 returns when all shards are there, another one when its own are.
 
     Raises:
         TypeError: a model that takes no seed per image.
-        ValueError: `folder` holds images of other settings or another model; names what differs.
+        ValueError: `folder` holds images of other settings or another model; the message names what differs.
     """
     if not isinstance(unwrapped(var), VAR):
         raise TypeError(f"var: expected actvar.models.VAR (actvar.load_var makes one), got {type(var).__name__}")
@@ -113,7 +129,7 @@ def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, process
     _claim(folder, _settings(var, bulk))
     mine = range(rank, bulk.shards, processes)
     with tqdm(total=bulk.count_of(mine), desc="sampling", unit="image", disable=rank != 0) as bar:
-        for shard in mine:  # looked at one by one, since there may be very many
+        for shard in mine:  # not listed first, since there may be very many
             if not _is_complete(folder, bulk, shard):
                 images = bulk.run(var, shard)
                 with replacing(_path(folder, shard)) as temporary:
@@ -128,27 +144,38 @@ def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, process
 
 
 def read_images(folder: Path, bulk: Bulk) -> tuple[np.ndarray, np.ndarray]:
-    """Images `[num, H, W, C]` uint8 and labels `[num]` int64 of `sample_many`, in the order of the images.
+    """Return images `[num, H, W, C]` uint8 and labels `[num]` int64 of `sample_many`, in the order of the images.
+
+    Args:
+        folder: the folder that `sample_many` wrote to.
+        bulk: its request.
 
     Raises:
         ValueError: a shard is missing or damaged.
     """
     _expect_complete(folder, bulk)
     shards = [load_file(_path(folder, shard)) for shard in range(bulk.shards)]
-    return tuple(np.concatenate([shard[name] for shard in shards]) for name in ("images", "labels"))
+    images, labels = (np.concatenate([shard[name] for shard in shards]) for name in ("images", "labels"))
+    return images, labels
 
 
 def write_npz(folder: Path, bulk: Bulk, file: Path) -> None:
-    """Write the images of `sample_many` as OpenAI's evaluator reads them, one image in memory at a time.
+    """Write the images of `sample_many` as OpenAI's evaluator reads them, with one image in memory at a time.
 
-    `arr_0` `[num, H, W, 3]` uint8, grey images with three equal channels, and `arr_1` `[num]` int64, their classes. The
-    order is a permutation by the seed: the evaluator's Inception Score is that of consecutive parts.
+    The file holds `arr_0` `[num, H, W, 3]` uint8, where grey images have three equal channels, and their classes
+    `arr_1` `[num]` int64. The images are permuted by the seed, since the evaluator's Inception Score is computed on
+    consecutive parts.
+
+    Args:
+        folder: the folder that `sample_many` wrote to.
+        bulk: its request.
+        file: the `.npz` file to write.
 
     Raises:
         ValueError: a shard is missing or damaged.
     """
     _expect_complete(folder, bulk)
-    order = np.random.default_rng(image_seed(bulk.sampling.seed, 0)).permutation(bulk.num)
+    order = np.random.default_rng(image_seed(bulk.seed, 0)).permutation(bulk.num)
     height, width, _ = _image(folder, bulk, 0).shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (bulk.num, height, width, 3)}
     labels = np.array([label for shard in range(bulk.shards) for label in bulk.labels_of(shard)])
@@ -163,10 +190,12 @@ def write_npz(folder: Path, bulk: Bulk, file: Path) -> None:
 
 
 def _path(folder: Path, shard: int) -> Path:
+    """Return the file of a shard."""
     return folder / f"shard-{shard:05d}.safetensors"
 
 
 def _is_complete(folder: Path, bulk: Bulk, shard: int) -> bool:
+    """Return whether the file of a shard can be read and has the shard's labels."""
     labels = bulk.labels_of(shard)
     try:
         with safe_open(_path(folder, shard), "np") as file:
@@ -177,20 +206,21 @@ def _is_complete(folder: Path, bulk: Bulk, shard: int) -> bool:
 
 
 def _expect_complete(folder: Path, bulk: Bulk) -> None:
+    """Raise a ValueError unless every shard is complete."""
     for shard in range(bulk.shards):
         if not _is_complete(folder, bulk, shard):
             raise ValueError(f"{_path(folder, shard)}: expected a complete shard; sample again with the same settings")
 
 
 def _image(folder: Path, bulk: Bulk, image: int) -> np.ndarray:
-    """Image number `image`, `[H, W, C]`, read alone."""
+    """Return image number `image`, `[H, W, C]` uint8, without reading the others."""
     shard, row = divmod(image, bulk.batch)
     with safe_open(_path(folder, shard), "np") as file:
         return file.get_slice("images")[row]
 
 
 def _settings(var: nn.Module, bulk: Bulk) -> dict[str, object]:
-    """All that the images follow from, as JSON has it."""
+    """Return everything that the images depend on, as JSON values."""
     model = unwrapped(var)
     weight = model.head.weight
     settings = asdict(bulk.sampling) | {
@@ -208,7 +238,7 @@ def _settings(var: nn.Module, bulk: Bulk) -> dict[str, object]:
 def _claim(folder: Path, settings: dict[str, object]) -> None:
     """Write the manifest, or check the one that is there."""
     path = folder / MANIFEST
-    shards = any(folder.glob("shard-*.safetensors"))  # looked for first: another process may be about to start
+    shards = any(folder.glob("shard-*.safetensors"))  # before the manifest: another process may be starting
     if not path.exists():
         if shards:
             raise ValueError(f"{folder}: expected {MANIFEST} beside the shards; choose another folder")

@@ -1,4 +1,4 @@
-"""Wall-clock time of sampling: interleaved medians, and the share of the blocks at chosen scales."""
+"""Measure the wall-clock time of sampling: interleaved medians, seconds of the blocks, seconds of each scale."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ Measured = TypeVar("Measured")
 
 
 def _synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -28,7 +29,7 @@ def _synchronize(device: torch.device) -> None:
 def interleaved_medians(
     runs: Mapping[str, Callable[[], float]], repeats: int, describe: str = "timing"
 ) -> dict[str, float]:
-    """The median of `interleaved_seconds` per name."""
+    """Return the median of `interleaved_seconds` for each name, in seconds; arguments are the same."""
     return {name: statistics.median(values) for name, values in interleaved_seconds(runs, repeats, describe).items()}
 
 
@@ -38,10 +39,12 @@ def interleaved_seconds(
     """Run each of `runs` once to warm up, then all of them in turn `repeats` times.
 
     Args:
-        runs: functions that return their own measurement in seconds, or several of them.
+        runs: functions that return their own measurement in seconds, or several measurements.
+        repeats: measurements of each function.
+        describe: title of the progress bar.
 
     Returns:
-        the measurements per name, in seconds.
+        the measurements of each name, in seconds.
     """
     seconds: dict[str, list[Measured]] = {name: [] for name in runs}
     for repeat in tqdm(range(repeats + 1), desc=describe, leave=False):
@@ -53,7 +56,7 @@ def interleaved_seconds(
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `run()` takes, device work included."""
+    """Return the seconds that `run()` takes, including its work on `device`."""
     _synchronize(device)
     start = time.perf_counter()
     run()
@@ -63,7 +66,10 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 @contextmanager
 def block_seconds(var: nn.Module) -> Iterator[dict[int, float]]:
-    """Collect the seconds spent in the blocks by token count of the scale, over all blocks."""
+    """Collect the seconds spent in the blocks of `var` while the context is open.
+
+    The mapping that is given has the seconds of all blocks together by the token count of the scale.
+    """
     seconds: dict[int, float] = {}
     started: list[float] = []
     device = device_of(var)
@@ -89,10 +95,14 @@ def block_seconds(var: nn.Module) -> Iterator[dict[int, float]]:
 
 
 def step_seconds(var: nn.Module, run: Callable[[], object]) -> list[float]:
-    """Seconds of each scale of a sample that `run()` draws with `var`, an `actvar.models.VAR`, and of its decoder.
+    """Return the seconds of each scale of a sample, and last those of the decoder.
 
-    A scale ends when its codes are added to the image's features; the first begins with the sample. The device is
-    waited for after each.
+    The first scale begins with the sample. A scale ends when its codes have been added to the features. Each time is
+    taken after the device has done its work.
+
+    Args:
+        var: a dense or patched `actvar.models.VAR`.
+        run: a function that draws one sample with `var`.
     """
     device = device_of(var)
     _synchronize(device)

@@ -1,9 +1,10 @@
-"""Token maps drawn from the dense model itself, in place of a data set."""
+"""Draw token maps from the dense model itself, in place of a data set."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from actvar.config import DENSE
@@ -15,14 +16,18 @@ from actvar.utils.devices import device_of
 
 @torch.no_grad()
 def sampled_inputs(
-    var: nn.Module, images: int, batch: int, seed: int = 0, cfg: float = 1.5
+    var: Any, images: int, batch: int, seed: int = 0, cfg: float = 1.5
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Labels `[B]` and inputs `[B, L - first_l, Cvae]` for teacher forcing, as batches.
+    """Return batches of labels `[B]` int64 and inputs `[B, L - first_l, Cvae]` float32 for teacher forcing.
 
-    The inputs are what sampling feeds to the word embedding, scale by scale. Classes are spread evenly and shuffled; no
-    image is decoded.
+    Sampling feeds these inputs to the word embedding, scale by scale. Classes are spread evenly and shuffled. No image
+    is decoded.
 
     Args:
+        var: the model, dense or patched.
+        images: samples to draw.
+        batch: samples per batch, B; the last batch may have fewer.
+        seed: seed of the order of the classes; batch number b is drawn with `seed + b`.
         cfg: guidance strength.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -36,9 +41,17 @@ def sampled_inputs(
 
 
 @torch.no_grad()
-def drawn_token_maps(var: nn.Module, labels: torch.Tensor, seed: int, cfg: float) -> torch.Tensor:
-    """Return the tokens `[B, L]` int64 that the dense model draws for classes `labels` `[B]`; no image is decoded."""
-    family, maps = family_of(var), []
+def drawn_token_maps(var: Any, labels: torch.Tensor, seed: int, cfg: float) -> torch.Tensor:
+    """Return the tokens `[B, L]` int64 that the dense model draws, without decoding an image.
+
+    Args:
+        var: the model, dense or patched.
+        labels: classes `[B]` int64 on the model's device.
+        seed: seed of the sampling noise.
+        cfg: guidance strength.
+    """
+    family = family_of(var)
+    maps: list[Any] = []
     with (
         patched_silently(var, DENSE, None),
         without_decoder(family.autoencoder(var)),

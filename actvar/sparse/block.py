@@ -1,4 +1,4 @@
-"""The ActVAR block: select, attend with the kept tokens, run the chosen experts, put the result back."""
+"""Run the ActVAR block: select tokens, let them attend, run the chosen experts, put the result back."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ from actvar_kernels.residual_norm.reference import Residual
 
 
 class ActVARBlock(nn.Module):
-    """Mixed into the class of a patched block, in front of it; `self.actvar` holds selector, router and schedule."""
+    """Run a patched block; goes in front of the block's class, with selector, router and schedule in `self.actvar`."""
 
     actvar: BlockState
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one scale with the K/V cache, or all scales at once under a mask: `[R, L, C]` -> `[R, L, C]`.
 
-        Arguments are those of the block's own `forward`.
+        Args:
+            args, kwargs: arguments of the block's own `forward`.
 
         Raises:
             ValueError: the token count and cache length fit no scale of the model.
@@ -50,7 +51,7 @@ class ActVARBlock(nn.Module):
         return out
 
     def _forward_in(self, current: Pass, call: BlockCall) -> Tensor:
-        """Run `forward` within a pass."""
+        """Run `forward` within the pass that the call belongs to, `[R, L, C]` -> `[R, L, C]`."""
         state = self.actvar
         if call.mask is not None:
             if not any(scale.active for scale in state.schedule):
@@ -79,13 +80,13 @@ class ActVARBlock(nn.Module):
         return state
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Take a `state_dict` in the original order; this runs before the parts of the block load theirs."""
+        """Take a `state_dict` in the original order. The block runs this before its parts load their tensors."""
         if self.actvar.changed_order is not None:
             self._reorder(state_dict, prefix, self.actvar.changed_order)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _reorder(self, state: dict[str, Tensor], prefix: str, order: Tensor) -> None:
-        """Bring hidden units of those of the FFN's tensors that are in `state` into another order."""
+        """Bring the hidden units of the FFN's tensors in `state` into the order `order` `[D]` int64."""
         for name, axis in self.actvar.family.hidden_axes.items():
             tensor = state.get(prefix + name)
             if tensor is not None and tensor.shape[axis] == len(order):  # a wrong shape is reported by its own layer
@@ -100,6 +101,9 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
     """Run one scale with the K/V cache, `[R, L, C]` -> `[R, L, C]`; an operation whose rate is 1 is left out.
 
     Args:
+        block: a patched block.
+        call: arguments of the block.
+        scale: the scale of the call.
         backend: what the block runs on.
         current: the pass that the call belongs to.
     """
@@ -121,7 +125,7 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
     keys_from = normalize_modulate(x, scale1, shift1) if scale.select and shared.config.kv == "all" else u
     update = attend(block, u, keys_from, sample, scale, fused, at)
 
-    # what stands between attention and FFN, such as cross-attention
+    # the layer between attention and FFN, such as cross-attention
     rows = None
     if family.has_between:
         rows = family.between(block, Residual(x, update, gamma1).rows(index), at, call)
@@ -152,7 +156,7 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
 
 
 def sample_state_of(block: ActVARBlock, cond: Any, fused: bool) -> SampleState:
-    """Return what the block computes once per sample; with kernels, `fused`, kept since the scale before."""
+    """Return the values that the block computes once per sample, kept since the scale before where kernels run."""
     return block.actvar.cache.continued(block, cond) if fused else SampleState(block, cond)
 
 
@@ -161,12 +165,16 @@ def attend(
 ) -> Tensor:
     """Return attention of rows over the K/V cache and their own scale, projected: `[R, K, C]`.
 
-    The cache gets the new keys and values, where a later scale needs them.
+    The new keys and values go into the cache where a later scale needs them.
 
     Args:
+        block: a patched block.
         u: rows after norm and modulation, `[R, K, C]`.
         keys_from: rows that keys and values come from, `[R, T, C]`.
-        at: where the rows `u` stand.
+        sample: the values that the block computes once per sample.
+        scale: the scale of the rows.
+        fused: whether kernels run.
+        at: positions of the rows `u`.
     """
     state = block.actvar
     family, cache = state.family, state.family.cache(block)
@@ -185,7 +193,7 @@ def attend(
     factor = family.attention_scale(block)
     out, keys, values = subset_attention(q, k, v, past, sample.head_scale, factor, room=buffer, keep_cache=grows)
     if grows:
-        cache.write(keys, values)
+        cache.write(keys, values)  # pyright: ignore[reportArgumentType]  # keep_cache gives tensors
     if fused:
         state.cache.keep(block, sample, scale)
     return family.attention_output(block, out)

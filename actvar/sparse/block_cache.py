@@ -1,31 +1,32 @@
-"""Keep what a block computes once per sample from scale to scale: AdaLN, biases, and the memory of the K/V cache."""
+"""Keep from scale to scale the values that a block computes once per sample, and the memory of the K/V cache."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actvar.families.base import MODULATION
 from actvar.sparse.schedule import Scale
 from actvar_kernels import choose_fused
 
 KVBuffer = tuple[Tensor, Tensor]
-"""Preallocated keys and values, each `[R, H, capacity, d]`, the cache first."""
+"""Preallocated keys and values, each `[R, H, capacity, d]`, which begin with the K/V cache."""
 
 
 class SampleState:
-    """What one block computes once per sample.
+    """Hold the values that one block computes once per sample.
+
+    `modulation` is gamma1, gamma2, scale1, scale2, shift1 and shift2, each `[R, 1, C]`, for C++ in float32. `qkv_bias`
+    is `[3C]`. `head_scale` is `[H]`, or None without QK norm. `kv_buffer` is None until keys and values are cached.
 
     Args:
+        block: a patched block.
         cond: the condition of the sample.
-
-    `modulation` is gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`, for C++ in float32; `qkv_bias`
-    `[3C]`; `head_scale` `[H]`, or None without QK norm; `kv_buffer` is None until keys and values are cached.
     """
 
-    def __init__(self, block: nn.Module, cond: Any):
+    def __init__(self, block: Any, cond: Any):
         family = block.actvar.family
         self.cond = cond
         self.modulation = _modulation(block, cond)
@@ -34,9 +35,15 @@ class SampleState:
         self.kv_buffer: KVBuffer | None = None
 
     def kv_buffer_after(self, past: KVBuffer | None, v: Tensor, capacity: int, cache: BlockCache) -> KVBuffer:
-        """Return the buffer, which begins with the cache `past`.
+        """Return the K/V buffer of the sample.
 
-        On first use it is the one that was kept, or a new one if that does not fit values like `v` `[R, H, T, d]`.
+        The first call takes the kept buffer, or a new one where the kept one does not fit, and copies `past` into it.
+
+        Args:
+            past: cached keys and values, each `[R, H, P, d]`, or None.
+            v: values of the scale, `[R, H, T, d]`.
+            capacity: rows that the buffer has room for.
+            cache: where buffers are kept between samples.
         """
         if self.kv_buffer is None:
             self.kv_buffer = cache.take_kv_buffer((*v.shape[:2], capacity, v.shape[3]), v)
@@ -46,16 +53,16 @@ class SampleState:
         return self.kv_buffer
 
 
-def _modulation(block: nn.Module, cond: Any) -> tuple[Tensor, ...]:
-    """Return what `SampleState.modulation` is."""
+def _modulation(block: Any, cond: Any) -> tuple[Tensor, ...]:
+    """Return `SampleState.modulation` of the block under `cond`."""
     modulation = block.actvar.family.modulation(block, cond)
-    if choose_fused(modulation[0]).packs_weights:  # beside vectors in float32 without gaps
+    if choose_fused(modulation[0]).packs_weights:  # C++ reads contiguous float32
         modulation = tuple(part.float().contiguous() for part in modulation)
     return modulation
 
 
 class BlockCache:
-    """Keep a block's `SampleState` between two scales, and between two samples its K/V buffer.
+    """Keep a block's `SampleState` between two scales, and its K/V buffer between two samples.
 
     Copies and pickles are empty.
     """
@@ -66,7 +73,10 @@ class BlockCache:
         self.kv_buffer: KVBuffer | None = None
 
     def take_kv_buffer(self, shape: tuple[int, ...], like: Tensor) -> KVBuffer:
-        """Return keys and values of `shape`: those kept if they fit, which are kept no longer, otherwise new ones."""
+        """Return keys and values of `shape`, in the dtype and on the device of `like`.
+
+        They are the kept buffer if it fits, otherwise a new one. In either case the cache gives up the kept buffer.
+        """
         kept, self.kv_buffer = self.kv_buffer, None
         if kept is not None:
             wanted = (shape, like.dtype, like.device, torch.is_inference_mode_enabled())
@@ -75,16 +85,18 @@ class BlockCache:
             del kept
         return like.new_empty(shape), like.new_empty(shape)
 
-    def continued(self, block: nn.Module, cond: Any) -> SampleState:
-        """Return the state that the previous scale kept if this call goes on from it, otherwise a new one."""
-        if _is_sampling(block) and self.key is not None and self.key is _key(block) and self.state.cond is cond:
-            if MODULATION in block.actvar.called:  # which the dense model calls at every scale
-                self.state.modulation = _modulation(block, cond)
-            return self.state
+    def continued(self, block: Any, cond: Any) -> SampleState:
+        """Return the state that the previous scale kept where `cond` is still its condition, otherwise a new one."""
+        state = self.state
+        is_next = _is_sampling(block) and self.key is not None and self.key is _key(block)
+        if is_next and state is not None and state.cond is cond:
+            if MODULATION in block.actvar.called:  # the dense model calls AdaLN at every scale
+                state.modulation = _modulation(block, cond)
+            return state
         return SampleState(block, cond)
 
-    def keep(self, block: nn.Module, state: SampleState, scale: Scale) -> None:
-        """Keep `state` for the next scale, after the block's K/V cache was written."""
+    def keep(self, block: Any, state: SampleState, scale: Scale) -> None:
+        """Keep `state` for the scale after `scale`; call it after the block's K/V cache was written."""
         goes_on = _is_sampling(block) and not scale.is_last
         self.state = state if goes_on else None
         self.key = _key(block) if goes_on else None
@@ -92,7 +104,7 @@ class BlockCache:
             self.kv_buffer = state.kv_buffer
 
     def forget(self) -> None:
-        """Free what is kept between two scales."""
+        """Free the state that is kept between two scales."""
         self.state = self.key = None
 
     def __deepcopy__(self, _memo) -> BlockCache:
@@ -102,12 +114,13 @@ class BlockCache:
         return BlockCache, ()
 
 
-def _key(block: nn.Module) -> Tensor | None:
-    """Return the tensor by which the K/V cache is known again."""
+def _key(block: Any) -> Tensor | None:
+    """Return the tensor that identifies the K/V cache at the next scale."""
     return block.actvar.family.cache(block).key
 
 
-def _is_sampling(block: nn.Module) -> bool:
+def _is_sampling(block: Any) -> bool:
+    """Return whether the K/V cache is on, without gradients and outside of a compiler."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return block.actvar.family.cache(block).is_on

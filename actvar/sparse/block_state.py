@@ -1,9 +1,10 @@
-"""What ActVAR adds to a block: the token selector, the expert router, and the order of the FFN's hidden units."""
+"""Hold the parts that ActVAR adds to a block: token selector, expert router, the order of the FFN's hidden units."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +14,22 @@ from actvar.sparse.block_cache import BlockCache
 from actvar.utils.modes import inference_mode
 from actvar_kernels.cpu_backend.packing import drop
 
+if TYPE_CHECKING:
+    from actvar.sparse.state import PatchState
+
 logger = logging.getLogger(__name__)
 
 
 class Gate(nn.Module):
-    """A linear layer that follows its model (`.to`, `parameters`, `deepcopy`) but is no part of its `state_dict`.
+    """Hold a linear layer that follows its model (`.to`, `parameters`, `deepcopy`) but is not in its `state_dict`.
+
+    `weight` is `[outputs, inputs]` and `bias` `[outputs]`, both float32.
 
     Args:
         inputs: width C.
         outputs: 1 for the selector, the number of experts for the router.
-        seed: of the generator that draws the untrained weight.
+        seed: seed of the generator that draws the untrained weight.
+        device: device of the layer.
     """
 
     def __init__(self, inputs: int, outputs: int, seed: int, device: torch.device):
@@ -40,7 +47,10 @@ class Gate(nn.Module):
 
 
 class BlockState(nn.Module):
-    """Selector and router of one block, its schedule, and the state shared with the other blocks.
+    """Hold selector and router of one block, its schedule, and the state shared with the other blocks.
+
+    `hidden_order` `[D]` int64 on the CPU is the order in which the FFN's hidden units lie. `set_order_and_gates`
+    changes it together with them.
 
     Args:
         width: channels C of a token.
@@ -48,14 +58,13 @@ class BlockState(nn.Module):
         num_experts: outputs of the router.
         block_index: number of the block.
         shared: the `PatchState` of the model.
-        device: of the gates.
-
-    `hidden_order` `[D]` int64 on the CPU is the order in which the FFN's hidden units lie; `set_order_and_gates`
-    changes it with them.
+        device: device of the gates.
     """
 
-    @inference_mode(False)  # for a patch that is put on in inference mode and trained or loaded into outside
-    def __init__(self, width: int, hidden: int, num_experts: int, block_index: int, shared, device: torch.device):
+    @inference_mode(False)  # a patch put on in inference mode can still be trained or loaded into outside of it
+    def __init__(
+        self, width: int, hidden: int, num_experts: int, block_index: int, shared: PatchState, device: torch.device
+    ):
         super().__init__()
         self.selector = Gate(width, 1, 2 * block_index, device)
         self.router = Gate(width, num_experts, 2 * block_index + 1, device)
@@ -77,37 +86,36 @@ class BlockState(nn.Module):
 
     @property
     def changed_order(self) -> Tensor | None:
-        """Return `hidden_order`, or None where every hidden unit is in its own place."""
+        """Return `hidden_order`, or None where every hidden unit is in its original place."""
         return None if torch.equal(self.hidden_order, self.hidden_order.sort().values) else self.hidden_order
 
 
-@inference_mode(True)  # in which weights that were made in it may be changed, as all others may
-def set_order_and_gates(
-    block: nn.Module, order: Tensor | None, values: Mapping[nn.Parameter, Tensor] | None = None
-) -> None:
+@inference_mode(True)  # only this mode may change weights that were made in it, and it may change all others
+def set_order_and_gates(block: Any, order: Tensor | None, values: Mapping[nn.Parameter, Tensor] | None = None) -> None:
     """Bring the hidden units of a patched block into an order, and give its gates new values.
 
-    All that changes does so in one call into torch, for which Ctrl-C waits. An interruption finds the block either
+    One call into torch makes all changes, and Ctrl-C waits for it. An interruption therefore finds the block either
     unchanged or changed wholly, and `hidden_order` says which.
 
     Args:
-        order: `[D]` int64, counted from the original order; None for the original order.
-        values: new values by parameter of the gates.
+        block: a patched block.
+        order: `[D]` integers, counted from the original order; None for the original order.
+        values: new values by parameter of the gates, in the parameters' shapes.
 
     Raises:
         TypeError: the FFN's layers are wrapped or quantised, so that their hidden units cannot be reordered.
     """
-    before = block.actvar.hidden_order
+    before: Tensor = block.actvar.hidden_order
     order = before.sort().values if order is None else order.to("cpu", torch.int64)
     changes = {before: order, **(values or {})}
     if not torch.equal(order, before):
         moved = block.actvar.family.reordered_hidden(block, before.argsort()[order])
         drop(moved)
         changes |= moved
-    torch._foreach_copy_(list(changes), list(changes.values()))
+    torch._foreach_copy_(list(changes), list(changes.values()))  # pyright: ignore[reportPrivateImportUsage]
 
 
-def restore_order(block: nn.Module) -> None:
+def restore_order(block: Any) -> None:
     """Bring the hidden units of a patched block into their original order, or log that their layers do not allow it."""
     try:
         set_order_and_gates(block, None)

@@ -15,10 +15,13 @@ def expect_readable(index: int, called: Mapping[str, Called], schedule: Sequence
     """Check that no sparse operation of block number `index` has to read a layer that must be called.
 
     Args:
+        index: number of the block, for the message.
         called: parts of the block, by `Family.parts_called`.
+        schedule: scales of the block.
+        kv: `ActVARConfig.kv`.
 
     Raises:
-        TypeError: names the layer, the reason, and the ways out.
+        TypeError: an operation has to; the message names the layer, the reason, and the ways out.
     """
     selects, routes = any(scale.select for scale in schedule), any(scale.route for scale in schedule)
     readers = {
@@ -36,7 +39,7 @@ def expect_readable(index: int, called: Mapping[str, Called], schedule: Sequence
 
 
 def log_called(by_block: Sequence[Mapping[str, Called]], head: str | None) -> None:
-    """Log which parts are called, in one line; nothing if there are none.
+    """Log in one line which parts are called; log nothing if there are none.
 
     Args:
         by_block: parts of every block, by `Family.parts_called`.

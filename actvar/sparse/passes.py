@@ -1,8 +1,9 @@
-"""What the blocks of one forward pass have in common, found again by the tensors that they are given."""
+"""Find the forward pass that a block's call belongs to, by the tensors that the block is given."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -19,11 +20,11 @@ def computing_again() -> bool:
 
 @dataclass
 class Pass:
-    """One pass through the blocks, at one scale or under teacher forcing.
+    """Hold what the blocks share in one pass, at one scale or under teacher forcing.
 
     Args:
-        rows_are_guided: conditional rows come first, then as many unconditional ones; None: not known.
-        tokens: what the first block chose, `[R, K]` int64 by scale index, where all blocks update the same tokens.
+        rows_are_guided: whether conditional rows come first, then as many unconditional ones; None if not known.
+        tokens: the first block's choice where all blocks update the same tokens, `[R, K]` int64 by scale index.
     """
 
     rows_are_guided: bool | None
@@ -61,18 +62,21 @@ class Pass:
 class Passes:
     """Find the pass of a block's call. Copies and pickles know of none.
 
-    Activation checkpointing runs a block again when other passes may have run since. All that is the same then is the
-    memory of the block's arguments, since some checkpoints hand on detached tensors. The input and the output of every
-    block and the condition therefore lead to their pass for as long as they are in memory.
+    Activation checkpointing runs a block again when other passes may have run since. Some checkpoints hand on detached
+    tensors, so only the memory of the block's arguments is the same then. The condition, and the input and output of
+    every block, therefore lead to their pass for as long as they are in memory.
     """
 
     def __init__(self):
-        self._of_memory: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._passes_by_memory: Any = WeakIdKeyDictionary()  # memory -> place in it -> pass
 
     def enter(self, block: int, x: torch.Tensor, cond: torch.Tensor, rows_are_guided: bool) -> Pass:
         """Return the pass in which block number `block` gets `x` `[R, L, C]` and the condition `cond`.
 
         Args:
+            block: number of the block.
+            x: input of the block.
+            cond: condition of the sample.
             rows_are_guided: as in `Pass`, for a call of the forward pass itself.
 
         Raises:
@@ -96,7 +100,7 @@ class Passes:
         else:
             known = self._find(cond) if known is None else known
             current = Pass(rows_are_guided, {} if known is None else known.tokens)
-        if not x.is_inference():  # which no checkpoint can keep
+        if not x.is_inference():  # no checkpoint can keep an inference tensor
             self.bind(current, x)
         return current
 
@@ -104,10 +108,10 @@ class Passes:
         """Let the memory of `tensor` lead to the pass `current`."""
         if torch.compiler.is_compiling():
             return _bind_uncompiled(self, current, tensor)
-        self._of_memory.setdefault(_memory(tensor), {})[_place(tensor)] = current
+        self._passes_by_memory.setdefault(_memory(tensor), {})[_place(tensor)] = current
 
     def _find(self, tensor: torch.Tensor) -> Pass | None:
-        return self._of_memory.get(_memory(tensor), {}).get(_place(tensor))
+        return self._passes_by_memory.get(_memory(tensor), {}).get(_place(tensor))
 
     def __deepcopy__(self, _memo) -> Passes:
         return Passes()
@@ -116,13 +120,13 @@ class Passes:
         return Passes, ()
 
 
-# A graph of one compiled block has no memory yet. `torch.compiler.disable` would import the compiler here.
-_enter_uncompiled = torch._disable_dynamo(Passes.enter)
-_bind_uncompiled = torch._disable_dynamo(Passes.bind)
+# A graph of one compiled block has no memory yet. The public `torch.compiler.disable` would import the compiler here.
+_enter_uncompiled = torch._disable_dynamo(Passes.enter)  # pyright: ignore[reportPrivateImportUsage]
+_bind_uncompiled = torch._disable_dynamo(Passes.bind)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _memory(tensor: torch.Tensor) -> object:
-    """Return the tensor's storage; or the tensor, in a transform of `torch.func`, where it has none."""
+    """Return the tensor's storage, or the tensor itself in a transform of `torch.func`, where it has none."""
     try:
         return tensor.untyped_storage()
     except NotImplementedError:
@@ -130,5 +134,5 @@ def _memory(tensor: torch.Tensor) -> object:
 
 
 def _place(tensor: torch.Tensor) -> tuple:
-    """Return which part of its storage a tensor is, and how often the storage was written to."""
+    """Return which part of its storage a tensor covers, and how often the storage was written to."""
     return tensor.shape, tensor.storage_offset(), None if tensor.is_inference() else tensor._version

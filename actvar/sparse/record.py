@@ -1,4 +1,4 @@
-"""The record of what a block chose at one scale."""
+"""Record the choice of a block at one scale."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from actvar.sparse.schedule import Scale
 
 @dataclass
 class BlockRecord:
-    """What one block chose at one active scale.
+    """Hold the choice of one block at one active scale.
 
     Args:
         block: number of the block.
+        scale: the scale.
         index: tokens within the scale, `[R, K]` int64, or None without selection.
-        scores: of the selector, `[R, L]`, or None without selection.
+        scores: logits of the selector, `[R, L]` float32, or None without selection.
         u: the FFN's input, `[R, K, C]`.
         mask: experts that ran, `[R, K, N]` bool, or None without experts.
-        logits: of the router, `[R, K, N]`, or None without experts.
+        logits: logits of the router, `[R, K, N]` float32, or None without experts.
         call: arguments of the block under teacher forcing, with all scales; None in sampling.
     """
 
@@ -34,6 +35,6 @@ class BlockRecord:
     call: BlockCall | None = None
 
     def only(self, rows: list[int]) -> BlockRecord:
-        """Return the same record of some rows, without the call."""
+        """Return the record of the rows numbered `rows`, without the call."""
         tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors, call=None)

@@ -1,27 +1,27 @@
-"""The static plan of a patched model: how many tokens and experts are active at each scale."""
+"""Plan how many tokens and experts of a patched model are active at each scale."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actvar.config import ActVARConfig, share_of
+from actvar.config import ActVARConfig, Rate, share_of
 
 
 @dataclass(frozen=True)
 class Scale:
-    """One scale of the schedule.
+    """Hold the plan of one block at one scale.
 
     Args:
         index: number of the scale.
-        height, width: of the token map.
+        height, width: tokens along each side of the token map.
         start: position of its first token in the whole sequence.
-        keep: tokens a block updates, K; `tokens` where nothing is selected.
-        experts: experts on per token, M.
+        keep: number of tokens that the block updates, K; `tokens` where nothing is selected.
+        experts: number of experts that are on per token, M.
         select: whether tokens are selected, i.e. the selector runs.
         route: whether the FFN runs as experts, i.e. the router runs.
         cached_before: rows in every block's K/V cache when the scale begins.
-        is_last: nothing attends to this scale's keys and values later.
+        is_last: whether the scale is the model's last, whose keys and values nothing attends to later.
     """
 
     index: int
@@ -37,11 +37,12 @@ class Scale:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of the scale, L."""
+        """Return the number of tokens of the scale, L."""
         return self.height * self.width
 
     @property
     def active(self) -> bool:
+        """Return whether tokens are selected or the FFN runs as experts."""
         return self.select or self.route
 
 
@@ -49,10 +50,12 @@ def build_schedule(config: ActVARConfig, maps: Sequence[tuple[int, int]], block:
     """Return one `Scale` per token map, for block number `block`.
 
     Args:
+        config: rates and variants.
         maps: height and width of the token map of every scale.
+        block: number of the block.
 
     Raises:
-        ValueError: a scale outside the model, or named twice.
+        ValueError: the configuration names a scale outside the model, or a scale twice.
     """
     count = len(maps)
     rates: dict[int, tuple[float, float]] = {}
@@ -61,9 +64,7 @@ def build_schedule(config: ActVARConfig, maps: Sequence[tuple[int, int]], block:
             raise ValueError(f"scales: the model has {count} scales, got index {scale}")
         if scale % count in rates:
             raise ValueError(f"scales: scale {scale % count} is named twice in {config.scales}")
-        rates[scale % count] = tuple(
-            rate[block] if isinstance(rate, tuple) else rate for rate in (token_rate, ffn_rate)
-        )
+        rates[scale % count] = (_rate_of(token_rate, block), _rate_of(ffn_rate, block))
 
     schedule, start, cached = [], 0, 0
     for index, (height, width) in enumerate(maps):
@@ -87,3 +88,8 @@ def build_schedule(config: ActVARConfig, maps: Sequence[tuple[int, int]], block:
         start += tokens
         cached += keep if config.kv == "compact" else tokens
     return tuple(schedule)
+
+
+def _rate_of(rate: Rate, block: int) -> float:
+    """Return the rate of block number `block`."""
+    return rate[block] if isinstance(rate, tuple) else rate

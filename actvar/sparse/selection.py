@@ -1,9 +1,10 @@
-"""Which tokens a block updates at one scale: its own selector's choice, or that of the first block."""
+"""Select the tokens that a block updates at one scale, by its own selector or as the first block did."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from actvar.sparse.passes import Pass
 from actvar.sparse.schedule import Scale
@@ -12,7 +13,7 @@ from actvar_kernels.token_select.reference import gather_rows
 
 
 def selected(
-    block: nn.Module,
+    block: Any,
     x: torch.Tensor,
     scale1: torch.Tensor,
     shift1: torch.Tensor,
@@ -23,9 +24,11 @@ def selected(
     """Return the tokens that a patched block keeps of one scale.
 
     Args:
+        block: a patched block.
         x: the tokens of the scale, `[R, L, C]`.
-        scale1, shift1: AdaLN by which the kept tokens are modulated, `[R, 1, C]`.
-        current: the pass that the call belongs to; the first block adds its choice where all blocks update the same.
+        scale1, shift1: AdaLN's scale and shift for the kept tokens, each `[R, 1, C]`.
+        scale: the scale of the tokens.
+        current: the pass of the call, to which the first block adds its choice where all blocks update the same tokens.
         in_place: as in `actvar_kernels.select_tokens`.
 
     Raises:

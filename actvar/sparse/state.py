@@ -1,13 +1,14 @@
-"""The state that the blocks of a patched model share."""
+"""Hold the state that the blocks of a patched model share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actvar.config import ActVARConfig
 from actvar.execution import Execution
@@ -22,23 +23,25 @@ from actvar_kernels.cpu_backend.packing import drop_changed
 
 @dataclass
 class PatchState:
-    """One per patched model: configuration, family, the schedule of every block, and what holds during a call.
+    """Hold the configuration, family and schedules of a patched model, and the state during a call.
 
     Args:
         config: what is computed.
-        execution: how it is run.
+        family: the family of the model.
         schedules: scales of every block.
-        rows_are_guided: conditional rows come first, then as many unconditional ones.
-        keeps_kv_buffer: the K/V cache may stay in the memory that the last sample left.
-        writes_in_place: a block may write its result into its input.
-        seed: `[1]` int64, of the fast sampler, for samples without a seed of their own.
-        records: where blocks record what they chose; None: nowhere.
-        passes: those of which tensors are alive.
+        execution: how the model is run.
+        rows_are_guided: whether conditional rows come first, then as many unconditional ones.
+        keeps_kv_buffer: whether the K/V cache may lie in memory that the last sample left.
+        writes_in_place: whether a block may write its result into its input.
+        seed: the fast sampler's seed for samples that are given none, `[1]` int64, or None.
+        records: the list that blocks append their records to, or None.
+        passes: the passes whose tensors are alive.
         traced: the pass that a compiler is tracing as a whole, if any.
         called: by block, the parts that kernels do not read.
         head_called: why kernels do not read the head, or None.
-        called_is_new: these are not logged yet.
-        schedule: that of the first block, with a scale selected or routed where it is so in any block.
+        called_is_new: whether `called` or `head_called` has changed and is not logged yet.
+        schedule: the first block's, with a scale selected or routed where it is so in any block.
+        by_shape: by block, the scale of each pair of a token count and a count of cached rows.
     """
 
     config: ActVARConfig
@@ -66,8 +69,8 @@ class PatchState:
         self.called = [{} for _ in self.schedules]
         self.by_shape = tuple({(s.tokens, s.cached_before): s for s in schedule} for schedule in self.schedules)
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """Return the blocks of `model` outside of wrappers."""
+    def blocks(self, model: Any) -> list[Any]:
+        """Return the blocks of `model` without wrappers."""
         return [unwrapped(block) for block in self.family.blocks(model)]
 
     @contextmanager
@@ -81,11 +84,12 @@ class PatchState:
             state.update(previous)
 
     @contextmanager
-    def sampling(self, model: nn.Module, in_place: bool) -> Iterator[None]:
+    def sampling(self, model: Any, in_place: bool) -> Iterator[None]:
         """Sample with guidance while the context is open; the K/V caches are empty afterwards.
 
         Args:
-            in_place: nothing needs the input of a block that has run, so the block may write into it.
+            model: the patched model.
+            in_place: whether a block may write into its input, which nothing may need after the block has run.
         """
         with self.during(rows_are_guided=True, keeps_kv_buffer=True, writes_in_place=in_place):
             try:
@@ -95,8 +99,8 @@ class PatchState:
                     self.family.cache(block).drop()
                     block.actvar.cache.forget()
 
-    def begin_pass(self, model: nn.Module) -> None:
-        """Begin a teacher-forced pass through `model`, which one graph holds where a compiler traces it.
+    def begin_pass(self, model: Any) -> None:
+        """Begin a teacher-forced pass through `model`. A compiler traces the pass as one graph.
 
         Raises:
             ValueError: the blocks are not those that were patched.
@@ -107,11 +111,15 @@ class PatchState:
             self.expect_own_blocks(model)
 
     def end_pass(self) -> None:
-        """End what `begin_pass` began."""
+        """End the pass that `begin_pass` began."""
         self.traced = None
 
     def pass_of(self, block: int, call: BlockCall) -> Pass:
-        """Return the pass that a call of block number `block` belongs to.
+        """Return the pass that a call belongs to.
+
+        Args:
+            block: number of the block.
+            call: arguments of the block.
 
         Raises:
             RuntimeError: activation checkpointing runs the block again, and its pass is not known.
@@ -123,23 +131,28 @@ class PatchState:
         return self.passes.enter(block, call.x, call.cond, self.rows_are_guided)
 
     def hand_on(self, current: Pass, out: Tensor) -> None:
-        """Let a block's output lead the next block to the pass."""
+        """Let a block's output `out` `[R, L, C]` lead the next block to the pass `current`."""
         if self.traced is None and self._needs_passes:
             self.passes.bind(current, out)
 
     @property
     def _needs_passes(self) -> bool:
+        """Return whether blocks share anything in a pass."""
         return self.config.fixed_tokens or self.config.share_cfg_selection
 
-    def begin_block(self, index: int, block: nn.Module) -> None:
+    def begin_block(self, index: int, block: Any) -> None:
         """Look at the layers of block number `index` when a sample or a teacher-forced pass begins.
 
-        Layers that are more than their weight are called from here on, and packed copies of changed weights go.
+        From here on, layers that are more than their weight are called. Packed copies of changed weights are dropped.
+
+        Args:
+            index: number of the block.
+            block: the block, without wrappers.
 
         Raises:
-            TypeError: the selector, the attention or the experts would have to read such a layer.
+            TypeError: the selector, the attention or the experts would have to read a layer that must be called.
         """
-        if torch.compiler.is_compiling():  # which guards what it has seen of the layers
+        if torch.compiler.is_compiling():  # the compiler guards the layers itself
             return
         called = self.family.parts_called(block)
         self.called_is_new |= called != self.called[index]
@@ -148,11 +161,13 @@ class PatchState:
             expect_readable(index, called, block.actvar.schedule, self.config.kv)
         drop_changed([*self.family.packed_weights(block), block.actvar.router.weight])
 
-    def begin_head(self, model: nn.Module, tokens: int) -> None:
-        """Do as `begin_block` for the head, whose turn comes last, and log in one line what is called anew.
+    def begin_head(self, model: Any, tokens: int) -> None:
+        """Look at the layers of the head, which runs after the blocks, and log in one line what is called anew.
 
         Args:
-            tokens: of the call; a sample begins with those of the first scale, a pass has those of all scales.
+            model: the patched model.
+            tokens: number of tokens a row of the call. A sample begins with those of the first scale; a teacher-forced
+                pass has those of all scales.
         """
         scales = self.schedule
         begins = tokens in (scales[0].tokens, scales[-1].start + scales[-1].tokens)
@@ -167,15 +182,20 @@ class PatchState:
         drop_changed(self.family.packed_head(model))
 
     def scale_of(self, block: int, call: BlockCall, cached: int) -> Scale:
-        """Return the scale of a call of block number `block` that finds `cached` rows in its K/V cache.
+        """Return the scale of a call.
+
+        Args:
+            block: number of the block.
+            call: arguments of the block.
+            cached: number of rows in the block's K/V cache.
 
         Raises:
-            ValueError: there is none.
+            ValueError: no scale has these tokens after so many cached rows.
         """
         tokens = call.x.shape[1]
         if call.scale is not None:
             return self.schedules[block][call.scale]
-        scale = self.by_shape[block].get((int(tokens), int(cached)))  # which a trace has as tensors
+        scale = self.by_shape[block].get((int(tokens), int(cached)))  # a trace has tensors here
         if scale is None:
             known = ", ".join(f"{t} after {c}" for t, c in self.by_shape[block])
             raise ValueError(
@@ -185,7 +205,7 @@ class PatchState:
             )
         return scale
 
-    def expect_own_blocks(self, model: nn.Module) -> None:
+    def expect_own_blocks(self, model: Any) -> None:
         """Check that the blocks of a patched model are those that were patched, in their order.
 
         Raises:
@@ -214,8 +234,8 @@ class PatchState:
         )
 
 
-def patch_state(model: nn.Module) -> PatchState:
-    """Return the shared state of a patched model.
+def patch_state(model: Any) -> PatchState:
+    """Return the shared state of a patched model, which may be inside a wrapper.
 
     Raises:
         ValueError: the model is not patched, or its blocks are not the ones that were patched.
@@ -227,31 +247,38 @@ def patch_state(model: nn.Module) -> PatchState:
     return model.actvar
 
 
-def is_patched(model: nn.Module) -> bool:
-    """Return True for a model that a patch has been put on."""
+def is_patched(model: Any) -> bool:
+    """Return whether `model`, without wrappers, is patched."""
     return isinstance(getattr(model, "__dict__", {}).get("actvar"), PatchState)
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[list[BlockRecord]]:
-    """Collect a `BlockRecord` per block and active scale while the context is open.
+def record(model: Any) -> Iterator[list[BlockRecord]]:
+    """Collect a `BlockRecord` per block and active scale in the list that is given, while the context is open.
+
+    Args:
+        model: a patched model.
 
     Raises:
         ValueError: the model is not patched.
     """
     state = patch_state(model)
-    previous, state.records = state.records, []
+    records: list[BlockRecord] = []
+    previous, state.records = state.records, records
     try:
-        yield state.records
+        yield records
     finally:
         state.records = previous
 
 
 @contextmanager
-def guided_rows(model: nn.Module) -> Iterator[None]:
+def guided_rows(model: Any) -> Iterator[None]:
     """Tell a patched model that its rows are conditional ones followed by as many unconditional ones.
 
-    Needed for `share_cfg_selection` in a sampling loop of your own; the models' own methods say so themselves.
+    A sampling loop of your own needs this for `share_cfg_selection`. The models' own methods do it themselves.
+
+    Args:
+        model: a patched model.
 
     Raises:
         ValueError: the model is not patched.

@@ -1,11 +1,10 @@
-"""The ActVAR block over all scales at once, as training sees it."""
+"""Run the ActVAR block over all scales at once, as training does."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from actvar.families.base import ATTENTION, BlockCall, Rows
 from actvar.sparse.passes import Pass, computing_again
@@ -16,20 +15,32 @@ from actvar_kernels import expert_ffn, normalize_modulate, route_experts, subset
 
 
 class KeptTokens(NamedTuple):
-    """Per scale: `index` `[R, K]` within the scale; `scores` `[R, L]`, or None where nothing is selected."""
+    """Hold the tokens that a block keeps of one scale.
+
+    Args:
+        scale: the scale.
+        index: the kept tokens within the scale, `[R, K]` int64.
+        scores: logits of the selector, `[R, L]` float32, or None where nothing is selected.
+    """
 
     scale: Scale
     index: torch.Tensor
     scores: torch.Tensor | None
 
 
-def teacher_forced_block(block: nn.Module, call: BlockCall, current: Pass) -> torch.Tensor:
+def teacher_forced_block(block: Any, call: BlockCall, current: Pass) -> torch.Tensor:
     """Run all scales of a pass at once: `[R, L, C]` -> `[R, L, C]`.
 
     Rows that a scale dropped are invisible to every later query, as in sampling.
 
     While a gate is being trained, the kept tokens' updates or the chosen experts' outputs are multiplied by
-    `1 + p - stopgrad(p)` (straight-through), p the softmax of its scores; values change by rounding only.
+    `1 + p - stopgrad(p)` (straight-through). Here p is the softmax of the gate's scores, and values change by rounding
+    only.
+
+    Args:
+        block: a patched block.
+        call: arguments of the block.
+        current: the pass of the call.
 
     Raises:
         ValueError: the tokens are not those of all scales, or of the first few.
@@ -61,8 +72,8 @@ def teacher_forced_block(block: nn.Module, call: BlockCall, current: Pass) -> to
         rows = family.between(block, rows, at, call)
 
     u = normalize_modulate(rows, scale2, shift2)
-    of_scales = u.split([scale.keep for scale in schedule], dim=1)
-    updates = [_ffn(block, segment, k, call) for segment, k in zip(of_scales, kept, strict=True)]
+    segments = u.split([scale.keep for scale in schedule], dim=1)
+    updates = [_ffn(block, segment, k, call) for segment, k in zip(segments, kept, strict=True)]
     rows = rows + gamma2 * torch.cat(updates, dim=1)
 
     if is_trained(block.actvar.selector):
@@ -71,16 +82,17 @@ def teacher_forced_block(block: nn.Module, call: BlockCall, current: Pass) -> to
 
 
 def _select(
-    block: nn.Module, x: torch.Tensor, scale1: torch.Tensor, shift1: torch.Tensor, scale: Scale, current: Pass
+    block: Any, x: torch.Tensor, scale1: torch.Tensor, shift1: torch.Tensor, scale: Scale, current: Pass
 ) -> KeptTokens:
+    """Return the tokens that the block keeps of one scale of `x` `[R, L, C]`, which has all scales."""
     if not scale.select:
         return KeptTokens(scale, torch.arange(scale.tokens, device=x.device).expand(x.shape[0], -1), None)
     selection = selected(block, x[:, scale.start : scale.start + scale.tokens], scale1, shift1, scale, current)
     return KeptTokens(scale, selection.index, selection.scores)
 
 
-def _ffn(block: nn.Module, u: torch.Tensor, kept: KeptTokens, call: BlockCall) -> torch.Tensor:
-    """Run the FFN on one scale's kept rows `u` `[R, K, C]`, and record it where the scale is active."""
+def _ffn(block: Any, u: torch.Tensor, kept: KeptTokens, call: BlockCall) -> torch.Tensor:
+    """Return the FFN's output `[R, K, C]` for one scale's kept rows `u` `[R, K, C]`, and record an active scale."""
     family = block.actvar.family
     router, scale, records = block.actvar.router, kept.scale, block.actvar.shared.records
     mask = logits = None
@@ -97,13 +109,14 @@ def _ffn(block: nn.Module, u: torch.Tensor, kept: KeptTokens, call: BlockCall) -
 
 
 def _token_gate(kept: KeptTokens) -> torch.Tensor:
-    """`[R, K]`: 1 in value, with the gradient of the kept tokens' probabilities where they were selected."""
+    """Return `[R, K]` float32: 1 in value, with the gradient of the kept tokens' probabilities if any are selected."""
     if kept.scores is None:
         return torch.ones_like(kept.index, dtype=torch.float32)
     return straight_through(kept.scores).gather(1, kept.index)
 
 
 def _scales_of(schedule: tuple[Scale, ...], tokens: int) -> tuple[Scale, ...]:
+    """Return the first scales of `schedule`, which have `tokens` tokens together; raise a ValueError if none have."""
     for count, scale in enumerate(schedule, start=1):
         if scale.start + scale.tokens == tokens:
             return schedule[:count]
@@ -111,18 +124,28 @@ def _scales_of(schedule: tuple[Scale, ...], tokens: int) -> tuple[Scale, ...]:
     raise ValueError(f"expected the tokens of the first scales, one of {ends}, got {tokens}")
 
 
-def is_trained(gate: nn.Module) -> bool:
+def is_trained(gate: Any) -> bool:
+    """Return whether gradients of a `Gate` are wanted."""
     return gate.weight.requires_grad and torch.is_grad_enabled()
 
 
 def straight_through(scores: torch.Tensor) -> torch.Tensor:
-    """`1 + p - stopgrad(p)`, p = softmax over the last axis: exactly 1 in value, the gradient of p."""
+    """Return `1 + p - stopgrad(p)` in the shape of `scores`: exactly 1 in value, with the gradient of p.
+
+    p is the softmax of `scores` over the last axis.
+    """
     p = scores.softmax(dim=-1)
     return 1 + (p - p.detach())
 
 
 def block_causal_mask(schedule: tuple[Scale, ...], kv: str, like: torch.Tensor) -> torch.Tensor:
-    """Return the additive mask `[queries, keys]` in the dtype of `like`: a row sees its own scale and earlier ones."""
+    """Return the additive mask `[queries, keys]` by which a row sees its own scale and earlier ones.
+
+    Args:
+        schedule: the scales of the pass.
+        kv: `ActVARConfig.kv`, which says whether keys are those of kept tokens or of all.
+        like: a tensor of the dtype and device that the mask gets.
+    """
 
     def levels(counts: list[int]) -> torch.Tensor:
         index, repeats = torch.arange(len(counts), device=like.device), torch.tensor(counts, device=like.device)

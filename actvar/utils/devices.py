@@ -1,4 +1,4 @@
-"""Say where a model lies."""
+"""Tell the device that a model lies on."""
 
 from __future__ import annotations
 

@@ -1,16 +1,17 @@
-"""Fields of configurations: values out of a fixed choice, and their JSON."""
+"""Check fields of configurations that have a fixed choice of values, and read their JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def check_choice(name: str, value: object, choices: Sequence[str | None]) -> None:
     """Check that a field's value is one of its choices.
 
     Args:
-        name: of the field.
+        name: name of the field, for the message.
         value: any object.
         choices: all allowed values.
 
@@ -24,12 +25,12 @@ def check_choice(name: str, value: object, choices: Sequence[str | None]) -> Non
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
-def json_object(text: str) -> dict[str, object]:
+def json_object(text: str) -> dict[str, Any]:
     """Return the JSON object that `text` holds.
 
     Raises:
         TypeError: `text` is no string.
-        ValueError: `text` is no JSON, another kind of JSON value, or nested too deeply.
+        ValueError: `text` is no JSON, another kind of JSON value than an object, or nested too deeply.
     """
     try:
         values = json.loads(text)
@@ -40,7 +41,7 @@ def json_object(text: str) -> dict[str, object]:
     return values
 
 
-def check_names(values: dict[str, object], known: set[str]) -> None:
+def check_names(values: Mapping[str, object], known: set[str]) -> None:
     """Raise a ValueError if `values` has a name that is not in `known`."""
     if not values.keys() <= known:
         raise ValueError(f"expected a JSON object with fields among {sorted(known)}, got {str(values)[:200]}")

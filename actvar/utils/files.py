@@ -1,4 +1,4 @@
-"""Files that are either complete or not there, and values read from files that may change afterwards."""
+"""Write files that are either complete or not there, and read values from files that may change afterwards."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 
 def _umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
     umask = os.umask(0)
     os.umask(umask)
     return umask
@@ -19,13 +20,12 @@ def _umask() -> int:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it takes `path`'s place when the context ends without an error.
+    """Give a temporary name beside `path` to write to, and rename the file to `path` when the context ends.
 
-    Folders above `path` that are missing are made. After an error the old file is as it was and the
-    temporary one is gone.
+    Missing folders above `path` are made. After an error the old file is as it was, and the temporary one is gone.
 
     Raises:
-        OSError: the file cannot be written, also if safetensors found that.
+        OSError: the file cannot be written; an error of safetensors becomes one too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -42,7 +42,12 @@ def replacing(path: Path) -> Iterator[Path]:
 def read_mapped(tensor: torch.Tensor, device: str | torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Return a contiguous copy of a tensor in memory of its own.
 
-    A tensor that is mapped from a file changes with the file, and the process ends by a bus error if the file is cut
-    short, as `torch.save` over it does.
+    A tensor that is mapped from a file changes with the file. If the file is cut short, as by `torch.save` over it, a
+    bus error ends the process.
+
+    Args:
+        tensor: a tensor of any shape and dtype, mapped or not.
+        device: device of the copy.
+        dtype: dtype of the copy.
     """
     return torch.empty(tensor.shape, device=device, dtype=dtype).copy_(tensor)

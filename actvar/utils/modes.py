@@ -1,7 +1,7 @@
-"""`torch.no_grad` and `torch.inference_mode` as decorators, put back whenever Ctrl-C strikes.
+"""Decorate functions with `no_grad` and `inference_mode` that put the mode back even after Ctrl-C.
 
-Torch's own enter and leave in Python: Ctrl-C in there skips the end, and the thread stays without gradients. Here one
-call into torch puts the mode back, in a `finally` before which Python handles no signal.
+Torch's own context managers enter and leave in Python. Ctrl-C inside of them skips the end, and the thread stays
+without gradients. Here one call into torch puts the mode back, in a `finally` before which Python handles no signal.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 def no_grad(function: Callable) -> Callable:
-    """`function` without gradients."""
+    """Make `function` run without gradients."""
 
     @functools.wraps(function)
     def without_gradients(*args, **kwargs):
@@ -28,7 +28,7 @@ def no_grad(function: Callable) -> Callable:
 
 
 def inference_mode(enabled: bool) -> Callable[[Callable], Callable]:
-    """A decorator of functions that run in inference mode, or outside of it."""
+    """Return a decorator by which a function runs in inference mode, or outside of it if `enabled` is False."""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -38,7 +38,7 @@ def inference_mode(enabled: bool) -> Callable[[Callable], Callable]:
                 mode.__enter__()
                 return function(*args, **kwargs)
             finally:
-                mode.__exit__(None, None, None)  # nothing happens if it was not entered
+                mode.__exit__(None, None, None)  # does nothing if the mode was not entered
 
         return in_mode
 

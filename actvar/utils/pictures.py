@@ -15,19 +15,24 @@ from PIL import Image
 from actvar.utils.files import replacing
 
 GAP = 2
-
-
+"""Pixels between the images of a grid."""
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#000000")
-"""Okabe and Ito's, which colour-blind readers tell apart."""
+"""Colours of Okabe and Ito, which colour-blind readers tell apart."""
 
 
 def pixel_values(images: torch.Tensor) -> torch.Tensor:
-    """uint8, like `images` in shape: values of [0, 1] as 0 ... 255, rounded."""
+    """Return `images` in [0, 1] as uint8 from 0 to 255, rounded, in the same shape."""
     return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> Path:
-    """Write images `[B, C, H, W]` in [0, 1] (C 1 or 3) as one PNG, row by row, enlarged to 64 pixels a side or more."""
+    """Write images as one PNG, row by row, each enlarged to 64 pixels a side or more, and return `path`.
+
+    Args:
+        images: `[B, C, H, W]` in [0, 1], where C is 1 or 3.
+        path: the file to write.
+        columns: images in a row.
+    """
     factor = max(1, -(-64 // images.shape[-1]))
     pixels = repeat(
         pixel_values(images).cpu().expand(-1, 3, -1, -1), "b c h w -> b (h down) (w right) c", down=factor, right=factor
@@ -44,10 +49,11 @@ def save_grid(images: torch.Tensor, path: Path, columns: int) -> Path:
 
 
 def save_loss_plot(log: Path, path: Path) -> Path:
-    """Plot the losses of a training's CSV over its steps, one panel per loss.
+    """Plot the losses of a training's CSV over its steps as a PNG, one panel per loss, and return `path`.
 
     Args:
-        log: columns `step` and one per loss, as `actvar.training.loop.fit` writes it.
+        log: a CSV file of `actvar.training.loop.fit`, with a column `step` and one per loss.
+        path: the file to write.
     """
     names = log.read_text().splitlines()[0].split(",")[1:]
     columns = np.loadtxt(log, delimiter=",", skiprows=1, ndmin=2).T
@@ -59,14 +65,14 @@ def save_loss_plot(log: Path, path: Path) -> Path:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG."""
+    """Write a figure as PNG, and return `path`."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return path
 
 
 def save_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
-    """Write a CSV."""
+    """Write a CSV file of a header and rows, and return `path`."""
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)

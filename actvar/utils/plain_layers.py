@@ -1,6 +1,6 @@
-"""Which layers kernels may read: plain ones, of which PyTorch would run nothing but the known forward.
+"""Tell the layers that kernels may read: plain ones, for which PyTorch would run only the known `forward`.
 
-A kernel takes a layer's weight and computes what its `forward` would. A layer that is more than its weight (LoRA,
+A kernel takes a layer's weight and computes the result of its `forward`. A layer that is more than its weight (LoRA,
 hooks, parametrisations, quantised weights) has to be called instead.
 """
 
@@ -27,15 +27,16 @@ _GLOBAL_HOOKS = tuple(
 
 
 def is_plain(layer: nn.Module, *classes: type) -> bool:
-    """Return whether `layer` is exactly of one of `classes` and may be read; see `why_called`."""
+    """Return whether the class of `layer` is one of `classes` and kernels may read the layer; see `why_called`."""
     return why_called(layer, *classes) is None
 
 
 def why_called(layer: nn.Module, *classes: type) -> str | None:
-    """Return why a layer must be called instead of read, or None.
+    """Return why a layer must be called instead of read, or None where kernels may read it.
 
     Args:
-        classes: those with a known forward, of which the layer must be exactly one: a subclass may do anything.
+        layer: the layer.
+        classes: classes with a known forward. The layer must be exactly of one, since a subclass may do anything.
     """
     kind = own_class(layer)
     if kind not in classes:
@@ -44,7 +45,7 @@ def why_called(layer: nn.Module, *classes: type) -> str | None:
 
 
 def why_not_by_class(layer: nn.Module) -> str | None:
-    """Return why a layer of a known class must be called all the same, or None."""
+    """Return why a layer of a known class must be called instead of read, or None where kernels may read it."""
     state = layer.__dict__
     if state["_forward_hooks"] or state["_forward_pre_hooks"]:
         return "has forward hooks"
@@ -53,7 +54,7 @@ def why_not_by_class(layer: nn.Module) -> str | None:
     if "forward" in state:
         return "has a forward of its own"
     for hooks in _GLOBAL_HOOKS:
-        # a counter's hooks follow the names of modules, and it counts registered operators
+        # a FLOP counter's hooks only follow the names of modules, and it counts registered operators
         if hooks and not all(isinstance(getattr(h, "__self__", None), ModuleTracker) for h in hooks.values()):
             return "is watched by global module hooks"
     parameters = state["_parameters"]
@@ -63,5 +64,5 @@ def why_not_by_class(layer: nn.Module) -> str | None:
 
 
 def is_ordinary(tensor: torch.Tensor | None) -> bool:
-    """Return whether a weight is a plain tensor, or a fake one, which stands for one where nothing is computed."""
+    """Return whether a weight is None, a plain tensor, or a fake one, which stands for a plain one without values."""
     return are_plain(tensor) or isinstance(tensor, FakeTensor)

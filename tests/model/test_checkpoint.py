@@ -22,8 +22,8 @@ from torch import nn
 
 from actvar.models.build import OFFICIAL_PATCH_NUMS
 from actvar.models.checkpoint import CheckpointError, describe_checkpoint, load_var
-from actvar.models.checkpoint_sizes import _patch_nums as patch_nums_of
-from actvar.models.checkpoint_sizes import autoencoder_sizes, var_sizes
+from actvar.models.checkpoint.sizes import _patch_nums as patch_nums_of
+from actvar.models.checkpoint.sizes import autoencoder_sizes, var_sizes
 
 VARIANTS = {
     "separate AdaLN": {},

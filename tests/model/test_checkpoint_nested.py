@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from support.checkpoint_files import Tensors, tiny_pair, write, write_shards
 
 from actvar.models.checkpoint import CheckpointError, describe_checkpoint, load_var
-from actvar.models.checkpoint_states import as_keys, state_dicts
+from actvar.models.checkpoint.states import as_keys, state_dicts
 
 KINDS = {"autoencoder": 0, "var": 1}
 

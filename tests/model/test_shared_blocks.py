@@ -23,7 +23,7 @@ from actvar import (
     save_adapter,
 )
 from actvar.models import VAR
-from actvar.models.var import TransformerBlock
+from actvar.models.transformer_block import TransformerBlock
 from actvar.patching.patch import unpatched
 
 CONFIG = ActVARConfig(token_rates=(0.5, 0.75), ffn_rate=0.5, num_experts=8)

@@ -1,6 +1,6 @@
-"""Load VAR and its autoencoder from official or own checkpoints; every size is read off the tensors.
+"""Load VAR and its autoencoder from official or own checkpoints, with every size read off the tensors.
 
-Files are never trusted: pickles are read as weights only, and sizes that do not fit together are an error.
+Files are never trusted. Pickles are read as weights only, and sizes that do not fit together are an error.
 """
 
 from __future__ import annotations
@@ -8,20 +8,19 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actvar.models import checkpoint_sizes as sizes_of
-from actvar.models.checkpoint_files import CheckpointError, PathLike, fail, read_file
-from actvar.models.checkpoint_sizes import DERIVED, HIT_COUNTS
-from actvar.models.checkpoint_states import KIND_NAMES, StateDict, as_keys, choose, expect_found, state_dicts
+from actvar.models.checkpoint import sizes as sizes_of
+from actvar.models.checkpoint.files import CheckpointError, PathLike, fail, read_file
+from actvar.models.checkpoint.sizes import DERIVED, HIT_COUNTS
+from actvar.models.checkpoint.states import KIND_NAMES, StateDict, as_keys, choose, expect_found, state_dicts
 from actvar.models.var import VAR
 from actvar.models.vqvae import VQVAE
 from actvar.utils.files import read_mapped
 from actvar.utils.modes import inference_mode
-
-__all__ = ["CheckpointError", "describe_checkpoint", "load_var", "read_tensors", "usable_device"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NOT_FINITE_BY_DESIGN = ("attn_bias_for_masking", HIT_COUNTS)
@@ -29,7 +28,7 @@ NOT_FINITE_BY_DESIGN = ("attn_bias_for_masking", HIT_COUNTS)
 logger = logging.getLogger(__name__)
 
 
-@inference_mode(False)  # weights of an inference tensor's kind could not be trained, nor checked for changes
+@inference_mode(False)  # inference tensors could not be trained, nor checked for changes
 def load_var(
     var_checkpoint: PathLike,
     vae_checkpoint: PathLike,
@@ -39,32 +38,33 @@ def load_var(
 ) -> tuple[VQVAE, VAR]:
     """Load a transformer and its autoencoder in eval mode, without gradients.
 
-    Weights are read into memory, so that the files may be written to afterwards.
+    Weights are read into memory, so the files may be written to afterwards.
 
-    The weights may be nested in what a training run saved, as in the public trainer's
+    The weights may be nested in a training run's file, such as the public trainer's
     `{"trainer": {"var_wo_ddp": ..., "vae_local": ...}}`, which may be given as both files. Prefixes that all their
-    names share, such as `module.` and `_orig_mod.`, are taken off, and what stands beside is not read. The buffers
-    `lvl_1L`, `attn_bias_for_masking`, `zero_k_bias` and `ema_vocab_hit_SV` may be left out.
+    names share, such as `module.` and `_orig_mod.`, are taken off, and other values are not read. The buffers
+    `lvl_1L`, `attn_bias_for_masking`, `zero_k_bias` and `ema_vocab_hit_SV` may be missing.
 
     Args:
         var_checkpoint: transformer as `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors`; sharded safetensors as their
             folder or their `.safetensors.index.json`; or a file on the hub as `owner/repo:file.pth` or
             `owner/repo@revision:file.pth`. A leading `~` is the home folder.
         vae_checkpoint: autoencoder, in the same formats. It may have been trained with other patch_nums than the
-            transformer's, which are the ones used; its codebook hit counts are then zeros `[S, V]`.
-        device: where both models go.
+            transformer. The transformer's are used, and the codebook's hit counts are then zeros `[S, V]`.
+        device: device of both models.
         dtype: floating dtype of the transformer's parameters and buffers (`lvl_1L` stays int64); the autoencoder is
             float32. Files of another precision are converted.
-        key: which state dict to load where a file has several of the same kind: its keys joined by dots, such as
-            `"ema"` or `"trainer.var_wo_ddp"`, or the first of them. It holds for both files; several keys may be given.
+        key: the state dict to load where a file has several of the same kind: its keys joined by dots, such as
+            `"ema"` or `"trainer.var_wo_ddp"`, or the first of them. It applies to both files; several keys may be
+            given.
 
     Returns:
         `(vae, var)`, with `vae` also at `var.vae_proxy[0]`.
 
     Raises:
-        CheckpointError: a file that is damaged, of the wrong kind, incomplete, of inconsistent sizes, or holds values
-            that are not finite in `dtype`; a pickle with Python objects, which are never loaded; several state dicts
-            to choose from, all of which the message names; or two files that do not belong together.
+        CheckpointError: a file that is damaged, of the wrong kind, incomplete, of inconsistent sizes, or that holds
+            values which are not finite in `dtype`; a pickle with Python objects, which are never loaded; several state
+            dicts to choose from, which the message names; or two files that do not belong together.
         FileNotFoundError: no such file, here or on the hub.
         ImportError: a hub id without `huggingface_hub` installed.
         ValueError: a `device` that this torch cannot use.
@@ -100,7 +100,7 @@ def load_var(
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Return the device of that name.
+    """Return the device named `device`.
 
     Raises:
         ValueError: this torch cannot put tensors with values there.
@@ -108,7 +108,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition(". ")[0]  # torch goes on with all that it knows of its devices
+        reason = str(error).partition(". ")[0]  # a list of all devices follows
         raise ValueError(f"device: expected cpu or cuda, as this torch can use it, got {device!r}: {reason}") from error
     if found.type == "meta":
         raise ValueError("device: expected one with memory, got 'meta'")
@@ -126,8 +126,8 @@ def describe_checkpoint(path: PathLike, key: str | Sequence[str] | None = None) 
         no model is loaded). Values are JSON-compatible.
 
     Raises:
-        CheckpointError, FileNotFoundError, ImportError, TypeError: as in `load_var`, except that values which are not
-            finite are no error.
+        CheckpointError, FileNotFoundError, ImportError, TypeError: as in `load_var`, but not for values that are not
+            finite.
     """
     state = _read_state(path, key)
     sizes, tensors = _sizes(path, state), state.tensors
@@ -157,8 +157,8 @@ def read_tensors(path: PathLike, key: str | Sequence[str] | None = None) -> dict
     """Read the tensors of the state dict in a file; `path` and `key` are those of `load_var`.
 
     Returns:
-        name -> tensor on the CPU, in the file's shapes and dtypes, with the model's names. They are mapped from the
-        file where its format allows: copy what is kept before anyone may write to the file.
+        tensors on the CPU by the model's names, in the file's shapes and dtypes. They are mapped from the file where
+        its format allows that: copy the ones to keep before anyone may write to the file.
 
     Raises:
         CheckpointError, FileNotFoundError, ImportError, TypeError: as in `load_var`.
@@ -167,33 +167,36 @@ def read_tensors(path: PathLike, key: str | Sequence[str] | None = None) -> dict
 
 
 def _read_state(path: PathLike, key: str | Sequence[str] | None) -> StateDict:
+    """Read the one state dict that `key` chooses."""
     keys, states = as_keys(key), state_dicts(path, read_file(path))
     expect_found(path, keys, states)
     return _chosen(path, states, keys)
 
 
 def _states_of_kind(path: PathLike, kind: str) -> list[StateDict]:
-    """Read the state dicts of one kind, of which there must be one or more."""
+    """Read the state dicts of one kind; raise CheckpointError if there is none."""
     states = state_dicts(path, read_file(path))
-    of_kind = [state for state in states if state.kind == kind]
-    if not of_kind:
+    found = [state for state in states if state.kind == kind]
+    if not found:
         hint = "; the order is load_var(var_checkpoint, vae_checkpoint)"
         fail(path, KIND_NAMES[kind], KIND_NAMES[states[0].kind] + hint)
-    return of_kind
+    return found
 
 
 def _chosen(path: PathLike, states: Sequence[StateDict], keys: Sequence[str]) -> StateDict:
+    """Return the one of `states` that `keys` choose, with plain tensors."""
     state = choose(path, states, keys)
     _check_plain(path, state.tensors)
     return state
 
 
 def _place(state: StateDict) -> str:
+    """Return where in its file a state dict is, for a message."""
     return f" under `{state.key}`" if state.key else ""
 
 
 def _check_plain(path: PathLike, tensors: Mapping[str, Tensor]) -> None:
-    """Reject what has no memory of its own size behind it: a small file could claim any shape."""
+    """Raise CheckpointError for a tensor without memory of its size, since a small file could claim any shape."""
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             fail(path, f"`{name}` as a plain tensor", f"{tensor.layout} {tensor.dtype} on {tensor.device}")
@@ -206,7 +209,8 @@ def _check_plain(path: PathLike, tensors: Mapping[str, Tensor]) -> None:
         fail(path, f"{total} bytes for its tensors together", f"{sum(storages.values())} bytes")
 
 
-def _sizes(path: PathLike, state: StateDict) -> sizes_of.VarSizes | sizes_of.AutoencoderSizes:
+def _sizes(path: PathLike, state: StateDict) -> Any:
+    """Return the VarSizes or AutoencoderSizes of a state dict, by its kind."""
     try:
         return (sizes_of.var_sizes if state.kind == sizes_of.VAR_KIND else sizes_of.autoencoder_sizes)(state.tensors)
     except (ValueError, RuntimeError) as error:
@@ -214,7 +218,7 @@ def _sizes(path: PathLike, state: StateDict) -> sizes_of.VarSizes | sizes_of.Aut
 
 
 def _check(path: PathLike, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Check names, shapes and kinds of numbers; one error names the first few that differ."""
+    """Check names, shapes and kinds of numbers; the error names the first few that differ."""
     missing = [name for name in expected if name not in found and not name.endswith(DERIVED)]
     unexpected = [name for name in found if name not in expected]
     if missing or unexpected:
@@ -235,7 +239,7 @@ def _check(path: PathLike, expected: Mapping[str, Tensor], found: Mapping[str, T
 def _assign(
     path: PathLike, module: nn.Module, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype
 ) -> None:
-    """Read the weights of the meta `module` into memory, one at a time; empties `tensors`."""
+    """Read the weights of `module`, which is on the meta device, into memory one at a time, and empty `tensors`."""
     expected = module.state_dict()
     _check(path, expected, tensors)
     missing = expected.keys() - tensors.keys()
@@ -256,9 +260,11 @@ def _assign(
 
 
 def _must_be_finite(name: str, tensor: Tensor) -> bool:
+    """Return whether NaN and infinity in a tensor are an error."""
     return tensor.is_floating_point() and not name.endswith(NOT_FINITE_BY_DESIGN)
 
 
 def _finite(tensor: Tensor) -> bool:
+    """Return whether all values of a tensor are finite."""
     low, high = (tensor if tensor.dtype in DTYPES else tensor.float()).aminmax()  # 8-bit types have no `aminmax`
     return bool(low.isfinite() and high.isfinite())

@@ -8,7 +8,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
@@ -24,19 +24,19 @@ PathLike = str | os.PathLike[str]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message names the file, what was expected and what was found."""
+    """Report a checkpoint that cannot be used, with the file, what was expected and what was found."""
 
 
 def fail(path: PathLike, expected: str, found: str, cause: BaseException | None = None) -> NoReturn:
-    """Raise the CheckpointError of a file."""
+    """Raise the CheckpointError of a file, with the texts of what was expected and found."""
     raise CheckpointError(f"{path}: expected {expected}, found {found}") from cause
 
 
-def read_file(path: PathLike) -> Mapping[object, object]:
-    """Read what a checkpoint holds: names with tensors, or with mappings of that kind, or with other plain values.
+def read_file(path: PathLike) -> Mapping[Any, Any]:
+    """Read the content of a checkpoint: tensors, mappings of the same kind, or other plain values, by name.
 
-    Tensors are on the CPU and are mapped from the file where its format allows. They are read before the function that
-    asked for them returns to the user, who may then write to the file.
+    Tensors are on the CPU, and mapped from the file where its format allows that. The caller reads their values before
+    it returns to the user, who may then write to the file.
 
     Args:
         path: `.pth`, `.pt`, `.bin` or `.ckpt` from `torch.save`, read as weights only; `.safetensors`; a folder of
@@ -67,7 +67,7 @@ def read_file(path: PathLike) -> Mapping[object, object]:
 
 
 def locate(path: PathLike) -> Path:
-    """Return the file on this machine; one on the hub is downloaded into the hub's cache.
+    """Return the path of a file on this machine, after a download into the hub's cache if it is on the hub.
 
     Raises:
         FileNotFoundError, ImportError: as in `read_file`.
@@ -87,10 +87,14 @@ def locate(path: PathLike) -> Path:
     return _downloaded(os.fspath(path), dict(repo_id=hub_id[1], filename=hub_id[3], revision=hub_id[2]))
 
 
-def _downloaded(path: str, place: dict[str, str | None]) -> Path:
+def _downloaded(path: str, place: dict[str, Any]) -> Path:
     """Return the cached copy of a file on the hub.
 
-    `hf_hub_download` tries an unreachable hub for 20 seconds and logs every try, so the hub is asked once before.
+    `hf_hub_download` tries an unreachable hub for 20 seconds and logs every try, so one request goes before it.
+
+    Args:
+        path: the file's name in errors.
+        place: `repo_id`, `filename` and `revision` of the file.
     """
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -103,7 +107,7 @@ def _downloaded(path: str, place: dict[str, str | None]) -> Path:
         get_hf_file_metadata(hf_hub_url(**place))
     except not_there as error:
         raise FileNotFoundError(f"{path}: not found on the hub: {_first_line(error)}") from error
-    except Exception as error:  # of whichever network library this version of the hub's package uses
+    except Exception as error:  # the network library, and so its errors, depends on the hub package's version
         unreachable = error
     try:
         return Path(hf_hub_download(**place, local_files_only=unreachable is not None))
@@ -113,6 +117,7 @@ def _downloaded(path: str, place: dict[str, str | None]) -> Path:
 
 
 def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where there is none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -120,7 +125,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _read_safetensors(path: PathLike, file: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Map the tensors of `names`, by default all."""
+    """Map the tensors `names` of a safetensors file, or all of them if None."""
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             stored = list(opened.keys())
@@ -135,6 +140,7 @@ def _read_safetensors(path: PathLike, file: Path, names: Iterable[str] | None = 
 
 
 def _read_folder(path: PathLike, folder: Path) -> dict[str, Tensor]:
+    """Map the tensors of all shards in a folder, with or without an index."""
     indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if len(indices) > 1:
         names = ", ".join(index.name for index in indices)
@@ -162,7 +168,7 @@ def _read_folder(path: PathLike, folder: Path) -> dict[str, Tensor]:
 
 
 def _expect_all_parts(path: PathLike, names: list[str]) -> None:
-    """Check that of files named `<stem>-<number>-of-<count>` every number is there."""
+    """Raise CheckpointError if a number of the files `<stem>-<number>-of-<count>` is missing."""
     numbers: dict[tuple[str, int], set[int]] = {}
     for name in names:
         if match := SHARD_NAME.fullmatch(name):
@@ -174,6 +180,7 @@ def _expect_all_parts(path: PathLike, names: list[str]) -> None:
 
 
 def _read_index(path: PathLike, index: Path) -> dict[str, Tensor]:
+    """Map the tensors that an index of shards names."""
     expected = 'an index of shards: {"weight_map": {"name": "file.safetensors", ...}}'
     try:
         parsed = json.loads(index.read_bytes())
@@ -201,7 +208,7 @@ def _read_index(path: PathLike, index: Path) -> dict[str, Tensor]:
 
 
 def _is_shard_name(shard: object) -> bool:
-    """Tell whether an index may name `shard`: a file in the index's own folder."""
+    """Return whether an index may name `shard`, which must be a file in the index's own folder."""
     return (
         isinstance(shard, str)
         and shard.endswith(".safetensors")
@@ -213,7 +220,8 @@ def _is_shard_name(shard: object) -> bool:
 # Pickles
 
 
-def _read_pickle(path: PathLike, file: Path) -> Mapping[object, object]:
+def _read_pickle(path: PathLike, file: Path) -> Mapping[Any, Any]:
+    """Load the mapping in a file of `torch.save`, as weights only."""
     expected = "a complete file from `torch.save(module.state_dict())`, without Python objects other than tensors"
     try:
         is_zip = _is_zip_of_stored_records(file)
@@ -227,6 +235,7 @@ def _read_pickle(path: PathLike, file: Path) -> Mapping[object, object]:
 
 
 def _how_to_save_anew(file: Path, refused: str) -> str:
+    """Return a text about a pickle with the Python object `refused`, and how to save its weights without."""
     return (
         f"`{refused}`, which could run code and is not loaded. Only if you trust whoever made the file, save its "
         f"weights anew: import torch; saved = torch.load({str(file)!r}, map_location='cpu', weights_only=False); "
@@ -236,13 +245,13 @@ def _how_to_save_anew(file: Path, refused: str) -> str:
 
 
 def _is_zip_of_stored_records(file: Path) -> bool:
-    """Tell whether a file is a zip file, as `torch.save` has written them since 1.6, with every record stored as it is.
+    """Return whether a file is a zip file, as `torch.save` has written since version 1.6, without compressed records.
 
     A compressed record could unfold to any size.
 
     Raises:
-        ValueError: a zip file with other records, or with more than it has room for.
-        zipfile.BadZipFile: one that is damaged.
+        ValueError: a zip file with compressed records, or with records that claim more bytes than the file has.
+        zipfile.BadZipFile: a damaged zip file.
     """
     with file.open("rb") as stream:
         if stream.read(4) != b"PK\x03\x04":
@@ -259,5 +268,6 @@ def _is_zip_of_stored_records(file: Path) -> bool:
 
 
 def _start_of(file: Path) -> str:
+    """Return a text about the size and the first bytes of a file."""
     with file.open("rb") as stream:
         return f"{file.stat().st_size} bytes that start with {stream.read(16)!r}"

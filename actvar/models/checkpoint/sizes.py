@@ -13,20 +13,21 @@ from torch import Tensor
 
 from actvar.models.basic_vae import NORM_GROUPS
 from actvar.models.build import OFFICIAL_PATCH_NUMS, skeleton
-from actvar.models.var import HEAD_DIM, VAR
+from actvar.models.transformer_block import HEAD_DIM
+from actvar.models.var import VAR
 from actvar.models.vqvae import VQVAE
 
 VAR_KIND, AUTOENCODER_KIND = "var", "autoencoder"
 HIT_COUNTS = "quantize.ema_vocab_hit_SV"
 DERIVED = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
-"""Last parts of the names of buffers that a file need not hold: they follow from the sizes."""
+"""Last parts of the names of buffers that a file need not hold, since they follow from the sizes."""
 _OFFICIAL_SIDES = (OFFICIAL_PATCH_NUMS, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
 _MOST_SCALES = 100
 
 
 @dataclass(frozen=True)
 class VarSizes:
-    """Sizes of a transformer; names as in `build_vae_var`."""
+    """Hold the sizes of a transformer, with the names of `build_vae_var`; `heads` is the number of attention heads."""
 
     depth: int
     width: int
@@ -41,10 +42,10 @@ class VarSizes:
 
 @dataclass(frozen=True)
 class AutoencoderSizes:
-    """Sizes of an autoencoder; names as in `build_vae_var`.
+    """Hold the sizes of an autoencoder, with the names of `build_vae_var`.
 
     Args:
-        scales: the number of token maps in its training, None where the file does not tell.
+        scales: the number of token maps in its training, or None where the file does not tell.
     """
 
     V: int
@@ -58,7 +59,7 @@ class AutoencoderSizes:
 
 
 def var_sizes(tensors: Mapping[str, Tensor]) -> VarSizes:
-    """Read the sizes of a transformer off its state dict: shapes, and the values of `lvl_1L` if it is there.
+    """Read the sizes of a transformer off the shapes in its state dict, and off the values of `lvl_1L` if it is there.
 
     Raises:
         ValueError: a tensor that a size is read from is missing or cannot belong to a VAR transformer.
@@ -86,7 +87,7 @@ def var_sizes(tensors: Mapping[str, Tensor]) -> VarSizes:
 
 
 def autoencoder_sizes(tensors: Mapping[str, Tensor]) -> AutoencoderSizes:
-    """Read the sizes of an autoencoder off its state dict; no values are read.
+    """Read the sizes of an autoencoder off the shapes in its state dict.
 
     Raises:
         ValueError: a tensor that a size is read from is missing or cannot belong to VAR's autoencoder.
@@ -115,10 +116,10 @@ def autoencoder_sizes(tensors: Mapping[str, Tensor]) -> AutoencoderSizes:
 
 
 def pair_skeleton(var: VarSizes, vae: AutoencoderSizes) -> tuple[VQVAE, VAR]:
-    """Both modules on the meta device, with the transformer's patch_nums.
+    """Return `(vae, var)` on the meta device, with the transformer's patch_nums.
 
     Raises:
-        ValueError: the two do not belong together.
+        ValueError: the two models do not belong together.
     """
     if (var.V, var.Cvae) != (vae.V, vae.Cvae):
         raise ValueError(
@@ -136,7 +137,7 @@ def pair_skeleton(var: VarSizes, vae: AutoencoderSizes) -> tuple[VQVAE, VAR]:
 
 
 def var_skeleton(sizes: VarSizes) -> VAR:
-    """The transformer alone on the meta device."""
+    """Return the transformer on the meta device, with the smallest autoencoder that fits it."""
     smallest = AutoencoderSizes(
         V=sizes.V,
         Cvae=sizes.Cvae,
@@ -151,7 +152,8 @@ def var_skeleton(sizes: VarSizes) -> VAR:
 
 
 def autoencoder_skeleton(sizes: AutoencoderSizes) -> VQVAE:
-    """The autoencoder alone on the meta device, with arbitrary patch_nums."""
+    """Return the autoencoder on the meta device, with arbitrary patch_nums."""
+    scales = sizes.scales if sizes.share_quant_resi == 0 and sizes.scales is not None else 2
     smallest = VarSizes(
         depth=1,
         width=HEAD_DIM,
@@ -159,7 +161,7 @@ def autoencoder_skeleton(sizes: AutoencoderSizes) -> VQVAE:
         num_classes=1,
         V=sizes.V,
         Cvae=sizes.Cvae,
-        patch_nums=tuple(range(1, (max(sizes.scales, 2) if sizes.share_quant_resi == 0 else 2) + 1)),
+        patch_nums=tuple(range(1, max(scales, 2) + 1)),
         shared_aln=False,
         attn_l2_norm=False,
     )
@@ -167,6 +169,7 @@ def autoencoder_skeleton(sizes: AutoencoderSizes) -> VQVAE:
 
 
 def _shape(tensors: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
+    """Return the shape of the tensor `key`; raise a ValueError if it is missing or has other dimensions."""
     if key not in tensors:
         raise ValueError(f"expected a tensor `{key}`, found none of that name among {len(tensors)}")
     shape = tuple(tensors[key].shape)
@@ -176,7 +179,7 @@ def _shape(tensors: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[in
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many consecutive indices follow `prefix` in the names."""
+    """Return how many consecutive indices follow `prefix` in the names; raise a ValueError if one is missing."""
     pattern = re.compile(re.escape(prefix) + r"(\d{1,9})\.")
     found = {int(match[1]) for match in map(pattern.match, tensors) if match}
     if found != set(range(len(found))) or not found:
@@ -185,13 +188,14 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _share_quant_resi(tensors: Mapping[str, Tensor]) -> int:
+    """Return how the scales share the quantizer's convolutions, see `VectorQuantizer`."""
     if any(key.startswith("quantize.quant_resi.qresi_ls.") for key in tensors):
         return _count(tensors, "quantize.quant_resi.qresi_ls.")
     return 1 if any(key.startswith("quantize.quant_resi.qresi.") for key in tensors) else 0
 
 
 def _patch_nums(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Sides of the token maps: scale `s` fills `patch_nums[s] ** 2` places of `lvl_1L` with its index."""
+    """Return the sides of the token maps; scale `s` fills `patch_nums[s] ** 2` places of `lvl_1L` with its index."""
     if "lvl_1L" not in tensors:
         return _sides_from_totals(tensors)
     _shape(tensors, "lvl_1L", 2)
@@ -206,7 +210,7 @@ def _patch_nums(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 
 def _sides_from_totals(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Return the official sides, or the only possible ones, with the numbers of scales and tokens that the file has."""
+    """Return the official sides that fit the file's numbers of scales and tokens, or else the only possible sides."""
     scales = _shape(tensors, "lvl_embed.weight", 2)[0]
     tokens, first = _shape(tensors, "pos_1LC", 3)[1], _shape(tensors, "pos_start", 3)[1]
     for sides in _OFFICIAL_SIDES:

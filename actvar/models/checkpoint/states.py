@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from torch import Tensor
 
-from actvar.models.checkpoint_files import PathLike, fail
-from actvar.models.checkpoint_sizes import AUTOENCODER_KIND, VAR_KIND
+from actvar.models.checkpoint.files import PathLike, fail
+from actvar.models.checkpoint.sizes import AUTOENCODER_KIND, VAR_KIND
 
 KIND_NAMES = {
     VAR_KIND: "a VAR transformer (names such as `blocks.0.attn.mat_qkv.weight`)",
@@ -26,13 +27,13 @@ AUTOENCODER_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_q
 
 @dataclass(frozen=True)
 class StateDict:
-    """A state dict in a file.
+    """Hold a state dict in a file.
 
     Args:
         kind: `"var"` or `"autoencoder"`.
-        key: where it is: the keys of the mappings around it and the prefix that its names share, joined by dots. An
-            empty one is the top level.
-        tensors: name -> tensor, with the names of the model.
+        key: its place in the file: the keys of the mappings around it and the prefix that its names share, joined by
+            dots. An empty key is the top level.
+        tensors: tensors by the model's names.
     """
 
     kind: str
@@ -40,19 +41,19 @@ class StateDict:
     tensors: dict[str, Tensor]
 
     def is_under(self, key: str) -> bool:
-        """Tell whether `key` is this one's, or leads to it."""
+        """Return whether `key` is the key of this state dict, or leads to it."""
         return self.key == key or self.key.startswith(key + ".")
 
 
-def state_dicts(path: PathLike, content: Mapping[object, object]) -> list[StateDict]:
-    """Find every state dict of a known kind; what stands beside them is left alone.
+def state_dicts(path: PathLike, content: Mapping[Any, Any]) -> list[StateDict]:
+    """Find every state dict of a known kind, and ignore other values.
 
     Args:
         path: the file's name in errors.
-        content: what `read_file` gives.
+        content: the result of `read_file`.
 
     Raises:
-        CheckpointError: there is none, or one that has a name twice, with and without a wrapper's prefix.
+        CheckpointError: there is no state dict, or one has a name twice, with and without a wrapper's prefix.
     """
     found = [
         StateDict(kind, ".".join((*keys, *filter(None, root.split(".")))), tensors)
@@ -65,10 +66,10 @@ def state_dicts(path: PathLike, content: Mapping[object, object]) -> list[StateD
 
 
 def choose(path: PathLike, states: Sequence[StateDict], keys: Sequence[str]) -> StateDict:
-    """Return the one of `states`, of which there is at least one, that `keys` choose, or the only one.
+    """Return the one of `states` that `keys` choose, or the only one; `states` must not be empty.
 
     Raises:
-        CheckpointError: several are left; the message names them.
+        CheckpointError: several state dicts are left; the message names them.
     """
     under = [state for state in states if any(map(state.is_under, keys))]
     exactly = [state for state in under if state.key in keys]
@@ -97,23 +98,23 @@ def as_keys(key: str | Sequence[str] | None) -> tuple[str, ...]:
     return keys
 
 
-def expect_found(path: str, keys: Sequence[str], states: Sequence[StateDict]) -> None:
+def expect_found(path: PathLike, keys: Sequence[str], states: Sequence[StateDict]) -> None:
     """Check that each of `keys` leads to one of `states`.
 
     Raises:
-        CheckpointError: one does not.
+        CheckpointError: a key leads to none of them.
     """
     for key in keys:
         if not any(state.is_under(key) for state in states):
             fail(path, f"a state dict under the key {key!r}", _named(states))
 
 
-def _mappings(content: Mapping[object, object]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Yield the keys to each mapping, the outer ones first, and the tensors that it holds itself."""
+def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Yield the keys of each mapping, outer mappings first, with the tensors directly in it."""
     seen: set[int] = set()
-    waiting: list[tuple[tuple[str, ...], Mapping[object, object]]] = [((), content)]
-    for keys, mapping in waiting:  # which grows meanwhile
-        if id(mapping) in seen:  # a pickle may hold one at many places, and even in itself
+    waiting: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
+    for keys, mapping in waiting:  # the list grows during the loop
+        if id(mapping) in seen:  # a pickle may hold a mapping at many places, and even in itself
             continue
         seen.add(id(mapping))
         yield keys, {n: v.detach() for n, v in mapping.items() if isinstance(n, str) and isinstance(v, Tensor)}
@@ -137,7 +138,8 @@ def _split(path: PathLike, flat: Mapping[str, Tensor]) -> Iterator[tuple[str, st
         members[root][plain] = tensor
     for root, tensors in members.items():
         if len(kinds[root]) == 1:
-            yield root, *kinds[root], tensors
+            (kind,) = kinds[root]
+            yield root, kind, tensors
             continue
         for kind in (VAR_KIND, AUTOENCODER_KIND):
             is_part = {n: n.startswith(AUTOENCODER_PARTS) == (kind == AUTOENCODER_KIND) for n in tensors}
@@ -155,12 +157,13 @@ def _longest_prefix(name: str, prefixes: Mapping[str, object]) -> str | None:
 
 
 def _named(states: Sequence[StateDict]) -> str:
+    """Return a text with the keys and kinds of state dicts."""
     named = [f"`{state.key}` ({state.kind})" if state.key else f"the top level ({state.kind})" for state in states]
     return ", ".join(named[:MOST_NAMED]) + (f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else "")
 
 
-def _overview(content: Mapping[object, object]) -> str:
-    """Say what is there instead of a state dict: what is no tensor first."""
+def _overview(content: Mapping[Any, Any]) -> str:
+    """Return a text about a file without a state dict: other values first, then tensors."""
     others = [
         f"{name!r} with a value of type {type(value).__name__}"
         for name, value in content.items()
