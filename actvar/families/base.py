@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-OnScale = Callable[[int, Tensor | None, Tensor], None]
+OnScale = Callable[[int, Any, Tensor], None]
 """Called after every scale of a sample with three arguments.
 
 They are the scale's number, its tokens `[B, L]` int64, and the sum of the features so far, `[B, Cvae, height, width]`.

@@ -344,7 +344,8 @@ def _sizes_from(text: str) -> dict[str, object]:
     sizes = json.loads(text)
     if not isinstance(sizes, dict) or not sizes:
         raise ValueError(f"expected the sizes of a model, got {text[:200]!r}")
-    numbers = [n for size in sizes.values() for n in (size if isinstance(size, list) else [size])]
-    if not numbers or not all(type(number) is int for number in numbers):
-        raise ValueError(f"expected sizes that are integers, got {text[:200]!r}")
+    lists = [size for size in sizes.values() if isinstance(size, list)]
+    numbers = [size for size in sizes.values() if not isinstance(size, list)] + [n for size in lists for n in size]
+    if not lists or not all(type(number) is int for number in numbers):
+        raise ValueError(f"expected sizes that are integers, with a list of the scales, got {text[:200]!r}")
     return sizes
