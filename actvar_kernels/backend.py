@@ -158,7 +158,8 @@ def choose(
     Raises:
         BackendUnavailableError: the backend was asked for by name and cannot run this call here.
     """
-    name, first = get_backend(), tensors[0]
+    name = get_backend()
+    first: torch.Tensor = tensors[0]  # pyright: ignore[reportAssignmentType] only others may be None
     if library_on_triton and (name == "triton" or first.is_cuda):
         return REFERENCE
     case = situation(*tensors)

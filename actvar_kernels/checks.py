@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,19 +16,22 @@ def expect_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
-def expect_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
-    """Raise TypeError unless `tensor` is a tensor, ValueError unless it has `shape`; None stands for any size."""
+def expect_shape(name: str, tensor: Any, shape: tuple[int | None, ...]) -> torch.Size:
+    """Return the shape of a tensor; raise TypeError unless it is a tensor, ValueError unless it has `shape`.
+
+    In `shape` None stands for any size.
+    """
     if not isinstance(tensor, torch.Tensor):
         expect_tensor(name, tensor)
     found = tensor.shape
     if found == shape:
-        return
+        return found
     if len(found) == len(shape):
         for got, want in zip(found, shape, strict=True):
             if want is not None and got != want:
                 break
         else:
-            return
+            return found
     wanted = ", ".join("any" if size is None else str(size) for size in shape)
     raise ValueError(f"{name}: expected shape [{wanted}], got {list(found)}")
 
@@ -52,7 +56,7 @@ def as_integer(name: str, value: object, wanted: str = "an integer") -> int:
         TypeError: `value` is no integer.
     """
     if type(value) is int or isinstance(value, torch.SymInt):
-        return value
+        return value  # pyright: ignore[reportReturnType] a SymInt is an int while PyTorch traces
     number = _unwrapped(value)
     if isinstance(number, bool | np.bool_) or not isinstance(number, Integral):
         raise TypeError(f"{name}: expected {wanted}, got {value!r:.100}")
@@ -72,7 +76,7 @@ def as_number(name: str, value: object, wanted: str = "a number") -> float:
         ValueError: `value` is too large for a float.
     """
     if type(value) is float or isinstance(value, torch.SymFloat | torch.SymInt):
-        return value
+        return value  # pyright: ignore[reportReturnType] as in `as_integer`
     number = _unwrapped(value)
     if isinstance(number, bool | np.bool_) or not isinstance(number, Real):
         raise TypeError(f"{name}: expected {wanted}, got {value!r:.100}")
@@ -82,7 +86,7 @@ def as_number(name: str, value: object, wanted: str = "a number") -> float:
         raise ValueError(f"{name}: expected {wanted}, got one that is too large for a float") from error
 
 
-def as_items(value: object) -> tuple | None:
+def as_items(value: Any) -> tuple | None:
     """Return the items of a sequence, or of an array or tensor with a dimension; None where `value` is neither.
 
     A string is no sequence here.
@@ -92,7 +96,7 @@ def as_items(value: object) -> tuple | None:
     return tuple(value) if is_array or is_sequence else None
 
 
-def _unwrapped(value: object) -> object:
+def _unwrapped(value: Any) -> Any:
     """Return the number in an array or tensor without dimensions, and anything else as it is."""
     return value.item() if isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0 else value
 
@@ -109,7 +113,7 @@ def expect_index(index: torch.Tensor, shape: tuple[int | None, ...]) -> None:
 
 def expect_one_device(*tensors: torch.Tensor | None) -> None:
     """Raise ValueError unless all tensors are on the first one's device."""
-    device = tensors[0].device
+    device = tensors[0].device  # pyright: ignore[reportOptionalMemberAccess] only others may be None
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             raise ValueError(f"expected all tensors on {device}, as the first one is, got one on {tensor.device}")

@@ -8,7 +8,7 @@ import torch
 
 
 def register_reference_gradient(
-    operator: torch.library.CustomOpDef,
+    operator: torch.library.CustomOpDef,  # pyright: ignore[reportPrivateImportUsage] the docs of PyTorch name it so
     reference: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     chosen: Sequence[int] = (),
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
@@ -41,7 +42,7 @@ def situation(*tensors: torch.Tensor | None) -> str:
 
 def is_transforming() -> bool:
     """Return whether a transform of `torch.func`, or a forward-mode derivative, is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def are_plain(*tensors: torch.Tensor | None) -> bool:

@@ -48,7 +48,7 @@ def conv3x3(
         expect_shape("bias", bias, (weight.shape[0],))
     if residual is not None:
         expect_shape("residual", residual, (B, weight.shape[0], *((2 * H, 2 * W) if enlarge else (H, W))))
-    if _runs_in_cpp(x, weight, bias, residual):
+    if _runs_in_cpp(x, weight, bias, residual) and bias is not None:  # C++ takes no call without a bias
         x = x.to(cpu.computed_dtype(x))
         if residual is None or residual.dtype == x.dtype:
             return cpu_kernel.conv3x3(x, weight, bias, residual, enlarge)
@@ -78,9 +78,17 @@ def _runs_in_cpp(
             return f"it takes a bias and channels in multiples of 16, got {x.shape[1]} channels"
         return cpu.why_not(dtype=cpu.computed_dtype(x))
 
-    tensors = (x, weight, bias, residual)
-    options = dict(why_not_in_cpp=why_not_in_cpp, library_on_triton=True, has_operator=False)
-    return choose("conv3x3", *tensors, **options).name == "cpu"
+    backend = choose(
+        "conv3x3",
+        x,
+        weight,
+        bias,
+        residual,
+        why_not_in_cpp=why_not_in_cpp,
+        library_on_triton=True,
+        has_operator=False,
+    )
+    return backend.name == "cpu"
 
 
 def in_fast_format(x: torch.Tensor) -> torch.Tensor:

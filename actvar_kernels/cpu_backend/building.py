@@ -14,7 +14,7 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,11 +58,33 @@ class Library(NamedTuple):
 
 def why_no_compiler() -> str | None:
     """Return what is wrong with the compiler that the environment names, or None."""
+    return why_not(_compiler)
+
+
+def why_not(attempt: Callable[[], object]) -> str | None:
+    """Return None if an attempt succeeds, otherwise why not.
+
+    Args:
+        attempt: raises BuildError where it fails.
+    """
     try:
-        _compiler()
+        attempt()
     except BuildError as error:
         return str(error)
     return None
+
+
+def is_on(library: Library, reason: str | None, instead: str) -> bool:
+    """Return whether a library can be loaded; log why not.
+
+    Args:
+        library: which one.
+        reason: why it cannot be loaded, or None.
+        instead: what runs in its place, for the message.
+    """
+    if reason is not None:
+        logger.warning("%s are off, so %s: %s", library.title, instead, reason)
+    return reason is None
 
 
 def load(library: Library) -> ctypes.CDLL:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +12,6 @@ from torch.nn import functional as F
 
 from actvar_kernels.cpu_backend import building, memory
 from actvar_kernels.cpu_backend.building import Library
-
-logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = (*sorted(FOLDER.glob("*.cpp")), *sorted(FOLDER.parent.glob("*/cpu_*.cpp")))
@@ -50,20 +47,13 @@ def multiplies_bfloat16() -> bool:
 @functools.cache
 def why_unavailable() -> str | None:
     """Return None if the library can be loaded, otherwise why not. The first call compiles it where it is missing."""
-    try:
-        library()
-    except building.BuildError as error:
-        return str(error)
-    return None
+    return building.why_not(library)
 
 
 @functools.cache
 def available() -> bool:
     """Return whether the library can be loaded; log once why not."""
-    reason = why_unavailable()
-    if reason is not None:
-        logger.warning("the C++ kernels are off, so PyTorch runs in their place and experts save no time: %s", reason)
-    return reason is None
+    return building.is_on(LIBRARY, why_unavailable(), "PyTorch runs in their place and experts save no time")
 
 
 @functools.cache

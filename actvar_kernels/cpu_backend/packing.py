@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -28,10 +28,10 @@ class Packed(NamedTuple):
         copy: what `packed` returns.
     """
 
-    originals: tuple[weakref.ref, ...]
+    originals: tuple[weakref.ref[torch.Tensor], ...]
     states: tuple[tuple, ...]
     checksums: tuple[int, ...]
-    copy: object
+    copy: Any
 
 
 _cache: dict[int, dict[Hashable, Packed]] = {}
@@ -81,8 +81,8 @@ def drop_changed(tensors: Iterable[torch.Tensor | None]) -> None:
         if not of_tensor:
             continue
         for layout, found in tuple(of_tensor.items()):
-            present = [reference() for reference in found.originals]
-            if any(p is None for p in present) or tuple(map(_state, present)) != found.states:
+            present = [original for reference in found.originals if (original := reference()) is not None]
+            if tuple(map(_state, present)) != found.states:  # fewer states where an original is gone
                 of_tensor.pop(layout, None)
             else:
                 kept.append((of_tensor, layout, found))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -123,27 +123,26 @@ class _Router(NamedTuple):
     """Hold what C++ takes of a router.
 
     Attributes:
-        weight: `[N, C]` in panels; None: there is no routing.
+        weight: `[N, C]` in panels.
         bias: `[N]` float32.
         logits, mask: `[R, K, N]` float32 and bool, which C++ fills.
         active: experts per row.
     """
 
-    weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    active: int = 0
+    weight: torch.Tensor
+    bias: torch.Tensor
+    logits: torch.Tensor
+    mask: torch.Tensor
+    active: int
 
     def arguments(self) -> tuple[int | None, ...]:
         """Return what C++ takes: pointers, the number of experts, those of a row."""
-        if self.weight is None:
-            return None, None, None, None, 0, 0
         pointers = (tensor.data_ptr() for tensor in (self.weight, self.bias, self.logits, self.mask))
         return *pointers, len(self.bias), self.active
 
 
-_NO_ROUTER = _Router()
+_NO_ROUTER = None, None, None, None, 0, 0
+"""Arguments without routing."""
 
 
 def _router(
@@ -157,9 +156,7 @@ def _router(
     return mask, logits, _Router(weights, _float(bias), logits, mask, active)
 
 
-def _normalize(
-    x, index, update, gamma, scale, shift, router: _Router = _NO_ROUTER
-) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _normalize(x, index, update, gamma, scale, shift, router: _Router | None = None) -> tuple[Any, torch.Tensor]:
     """Return the sum, or None without an update, and its LayerNorm with modulation."""
     R, L, C = x.shape
     x = _with_neighbouring_channels(x)
@@ -178,10 +175,11 @@ def _normalize(
     return total, out
 
 
-def _normalize_rows(x: torch.Tensor, pointers: tuple, sizes: tuple[int, ...], router: _Router) -> None:
+def _normalize_rows(x: torch.Tensor, pointers: tuple, sizes: tuple[int, ...], router: _Router | None) -> None:
     """Call `add_normalize` of rows.cpp, whose arguments `pointers` and `sizes` are."""
+    routing = _NO_ROUTER if router is None else router.arguments()
     kind = cpu.best_isa(), x.dtype == torch.bfloat16
-    arguments = (*pointers, *sizes, NORM_EPS, *router.arguments(), torch.get_num_threads())
+    arguments = (*pointers, *sizes, NORM_EPS, *routing, torch.get_num_threads())
     if _library().add_normalize(*kind, *arguments):
         raise MemoryError(f"no memory for a row of {x.shape[-1]} channels")
 

@@ -115,7 +115,7 @@ def expert_ffn_scatter(
         return scatter_checked(rest, index, rows, _ffn(backend, u, mask, active, weights), gamma)
     u, *weights = _as_autocast(u, *weights)
     x, update, gate = rows if isinstance(rows, Residual) else (rows, None, None)
-    if index is not None:
+    if index is not None and rest is not None:
         out = rest if rest.stride(2) == 1 else rest.contiguous()
     else:
         dtype = torch.promote_types(x.dtype, torch.promote_types(gamma.dtype, u.dtype))
@@ -165,9 +165,7 @@ def _expect_rows(base, index, rows, u, gamma) -> tuple[torch.Tensor, ...]:
     return parts
 
 
-def _choose(
-    operation: str, u: torch.Tensor, mask: torch.Tensor, weights: FFNWeights, *parts: torch.Tensor | None
-) -> Backend:
+def _choose(operation: str, u: torch.Tensor, mask: torch.Tensor, weights: FFNWeights, *parts: torch.Tensor) -> Backend:
     """Return the backend of a call with these tensors."""
 
     def takes_triton() -> bool:
@@ -212,12 +210,13 @@ def _ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, active: int, wei
     if backend.name == "reference" and (not backend.recorded or wants_gradient(u, mask, *weights)):
         return reference.expert_ffn(u, mask, *weights)
     if backend.name == "triton" or torch.compiler.is_compiling():
-        u, *weights = _as_autocast(u, *weights)
+        u, *converted = _as_autocast(u, *weights)
+        weights = FFNWeights(*converted)
     elif backend.name == "cpu":
         (u,) = _as_autocast(u)  # the kernel converts weights when it packs them
     if backend.recorded:
         return torch.ops.actvar_kernels.expert_ffn(u, mask, active, *weights)
-    return _run_ffn(backend, u, mask, FFNWeights(*weights))
+    return _run_ffn(backend, u, mask, weights)
 
 
 def _run_ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, weights: FFNWeights) -> torch.Tensor:
@@ -279,12 +278,12 @@ def _expert_ffn_scatter(
 ) -> None:
     """Run `expert_ffn_scatter` into `out`; with `update` and `gate` the rows are x, and these three a `Residual`."""
     weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    rows = rows if update is None else Residual(rows, update, gate)
-    backend = _choose("expert_ffn_scatter", u, mask, weights, *_expect_rows(out, index, rows, u, gamma))
+    source = rows if update is None or gate is None else Residual(rows, update, gate)
+    backend = _choose("expert_ffn_scatter", u, mask, weights, *_expect_rows(out, index, source, u, gamma))
     if backend.name == "triton":
-        _scatter_on_triton(out, index, rows, u, mask, weights, gamma, schedule)
+        _scatter_on_triton(out, index, source, u, mask, weights, gamma, schedule)
         return
-    rows = rows.rows(index) if isinstance(rows, Residual) else rows
+    rows = source.rows(index) if isinstance(source, Residual) else source
     out.copy_(scatter_checked(out, index, rows, _run_ffn(backend, u, mask, weights), gamma))
 
 

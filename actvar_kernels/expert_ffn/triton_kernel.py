@@ -5,6 +5,8 @@ output with its residual. There are two schedules, see `docs/kernels/expert_ffn.
 row of a tile of sorted tokens wants, `"dense"` runs all of them.
 """
 
+# A launch takes options that the kernel does not name.
+# pyright: reportCallIssue=false
 from __future__ import annotations
 
 import torch

@@ -16,5 +16,6 @@ def gelu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
         weight, bias: `[D, C]` and `[D]`, in x's dtype.
     """
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
-        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+        # PyTorch has no public name for it
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)  # pyright: ignore[reportPrivateImportUsage]
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")

@@ -8,6 +8,7 @@ scores, and its values must belong to those tokens. So rounding that swaps two n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ Widen = Callable[..., torch.Tensor]
 """Gives a tensor that sums run over in float64, and may change it by as much as these sums may be rounded."""
 
 
-def wide(value):
+def wide(value: Any) -> Any:
     """Return `value`, a tensor or a tuple or dict of tensors and others, with floating-point tensors in float64."""
     if isinstance(value, dict):
         return {name: wide(item) for name, item in value.items()}

@@ -6,7 +6,7 @@ The compile check, the benchmarks and `actvar verify` are made from this table.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,11 +22,11 @@ from actvar_kernels.scatter.op import scatter_rows
 from actvar_kernels.subset_attention.op import subset_attention
 from actvar_kernels.token_select.op import normalize_modulate, select_tokens
 
-Arguments = dict[str, object]
-Call = Callable[[], object]
+Arguments = dict[str, Any]
+Call = Callable[[], Any]
 
 
-def _itself(result: object) -> object:
+def _itself(result: Any) -> Any:
     return result
 
 

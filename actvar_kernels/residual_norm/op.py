@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -154,7 +154,7 @@ def _add(backend: Backend, x, index, update, adaln: AdaLN) -> tuple[torch.Tensor
 
 def _add_and_route(
     backend: Backend, x, index, update, adaln: AdaLN, weight, bias, active, fuse_residual
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the operation; with `fuse_residual` the first result may be None."""
     if backend.name == "cpu":
         return row_ops.add_normalize_route(x, index, update, *adaln, weight, bias, active)
@@ -202,8 +202,8 @@ def _add_normalize_route(
     """Run the operation; with `fuse_residual` the first result is empty."""
     adaln = AdaLN(gamma, scale, shift)
     backend = _choose("add_normalize_route", x, update, adaln, weight, bias)
-    rows, *others = _add_and_route(backend, x, index, update, adaln, weight, bias, active, fuse_residual)
-    return x.new_empty(0) if fuse_residual else rows, *others
+    rows, u, mask, logits = _add_and_route(backend, x, index, update, adaln, weight, bias, active, fuse_residual)
+    return x.new_empty(0) if fuse_residual else rows, u, mask, logits
 
 
 @_add_normalize_route.register_fake

@@ -1,6 +1,10 @@
 """Run residual, LayerNorm, modulation and the choice of experts in one Triton launch."""
 
+# A launch takes options that the kernel does not name.
+# pyright: reportCallIssue=false
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -55,7 +59,7 @@ def _launch(
     bias: torch.Tensor | None,
     active: int,
     fuse_residual: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[Any, torch.Tensor, Any, Any]:
     """Launch the kernel; without a weight there are no experts."""
     R, K, C = update.shape
     x, update, gamma, scale, shift = channels_last(x, update, *adaln)

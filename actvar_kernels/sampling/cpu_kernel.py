@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 from pathlib import Path
 
 import torch
 
 from actvar_kernels.cpu_backend import building, cpu
 from actvar_kernels.cpu_backend.building import Library
-
-logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / "public.cpp", FOLDER / "sample.cpp"]
@@ -80,19 +77,12 @@ def available() -> bool:
 
 @functools.cache
 def _why_not_loaded() -> str | None:
-    try:
-        library()
-    except building.BuildError as error:
-        return str(error)
-    return None
+    return building.why_not(library)
 
 
 @functools.cache
 def _loads() -> bool:
-    reason = _why_not_loaded()
-    if reason is not None:
-        logger.warning("the C++ samplers are off, so PyTorch draws the tokens: %s", reason)
-    return reason is None
+    return building.is_on(LIBRARY, _why_not_loaded(), "PyTorch draws the tokens")
 
 
 @functools.cache

@@ -28,8 +28,10 @@ def runs(logits: torch.Tensor) -> bool:
     Raises:
         BackendUnavailableError: `"cpu"` was asked for by name and does not take them.
     """
-    options = dict(why_not_in_cpp=lambda: why_not(logits), library_on_triton=True, has_operator=False)
-    return choose("sampling", logits, **options).name == "cpu"
+    backend = choose(
+        "sampling", logits, why_not_in_cpp=lambda: why_not(logits), library_on_triton=True, has_operator=False
+    )
+    return backend.name == "cpu"
 
 
 def why_not(logits: torch.Tensor) -> str | None:

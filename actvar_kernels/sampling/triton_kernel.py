@@ -5,6 +5,8 @@ threshold, see `docs/kernels/sampling.md`. The threshold that is found is exact.
 logits (`python -m benchmarks.sampler_passes`).
 """
 
+# A launch takes options that the kernel does not name; Triton's own functions have no results outside a kernel.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from statistics import NormalDist
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.sampling.reference import LARGEST, SMALLEST
-from actvar_kernels.triton_backend.tiles import sampling_warps
+from actvar_kernels.triton_backend.tiles import next_power_of_2, sampling_warps
 
 
 def sample_tokens(
@@ -40,7 +42,7 @@ def sample_tokens(
     rows, L, V = logits.shape
     images = rows if guidance is None else rows // 2
     tokens = logits.new_empty(images, L, dtype=torch.int64)
-    block = max(4, triton.next_power_of_2(V))
+    block = max(4, next_power_of_2(V))
     share = min(max(top_k / V, 0.5 / V), 1 - 0.5 / V)
     quantile = NormalDist().inv_cdf(1 - share)
     _sample[(tokens.numel(),)](

@@ -38,9 +38,9 @@ def scatter_rows(
     """
     expect_shape("rows", rows, (None, None, None))
     if index is not None:
-        expect_shape("rest", rest, (None, None, None))
-        expect_index(index, (rest.shape[0], None))
-        expect_shape("rows", rows, (*index.shape, rest.shape[2]))
+        R, _, C = expect_shape("rest", rest, (None, None, None))
+        expect_index(index, (R, None))
+        expect_shape("rows", rows, (*index.shape, C))
     R, K, C = rows.shape
     expect_shape("update", update, (R, K, C))
     expect_shape("gamma", gamma, (R, 1, C))
@@ -56,7 +56,7 @@ def scatter_checked(
     gamma: torch.Tensor,
 ) -> torch.Tensor:
     """Do what `scatter_rows` does with arguments that fit each other, for operations that have checked them."""
-    if index is None:
+    if index is None or base is None:
         return _add(rows, update, gamma)
     backend = _choose(base, rows, update, gamma)
     if backend.name == "reference":

@@ -72,7 +72,8 @@ def subset_attention(
         out, keys, values = reference.subset_attention(q, k, v, past, head_scale, softmax_scale, mask, room)
         return (out, keys, values) if keep_cache else (out, None, None)
     out, cache = _with_kernel(backend, q, k, v, past, head_scale, softmax_scale, mask, room, keep_cache)
-    return out, *(cache if keep_cache else (None, None))
+    keys, values = (None, None) if cache is None or not keep_cache else cache
+    return out, keys, values
 
 
 def _choose(q, k, v, past, room, head_scale, mask) -> Backend:
@@ -125,7 +126,8 @@ def _with_kernel(
     elif append:
         past = room or _copied(past, k, v)
         cache = past[0][:, :, : cached + own], past[1][:, :, : cached + own]
-    arguments = (q, k, v, *(past or (None, None)), cached, head_scale, softmax_scale, mask)
+    keys, values = past or (None, None)
+    arguments = (q, k, v, keys, values, cached, head_scale, softmax_scale, mask)
     if not backend.recorded:
         return _run(backend, *arguments, append=append), cache
     operators = torch.ops.actvar_kernels
@@ -138,7 +140,7 @@ def _copied(past, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch
     R, H, own, d = k.shape
     cached = 0 if past is None else past[0].shape[2]
     cache = v.new_empty(R, H, cached + own, d), v.new_empty(R, H, cached + own, d)
-    if cached:
+    if past is not None and cached:
         for part, before in zip(cache, past, strict=True):
             part[:, :, :cached].copy_(before)
     return cache

@@ -3,6 +3,8 @@
 The first of two launches makes the scores.
 """
 
+# A launch takes options that the kernel does not name.
+# pyright: reportCallIssue=false
 from __future__ import annotations
 
 import torch
@@ -39,6 +41,7 @@ def select_tokens(
     moments = x.new_empty(R, L, 2, dtype=torch.float32)  # mean and 1 / sqrt(variance + eps)
     base = None if in_place else x.new_empty(R, L, C)
     weight = weight.contiguous()
+    selector: tuple[torch.Tensor | None, torch.Tensor | None] = weight, bias
     slots = keep if in_place else L
     tiles = select_tiles(architecture(x), R, slots, C)
     if not tiles.scores:
@@ -57,11 +60,10 @@ def select_tokens(
             num_warps=rows.warps,
             enable_fp_fusion=True,
         )
-        weight = bias = None
+        selector = None, None
     _select[(triton.cdiv(slots, tiles.rows * tiles.steps), R)](
         x,
-        weight,
-        bias,
+        *selector,
         scores,
         moments,
         scale,
@@ -86,7 +88,7 @@ def select_tokens(
         enable_fp_fusion=True,
         maxnreg=tiles.registers,
     )
-    return index, modulated, scores, x if in_place else base
+    return index, modulated, scores, x if base is None else base
 
 
 def normalize_modulate(

@@ -103,7 +103,7 @@ class LineParser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = LineParser("python -m actvar_kernels.compile_check", description=__doc__.split("\n\n")[0])
+    parser = LineParser("python -m actvar_kernels.compile_check", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES, metavar="ARCH")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS), metavar="MODEL")
     parser.add_argument("--quick", action="store_true", help="sm_80 and sm_90, d16 and d30, one batch and type each")

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 import triton
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = LineParser("python -m actvar_kernels.tools.tune", description=__doc__.split("\n\n")[0])
+    parser = LineParser("python -m actvar_kernels.tools.tune", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["d16", "d30"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], help="images (default 1 8 64)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -86,7 +87,7 @@ def measure(
             with using_expert_tiles(tile):
                 for schedule in SCHEDULES:
                     times[tile, schedule] = time(lambda run=run, schedule=schedule: run(schedule))
-        tile, schedule = min(times, key=times.get)
+        tile, schedule = min(times, key=times.__getitem__)
         name = str(dtype).removeprefix("torch.")
         yield Entry(
             name, tokens, channels, width, schedule, tile.rows, tile.down.columns, round(times[tile, schedule], 6)
@@ -109,7 +110,7 @@ def milliseconds(run: Callable[[], torch.Tensor]) -> float:
     """Return the median of a call's time on the GPU."""
     from triton.testing import do_bench
 
-    return do_bench(run, return_mode="median")
+    return cast(float, do_bench(run, return_mode="median"))
 
 
 def _capability(device: torch.device) -> int:

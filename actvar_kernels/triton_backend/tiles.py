@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import triton
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
+# Triton's annotations do not say that they give numbers for numbers.
+cdiv = cast(Callable[[int, int], int], triton.cdiv)
+next_power_of_2 = cast(Callable[[int], int], triton.next_power_of_2)
 
 
 def architecture(tensor: torch.Tensor) -> int:
@@ -19,7 +23,8 @@ def architecture(tensor: torch.Tensor) -> int:
     """
     if not tensor.is_cuda:
         return 80
-    capability = triton.runtime.driver.active.get_current_target().arch
+    target = triton.runtime.driver.active.get_current_target()
+    capability = target.arch  # pyright: ignore[reportAttributeAccessIssue] drivers give a target, their base does not
     return max((known for known in ARCHITECTURES if known <= capability), default=80)
 
 
@@ -58,7 +63,7 @@ def route_tiles(tokens: int, width: int) -> RowTiles:
         width: channels of a row.
     """
     if tokens >= 2048:
-        return RowTiles(rows=2, warps=max(1, triton.next_power_of_2(width) // 1024))
+        return RowTiles(rows=2, warps=max(1, next_power_of_2(width) // 1024))
     return RowTiles(rows=2 if width > 2048 else 1, warps=8)
 
 
@@ -98,18 +103,18 @@ def select_tiles(arch: int, sequences: int, rows: int, width: int) -> SelectTile
         width: channels of a row.
     """
     if sequences >= 128:
-        at_once = max(1, 8192 // triton.next_power_of_2(width))
-        parts = triton.cdiv(256, sequences)
+        at_once = max(1, 8192 // next_power_of_2(width))
+        parts = cdiv(256, sequences)
         # the compiler would spill to let two programs share a multiprocessor
         registers = 255 if arch in (86, 89, 120) else None
-        return SelectTiles(at_once, 8, triton.cdiv(rows, parts * at_once), scores=True, registers=registers)
+        return SelectTiles(at_once, 8, cdiv(rows, parts * at_once), scores=True, registers=registers)
     at_once, warps = row_tiles(sequences * rows, width)
     return SelectTiles(at_once, warps, steps=min(8, max(1, sequences * rows // (512 * at_once))), scores=False)
 
 
 def _row_tiles(tokens: int, width: int, numbers: int, programs: int) -> RowTiles:
     """Return tiles of at most about `numbers` elements a thread, with fewer rows below that many `programs`."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     warps = 4 if block <= 2048 else 8
     rows = max(1, 32 * warps * numbers // block)
     while rows > 1 and tokens < programs * rows:
@@ -146,11 +151,11 @@ def group_norm_tiles(images: int, positions: int, width: int) -> GroupNormTiles:
         width: channels of a pixel.
     """
     channels = width & -width
-    channels = min(128, channels if channels >= 16 else triton.next_power_of_2(width))
+    channels = min(128, channels if channels >= 16 else next_power_of_2(width))
     rows = 4096 // channels
-    parts = min(256, max(1, 8192 * channels // (images * width)), triton.cdiv(positions, rows))
-    part = triton.cdiv(triton.cdiv(positions, parts), rows) * rows
-    return GroupNormTiles(channels, rows, 4, triton.cdiv(positions, part), part)
+    parts = min(256, max(1, 8192 * channels // (images * width)), cdiv(positions, rows))
+    part = cdiv(cdiv(positions, parts), rows) * rows
+    return GroupNormTiles(channels, rows, 4, cdiv(positions, part), part)
 
 
 class AttentionTiles(NamedTuple):
@@ -281,9 +286,9 @@ def expert_ffn_tiles(
             return size
 
     def work(size: ExpertTiles) -> float:
-        programs = triton.cdiv(tokens, size.rows) * triton.cdiv(channels, size.down.columns)
+        programs = cdiv(tokens, size.rows) * cdiv(channels, size.down.columns)
         elements = size.rows * size.down.columns
-        return triton.cdiv(programs, MULTIPROCESSORS[arch]) * elements / (1 if elements >= 128 * 128 else 0.6)
+        return cdiv(programs, MULTIPROCESSORS[arch]) * elements / (1 if elements >= 128 * 128 else 0.6)
 
     return min(sizes, key=work)
 
@@ -346,7 +351,7 @@ def _columns(width: int, *choices: tuple[int, int]) -> tuple[int, int]:
     for columns, tail in choices:
         if width % (columns + tail) == 0:
             return columns, tail
-    return max(16, min(triton.next_power_of_2(width), choices[0][0])), 0
+    return max(16, min(next_power_of_2(width), choices[0][0])), 0
 
 
 def sampling_warps(block: int) -> int:

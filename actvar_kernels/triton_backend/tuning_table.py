@@ -12,7 +12,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple, TypeVar, get_type_hints
 
 import torch
 
@@ -61,6 +61,9 @@ class Table(NamedTuple):
     expert_ffn: tuple[Entry, ...]
 
 
+Fields = TypeVar("Fields", Entry, Table)
+
+
 def write_table(table: Table, path: Path) -> None:
     """Write the table; the file is complete or not there.
 
@@ -101,7 +104,7 @@ def read_table(path: Path) -> Table:
     return table._replace(expert_ffn=entries)
 
 
-def _of_fields(kind: type, content: object, where: str) -> NamedTuple:
+def _of_fields(kind: type[Fields], content: object, where: str) -> Fields:
     """Return a named tuple of a JSON object that has exactly its fields, each of its type."""
     if not isinstance(content, dict) or set(content) != set(kind._fields):
         found = ", ".join(sorted(content)) if isinstance(content, dict) else type(content).__name__

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, EXPERTS
 from actvar_kernels.tools.virtual.records import TensorInfo
 
-Arguments = Mapping[str, object]
+Arguments = Mapping[str, Any]
 # Share of the (tile, expert) blocks that run, given the tokens and the rows of a tile.
 Share = Callable[[int, int], float]
 

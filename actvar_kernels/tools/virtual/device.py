@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def fake_cuda_tensors() -> Iterator[None]:
     if not torch.cuda.is_available():
         _install_device_guard()
     pointer = FakeTensor.__dict__.get("data_ptr")
-    FakeTensor.data_ptr = lambda tensor: tensor.storage_offset() * tensor.element_size()
+    FakeTensor.data_ptr = _offset_in_storage
     try:
         with FakeTensorMode():
             yield
@@ -57,6 +58,11 @@ def fake_cuda_tensors() -> Iterator[None]:
             del FakeTensor.data_ptr
         else:
             FakeTensor.data_ptr = pointer
+
+
+def _offset_in_storage(self: Any) -> Any:
+    """Return the bytes before a tensor in its storage."""
+    return self.storage_offset() * self.element_size()
 
 
 def to_fake_cuda(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -119,7 +120,7 @@ def _unknown_triton(what: str) -> str:
 @contextmanager
 def active_driver(driver: VirtualDriver) -> Iterator[None]:
     """Make `driver` Triton's driver while the context is open."""
-    config = triton.runtime.driver
+    config = cast(Any, triton.runtime.driver)  # whose type does not tell what this module relies on
     if not hasattr(config, "_active"):
         raise RuntimeError(_unknown_triton("keeps its driver"))
     previous = config._active

@@ -9,8 +9,6 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
-import triton
-
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*)")
@@ -36,12 +34,14 @@ class Resources(NamedTuple):
 @functools.cache
 def resources(cubin: bytes) -> Resources:
     """Return what `cuobjdump` and `nvdisasm`, which come with Triton, say about a kernel's machine code."""
+    from triton import knobs
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        lines = _output(triton.knobs.nvidia.nvdisasm.path, "-c", file.name).splitlines()
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        lines = _output(knobs.nvidia.nvdisasm.path, "-c", file.name).splitlines()
+    registers, stack, local = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL"))
     loops = tuple(_count(lines[start:end]) for start, end in _product_loops(lines))
     return Resources(registers, stack, local, _count(lines), loops)
 
