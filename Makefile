@@ -82,9 +82,10 @@ triton-matrix: ## Interpreter tests and compile check on other releases of Trito
 		$$environment/bin/python -m actvar_kernels.compile_check --quick || exit 1; \
 	done
 
-lint: $(INSTALLED) ## Check style and formatting
+lint: $(INSTALLED) ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 format: $(INSTALLED) ## Mend style and formatting in place
 	$(BIN)/ruff check --fix-only .
