@@ -243,6 +243,8 @@ def forgotten(monkeypatch):
     """Let the kernels' libraries be looked for again, in the test and after it."""
     caches = (cpu.why_unavailable, cpu.available, cpu.library, cpu_kernel._why_not_loaded, cpu_kernel._loads)
     caches += (cpu_kernel.library,)
+    kernels = [module for name, module in sys.modules.items() if name.startswith("actvar_kernels.")]
+    caches += tuple(module._library for module in kernels if hasattr(getattr(module, "_library", None), "cache_clear"))
     for cached in caches:
         cached.cache_clear()
     yield
