@@ -51,7 +51,7 @@ def select_tokens(widen: Widen, x, weight, bias, scale, shift, keep, share_guida
         yield "index", result.index, index
         modulated = token_op.normalize_modulate(widen(gather_rows(x, index)), scale.double(), shift.double())
         yield "modulated rows", result.modulated, modulated
-        yield "base", result.base[left], x[left]
+        yield "base", result.rest[left], x[left]
 
     return parts
 

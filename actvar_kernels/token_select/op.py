@@ -26,14 +26,14 @@ class Selection(NamedTuple):
         index: `[R, K]` int64, ascending.
         modulated: `[R, K, C]`, the kept rows of x after LayerNorm and modulation, in x's dtype.
         scores: `[R, L]` float32; None where another block has chosen.
-        base: `[R, L, C]` in x's dtype: rows of x that were not kept, the others undefined. The scattering operations
+        rest: `[R, L, C]` in x's dtype: rows of x that were not kept, the others undefined. The scattering operations
             fill and return it.
     """
 
     index: torch.Tensor
     modulated: torch.Tensor
     scores: torch.Tensor | None
-    base: torch.Tensor
+    rest: torch.Tensor
 
 
 def select_tokens(

@@ -82,7 +82,7 @@ def test_blocks_write_into_their_input_only_where_no_hook_sees_it(hooked, monkey
 
     def selecting(x, *args, **kwargs):
         selected = select(x, *args, **kwargs)
-        seen.append(selected.base is x)
+        seen.append(selected.rest is x)
         return selected
 
     monkeypatch.setattr(selection, "select_tokens", selecting)

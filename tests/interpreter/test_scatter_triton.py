@@ -99,7 +99,7 @@ def test_what_was_selected_goes_back_to_where_it_came_from() -> None:
     weight, bias, modulation = normal(1, 20, seed=1).float(), torch.zeros(1), torch.zeros(2, 1, 20)
     selection = select_tokens(x, weight, bias, modulation, modulation, 6)
     rows = torch.stack([x[row, kept] for row, kept in enumerate(selection.index)])
-    out = scatter_rows(selection.base, selection.index, rows, rows, modulation)
+    out = scatter_rows(selection.rest, selection.index, rows, rows, modulation)
     assert torch.equal(out, x)
 
 

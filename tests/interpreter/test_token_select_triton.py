@@ -64,7 +64,7 @@ def assert_selects(selection: tuple[Tensor, ...], index: Tensor, x: Tensor, scal
     exact = exact_and_tolerance(reference.normalize_modulate, picked(x, index), scale, shift)
     assert_close(selection.modulated, *exact)
     dropped = torch.ones(x.shape[:2], dtype=torch.bool).scatter(1, index, False)
-    assert torch.equal(selection.base[dropped], x[dropped])
+    assert torch.equal(selection.rest[dropped], x[dropped])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -194,17 +194,17 @@ def test_in_place_nothing_is_copied_and_the_result_is_the_same(grid_order: str) 
     expected = select_tokens(x, weight, bias, scale, shift, 5)
     with torch.no_grad():
         selection = select_tokens(x, weight, bias, scale, shift, 5, in_place=True)
-    assert selection.base is x
+    assert selection.rest is x
     assert torch.equal(x, before)
     assert all(map(torch.equal, selection[:3], expected[:3]))
 
 
 def test_in_place_is_not_for_gradients_nor_for_channels_apart() -> None:
     x, weight, bias, scale, shift = inputs(2, 13, 20)
-    assert select_tokens(x.requires_grad_(), weight, bias, scale, shift, 5, in_place=True).base is not x
+    assert select_tokens(x.requires_grad_(), weight, bias, scale, shift, 5, in_place=True).rest is not x
     with torch.no_grad():
         apart = x.transpose(1, 2).contiguous().transpose(1, 2)
-        assert select_tokens(apart, weight, bias, scale, shift, 5, in_place=True).base is not apart
+        assert select_tokens(apart, weight, bias, scale, shift, 5, in_place=True).rest is not apart
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -105,7 +105,7 @@ def test_the_operations_take_the_code_on_the_cpu_and_without_gradients(monkeypat
     def everything() -> list[Tensor]:
         selected = select_tokens(x, weight[:1], bias[:1], scale, shift, 5)
         routed = add_normalize_route(*tensors, weight, bias, 3)
-        rest = scatter_rows(selected.base, index, routed.rows, update, gamma)
+        rest = scatter_rows(selected.rest, index, routed.rows, update, gamma)
         every = scatter_rows(None, None, routed.rows, update, gamma)
         alone = normalize_modulate(x, scale, shift), *add_normalize(*tensors)
         return [selected.index, selected.modulated, selected.scores, *routed, rest, every, *alone]

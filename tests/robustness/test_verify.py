@@ -146,7 +146,7 @@ FAULTS = {
         lambda r, a: r._replace(index=other_token(r.index, a["x"].shape[1])),
     ),
     "modulation": ("select_tokens", "modulated rows", lambda r, a: r._replace(modulated=nudged(r.modulated))),
-    "stale base": ("select_tokens", "base", lambda r, a: r._replace(base=torch.zeros_like(r.base))),
+    "stale base": ("select_tokens", "base", lambda r, a: r._replace(rest=torch.zeros_like(r.rest))),
     "attention": ("subset_attention", "output", lambda r, a: (nudged(r[0]), *r[1:])),
     "not a number": ("subset_attention", "output", lambda r, a: (r[0] * math.nan, *r[1:])),
     "precision": ("subset_attention", "shapes and dtypes", lambda r, a: (r[0].half(), *r[1:])),
