@@ -21,6 +21,7 @@ from actvar.models.arguments import checked_integer
 from actvar.models.vqvae import without_decoder
 from actvar.sparse.schedule import Scale, build_schedule
 from actvar.sparse.state import is_patched
+from actvar.utils.devices import device_of
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels.backend import using_backend
 
@@ -224,7 +225,7 @@ def sampling_flops(var: Any) -> int:
     formulas = counts.formulas() | {aten.convolution: lambda *_, **__: 0}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with using_backend("reference"), without_decoder(family_of(unwrapped(var)).autoencoder(unwrapped(var))), counter:
-        var.autoregressive_infer_cfg(1, 0, g_seed=0)
+        var.autoregressive_infer_cfg(1, torch.zeros(1, dtype=torch.int64, device=device_of(var)), g_seed=0)
     return counts.take().total
 
 

@@ -149,7 +149,7 @@ def choose(
     Args:
         operation: name for errors.
         tensors: all that the operation reads; the first is one, and says on which device it runs.
-        takes_triton: tells whether the Triton kernel takes the call; None: it takes every call.
+        takes_triton: tells whether the Triton kernel takes the call; None: there is no such kernel.
         limits: what the Triton kernel takes, for the error.
         why_not_in_cpp: tells why the C++ kernel does not take the call, or None; None: there is no such kernel.
         library_on_triton: the Triton backend leaves the operation to PyTorch, as the reference does.
@@ -169,7 +169,7 @@ def choose(
         if case == TORCH:
             return REFERENCE
         if first.is_cuda:
-            if triton_installed() and (takes_triton is None or takes_triton()):
+            if triton_installed() and takes_triton is not None and takes_triton():
                 name = "triton"
         elif case == DIRECT and first.is_cpu and why_not_in_cpp is not None and why_not_in_cpp() is None:
             name = "cpu"
@@ -183,7 +183,7 @@ def choose(
         )
     if name == "cpu":
         _expect_cpp(operation, first, why_not_in_cpp, recorded and not has_operator)
-    elif takes_triton is not None and not takes_triton():
+    elif takes_triton is None or not takes_triton():
         takes = f" (it takes {limits})" if limits else ""
         raise BackendUnavailableError(
             f"{operation} has no 'triton' backend here{takes}; available: reference. "

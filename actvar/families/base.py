@@ -2,6 +2,9 @@
 
 A family is stateless. Every patched block keeps its family at `block.actvar.family`, so nothing else has to know it.
 
+A block of every family is `x = x + gamma1 * attention(norm(x) * (1 + scale1) + shift1)`, then what `Family.between`
+adds, then `x = x + gamma2 * ffn(norm(x) * (1 + scale2) + shift2)`. The norm is a LayerNorm without weights.
+
 Models and blocks are annotated `Any`. Their classes may be those of other people's code, so no class names the
 attributes that a family reads; `Family.mismatch` checks these attributes at run time.
 """
@@ -125,7 +128,7 @@ class Cache(Protocol):
         ...
 
     @property
-    def key(self) -> Tensor | None:
+    def version(self) -> Tensor | None:
         """Return a tensor that every write replaces, so that its identity tells a change; None for an empty cache."""
         ...
 
@@ -161,7 +164,11 @@ class Family(Protocol):
 
     # the model
     def mismatch(self, model: Any) -> str | None:
-        """Return why `model` is not of this family, or None if it is."""
+        """Return why `model` is not of this family, or None if it is.
+
+        A family whose blocks may have another norm or activation checks `NORM_EPS` of `actvar_kernels.constants`, and
+        that the FFN is linear, GELU by tanh, linear, both with biases: the experts compute that.
+        """
         ...
 
     def has_draw_and_decode(self, model: Any) -> bool:
@@ -250,7 +257,10 @@ class Family(Protocol):
         ...
 
     def parts_called(self, block: Any) -> dict[str, Called]:
-        """Return the parts of a block that kernels must not read, by `NORM`, `MODULATION` and so on."""
+        """Return the parts of a block that kernels must not read, by `NORM`, `MODULATION` and so on.
+
+        `actvar.utils.plain_layers` says of a layer whether a hook, an adapter or another class forbids it.
+        """
         ...
 
     def packed_weights(self, block: Any) -> list[Tensor | None]:
@@ -262,11 +272,15 @@ class Family(Protocol):
         ...
 
     def modulation(self, block: Any, cond: Any) -> tuple[Tensor, ...]:
-        """Return AdaLN's gamma1, gamma2, scale1, scale2, shift1 and shift2 under `cond`, each `[R, 1, C]`."""
+        """Return AdaLN's gamma1, gamma2, scale1, scale2, shift1 and shift2 under `cond`, each `[R, 1, C]`.
+
+        Without AdaLN gamma is 1, scale the norm's weight less 1, and shift its bias. Kernels keep the result for the
+        next scale where `cond` is the same object.
+        """
         ...
 
     def qkv_bias(self, block: Any) -> Tensor:
-        """Return the bias of queries, keys and values, `[3C]`."""
+        """Return the bias of queries, keys and values, `[3C]`; zeros without one."""
         ...
 
     def project(
@@ -345,47 +359,5 @@ class Family(Protocol):
 
         Raises:
             TypeError: a layer of the FFN is more than its weight.
-        """
-        ...
-
-
-class PatchedState(Protocol):
-    """Describe what a `model_mixin` reads of the patch at `self.actvar`, an `actvar.sparse.state.PatchState`."""
-
-    config: Any
-    execution: Any
-    seed: Tensor | None
-    rows_are_guided: bool
-
-    def begin_pass(self, model: Any) -> None:
-        """Begin a teacher-forced pass through `model`.
-
-        Raises:
-            ValueError: the blocks are not those that were patched.
-        """
-        ...
-
-    def end_pass(self) -> None:
-        """End the pass that `begin_pass` began."""
-        ...
-
-    def sampling(self, model: Any, in_place: bool) -> AbstractContextManager[None]:
-        """Sample with guidance while the context is open; the K/V caches are empty afterwards.
-
-        Args:
-            model: the patched model.
-            in_place: a block may write its result into its input.
-        """
-        ...
-
-    def begin_head(self, model: Any, tokens: int) -> None:
-        """Look at the head's layers before a call of the head on `tokens` tokens a row."""
-        ...
-
-    def expect_own_blocks(self, model: Any) -> None:
-        """Check that the blocks of `model` are those that were patched, in their order.
-
-        Raises:
-            ValueError: they are not.
         """
         ...

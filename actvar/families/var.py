@@ -22,15 +22,14 @@ from actvar.families.base import (
     Rows,
     Sizes,
 )
+from actvar.families.defaults import BaseFamily
 from actvar.families.var_layers import class_with_forward, is_known, linear_called, parts_called
-from actvar.families.var_model import PatchedVAR
+from actvar.families.var_mixin import PatchedVAR
 from actvar.models.transformer_block import MAX_LOG_SCALE, TransformerBlock
 from actvar.models.var import VAR
-from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, expert_ffn, gelu_linear, linear, linear_once
 from actvar_kernels.constants import NORM_EPS
-from actvar_kernels.situation import are_plain
 
 SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 REQUIRED_OF_MODEL = ("blocks", "patch_nums", "autoregressive_infer_cfg", "head", "head_nm")
@@ -48,12 +47,11 @@ REQUIRED_OF_BLOCK = (
 )
 
 
-class VARFamily:
+class VARFamily(BaseFamily):
     """Answer for VAR; `actvar.families.base.Family` describes the methods."""
 
     name = "VAR (actvar.models.VAR or the class of the public VAR code)"
     model_mixin: type = PatchedVAR
-    has_between = False
     hidden_axes: Mapping[str, int] = {"ffn.fc1.weight": 0, "ffn.fc1.bias": 0, "ffn.fc2.weight": 1}
     weight_kinds: Sequence[tuple[str, str]] = (
         (".attn.mat_qkv.", "qkv"),
@@ -246,9 +244,6 @@ class VARFamily:
             return proj(out)
         return linear(out, proj.weight, proj.bias)
 
-    def between(self, block: Any, rows: Tensor, at: Rows, call: BlockCall) -> Tensor:
-        return rows
-
     def dense_ffn(self, block: Any, u: Tensor, num_experts: int) -> Tensor:
         """Return the FFN of `u` `[R, K, C]`: in C++ as experts that are all on, on CUDA by `gelu_linear`."""
         if FFN in _called(block):
@@ -260,9 +255,6 @@ class VARFamily:
         if not u.is_cuda or torch.is_grad_enabled() or u.dtype != fc1_weight.dtype or torch.is_autocast_enabled("cuda"):
             return block.ffn(u)
         return F.linear(gelu_linear(u.flatten(0, 1), fc1_weight, fc1_bias), fc2_weight, fc2_bias).view_as(u)
-
-    def called_ffn(self, block: Any, u: Tensor) -> Tensor:
-        return block.ffn(u)
 
     def ffn_module(self, block: Any) -> Any:
         return block.ffn
@@ -282,16 +274,6 @@ class VARFamily:
         fc1, fc2 = block.ffn.fc1, block.ffn.fc2
         return fc1.weight, fc1.bias, fc2.weight, fc2.bias
 
-    def reordered_hidden(self, block: Any, order: Tensor) -> dict[nn.Parameter, Tensor]:
-        axes = {}
-        for name, axis in self.hidden_axes.items():
-            layer, leaf = block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            weight = layer._parameters.get(leaf)
-            if own_class(layer) is not nn.Linear or weight is None or not are_plain(weight):
-                raise TypeError(f"{name}: expected a plain layer, whose hidden units can be reordered, got {layer}")
-            axes[weight] = axis
-        return {weight: weight.index_select(axis, order.to(weight.device)) for weight, axis in axes.items()}
-
 
 class AttentionCache(NamedTuple):
     """Read and write the K/V cache that a block of VAR keeps in its attention module; see `base.Cache`."""
@@ -308,7 +290,7 @@ class AttentionCache(NamedTuple):
         return 0 if past is None else past[0].shape[2]
 
     @property
-    def key(self) -> Tensor | None:
+    def version(self) -> Tensor | None:
         return self.attn.cached_k
 
     def start(self) -> None:

@@ -69,7 +69,7 @@ class BlockCache:
 
     def __init__(self):
         self.state: SampleState | None = None
-        self.key: Tensor | None = None
+        self.version: Tensor | None = None
         self.kv_buffer: KVBuffer | None = None
 
     def take_kv_buffer(self, shape: tuple[int, ...], like: Tensor) -> KVBuffer:
@@ -88,7 +88,7 @@ class BlockCache:
     def continued(self, block: Any, cond: Any) -> SampleState:
         """Return the state that the previous scale kept where `cond` is still its condition, otherwise a new one."""
         state = self.state
-        is_next = _is_sampling(block) and self.key is not None and self.key is _key(block)
+        is_next = _is_sampling(block) and self.version is not None and self.version is _version(block)
         if is_next and state is not None and state.cond is cond:
             if MODULATION in block.actvar.called:  # the dense model calls AdaLN at every scale
                 state.modulation = _modulation(block, cond)
@@ -99,13 +99,13 @@ class BlockCache:
         """Keep `state` for the scale after `scale`; call it after the block's K/V cache was written."""
         goes_on = _is_sampling(block) and not scale.is_last
         self.state = state if goes_on else None
-        self.key = _key(block) if goes_on else None
+        self.version = _version(block) if goes_on else None
         if scale.is_last and block.actvar.shared.keeps_kv_buffer:
             self.kv_buffer = state.kv_buffer
 
     def forget(self) -> None:
         """Free the state that is kept between two scales."""
-        self.state = self.key = None
+        self.state = self.version = None
 
     def __deepcopy__(self, _memo) -> BlockCache:
         return BlockCache()
@@ -114,9 +114,9 @@ class BlockCache:
         return BlockCache, ()
 
 
-def _key(block: Any) -> Tensor | None:
+def _version(block: Any) -> Tensor | None:
     """Return the tensor that identifies the K/V cache at the next scale."""
-    return block.actvar.family.cache(block).key
+    return block.actvar.family.cache(block).version
 
 
 def _is_sampling(block: Any) -> bool:

@@ -200,8 +200,8 @@ class PatchState:
             known = ", ".join(f"{t} after {c}" for t, c in self.by_shape[block])
             raise ValueError(
                 f"expected the tokens of one scale with the K/V cache of the scales before it ({known} cached rows), "
-                f"got {tokens} tokens after {cached}. Enable caching with block.attn.kv_caching(True) before the first "
-                "scale, or pass attn_bias for teacher forcing."
+                f"got {tokens} tokens after {cached}. Start the K/V caches, with block.attn.kv_caching(True), before "
+                "the first scale, or pass attn_bias for teacher forcing."
             )
         return scale
 

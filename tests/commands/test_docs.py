@@ -12,7 +12,7 @@ import torch
 from support.helpers import PAGES, ROOT
 
 from actvar import ActVARConfig, apply_patch, read_adapter_config, save_adapter
-from actvar.families.var_model import PatchedVAR
+from actvar.families.var_mixin import PatchedVAR
 from actvar.models import build_vae_var
 
 SNIPPETS = [

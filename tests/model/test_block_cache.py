@@ -77,7 +77,7 @@ def test_weights_changed_between_two_samples_count(block):
 def test_nothing_is_kept_after_the_last_scale(tiny_var):
     apply_patch(tiny_var, SPARSE)
     sample(tiny_var)
-    assert all(block.actvar.cache.state is None and block.actvar.cache.key is None for block in tiny_var.blocks)
+    assert all(block.actvar.cache.state is None and block.actvar.cache.version is None for block in tiny_var.blocks)
 
 
 def test_copies_and_pickles_keep_nothing(block):
@@ -85,7 +85,7 @@ def test_copies_and_pickles_keep_nothing(block):
     assert block.actvar.cache.state is not None
     for other in (copy.deepcopy(block.actvar.cache), pickle.loads(pickle.dumps(block.actvar.cache))):
         assert other.state is None
-        assert other.key is None
+        assert other.version is None
 
 
 def test_the_room_begins_with_the_cache_and_is_made_once(block):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.helpers import make_tiny_var
 
-import actvar.families.var_model
+import actvar.families.var_mixin
 import actvar.patching.patch
 import actvar.sparse.block
 import actvar.sparse.selection
@@ -212,7 +212,7 @@ def break_backend(monkeypatch) -> Callable[[str, Callable], Callable]:
         for name in OPERATIONS:
             caller = actvar.sparse.block if hasattr(actvar.sparse.block, name) else actvar.sparse.selection
             monkeypatch.setattr(caller, name, as_triton(getattr(caller, name)))
-        monkeypatch.setattr(actvar.families.var_model, "normalize_modulate", as_triton(normalize_modulate))
+        monkeypatch.setattr(actvar.families.var_mixin, "normalize_modulate", as_triton(normalize_modulate))
 
         def load(dtype: torch.dtype) -> torch.nn.Module:
             var = tiny(dtype)

@@ -102,7 +102,7 @@ def expect_free(var: nn.Module) -> None:
         assert block.attn.cached_v is None
         if hasattr(block, "actvar"):
             assert block.actvar.cache.state is None
-            assert block.actvar.cache.key is None
+            assert block.actvar.cache.version is None
 
 
 # Training that is killed

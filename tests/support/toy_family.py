@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actvar.families.base import BlockCall, Called, Embedded, OnScale, Rows, Sizes
+from actvar.families.defaults import BaseFamily
 
 MAPS = ((1, 1), (1, 2), (2, 3), (3, 5))
 CODE_SIZE, CODES, CLASSES, TEXT_TOKENS = 4, 24, 6, 3
@@ -217,7 +218,7 @@ class ToyCache(NamedTuple):
         return 0 if self.attention.cached is None else self.attention.cached[0].shape[2]
 
     @property
-    def key(self) -> Tensor | None:
+    def version(self) -> Tensor | None:
         return None if self.attention.cached is None else self.attention.cached[0]
 
     def start(self) -> None:
@@ -233,7 +234,7 @@ class ToyCache(NamedTuple):
         self.attention.cached = keys, values
 
 
-class ToyFamily:
+class ToyFamily(BaseFamily):
     """Answers of `ToyModel`; the methods are described in `actvar.families.base.Family`."""
 
     name = "toy"
@@ -245,12 +246,6 @@ class ToyFamily:
     def mismatch(self, model: nn.Module) -> str | None:
         return None if isinstance(model, ToyModel) else "expected a ToyModel"
 
-    def has_draw_and_decode(self, _model: nn.Module) -> bool:
-        return False
-
-    def loop_is_ours(self, _model: nn.Module) -> bool:
-        return False
-
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         return model.layers
 
@@ -260,10 +255,6 @@ class ToyFamily:
     def sizes(self, model: nn.Module) -> Sizes:
         up = model.layers[0].feed_forward.up
         return Sizes(up.in_features, up.out_features, CODE_SIZE, CODES, shares_modulation=True)
-
-    def recorded_sizes(self, model: nn.Module) -> dict[str, int | list[int]]:
-        sizes = self.sizes(model)
-        return {"depth": len(model.layers), "width": sizes.width, "hidden": sizes.hidden, "tokens": TOKENS}
 
     def autoencoder(self, model: nn.Module) -> nn.Module:
         return model.codes[0]
@@ -316,12 +307,6 @@ class ToyFamily:
             inputs.append(codes.inputs(scale + 1, features))
         return torch.cat(inputs, dim=1)
 
-    def head_called(self, _model: nn.Module) -> str | None:
-        return None
-
-    def packed_head(self, _model: nn.Module) -> list[Tensor | None]:
-        return []
-
     def block_call(
         self, x: Tensor, condition: Tensor, text: Tensor, scale: int | None, mask: Tensor | None
     ) -> BlockCall:
@@ -332,9 +317,6 @@ class ToyFamily:
 
     def parts_called(self, _block: nn.Module) -> dict[str, Called]:
         return {}
-
-    def packed_weights(self, block: nn.Module) -> list[Tensor | None]:
-        return [block.feed_forward.up.weight]
 
     def cache(self, block: nn.Module) -> ToyCache:
         return ToyCache(block.self_attention)
@@ -354,14 +336,8 @@ class ToyFamily:
         device = queries_from.device
         return rotated(q, queries_at.positions(device)), rotated(k, keys_at.positions(device)), v
 
-    def head_scale(self, _block: nn.Module) -> Tensor | None:
-        return None
-
     def attention_scale(self, block: nn.Module) -> float:
         return block.self_attention.scale
-
-    def called_attention(self, _block: nn.Module, _u: Tensor, _mask: Tensor | None) -> Tensor:
-        raise AssertionError("no part of a toy is called")
 
     def attention_output(self, block: nn.Module, out: Tensor) -> Tensor:
         return block.self_attention.out(out)
@@ -369,25 +345,9 @@ class ToyFamily:
     def between(self, block: nn.Module, rows: Tensor, _at: Rows, call: BlockCall) -> Tensor:
         return rows + block.cross_attention.over_text(block.cross_norm(rows), call.context)
 
-    def dense_ffn(self, block: nn.Module, u: Tensor, _num_experts: int) -> Tensor:
-        return block.feed_forward(u)
-
     def ffn_module(self, block: nn.Module) -> nn.Module:
         return block.feed_forward
-
-    def set_ffn_module(self, block: nn.Module, ffn: nn.Module) -> None:
-        block.feed_forward = ffn
-
-    def pruned_ffn(self, block: nn.Module, units: Tensor) -> nn.Module:
-        raise NotImplementedError
-
-    def called_ffn(self, block: nn.Module, u: Tensor) -> Tensor:
-        return block.feed_forward(u)
 
     def ffn_weights(self, block: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         up, down = block.feed_forward.up, block.feed_forward.down
         return up.weight, up.bias, down.weight, down.bias
-
-    def reordered_hidden(self, block: nn.Module, order: Tensor) -> dict[nn.Parameter, Tensor]:
-        axes = {block.get_parameter(name): axis for name, axis in self.hidden_axes.items()}
-        return {weight: weight.index_select(axis, order) for weight, axis in axes.items()}

@@ -18,7 +18,7 @@ from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, linear, normalize_modulate, sample_tokens
 
 if TYPE_CHECKING:
-    from actvar.families.base import PatchedState
+    from actvar.families.patched_state import PatchedState
 
     _Base = VAR  # the class behind the mixin; the public code's has these attributes and methods too
 else:

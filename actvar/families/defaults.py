@@ -1,0 +1,101 @@
+"""The answers that most families share; a family inherits them and adds its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from actvar.families.base import BlockCall, Rows, Sizes
+from actvar.utils.class_swap import own_class
+from actvar_kernels.situation import are_plain
+
+
+class BaseFamily:
+    """Answer what is the same for most families; `actvar.families.base.Family` describes the methods."""
+
+    has_between = False
+    hidden_axes: Mapping[str, int]
+
+    def has_draw_and_decode(self, model: Any) -> bool:
+        """Return False: a patch leaves the drawing and the decoding to the model."""
+        return False
+
+    def loop_is_ours(self, model: Any) -> bool:
+        """Return False: the sampling loop may read a block's input again."""
+        return False
+
+    def sizes(self, model: Any) -> Sizes:
+        """Return the sizes of the model; every family has its own."""
+        raise NotImplementedError
+
+    def maps(self, model: Any) -> tuple[tuple[int, int], ...]:
+        """Return height and width of the token map of every scale; every family has its own."""
+        raise NotImplementedError
+
+    def recorded_sizes(self, model: Any) -> dict[str, int | list[int]]:
+        """Return width, hidden units, and heights and widths of the token maps."""
+        sizes = self.sizes(model)
+        sides = [side for token_map in self.maps(model) for side in token_map]
+        return {"width": sizes.width, "hidden": sizes.hidden, "maps": sides}
+
+    def head_called(self, model: Any) -> str | None:
+        """Return None: no kernel reads the head."""
+        return None
+
+    def packed_head(self, model: Any) -> list[Tensor | None]:
+        """Return nothing: no kernel reads the head."""
+        return []
+
+    def packed_weights(self, block: Any) -> list[Tensor | None]:
+        """Return all matrices of the block; those without a packed copy cost nothing."""
+        return [parameter for parameter in block.parameters() if parameter.ndim == 2]
+
+    def head_scale(self, block: Any) -> Tensor | None:
+        """Return None: queries and keys are not normalised."""
+        return None
+
+    def called_attention(self, block: Any, u: Tensor, mask: Tensor | None) -> Tensor:
+        """Refuse: the family's `parts_called` never names the attention."""
+        raise NotImplementedError
+
+    def between(self, block: Any, rows: Tensor, at: Rows, call: BlockCall) -> Tensor:
+        """Return `rows` as they are: there is no such layer."""
+        return rows
+
+    def ffn_module(self, block: Any) -> Any:
+        """Return the FFN's module; every family has its own."""
+        raise NotImplementedError
+
+    def called_ffn(self, block: Any, u: Tensor) -> Tensor:
+        """Return the output of `ffn_module` for `u` `[R, K, C]`."""
+        return self.ffn_module(block)(u)
+
+    def dense_ffn(self, block: Any, u: Tensor, num_experts: int) -> Tensor:
+        """Return the output of `ffn_module` for `u` `[R, K, C]`."""
+        return self.called_ffn(block, u)
+
+    def set_ffn_module(self, block: Any, ffn: nn.Module) -> None:
+        """Refuse: no baseline exchanges FFNs of this family."""
+        raise NotImplementedError
+
+    def pruned_ffn(self, block: Any, units: Tensor) -> Any:
+        """Refuse: no baseline prunes FFNs of this family."""
+        raise NotImplementedError
+
+    def reordered_hidden(self, block: Any, order: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Return the tensors of `hidden_axes` with their values in the new order.
+
+        Raises:
+            TypeError: a layer of the FFN is more than its weight.
+        """
+        axes: dict[nn.Parameter, int] = {}
+        for name, axis in self.hidden_axes.items():
+            path, _, leaf = name.rpartition(".")
+            layer = block.get_submodule(path)
+            weight = layer._parameters.get(leaf)
+            if own_class(layer) is not nn.Linear or weight is None or not are_plain(weight):
+                raise TypeError(f"{name}: expected a plain layer, whose hidden units can be reordered, got {layer}")
+            axes[weight] = axis
+        return {weight: weight.index_select(axis, order.to(weight.device)) for weight, axis in axes.items()}

@@ -1,0 +1,50 @@
+"""List what the mixin of a patched model reads and calls of the patch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class PatchedState(Protocol):
+    """Describe what a `model_mixin` reads of the patch at `self.actvar`, an `actvar.sparse.state.PatchState`."""
+
+    config: Any
+    execution: Any
+    seed: Tensor | None
+    rows_are_guided: bool
+
+    def begin_pass(self, model: Any) -> None:
+        """Begin a teacher-forced pass through `model`.
+
+        Raises:
+            ValueError: the blocks are not those that were patched.
+        """
+        ...
+
+    def end_pass(self) -> None:
+        """End the pass that `begin_pass` began."""
+        ...
+
+    def sampling(self, model: Any, in_place: bool) -> AbstractContextManager[None]:
+        """Sample with guidance while the context is open; the K/V caches are empty afterwards.
+
+        Args:
+            model: the patched model.
+            in_place: a block may write its result into its input; False is always right.
+        """
+        ...
+
+    def begin_head(self, model: Any, tokens: int) -> None:
+        """Look at the head's layers before a call of the head on `tokens` tokens a row."""
+        ...
+
+    def expect_own_blocks(self, model: Any) -> None:
+        """Check that the blocks of `model` are those that were patched, in their order.
+
+        Raises:
+            ValueError: they are not.
+        """
+        ...
