@@ -220,7 +220,7 @@ def wanda_units(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1), s
 
 
 SCORES = {"magnitude": magnitude_units, "wanda": wanda_units}
-"""By name, functions of a model and the rate, which choose the units that stay."""
+"""Functions of a model and the rate by name; they choose the units that stay."""
 
 
 def _largest(values: torch.Tensor, rate: float) -> torch.Tensor:

@@ -31,7 +31,7 @@ TURNS = dict(
         start=2,
     )
 )
-"""By EXIF orientation, the turn that brings an image upright; orientation 1 is upright."""
+"""The turn that brings an image upright, by EXIF orientation; orientation 1 is upright."""
 
 
 def load_image(path: Path, side: int, channels: int) -> torch.Tensor:

@@ -166,8 +166,8 @@ class Family(Protocol):
     def mismatch(self, model: Any) -> str | None:
         """Return why `model` is not of this family, or None if it is.
 
-        A family whose blocks may have another norm or activation checks `NORM_EPS` of `actvar_kernels.constants`, and
-        that the FFN is linear, GELU by tanh, linear, both with biases: the experts compute that.
+        Experts compute a linear layer, GELU by tanh and a linear layer, both layers with biases. Norms have the
+        `NORM_EPS` of `actvar_kernels.constants`. A family whose blocks may differ from that checks it here.
         """
         ...
 

@@ -12,7 +12,7 @@ from actvar_kernels.cpu_backend import cpu, memory
 from actvar_kernels.cpu_backend.packing import packed
 
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.6875, -0.6875, 1.5, -1.5)}
-"""Where polynomials are multiplied, by the outputs of a tile; infinity comes last. Those of 4 err little."""
+"""Points at which polynomials are multiplied, by the outputs of a tile; infinity comes last. Those of 4 err little."""
 
 
 def conv3x3(

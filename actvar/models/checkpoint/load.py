@@ -119,11 +119,11 @@ def describe_checkpoint(path: PathLike, key: str | Sequence[str] | None = None) 
     """Describe what a checkpoint holds; `path` and `key` are those of `load_var`.
 
     Returns:
-        `kind` (`"var"` or `"autoencoder"`), `key` (where in the file it is, empty for the top level), its sizes under
-        the names of `build_vae_var` (a transformer also has `heads`, an autoencoder the `scales` it was trained with,
-        None where the file does not tell), `parameters` (their number, without buffers), `bytes` (of all tensors),
-        `dtypes` (name -> number of tensors) and `not_finite` (names of weights that hold NaN or infinity, with which
-        no model is loaded). Values are JSON-compatible.
+        a dictionary of JSON-compatible values: `kind` is `"var"` or `"autoencoder"`, and `key` the place in the file,
+        empty for the top level. Sizes have the names of `build_vae_var`. A transformer also has `heads`, and an
+        autoencoder the `scales` that it was trained with, or None. `parameters` counts them without buffers, `bytes`
+        is the size of all tensors, and `dtypes` the number of tensors by dtype. `not_finite` names weights that hold
+        NaN or infinity, with which no model is loaded.
 
     Raises:
         CheckpointError, FileNotFoundError, ImportError, TypeError: as in `load_var`, but not for values that are not

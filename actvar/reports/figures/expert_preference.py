@@ -23,7 +23,7 @@ from actvar.zoo import load_pretrained
 from actvar.zoo.fashion_mnist.data import CLASSES
 
 Shares = dict[int, np.ndarray]
-"""By step, from 0, the share of tokens that want each expert, `[blocks, classes, N]`; NaN where the FFN is dense."""
+"""Share by step, from 0, of the tokens that want each expert, `[blocks, classes, N]`; NaN where the FFN is dense."""
 
 
 def figure5(folder: Path, adapter: str = "paper", per_class: int = 8) -> list[Path]:
