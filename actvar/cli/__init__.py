@@ -1,6 +1,7 @@
-"""Run the commands `actvar sample`, `inspect`, `evaluate`, `distill`, `calibrate`, `verify`, `flops` and `info`.
+"""Run the commands of `actvar`, such as `actvar sample`.
 
-Each command has a module with a function `add_to`, which adds its options, and a function `run`.
+Each command has a module of its name with a function `add_options`, which adds its options to its parser, and a
+function `run`. The module is imported only for its command, since torch takes seconds.
 """
 
 from __future__ import annotations
@@ -8,15 +9,23 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from importlib import import_module
 from typing import NoReturn
 
-import torch
-
-from actvar.cli import calibrate, distill, evaluate, flops, info, inspect, sample, verify
+from actvar import __version__
 from actvar.cli.streams import forgiving_streams
-from actvar_kernels import BackendUnavailableError
 
-COMMANDS = (sample, inspect, evaluate, distill, calibrate, verify, flops, info)
+COMMANDS = {
+    "sample": "sample images; --compare also times dense against ActVAR",
+    "inspect": "one image from inside, as an HTML page: scales, tokens, experts, cost",
+    "evaluate": "quality, time and FLOPs of ActVAR beside other methods; resumes",
+    "distill": "train an adapter; run the same command again to go on with it",
+    "calibrate": "make an adapter without data or training, in minutes",
+    "verify": "check a checkpoint with ActVAR; exit code 1 if anything differs",
+    "flops": "FLOPs by module and step; exit code 1 if torch counts other ones",
+    "info": "describe a checkpoint or adapter, or, without a file, this installation",
+}
+"""What each command is for, by its name."""
 OPTION_OF = {"g_seed": "seed", "num_experts": "experts", "token_rates": "rates", "ffn_rate": "rates"}
 """Names of options, without the dashes, for arguments of functions that have another name."""
 OUT_OF_MEMORY = "expected less at a time than the memory has room for; give smaller numbers"
@@ -30,6 +39,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (try {self.prog} --help)\n")
 
 
+class _CommandParser(_Parser):
+    """Read the options of a command, whose module is imported when the command is given."""
+
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Import the command's module, add its options, and read them."""
+        command = import_module(f"actvar.cli.{self.prog.split()[-1]}")
+        command.add_options(self)
+        self.set_defaults(run=command.run)
+        return super().parse_known_args(args, namespace)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the `actvar` command.
 
@@ -40,28 +60,57 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: the words after `actvar`; None for those of the process.
     """
     with forgiving_streams():
-        _run(arguments)
+        try:
+            _run(arguments)
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            raise SystemExit(130) from None
+
+
+def top_parser() -> argparse.ArgumentParser:
+    """Return the parser of `actvar` and the names of its commands, without the modules of the commands."""
+    parser = _Parser(prog="actvar", description="Sample pretrained VAR image generators faster with ActVAR.")
+    parser.add_argument("--version", "-V", action="version", version=f"actvar {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", parser_class=_CommandParser)
+    for name, purpose in COMMANDS.items():
+        commands.add_parser(name, help=purpose)
+    return parser
 
 
 def _run(arguments: list[str] | None) -> None:
-    """Parse `arguments`, and run the command that they name."""
+    """Parse `arguments`, and run the command that they name, or print the help where they name none."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parser = _Parser(prog="actvar", description="Sample pretrained VAR image generators faster with ActVAR.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for command in COMMANDS:
-        command.add_to(commands)
+    parser = top_parser()
     options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return
     try:
         options.run(options)
         sys.stdout.flush()
-    except (ValueError, TypeError, OSError, ImportError, BackendUnavailableError) as error:
-        parser.exit(2, f"actvar {options.command}: {_in_words_of(options, ' '.join(str(error).split()))}\n")
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        parser.exit(2, f"actvar {options.command}: {_in_words_of(options, _in_one_line(error))}\n")
     except (MemoryError, RuntimeError) as error:
-        if not _is_about_memory(error):
-            raise
-        parser.exit(2, f"actvar {options.command}: {OUT_OF_MEMORY} ({' '.join(str(error).split()) or 'MemoryError'})\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted\n")
+        parser.exit(2, f"actvar {options.command}: {_about_a_lack(error)}\n")
+
+
+def _about_a_lack(error: Exception) -> str:
+    """Return one line about a lack of memory or of a backend; raise any other error again."""
+    # Imported late, as the commands are. A command that raised such an error has imported torch already.
+    from torch import OutOfMemoryError
+
+    from actvar_kernels import BackendUnavailableError
+
+    if isinstance(error, BackendUnavailableError):
+        return _in_one_line(error)
+    if isinstance(error, MemoryError | OutOfMemoryError) or "can't allocate memory" in str(error):
+        return f"{OUT_OF_MEMORY} ({_in_one_line(error) or 'MemoryError'})"
+    raise error
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return the message of an error with spaces in place of line breaks."""
+    return " ".join(str(error).split())
 
 
 def _in_words_of(options: argparse.Namespace, message: str) -> str:
@@ -71,8 +120,3 @@ def _in_words_of(options: argparse.Namespace, message: str) -> str:
     if not colon or not all(hasattr(options, name) for name in given):
         return message
     return ", ".join(dict.fromkeys(f"--{name.replace('_', '-')}" for name in given)) + colon + rest
-
-
-def _is_about_memory(error: Exception) -> bool:
-    """Return whether an error says that there is too little memory."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -24,9 +24,8 @@ from actvar.cli.options import (
 )
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add the command `calibrate` and its options to `commands`."""
-    command = commands.add_parser("calibrate", help="make an adapter without data or training, in minutes")
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of `calibrate` to its parser."""
     add_source(command, adapter=None)
     add_dtype(command)
     command.add_argument(
@@ -45,7 +44,6 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--images", type=at_once, default=16, help="samples to fit to (default 16)")
     command.add_argument("--cfg", type=number, default=1.5, help="guidance strength of the samples (default 1.5)")
     command.add_argument("--seed", type=integer, default=0, help="of the samples (default 0)")
-    command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -30,9 +30,8 @@ from actvar.training.processes import launched_processes, rank
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER, WHERE_FROM
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add the command `distill` and its options to `commands`."""
-    command = commands.add_parser("distill", help="train an adapter; run the same command again to go on with it")
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of `distill` to its parser."""
     add_source(command)
     command.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast (default fp32)")
     command.add_argument(
@@ -67,7 +66,6 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     how.add_argument("--clip", type=number, default=1.0, help="largest norm of the gradient (default 1)")
     how.add_argument("--cfg", type=number, default=GUIDANCE, help="guidance that --recipe guided is for (default 1.5)")
     how.add_argument("--seed", type=integer, default=0, help="of order and noise (default 0)")
-    command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -24,9 +24,8 @@ from actvar.models.checkpoint import usable_device
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add the command `evaluate` and its options to `commands`."""
-    command = commands.add_parser("evaluate", help="quality, time and FLOPs of ActVAR beside other methods; resumes")
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of `evaluate` to its parser."""
     add_source(command, adapter=None)
     add_dtype(command)
     command.add_argument(
@@ -47,7 +46,6 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--plot", type=Path, help="PNG file to draw quality over time to")
     command.add_argument("--npz", type=Path, help="folder for the images of each method, for OpenAI's evaluator")
-    command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -10,16 +10,14 @@ from actvar.cli.options import add_rates, describe, expect_file, positive, with_
 from actvar.reports.flops import AGREEMENT, MODEL_NAMES, flops_report, save_plot
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add the command `flops` and its options to `commands`."""
-    command = commands.add_parser("flops", help="FLOPs by module and step; exit code 1 if torch counts other ones")
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of `flops` to its parser."""
     command.add_argument("--model", choices=MODEL_NAMES, required=True, help="an official size, or the bundled model")
     add_rates(command)
     command.add_argument("--batch", type=positive, default=1, help="images (default 1)")
     command.add_argument("--paper", action="store_true", help="also the savings of the paper's tables, row by row")
     command.add_argument("--json", type=Path, help="file to write every figure to")
     command.add_argument("--plot", type=Path, help="PNG file to draw FLOPs by module and step to")
-    command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

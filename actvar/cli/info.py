@@ -20,17 +20,13 @@ from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.sampling import cpu_kernel
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add the command `info` and its options to `commands`."""
-    command = commands.add_parser(
-        "info", help="describe a checkpoint or adapter, or, without a file, this installation"
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of `info` to its parser."""
     command.add_argument(
         "file", nargs="?", help="a file, a folder of safetensors shards, or owner/repo[@revision]:file on the hub"
     )
     command.add_argument("--key", help="which state dict of a checkpoint that has several, e.g. trainer.var_wo_ddp")
     command.add_argument("--json", action="store_true", help="print JSON")
-    command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

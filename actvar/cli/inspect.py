@@ -25,18 +25,14 @@ from actvar.reports.inspection import inspect_sample, save_page
 from actvar.sampling.request import Sampling
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add the command `inspect` and its options to `commands`."""
-    command = commands.add_parser(
-        "inspect", help="one image from inside, as an HTML page: scales, tokens, experts, cost"
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of `inspect` to its parser."""
     add_source(command, "best")
     add_dtype(command)
     command.add_argument("--label", "--class", type=integer, required=True, help="the image's class, e.g. 7")
     add_draw(command)
     command.add_argument("--repeats", type=positive, default=5, help="timed runs of each way (default 5)")
     command.add_argument("--out", type=Path, default=Path("inspect.html"), help="the page (default inspect.html)")
-    command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -34,9 +34,8 @@ from actvar.sampling.shards import Bulk, sample_many, write_npz
 from actvar.utils.pictures import save_grid
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add the command `sample` and its options to `commands`."""
-    command = commands.add_parser("sample", help="sample images; --compare also times dense against ActVAR")
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of `sample` to its parser."""
     add_source(command, "best")
     add_dtype(command)
     what = command.add_argument_group("images")
@@ -53,7 +52,6 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     many.add_argument("--num", type=positive, help="so many images of all classes together, as shards; resumes")
     many.add_argument("--batch", type=at_once, help="images per batch and shard (default 50)")
     many.add_argument("--npz", type=Path, help="file to write all of them to, shuffled, for OpenAI's evaluator")
-    command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -26,9 +26,8 @@ from actvar.verify.run import verify
 from actvar_kernels.backend import BACKENDS
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add the command `verify` and its options to `commands`."""
-    command = commands.add_parser("verify", help="check a checkpoint with ActVAR; exit code 1 if anything differs")
+def add_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of `verify` to its parser."""
     add_source(command)
     command.add_argument("--dtype", nargs="+", choices=DTYPES, default=[], help="besides fp32, which is always checked")
     command.add_argument(
@@ -38,7 +37,6 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--batch", type=at_once, default=1, help="images per sample (default 1)")
     command.add_argument("--public-var", type=Path, help="clone of the public VAR code: its class must agree as well")
     command.add_argument("--json", type=Path, help="file to write every comparison to")
-    command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:

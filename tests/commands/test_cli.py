@@ -187,7 +187,6 @@ def test_a_key_chooses_within_the_trainers_file(trainers_file, tmp_path, capsys)
         (["info", "/dev/null"], "expected a checkpoint file"),
         (["info", __file__], "expected a file name that ends in"),
         (["info", "missing.pth"], "missing.pth"),
-        ([], "command"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, capsys):
