@@ -19,8 +19,8 @@ from actvar.cli.options import (
     integer,
     load_to_sample,
     positive,
-    warn_without_adapter,
 )
+from actvar.patching.patch import warn_untrained
 from actvar.reports.inspection import inspect_sample, save_page
 from actvar.sampling.request import Sampling
 
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = Sampling((options.label,), options.cfg, options.top_k, options.top_p, options.seed)
     var, config, adapter = load_to_sample(options, sampling.labels, "--label")
     if adapter is None:
-        warn_without_adapter(config)
+        warn_untrained(config, "run actvar calibrate first, then give its file as --adapter")
     inspection = inspect_sample(var, config, adapter, sampling, options.repeats)
     facts = (
         f"{options.model or Path(options.var).name}, {options.dtype}",

@@ -16,7 +16,6 @@ import actvar
 from actvar.models import VAR, VQVAE
 from actvar.models.checkpoint import usable_device
 from actvar.patching.adapter import read_adapter_config
-from actvar.patching.patch import warn_untrained
 from actvar.utils.files import replacing
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import WEIGHTS, adapter_path, bundled_adapters
@@ -120,11 +119,6 @@ def load_to_sample(
     return var, actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter), adapter
 
 
-def warn_without_adapter(config: actvar.ActVARConfig) -> None:
-    """Log that a model is used without an adapter, and which command makes one."""
-    warn_untrained(config, "run actvar calibrate first, then give its file as --adapter")
-
-
 def class_name(options: argparse.Namespace, label: int) -> str:
     """Return the name of a class for the title of a picture."""
     return CLASSES[label] if options.model else f"class {label}"
@@ -174,7 +168,10 @@ def expect_folder(option: str, folder: Path | None) -> None:
     if folder is None:
         return
     if folder.suffix.lower() in FILE_SUFFIXES and not folder.is_dir():
-        raise ValueError(f"{option}: expected a folder, in which files get names of their own, got the file {folder}")
+        raise ValueError(
+            f"{option}: expected a folder, in which files get names of their own, got the file {folder}; give "
+            f"{folder.with_suffix('')} instead"
+        )
     _expect_folder(option, folder, folder)
 
 

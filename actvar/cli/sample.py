@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from actvar.cli.options import (
+    DTYPES,
     MOST_AT_ONCE,
+    adapter_of,
     add_draw,
     add_dtype,
+    add_rates,
     add_source,
     at_once,
     check_source,
@@ -24,10 +29,13 @@ from actvar.cli.options import (
     load_to_sample,
     of_process,
     positive,
-    warn_without_adapter,
+    with_rates,
 )
+from actvar.config import DENSE, ActVARConfig
+from actvar.execution import SAMPLERS, Execution
 from actvar.models import VAR
-from actvar.patching.patch import patched_silently
+from actvar.patching.adapter import describe_adapter
+from actvar.patching.patch import patched_silently, warn_untrained
 from actvar.reports.compare import compare, save_pictures
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many, write_npz
@@ -42,9 +50,27 @@ def add_options(command: argparse.ArgumentParser) -> None:
     what.add_argument("--labels", "--classes", type=labels_of, help="e.g. 0-9 or 207,980 (default for --num: all)")
     what.add_argument("--per-class", type=at_once, help="images per class (default 1)")
     add_draw(what)
-    command.add_argument("--dense", action="store_true", help="sample without ActVAR")
-    command.add_argument("--compare", action="store_true", help="dense and ActVAR with the same seed, side by side")
-    command.add_argument("--repeats", type=positive, default=5, help="timed runs of each (default 5)")
+    way = command.add_argument_group("way of sampling (default: ActVAR)").add_mutually_exclusive_group()
+    way.add_argument("--dense", action="store_true", help="sample without ActVAR, by PyTorch")
+    way.add_argument("--accelerate", action="store_true", help="the dense model's images, on the kernels; no adapter")
+    way.add_argument(
+        "--compare", action="store_true", help="dense and ActVAR with the same seed: pictures, then a table of times"
+    )
+    command.add_argument(
+        "--repeats",
+        type=positive,
+        default=1,
+        help="timed runs of each way for --compare, after one to warm up; their median is shown (default 1, the "
+        "soonest to end; 5 for steadier times)",
+    )
+    add_rates(command)
+    how = command.add_argument_group("execution, for ActVAR and --accelerate (default: what the adapter recommends)")
+    how.add_argument("--sampler", choices=SAMPLERS, help="how tokens are drawn; fast: in one kernel, other images")
+    how.add_argument(
+        "--decoder-dtype",
+        choices=[name for name, dtype in DTYPES.items() if dtype != torch.float32],
+        help="decode images in half precision, which changes them slightly",
+    )
     command.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to (default samples)")
     many = command.add_argument_group(
         "many images; by 2 processes: torchrun --nproc-per-node 2 -m -- actvar sample ..."
@@ -60,10 +86,12 @@ def run(options: argparse.Namespace) -> None:
     _check_images(options)
     sampling = Sampling(options.labels or (), options.cfg, options.top_k, options.top_p, options.seed)
     var, config, adapter = load_to_sample(options, sampling.labels, "--labels")
-    if adapter is None and not options.dense:
-        warn_without_adapter(config)
+    config = with_rates(config, options.rates)
+    execution = _execution(options, adapter)
+    if adapter is None and not options.dense and not options.accelerate:
+        warn_untrained(config, "run actvar calibrate first, or use --accelerate")
     if options.num:
-        with contextlib.nullcontext() if options.dense else patched_silently(var, config, adapter):
+        with _sampled_as_asked(options, var, config, adapter, execution):
             _sample_many(var, sampling, options)
         return
     per_class = options.per_class or 1
@@ -71,25 +99,51 @@ def run(options: argparse.Namespace) -> None:
     sampling = replace(sampling, labels=labels)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.compare:
-        result = compare(var, config, adapter, sampling, options.repeats)
         titles = [class_name(options, label) for label in labels]
-        written = save_pictures(var, config, adapter, sampling, options.out, per_class, titles)
+        _say_written(save_pictures(var, config, adapter, sampling, options.out, per_class, titles, execution))
+        result = compare(var, config, adapter, sampling, options.repeats, execution)
         print(f"{len(labels)} images, cfg {options.cfg}, {options.dtype}, {torch.get_num_threads()} threads,", end=" ")
         print(f"median of {options.repeats}; {describe(config)}")
         print(result.table())
-    elif options.dense:
-        written = [save_grid(sampling.run(var), options.out / "dense.png", per_class)]
-    else:
-        with patched_silently(var, config, adapter):
-            written = [save_grid(sampling.run(var), options.out / "actvar.png", per_class)]
-    print("wrote " + ", ".join(str(path) for path in written))
+        return
+    name = "dense.png" if options.dense else "accelerated.png" if options.accelerate else "actvar.png"
+    with _sampled_as_asked(options, var, config, adapter, execution):
+        _say_written([save_grid(sampling.run(var), options.out / name, per_class)])
+
+
+def _say_written(files: list[Path]) -> None:
+    """Print the names of files at once, since what comes next may take long."""
+    print("wrote " + ", ".join(map(str, files)), flush=True)
+
+
+def _sampled_as_asked(
+    options: argparse.Namespace, var: VAR, config: ActVARConfig, adapter: Path | None, execution: Execution | None
+) -> AbstractContextManager[nn.Module | None]:
+    """Return a context in which `var` samples as --dense, --accelerate or neither says."""
+    if options.dense:
+        return contextlib.nullcontext()
+    if options.accelerate:
+        return patched_silently(var, DENSE, None, execution)
+    return patched_silently(var, config, adapter, execution)
+
+
+def _execution(options: argparse.Namespace, adapter: Path | None) -> Execution | None:
+    """Return the Execution of the options, beside what the adapter recommends; None where no option is given."""
+    given: dict[str, str] = {}
+    if options.sampler:
+        given["sampler"] = options.sampler
+    if options.decoder_dtype:
+        given["decoder_dtype"] = str(DTYPES[options.decoder_dtype]).removeprefix("torch.")
+    if not given:
+        return None
+    recommended = None if adapter is None or options.accelerate else describe_adapter(adapter)["execution"]
+    return replace(recommended if isinstance(recommended, Execution) else Execution(), **given)
 
 
 def _check_images(options: argparse.Namespace) -> None:
     """Raise a ValueError if options of a few images and of many are mixed, or contradict each other."""
     expect_folder("--out", options.out)
-    if options.dense and options.compare:
-        raise ValueError("--dense samples without ActVAR; leave it out for --compare")
+    _check_way(options)
     if options.num:
         if options.compare or options.per_class:
             raise ValueError("--num draws shards; leave out --compare and --per-class")
@@ -100,6 +154,21 @@ def _check_images(options: argparse.Namespace) -> None:
         raise ValueError("--labels: say which classes to draw, e.g. 0-9, or how many images of all of them with --num")
     elif len(options.labels) * (options.per_class or 1) > MOST_AT_ONCE:
         raise ValueError(f"--per-class: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
+
+
+def _check_way(options: argparse.Namespace) -> None:
+    """Raise a ValueError if options of ActVAR or of the kernels are given for a way of sampling without them."""
+    if options.dense and (options.sampler or options.decoder_dtype):
+        raise ValueError("--dense samples by PyTorch; for --sampler and --decoder-dtype give --accelerate instead")
+    if options.accelerate and options.adapter:
+        raise ValueError("--accelerate draws the dense model's images; leave it out for --adapter")
+    if options.rates and (options.dense or options.accelerate):
+        raise ValueError("--rates: expected neither --dense nor --accelerate, which compute all tokens and experts")
+    if options.rates and adapter_of(options, "best") is None:
+        raise ValueError(
+            "--rates: expected an adapter, whose selectors and routers choose so many tokens and experts, got none; "
+            "run actvar calibrate, and give its file as --adapter"
+        )
 
 
 def _sample_many(var: VAR, sampling: Sampling, options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from actvar.config import DENSE, ActVARConfig
+from actvar.execution import Execution
 from actvar.families import family_of
 from actvar.flops import counted_flops, model_flops, total_flops
 from actvar.models.arguments import checked_integer
@@ -74,7 +75,12 @@ class Comparison:
 
 
 def compare(
-    var: nn.Module, config: ActVARConfig, adapter: str | Path | None, sampling: Sampling, repeats: int
+    var: nn.Module,
+    config: ActVARConfig,
+    adapter: str | Path | None,
+    sampling: Sampling,
+    repeats: int,
+    execution: Execution | None = None,
 ) -> Comparison:
     """Measure the dense model, the same on the kernels, and with ActVAR, in turn.
 
@@ -84,6 +90,7 @@ def compare(
         adapter: file of the gates; None for gates without training.
         sampling: the images to draw.
         repeats: of every measurement, whose median is taken.
+        execution: of ActVAR and of the dense model on the kernels; None for what the adapter recommends.
 
     Raises:
         TypeError: repeats that are no integer.
@@ -106,7 +113,7 @@ def compare(
     batch = len(sampling.labels)
     formula = {"dense": total_flops(model_flops(var, batch))}
     counted = {"dense": total_flops(counted_flops(var, batch))}
-    with patched_silently(var, config, adapter):  # patched once, so that packed weights of the adapter stay
+    with patched_silently(var, config, adapter, execution):  # patched once, so that packed weights of the adapter stay
         seconds = interleaved_medians(all_ways(var, whole), repeats, "whole samples")
         block_times = interleaved_medians(all_ways(var, blocks), repeats, "blocks")
         formula["actvar"] = total_flops(model_flops(var, batch))
@@ -144,6 +151,7 @@ def save_pictures(
     folder: Path,
     columns: int,
     titles: Sequence[str],
+    execution: Execution | None = None,
 ) -> list[Path]:
     """Write `dense.png`, `actvar.png`, `difference.png` and, where tokens are selected, `tokens.png`.
 
@@ -155,12 +163,13 @@ def save_pictures(
         folder: of the pictures.
         columns: images per row of the grids.
         titles: a label per image, for the token overlay, which shows the first image of up to five rows.
+        execution: of ActVAR; None for what the adapter recommends.
 
     Returns:
         The files.
     """
     dense = sampling.run(var)
-    with patched_silently(var, config, adapter), record(var) as records:
+    with patched_silently(var, config, adapter, execution), record(var) as records:
         sparse = sampling.run(var)
         selects = any(scale.select for scale in patch_state(var).schedule)
     grids = {"dense": dense, "actvar": sparse, "difference": (dense - sparse).abs()}

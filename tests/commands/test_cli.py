@@ -201,7 +201,7 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, capsys
 def test_an_untrained_comparison_says_so_once(files, tmp_path, caplog):
     run(files, "--labels", "0", "--compare", "--repeats", "1", "--out", str(tmp_path))
     (warning,) = [r.message for r in caplog.records if "untrained" in r.message]
-    assert warning.endswith("run actvar calibrate first, then give its file as --adapter")
+    assert warning.endswith("run actvar calibrate first, or use --accelerate")
 
 
 def test_the_module_runs_as_a_program(files):

@@ -1,0 +1,146 @@
+"""Ways of sampling by `actvar sample`, their order, and where they write."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.helpers import make_tiny_var
+
+import actvar
+from actvar.cli import main
+from actvar.models import VAR
+from actvar.reports.compare import compare
+
+MODEL = ["--model", "fashion-mnist"]
+SMALL = ["--model", "fashion-mnist-small"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> list[str]:
+    """The options for a tiny model's checkpoints, which no adapter comes with."""
+    folder = tmp_path_factory.mktemp("model")
+    var = make_tiny_var()
+    torch.save(var.state_dict(), folder / "var.pth")
+    torch.save(var.vae_proxy[0].state_dict(), folder / "vae.pth")
+    return ["--var", str(folder / "var.pth"), "--vae", str(folder / "vae.pth")]
+
+
+def pixels(file) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image).astype(int)
+
+
+@pytest.fixture
+def patches(monkeypatch) -> list[tuple[actvar.ActVARConfig, actvar.Execution] | None]:
+    """The configuration and Execution of each sample that is drawn, or None for a model without a patch."""
+    found, infer = [], VAR.autoregressive_infer_cfg
+
+    def noted(self, *args, **kwargs):
+        state = getattr(self, "actvar", None)
+        found.append(state and (state.config, state.execution))
+        return infer(self, *args, **kwargs)
+
+    monkeypatch.setattr(VAR, "autoregressive_infer_cfg", noted)
+    return found
+
+
+def test_accelerate_draws_the_dense_images_on_the_kernels(checkpoint, tmp_path, caplog, patches):
+    for way in ("--dense", "--accelerate"):
+        main(["sample", *checkpoint, way, "--labels", "0-3", "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["accelerated.png", "dense.png"]
+    assert abs(pixels(tmp_path / "accelerated.png") - pixels(tmp_path / "dense.png")).max() <= 1
+    dense, (config, execution) = patches
+    assert dense is None
+    assert not config.is_sparse
+    assert execution == actvar.Execution()
+    assert caplog.records == []
+
+
+def test_shards_of_the_accelerated_model_are_not_continued_by_the_dense_one(tmp_path, capsys):
+    command = ["sample", *SMALL, "--num", "10", "--batch", "10", "--out", str(tmp_path)]
+    main([*command, "--accelerate"])
+    with pytest.raises(SystemExit):
+        main([*command, "--dense"])
+    assert "made with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["--accelerate", "--cfg=1"])
+def test_options_of_execution_and_rates_reach_the_model(way, tmp_path, patches):
+    options = ["--sampler", "fast", "--decoder-dtype", "bf16"]
+    rates = [] if way == "--accelerate" else ["--rates", "0.25", "0.5", "0.75"]
+    main(["sample", *MODEL, "--labels", "1", way, *options, *rates, "--out", str(tmp_path)])
+    ((config, execution),) = patches
+    assert execution == actvar.Execution(sampler="fast", decoder_dtype="bfloat16")
+    if rates:
+        assert (config.token_rates, config.ffn_rate) == ((0.25, 0.5), 0.75)
+
+
+def test_an_option_of_execution_keeps_what_the_adapter_recommends_else(tmp_path, patches):
+    _, var = actvar.load_pretrained("fashion-mnist", adapter="best")
+    file = tmp_path / "adapter.safetensors"
+    actvar.save_adapter(var, file, execution=actvar.Execution(decoder_dtype="bfloat16"))
+    for option in ([], ["--sampler", "fast"]):
+        main(["sample", *MODEL, "--adapter", str(file), "--labels", "1", *option, "--out", str(tmp_path)])
+    assert [execution for _, execution in patches] == [
+        actvar.Execution(decoder_dtype="bfloat16"),
+        actvar.Execution(sampler="fast", decoder_dtype="bfloat16"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--accelerate", "--dense"], "argument --dense: not allowed with argument --accelerate"),
+        (["--accelerate", "--compare"], "argument --compare: not allowed with argument --accelerate"),
+        (["--accelerate", "--adapter", "best"], "leave it out for --adapter"),
+        (["--accelerate", "--rates", "0.5", "0.5"], "--rates: expected neither --dense nor --accelerate"),
+        (["--dense", "--rates", "0.5", "0.5"], "--rates: expected neither --dense nor --accelerate"),
+        (["--dense", "--sampler", "fast"], "give --accelerate instead"),
+        (["--dense", "--decoder-dtype", "bf16"], "give --accelerate instead"),
+        (["--rates", "0.5", "0.5"], "run actvar calibrate, and give its file as --adapter"),
+        (["--sampler", "slow"], "invalid choice: 'slow'"),
+        (["--decoder-dtype", "fp32"], "invalid choice: 'fp32'"),
+        (["--out", "new/x.png"], "got the file new/x.png; give new/x instead"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_read(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", "--var", "no.pth", "--vae", "no.pth", "--labels", "0", *arguments])
+    error = capsys.readouterr().err
+    assert (stopped.value.code, error.count("\n")) == (2, 1)
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_are_there_and_named_before_anything_is_timed(checkpoint, tmp_path, capsys, monkeypatch):
+    def checked(var, config, adapter, sampling, repeats, execution):
+        assert "wrote " in capsys.readouterr().out
+        assert {path.name for path in tmp_path.iterdir()} >= {"dense.png", "actvar.png", "difference.png"}
+        assert repeats == 1, "the default, so that the command ends soon"
+        return compare(var, config, adapter, sampling, repeats, execution)
+
+    monkeypatch.setattr("actvar.cli.sample.compare", checked)
+    main(["sample", *checkpoint, "--labels", "0", "--compare", "--out", str(tmp_path)])
+    assert "whole sample, ms" in capsys.readouterr().out
+
+
+def test_folders_above_every_output_are_made(tmp_path):
+    new = tmp_path / "new"
+    main(["sample", *MODEL, "--labels", "0", "--dense", "--out", str(new / "pictures" / "of")])
+    calibrated = new / "calibrated" / "adapter.safetensors"
+    main(["calibrate", *SMALL, "--images", "4", "--uniform", "--out", str(calibrated)])
+    distilled = new / "distilled" / "adapter.safetensors"
+    how = ["--stage", "1", "--data", "none", "--samples", "10", "--batch", "10", "--epochs", "1"]
+    main(["distill", *SMALL, *how, "--out", str(distilled)])
+    plot, json = new / "plots" / "flops.png", new / "json" / "flops.json"
+    main(["flops", "--model", "fashion-mnist", "--plot", str(plot), "--json", str(json)])
+    _, var = actvar.load_pretrained("fashion-mnist", adapter="best")
+    saved = new / "saved" / "adapter.safetensors"
+    actvar.save_adapter(var, saved)
+    for file in (new / "pictures" / "of" / "dense.png", calibrated, distilled, plot, json, saved):
+        assert file.stat().st_size > 0
