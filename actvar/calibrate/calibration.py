@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from actvar.calibrate.fit import HELD_OUT, BlockFit, fit_block
 from actvar.calibrate.rates import expect_budget, rates_under_budget
@@ -23,6 +22,7 @@ from actvar.patching.patch import patch_silently, remove_patch
 from actvar.sampling.token_maps import sampled_inputs
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.schedule import Scale, build_schedule
+from actvar.utils.progress import progress
 from actvar.utils.wrappers import unwrapped
 
 BATCH = 8
@@ -86,7 +86,7 @@ def calibrate(
     stream = [_embedded(model, *batch) for batch in batches]
     fits: list[BlockFit] = []
     scales = _active_scales(config, family.maps(model))
-    for block in tqdm(blocks_of(model), desc="blocks"):
+    for block in progress(blocks_of(model), desc="blocks"):
         fit = fit_block(family, block, stream, scales, config.num_experts, cluster)
         stream = fit.after
         fits.append(fit._replace(after=[]))

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from actvar.config import ActVARConfig
 from actvar.evaluate.divergence import token_divergence
 from actvar.families import blocks_of, family_of
 from actvar.families.base import BlockCall
 from actvar.sparse.schedule import build_schedule
+from actvar.utils.progress import progress
 
 TOKEN_RATE, FFN_RATE = 0.75, 0.5
 """Rates that are tried, one of the two in one block at a time."""
@@ -56,7 +56,7 @@ def divergence_per_block(
             block.actvar.schedule = schedules[0]
         expected = run(0, call)
         found = []
-        for index, block in enumerate(tqdm(blocks, desc="sensitivity")):
+        for index, block in enumerate(progress(blocks, desc="sensitivity")):
             divergences = []
             for schedule in schedules[1:]:
                 block.actvar.schedule = schedule

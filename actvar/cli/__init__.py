@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from typing import NoReturn
 
@@ -43,9 +44,10 @@ class _CommandParser(_Parser):
     """Read the options of a command, whose module is imported when the command is given."""
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Import the command's module, add its options, and read them."""
+        """Import the command's module, add its options and --quiet, and read them."""
         command = import_module(f"actvar.cli.{self.prog.split()[-1]}")
         command.add_options(self)
+        self.add_argument("--quiet", action="store_true", help="no progress bars, and no line about the device")
         self.set_defaults(run=command.run)
         return super().parse_known_args(args, namespace)
 
@@ -85,8 +87,11 @@ def _run(arguments: list[str] | None) -> None:
     if options.command is None:
         parser.print_help()
         return
+    from actvar.utils.progress import quiet  # imported late, as the commands are
+
     try:
-        options.run(options)
+        with quiet() if options.quiet else nullcontext():
+            options.run(options)
         sys.stdout.flush()
     except (ValueError, TypeError, OSError, ImportError) as error:
         parser.exit(2, f"actvar {options.command}: {_in_words_of(options, _in_one_line(error))}\n")

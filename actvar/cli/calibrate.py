@@ -19,6 +19,7 @@ from actvar.cli.options import (
     load,
     number,
     positive,
+    say_device,
     with_rates,
     write_json,
 )
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
     if options.out.suffix == ".json":
         raise ValueError(f"--out: expected the adapter's name, such as adapter.safetensors, got {options.out}")
     config = with_rates(actvar.ActVARConfig(num_experts=options.experts), options.rates)
+    say_device(options)
     _, var = load(options, DTYPES[options.dtype])
     begin = time.perf_counter()
     report = calibrate(var, config, images=options.images, seed=options.seed, cfg=options.cfg, uniform=options.uniform)

@@ -19,6 +19,7 @@ from actvar.cli.options import (
     load,
     number,
     positive,
+    say_device,
     with_rates,
 )
 from actvar.distill.data import GUIDANCE, source_of
@@ -94,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
     how = Distillation(**given, recipe=RECIPES[options.recipe], bf16=options.dtype == "bf16")
     with launched_processes(usable_device(options.device)) as device:
         options.device = str(device)
+        say_device(options)
         vae, var = load(options, torch.float32)
         source = source_of(
             data,

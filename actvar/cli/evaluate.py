@@ -18,6 +18,7 @@ from actvar.cli.options import (
     expect_folder,
     load,
     positive,
+    say_device,
     write_json,
 )
 from actvar.models.checkpoint import usable_device
@@ -67,6 +68,7 @@ def run(options: argparse.Namespace) -> None:
         raise ImportError(f"{error}; install the packages of evaluation: pip install actvar[eval]") from error
     names = ("num", "seed", "repeats", "batch", "cfg", "top_k", "top_p", "rounds")
     how = Evaluation(**{name: getattr(options, name) for name in names})
+    say_device(options)
     vae, var = load(options, DTYPES[options.dtype])
     placement = dict(device=usable_device(options.device), dtype=DTYPES[options.dtype])
     methods = chosen_methods(options.methods, methods_of(options.model, **placement))

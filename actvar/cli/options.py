@@ -53,7 +53,11 @@ def add_source(command: argparse.ArgumentParser, adapter: str | None = "paper") 
         source.add_argument(
             "--adapter", help=f"adapter file, or the name of a bundled one (default for --model: {adapter})"
         )
-    source.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
+    source.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1, ... (default cuda where there is one, otherwise cpu)",
+    )
 
 
 def add_dtype(command: argparse.ArgumentParser) -> None:
@@ -86,6 +90,12 @@ def check_source(options: argparse.Namespace) -> None:
         raise ValueError("--key chooses within the files of --var and --vae; leave it out with --model")
 
 
+def say_device(options: argparse.Namespace) -> None:
+    """Print the device, once for all processes of torchrun, unless --quiet is given."""
+    if not options.quiet and of_process("RANK", 0) == 0:
+        print(f"device {options.device}", flush=True)
+
+
 def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[VQVAE, VAR]:
     """Load autoencoder and transformer in `dtype`, on the device of --device or the one that torchrun gives."""
     if torch.cuda.is_available():
@@ -109,6 +119,7 @@ def load_to_sample(
     Raises:
         ValueError: the model does not have such a class, or so many tokens.
     """
+    say_device(options)
     _, var = load(options, DTYPES[options.dtype])
     if options.top_k > var.V:
         raise ValueError(f"--top-k: the model has {var.V} tokens to choose from, got {options.top_k}")

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from actvar.distill.image_folder import find_images
 from actvar.distill.images import load_image
@@ -26,6 +25,7 @@ from actvar.training.plan import SEEDS
 from actvar.training.processes import barrier, rank, world_size
 from actvar.utils.devices import device_of
 from actvar.utils.files import replacing
+from actvar.utils.progress import progress
 from actvar.zoo.fashion_mnist.data import load_labels, load_split
 
 BATCH = 64
@@ -205,7 +205,7 @@ def cached_tokens(source: Source, var: VAR, folder: Path) -> torch.Tensor:
         barrier()
         tokens = np.load(partial, mmap_mode="r+")
         starts = range(rank() * BATCH, count, world_size() * BATCH)
-        for start in tqdm(starts, desc="token maps", disable=rank() != 0):
+        for start in progress(starts, desc="token maps", hidden=rank() != 0):
             stop = min(start + BATCH, count)
             if (tokens[start:stop] == MISSING).any():
                 tokens[start:stop] = source.tokens_of(start, stop).cpu().numpy()

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from actvar.distill.images import check_image
 from actvar.training.processes import rank, world_size
 from actvar.utils.files import replacing
+from actvar.utils.progress import progress
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 SHOWN = 10
@@ -223,7 +223,7 @@ def _reasons(files: Sequence[Path], side: int, channels: int) -> Iterator[tuple[
 
     with (
         ThreadPoolExecutor() as pool,
-        tqdm(total=len(files), desc="checking images", unit="image", disable=rank() != 0) as bar,
+        progress(total=len(files), desc="checking images", unit="image", hidden=rank() != 0) as bar,
     ):
         for start in range(0, len(files), CHUNK):
             chunk = files[start : start + CHUNK]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
 
 import actvar
 from actvar.evaluate.methods import Method
@@ -29,6 +28,7 @@ from actvar.sampling.timing import seconds_of
 from actvar.utils.devices import device_of
 from actvar.utils.files import replacing
 from actvar.utils.fingerprint import model_fingerprint
+from actvar.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def evaluate(
     if quality and how.num < FEWEST_IMAGES:
         raise ValueError(f"num: expected at least {FEWEST_IMAGES} images to compare, got {how.num}")
     results = []
-    for method in tqdm(methods, desc="methods"):
+    for method in progress(methods, desc="methods"):
         with method.applied(var):
             facts = {
                 "method": method.name,
@@ -231,7 +231,7 @@ def image_seconds(var: VAR, methods: Sequence[Method], how: Evaluation) -> list[
     sampling = Sampling(labels, how.cfg, how.top_k, how.top_p, how.seed)
     device = device_of(var)
     seconds: list[list[float]] = [[] for _ in methods]
-    with tqdm(total=how.rounds * len(methods), desc="timing") as bar:
+    with progress(total=how.rounds * len(methods), desc="timing") as bar:
         for _ in range(how.rounds):
             for method, method_seconds in zip(methods, seconds, strict=True):
                 with method.applied(var):

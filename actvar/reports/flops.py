@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from actvar.config import DENSE, ActVARConfig
 from actvar.families import family_of
@@ -19,6 +18,7 @@ from actvar.models import VAR, VQVAE, build_vae_var
 from actvar.patching.patch import patch_silently
 from actvar.reports.paper_tables import FIXED_FLOPS_PER_ROW, ROWS, Reproduced, reproduce
 from actvar.utils.pictures import COLOURS, save_figure
+from actvar.utils.progress import progress
 from actvar.zoo.fashion_mnist import architecture
 from actvar_kernels.operations.shapes import HEAD_DIM, MODELS
 
@@ -112,7 +112,7 @@ def flops_report(model: str, config: ActVARConfig, batch: int, paper: bool) -> F
     """
     vae, var = shapes_of(model)
     formula, counted = {}, {}
-    for name, patch_config in tqdm({"dense": DENSE, "actvar": config}.items(), desc="counting", leave=False):
+    for name, patch_config in progress({"dense": DENSE, "actvar": config}.items(), desc="counting", leave=False):
         patch_silently(var, patch_config)
         formula[name], counted[name] = model_flops(var, batch), counted_flops(var, batch)
     rows = reproduce({name: shapes_of(name)[1] for name in {row.model for row in ROWS}}) if paper else []

@@ -19,7 +19,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
-from tqdm import tqdm
 
 from actvar.families import family_of
 from actvar.models import VAR
@@ -28,6 +27,7 @@ from actvar.sampling.request import Sampling
 from actvar.utils.files import replacing
 from actvar.utils.fingerprint import model_fingerprint
 from actvar.utils.pictures import pixel_values
+from actvar.utils.progress import progress
 from actvar.utils.wrappers import unwrapped
 
 MANIFEST = "manifest.json"
@@ -128,7 +128,7 @@ def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, process
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, _settings(var, bulk))
     mine = range(rank, bulk.shards, processes)
-    with tqdm(total=bulk.count_of(mine), desc="sampling", unit="image", disable=rank != 0) as bar:
+    with progress(total=bulk.count_of(mine), desc="sampling", unit="image", hidden=rank != 0) as bar:
         for shard in mine:  # not listed first, since there may be very many
             if not _is_complete(folder, bulk, shard):
                 images = bulk.run(var, shard)
@@ -182,7 +182,7 @@ def write_npz(folder: Path, bulk: Bulk, file: Path) -> None:
     with replacing(file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             np.lib.format.write_array_header_1_0(stream, header)
-            for image in tqdm(order.tolist(), desc=file.name, unit="image"):
+            for image in progress(order.tolist(), desc=file.name, unit="image"):
                 pixels = _image(folder, bulk, image)
                 stream.write(np.broadcast_to(pixels, (height, width, 3)).tobytes())
         with archive.open("arr_1.npy", "w") as stream:

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from actvar.families import family_of
 from actvar.utils.devices import device_of
+from actvar.utils.progress import progress
 from actvar.utils.wrappers import unwrapped
 
 Measured = TypeVar("Measured")
@@ -47,7 +47,7 @@ def interleaved_seconds(
         the measurements of each name, in seconds.
     """
     seconds: dict[str, list[Measured]] = {name: [] for name in runs}
-    for repeat in tqdm(range(repeats + 1), desc=describe, leave=False):
+    for repeat in progress(range(repeats + 1), desc=describe, leave=False):
         for name, run in runs.items():
             measured = run()
             if repeat:  # the first warms up

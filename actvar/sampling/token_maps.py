@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from actvar.config import DENSE
 from actvar.families import family_of
 from actvar.models.vqvae import without_decoder
 from actvar.patching.patch import patched_silently
 from actvar.utils.devices import device_of
+from actvar.utils.progress import progress
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def sampled_inputs(
     order = torch.randperm(images, generator=generator, device="cpu")
     labels = (torch.arange(images, device="cpu") * var.num_classes // images)[order]
     batches = []
-    for index, batch_labels in enumerate(tqdm(labels.to(device_of(var)).split(batch), desc="sampling")):
+    for index, batch_labels in enumerate(progress(labels.to(device_of(var)).split(batch), desc="sampling")):
         token_maps = drawn_token_maps(var, batch_labels, seed + index, cfg)
         batches.append((batch_labels, family_of(var).teacher_input(var, token_maps)))
     return batches

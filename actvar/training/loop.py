@@ -14,13 +14,13 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from actvar.families import blocks_of
 from actvar.training.checkpoint import append_row, resume, save_atomically, trained_tensors
 from actvar.training.muon import Muon
 from actvar.training.plan import Plan
 from actvar.training.processes import mean_over_processes, rank, stop_requests, world_size
+from actvar.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def fit(
     model.train()
     saved = time.monotonic()
     steps = range(start, plan.steps)
-    bar = tqdm(steps, desc=plan.name, initial=start, total=plan.steps, disable=rank() != 0, mininterval=5)
+    bar = progress(steps, desc=plan.name, initial=start, total=plan.steps, hidden=rank() != 0, mininterval=5)
     with stop_requests() as stop_requested:
         for step in bar:
             torch.manual_seed(((plan.seed * 1_000_003) + step) * world_size() + rank())

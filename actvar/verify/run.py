@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from actvar.config import ActVARConfig
 from actvar.execution import Execution
@@ -25,6 +24,7 @@ from actvar.patching.patch import patched_silently
 from actvar.sampling.request import Sampling
 from actvar.utils.devices import device_of
 from actvar.utils.fingerprint import fingerprint
+from actvar.utils.progress import progress
 from actvar.verify.comparisons import compared_blocks, compared_operations, dtype_of
 from actvar.verify.report import Check, Report
 from actvar.verify.rounding import difference
@@ -182,7 +182,7 @@ def _sampled(var: nn.Module, sampling: Sampling, title: str) -> _Sampled:
     tokens: list[torch.Tensor] = []
     title = f"{title}, {dtype_of(var)}"
     family = family_of(var)
-    with tqdm(total=len(family.maps(var)), desc=title, leave=False, disable=None) as bar:
+    with progress(total=len(family.maps(var)), desc=title, leave=False) as bar:
 
         def count(_scale: int, drawn: torch.Tensor, _features: torch.Tensor) -> None:
             tokens.append(drawn.clone())

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from actvar.config import ActVARConfig
 from actvar.families import blocks_of, family_of
@@ -19,6 +18,7 @@ from actvar.reports.compare import all_ways
 from actvar.sampling.request import Sampling
 from actvar.sampling.timing import interleaved_seconds, step_seconds
 from actvar.sparse.state import BlockRecord, record
+from actvar.utils.progress import progress
 
 
 @dataclass(frozen=True)
@@ -87,5 +87,5 @@ def _images_by_scale(var: VAR, sampling: Sampling) -> torch.Tensor:
     features: list[torch.Tensor] = []
     with family_of(var).watch_scales(var, lambda _scale, _tokens, image: features.append(image.clone())):
         sampling.run(var)
-    steps = tqdm(features, desc="decoding steps", leave=False)
+    steps = progress(features, desc="decoding steps", leave=False)
     return torch.cat([var.decode(f_hat).add(1).mul(0.5).float().cpu() for f_hat in steps])
