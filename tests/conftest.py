@@ -87,17 +87,22 @@ def public_var_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def build_public(public_var_folder: Path) -> Iterator:
-    """The public `build_vae_var`, without what it does to torch's layers."""
+    """The public `build_vae_var`, which leaves torch's layers as they were: it lets them begin with any numbers."""
     layers = [nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm]
     layers += [nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d]
     saved = [(layer, layer.__dict__.get("reset_parameters")) for layer in layers]
     sys.path.insert(0, str(public_var_folder))
     from models import build_vae_var
 
-    yield build_vae_var
+    def build(**sizes):
+        try:
+            return build_vae_var(**sizes)
+        finally:
+            for layer, method in saved:
+                if method is None:
+                    del layer.reset_parameters
+                else:
+                    layer.reset_parameters = method
+
+    yield build
     sys.path.remove(str(public_var_folder))
-    for layer, method in saved:
-        if method is None:
-            del layer.reset_parameters
-        else:
-            layer.reset_parameters = method

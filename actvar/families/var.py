@@ -25,6 +25,7 @@ from actvar.families.base import (
 from actvar.families.defaults import BaseFamily
 from actvar.families.var_layers import class_with_forward, is_known, linear_called, parts_called
 from actvar.families.var_mixin import PatchedVAR
+from actvar.families.var_scales import adding_method, own_logits, public_logits
 from actvar.models.transformer_block import MAX_LOG_SCALE, TransformerBlock
 from actvar.models.var import VAR
 from actvar.utils.wrappers import unwrapped
@@ -139,14 +140,13 @@ class VARFamily(BaseFamily):
         return model.get_logits(x, head_cond)
 
     def scale_logits(self, model: Any, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        scale_inputs = inputs.split([side * side for side in model.patch_nums[1:]], dim=1)
-        condition = model.condition(torch.cat((labels, self.without_class(model, labels))))
+        labels = torch.cat((labels, self.without_class(model, labels)))
+        scale_inputs = [None, *inputs.split([side * side for side in model.patch_nums[1:]], dim=1)]
         blocks = [unwrapped(block) for block in model.blocks]
         try:
             for block in blocks:
                 self.cache(block).start()
-            for scale in model.scales():
-                yield scale, model.predict(scale, scale_inputs[scale - 1] if scale else None, condition)
+            yield from (own_logits if isinstance(model, VAR) else public_logits)(model, labels, scale_inputs)
         finally:
             for block in blocks:
                 self.cache(block).drop()
@@ -155,7 +155,7 @@ class VARFamily(BaseFamily):
     def watch_scales(self, model: Any, on_scale: OnScale) -> Iterator[None]:
         quantizer = model.vae_proxy[0].quantize
         tokens: list[Tensor] = []
-        add_scale, method = _adding_method(quantizer)
+        add_scale, method = adding_method(quantizer)
 
         def add_and_call(*arguments):
             added = add_scale(*arguments)
@@ -353,14 +353,6 @@ def _ffn_sizes(block: Any) -> tuple[int | None, int | None]:
 
 def _unpatched_class(model: Any) -> type:
     return getattr(type(model), "original_class", type(model))
-
-
-def _adding_method(quantizer: Any):
-    """Return the quantizer's method that adds a scale to the features, and its name, ours or the public code's."""
-    for name in ("add_scale", "get_next_autoregressive_input"):
-        if hasattr(quantizer, name):
-            return getattr(quantizer, name), name
-    raise TypeError(f"expected the quantizer of a VAR, got {type(quantizer).__name__}")
 
 
 def _heads(attn: Any, projected: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -14,8 +14,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.utils._pytree import tree_map
 
 from actvar import ActVARConfig, accelerate, apply_patch, load_adapter, remove_patch, save_adapter
-from actvar.models import VAR
-from actvar.models import var as var_module
+from actvar.models import VAR, transformer_block
 from actvar.models.public_code import public_classes, public_twin
 from actvar.utils.plain_layers import why_called
 
@@ -208,7 +207,7 @@ def test_global_hooks_run_as_often_as_in_the_dense_model() -> None:
         sample(var)
     finally:
         handle.remove()
-    for kind in (nn.Linear, nn.LayerNorm, var_module.SelfAttention, var_module.FeedForward, nn.GroupNorm):
+    for kind in (nn.Linear, nn.LayerNorm, transformer_block.SelfAttention, transformer_block.FeedForward, nn.GroupNorm):
         assert calls.count(kind) == due.count(kind) > 0
 
 
@@ -301,7 +300,7 @@ def test_a_patch_with_reordered_units_comes_off_whatever_the_layers_have_become(
 
 
 def test_a_subclass_of_a_block_is_refused() -> None:
-    class Other(var_module.TransformerBlock):
+    class Other(transformer_block.TransformerBlock):
         def forward(self, x, cond_BD, attn_bias):
             return super().forward(x, cond_BD, attn_bias) * 2
 
