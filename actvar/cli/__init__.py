@@ -1,4 +1,4 @@
-"""Run the commands `actvar sample`, `inspect`, `evaluate`, `distill`, `calibrate`, `verify`, `flops` and `info`.
+"""Run the commands of `actvar`, from `actvar sample` to `actvar info`.
 
 Each command has a module with a function `add_to`, which adds its options, and a function `run`.
 """
@@ -12,11 +12,11 @@ from typing import NoReturn
 
 import torch
 
-from actvar.cli import calibrate, distill, evaluate, flops, info, inspect, sample, verify
+from actvar.cli import bench, calibrate, distill, evaluate, flops, info, inspect, sample, verify
 from actvar.cli.streams import forgiving_streams
 from actvar_kernels import BackendUnavailableError
 
-COMMANDS = (sample, inspect, evaluate, distill, calibrate, verify, flops, info)
+COMMANDS = (sample, inspect, evaluate, distill, calibrate, verify, flops, bench, info)
 OPTION_OF = {"g_seed": "seed", "num_experts": "experts", "token_rates": "rates", "ffn_rate": "rates"}
 """Names of options, without the dashes, for arguments of functions that have another name."""
 OUT_OF_MEMORY = "expected less at a time than the memory has room for; give smaller numbers"
