@@ -173,8 +173,7 @@ def choose(
             if triton_installed() and takes_triton is not None and takes_triton():
                 name = "triton"
         elif case == DIRECT and first.is_cpu and why_not_in_cpp is not None and why_not_in_cpp() is None:
-            measured = choices.choice_of(operation, first.dtype)
-            name = "cpu" if measured is None else measured.runs(first)
+            name = choices.what_runs(operation, first) if choices.in_force() else "cpu"
         return _KINDS[name, recorded]
     if name == "reference":
         return _KINDS[name, recorded]

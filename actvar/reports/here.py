@@ -91,12 +91,14 @@ class Row(Case):
     Attributes:
         numbers: how many the first tensor has; 0 for a block.
         kernels, pytorch: milliseconds of a run, the medians.
+        best: ratio of the shortest runs, which other work on the machine lengthens least.
         noise: how far the ratios of neighbouring runs lie apart, from the 20th to the 80th percentile.
     """
 
     numbers: int
     kernels: float
     pytorch: float
+    best: float
     noise: float
 
     @property
@@ -111,8 +113,13 @@ class Row(Case):
 
     @property
     def is_slower(self) -> bool:
-        """Return whether the kernels take more than `MOST_SLOWER` allows, beyond noise."""
-        return self.is_over and self.ratio - 1 > self.noise
+        """Return whether the kernels take more than `MOST_SLOWER` allows, beyond noise and at their best as well."""
+        return self.is_over and self.best > MOST_SLOWER and self.differs
+
+    @property
+    def differs(self) -> bool:
+        """Return whether one is faster beyond noise, and in the shortest runs as well."""
+        return abs(self.ratio - 1) > self.noise and (self.ratio > 1) == (self.best > 1)
 
     def line(self) -> str:
         """Return one line of the report, as wide as `HEADER`."""
@@ -179,7 +186,9 @@ def row_of(case: Case, numbers: int, seconds: dict[str, list[float]]) -> Row:
     pairs = [mine / theirs for mine, theirs in zip(seconds["cpu"], seconds["reference"], strict=True)]
     fifths = statistics.quantiles(pairs, n=5, method="inclusive")
     kernels, pytorch = (1e3 * statistics.median(seconds[name]) for name in choices.RUNS)
-    return Row(*asdict(case).values(), numbers, kernels, pytorch, (fifths[3] - fifths[0]) / statistics.median(pairs))
+    best = min(seconds["cpu"]) / min(seconds["reference"])
+    noise = (fifths[3] - fifths[0]) / statistics.median(pairs)
+    return Row(case.operation, case.model, case.batch, case.dtype, numbers, kernels, pytorch, best, noise)
 
 
 def machine() -> dict[str, Any]:
@@ -238,7 +247,7 @@ def _choice(operation: str, dtype: str, rows: Sequence[Row]) -> choices.Choice:
     Differences within noise count for nothing, and where nothing counts C++ runs.
     """
     rows = sorted(rows, key=lambda row: row.numbers)
-    losses = [math.log(row.ratio) if abs(row.ratio - 1) > row.noise else 0.0 for row in rows]
+    losses = [math.log(row.ratio) if row.differs else 0.0 for row in rows]
     found = {0: (0.0, sum(losses))}  # by the limit: what C++ loses below it, and from it on
     for position, (before, after) in enumerate(itertools.pairwise(rows), 1):
         found[math.isqrt(before.numbers * after.numbers)] = sum(losses[:position]), sum(losses[position:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ def last_scale_seconds(way: str, model: str, batch: int, device: str, dtype: tor
     """Return the seconds of one block at the last scale, after all scales before it have filled its K/V cache."""
     var = one_block(way, model, device, dtype)
     modulation, maps = scales(model, batch, device, dtype)
-    block = var.blocks[0]
+    block: Any = var.get_submodule("blocks.0")
     block.attn.kv_caching(True)
     try:
         for tokens in maps[:-1]:

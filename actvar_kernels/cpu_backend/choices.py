@@ -1,7 +1,7 @@
 """Say which operations a measured table takes away from the C++ kernels, on the processor that it was measured on.
 
-`actvar bench --out` writes the table, and `ACTVAR_TUNED` names it. It is read when an operation first runs in a dtype.
-Without such a table the rule of `actvar_kernels.backend.choose` holds.
+`actvar bench --out` writes the table, and `ACTVAR_TUNED` names it. It is read once, when a kernel
+could run for the first time. Without such a table the rule of `actvar_kernels.backend.choose` holds.
 """
 
 from __future__ import annotations
@@ -141,15 +141,28 @@ def table_in_force() -> Table | None:
 
 
 @functools.cache
-def choice_of(operation: str, dtype: torch.dtype) -> Choice | None:
-    """Return what the table in force says about an operation in a dtype; None where it says nothing.
+def in_force() -> dict[tuple[str, torch.dtype], Choice]:
+    """Return the choices of the table in force by operation and dtype, none without a table; they are read once.
 
     Raises:
         OSError, ValueError: see `table_in_force`.
     """
     table = table_in_force()
-    choices = () if table is None else table.choices
-    return next((c for c in choices if (c.operation, DTYPES[c.dtype]) == (operation, dtype)), None)
+    return {} if table is None else {(found.operation, DTYPES[found.dtype]): found for found in table.choices}
+
+
+def what_runs(operation: str, first: torch.Tensor) -> str:
+    """Return what runs a call that C++ takes, one of `RUNS`.
+
+    Args:
+        operation: its name.
+        first: the first tensor of the call, of any shape.
+
+    Raises:
+        OSError, ValueError: see `table_in_force`.
+    """
+    choice = in_force().get((operation, first.dtype))
+    return "cpu" if choice is None else choice.runs(first)
 
 
 def description() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ needs_cpp = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu
 
 
 def row(ratio: float, numbers: int = 1, noise: float = 0.01) -> Row:
-    return Row("scatter_rows", "d16", 1, "float32", numbers, ratio, 1.0, noise)
+    return Row("scatter_rows", "d16", 1, "float32", numbers, ratio, 1.0, ratio, noise)
 
 
 @pytest.fixture
@@ -70,9 +70,14 @@ def test_what_is_within_noise_is_no_verdict():
     assert here.summary([noisy], 3).endswith("; 2 left out after 100 s")
 
 
+def test_work_that_came_between_is_no_verdict():
+    assert replace(row(3.7), best=1.1).is_slower is False
+    assert here.table_of([replace(row(3.7), best=0.9)]).choices[0][2:] == (0, "cpu", "cpu")
+
+
 def test_noise_is_the_spread_of_the_pairs():
     found = here.row_of(CASES[1], 7, {"cpu": [0.001, 0.002, 0.003], "reference": [0.001, 0.001, 0.001]})
-    assert (found.kernels, found.pytorch, found.numbers) == (2.0, 1.0, 7)
+    assert (found.kernels, found.pytorch, found.best, found.numbers) == (2.0, 1.0, 1.0, 7)
     assert found.noise == pytest.approx(0.6)
 
 
@@ -84,7 +89,8 @@ def test_the_files_have_all_rows_the_machine_and_a_table(ratios, tmp_path):
     found = json.loads((tmp_path / "rows.json").read_text())
     assert found["machine"].keys() == {"processor", "isa", "threads", "actvar", "torch", "load"}
     assert [of["operation"] for of in found["rows"]] == ["block", "scatter_rows"]
-    expected = {"operation", "model", "batch", "dtype", "numbers", "kernels", "pytorch", "noise", "ratio", "slower"}
+    expected = {"operation", "model", "batch", "dtype", "numbers", "kernels", "pytorch", "best", "noise"}
+    expected |= {"ratio", "slower"}
     assert all(of.keys() == expected for of in found["rows"])
     assert [of["slower"] for of in found["rows"]] == [False, True]
     written = choices.read_table(tmp_path / "table.json")
@@ -130,19 +136,19 @@ def test_wrong_arguments_are_exit_code_2(arguments, ratios, capsys):
 def test_the_numbers_of_a_case_are_those_that_the_choice_sees(operation, monkeypatch):
     seen = []
 
-    def noted(_operation, dtype):
-        seen.append(dtype)
-        return choices.Choice(operation, "float32", 0, "cpu", "cpu")
+    def noted(named, first):
+        seen.append((named, first.numel()))
+        return "cpu"
 
-    monkeypatch.setattr(choices, "choice_of", noted)
-    monkeypatch.setattr(choices.Choice, "runs", lambda _, first: (seen.append(first.numel()), "cpu")[1])
+    monkeypatch.setattr(choices, "in_force", lambda: {"": None})
+    monkeypatch.setattr(choices, "what_runs", noted)
     case = Case(operation, "fashion-mnist", 1, "float32")
     monkeypatch.setattr(here, "mean_seconds", lambda run, _device: run())
     run, numbers = case.prepared()
     with torch.no_grad():
         run()
-    assert seen[:2] == [torch.float32, numbers]
+    assert seen[0] == (operation, numbers)  # parts of it may choose as well
 
 
 def test_a_row_is_its_case_and_its_figures():
-    assert asdict(row(2.0)).keys() - asdict(CASES[0]).keys() == {"numbers", "kernels", "pytorch", "noise"}
+    assert asdict(row(2.0)).keys() - asdict(CASES[0]).keys() == {"numbers", "kernels", "pytorch", "best", "noise"}

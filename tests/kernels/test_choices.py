@@ -13,7 +13,7 @@ from actvar import apply_patch
 from actvar_kernels import scatter_rows
 from actvar_kernels.backend import backend_of, using_backend
 from actvar_kernels.cpu_backend import choices, cpu
-from actvar_kernels.cpu_backend.choices import Choice, Table, choice_of, read_table, write_table
+from actvar_kernels.cpu_backend.choices import Choice, Table, read_table, write_table
 from actvar_kernels.cpu_backend.table_file import ENVIRONMENT_VARIABLE
 from actvar_kernels.operations.table import BLOCK, DECODER, SAMPLING
 from actvar_kernels.scatter import op as scatter
@@ -41,11 +41,11 @@ def in_force(tmp_path, monkeypatch):
     def put(*found: Choice) -> Path:
         write_table(table(*found), tmp_path / "table.json")
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "table.json"))
-        choice_of.cache_clear()
+        choices.in_force.cache_clear()
         return tmp_path / "table.json"
 
     yield put
-    choice_of.cache_clear()
+    choices.in_force.cache_clear()
 
 
 def scattered(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -156,7 +156,7 @@ def test_a_table_of_another_processor_is_refused(in_force):
     path = in_force()
     write_table(table()._replace(processor="Z80"), path)
     with pytest.raises(ValueError, match=r"was measured on Z80, .* run actvar bench --out here"):
-        choice_of("scatter_rows", torch.float32)
+        choices.in_force()
 
 
 def test_the_table_is_described_in_one_line(in_force, monkeypatch):
