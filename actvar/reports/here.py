@@ -244,10 +244,10 @@ def table_of(rows: Sequence[Row]) -> choices.Table:
 def _choice(operation: str, dtype: str, rows: Sequence[Row]) -> choices.Choice:
     """Return what takes the least time over all `rows` of an operation; a limit only where it saves time.
 
-    Differences within noise count for nothing, and where nothing counts C++ runs.
+    A loss of C++ within noise counts for nothing, a gain counts always, so that C++ stays where nothing is sure.
     """
     rows = sorted(rows, key=lambda row: row.numbers)
-    losses = [math.log(row.ratio) if row.differs else 0.0 for row in rows]
+    losses = [math.log(row.ratio) if row.differs or row.ratio < 1 else 0.0 for row in rows]
     found = {0: (0.0, sum(losses))}  # by the limit: what C++ loses below it, and from it on
     for position, (before, after) in enumerate(itertools.pairwise(rows), 1):
         found[math.isqrt(before.numbers * after.numbers)] = sum(losses[:position]), sum(losses[position:])
