@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.cpu_backend import choices, cpu
 from actvar_kernels.situation import DIRECT, RECORDED, TORCH, situation
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
@@ -142,7 +142,8 @@ def choose(
     """Return the backend that runs one call of an operation.
 
     `auto` takes Triton for CUDA tensors where it is installed. It takes a C++ kernel for CPU tensors where there is one
-    and no gradient is wanted. A backend asked for by name runs or raises, with the gradients of the reference.
+    and no gradient is wanted, unless a table that `ACTVAR_TUNED` names says that the reference is faster here.
+    A backend asked for by name runs or raises, with the gradients of the reference; no table overrules it.
     PyTorch's own operations run while it traces or transforms a call, see `situation`.
     Triton asked for by name also runs on CPU tensors when `TRITON_INTERPRET=1` was set before Triton was imported.
 
@@ -172,7 +173,7 @@ def choose(
             if triton_installed() and takes_triton is not None and takes_triton():
                 name = "triton"
         elif case == DIRECT and first.is_cpu and why_not_in_cpp is not None and why_not_in_cpp() is None:
-            name = "cpu"
+            name = choices.what_runs(operation, first) if choices.in_force() else "cpu"
         return _KINDS[name, recorded]
     if name == "reference":
         return _KINDS[name, recorded]

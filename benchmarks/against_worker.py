@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import TextIO
@@ -20,16 +19,15 @@ from typing import TextIO
 import torch
 from torch import nn
 
-from actvar import ActVARConfig, accelerate, load_pretrained
+from actvar import accelerate, load_pretrained
 from actvar.models import build_vae_var
-from actvar.patching.patch import patch_silently
-from actvar.sampling.timing import seconds_of
+from actvar.reports.one_block import WAYS, last_scale_seconds
+from actvar.sampling.timing import mean_seconds
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.operations.inputs import random_inputs
-from benchmarks.operations import SIZES, last_scale, operations
+from actvar_kernels.operations.shapes import last_scale
+from benchmarks.operations import operations
 
-SHORTEST = 0.01  # seconds that are timed at once
-WAYS = ("dense", "accelerated", "ActVAR")
 SHAPES = {
     "quick": [("fashion-mnist", 1)],
     "cpu": [("fashion-mnist", 16), ("d16", 1)],
@@ -71,18 +69,18 @@ def cases(subset: str, device: str) -> dict[str, Measurement]:
         for model, batch in SHAPES[subset]:
             shape = last_scale(model, batch)
             for operation, run in operations(random_inputs(shape, dtype, device)).items():
-                found[f"{operation}, {model} batch {batch}{suffix}"] = partial(seconds, run, device)
+                found[f"{operation}, {model} batch {batch}{suffix}"] = partial(mean_seconds, run, device)
         for model, batch in BLOCKS[subset]:
             for way in WAYS:
                 measure = partial(last_scale_seconds, way, model, batch, device, dtype)
                 found[f"block, {way}, {model} batch {batch}{suffix}"] = measure
         for model, batch in DECODERS[subset]:
             run = partial(decode, model, batch, device, dtype)
-            found[f"decoder, {model} batch {batch}{suffix}"] = partial(seconds, run, device)
+            found[f"decoder, {model} batch {batch}{suffix}"] = partial(mean_seconds, run, device)
         for batch in (1, 16):
             for way in WAYS:
                 run = partial(sample, way, batch, device, dtype)
-                found[f"sample, {way}, fashion-mnist batch {batch}{suffix}"] = partial(seconds, run, device)
+                found[f"sample, {way}, fashion-mnist batch {batch}{suffix}"] = partial(mean_seconds, run, device)
     return found
 
 
@@ -122,64 +120,6 @@ def decoder(model: str, batch: int, device: str, dtype: torch.dtype) -> tuple[nn
         vae, var = load_pretrained(model)
     features = torch.randn(batch, vae.Cvae, *2 * var.patch_nums[-1:], generator=torch.Generator().manual_seed(0))
     return vae.to(device, dtype), features.to(device, dtype)
-
-
-@torch.no_grad()
-def last_scale_seconds(way: str, model: str, batch: int, device: str, dtype: torch.dtype) -> float:
-    """Return the seconds of one block at the last scale, after all scales before it have filled its K/V cache."""
-    var = one_block(way, model, device, dtype)
-    modulation, maps = scales(model, batch, device, dtype)
-    block = var.blocks[0]
-    block.attn.kv_caching(True)
-    try:
-        for tokens in maps[:-1]:
-            block(tokens.clone(), modulation, None)
-        last = maps[-1].clone()
-        return seconds_of(lambda: block(last, modulation, None), last.device)
-    finally:
-        block.attn.kv_caching(False)
-
-
-@functools.cache
-def one_block(way: str, model: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """Build a transformer of one block of an official width, with random weights and the smallest autoencoder."""
-    width, sides = SIZES[model]
-    small = dict(V=64, ch=32, ch_mult=(1,), num_res_blocks=1, num_classes=10)
-    _, var = build_vae_var(depth=1, width=width, patch_nums=sides, **small)
-    var.to(device, dtype)
-    if way == "accelerated":
-        accelerate(var)
-    elif way == "ActVAR":
-        patch_silently(var, ActVARConfig())
-    return var
-
-
-@functools.cache
-def scales(model: str, batch: int, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return what a block gets: the condition `[2 batch, C]`, and random tokens `[2 batch, side^2, C]` by scale."""
-    width, sides = SIZES[model]
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return normal(2 * batch, width), [normal(2 * batch, side * side, width) for side in sides]
-
-
-@torch.no_grad()
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Return the seconds of one call, the mean of as many calls as take `SHORTEST`."""
-
-    def timed(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / calls
-
-    once = timed(1)
-    return once if once > SHORTEST else timed(round(SHORTEST / once) + 1)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from actvar.sampling.timing import interleaved_seconds, seconds_of
 from actvar_kernels import expert_ffn
 from actvar_kernels.cpu_backend import cpu
-from benchmarks.operations import SIZES
+from actvar_kernels.operations.shapes import SIZES
 from benchmarks.sampling import DTYPES
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -20,8 +20,8 @@ import torch
 
 from actvar_kernels import set_backend
 from actvar_kernels.operations.inputs import random_inputs
-from actvar_kernels.operations.shapes import BlockShape
-from benchmarks.operations import allowed_error, last_scale, operations
+from actvar_kernels.operations.shapes import BlockShape, last_scale
+from benchmarks.operations import allowed_error, operations
 
 SECTIONS = ("numerics", "graphs", "times", "models")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,10 +7,8 @@ from collections.abc import Callable
 import torch
 
 from actvar_kernels.operations.inputs import BlockInputs
-from actvar_kernels.operations.shapes import EXPERTS, MODELS, BlockShape, Model, share
 from actvar_kernels.operations.table import BLOCK
 
-SIZES = MODELS | {"fashion-mnist": Model(192, (1, 2, 3, 4, 6, 8))}
 TIMED = (
     "select_tokens",
     "normalize_modulate",
@@ -28,15 +26,6 @@ ERROR_FACTOR = 4
 def allowed_error(of_reference: float, dtype: torch.dtype) -> float:
     """Return the largest error against float64 of an operation whose reference errs by `of_reference` in `dtype`."""
     return ERROR_FACTOR * of_reference + torch.finfo(dtype).eps
-
-
-def last_scale(model: str, batch: int, rate: float = 0.75) -> BlockShape:
-    """Return the last scale of a model, two rows an image, with `rate` of tokens and experts at the last two scales.
-
-    It has 16x16 tokens, 32x32 for d36, and 8x8 for fashion-mnist.
-    """
-    scale = SIZES[model].active_scales(rate)[1]
-    return BlockShape(2 * batch, *scale, SIZES[model].width, active=share(rate, EXPERTS))
 
 
 def operations(inputs: BlockInputs) -> dict[str, Callable[[], torch.Tensor]]:

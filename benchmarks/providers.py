@@ -19,8 +19,8 @@ from actvar_kernels import expert_ffn, linear, sample_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.operations.inputs import BlockInputs, random_inputs
-from actvar_kernels.operations.shapes import GUIDANCE, TOP_K, TOP_P, VOCABULARY, BlockShape
-from benchmarks.operations import SIZES, allowed_error, last_scale, operations
+from actvar_kernels.operations.shapes import GUIDANCE, SIZES, TOP_K, TOP_P, VOCABULARY, BlockShape, last_scale
+from benchmarks.operations import allowed_error, operations
 from benchmarks.results import Result, Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

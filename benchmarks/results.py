@@ -14,7 +14,6 @@ import csv
 import functools
 import importlib.metadata
 import json
-import platform
 import re
 import statistics
 import subprocess
@@ -28,8 +27,8 @@ from pathlib import Path
 import torch
 
 from actvar.utils.files import replacing
-from actvar_kernels.cpu_backend import cpu
-from benchmarks.operations import SIZES
+from actvar_kernels.cpu_backend.choices import instructions, processor
+from actvar_kernels.operations.shapes import SIZES
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -141,15 +140,7 @@ def device_name() -> str:
     """The GPU; or the processor, the threads that torch uses, and the instructions that our kernels use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    instructions = "no kernels" if cpu.why_unavailable() else cpu.isa_name(cpu.best_isa())
-    return f"{processor()} {torch.get_num_threads()} threads {instructions}"
-
-
-def processor() -> str:
-    """Name of the processor."""
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
-    return named[1] if named else platform.processor() or platform.machine()
+    return f"{processor()} {torch.get_num_threads()} threads {instructions()}"
 
 
 def csv_of(device: str) -> Path:

@@ -30,11 +30,10 @@ from actvar.patching.patch import patched_silently
 from actvar.reports.flops import shapes_of
 from actvar.sampling.request import Sampling
 from actvar.sampling.timing import block_seconds
-from actvar_kernels.operations.shapes import HEAD_DIM
+from actvar_kernels.operations.shapes import HEAD_DIM, SIZES
 from actvar_kernels.tools.compile_check import LineParser
 from benchmarks import results, sampling
 from benchmarks.memory import MIB, bound, kernels_run
-from benchmarks.operations import SIZES
 from benchmarks.roofline import CARDS
 
 SIDES = {

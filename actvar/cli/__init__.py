@@ -24,6 +24,7 @@ COMMANDS = {
     "calibrate": "make an adapter without data or training, in minutes",
     "verify": "check a checkpoint with ActVAR; exit code 1 if anything differs",
     "flops": "FLOPs by module and step; exit code 1 if torch counts other ones",
+    "bench": "time the C++ kernels against plain PyTorch on this CPU; exit code 1 if any is over a tenth slower",
     "info": "describe a checkpoint or adapter, or, without a file, this installation",
 }
 """What each command is for, by its name."""

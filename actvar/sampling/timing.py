@@ -18,6 +18,8 @@ from actvar.utils.progress import progress
 from actvar.utils.wrappers import unwrapped
 
 Measured = TypeVar("Measured")
+SHORTEST = 0.01
+"""Seconds that are timed at once."""
 
 
 def _synchronize(device: torch.device) -> None:
@@ -116,3 +118,23 @@ def step_seconds(var: nn.Module, run: Callable[[], object]) -> list[float]:
         run()
     lap()
     return [end - begin for begin, end in pairwise(times)]
+
+
+@torch.no_grad()
+def mean_seconds(run: Callable[[], object], device: torch.device | str) -> float:
+    """Return the seconds of one call, the mean of as many calls as take `SHORTEST`.
+
+    Args:
+        run: the call.
+        device: where it works.
+    """
+
+    def timed(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        _synchronize(torch.device(device))
+        return (time.perf_counter() - start) / calls
+
+    once = timed(1)
+    return once if once > SHORTEST else timed(round(SHORTEST / once) + 1)

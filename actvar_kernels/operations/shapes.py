@@ -48,6 +48,8 @@ MODELS = {
     "d30": Model(1920, _SIDES_256),
     "d36": Model(2304, _SIDES_512),
 }
+SIZES = MODELS | {"fashion-mnist": Model(192, (1, 2, 3, 4, 6, 8))}
+"""The official models and the bundled one."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,12 @@ class BlockShape:
     width: int
     num_experts: int = EXPERTS
     active: int = ACTIVE_EXPERTS
+
+
+def last_scale(model: str, batch: int, rate: float = 0.75) -> BlockShape:
+    """Return the last scale of a model, two rows an image, with `rate` of tokens and experts at the last two scales.
+
+    It has 16x16 tokens, 32x32 for d36, and 8x8 for fashion-mnist.
+    """
+    scale = SIZES[model].active_scales(rate)[1]
+    return BlockShape(2 * batch, *scale, SIZES[model].width, active=share(rate, EXPERTS))

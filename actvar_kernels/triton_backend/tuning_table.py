@@ -8,17 +8,17 @@ channels and expert width whose number of tokens is nearest, by at most a factor
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple, TypeVar, get_type_hints
+from typing import NamedTuple
 
 import torch
 
+from actvar_kernels.cpu_backend import table_file
+from actvar_kernels.cpu_backend.table_file import ENVIRONMENT_VARIABLE, GPU, of_fields
 from actvar_kernels.triton_backend import tiles
 
-ENVIRONMENT_VARIABLE = "ACTVAR_TUNED"
 SCHEDULES = ("dense", "tile_list")
 FACTOR = 2.0
 
@@ -61,59 +61,37 @@ class Table(NamedTuple):
     expert_ffn: tuple[Entry, ...]
 
 
-Fields = TypeVar("Fields", Entry, Table)
-
-
 def write_table(table: Table, path: Path) -> None:
     """Write the table; the file is complete or not there.
 
     Raises:
         OSError: it cannot be written.
     """
-    content = table._asdict() | {"expert_ffn": [entry._asdict() for entry in table.expert_ffn]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    table_file.write(GPU, table._asdict() | {"expert_ffn": [entry._asdict() for entry in table.expert_ffn]}, path)
 
 
-def read_table(path: Path) -> Table:
-    """Read and check a table.
+def read_table(path: Path) -> Table | None:
+    """Read and check a table; None where the file holds that of a CPU.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is not a table, or names a schedule or tiles that are not shipped.
     """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:  # also text that is not UTF-8
-        raise ValueError(f"{path}: expected JSON as actvar_kernels.tools.tune writes it: {error}") from error
-    table = _of_fields(Table, content, f"{path}:")
+    kind, content = table_file.read(path)
+    if kind != GPU:
+        return None
+    table = of_fields(Table, content, f"{path}:")
     if table.capability not in tiles.ARCHITECTURES:
         supported = ", ".join(map(str, tiles.ARCHITECTURES))
         raise ValueError(f"{path}: capability: expected one of {supported}, got {table.capability}")
     entries = tuple(
-        _checked_entry(_of_fields(Entry, entry, f"{path}: expert_ffn[{position}]:"), table.capability, path, position)
+        _checked_entry(of_fields(Entry, entry, f"{path}: expert_ffn[{position}]:"), table.capability, path, position)
         for position, entry in enumerate(table.expert_ffn)
     )
     shapes = [entry[:4] for entry in entries]
     if len(set(shapes)) != len(shapes):
         raise ValueError(f"{path}: expected one entry for a dtype, tokens, channels and width, got several")
     return table._replace(expert_ffn=entries)
-
-
-def _of_fields(kind: type[Fields], content: object, where: str) -> Fields:
-    """Return a named tuple of a JSON object that has exactly its fields, each of its type."""
-    if not isinstance(content, dict) or set(content) != set(kind._fields):
-        found = ", ".join(sorted(content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{where} expected an object with {', '.join(kind._fields)}, got {found}")
-    json_types = {str: (str,), int: (int,), float: (int, float)}
-    for name, annotation in get_type_hints(kind).items():
-        if type(content[name]) not in json_types.get(annotation, (list,)):
-            raise ValueError(f"{where} {name}: got {content[name]!r}")
-    return kind(**content)
 
 
 def _checked_entry(entry: Entry, capability: int, path: Path, position: int) -> Entry:
@@ -157,6 +135,8 @@ def _nearest(
     path: str, device: str | None, capability: int, dtype: str, tokens: int, channels: int, width: int
 ) -> Entry | None:
     table = read_table(Path(path))
+    if table is None:
+        return None
     if table.capability != capability or device not in (None, table.device):
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE}: {path} was measured on {table.device}, sm_{table.capability}; this is {device}, "

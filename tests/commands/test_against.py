@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from actvar.reports import one_block
+from actvar_kernels.operations.shapes import last_scale
 from benchmarks import against, against_worker
 from benchmarks.__main__ import main
-from benchmarks.operations import last_scale
 
 ROOT = Path(__file__).parents[2]
 FAKE = """
@@ -274,16 +275,16 @@ against_worker.main()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", against_worker.WAYS)
+@pytest.mark.parametrize("way", one_block.WAYS)
 def test_the_block_that_is_timed_has_the_cache_of_a_sample(way, dtype):
     cached = []
-    block = against_worker.one_block(way, "fashion-mnist", "cpu", dtype).blocks[0]
+    block = one_block.one_block(way, "fashion-mnist", "cpu", dtype).blocks[0]
 
     def note(module, _arguments):
         cached.append(0 if module.attn.cached_k is None else module.attn.cached_k.shape[2])
 
     with block.register_forward_pre_hook(note):
-        assert against_worker.last_scale_seconds(way, "fashion-mnist", 2, "cpu", dtype) > 0
+        assert one_block.last_scale_seconds(way, "fashion-mnist", 2, "cpu", dtype) > 0
     shape = last_scale("fashion-mnist", 2)
     assert len(cached) == 6
     assert cached[:5] == [0, 1, 5, 14, 30]

@@ -1,0 +1,257 @@
+"""Time the C++ kernels against plain PyTorch on this machine, operation by operation and as whole blocks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+import actvar
+from actvar.reports.one_block import last_scale_seconds
+from actvar.sampling.timing import interleaved_seconds, mean_seconds
+from actvar_kernels.backend import using_backend
+from actvar_kernels.cpu_backend import choices, cpu
+from actvar_kernels.operations.inputs import random_inputs
+from actvar_kernels.operations.shapes import VOCABULARY, last_scale
+from actvar_kernels.operations.table import BLOCK, DECODER, SAMPLING, Operation
+
+MOST_SLOWER = 1.1
+"""How many times as long as PyTorch the kernels may take."""
+SECONDS = 100.0
+"""No case begins later, so that a slow machine is done in about two minutes as well."""
+AT_FIRST, AGAIN = (0.3, 3, 9), (2.0, 7, 25)
+"""Seconds that the measurements of a case should take, and the least and most of them; `AGAIN` before a verdict."""
+SHAPES = (("fashion-mnist", 1), ("fashion-mnist", 8), ("d16", 1), ("d16", 8))
+"""Models and images, which have two rows each."""
+BLOCKS = (("fashion-mnist", 1), ("d16", 1))
+VOCABULARIES = {"fashion-mnist": 512, "d16": VOCABULARY}
+MAPS = {"fashion-mnist": (64, 16), "d16": (320, 64)}
+"""Channels and side of a map in the middle of the autoencoder's decoder."""
+
+Measurement = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Describe what is timed.
+
+    Attributes:
+        operation: name of an operation, or `"block"`.
+        model: whose sizes it has.
+        batch: images.
+        dtype: name of the dtype of all tensors.
+    """
+
+    operation: str
+    model: str
+    batch: int
+    dtype: str
+
+    def prepared(self) -> tuple[Measurement, int]:
+        """Return what measures the seconds of one run, and the numbers of the call's first tensor, 0 for a block."""
+        dtype = choices.DTYPES[self.dtype]
+        if self.operation == "block":
+            return partial(last_scale_seconds, "ActVAR", self.model, self.batch, "cpu", dtype), 0
+        operation, inputs = self._operation(), self._inputs(dtype)
+        arguments = next(iter(operation.arguments(*inputs).values()))
+        if "top_k" in arguments:
+            arguments["top_k"] = min(arguments["top_k"], VOCABULARIES[self.model] // 2)
+        first = arguments.get("u", arguments.get("x", arguments.get("rows", arguments.get("q"))))
+        numbers = (arguments["logits"] if first is None else first).numel()
+        return partial(mean_seconds, partial(operation.call, **arguments), "cpu"), numbers
+
+    def _operation(self) -> Operation:
+        return next(found for found in (*BLOCK, *SAMPLING, *DECODER) if found.name == self.operation)
+
+    def _inputs(self, dtype: torch.dtype) -> tuple[object, ...]:
+        shape = last_scale(self.model, self.batch)
+        if self._operation() in BLOCK:
+            return (random_inputs(shape, dtype, "cpu"),)
+        generator = torch.Generator().manual_seed(0)
+        if self._operation() in DECODER:
+            channels, side = MAPS[self.model]
+            x = torch.randn(self.batch, channels, side, side, generator=generator)
+            return x.to(dtype, memory_format=torch.channels_last), torch.ones(channels, dtype=dtype)
+        logits = torch.randn(shape.rows, shape.tokens, VOCABULARIES[self.model], generator=generator).to(dtype)
+        return logits, torch.zeros(1, dtype=torch.int64), torch.rand_like(logits[: self.batch])
+
+
+@dataclass(frozen=True)
+class Row(Case):
+    """Hold what was measured of a case.
+
+    Attributes:
+        numbers: how many the first tensor has; 0 for a block.
+        kernels, pytorch: milliseconds of a run, the medians.
+        best: ratio of the shortest runs, which other work on the machine lengthens least.
+        noise: how far the ratios of neighbouring runs lie apart, from the 20th to the 80th percentile.
+    """
+
+    numbers: int
+    kernels: float
+    pytorch: float
+    best: float
+    noise: float
+
+    @property
+    def ratio(self) -> float:
+        """Return how many times as long as PyTorch the kernels take."""
+        return self.kernels / self.pytorch
+
+    @property
+    def is_over(self) -> bool:
+        """Return whether the kernels take more than `MOST_SLOWER` allows."""
+        return self.ratio > MOST_SLOWER
+
+    @property
+    def is_slower(self) -> bool:
+        """Return whether the kernels take more than `MOST_SLOWER` allows, beyond noise and at their best as well."""
+        return self.is_over and self.best > MOST_SLOWER and self.differs
+
+    @property
+    def differs(self) -> bool:
+        """Return whether one is faster beyond noise, and in the shortest runs as well."""
+        return abs(self.ratio - 1) > self.noise and (self.ratio > 1) == (self.best > 1)
+
+    def line(self) -> str:
+        """Return one line of the report, as wide as `HEADER`."""
+        mark = "slower" if self.is_slower else "slower, within noise" if self.is_over else ""
+        return (
+            f"{self.operation:<20}{self.model:<14}{self.batch:>5}  {self.dtype:<9}{self.kernels:>11.3f}"
+            f"{self.pytorch:>11.3f}{self.ratio:>7.2f}{self.noise:>7.0%}  {mark}"
+        ).rstrip()
+
+
+HEADER = (
+    f"{'operation':<20}{'shapes of':<14}{'batch':>5}  {'dtype':<9}{'kernels ms':>11}{'PyTorch ms':>11}"
+    f"{'ratio':>7}{'noise':>7}"
+)
+
+
+def cases() -> list[Case]:
+    """Return what is timed, the short ones first; bfloat16 where the processor has instructions for it."""
+    dtypes = ["float32", "bfloat16"] if cpu.multiplies_bfloat16() else ["float32"]
+    blocks = [Case("block", *of, dtype) for of in BLOCKS for dtype in dtypes]
+    operations = [Case(name, *of, dtype) for of in SHAPES for dtype in dtypes for name in choices.OPERATIONS]
+    return blocks + operations
+
+
+@torch.no_grad()
+def measured(todo: Sequence[Case], seconds: float = SECONDS) -> Iterator[Row]:
+    """Yield a row for each case that begins before `seconds` are over; one that seems slower is measured again.
+
+    Raises:
+        BackendUnavailableError: the C++ kernels do not run here.
+    """
+    start = time.perf_counter()
+    for case in todo:
+        if time.perf_counter() - start > seconds:
+            return
+        run, numbers = case.prepared()
+        row = row_of(case, numbers, measure(run, *AT_FIRST))
+        yield row_of(case, numbers, measure(run, *AGAIN)) if row.is_over else row
+
+
+def measure(run: Measurement, seconds: float, least: int, most: int) -> dict[str, list[float]]:
+    """Return the seconds of runs by the C++ kernels (`"cpu"`) and by plain PyTorch (`"reference"`), in turn.
+
+    Args:
+        run: a measurement.
+        seconds: about how long to measure, if that fits.
+        least, most: how many measurements each of the two gets.
+    """
+
+    def on(backend: str) -> float:
+        with using_backend(backend):
+            return run()
+
+    start = time.perf_counter()
+    runs: dict[str, Measurement] = {backend: partial(on, backend) for backend in choices.RUNS}
+    for first in runs.values():
+        first()
+    repeats = int(seconds / (time.perf_counter() - start))
+    return interleaved_seconds(runs, min(max(repeats, least), most))
+
+
+def row_of(case: Case, numbers: int, seconds: dict[str, list[float]]) -> Row:
+    """Return the row of a case by its measurements, see `measure`."""
+    pairs = [mine / theirs for mine, theirs in zip(seconds["cpu"], seconds["reference"], strict=True)]
+    fifths = statistics.quantiles(pairs, n=5, method="inclusive")
+    kernels, pytorch = (1e3 * statistics.median(seconds[name]) for name in choices.RUNS)
+    best = min(seconds["cpu"]) / min(seconds["reference"])
+    noise = (fifths[3] - fifths[0]) / statistics.median(pairs)
+    return Row(case.operation, case.model, case.batch, case.dtype, numbers, kernels, pytorch, best, noise)
+
+
+def machine() -> dict[str, Any]:
+    """Return what a measurement depends on: processor, instructions, threads, versions, and what else is at work."""
+    return {
+        "processor": choices.processor(),
+        "isa": choices.instructions(),
+        "threads": torch.get_num_threads(),
+        "actvar": actvar.__version__,
+        "torch": torch.__version__,
+        "load": load(),
+    }
+
+
+def load() -> float:
+    """Return how many threads wanted a processor in the last minute; 0 where the system does not count them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def warning(found: float) -> str:
+    """Return a line for a machine whose load `found` leaves no processor to each thread of PyTorch; "" otherwise."""
+    processors = os.cpu_count() or 1
+    if found + torch.get_num_threads() <= processors + 0.5:
+        return ""
+    return f"other work is at it (load {found:.1f} on {processors} processors): expect noise and wrong verdicts"
+
+
+def as_dict(row: Row) -> dict[str, object]:
+    """Return a row with its ratio and verdict, for JSON."""
+    return asdict(row) | {"ratio": row.ratio, "slower": row.is_slower}
+
+
+def summary(rows: Sequence[Row], todo: int) -> str:
+    """Return the last line of the report; `todo` is the number of cases that there were."""
+    slower, over = sum(row.is_slower for row in rows), sum(row.is_over for row in rows)
+    faster = sum(row.ratio < 1 for row in rows)
+    left_out = f"; {todo - len(rows)} left out after {SECONDS:.0f} s" if len(rows) < todo else ""
+    within = f" ({over - slower} more within noise)" if over > slower else ""
+    return f"{len(rows)} cases: kernels faster in {faster}, over 10 % slower in {slower}{within}{left_out}"
+
+
+def table_of(rows: Sequence[Row]) -> choices.Table:
+    """Return who runs each operation and dtype among `rows`."""
+
+    def kind(row: Row) -> tuple[str, str]:
+        return row.operation, row.dtype
+
+    operations = sorted((row for row in rows if row.numbers), key=kind)
+    found = tuple(_choice(*of, list(same)) for of, same in itertools.groupby(operations, kind))
+    return choices.Table(choices.processor(), choices.instructions(), torch.get_num_threads(), found)
+
+
+def _choice(operation: str, dtype: str, rows: Sequence[Row]) -> choices.Choice:
+    """Return what takes the least time over all `rows` of an operation; a limit only where it saves time.
+
+    A loss of C++ within noise counts for nothing, a gain counts always, so that C++ stays where nothing is sure.
+    """
+    rows = sorted(rows, key=lambda row: row.numbers)
+    losses = [math.log(row.ratio) if row.differs or row.ratio < 1 else 0.0 for row in rows]
+    found = {0: (0.0, sum(losses))}  # by the limit: what C++ loses below it, and from it on
+    for position, (before, after) in enumerate(itertools.pairwise(rows), 1):
+        found[math.isqrt(before.numbers * after.numbers)] = sum(losses[:position]), sum(losses[position:])
+    # the first of equals: no limit, and C++
+    limit = min(found, key=lambda limit: sum(min(0.0, loss) for loss in found[limit]))
+    below, above = ("reference" if loss > 0 else "cpu" for loss in found[limit])
+    return choices.Choice(operation, dtype, limit, below if limit else above, above)
