@@ -185,6 +185,7 @@ def test_the_images_of_a_process_are_counted_without_a_look_at_each_shard(num, b
 
 
 def test_a_number_that_takes_years_begins_with_its_first_shard(exact_var, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # bars are for terminals
     looked_at, drawn = [], []
 
     def run(self, var, shard):
@@ -257,9 +258,10 @@ def test_the_npz_is_written_with_one_image_in_memory(exact_var, tmp_path, monkey
 
 
 def test_the_command_writes_shards_and_the_npz(tmp_path, capsys):
-    command = ["sample", "--model", "fashion-mnist", "--num", "20", "--batch", "8", "--out", str(tmp_path / "a")]
+    command = ["sample", "--model", "fashion-mnist", "--device", "cpu", "--num", "20", "--batch", "8"]
+    command += ["--out", str(tmp_path / "a")]
     main([*command, "--npz", str(tmp_path / "a.npz")])
-    assert capsys.readouterr().out == f"20 images in {tmp_path / 'a'}\nwrote {tmp_path / 'a.npz'}\n"
+    assert capsys.readouterr().out == f"device cpu\n20 images in {tmp_path / 'a'}\nwrote {tmp_path / 'a.npz'}\n"
     assert np.load(tmp_path / "a.npz")["arr_0"].shape == (20, 32, 32, 3)
     assert json.loads((tmp_path / "a" / "manifest.json").read_text())["actvar"]["num_experts"] == 16
     with pytest.raises(SystemExit):
