@@ -149,7 +149,9 @@ DIES = """
 import sys
 import torch
 from pathlib import Path
-from actvar.training.loop import Plan, fit, launched_processes, rank
+from actvar.training.loop import fit
+from actvar.training.plan import Plan
+from actvar.training.processes import launched_processes, rank
 
 def after(step):
     if step == 2 and rank() == 1:
