@@ -19,17 +19,10 @@ from actvar_kernels.cpu_backend import choices, cpu
 from actvar_kernels.situation import DIRECT, RECORDED, TORCH, situation
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
-
-
 ENVIRONMENT_VARIABLE = "ACTVAR_BACKEND"
-
-
 MOST_SEQUENCES = 65535
 """Most programs along the second axis of a CUDA grid, where kernels have the rows R, or tiles of 64 or more tokens."""
-
-
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 _chosen: str | None = None
 
@@ -79,8 +72,6 @@ class Backend:
 
 
 _KINDS = {(name, recorded): Backend(name, recorded) for name in BACKENDS[1:] for recorded in (False, True)}
-
-
 REFERENCE = _KINDS["reference", False]
 
 

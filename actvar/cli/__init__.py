@@ -27,7 +27,7 @@ COMMANDS = {
     "bench": "time the C++ kernels against plain PyTorch on this CPU; exit code 1 if any is over a tenth slower",
     "info": "describe a checkpoint or adapter, or, without a file, this installation",
 }
-"""What each command is for, by its name."""
+"""Purpose of each command, by its name."""
 OPTION_OF = {"g_seed": "seed", "num_experts": "experts", "token_rates": "rates", "ffn_rate": "rates"}
 """Names of options, without the dashes, for arguments of functions that have another name."""
 OUT_OF_MEMORY = "expected less at a time than the memory has room for; give smaller numbers"
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def top_parser() -> argparse.ArgumentParser:
-    """Return the parser of `actvar` and the names of its commands, without the modules of the commands."""
+    """Return the parser of `actvar`, which knows its commands by name alone until one is given."""
     parser = _Parser(prog="actvar", description="Sample pretrained VAR image generators faster with ActVAR.")
     parser.add_argument("--version", "-V", action="version", version=f"actvar {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", parser_class=_CommandParser)

@@ -158,7 +158,7 @@ class Family(Protocol):
     hidden_axes: Mapping[str, int]
     """The axis of hidden units in each of a block's tensors that have one, by the tensor's name in the block."""
     has_between: bool
-    """Whether a layer, such as cross-attention, stands between attention and FFN."""
+    """True where a layer, such as cross-attention, stands between attention and FFN."""
     weight_kinds: Sequence[tuple[str, str]]
     """Parts of parameter names, each with the field of `actvar.flops.StepFlops` that counts such a weight's product."""
 

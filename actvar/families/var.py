@@ -28,6 +28,7 @@ from actvar.families.var_mixin import PatchedVAR
 from actvar.families.var_scales import adding_method, own_logits, public_logits
 from actvar.models.transformer_block import MAX_LOG_SCALE, TransformerBlock
 from actvar.models.var import VAR
+from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, expert_ffn, gelu_linear, linear, linear_once
 from actvar_kernels.constants import NORM_EPS
@@ -90,7 +91,7 @@ class VARFamily(BaseFamily):
         return isinstance(model, VAR)
 
     def loop_is_ours(self, model: Any) -> bool:
-        return _unpatched_class(model).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg
+        return own_class(model).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg
 
     def blocks(self, model: Any) -> Sequence[Any]:
         return model.blocks
@@ -349,10 +350,6 @@ def _ffn_sizes(block: Any) -> tuple[int | None, int | None]:
     """Return hidden units and inputs of the FFN, read from its first layer; None for a size that is not there."""
     fc1 = getattr(getattr(block, "ffn", None), "fc1", None)
     return getattr(fc1, "out_features", None), getattr(fc1, "in_features", None)
-
-
-def _unpatched_class(model: Any) -> type:
-    return getattr(type(model), "original_class", type(model))
 
 
 def _heads(attn: Any, projected: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from actvar.models.arguments import checked_labels, one_thread
 from actvar.models.sampling import sample_guided
 from actvar.models.transformer_block import HeadNorm
 from actvar.models.var import VAR
+from actvar.utils.class_swap import own_class
 from actvar.utils.plain_layers import why_called
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, linear, normalize_modulate, sample_tokens
@@ -51,7 +52,7 @@ class PatchedVAR(_Base):
             ValueError: the blocks are not those that were patched.
         """
         self.actvar.expect_own_blocks(self)
-        loop_is_ours = _unpatched_class(self).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg
+        loop_is_ours = own_class(self).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg
         if not loop_is_ours:
             label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
         # another sampling loop, or a hook, may need a block's input after the block has run
@@ -121,7 +122,7 @@ class PatchedVAR(_Base):
         Guidance is None for logits `[B, L, V]` that have it already.
         """
         if self.actvar.execution.sampler == "torch":
-            if getattr(_unpatched_class(self), "draw", None) is VAR.draw:
+            if getattr(own_class(self), "draw", None) is VAR.draw:
                 return sample_guided(logits, guidance, top_k, top_p, rng)
             return super().draw(logits, guidance, top_k, top_p, rng, scale)
 
@@ -135,7 +136,3 @@ class PatchedVAR(_Base):
             return drawn(logits, rng.initial_seed())
         B = len(rng)
         return torch.cat([drawn(logits[b::B], generator.initial_seed()) for b, generator in enumerate(rng)])
-
-
-def _unpatched_class(model: nn.Module) -> type:
-    return getattr(type(model), "original_class", type(model))

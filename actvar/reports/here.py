@@ -24,7 +24,7 @@ from actvar_kernels.operations.shapes import VOCABULARY, last_scale
 from actvar_kernels.operations.table import BLOCK, DECODER, SAMPLING, Operation
 
 MOST_SLOWER = 1.1
-"""How many times as long as PyTorch the kernels may take."""
+"""Largest ratio of the kernels' time to PyTorch's that is not called slower."""
 SECONDS = 100.0
 """No case begins later, so that a slow machine is done in about two minutes as well."""
 AT_FIRST, AGAIN = (0.3, 3, 9), (2.0, 7, 25)
