@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_c
 
 from actvar.config import DENSE, ActVARConfig
 from actvar.families import family_of
+from actvar.families.base import Adaln
 from actvar.models.arguments import checked_integer
 from actvar.models.vqvae import without_decoder
 from actvar.sparse.schedule import Scale, build_schedule
@@ -64,7 +65,7 @@ def formula_flops(
     vocab_size: int,
     code_size: int,
     maps: Sequence[tuple[int, int]],
-    shares_modulation: bool,
+    adaln: Adaln,
     batch: int,
     config: ActVARConfig = DENSE,
 ) -> list[StepFlops]:
@@ -76,7 +77,7 @@ def formula_flops(
     Args:
         width, hidden, depth, vocab_size, code_size: sizes C, D, blocks, V, Cvae.
         maps: height and width of the token map of every scale.
-        shares_modulation: whether one AdaLN projection serves all blocks.
+        adaln: "per block", "shared" where one AdaLN projection serves all blocks, or "none".
         batch: number of images.
         config: rates and variants.
 
@@ -90,12 +91,13 @@ def formula_flops(
     for block_scales in zip(*(build_schedule(config, maps, block) for block in range(depth)), strict=True):
         tokens, index = block_scales[0].tokens, block_scales[0].index
         blocks = [block_flops(scale, config, C, hidden) for scale in block_scales]
-        adaln_blocks = (index == 0) if shares_modulation else depth
+        adaln_layers = {"per block": depth, "shared": index == 0, "none": 0}[adaln]
+        head_adaln = adaln != "none"
         embedded = 0 if index == 0 else batch * tokens
         steps.append(
             StepFlops(
                 **{module: rows * sum(block[module] for block in blocks) for module in blocks[0]},
-                adaln=rows * 2 * C * (6 * C * adaln_blocks + 2 * C),
+                adaln=rows * 2 * C * (6 * C * adaln_layers + 2 * C * head_adaln),
                 head=rows * 2 * C * vocab_size * tokens + 2 * C * code_size * embedded,
             )
         )
@@ -140,7 +142,7 @@ def model_flops(var: Any, batch: int, config: ActVARConfig | None = None) -> lis
         vocab_size=sizes.vocabulary,
         code_size=sizes.code_size,
         maps=family.maps(var),
-        shares_modulation=sizes.shares_modulation,
+        adaln=sizes.adaln,
         batch=batch,
         config=own if config is None else config,
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ OnScale = Callable[[int, Any, Tensor], None]
 They are the scale's number, its tokens `[B, L]` int64, and the sum of the features so far, `[B, Cvae, height, width]`.
 Tokens are None where code vectors were mixed instead of drawn.
 """
+
+
+Adaln = Literal["per block", "shared", "none"]
+"""Tells which AdaLN projections a model has; the head's goes with that of the blocks."""
 
 
 class BlockCall(NamedTuple):
@@ -76,14 +80,14 @@ class Sizes(NamedTuple):
         hidden: hidden units D of an FFN.
         code_size: channels of the features that the next scale is embedded from.
         vocabulary: logits V of a token.
-        shares_modulation: one AdaLN projection serves all blocks.
+        adaln: "per block", "shared" where one AdaLN projection serves all blocks, or "none".
     """
 
     width: int
     hidden: int
     code_size: int
     vocabulary: int
-    shares_modulation: bool
+    adaln: Adaln
 
 
 NORM, MODULATION, ATTENTION, PROJECTION, FFN = "norm", "modulation", "attention", "projection", "ffn"

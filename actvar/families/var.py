@@ -102,7 +102,8 @@ class VARFamily(BaseFamily):
     def sizes(self, model: Any) -> Sizes:
         first = unwrapped(model.blocks[0])
         fc1, head, embedding = first.ffn.fc1, unwrapped(model.head), unwrapped(model.word_embed)
-        return Sizes(fc1.in_features, fc1.out_features, embedding.in_features, head.out_features, first.shared_aln)
+        adaln = "shared" if first.shared_aln else "per block"
+        return Sizes(fc1.in_features, fc1.out_features, embedding.in_features, head.out_features, adaln)
 
     def recorded_sizes(self, model: Any) -> dict[str, int | list[int]]:
         sizes = self.sizes(model)

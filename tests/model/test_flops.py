@@ -31,7 +31,7 @@ D16 = dict(
     vocab_size=4096,
     code_size=32,
     maps=maps_of(OFFICIAL_PATCH_NUMS),
-    shares_modulation=False,
+    adaln="per block",
 )
 CONFIGS = [
     None,

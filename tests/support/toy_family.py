@@ -254,7 +254,7 @@ class ToyFamily(BaseFamily):
 
     def sizes(self, model: nn.Module) -> Sizes:
         up = model.layers[0].feed_forward.up
-        return Sizes(up.in_features, up.out_features, CODE_SIZE, CODES, shares_modulation=True)
+        return Sizes(up.in_features, up.out_features, CODE_SIZE, CODES, adaln="shared")
 
     def autoencoder(self, model: nn.Module) -> nn.Module:
         return model.codes[0]
