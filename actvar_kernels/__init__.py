@@ -19,9 +19,9 @@ from actvar_kernels.linear.op import linear, linear_once
 from actvar_kernels.linear.products import gelu_linear
 from actvar_kernels.residual_norm.op import Residual, Routed, add_normalize, add_normalize_route
 from actvar_kernels.routing.op import route_experts
-from actvar_kernels.sampling.op import sample_tokens
 from actvar_kernels.scatter.op import scatter_rows
 from actvar_kernels.subset_attention.op import subset_attention
+from actvar_kernels.token_draw.op import sample_tokens
 from actvar_kernels.token_select.op import Selection, normalize_modulate, select_tokens
 
 __all__ = [

@@ -9,7 +9,7 @@ from unittest import mock
 
 from actvar_kernels.backend import triton_installed
 from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.sampling import cpu_kernel as cpu_sampling
+from actvar_kernels.token_draw import cpu_kernel as cpu_sampling
 
 QUERIES = ("best_isa", "checksums", "isa_layout", "isa_name")
 """Functions of the C++ library that compute nothing."""

@@ -19,7 +19,7 @@ import torch
 from actvar_kernels import sample_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.operations.shapes import GUIDANCE, TOP_K, TOP_P, VOCABULARY
-from actvar_kernels.sampling import triton_kernel
+from actvar_kernels.token_draw import triton_kernel
 
 PASSES = {"_reaching": 1, "_step_up": 2, "_mass_below": 1, "_weigh_lowest": 2}
 ROWS = 64

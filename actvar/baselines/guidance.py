@@ -14,7 +14,7 @@ from torch import nn
 from actvar.baselines.replacing_methods import expect_last_scales, expect_var, with_methods
 from actvar.config import DENSE
 from actvar.families import blocks_of, family_of
-from actvar.models.sampling import sample_top_k_top_p
+from actvar.models.token_draw import sample_top_k_top_p
 from actvar.models.var import Condition
 from actvar.patching.patch import patched_silently
 

@@ -17,7 +17,7 @@ from actvar.models.checkpoint import describe_checkpoint
 from actvar.patching.adapter import describe_adapter
 from actvar_kernels import get_backend
 from actvar_kernels.cpu_backend import choices, cpu
-from actvar_kernels.sampling import cpu_kernel
+from actvar_kernels.token_draw import cpu_kernel
 
 
 def add_options(command: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-from actvar.models.sampling import guided
+from actvar.models.token_draw import guided
 
 
 def expert_distances(

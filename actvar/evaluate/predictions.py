@@ -10,7 +10,7 @@ from torch import nn
 
 from actvar.evaluate.divergence import token_divergence
 from actvar.families import family_of
-from actvar.models.sampling import guided
+from actvar.models.token_draw import guided
 from actvar.sparse.state import is_patched, patch_state
 from actvar.utils.fingerprint import fingerprint
 

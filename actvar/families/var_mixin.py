@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from actvar.families.var_layers import linear_called, module_called
 from actvar.models.arguments import checked_labels, one_thread
-from actvar.models.sampling import sample_guided
+from actvar.models.token_draw import sample_guided
 from actvar.models.transformer_block import HeadNorm
 from actvar.models.var import VAR
 from actvar.utils.class_swap import own_class

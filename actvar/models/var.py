@@ -15,7 +15,7 @@ from torch import nn
 
 from actvar.models.arguments import by_one_thread, checked_draw, checked_integer, checked_labels, expect_own_blocks
 from actvar.models.quantizer import uninitialised_embedding
-from actvar.models.sampling import Randomness, by_image, generators, guided, gumbel_softmax, sample_top_k_top_p
+from actvar.models.token_draw import Randomness, by_image, generators, guided, gumbel_softmax, sample_top_k_top_p
 from actvar.models.transformer_block import HeadNorm, SharedAdaLin, TransformerBlock
 from actvar.models.vqvae import VQVAE
 from actvar.utils.modes import no_grad

@@ -17,9 +17,9 @@ from actvar_kernels.operations.inputs import BlockInputs
 from actvar_kernels.operations.shapes import GUIDANCE, NORM_GROUPS, TOP_K, TOP_P
 from actvar_kernels.residual_norm.op import Residual, add_normalize, add_normalize_route
 from actvar_kernels.routing.op import route_experts
-from actvar_kernels.sampling.op import sample_tokens
 from actvar_kernels.scatter.op import scatter_rows
 from actvar_kernels.subset_attention.op import subset_attention
+from actvar_kernels.token_draw.op import sample_tokens
 from actvar_kernels.token_select.op import normalize_modulate, select_tokens
 
 Arguments = dict[str, Any]

@@ -80,7 +80,7 @@ def test_a_snippet_runs_and_samples_with_the_adapters_own_rates(page, code, samp
 
 
 def test_the_snippets_are_found() -> None:
-    assert sum(page.name == "README.md" for page, _ in SNIPPETS) == 4
+    assert sum(page.name == "README.md" for page, _ in SNIPPETS) == 2
     assert sum("load_adapter(" in code or "patched(" in code for _, code in SNIPPETS) >= 4
     assert sum(page.read_text("utf-8").count("```python") for page in PAGES) == len(SNIPPETS)
 

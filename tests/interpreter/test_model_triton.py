@@ -8,7 +8,7 @@ from support.helpers import make_tiny_var
 
 from actvar import ActVARConfig, Execution, apply_patch, load_pretrained, remove_patch
 from actvar.models import VAR, VQVAE
-from actvar.models.sampling import guided
+from actvar.models.token_draw import guided
 from actvar.models.var import Condition
 from actvar.sparse import selection
 from actvar_kernels.backend import using_backend

@@ -31,7 +31,7 @@ from actvar_kernels import (
 )
 from actvar_kernels.backend import using_backend
 from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.sampling import cpu_kernel as sampling_kernel
+from actvar_kernels.token_draw import cpu_kernel as sampling_kernel
 
 R, L, K, C, N, D, H = 2, 9, 5, 64, 4, 256, 2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

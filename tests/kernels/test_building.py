@@ -23,7 +23,7 @@ from support.small_libraries import (
 
 from actvar_kernels.cpu_backend import building, cpu
 from actvar_kernels.cpu_backend.building import BuildError, load
-from actvar_kernels.sampling import cpu_kernel
+from actvar_kernels.token_draw import cpu_kernel
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="libraries are compiled on Linux and macOS")
 ODD_NAMES = ("10:30", "a$b", "$HOME", "a b", 'quote"', "it's", "é✓", "-o", "@file", "a;b&c", "new\nline", "%s{}", "a,b")
@@ -259,7 +259,7 @@ def test_a_library_that_is_lost_ends_in_the_reference_and_one_line(lost, forgott
 
     import actvar
     from actvar_kernels import sample_tokens
-    from actvar_kernels.sampling import reference
+    from actvar_kernels.token_draw import reference
 
     def failing(library):
         if lost in (library.name, "both"):

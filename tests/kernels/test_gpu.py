@@ -12,7 +12,7 @@ from actvar import ActVARConfig, Execution, GraphedSampling, apply_patch, load_a
 from actvar.models.quantizer import upsampled_by_axis
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels.backend import using_backend
-from actvar_kernels.sampling import public
+from actvar_kernels.token_draw import public
 from benchmarks.gpu import graphs, numerics
 
 pytestmark = [

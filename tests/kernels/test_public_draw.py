@@ -8,10 +8,10 @@ from support.helpers import make_tiny_var, sample
 from torch import Tensor
 
 from actvar import accelerate
-from actvar.models.sampling import guided, sample_guided, sample_top_k_top_p
+from actvar.models.token_draw import guided, sample_guided, sample_top_k_top_p
 from actvar_kernels.backend import using_backend
 from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.sampling import cpu_public, public
+from actvar_kernels.token_draw import cpu_public, public
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 DTYPES = [torch.float32, torch.bfloat16]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,12 @@ def test_counter_equals_a_count_over_the_tokens_and_experts_of_a_real_run(make_v
     assert [step.keys() for step in explicit] == [step.keys() for step in counted]
     for want, got in zip(explicit, counted, strict=True):
         assert got == pytest.approx(want, rel=0.01)
+
+
+def test_a_model_without_adaln_counts_none():
+    steps = {adaln: formula_flops(**{**D16, "adaln": adaln}, batch=1) for adaln in ("none", "shared")}
+    assert [step.adaln for step in steps["none"]] == [0] * len(steps["none"])
+    assert [replace(step, adaln=0) for step in steps["shared"]] == steps["none"]
 
 
 def flops_of_a_run(var, labels) -> list[Counter]:

@@ -9,11 +9,11 @@ from support.philox import philox_uniform
 from torch import Tensor
 
 import actvar_kernels
-from actvar.models.sampling import sample_top_k_top_p
+from actvar.models.token_draw import sample_top_k_top_p
 from actvar_kernels import sample_tokens
 from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.sampling import reference
-from actvar_kernels.sampling.reference import LARGEST, SMALLEST, token_weights
+from actvar_kernels.token_draw import reference
+from actvar_kernels.token_draw.reference import LARGEST, SMALLEST, token_weights
 
 FILTERS = [(0, 0.0), (1, 0.0), (7, 0.0), (20, 0.0), (0, 1e-9), (0, 0.5), (0, 1.0), (12, 0.8), (3, 0.999), (900, 0.96)]
 """top_k (at most the vocabulary) and top_p."""

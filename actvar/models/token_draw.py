@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from actvar_kernels.sampling import cpu_public, public
+from actvar_kernels.token_draw import cpu_public, public
 
 Randomness = torch.Generator | Sequence[torch.Generator] | None
 """Generators of noise: one for the batch, one per image, or None for torch's global one."""

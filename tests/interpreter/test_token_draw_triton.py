@@ -9,7 +9,7 @@ from support.philox import philox_uniform
 from torch import Tensor
 
 from actvar_kernels import BackendUnavailableError, sample_tokens
-from actvar_kernels.sampling import reference
+from actvar_kernels.token_draw import reference
 
 FILTERS = [(0, 0.0), (1, 0.0), (4, 0.0), (10, 0.0), (0, 1e-9), (0, 0.5), (0, 1.0), (7, 0.8), (3, 0.999)]
 """top_k and top_p."""

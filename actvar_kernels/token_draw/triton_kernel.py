@@ -1,7 +1,7 @@
 """Run guidance, top-k, top-p and the draw as one Triton launch, one position per program.
 
 Both filters keep the logits from some threshold on. Passes over the logits, which stay in registers, search for the
-threshold, see `docs/kernels/sampling.md`. The threshold that is found is exact. How many passes it takes depends on the
+threshold (`docs/kernels/token_draw.md`). The threshold that is found is exact. How many passes it takes depends on the
 logits (`python -m benchmarks.sampler_passes`).
 """
 
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.sampling.reference import LARGEST, SMALLEST
+from actvar_kernels.token_draw.reference import LARGEST, SMALLEST
 from actvar_kernels.triton_backend.tiles import next_power_of_2, sampling_warps
 
 

@@ -6,7 +6,7 @@ import torch
 
 from actvar_kernels.backend import Backend, choose
 from actvar_kernels.checks import as_integer, as_number, expect_one_device, expect_shape
-from actvar_kernels.sampling import cpu_kernel, reference
+from actvar_kernels.token_draw import cpu_kernel, reference
 
 MOST_TOKENS = 16384
 """Vocabulary that one program of the Triton kernel holds."""
@@ -23,7 +23,7 @@ def sample_tokens(
 ) -> torch.Tensor:
     """Draw one token per position from `softmax((1 + guidance) * cond - guidance * uncond)`, filtered.
 
-    Both filters are those of `actvar.models.sampling`, with a rule for equal logits, which stay or go together:
+    Both filters are those of `actvar.models.token_draw`, with a rule for equal logits, which stay or go together:
 
     - top-k keeps the logits that reach the k-th largest;
     - top-p then removes a token if few probability lies at its logit or below. This is at most `1 - top_p` of what
@@ -107,7 +107,7 @@ def _choose(logits: torch.Tensor, noise: torch.Tensor | None) -> Backend:
 def _run(backend: Backend, logits, guidance, top_k, top_p, seed_tensor, seed_number, step, noise) -> torch.Tensor:
     """Run the operation on a backend."""
     if backend.name == "triton":
-        from actvar_kernels.sampling import triton_kernel
+        from actvar_kernels.token_draw import triton_kernel
 
         seed = seed_number if seed_tensor is None else seed_tensor
         return triton_kernel.sample_tokens(logits, guidance, top_k, top_p, seed, step, noise)

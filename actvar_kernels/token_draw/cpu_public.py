@@ -13,8 +13,8 @@ import torch
 
 from actvar_kernels.backend import choose
 from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.sampling import public
-from actvar_kernels.sampling.cpu_kernel import available, library, why_unavailable
+from actvar_kernels.token_draw import public
+from actvar_kernels.token_draw.cpu_kernel import available, library, why_unavailable
 
 logger = logging.getLogger(__name__)
 
