@@ -14,9 +14,9 @@ from actvar.distill.losses import block_loss, guided_loss, output_loss
 from actvar.distill.stage import Stage
 from actvar.families import family_of
 from actvar.patching.patch import unpatched
-from actvar.patching.weight_override import replace_parameters, tuned_parameters
 from actvar.sparse.state import patch_state
 from actvar.utils.devices import device_of
+from actvar.utils.weight_override import replace_parameters, tuned_parameters
 from actvar.utils.wrappers import unwrapped
 
 LOSSES = ("cls", "block", "output", "guided")

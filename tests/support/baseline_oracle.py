@@ -14,7 +14,7 @@ from actvar.evaluate.predictions import predictions
 from actvar.models import VAR
 from actvar.patching.adapter import save_adapter
 from actvar.patching.patch import patched_silently
-from actvar.patching.weight_override import tuned_parameters
+from actvar.utils.weight_override import tuned_parameters
 from support.helpers import PATCH_NUMS, sample
 
 STATIC = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=0.75)

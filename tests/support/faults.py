@@ -32,13 +32,13 @@ from actvar.families.var import VARFamily
 from actvar.models import VAR, build_vae_var
 from actvar.patching.adapter import gate_parameters
 from actvar.patching.patch import patch_silently
-from actvar.patching.weight_override import replace_parameters
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.training.checkpoint import save_atomically
 from actvar.training.loop import fit
 from actvar.training.plan import Plan
 from actvar.utils.files import replacing
 from actvar.utils.pictures import save_grid
+from actvar.utils.weight_override import replace_parameters
 from actvar_kernels.cpu_backend import packing
 
 CONFIG = ActVARConfig(num_experts=8)

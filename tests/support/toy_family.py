@@ -7,7 +7,7 @@ token maps are not square, and guidance is mixed in after a block instead of on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from actvar.families.base import BlockCall, Called, Embedded, OnScale, Rows, Sizes
 from actvar.families.defaults import BaseFamily
+from actvar.utils.weight_override import own_weights
 
 MAPS = ((1, 1), (1, 2), (2, 3), (3, 5))
 CODE_SIZE, CODES, CLASSES, TEXT_TOKENS = 4, 24, 6, 3
@@ -192,6 +193,9 @@ class PatchedToy(nn.Module):
     def forward(self, labels, inputs):
         self.actvar.begin_pass(self)
         try:
+            if self.actvar.first_tuned:
+                with self.actvar.during(rows_stand_alone=True):
+                    return torch.cat([logits for _, logits in logits_by_scale(self, labels, inputs)], dim=1)
             return super().forward(labels, inputs)
         finally:
             self.actvar.end_pass()
@@ -201,9 +205,26 @@ class PatchedToy(nn.Module):
         with self.actvar.sampling(self, in_place=False):
             return super().autoregressive_infer_cfg(*args, **kwargs)
 
+    def predict(self, scale, inputs, labels, strength):
+        guided = self.actvar.rows_stand_alone or self.actvar.schedule[scale].guided
+        return super().predict(scale, inputs, labels, strength if guided else None)
+
     def get_logits(self, x):
-        self.actvar.begin_head(self, x.shape[1])
-        return super().get_logits(x)
+        with nullcontext() if self.actvar.scale_is_tuned else own_weights(self.head):
+            self.actvar.begin_head(self, x.shape[1])
+            return super().get_logits(x)
+
+
+def logits_by_scale(model: nn.Module, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield number and logits of every scale for rows of the classes `labels` `[R]`, through the K/V cache."""
+    try:
+        for block in model.layers:
+            ToyCache(block.self_attention).start()
+        for scale, scale_inputs in enumerate([None, *inputs.split(TOKENS[1:], dim=1)]):
+            yield scale, model.predict(scale, scale_inputs, labels, None)
+    finally:
+        for block in model.layers:
+            ToyCache(block.self_attention).drop()
 
 
 class ToyCache(NamedTuple):
@@ -239,6 +260,7 @@ class ToyFamily(BaseFamily):
 
     name = "toy"
     model_mixin = PatchedToy
+    leaves_out_guidance = True
     has_between = True
     hidden_axes = {"feed_forward.up.weight": 0, "feed_forward.up.bias": 0, "feed_forward.down.weight": 1}
     weight_kinds = (("self_attention.into.", "qkv"), ("self_attention.out.", "proj"), ("feed_forward.", "ffn"))
@@ -274,15 +296,7 @@ class ToyFamily(BaseFamily):
         return model.get_logits(x)
 
     def scale_logits(self, model: nn.Module, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        labels = torch.cat((labels, self.without_class(model, labels)))
-        try:
-            for block in model.layers:
-                self.cache(block).start()
-            for scale, scale_inputs in enumerate([None, *inputs.split(TOKENS[1:], dim=1)]):
-                yield scale, model.predict(scale, scale_inputs, labels, None)
-        finally:
-            for block in model.layers:
-                self.cache(block).drop()
+        yield from logits_by_scale(model, torch.cat((labels, self.without_class(model, labels))), inputs)
 
     @contextmanager
     def watch_scales(self, model: nn.Module, on_scale: OnScale) -> Iterator[None]:

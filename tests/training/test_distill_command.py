@@ -22,7 +22,7 @@ from actvar.distill import data, run
 from actvar.distill.run import Distillation, distill
 from actvar.evaluate.divergence import divergence_by_scale
 from actvar.patching.adapter import describe_adapter, gate_parameters
-from actvar.patching.weight_override import tuned_parameters
+from actvar.utils.weight_override import tuned_parameters
 
 CONFIG = ActVARConfig(num_experts=8)
 SAMPLES = 48

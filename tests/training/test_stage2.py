@@ -12,10 +12,10 @@ from actvar.distill import Stage2
 from actvar.distill.losses import block_loss, guided_loss, output_loss
 from actvar.families.var import VARFamily
 from actvar.patching.adapter import gate_parameters
-from actvar.patching.weight_override import tuned_parameters
 from actvar.training.loop import fit
 from actvar.training.plan import Plan
 from actvar.training.processes import run_in_processes
+from actvar.utils.weight_override import tuned_parameters
 
 CONFIG = ActVARConfig(num_experts=8)
 BATCH = 4
