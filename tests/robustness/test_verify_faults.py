@@ -124,7 +124,7 @@ def break_backend(monkeypatch) -> Callable[[str, Callable], Callable]:
         place: list[int] = []
         monkeypatch.setattr(backend, "triton_installed", lambda: True)
         monkeypatch.setattr(backend, "interpreted", lambda: True)
-        monkeypatch.setattr(actvar.models.fused_vae, "kernels_run", lambda *_: False)
+        monkeypatch.setattr(actvar.models.fused_vae, "fused_for", lambda *_: None)
 
         def as_triton(operation: Callable) -> Callable:
             @functools.wraps(operation)
