@@ -1,7 +1,7 @@
-"""A model family that is unlike VAR, as an example of how one is added: a model of its own, and `ToyFamily`.
+"""Add a model family that is unlike VAR, as an example of how it is done: a model of its own, and `ToyFamily`.
 
-Its blocks rotate queries and keys (RoPE) and have cross-attention behind an affine norm between attention and FFN. Its
-token maps are not square, and guidance is mixed in after a block instead of on the logits.
+The model's blocks rotate queries and keys (RoPE) and have cross-attention behind an affine norm between attention and
+FFN. The token maps are not square, and guidance is mixed in after a block instead of on the logits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def rotated(rows: Tensor, positions: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of rows over a K/V cache and themselves, or over a text."""
+    """Attend from rows to a K/V cache and themselves, or to a text, with several heads."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -61,7 +61,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them."""
+    """Run two linear layers with a GELU between them."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -72,7 +72,7 @@ class FeedForward(nn.Module):
 
 
 class ToyBlock(nn.Module):
-    """Attention, cross-attention to a text, and an FFN; the first and the last behind an adaptive LayerNorm."""
+    """Run attention, cross-attention to a text, and an FFN; the first and the last behind an adaptive LayerNorm."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -96,7 +96,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 class Codes(nn.Module):
-    """The autoencoder: code vectors and a decoder of one layer."""
+    """Stand for the autoencoder: code vectors and a decoder of one layer."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +116,7 @@ class Codes(nn.Module):
 
 
 class ToyModel(nn.Module):
-    """Next-scale prediction from a class and a text that belongs to it."""
+    """Predict the next scale from a class and a text that belongs to it."""
 
     def __init__(self, depth: int = 3, width: int = 32, heads: int = 2, guided_block: int = 1):
         super().__init__()
@@ -188,7 +188,7 @@ def block_causal() -> Tensor:
 
 
 class PatchedToy(nn.Module):
-    """Mixed into the class of a patched `ToyModel`."""
+    """Go in front of the class of a patched `ToyModel`."""
 
     def forward(self, labels, inputs):
         self.actvar.begin_pass(self)
@@ -256,7 +256,7 @@ class ToyCache(NamedTuple):
 
 
 class ToyFamily(BaseFamily):
-    """Answers of `ToyModel`; the methods are described in `actvar.families.base.Family`."""
+    """Answer for `ToyModel`; the methods are described in `actvar.families.base.Family`."""
 
     name = "toy"
     model_mixin = PatchedToy
