@@ -24,7 +24,7 @@ from actvar.cli.options import (
 )
 from actvar.config import DENSE
 from actvar.distill.data import GUIDANCE, source_of
-from actvar.distill.recipes import RECIPES
+from actvar.distill.recipes import CONDITIONAL, RECIPES
 from actvar.distill.run import Distillation, distill
 from actvar.models.checkpoint import usable_device
 from actvar.patching.adapter import describe_adapter, read_adapter_config
@@ -109,7 +109,8 @@ def run(options: argparse.Namespace) -> None:
         config = replace(config, num_experts=options.experts)
     names = ("stage", "epochs", "batch", "lr", "accumulate", "ema", "clip", "seed", "cfg")
     given = {name: getattr(options, name) for name in names}
-    how = Distillation(**given, recipe=RECIPES[options.recipe], bf16=options.dtype == "bf16")
+    recipe = RECIPES[options.recipe] if until is None else CONDITIONAL
+    how = Distillation(**given, recipe=recipe, bf16=options.dtype == "bf16")
     with launched_processes(usable_device(options.device)) as device:
         options.device = str(device)
         say_device(options)
