@@ -18,7 +18,7 @@ from actvar.execution import Execution
 from actvar.families import blocks_of, family_of
 from actvar.families.base import BlockCall
 from actvar.models.arguments import SEEDS, checked_finite, checked_integer
-from actvar.patching.patch import patch_silently, remove_patch
+from actvar.patching.patch import patch_silently, reconfigure, remove_patch
 from actvar.sampling.token_maps import sampled_inputs
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.schedule import Scale, build_schedule
@@ -26,6 +26,9 @@ from actvar.utils.progress import progress
 from actvar.utils.wrappers import unwrapped
 
 BATCH = 8
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Labels `[B]` int64 and inputs `[B, L - first_l, Cvae]` for teacher forcing."""
 
 
 @torch.no_grad()
@@ -81,7 +84,33 @@ def calibrate(
     if not uniform:
         expect_budget(model, config)
 
-    batches = sampled_inputs(model, images, max(1, min(BATCH, images // HELD_OUT)), seed, cfg)
+    batches = samples_to_fit(model, images, seed, cfg)
+    fits = patch_with_fits(model, config, execution, batches, cluster)
+    curves = [fit.curves for fit in fits]
+    chosen = config
+    if not uniform:
+        labels, inputs = held_out_samples(batches)
+        chosen = rates_under_budget(model, config, curves, divergence_per_block(model, config, labels, inputs))
+        reconfigure(model, chosen)
+    return report_of(model, config, chosen, curves)
+
+
+def samples_to_fit(model: nn.Module, images: int, seed: int, cfg: float) -> list[Batch]:
+    """Return samples of the dense model in batches of equal size, as many images as `calibrate` is told to use."""
+    return sampled_inputs(model, images, max(1, min(BATCH, images // HELD_OUT)), seed, cfg)
+
+
+def held_out_samples(batches: list[Batch]) -> Batch:
+    """Return those samples, an eighth of all, by which the divergences of blocks are measured."""
+    labels, inputs = batches[-1]
+    count = max(1, sum(len(labels) for labels, _ in batches) // 8)
+    return labels[-count:], inputs[-count:]
+
+
+def patch_with_fits(
+    model: nn.Module, config: ActVARConfig, execution: Execution | None, batches: list[Batch], cluster: bool = True
+) -> list[BlockFit]:
+    """Fit all blocks of a dense model to `batches`, and patch the model with the results, which are returned."""
     family = family_of(model)
     stream = [_embedded(model, *batch) for batch in batches]
     fits: list[BlockFit] = []
@@ -90,17 +119,6 @@ def calibrate(
         fit = fit_block(family, block, stream, scales, config.num_experts, cluster)
         stream = fit.after
         fits.append(fit._replace(after=[]))
-    curves = [fit.curves for fit in fits]
-    chosen = config
-    if not uniform:
-        _install(model, config, execution, fits)
-        labels, inputs = (tensor[-max(1, images // 8) :] for tensor in batches[-1])
-        chosen = rates_under_budget(model, config, curves, divergence_per_block(model, config, labels, inputs))
-    _install(model, chosen, execution, fits)
-    return report_of(model, config, chosen, curves)
-
-
-def _install(model: nn.Module, config: ActVARConfig, execution: Execution | None, fits: list[BlockFit]) -> None:
     patch_silently(model, config, execution)
     blocks: list[Any] = blocks_of(model)
     for block, fit in zip(blocks, fits, strict=True):
@@ -111,6 +129,7 @@ def _install(model: nn.Module, config: ActVARConfig, execution: Execution | None
             gates.router.bias: fit.router[1],
         }
         set_order_and_gates(block, fit.order, values)
+    return fits
 
 
 def _active_scales(config: ActVARConfig, maps: Sequence[tuple[int, int]]) -> list[Scale]:

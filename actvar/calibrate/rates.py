@@ -45,7 +45,7 @@ def rates_under_budget(
     token_rates, ffn_rates = [], []
     for index, options, budget in _choices(var, config):
         losses = [
-            _losses(block_curves[index], *divergences[index])
+            block_losses(block_curves[index], *divergences[index])
             for block_curves, divergences in zip(curves, sensitivity, strict=True)
         ]
         chosen = _cheapest(losses, options, budget * len(losses))
@@ -105,7 +105,7 @@ def blocks_flops(var: nn.Module, config: ActVARConfig) -> int:
     )
 
 
-def _losses(curves: Curves, token_divergence: float, expert_divergence: float) -> dict[Budget, float]:
+def block_losses(curves: Curves, token_divergence: float, expert_divergence: float) -> dict[Budget, float]:
     """Return the divergence that one block causes, mean over the tokens of a scale, by the block's choice.
 
     Args:
@@ -127,7 +127,7 @@ def _cheapest(losses: list[dict[Budget, float]], flops: dict[Budget, int], budge
     """Return the choice of each block: the least loss at no more than `budget` FLOPs, on the convex hull."""
 
     def at(price: float) -> list[Budget]:
-        return [min(block_losses, key=lambda kept: block_losses[kept] + price * flops[kept]) for block_losses in losses]
+        return [min(block, key=lambda kept: block[kept] + price * flops[kept]) for block in losses]
 
     def fits(chosen: list[Budget]) -> bool:
         return sum(flops[kept] for kept in chosen) <= budget

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import actvar
 from actvar.calibrate import calibrate
+from actvar.calibrate.goal import Goal
+from actvar.calibrate.plan import LEVERS, plan
 from actvar.cli.options import (
     DTYPES,
+    adapter_of,
     add_dtype,
     add_source,
     at_once,
     check_source,
+    describe,
     expect_file,
     integer,
     load,
@@ -23,11 +27,13 @@ from actvar.cli.options import (
     with_rates,
     write_json,
 )
+from actvar.patching.adapter import read_adapter
+from actvar_kernels.cpu_backend.choices import processor
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `calibrate` to its parser."""
-    add_source(command, adapter=None)
+    add_source(command, adapter="none, which fits one; with an adapter, a goal plans again for its gates and weights")
     add_dtype(command)
     command.add_argument(
         "--out", type=Path, required=True, help="adapter file to write; the report goes beside it as .json"
@@ -38,6 +44,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
         type=number,
         help="token rates of the last scales, then the FFN's (default 0.75 0.75 0.75)",
     )
+    goal = command.add_argument_group("a plan by measured time (instead of --rates)")
+    goal.add_argument("--speedup", type=number, help="of a whole sample with decoder, over the accelerated dense model")
+    goal.add_argument("--budget-ms", type=number, help="milliseconds that a batch may take on this machine")
+    goal.add_argument("--kl", type=number, help="mean KL to the dense guided logits, over the scales that change")
+    goal.add_argument("--levers", default=",".join(LEVERS), help=f"what may change (default {','.join(LEVERS)})")
+    goal.add_argument("--batch", type=at_once, default=8, help="images whose time is measured (default 8)")
+    goal.add_argument("--repeats", type=positive, default=3, help="samples of each kind that are timed (default 3)")
     command.add_argument(
         "--uniform", action="store_true", help="these rates in every block, not the best at their FLOPs"
     )
@@ -53,6 +66,12 @@ def run(options: argparse.Namespace) -> None:
     expect_file("--out", options.out)
     if options.out.suffix == ".json":
         raise ValueError(f"--out: expected the adapter's name, such as adapter.safetensors, got {options.out}")
+    goals = {name: getattr(options, name) for name in ("speedup", "budget_ms", "kl")}
+    if any(value is not None for value in goals.values()):
+        _run_plan(options, Goal(**goals))
+        return
+    if options.adapter is not None:
+        raise ValueError("--adapter: expected a goal with it, one of --speedup, --budget-ms and --kl")
     config = with_rates(actvar.ActVARConfig(num_experts=options.experts), options.rates)
     say_device(options)
     _, var = load(options, DTYPES[options.dtype])
@@ -65,3 +84,41 @@ def run(options: argparse.Namespace) -> None:
     write_json(written, facts | {"seconds": round(seconds, 1)} | report.as_dict())
     print(report.table())
     print(f"wrote {options.out}, {written}; {options.images} samples, {seconds:.0f} s")
+
+
+def _run_plan(options: argparse.Namespace, goal: Goal) -> None:
+    """Write the adapter whose plan meets `goal`, its report and the whole curve; exit with code 1 if none does."""
+    if options.rates or options.uniform:
+        raise ValueError("--rates, --uniform: a plan finds the rates itself; give these or a goal")
+    adapter = adapter_of(options, None)
+    say_device(options)
+    _, var = load(options, DTYPES[options.dtype])
+    begin = time.perf_counter()
+    report = plan(
+        var,
+        goal,
+        options.levers.split(","),
+        adapter=adapter,
+        num_experts=options.experts,
+        batch=options.batch,
+        images=options.images,
+        seed=options.seed,
+        cfg=options.cfg,
+        repeats=options.repeats,
+    )
+    seconds = time.perf_counter() - begin
+    print(report.describe())
+    print(describe(report.chosen.config))
+    report.save_curve(options.out.with_suffix(".csv"), options.out.with_suffix(".png"))
+    place = {"device": options.device, "dtype": options.dtype, "batch": options.batch, "machine": processor()}
+    if not report.is_met:
+        print(f"no plan meets the goal; the nearest is above, and all are in {options.out.with_suffix('.csv')}")
+        raise SystemExit(1)
+    facts: dict[str, object] = {"plan": place | report.facts()}
+    execution = None
+    if adapter is not None:
+        given = read_adapter(adapter)
+        facts, execution = {"training": given.training} | facts, given.execution
+    actvar.save_adapter(var, options.out, facts, execution)
+    write_json(options.out.with_suffix(".json"), place | {"seconds": round(seconds, 1)} | report.as_dict())
+    print(f"wrote {options.out}, and its report and curve as .json, .csv and .png; {seconds:.0f} s")

@@ -140,7 +140,7 @@ def of_process(variable: str, default: int) -> int:
     return int(os.environ.get(variable, default))
 
 
-def adapter_of(options: argparse.Namespace, bundled: str = "paper") -> Path | None:
+def adapter_of(options: argparse.Namespace, bundled: str | None = "paper") -> Path | None:
     """Return the adapter's file, or None without an adapter.
 
     With --model, a name without a suffix is that of a bundled adapter, and `bundled` is the default.

@@ -49,6 +49,18 @@ class DensePredictions:
         self.logits = [[logits for _, logits in predictions(var, *batch)] for batch in batches]
 
     @torch.no_grad()
+    def divergences_without_guidance(self) -> list[float]:
+        """Return `KL(guided || conditional)` of the model's own logits in nats, mean over the tokens of each scale."""
+        last, images = len(self.logits[0]) - 1, sum(len(labels) for labels, _ in self.batches)
+        sums = [0.0] * (last + 1)
+        for logits in self.logits:
+            for scale, rows in enumerate(logits):
+                count = len(rows) // 2
+                pair = guided(rows, self.cfg * scale / last), rows[:count]
+                sums[scale] += token_divergence(*pair).mean().item() * count / images
+        return sums
+
+    @torch.no_grad()
     def divergences(self, var: nn.Module) -> dict[str, list[float | None]]:
         """Return `KL(dense || var)` in nats, mean over the tokens of each scale.
 

@@ -93,6 +93,41 @@ def warn_untrained(config: ActVARConfig, advice: str = "load trained ones with a
 def patch_silently(var: nn.Module, config: ActVARConfig, execution: Execution | None = None) -> None:
     """Do the same as `apply_patch` without its warning, for callers that load an adapter next."""
     model = unwrapped(var)
+    state = _checked_state(model, config, Execution() if execution is None else execution)
+    width, hidden, *_ = state.family.sizes(model)
+    block_states = [
+        BlockState(width, hidden, config.num_experts, index, state, device_of(block))
+        for index, block in enumerate(state.blocks(model))
+    ]
+    with one_thread(model):
+        _install(model, state, block_states)
+    log_called(state.called, state.head_called)
+
+
+def reconfigure(var: nn.Module, config: ActVARConfig) -> None:
+    """Give a patched model another configuration; gates, order of hidden units, weights and Execution stay.
+
+    Args:
+        var: a patched model.
+        config: what is computed, with as many experts as before.
+
+    Raises:
+        ValueError: the model is not patched, or a configuration that does not fit it.
+    """
+    model = unwrapped(var)
+    before = patch_state(model)
+    if config.num_experts != before.config.num_experts:
+        raise ValueError(f"num_experts: the patch has {before.config.num_experts}, got {config.num_experts}")
+    state = _checked_state(model, config, before.execution)
+    with one_thread(model):
+        for block, schedule in zip(state.blocks(model), state.schedules, strict=True):
+            block.actvar.shared, block.actvar.schedule = state, schedule
+            block.actvar.cache.forget()
+        model.actvar = state
+
+
+def _checked_state(model: Any, config: ActVARConfig, execution: Execution) -> PatchState:
+    """Return the state of a patch, or raise as `apply_patch` does."""
     family = family_of(model)
     blocks = [unwrapped(block) for block in family.blocks(model)]
     if not isinstance(config, ActVARConfig):
@@ -103,10 +138,9 @@ def patch_silently(var: nn.Module, config: ActVARConfig, execution: Execution | 
     schedules = tuple(build_schedule(config, maps, block) for block in range(len(blocks)))
     if config.guidance_until is not None and not family.leaves_out_guidance:
         raise ValueError(f"guidance_until: {family.name} does not sample without its unconditional rows; leave it None")
-    width, hidden, *_ = family.sizes(model)
+    _, hidden, *_ = family.sizes(model)
     if hidden % config.num_experts:
         raise ValueError(f"num_experts: expected a divisor of the FFN's hidden size {hidden}, got {config.num_experts}")
-    execution = Execution() if execution is None else execution
     _expect_runs(model, execution)
     for index, block in enumerate(blocks):
         if "forward" in block.__dict__:
@@ -116,13 +150,7 @@ def patch_silently(var: nn.Module, config: ActVARConfig, execution: Execution | 
     state.head_called = family.head_called(model)
     for index, called in enumerate(state.called):
         expect_readable(index, called, schedules[index], config.kv)
-    block_states = [
-        BlockState(width, hidden, config.num_experts, index, state, device_of(block))
-        for index, block in enumerate(blocks)
-    ]
-    with one_thread(model):
-        _install(model, state, block_states)
-    log_called(state.called, state.head_called)
+    return state
 
 
 def _expect_runs(model: nn.Module, execution: Execution) -> None:

@@ -1,0 +1,101 @@
+"""The result of planning: the chosen plan, and the curve of all plans that were measured."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from actvar.calibrate.goal import Goal
+from actvar.config import ActVARConfig, Rate
+from actvar.utils.pictures import save_figure, save_table
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration with what it costs.
+
+    Args:
+        config: rates of every block, and the end of guidance.
+        seconds: predicted for a batch.
+        divergence: KL to the dense model's guided logits in nats, mean over the tokens of each scale that the plan
+            changes, then over these scales; 0 for the dense model.
+        total: the same summed over the scales.
+    """
+
+    config: ActVARConfig
+    seconds: float
+    divergence: float
+    total: float
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """The result of planning.
+
+    Args:
+        goal: what was asked for.
+        chosen: the plan that the model is patched with.
+        is_met: whether the chosen plan is one that was asked for; otherwise it is the nearest.
+        curve: all plans that were measured, the fastest last.
+        accelerated_ms, predicted_ms, measured_ms: of a batch on this machine, the first without a plan.
+    """
+
+    goal: Goal
+    chosen: Candidate
+    is_met: bool
+    curve: tuple[Candidate, ...]
+    accelerated_ms: float
+    predicted_ms: float
+    measured_ms: float
+
+    def describe(self) -> str:
+        """Return a line about the plan's times and divergence."""
+        return (
+            f"{self.accelerated_ms / self.measured_ms:.2f}x over accelerated "
+            f"({self.accelerated_ms:.1f} -> {self.measured_ms:.1f} ms a batch, predicted {self.predicted_ms:.1f}), "
+            f"KL {self.chosen.divergence:.4f}"
+        )
+
+    def facts(self) -> dict[str, object]:
+        """Return goal, times and divergence of the chosen plan, JSON-compatible."""
+        goal: dict[str, object] = {name: value for name, value in asdict(self.goal).items() if value is not None}
+        times: dict[str, object] = {
+            name: round(getattr(self, name), 3) for name in ("accelerated_ms", "predicted_ms", "measured_ms")
+        }
+        return goal | times | {"kl": self.chosen.divergence}
+
+    def as_dict(self) -> dict[str, object]:
+        """Return `facts`, the plan and the curve, JSON-compatible."""
+        return self.facts() | {"config": asdict(self.chosen.config), "curve": [self._row(each) for each in self.curve]}
+
+    def _row(self, candidate: Candidate) -> dict[str, object]:
+        config = candidate.config
+        return {
+            "predicted_ms": round(1e3 * candidate.seconds, 3),
+            "kl": candidate.divergence,
+            "kl_total": candidate.total,
+            "guidance_until": config.guidance_until,
+            "token_rates": [_mean(rate) for rate in config.token_rates],
+            "ffn_rates": [_mean(rate) for rate in config.ffn_rates],
+        }
+
+    def save_curve(self, table: Path, picture: Path) -> None:
+        """Write all plans as CSV, and plot their divergence over their time as PNG, with the chosen one marked."""
+        rows = [self._row(each) for each in self.curve]
+        save_table(table, [*rows[0]], [[*row.values()] for row in rows])
+        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        axis = figure.subplots()
+        axis.plot([1e3 * each.seconds for each in self.curve], [each.total for each in self.curve], "o", markersize=3)
+        axis.plot([1e3 * self.chosen.seconds], [self.chosen.total], "s", label="chosen")
+        axis.axvline(self.accelerated_ms, linewidth=0.8, color="grey", label="accelerated")
+        axis.set(xlabel="ms per batch, predicted", ylabel="KL to dense, sum over scales")
+        axis.legend()
+        save_figure(figure, picture)
+
+
+def _mean(rate: Rate) -> float:
+    """Return the mean of a scale's rates over the blocks."""
+    return round(statistics.fmean(rate), 4) if isinstance(rate, tuple) else rate

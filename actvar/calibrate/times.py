@@ -1,0 +1,147 @@
+"""Measure the seconds of every scale of a sample by tokens, experts and guidance, and predict those of a plan."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from actvar.config import ActVARConfig
+from actvar.families import family_of
+from actvar.patching.patch import reconfigure
+from actvar.sampling.timing import interleaved_seconds, step_seconds
+from actvar.sparse.schedule import build_schedule
+from actvar.utils.devices import device_of
+from actvar.utils.wrappers import unwrapped
+
+SHARES = (1.0, 0.75, 0.5)
+"""Shares of tokens and of experts that are timed; between them times are interpolated, and below extrapolated."""
+
+
+class ScaleTimes(NamedTuple):
+    """Hold the seconds of one scale by what is computed there, for all blocks alike.
+
+    Args:
+        by_tokens: seconds by `SHARES` of the tokens, with all experts on.
+        by_experts: seconds by `SHARES` of the experts, with all tokens.
+    """
+
+    by_tokens: Sequence[float]
+    by_experts: Sequence[float]
+
+    def at(self, tokens: float, experts: float) -> float:
+        """Return the seconds with these shares of the tokens and of the experts.
+
+        What experts save is in proportion to the tokens that are kept.
+        """
+        saved = self.by_experts[0] - _interpolated(experts, self.by_experts)
+        return _interpolated(tokens, self.by_tokens) - tokens * saved
+
+
+class SampleTimes(NamedTuple):
+    """Hold the seconds of a whole sample of the accelerated model, and of its scales.
+
+    Args:
+        accelerated: seconds of a sample, decoder included.
+        scales: by whether there is guidance, and by number of the scale.
+    """
+
+    accelerated: float
+    scales: Mapping[tuple[bool, int], ScaleTimes]
+
+    def predicted(self, config: ActVARConfig, maps: Sequence[tuple[int, int]], depth: int) -> float:
+        """Return the seconds of a sample under a configuration.
+
+        Args:
+            config: rates of every block.
+            maps: height and width of the token map of every scale.
+            depth: number of blocks.
+        """
+        seconds = self.accelerated
+        for block in range(depth):
+            for scale in build_schedule(config, maps, block):
+                if scale.active or not scale.guided:
+                    shares = scale.keep / scale.tokens, scale.experts / config.num_experts
+                    saved = self.scales[True, scale.index].at(1, 1) - self.scales[scale.guided, scale.index].at(*shares)
+                    seconds -= saved / depth
+        return seconds
+
+
+def measured_times(
+    var: nn.Module, batch: int, cfg: float, first: int, drops_guidance: bool, repeats: int
+) -> SampleTimes:
+    """Measure the times of a patched model, whose configuration is put back.
+
+    Each sample has the same rates in every block and in all scales from `first` on.
+
+    Args:
+        var: the model, with fitted gates.
+        batch: images of a sample.
+        cfg: strength of the guidance.
+        first: number of the first scale that may change.
+        drops_guidance: whether scales without guidance are timed as well.
+        repeats: samples of each kind.
+    """
+    model = unwrapped(var)
+    before = model.actvar.config
+    scales = range(first, len(family_of(model).maps(model)))
+
+    def config_of(tokens: float, experts: float, guided: bool) -> ActVARConfig:
+        rates: dict[str, Any] = {"scales": tuple(scales), "token_rates": (tokens,) * len(scales), "ffn_rate": experts}
+        return replace(before, **rates, guidance_until=None if guided else first)
+
+    kinds = {(tokens, 1.0, True) for tokens in SHARES} | {(1.0, experts, True) for experts in SHARES}
+    if drops_guidance:
+        kinds |= {(tokens, experts, False) for tokens, experts, _ in kinds}
+    try:
+        laps = sample_laps(model, {kind: config_of(*kind) for kind in sorted(kinds, reverse=True)}, batch, cfg, repeats)
+    finally:
+        reconfigure(model, before)
+    medians = {kind: [statistics.median(lap) for lap in zip(*runs, strict=True)] for kind, runs in laps.items()}
+    dense = laps[1.0, 1.0, True]
+    return SampleTimes(
+        statistics.median(sum(run) for run in dense),
+        {
+            (guided, scale): ScaleTimes(
+                [medians[share, 1.0, guided][scale] for share in SHARES],
+                [medians[1.0, share, guided][scale] for share in SHARES],
+            )
+            for guided in ((True, False) if drops_guidance else (True,))
+            for scale in scales
+        },
+    )
+
+
+def sample_laps(
+    var: Any, configs: Mapping[Any, ActVARConfig], batch: int, cfg: float, repeats: int
+) -> dict[Any, list[list[float]]]:
+    """Return the seconds of every scale and of the decoder, for `repeats` samples of each configuration in turn.
+
+    Args:
+        var: a patched model; it keeps the last configuration.
+        configs: configurations by any name.
+        batch: images of a sample.
+        cfg: strength of the guidance.
+        repeats: samples of each configuration.
+    """
+    labels = torch.arange(batch, device=device_of(var)) % var.num_classes
+
+    def run(config: ActVARConfig) -> list[float]:
+        reconfigure(var, config)
+        return step_seconds(var, lambda: var.autoregressive_infer_cfg(batch, labels, g_seed=0, cfg=cfg))
+
+    runs = {name: lambda config=config: run(config) for name, config in configs.items()}
+    return interleaved_seconds(runs, repeats, "times")
+
+
+def _interpolated(share: float, seconds: Iterable[float]) -> float:
+    """Return the seconds at a share, by straight lines through those at `SHARES`."""
+    shares, seconds = SHARES[::-1], list(seconds)[::-1]
+    if share < shares[0]:
+        return seconds[0] - (seconds[1] - seconds[0]) / (shares[1] - shares[0]) * (shares[0] - share)
+    return float(np.interp(share, shares, seconds))
