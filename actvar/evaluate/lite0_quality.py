@@ -1,4 +1,4 @@
-"""FID by EfficientNet-Lite0, and how far images are from the dense model's in its features."""
+"""Measure FID by EfficientNet-Lite0, and how far images are from the dense model's in its features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LITE0_BATCH = 100
 
 @dataclass(frozen=True)
 class DenseFeatures:
-    """The features of the dense model's images of one seed.
+    """Hold the features of the dense model's images of one seed.
 
     Args:
         features: `[N, F]` float32.
@@ -30,7 +30,7 @@ class DenseFeatures:
 
 
 class Lite0Quality:
-    """A comparison of images with real ones and with the dense model's; features are computed on the network's device.
+    """Compare images with real ones and with the dense model's; features are computed on the network's device.
 
     Args:
         network: in eval mode.

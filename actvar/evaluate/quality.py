@@ -29,12 +29,12 @@ MANIFOLD = 10_000
 FEWEST_IMAGES = 20
 """Images that the Inception Score, in ten parts, needs."""
 METRICS = ("fid", "is", "precision", "recall", "agreement", "fid_lite0", "distance_lite0")
-"""Those of `ImageQuality`, then those of `actvar.evaluate.lite0_quality`."""
+"""Names of what `ImageQuality` measures, then of what `actvar.evaluate.lite0_quality` does."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What FID needs to know about real images.
+    """Hold what FID needs to know about real images.
 
     Args:
         features_sum: sum of the features over all images, `[F]` float64, by torchmetrics.
@@ -58,7 +58,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class RealImages(Moments):
-    """Statistics of real images.
+    """Hold statistics of real images.
 
     Args:
         features_sum, features_cov_sum, count: see `Moments`.

@@ -217,7 +217,7 @@ def evaluate(
 
 
 class _ByLite0:
-    """A comparison by Lite0 with the dense images of every seed, which are drawn at once and stay with the parts.
+    """Compare by Lite0 with the dense images of every seed, which are drawn at once and stay with the parts.
 
     Args:
         lite0: the comparison.
