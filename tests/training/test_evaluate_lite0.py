@@ -154,6 +154,29 @@ def test_an_evaluation_has_both_and_draws_dense_images_once(tiny_var, tmp_path, 
     assert size(save_quality_plot(report, tmp_path / "one.png"))[0] < 0.6 * size(with_both)[0]
 
 
+def test_an_interrupted_evaluation_goes_on_with_the_dense_images_that_it_has(tiny_var, tmp_path, monkeypatch):
+    quality, lite0 = judges(100)
+    how, drawn, run = Evaluation(num=20, batch=10, repeats=2, rounds=1), [], Bulk.run
+    methods = chosen_methods("skip@1,dense", methods_of())
+
+    def interrupted(*arguments):
+        drawn.append(arguments[2])
+        if len(drawn) in (4, 7):
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(Bulk, "run", interrupted)
+    for _ in range(2):  # at the last batch of dense, and then at the second one of skip
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(tiny_var, methods, how, tmp_path / "broken", quality, lite0=lite0)
+    broken = evaluate(tiny_var, methods, how, tmp_path / "broken", quality, lite0=lite0)
+    assert drawn == [0, 1, 0, 1, 1, 0, 1, 1, 0, 1]
+    whole = evaluate(tiny_var, methods, how, tmp_path / "whole", quality, lite0=lite0)
+    assert [found.quality for found in broken] == [found.quality for found in whole]
+    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("broken", "whole")]
+    assert names[0] == names[1]
+
+
 def size(picture: Path) -> tuple[int, int]:
     from PIL import Image
 
