@@ -13,7 +13,8 @@ from actvar.evaluate.lite0 import Lite0
 from actvar.evaluate.quality import BATCH, Moments, image_key, kept, moments, network_features
 from actvar.utils.progress import progress
 
-LITE0_BATCH = 100
+LITE0_BATCH = 25
+"""Images at a time, few enough that memory is used again rather than asked of the system anew."""
 
 
 @dataclass(frozen=True)
