@@ -48,6 +48,10 @@ class ActVARConfig:
         share_cfg_selection: whether the conditional row chooses the tokens of both rows under guidance.
         fixed_tokens: whether the first block chooses the tokens that all blocks update, as fixed token pruning does
             (the rival in the paper's Table 4). Every token rate then holds for all blocks.
+        guidance_until: number of the first scale without guidance, negative from the end. From there on the conditional
+            rows alone are computed, and tokens are drawn from their logits. None for guidance at every scale.
+        weights_from: number of the first scale at which the weights that an adapter brings are used, negative from the
+            end. Earlier scales have the model's own. None for the adapter's weights at every scale.
         always_sparse: whether every sparse operation runs even where a rate is 1 and it changes nothing, for checks.
 
     Raises:
@@ -62,6 +66,8 @@ class ActVARConfig:
     kv: str = "compact"
     share_cfg_selection: bool = False
     fixed_tokens: bool = False
+    guidance_until: int | None = None
+    weights_from: int | None = None
     always_sparse: bool = False
 
     def __new__(cls, *args, **named):
@@ -79,6 +85,9 @@ class ActVARConfig:
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
             converted[name] = bool(getattr(self, name))
+        for name in ("guidance_until", "weights_from"):
+            value = getattr(self, name)
+            converted[name] = value if value is None else as_integer(name, value)
         for name, value in converted.items():
             object.__setattr__(self, name, value)
         for name in ("token_rates", "ffn_rate"):

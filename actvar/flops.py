@@ -6,6 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,8 +22,9 @@ from actvar.families.base import Adaln
 from actvar.models.arguments import checked_integer
 from actvar.models.vqvae import without_decoder
 from actvar.sparse.schedule import Scale, build_schedule
-from actvar.sparse.state import is_patched
+from actvar.sparse.state import is_patched, patch_state
 from actvar.utils.devices import device_of
+from actvar.utils.weight_override import own_parameters
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels.backend import using_backend
 
@@ -69,7 +71,7 @@ def formula_flops(
     batch: int,
     config: ActVARConfig = DENSE,
 ) -> list[StepFlops]:
-    """Return the FLOPs of each scale for `batch` images under guidance, which has 2 rows an image.
+    """Return the FLOPs of each scale for `batch` images, with 2 rows an image where there is guidance, otherwise 1.
 
     Selectors and routers count. LayerNorm, softmax and other element-wise work does not. A block's own AdaLN counts at
     every scale and a shared one at the first, as the models compute them. Kernels compute both once a sample.
@@ -85,11 +87,11 @@ def formula_flops(
         TypeError: a batch that is no integer.
         ValueError: a batch below 1, or a configuration that does not fit the maps.
     """
-    batch = checked_integer("batch", batch, 1)
-    rows, C = 2 * batch, width
+    batch, C = checked_integer("batch", batch, 1), width
     steps = []
     for block_scales in zip(*(build_schedule(config, maps, block) for block in range(depth)), strict=True):
         tokens, index = block_scales[0].tokens, block_scales[0].index
+        rows = 2 * batch if block_scales[0].guided else batch
         blocks = [block_flops(scale, config, C, hidden) for scale in block_scales]
         adaln_layers = {"per block": depth, "shared": index == 0, "none": 0}[adaln]
         head_adaln = adaln != "none"
@@ -208,8 +210,9 @@ def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
     with using_backend("reference"), mode, counter:
         labels = torch.zeros(batch, dtype=torch.int64, device="cpu")
         inputs = torch.empty(batch, sum(map(math.prod, later)), code_size, dtype=torch.float32, device="cpu")
-        for _ in family.scale_logits(var, labels, inputs):
-            steps.append(counts.take())
+        with patch_state(var).during(rows_are_guided=True) if is_patched(var) else nullcontext():
+            for _ in family.scale_logits(var, labels, inputs):
+                steps.append(counts.take())
     return steps
 
 
@@ -234,7 +237,8 @@ def sampling_flops(var: Any) -> int:
 def without_weights(var: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """Return a copy of `var` on the CPU whose parameters and buffers are fake tensors of `mode`."""
     with mode:
-        copies = {id(p): nn.Parameter(_on_cpu(p), p.requires_grad) for p in var.parameters()}
+        parameters = (*var.parameters(), *own_parameters(var).values())
+        copies = {id(p): nn.Parameter(_on_cpu(p), p.requires_grad) for p in parameters}
         copies |= {id(b): _on_cpu(b) for b in var.buffers()}
     autoencoder = family_of(var).autoencoder(var)
     return copy.deepcopy(var, copies | {id(autoencoder): autoencoder})
@@ -252,7 +256,8 @@ class _CountByModule:
         self.flops: Counter[str] = Counter()
         self.module_of: dict[StorageWeakRef, str] = {}
         kinds = (*family_of(var).weight_kinds, (".selector.", "selector"), (".router.", "router"))
-        for name, parameter in var.named_parameters():
+        weights = [*var.named_parameters(), *own_parameters(var).items()]
+        for name, parameter in weights:
             module = next((module for place, module in kinds if place in name), None)
             if module is not None and name.endswith(".weight"):
                 self.module_of[_storage(parameter)] = module

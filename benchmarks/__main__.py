@@ -1,4 +1,4 @@
-"""All benchmarks of a subset, into the CSV of this device: `python -m benchmarks --subset cpu`."""
+"""Run all benchmarks of a subset, into the CSV of this device: `python -m benchmarks --subset cpu`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AXES = {"quick": ["batch"], "cpu": list(scaling.AXES), "all": list(scaling.AXES)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = LineParser("python -m benchmarks", description=__doc__.split(":")[0])
     parser.add_argument("--subset", choices=SUBSETS, default="cpu", help="(default: two cores, 20 minutes)")
     parser.add_argument("--csv", type=Path, help="(default: benchmarks/results/<device>.csv)")

@@ -44,12 +44,12 @@ Timer = Callable[[str], float]
 
 
 class WorkerError(RuntimeError):
-    """A worker ended, or wrote what is not in the protocol."""
+    """Report that a worker ended, or wrote what is not in the protocol."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A case in both commits: medians in seconds, and the noise of their ratio."""
+    """Hold a case in both commits: medians in seconds, and the noise of their ratio."""
 
     case: str
     earlier: float
@@ -157,7 +157,7 @@ def _workers(revision: str, earlier: Path, present: Path, subset: str) -> Iterat
 
 
 class Worker:
-    """The process of one commit that measures; the protocol is at the top of this module.
+    """Run the process of one commit that measures; the protocol is at the top of this module.
 
     Args:
         commit: what messages call the commit.

@@ -2,8 +2,8 @@
 
     python -m benchmarks.against_worker SUBSET
 
-The docstring of `benchmarks/against.py` describes the lines that are read and written. They must stay as they are, and
-so must the names of the cases: `benchmarks.against` compares a case with the one of the same name in another commit.
+The docstring of `benchmarks/against.py` describes the lines that are read and written. Lines and names of cases must
+stay as they are: `benchmarks.against` compares a case with the one of the same name in another commit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far ActVAR moves the bundled model's predictions, for adapters with and without training.
+"""Measure how far ActVAR moves the bundled model's predictions, for adapters with and without training.
 
     python -m benchmarks.calibration
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _divergence(var: nn.Module, changes: dict[str, object], batches: list) -> list[float]:
-    """Of the active scales, with some rates changed."""
+    """Return the divergence of the active scales, with some rates changed."""
     config = var.actvar.config
     schedules = [block.actvar.schedule for block in var.blocks]
     for index, block in enumerate(var.blocks):

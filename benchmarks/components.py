@@ -1,4 +1,4 @@
-"""Where a sample's time goes: seconds by component and step, of any of the ways that `benchmarks.sampling` compares.
+"""Say where a sample's time goes: seconds by component and step, of the ways that `benchmarks.sampling` compares.
 
 Functions and modules are wrapped for the duration of one sample. A component's time is its own: what a wrapped call
 spends inside another one belongs to the inner one, so that the components of a step add up.
@@ -36,7 +36,7 @@ Steps = list[dict[str, float]]
 
 
 class Stopwatch:
-    """Own seconds of nested components, by step and component."""
+    """Measure the own seconds of nested components, by step and component."""
 
     def __init__(self):
         self.steps: defaultdict[int, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -68,7 +68,7 @@ class Stopwatch:
 
 
 def components(var: nn.Module, sample: Callable[[], object]) -> Steps:
-    """Run `sample` once on the CPU: own seconds of every component by step, 0 where it does not run."""
+    """Run `sample` once on the CPU; return own seconds of every component by step, 0 where it does not run."""
     watch = Stopwatch()
     with _watching(var, watch):
         watch.since = time.perf_counter()
@@ -96,7 +96,7 @@ def _watching(var: nn.Module, watch: Stopwatch) -> Iterator[None]:
 
 
 def _with_qkv(var: nn.Module, watch: Stopwatch) -> Callable:
-    """`F.linear`, with which dense blocks multiply by the weight of queries, keys and values."""
+    """Return a stand-in for `F.linear`, with which dense blocks multiply by the weight of queries, keys and values."""
     weights, plain = {id(block.attn.mat_qkv.weight) for block in var.blocks}, F.linear
     timed = watch.wrapped(plain, "qkv")
 
@@ -124,7 +124,7 @@ def _next_step(watch: Stopwatch, begun: list[int], _module, _args) -> None:
 
 
 def _functions(var: nn.Module) -> Iterator[tuple[object, str, str]]:
-    """Owner, attribute and component: of the kernels' block, of the loop, of the public code."""
+    """Return owner, attribute and component of functions: of the kernels' block, of the loop, of the public code."""
     family = VARFamily
     yield family, "project", "qkv"
     yield from ((family, name, "adaln") for name in ("modulation", "qkv_bias"))
@@ -156,7 +156,7 @@ def _modules(var: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def table(ways: Mapping[str, Steps]) -> str:
-    """Milliseconds by step and component of every way, to read."""
+    """Return a table to read: milliseconds by step and component of every way."""
     lines = []
     for way, steps in ways.items():
         lines.append(f"{way + ', ms':24s}" + "".join(f"{name:>10s}" for name in (*COMPONENTS, "total")))
@@ -188,7 +188,7 @@ def save_plot(ways: Mapping[str, Steps], title: str, path: Path) -> Path:
 
 
 def stacked(axes: Axes, steps: Sequence[Mapping[str, float]]) -> None:
-    """Bars of milliseconds per step by component."""
+    """Draw bars of milliseconds per step by component."""
     numbers, bottom = range(1, len(steps) + 1), [0.0] * len(steps)
     for place, name in enumerate(COMPONENTS):
         heights = [1e3 * step.get(name, 0.0) for step in steps]

@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks`."""
+"""Add the options of `pytest benchmarks`."""
 
 from __future__ import annotations
 

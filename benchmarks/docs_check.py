@@ -138,7 +138,7 @@ def checked(text: str, commands: bool = False) -> tuple[str, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = argparse.ArgumentParser("python -m benchmarks.docs_check", description=__doc__.split("\n\n")[0])
     parser.add_argument("--write", action="store_true", help="put the figures of the files into the pages")
     parser.add_argument("--commands", action="store_true", help="also run the commands whose output a page shows")

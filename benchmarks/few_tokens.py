@@ -1,4 +1,4 @@
-"""From how many tokens on it pays to leave experts out on this CPU: `python -m benchmarks.few_tokens`.
+"""Find from how many tokens on it pays to leave experts out on this CPU: `python -m benchmarks.few_tokens`.
 
 The same kernel with all 16 experts and with 12 of them that tokens choose at random, in turn. Where the second takes
 more time, a scale would have to run all experts and leave out what was not chosen.
@@ -25,7 +25,7 @@ CALLS = 5  # of one measurement, with weights of their own, as blocks have
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point."""
+    """Run the command."""
     parser = argparse.ArgumentParser("python -m benchmarks.few_tokens", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=SIZES, default=["fashion-mnist", "d16"])
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="(default %(default)s)")
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def ratios(width: int, dtype: torch.dtype, tokens: Iterable[int], repeats: int) -> list[float]:
-    """Time with all experts over time with those that were chosen, the median of the ratios in turn, by tokens."""
+    """Return the time with all experts over the time with chosen ones, by tokens: the median of ratios in turn."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:

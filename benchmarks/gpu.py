@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command and one file: `python -m benchmarks.gpu --json gpu.json`.
+"""Measure everything that needs a GPU, in one command and one file: `python -m benchmarks.gpu --json gpu.json`.
 
 Numerics of every operation against a float64 run, in three types; CUDA graphs against eager; times of the operations
 and of whole models. Operations need only torch and Triton; models also what the package depends on.
@@ -74,7 +74,7 @@ def machine() -> dict[str, object]:
 
 
 def on(backend: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The result of `run` on a backend, cloned."""
+    """Return a clone of the result of `run` on a backend."""
     set_backend(backend)
     try:
         return run().clone()
@@ -84,7 +84,7 @@ def on(backend: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def numerics() -> list[dict]:
-    """Largest error of each operation against the reference in float64, beside the reference's own."""
+    """Return the largest error of each operation against the reference in float64, beside the reference's own."""
     rows = []
     for label, shape in {"odd": ODD, "d16": last_scale("d16", 2)}.items():
         for dtype in DTYPES:
@@ -110,7 +110,7 @@ def numerics() -> list[dict]:
 
 @torch.no_grad()
 def graphs() -> list[dict]:
-    """Every operation captured in a CUDA graph and replayed: bit for bit what the eager call gives."""
+    """Capture every operation in a CUDA graph and replay it: bit for bit what the eager call gives."""
     rows = []
     shape = last_scale("d16", 2)
     for name, run in operations(random_inputs(shape, torch.bfloat16, "cuda")).items():
@@ -122,7 +122,7 @@ def graphs() -> list[dict]:
 
 
 def captured_call(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-    """A function that replays `run` on the Triton backend as a CUDA graph, and the tensor its result is in."""
+    """Return a function that replays `run` on the Triton backend as a CUDA graph, and the tensor its result is in."""
     set_backend("triton")
     try:
         stream = torch.cuda.Stream()
@@ -140,7 +140,7 @@ def captured_call(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], 
 
 @torch.no_grad()
 def times(names: list[str], batches: list[int]) -> list[dict]:
-    """Milliseconds of each operation in bfloat16: percentiles 20, 50 and 80, on kernels and reference."""
+    """Return milliseconds of each operation in bfloat16: percentiles 20, 50 and 80, on kernels and reference."""
     rows = []
     for model in names:
         for batch in batches:
@@ -165,7 +165,7 @@ def milliseconds(backend: str, run: Callable[[], torch.Tensor]) -> list[float]:
 
 @torch.no_grad()
 def models(names: list[str], batches: list[int], public: Path | None) -> list[dict]:
-    """Samples of models with random weights: the public code, dense and ActVAR, these on the kernels."""
+    """Time samples of models with random weights: the public code, dense and ActVAR, these on the kernels."""
     try:
         from benchmarks.gpu_models import model_times
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Whole models with random weights on a GPU: a sample as a CUDA graph and eagerly, and the blocks of every scale."""
+"""Time whole models with random weights on a GPU: a sample as a CUDA graph and eagerly, and every scale's blocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUANTILES = [0.2, 0.5, 0.8]
 
 
 def model_times(name: str, batch: int, public_folder: Path | None) -> list[dict]:
-    """One row per way to sample: milliseconds (20th, 50th, 80th percentile), weights in bfloat16, decoder included.
+    """Return one row per way to sample: milliseconds (20th, 50th, 80th percentile), weights in bfloat16, with decoder.
 
     The public code keeps its weights in float32 and runs under autocast to bfloat16, as its demo does to float16.
     """
@@ -67,7 +67,7 @@ def model_times(name: str, batch: int, public_folder: Path | None) -> list[dict]
 
 @contextmanager
 def recorded_blocks(var: nn.Module) -> Iterator[list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
-    """CUDA events before the first block and after the last one of every scale that runs, also within a graph."""
+    """Record CUDA events around the blocks of every scale that runs, also within a graph."""
     first, last = var.blocks[0], var.blocks[-1]
     before, after = first.forward, last.forward
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -90,7 +90,7 @@ def recorded_blocks(var: nn.Module) -> Iterator[list[tuple[torch.cuda.Event, tor
 
 
 def block_times(run: Callable[[], object], events: list[tuple], sides: Sequence[int]) -> dict[str, float]:
-    """Milliseconds of all blocks of a run by the scale's side; `events` end with those of its graph."""
+    """Return milliseconds of all blocks of a run by the scale's side; `events` end with those of its graph."""
     run()
     torch.cuda.synchronize()
     of_run = events[-len(sides) :]
@@ -98,7 +98,7 @@ def block_times(run: Callable[[], object], events: list[tuple], sides: Sequence[
 
 
 def kernel_times(run: Callable[[], object]) -> dict[str, tuple[int, float]]:
-    """Launches and milliseconds of every kernel of a run, by name, longest first."""
+    """Return launches and milliseconds of every kernel of a run, by name, longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Peak memory of one way of sampling, measured in a process of its own, beside what it cannot do without.
+"""Measure the peak memory of one way of sampling in a process of its own, beside what it cannot do without.
 
 python -m benchmarks.memory --model d16 --batch 1 --dtype fp32 --way ActVAR
 """
@@ -35,9 +35,11 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Bound:
-    """Bytes that sampling has to hold at once: weights (of transformer and autoencoder; packed ones twice), the K/V
-    cache before the last scale, and activations: those of one dense block at the last scale, or the decoder's if they
-    are more."""
+    """Count the bytes that sampling has to hold at once.
+
+    The weights are those of transformer and autoencoder, packed ones twice. The K/V cache is as before the last scale.
+    Activations are those of one dense block at the last scale, or the decoder's if they are more.
+    """
 
     weights: int
     packed: int
@@ -51,7 +53,7 @@ class Bound:
 
 
 def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kernels: bool) -> Bound:
-    """Of a dense `var` on any device, of which only shapes and dtypes are read.
+    """Return the bound of a dense `var` on any device, of which only shapes and dtypes are read.
 
     Args:
         kernels: sampling runs on the C++ kernels, which pack the layers of every block, the head and the decoder.
@@ -77,7 +79,10 @@ def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kern
 
 
 def _transformed_bytes(vae: nn.Module, f_hat: torch.Tensor) -> int:
-    """Of the convolutions that decode `f_hat`: 4 x 4 or 6 x 6 numbers for a kernel of 3 x 3."""
+    """Return the bytes of the transformed weights with which convolutions decode `f_hat`.
+
+    A kernel of 3 x 3 becomes 4 x 4 or 6 x 6 numbers.
+    """
     sizes = []
 
     def note(module: Conv3x3, _: tuple, out: torch.Tensor) -> None:
@@ -93,7 +98,10 @@ def _transformed_bytes(vae: nn.Module, f_hat: torch.Tensor) -> int:
 
 
 def _block_bytes(var: nn.Module, rows: int, tokens: int) -> int:
-    """Activations of the last block for `rows` sequences: of fake tensors, whose attention is the CPU's fused one."""
+    """Return the bytes of the last block's activations for `rows` sequences.
+
+    The tensors are fake ones, whose attention is the CPU's fused one.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     block = without_weights(var, mode).blocks[-1]
     with mode:
@@ -104,7 +112,7 @@ def _block_bytes(var: nn.Module, rows: int, tokens: int) -> int:
 
 @torch.no_grad()
 def kernels_run(dtype: torch.dtype) -> bool:
-    """Whether sampling in `dtype` on this CPU runs the C++ kernels."""
+    """Return whether sampling in `dtype` on this CPU runs the C++ kernels."""
     return cpp_runs(torch.empty(1, dtype=dtype))
 
 
@@ -114,7 +122,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 @torch.no_grad()
 def peak_live_bytes(run: Callable[[], object]) -> int:
-    """Most bytes of tensors made by `run` that are alive at once; meta tensors count as if they were real."""
+    """Return the most bytes of tensors made by `run` that are alive at once; meta tensors count as real ones."""
     with _LiveBytes() as live:
         run()
     return live.peak
@@ -146,14 +154,14 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def peak_of_process(run: Callable[[], object]) -> int:
-    """Peak resident bytes of this process during `run` (Linux)."""
+    """Return the peak resident bytes of this process during `run` (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again
     run()
     return _status("VmHWM")
 
 
 def resident() -> int:
-    """Resident bytes of this process now (Linux)."""
+    """Return the resident bytes of this process now (Linux)."""
     return _status("VmRSS")
 
 
@@ -163,8 +171,9 @@ def _status(field: str) -> int:
 
 
 def measured(model: str, batch: int, dtype: str, way: str, public: Path | None = None) -> dict[str, float]:
-    """MiB of `way`, by a process of its own: `peak` while sampling, over what the process had after a
-    first small sample, without a model; `bound`, and its parts.
+    """Return MiB of `way`, measured in a process of its own: `peak`, `bound`, and the parts of the bound.
+
+    The peak while sampling is over what the process had after a first small sample, without a model.
 
     Raises:
         RuntimeError: the process failed; has its last line.
@@ -179,7 +188,7 @@ def measured(model: str, batch: int, dtype: str, way: str, public: Path | None =
 
 
 def table(of_ways: dict[str, dict[str, float]]) -> str:
-    """To read: MiB of every way."""
+    """Return a table to read: MiB of every way."""
     columns = list(next(iter(of_ways.values())))
     lines = [f"{'memory, MiB':24s}" + "".join(f"{column:>10s}" for column in columns)]
     for way, figures in of_ways.items():
@@ -188,7 +197,7 @@ def table(of_ways: dict[str, dict[str, float]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     from benchmarks import sampling
 
     parser = sampling.shape_parser("python -m benchmarks.memory", __doc__.split("\n\n")[0])

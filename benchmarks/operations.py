@@ -1,4 +1,4 @@
-"""The operations of one active block with random inputs of a model's shape: what benchmarks and GPU checks call."""
+"""Call the operations of one active block with random inputs of a model's shape, for benchmarks and GPU checks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TIMED = (
     "expert_ffn_scatter tile_list",
     "scatter_rows",
 )
-"""Calls of an active block. They may be repeated, since what they write in place is the same every time."""
+"""Calls of an active block that may be repeated, since they write the same in place every time."""
 ERROR_FACTOR = 4
-"""How many times as much as PyTorch's plain code in the same type an operation may err."""
+"""The error an operation may have, as a multiple of the error of PyTorch's plain code in the same type."""
 
 
 def allowed_error(of_reference: float, dtype: torch.dtype) -> float:

@@ -1,4 +1,4 @@
-"""Every plot of every device, drawn from `benchmarks/results/*.csv` and nothing else: `python -m benchmarks.plots`."""
+"""Draw every plot of every device, from `benchmarks/results/*.csv` and nothing else: `python -m benchmarks.plots`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = LineParser("python -m benchmarks.plots", description=__doc__.split(":")[0])
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the CSVs")
     parser.add_argument("--out", type=Path, default=IMAGES, help="folder of the PNGs")
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def save_plots(rows: Sequence[Result], device: str, folder: Path) -> list[Path]:
-    """Write the PNGs for which there are rows; returns them."""
+    """Write the PNGs for which there are rows; return them."""
     drawn = {
         "throughput": throughput(rows),
         "speedup": speedup(rows),
@@ -54,7 +54,7 @@ def save_plots(rows: Sequence[Result], device: str, folder: Path) -> list[Path]:
 
 
 def throughput(rows: Iterable[Result]) -> Figure | None:
-    """Images per second of whole samples over the batch, a panel per model and dtype."""
+    """Draw images per second of whole samples over the batch, a panel per model and dtype."""
     samples = _grouped(
         (row for row in rows if (row.operation, row.metric) == ("whole sample", "ms")),
         lambda row: (row.model, row.dtype),
@@ -78,8 +78,10 @@ def throughput(rows: Iterable[Result]) -> Figure | None:
 
 
 def speedup(rows: Sequence[Result]) -> Figure | None:
-    """ActVAR over the accelerated dense model by rate, and the experts over the dense FFN; each with the ceiling that
-    its FLOPs set."""
+    """Draw how many times as fast ActVAR is as the accelerated dense model, and the experts as the dense FFN.
+
+    Every panel is by rate, with the ceiling that the FLOPs set.
+    """
     panels = [*_model_speedups(rows), *_expert_speedups(rows)]
     if not panels:
         return None
@@ -122,7 +124,7 @@ def _model_speedups(rows: Iterable[Result]) -> list[tuple[str, dict, list]]:
 
 
 def _expert_speedups(rows: Iterable[Result]) -> list[tuple[str, dict, list]]:
-    """The fastest dense FFN of all tokens over every way to run the experts of the kept ones."""
+    """Return panels: the fastest dense FFN of all tokens over every way to run the experts of the kept ones."""
     operations = ("dense_ffn", "expert_ffn_scatter dense")
     panels = []
     shapes = _grouped((r for r in rows if r.operation in operations), lambda row: (row.model, row.batch, row.dtype))
@@ -141,12 +143,12 @@ def _expert_speedups(rows: Iterable[Result]) -> list[tuple[str, dict, list]]:
 
 
 def _ratio(slow: Result, fast: Result) -> tuple[float, float, float]:
-    """How much faster: the medians' ratio between those of opposite percentiles."""
+    """Return how much faster: the medians' ratio between those of opposite percentiles."""
     return slow.p20 / fast.p80, slow.p50 / fast.p50, slow.p80 / fast.p20
 
 
 def steps(rows: Iterable[Result]) -> Figure | None:
-    """Time per step stacked by component: a row per model and dtype at its largest batch, a panel per way."""
+    """Draw time per step stacked by component: a row per model and dtype at its largest batch, a panel per way."""
     shapes = _grouped(
         (row for row in rows if row.step and row.metric == "ms"), lambda row: (row.model, row.dtype, row.batch)
     )
@@ -173,7 +175,7 @@ def steps(rows: Iterable[Result]) -> Figure | None:
 
 
 def quality(rows: Sequence[Result]) -> Figure | None:
-    """FID over the time of a sample, for providers that have both."""
+    """Draw FID over the time of a sample, for providers that have both."""
 
     def shape(row: Result) -> tuple:
         return row.provider, row.model, row.operation
@@ -194,7 +196,7 @@ def quality(rows: Sequence[Result]) -> Figure | None:
 
 
 def _line(axes, x: Sequence, low: Sequence, middle: Sequence, high: Sequence, label: str) -> None:
-    """Medians with the range of the 20th to the 80th percentile."""
+    """Draw medians with the range of the 20th to the 80th percentile."""
     drawn = axes.plot(x, middle, "o-", markersize=3, linewidth=1.2, label=label)
     axes.fill_between(x, low, high, color=drawn[0].get_color(), alpha=0.15, linewidth=0)
 

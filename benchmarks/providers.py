@@ -1,4 +1,4 @@
-"""Who can compute each operation of a block: the reference, what PyTorch has for it, and our backends; their times.
+"""Time each operation of a block by all who can compute it: the reference, PyTorch's own, and our backends.
 
 No time is given for an operation whose numbers are wrong: every provider's first image is held to the reference in
 float64, with `ERROR_FACTOR` times the reference's own error in the same type allowed.
@@ -31,12 +31,12 @@ Call = Callable[[], torch.Tensor]
 
 
 class WrongNumbersError(RuntimeError):
-    """A provider's result is not what the reference computes in float64."""
+    """Report that a provider's result is not what the reference computes in float64."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """The operations of the last scale of `model` for `batch` images with `rate` of its tokens and experts."""
+    """Name the operations of the last scale of `model` for `batch` images with `rate` of its tokens and experts."""
 
     model: str
     batch: int
@@ -67,7 +67,7 @@ SUBSETS = {
 
 
 def providers(case: Case, device: str) -> dict[str, dict[str, Call]]:
-    """By operation and provider: a call that returns the values to compare.
+    """Return by operation and provider a call that returns the values to compare.
 
     Raises:
         WrongNumbersError: the values of one differ from the reference in float64.
@@ -79,7 +79,7 @@ def providers(case: Case, device: str) -> dict[str, dict[str, Call]]:
 
 
 def names(case: Case, device: str) -> list[tuple[str, str]]:
-    """Operations and providers that `measure` times."""
+    """Return the operations and providers that `measure` times."""
     small = BlockShape(2, 4, 4 if case.rate == 1 else 3, 1, 64, active=16 if case.rate == 1 else 12)
     calls = _ways(random_inputs(small, DTYPES[case.dtype], device))
     if _samples(case):
@@ -101,11 +101,11 @@ def _ways(inputs: BlockInputs) -> dict[str, dict[str, Call]]:
 
 
 CPP_OPERATIONS = ("expert_ffn_scatter dense", "dense_ffn", "linear qkv", "linear proj")
-"""What the backend "cpu" computes otherwise than the reference does."""
+"""Operations that the backend "cpu" computes otherwise than the reference does."""
 
 
 def _ours(inputs: BlockInputs) -> dict[str, Call]:
-    """Every operation of a block, and what a dense one has in their place."""
+    """Return calls of every operation of a block, and of those that a dense one has in their place."""
     calls, shape = operations(inputs), inputs.shape
     if not inputs.x.is_cuda:
         del calls["expert_ffn_scatter tile_list"]  # the same as dense there
@@ -119,7 +119,7 @@ def _ours(inputs: BlockInputs) -> dict[str, Call]:
 
 
 def _linear_layers(inputs: BlockInputs) -> dict[str, Call]:
-    """Layers of the size of attention's projections; on a GPU there is only cuBLAS's."""
+    """Return layers of the size of attention's projections; on a GPU there is only cuBLAS's."""
     C = inputs.x.shape[-1]
     fc1, bias, *_ = inputs.ffn
     calls = {}
@@ -138,7 +138,7 @@ def _on(backend: str, run: Call) -> Call:
 
 
 def _native_gates(inputs: BlockInputs) -> dict[str, dict[str, Call]]:
-    """PyTorch's own: native LayerNorm, top-k and gather; SDPA."""
+    """Return PyTorch's own operations: native LayerNorm, top-k and gather; SDPA."""
     gamma1, _, scale1, scale2, shift1, shift2 = inputs.modulation
     C, shape = inputs.shape.width, inputs.shape
     q, k, v = inputs.heads
@@ -176,8 +176,12 @@ def _native_gates(inputs: BlockInputs) -> dict[str, dict[str, Call]]:
 
 
 def _native_ffns(inputs: BlockInputs) -> dict[str, dict[str, Call]]:
-    """Experts by a product per expert over its tokens (`torch._grouped_mm`), or all of them with oneDNN's packed
-    weights, those that are off set to 0; the dense FFN on packed weights. oneDNN packs bfloat16 for AVX-512 alone."""
+    """Return the experts and the dense FFN by PyTorch's own products.
+
+    Experts are a product per expert over its tokens (`torch._grouped_mm`), or all of them with oneDNN's packed weights.
+    In the second way those that are off are set to 0. The dense FFN is on packed weights. oneDNN packs bfloat16 for
+    AVX-512 alone.
+    """
     gamma2, N = inputs.modulation[1], inputs.shape.num_experts
     rows, u = inputs.rows, inputs.u
     fc1, bias1, fc2, bias2 = inputs.ffn
@@ -228,7 +232,7 @@ def _packed_ffn(inputs: BlockInputs) -> Callable[[torch.Tensor, torch.Tensor | N
 
 
 def sampling_providers(case: Case, device: str) -> dict[str, dict[str, Call]]:
-    """`sample_tokens` with noise that is given, so that everyone draws the same tokens.
+    """Return ways to run `sample_tokens` with noise that is given, so that everyone draws the same tokens.
 
     Raises:
         WrongNumbersError: the first image's tokens differ.
@@ -289,8 +293,10 @@ def _exact(inputs: BlockInputs) -> dict[str, Call]:
 
 @torch.no_grad()
 def measure(case: Case, device: str) -> dict[str, dict[str, list[float]]]:
-    """Seconds by operation and provider: of every repeat, the providers of an operation in turn; on a GPU by CUDA
-    events, with a cold cache (`triton.testing.do_bench`)."""
+    """Return seconds by operation and provider: of every repeat, the providers of an operation in turn.
+
+    On a GPU times are taken by CUDA events, with a cold cache (`triton.testing.do_bench`).
+    """
     calls = providers(case, device)
     if _samples(case):
         calls |= sampling_providers(case, device)
@@ -298,7 +304,7 @@ def measure(case: Case, device: str) -> dict[str, dict[str, list[float]]]:
 
 
 def _samples(case: Case) -> bool:
-    """Drawing tokens depends on neither rate nor type; it is timed once."""
+    """Return whether drawing tokens is timed: once, since it depends on neither rate nor type."""
     return case.model != "fashion-mnist" and case.rate == 1 and case.dtype == "fp32"
 
 
@@ -311,8 +317,11 @@ def _seconds(ways: dict[str, Call], device: str) -> dict[str, list[float]]:
 
 
 def interleaved(ways: dict[str, Call], budget: float = SECONDS) -> dict[str, list[float]]:
-    """Seconds of each call on the CPU, in turn. A repeat makes as many calls as take `SHORTEST` seconds; as many
-    repeats as fit into `budget` seconds a way, within `REPEATS`."""
+    """Return the seconds of each call on the CPU, in turn.
+
+    A repeat makes as many calls as take `SHORTEST` seconds. There are as many repeats as fit into `budget` seconds a
+    way, within `REPEATS`.
+    """
     cpu = torch.device("cpu")
 
     def timed(run: Call, calls: int) -> Callable[[], float]:
@@ -328,7 +337,7 @@ def interleaved(ways: dict[str, Call], budget: float = SECONDS) -> dict[str, lis
 
 
 def rows(case: Case, seconds: dict[str, dict[str, list[float]]]) -> list[Result]:
-    """What `measure` found, in milliseconds."""
+    """Return what `measure` found, in milliseconds."""
     return [
         case.shape.row(provider, operation, "ms", [1e3 * value for value in values])
         for operation, ways in seconds.items()

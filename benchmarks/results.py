@@ -1,4 +1,4 @@
-"""The long-form CSV that every benchmark writes to and every plot is drawn from: one file per device.
+"""Read and write the long-form CSV of a device, which every benchmark writes to and every plot is drawn from.
 
     python -m benchmarks.results gpu.json
     python -m benchmarks.results evaluation.json
@@ -35,7 +35,7 @@ FOLDER = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Result:
-    """One measured quantity.
+    """Hold one measured quantity.
 
     `provider`: who computed it. `operation`: an operation of a block, a part of a sample, or "evaluated sample".
     Shape: `model`, `batch` images (two rows each), `dtype`, `rate` of tokens and FFN at the last two scales, `experts`
@@ -63,7 +63,7 @@ class Result:
 
     @property
     def key(self) -> tuple:
-        """What was measured; a new row with the same key takes the place of the old one."""
+        """Say what was measured; a new row with the same key takes the place of the old one."""
         return astuple(self)[:10]
 
 
@@ -82,7 +82,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape columns of a row; `Result` says what they are."""
+    """Hold the shape columns of a row; `Result` says what they are."""
 
     model: str
     batch: int
@@ -94,14 +94,14 @@ class Shape:
     def row(
         self, provider: str, operation: str, metric: str, values: Sequence[float], step: int = 0, **origin: str
     ) -> Result:
-        """A row of the percentiles of `values`, measured by this checkout now, or where and when `origin` says."""
+        """Return a row of the percentiles of `values`, measured by this checkout now, or as `origin` says."""
         percentiles = dict(zip(("p20", "p50", "p80"), map(_rounded, percentiles_of(values)), strict=True))
         measured = dict(provider=provider, operation=operation, metric=metric, step=step)
         return Result(**asdict(self), **measured, **percentiles, **(versions() | origin))
 
 
 def percentiles_of(values: Sequence[float]) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile, interpolated linearly; of one value three times that value."""
+    """Return the 20th, 50th and 80th percentile, interpolated linearly; of one value three times that value."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     fifths = statistics.quantiles(values, n=5, method="inclusive")
@@ -113,7 +113,10 @@ def _rounded(value: float) -> float:
 
 
 def versions() -> dict[str, str]:
-    """Columns that say what measured a row: torch, triton, commit (with "+" where files differ from it), time."""
+    """Return the columns that say what measured a row: torch, triton, commit, time.
+
+    The commit has a "+" where files differ from it.
+    """
     return _checkout() | {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
@@ -137,19 +140,19 @@ def _git(*arguments: str) -> str:
 
 
 def device_name() -> str:
-    """The GPU; or the processor, the threads that torch uses, and the instructions that our kernels use."""
+    """Return the GPU; or the processor, the threads that torch uses, and the instructions that our kernels use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{processor()} {torch.get_num_threads()} threads {instructions()}"
 
 
 def csv_of(device: str) -> Path:
-    """Where the rows of a device are."""
+    """Return the file of a device's rows."""
     return FOLDER / f"{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
 
 
 def read(path: Path) -> list[Result]:
-    """The rows of a file.
+    """Return the rows of a file.
 
     Raises:
         ValueError: other columns than ours.
@@ -172,7 +175,7 @@ def add(path: Path, rows: Iterable[Result]) -> None:
 
 
 def gpu_rows(report: dict) -> list[Result]:
-    """Rows of the times in a report of `benchmarks.gpu`.
+    """Return rows of the times in a report of `benchmarks.gpu`.
 
     Raises:
         ValueError: operations whose numerics disagreed.
@@ -203,7 +206,7 @@ def gpu_rows(report: dict) -> list[Result]:
 
 
 def _block_times(runs: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    """By operation the milliseconds of every run, from those by the side of the scale."""
+    """Return by operation the milliseconds of every run, from those by the side of the scale."""
     found = defaultdict(list)
     for run in runs:
         for side, milliseconds in run.items():
@@ -235,7 +238,7 @@ def evaluation_rows(report: dict) -> list[Result]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
     parser.add_argument("report", type=Path, help="file that `make gpu` or `actvar evaluate --json` wrote")
     report = json.loads(parser.parse_args(arguments).report.read_text())

@@ -1,4 +1,4 @@
-"""Predicted time of a kernel launch on a GPU: a roofline with waves and a cost per launch.
+"""Predict the time of a kernel launch on a GPU, by a roofline with waves and a cost per launch.
 
 Every constant of the model is in the tables below. Those of sm_90 and the bandwidth are measured on an H100 SXM, on the
 operations of d16 at batch 64; the others are data sheets and assumptions.
@@ -17,7 +17,10 @@ from actvar_kernels.tools.virtual.resources import resources
 
 
 class Card(NamedTuple):
-    """Data sheet of a GPU, dense rates without sparsity, and `cublas`: the share of the peak that cuBLAS reaches."""
+    """Describe a GPU by its data sheet: dense rates without sparsity.
+
+    `cublas` is the share of the peak that cuBLAS reaches.
+    """
 
     arch: int
     bf16_tflops: float
@@ -56,7 +59,7 @@ TILE_SHARES = ((128 * 128, 1.0), (64 * 128, 0.8), (0, 0.6))
 
 
 def seconds(launch: Launch, card: Card, share: Share) -> float:
-    """Predicted time of one launch: the longest of memory, products and instructions, and the time to launch it.
+    """Predict the time of one launch: the longest of memory, products and instructions, and the time to launch it.
 
     Args:
         share: see `actvar_kernels.tools.virtual.cost`.
@@ -69,7 +72,10 @@ def seconds(launch: Launch, card: Card, share: Share) -> float:
 
 
 def instructions(launch: Launch, cost: Cost) -> float:
-    """Executed by all threads of a Triton kernel: those of the cost table, or the machine code's once a thread."""
+    """Return the instructions that all threads of a Triton kernel run.
+
+    The count is that of the cost table, or that of the machine code once a thread.
+    """
     if launch.kernel is None or cost.instructions:
         return cost.instructions
     threads = 32 * launch.kernel.num_warps * math.prod(launch.grid) * cost.running
@@ -77,14 +83,14 @@ def instructions(launch: Launch, cost: Cost) -> float:
 
 
 def launch_cost(launch: Launch, share: Share) -> Cost:
-    """What a launch moves and computes."""
+    """Return what a launch moves and computes."""
     if launch.kernel is None:
         return Cost(launch.bytes, launch.flops, launch.dtype)
     return triton_cost(launch.name, launch.arguments, share)
 
 
 def rate(launch: Launch, cost: Cost, card: Card) -> float:
-    """FLOPs per second when every multiprocessor is busy."""
+    """Return the FLOPs per second when every multiprocessor is busy."""
     if cost.dtype == torch.float32 and launch.name == "aten.convolution":
         return card.bf16_tflops * 1e12 / 2 * card.cublas  # TF32, torch's default in convolutions
     if cost.dtype == torch.float32:
@@ -96,8 +102,10 @@ def rate(launch: Launch, cost: Cost, card: Card) -> float:
 
 
 def imbalance(launch: Launch, cost: Cost, card: Card) -> float:
-    """How much longer products take than at the full rate: programs come whole, the busiest multiprocessor decides,
-    and small tiles are slower."""
+    """Return how many times longer products take than at the full rate.
+
+    Programs come whole, the busiest multiprocessor decides, and small tiles are slower.
+    """
     if launch.kernel is not None:
         slower = 1 if cost.tile is None else 1 / _tile_share(cost.tile)
         return slower * _waves(max(1, round(math.prod(launch.grid) * cost.running)), card)

@@ -1,4 +1,4 @@
-"""Which share of the (tile, expert) blocks a tile list runs, for routing that fake tensors do not carry."""
+"""Compute the share of (tile, expert) blocks that a tile list runs, for routing that fake tensors do not carry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SKIPS = ("measured", "random")
 
 
 def share_of_blocks(mask: torch.Tensor, rows: int) -> float:
-    """Share of the blocks that run when tokens with expert masks `[T, N]` are sorted and cut into tiles of `rows`."""
+    """Return the share of blocks that run when tokens are sorted by their experts `[T, N]` and cut into tiles."""
     ordered = mask[sort_key(mask).sort(stable=True).indices]
     return torch.stack([tile.any(dim=0) for tile in ordered.split(rows)]).float().mean().item()
 
@@ -49,7 +49,7 @@ def _measured_masks(tokens: int) -> list[torch.Tensor]:
 
 @functools.cache
 def recorded_masks() -> list[torch.Tensor]:
-    """Expert masks `[T, N]` that each block of the bundled model chose at the last scale, for 8 images per class."""
+    """Return the expert masks `[T, N]` of each block of the bundled model at the last scale, for 8 images per class."""
     from actvar import load_pretrained, record
 
     _, var = load_pretrained("fashion-mnist", adapter="paper")

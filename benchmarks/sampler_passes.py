@@ -1,9 +1,9 @@
-"""How often the sampling kernel goes over its logits until its thresholds are found.
+"""Count how often the sampling kernel goes over its logits until its thresholds are found.
 
     python -m benchmarks.sampler_passes
 
 counts in Triton's interpreter, for logits of the bundled model's last scale and for random ones of 4096 tokens with the
-filters of `actvar_kernels.operations.shapes`. Its number of passes goes into `actvar_kernels/tools/virtual/cost.py`.
+filters of `actvar_kernels.operations.shapes`. The number of passes goes into `actvar_kernels/tools/virtual/cost.py`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def counted(function: Callable, name: str, counts: dict[str, int]) -> Callable:
 
 
 def bundled_logits() -> torch.Tensor:
-    """Logits `[2, ROWS, V]` of the last scale for the bundled model's first image."""
+    """Return the logits `[2, ROWS, V]` of the last scale for the bundled model's first image."""
     from actvar import load_pretrained
 
     _, var = load_pretrained("fashion-mnist")

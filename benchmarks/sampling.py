@@ -1,4 +1,4 @@
-"""Wall-clock time of sampling on this machine: the public code, our dense model, the same accelerated, and ActVAR.
+"""Time sampling on this machine: the public code, our dense model, the same accelerated, and ActVAR.
 
     python -m benchmarks.sampling --model d16 --batch 1 --dtype bf16 --public-var DIR
 
@@ -48,7 +48,7 @@ FIGURES = ("whole sample", "autoregressive part", "all blocks", "blocks, last tw
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.csv is not None:
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def shape_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """Options that say what is sampled."""
+    """Return a parser with the options that say what is sampled."""
     parser = LineParser(program, description=description)
     parser.add_argument("--model", choices=("fashion-mnist", *MODELS), default="fashion-mnist")
     parser.add_argument("--batch", type=int, default=1, help="images (default 1)")
@@ -120,7 +120,7 @@ def expect_kernels(parser: argparse.ArgumentParser) -> None:
 
 
 def ways(var: nn.Module, adapter: Path | None, dtype: torch.dtype, public_folder: Path | None) -> dict[str, Callable]:
-    """By name: a context manager that gives the model to sample with. `var` is in float32 and gets `dtype`."""
+    """Return by name a context manager that gives the model to sample with; `var` is in float32 and gets `dtype`."""
     found = {}
     if public_folder is not None:
         public = public_twin(var, public_classes(public_folder))
@@ -137,14 +137,14 @@ def ways(var: nn.Module, adapter: Path | None, dtype: torch.dtype, public_folder
 
 
 def sampling_of(var: nn.Module, batch: int) -> Sampling:
-    """The images that every way draws."""
+    """Return the request for the images that every way draws."""
     return Sampling(
         tuple(number % var.num_classes for number in range(batch)), cfg=4.0, top_k=min(900, var.V), top_p=0.95
     )
 
 
 def interleaved(compared: dict[str, Callable], measure: Callable, repeats: int, describe: str) -> dict[str, list]:
-    """What `measure` returns for each way's model, by way: all ways in turn, once to warm up and `repeats` times."""
+    """Return by way what `measure` returns for its model: all ways in turn, once to warm up and `repeats` times."""
     runs: dict[str, list] = {name: [] for name in compared}
     for repeat in tqdm(range(repeats + 1), desc=describe, leave=False):
         for name, way in compared.items():
@@ -167,7 +167,7 @@ def _fused(compared: dict[str, Callable], sampling: Sampling) -> dict[str, dict[
 def _components(
     compared: dict[str, Callable], sampling: Sampling, repeats: int, shape: results.Shape, rows: list[results.Result]
 ) -> dict[str, components.Steps]:
-    """Medians of the seconds by way, step and component; also added to `rows`."""
+    """Return the medians of the seconds by way, step and component; also add them to `rows`."""
 
     def measure(var: nn.Module) -> components.Steps:
         return components.components(var, lambda: sampling.run(var))
@@ -185,7 +185,7 @@ def _components(
 def _memory(
     compared: dict[str, Callable], options: argparse.Namespace, shape: results.Shape, rows: list[results.Result]
 ) -> dict[str, dict[str, float]]:
-    """MiB by way, as `memory.measured` gives them; also added to `rows`."""
+    """Return MiB by way, as `memory.measured` gives them; also add them to `rows`."""
     found = {}
     for name in tqdm(compared, desc="memory", leave=False):
         found[name] = memory.measured(options.model, options.batch, options.dtype, name, options.public_var)
@@ -195,7 +195,7 @@ def _memory(
 
 
 def model(name: str, device: str = "cpu") -> tuple[nn.Module, Path | None]:
-    """A dense VAR in float32, and the adapter that ships with it."""
+    """Return a dense VAR in float32, and the adapter that ships with it."""
     if name == "fashion-mnist":
         # the dense model's weights, so that all ways share one packed copy
         return load_pretrained(name, device=device)[1], adapter_path(name, "paper-stage1")
@@ -210,20 +210,21 @@ def model(name: str, device: str = "cpu") -> tuple[nn.Module, Path | None]:
 
 
 def public_decode(vae: nn.Module, f_hat: torch.Tensor) -> torch.Tensor:
-    """`fhat_to_img` as the public code has it, with PyTorch's convolutions."""
+    """Run `fhat_to_img` as the public code has it, with PyTorch's convolutions."""
     with using_backend("reference"):
         return vae.decoder(vae.post_quant_conv(f_hat)).clamp_(-1, 1)
 
 
 @contextmanager
 def autocast(var: nn.Module, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """The public code keeps its weights in float32 and samples under autocast."""
+    """Sample as the public code does, which keeps its weights in float32 and samples under autocast."""
     with torch.autocast(var.head.weight.device.type, dtype, enabled=dtype != torch.float32):
         yield var
 
 
 def expect_equal_images(ways: dict[str, Callable], sampling: Sampling) -> None:
-    """
+    """Check that all ways draw the same images.
+
     Raises:
         RuntimeError: two of the ways draw images that differ by more than 1e-4.
     """
@@ -238,7 +239,7 @@ def expect_equal_images(ways: dict[str, Callable], sampling: Sampling) -> None:
 
 
 def timed(var: nn.Module, sampling: Sampling) -> dict[str, float]:
-    """Seconds of one sample and of its parts, and of the blocks at every scale."""
+    """Return the seconds of one sample and of its parts, and of the blocks at every scale."""
     vae = var.vae_proxy[0]
     decode, decoder = vae.fhat_to_img, []
 
@@ -276,7 +277,7 @@ def machine() -> dict[str, object]:
 
 
 def text(report: dict) -> str:
-    """The report to read: milliseconds, and the speed-up of every way over the first and over the accelerated model."""
+    """Return the report to read: milliseconds, and speed-ups over the first way and over the accelerated model."""
     seconds = report["seconds"]
     title = "{model}, batch {batch}, {dtype}, medians of {repeats}".format(**report)
     lines = [f"{title}, {report['machine']['threads']} threads", _head("milliseconds", seconds)]

@@ -1,9 +1,9 @@
-"""How time and memory of sampling grow: with batch, resolution, depth, experts and rates, as fitted exponents.
+"""Fit exponents to how time and memory of sampling grow: with batch, resolution, depth, experts and rates.
 
     python -m benchmarks.scaling --axes batch depth
     python -m benchmarks.scaling --project h100 --price 2.50
 
-Random weights, float32, this machine. Of large models one block runs, after the true cache, and its time is multiplied
+Random weights, float32, this machine. One block of a large model runs, after the true cache, and its time is multiplied
 by the depth; head, sampling and decoder are then not in it. Memory is the bound of `benchmarks/memory.py`, of the whole
 model. `--project` prints what a GPU would do by the *predicted* times of `benchmarks/virtual_gpu.py`; nothing in it is
 measured.
@@ -49,7 +49,7 @@ PAPER = ActVARConfig()
 
 @dataclass(frozen=True)
 class Point:
-    """One model and configuration, `x` where it is on its axis."""
+    """Name one model and configuration; `x` is where it is on its axis."""
 
     axis: str
     x: float
@@ -68,7 +68,7 @@ class Point:
 
     @property
     def whole(self) -> bool:
-        """Whether the whole model is sampled, not one block of it."""
+        """Return whether the whole model is sampled, not one block of it."""
         return self.model == "fashion-mnist"
 
     @property
@@ -95,7 +95,7 @@ WHOLE, BLOCKS, LAST_TWO = "whole sample", "all blocks", "blocks, last two"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.project is not None:
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def scaled(points: Sequence[Point], repeats: int, rows: list[results.Result]) -> dict[str, object]:
-    """Milliseconds (medians), MiB and GFLOP by way at every point, and their exponents; also added to `rows`."""
+    """Return milliseconds (medians), MiB and GFLOP by way at every point, and their exponents; add them to `rows`."""
     table: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
     for point in points:
         for way, figures in measured(point, repeats).items():
@@ -148,7 +148,7 @@ def scaled(points: Sequence[Point], repeats: int, rows: list[results.Result]) ->
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """b of the power law `y = a x^b` by least squares of the logarithms.
+    """Return b of the power law `y = a x^b` by least squares of the logarithms.
 
     Raises:
         ValueError: fewer than two different x, or a number that is not above 0.
@@ -162,7 +162,7 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def measured(point: Point, repeats: int) -> dict[str, dict[tuple[str, str], list[float]]]:
-    """By way: values of every (operation, metric) at one point."""
+    """Return by way the values of every (operation, metric) at one point."""
     var, adapter = _model(point)
     ways = {
         "dense": lambda: contextlib.nullcontext(var),
@@ -193,7 +193,7 @@ def _block_flops(steps: Sequence[StepFlops]) -> int:
 
 
 def _model(point: Point) -> tuple[nn.Module, Path | None]:
-    """What runs: the bundled model, or one block of an official size with a small autoencoder."""
+    """Return what runs: the bundled model, or one block of an official size with a small autoencoder."""
     if point.whole:
         var, adapter = sampling.model(point.model)
         return var, adapter if point.config == PAPER else None
@@ -203,7 +203,7 @@ def _model(point: Point) -> tuple[nn.Module, Path | None]:
 
 
 def _shapes(point: Point) -> tuple[nn.Module, nn.Module]:
-    """Autoencoder and transformer of the point's full depth, on the meta device."""
+    """Return autoencoder and transformer of the point's full depth, on the meta device."""
     if point.pixels is None:
         return shapes_of(point.model)
     return build_vae_var(depth=point.depth, patch_nums=point.sides, shared_aln=point.model == "d36", device="meta")
@@ -211,7 +211,7 @@ def _shapes(point: Point) -> tuple[nn.Module, nn.Module]:
 
 @torch.no_grad()
 def one_block(var: nn.Module, drawn: Sampling) -> dict[str, float]:
-    """Seconds of the one block of `var` over all scales with its cache, and over the last two."""
+    """Return the seconds of the one block of `var` over all scales with its cache, and over the last two."""
     rows, block = 2 * len(drawn.labels), var.blocks[0]
     cond = torch.zeros(rows, var.C)
     modulation = var.shared_ada_lin(cond)
@@ -228,7 +228,7 @@ def one_block(var: nn.Module, drawn: Sampling) -> dict[str, float]:
 
 
 def text(axis: str, report: dict) -> str:
-    """A table to read."""
+    """Return a table to read."""
     note = ", time of one block by the depth" if report["one_block"] else ""
     lines = [f"{axis}{note}".ljust(44) + "".join(f"{x:>12g}" for x in report["x"]) + f"{'exponent':>12s}"]
     for way, figures in report["figures"].items():
@@ -239,8 +239,10 @@ def text(axis: str, report: dict) -> str:
 
 
 def projection(gpu: str, dollars_per_hour: float, models: Sequence[str], batches: Sequence[int]) -> list[dict]:
-    """*Predicted* images per GPU-hour and dollars per million images, of whole samples with decoder in bfloat16. GPUs
-    share nothing while sampling, so a cluster makes as many times more."""
+    """Return *predicted* images per GPU-hour and dollars per million images, of whole samples with decoder in bfloat16.
+
+    GPUs share nothing while sampling, so a cluster makes as many times more.
+    """
     from benchmarks import virtual_gpu
 
     card, rows = CARDS[gpu], []
@@ -259,7 +261,7 @@ def projection(gpu: str, dollars_per_hour: float, models: Sequence[str], batches
 
 
 def predicted_cost(milliseconds: float, batch: int, dollars_per_hour: float) -> dict[str, float]:
-    """Images per GPU-hour, and dollars per million images, if a batch takes so long."""
+    """Return images per GPU-hour, and dollars per million images, if a batch takes so long."""
     per_hour = batch * 3.6e6 / milliseconds
     return {
         "predicted_images_per_gpu_hour": per_hour,
@@ -268,7 +270,7 @@ def predicted_cost(milliseconds: float, batch: int, dollars_per_hour: float) -> 
 
 
 def projection_text(rows: Sequence[dict]) -> str:
-    """A table to read."""
+    """Return a table to read."""
     lines = [f"{rows[0]['gpu']}, bfloat16: every figure is predicted, none is measured"]
     heads = ("predicted ms", "images/GPU-hour", "$/million")
     lines.append(f"{'model':8s}{'batch':>6s}  {'':8s}" + "".join(f"{head:>17s}" for head in heads))

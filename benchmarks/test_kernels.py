@@ -1,4 +1,4 @@
-"""Times of every operation of a block by pytest-benchmark: `python -m pytest benchmarks --subset cpu`.
+"""Time every operation of a block by pytest-benchmark: `python -m pytest benchmarks --subset cpu`.
 
 The providers of an operation are measured in turn, so that what else the machine does meets all of them alike; each
 provider's test then hands its times to pytest-benchmark, whose clock they move.
@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Replay:
-    """A clock that every call of `advance` moves by the next of some seconds."""
+    """Tell the time; every call of `advance` moves it by the next of some seconds."""
 
     def __init__(self):
         self.now, self.seconds = 0.0, []

@@ -1,4 +1,4 @@
-"""Predicted sampling time of a model on a card that is not there, dense against ActVAR.
+"""Predict the sampling time of a model on a card that is not there, dense against ActVAR.
 
     python -m benchmarks.virtual_gpu --model d16 --batch 8 --gpu h100
 
@@ -37,7 +37,7 @@ MOST_LAUNCHES = 9  # of an active block
 
 @dataclass
 class Step:
-    """One scale of a sampling run: the launches of every block, and those between its last block and the next scale."""
+    """Hold the launches of one scale of a sampling run: those of every block, and those before the next scale."""
 
     tokens: int
     blocks: list[list[Launch]]
@@ -46,7 +46,7 @@ class Step:
 
 @dataclass
 class Run:
-    """A whole sampling run; `before` the first block; `decoder`: from features to images."""
+    """Hold a whole sampling run: `before` the first block; `decoder`: from features to images."""
 
     before: list[Launch]
     steps: list[Step]
@@ -54,7 +54,7 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if why_unavailable() is not None:
@@ -136,7 +136,7 @@ def sampling_run(model: str, batch: int, arch: int, config: ActVARConfig, expert
 
 
 def _mark_regions(gpu: VirtualGPU, vae: torch.nn.Module, var: torch.nn.Module) -> None:
-    """Launches get the number of their block as region, "decoder" in the autoencoder, "" elsewhere."""
+    """Give launches the number of their block as region, "decoder" in the autoencoder, "" elsewhere."""
 
     def within(region: str, function: Callable, then: str = "") -> Callable:
         def call(*args, **kwargs):
@@ -172,7 +172,7 @@ def _split(launches: list[Launch], sides: tuple[int, ...]) -> Run:
 
 
 def summary(run: Run, card: Card, share: Share) -> dict[str, object]:
-    """Launches, bytes and predicted milliseconds of a run."""
+    """Return the launches, bytes and predicted milliseconds of a run."""
 
     def milliseconds(launches: list[Launch]) -> float:
         return 1e3 * sum(seconds(launch, card, share) for launch in launches)
@@ -220,7 +220,7 @@ def _block_table(block: list[Launch], card: Card, share: Share) -> list[dict[str
 
 
 def text(report: dict) -> str:
-    """The report to read."""
+    """Return the report to read."""
     title = f"{report['model']}, batch {report['batch']}, {report['gpu']}, bfloat16, schedule {report['schedule']}"
     lines = [f"{title}, skip {report['skip']}: every time is predicted, none is measured", ""]
     for name in ("dense", "actvar"):

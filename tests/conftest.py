@@ -17,7 +17,9 @@ from torch import nn
 import actvar_kernels
 from actvar.models import VAR
 
-pytest.register_assert_rewrite("support.kernel_loops", "support.oracle_cases", "support.baseline_oracle")
+pytest.register_assert_rewrite(
+    "support.adapters", "support.baseline_oracle", "support.kernel_loops", "support.oracle_cases"
+)
 
 # An example may take long on a machine that is busy with other work.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

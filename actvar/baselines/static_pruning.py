@@ -25,11 +25,11 @@ from actvar.config import DENSE, share_of
 from actvar.families import blocks_of, family_of
 from actvar.patching.adapter import read_adapter_config
 from actvar.patching.patch import patched_silently, unpatched
-from actvar.patching.weight_override import replace_parameters, tuned_parameters
 from actvar.sampling.token_maps import sampled_inputs
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.schedule import build_schedule
 from actvar.sparse.state import patch_state
+from actvar.utils.weight_override import replace_parameters, tuned_parameters
 
 IMAGES, BATCH = 16, 8
 # With more experts the kernel would pad the units of each to the processor's vectors.

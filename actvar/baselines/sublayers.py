@@ -24,7 +24,7 @@ class Sublayers:
 
     def __init__(self, block: ActVARBlock, call: BlockCall, scale: Scale):
         self.block, self.scale, self.fused = block, scale, choose_fused(call.x).fuses
-        self.state = sample_state_of(block, call.cond, self.fused)
+        self.state = sample_state_of(block, call.cond, scale, self.fused)
 
     def attention(self, rows: torch.Tensor, pick: Pick = all_rows) -> torch.Tensor:
         """Return what attention adds to a block's rows, and put their keys and values into the cache.

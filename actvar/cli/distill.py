@@ -22,11 +22,12 @@ from actvar.cli.options import (
     say_device,
     with_rates,
 )
+from actvar.config import DENSE
 from actvar.distill.data import GUIDANCE, source_of
-from actvar.distill.recipes import RECIPES
+from actvar.distill.recipes import CONDITIONAL, RECIPES
 from actvar.distill.run import Distillation, distill
 from actvar.models.checkpoint import usable_device
-from actvar.patching.adapter import read_adapter_config
+from actvar.patching.adapter import describe_adapter, read_adapter_config
 from actvar.training.processes import launched_processes, rank
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER, WHERE_FROM
 
@@ -58,6 +59,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     what.add_argument("--scales", nargs="+", type=integer, help="e.g. -2 -1 for the last two")
     what.add_argument("--rates", nargs="+", type=number, help="token rate of each scale, then the FFN's")
     what.add_argument("--experts", type=positive, help="experts the FFN is cut into")
+    what.add_argument(
+        "--guidance-until",
+        type=integer,
+        help="first scale without guidance, e.g. -2, for stage 2 of the recipe guided: from there on conditional rows "
+        "alone imitate the guided logits, and trained weights begin there too",
+    )
     how = command.add_argument_group("training")
     how.add_argument("--epochs", type=number, help="passes over the data (default 2 for stage 1, 10 for stage 2)")
     how.add_argument("--batch", type=positive, default=256, help="over all processes (default 256)")
@@ -83,16 +90,27 @@ def run(options: argparse.Namespace) -> None:
     if options.out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a .safetensors file, got {options.out}")
     expect_file("--out", options.out)
-    adapter = adapter_of(options) if options.stage == 2 or options.adapter else None
-    config = actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter)
+    until = options.guidance_until
+    if until is not None and (options.stage, options.recipe) != (2, "guided"):
+        raise ValueError("--guidance-until: expected it with --stage 2 --recipe guided")
+    needs_adapter = options.stage == 2 and until is None
+    adapter = adapter_of(options) if needs_adapter or options.adapter else None
+    if adapter is not None:
+        config = read_adapter_config(adapter)
+    else:
+        config = actvar.ActVARConfig() if until is None else DENSE
     if options.scales and not options.rates:
         raise ValueError("--scales: give --rates as well, a token rate for each scale, then the FFN's")
     config = with_rates(config, options.rates, options.scales)
+    if until is not None:
+        changed = adapter is not None and describe_adapter(adapter)["changed weights"]
+        config = replace(config, guidance_until=until, weights_from=config.weights_from if changed else until)
     if options.experts:
         config = replace(config, num_experts=options.experts)
     names = ("stage", "epochs", "batch", "lr", "accumulate", "ema", "clip", "seed", "cfg")
     given = {name: getattr(options, name) for name in names}
-    how = Distillation(**given, recipe=RECIPES[options.recipe], bf16=options.dtype == "bf16")
+    recipe = RECIPES[options.recipe] if until is None else CONDITIONAL
+    how = Distillation(**given, recipe=recipe, bf16=options.dtype == "bf16")
     with launched_processes(usable_device(options.device)) as device:
         options.device = str(device)
         say_device(options)

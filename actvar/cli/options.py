@@ -162,7 +162,8 @@ def describe(config: actvar.ActVARConfig) -> str:
 
     tokens = "/".join(text(rate) for rate in config.token_rates)
     ffn = "/".join(text(rate) for rate in config.ffn_rates)
-    return f"tokens {tokens}, FFN {ffn} of {config.num_experts} experts at scales {config.scales}"
+    guidance = "" if config.guidance_until is None else f", guidance until scale {config.guidance_until}"
+    return f"tokens {tokens}, FFN {ffn} of {config.num_experts} experts at scales {config.scales}{guidance}"
 
 
 def expect_file(option: str, file: Path | None) -> None:

@@ -21,6 +21,7 @@ from actvar.distill.images import load_image
 from actvar.families import family_of
 from actvar.models import VAR, VQVAE
 from actvar.models.arguments import checked_integer
+from actvar.sampling.token_maps import drawn_token_maps
 from actvar.training.plan import SEEDS
 from actvar.training.processes import barrier, rank, world_size
 from actvar.utils.devices import device_of
@@ -107,7 +108,7 @@ def sampled_source(var: VAR, samples: int, seed: int) -> Source:
     labels = torch.arange(samples, device="cpu") % var.num_classes
 
     def tokens_of(start: int, stop: int) -> torch.Tensor:
-        return sample_token_maps(var, labels[start:stop].to(device_of(var)), seed * 1_000_003 + start)
+        return drawn_token_maps(var, labels[start:stop].to(device_of(var)), seed * 1_000_003 + start, GUIDANCE)
 
     facts = {"data": "none", "guidance": GUIDANCE, "seed": seed, "model": digest(var.head.weight)}
     return Source(labels, tokens_of, facts)
@@ -157,21 +158,6 @@ def folder_source(
 
     facts = {"data": str(folder.resolve()), "files": images.key(), "autoencoder": digest(vae.quant_conv.weight)}
     return Source(torch.tensor(images.labels, device="cpu"), tokens_of, facts, images.described())
-
-
-@torch.no_grad()
-def sample_token_maps(var: VAR, labels: torch.Tensor, seed: int) -> torch.Tensor:
-    """Return the token maps `[B, L]` int64 of one sampling run with guidance 1.5.
-
-    Args:
-        var: the dense model.
-        labels: classes, `[B]` int64 on the model's device.
-        seed: of the sampling noise.
-    """
-    maps: list[torch.Tensor] = []
-    with family_of(var).watch_scales(var, lambda _scale, tokens, _features: maps.append(tokens)):
-        var.autoregressive_infer_cfg(len(labels), labels, g_seed=seed, cfg=GUIDANCE)
-    return torch.cat(maps, dim=1)
 
 
 def _encoded(vae: VQVAE, images: torch.Tensor) -> torch.Tensor:

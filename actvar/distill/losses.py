@@ -122,12 +122,16 @@ def output_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Ten
     return distillation_loss(teacher_logits.softmax(dim=-1), logits)
 
 
-def guided_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+def guided_loss(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, strength: torch.Tensor, own_strength: torch.Tensor
+) -> torch.Tensor:
     """Return `KL(teacher || student)` of the guided logits that sampling draws from, averaged over tokens.
 
     Args:
-        logits: of the student, `[2B, L, V]`, conditional half first.
+        logits: of the student, `[2B, L, V]`, conditional half first; or `[B, L, V]`, of conditional rows alone.
         teacher_logits: `[2B, L, V]`, conditional half first.
-        strength: of the guidance, `[L, 1]`.
+        strength: of the teacher's guidance, `[L, 1]`.
+        own_strength: of the student's guidance, `[L, 1]`; 0 at scales without it.
     """
-    return output_loss(guided(logits, strength), guided(teacher_logits, strength))
+    drawn = guided(logits, own_strength) if len(logits) == len(teacher_logits) else logits
+    return output_loss(drawn, guided(teacher_logits, strength))

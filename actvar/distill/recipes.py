@@ -40,3 +40,5 @@ class Recipe:
 _BEST = Recipe(calibrated=True, losses=("output",), muon=True)
 RECIPES = {"paper": Recipe(), "best": _BEST, "guided": replace(_BEST, losses=("output", "guided"))}
 """`guided` is for a stage 2 that goes on from the adapter of `best`, for samples drawn with guidance."""
+CONDITIONAL = replace(RECIPES["guided"], losses=("guided",))
+"""`guided` where conditional rows alone imitate guided logits (`ActVARConfig.guidance_until`)."""

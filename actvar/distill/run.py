@@ -139,7 +139,7 @@ def distill(
         vae: the autoencoder.
         var: the dense model, in float32.
         config: rates and number of experts.
-        adapter: file to start from; stage 2 needs one.
+        adapter: file to start from; stage 2 needs one for rates below 1.
         source: of the token maps.
         how: the settings.
         out: file of the adapter.
@@ -152,7 +152,7 @@ def distill(
             began with.
         KeyboardInterrupt: Ctrl-C; a checkpoint is written.
     """
-    if how.stage == 2 and adapter is None:
+    if how.stage == 2 and adapter is None and config.is_sparse:
         raise ValueError("stage 2 trains the weights for given selectors and routers: give the adapter of stage 1")
     if how.stage == 1 and how.recipe.calibrated:
         return _calibrate(var, config, how, out)

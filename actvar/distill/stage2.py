@@ -14,9 +14,9 @@ from actvar.distill.losses import block_loss, guided_loss, output_loss
 from actvar.distill.stage import Stage
 from actvar.families import family_of
 from actvar.patching.patch import unpatched
-from actvar.patching.weight_override import replace_parameters, tuned_parameters
 from actvar.sparse.state import patch_state
 from actvar.utils.devices import device_of
+from actvar.utils.weight_override import replace_parameters, tuned_parameters
 from actvar.utils.wrappers import unwrapped
 
 LOSSES = ("cls", "block", "output", "guided")
@@ -31,7 +31,8 @@ class Stage2(Stage):
         var: a patched model. The only trainable parameters become the weights of attention, FFN and head: those that an
             adapter brought, otherwise copies of the model's. `remove_patch` puts the originals back.
         losses: parts of the loss, from `LOSSES`. With `guided` every image is computed with its class and without it,
-            like in sampling, and no label is dropped.
+            like in sampling, and no label is dropped. At scales without guidance, the student's conditional row alone
+            learns the teacher's guided logits.
         cfg: guidance strength of the part `guided`.
 
     Raises:
@@ -40,14 +41,25 @@ class Stage2(Stage):
 
     def __init__(self, var: nn.Module, losses: Collection[str] = LOSSES[:3], cfg: float = GUIDANCE):
         super().__init__()
-        patch_state(var)
+        state = patch_state(var)
         if not losses or not set(losses) <= set(LOSSES):
             raise ValueError(f"losses: expected some of {LOSSES}, got {tuple(losses)}")
+        if state.first_tuned and tuple(losses) != ("guided",):
+            raise ValueError(
+                "losses: expected 'guided' alone where weights begin at a later scale (weights_from), "
+                f"got {tuple(losses)}"
+            )
         self.var, self.losses = var, tuple(losses)
         self.family = family_of(var)
         maps = self.family.maps(var)
         strengths = [cfg * scale / (len(maps) - 1) for scale, (h, w) in enumerate(maps) for _ in range(h * w)]
         self.strength = torch.tensor(strengths, dtype=torch.float32, device=device_of(var)).unsqueeze(1)
+        self.own_strength = self.strength.clone()
+        for scale in state.schedule:
+            if not scale.guided:
+                self.own_strength[scale.start : scale.start + scale.tokens] = 0
+        self.first_token = state.schedule[state.first_tuned].start
+        self.needs_all_rows = any(scale.guided for scale in state.schedule[state.first_tuned :])
         var.requires_grad_(False)
         names = self.family.finetuned_names(var)
         done = tuned_parameters(var).keys()
@@ -69,9 +81,10 @@ class Stage2(Stage):
         return self
 
     def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return scalar losses over all scales: `loss` (Eq. 22) and its possible parts.
+        """Return scalar losses: `loss` (Eq. 22) over the scales with trained weights, and its possible parts.
 
-        The parts are `cls`, `block`, `output`, and `guided` if it is in `losses`. `loss` sums those in `losses`.
+        The parts are `cls`, `block`, `output`, and `guided` if it is in `losses`; `guided` alone where trained weights
+        begin at a later scale. `loss` sums those in `losses`.
 
         Args:
             labels: classes, `[B]` int64.
@@ -83,6 +96,12 @@ class Stage2(Stage):
             labels = torch.cat((labels, self.family.without_class(self.var, labels)))
             inputs = torch.cat((inputs, inputs))
         teacher_outputs, teacher_logits = self._teacher(labels, inputs)
+        if self.first_token:
+            rows = len(labels) if self.needs_all_rows else count
+            logits = self.var(labels[:rows], inputs[:rows])
+            with torch.autocast(logits.device.type, enabled=False):
+                loss = self._guided(logits, teacher_logits)
+            return {"loss": loss, "guided": loss}
         with _block_outputs(self.var) as outputs:
             logits = self.var(labels, inputs)
         with torch.autocast(logits.device.type, enabled=False):
@@ -90,9 +109,15 @@ class Stage2(Stage):
             block, output = block_loss(outputs, teacher_outputs), output_loss(logits, teacher_logits)
             parts = {"cls": cls, "block": block, "output": output}
             if self.guides:
-                parts["guided"] = guided_loss(logits, teacher_logits, self.strength)
+                parts["guided"] = self._guided(logits, teacher_logits)
         first, *others = (parts[name] for name in self.losses)
         return {"loss": sum(others, first)} | parts
+
+    def _guided(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        """Return `guided_loss` over the tokens that trained weights predict."""
+        tensors = logits, teacher_logits, self.strength, self.own_strength
+        late = (tensor[..., self.first_token :, :] for tensor in tensors)
+        return guided_loss(*late)
 
     @torch.no_grad()
     def _teacher(self, labels: torch.Tensor, inputs: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:

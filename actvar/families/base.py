@@ -161,6 +161,8 @@ class Family(Protocol):
     """The class that goes in front of a patched model's own."""
     hidden_axes: Mapping[str, int]
     """The axis of hidden units in each of a block's tensors that have one, by the tensor's name in the block."""
+    leaves_out_guidance: bool
+    """True where the model samples on with the conditional rows alone once blocks return no others."""
     has_between: bool
     """True where a layer, such as cross-attention, stands between attention and FFN."""
     weight_kinds: Sequence[tuple[str, str]]
@@ -258,6 +260,13 @@ class Family(Protocol):
 
     def block_arguments(self, call: BlockCall) -> dict[str, Any]:
         """Return `call` as keyword arguments of a block's own `forward`."""
+        ...
+
+    def conditional(self, call: BlockCall) -> BlockCall:
+        """Return `call` of the conditional rows alone, the first half of the condition's rows.
+
+        `call.x` has all rows, or the conditional ones that the block before returned.
+        """
         ...
 
     def parts_called(self, block: Any) -> dict[str, Called]:

@@ -15,6 +15,7 @@ from actvar_kernels.situation import are_plain
 class BaseFamily:
     """Answer what is the same for most families; `actvar.families.base.Family` describes the methods."""
 
+    leaves_out_guidance = False
     has_between = False
     hidden_axes: Mapping[str, int]
 
@@ -47,6 +48,12 @@ class BaseFamily:
     def packed_head(self, model: Any) -> list[Tensor | None]:
         """Return nothing: no kernel reads the head."""
         return []
+
+    def conditional(self, call: BlockCall) -> BlockCall:
+        """Return the first half of the rows of condition and context, tensors, and as many rows of `x`."""
+        rows = len(call.cond) // 2
+        context = None if call.context is None else call.context[:rows]
+        return call._replace(x=call.x[:rows], cond=call.cond[:rows], context=context)
 
     def packed_weights(self, block: Any) -> list[Tensor | None]:
         """Return all matrices of the block; those without a packed copy cost nothing."""

@@ -15,6 +15,13 @@ class PatchedState(Protocol):
     execution: Any
     seed: Tensor | None
     rows_are_guided: bool
+    schedule: Any
+    first_tuned: int
+    scale_is_tuned: bool
+
+    def during(self, **flags: bool) -> AbstractContextManager[None]:
+        """Set flags of the state while the context is open."""
+        ...
 
     def begin_pass(self, model: Any) -> None:
         """Begin a teacher-forced pass through `model`.

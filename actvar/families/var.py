@@ -25,7 +25,7 @@ from actvar.families.base import (
 from actvar.families.defaults import BaseFamily
 from actvar.families.var_layers import class_with_forward, is_known, linear_called, parts_called
 from actvar.families.var_mixin import PatchedVAR
-from actvar.families.var_scales import adding_method, own_logits, public_logits
+from actvar.families.var_scales import adding_method, logits_by_scale
 from actvar.models.transformer_block import MAX_LOG_SCALE, TransformerBlock
 from actvar.models.var import VAR
 from actvar.utils.class_swap import own_class
@@ -54,6 +54,7 @@ class VARFamily(BaseFamily):
 
     name = "VAR (actvar.models.VAR or the class of the public VAR code)"
     model_mixin: type = PatchedVAR
+    leaves_out_guidance = True
     hidden_axes: Mapping[str, int] = {"ffn.fc1.weight": 0, "ffn.fc1.bias": 0, "ffn.fc2.weight": 1}
     weight_kinds: Sequence[tuple[str, str]] = (
         (".attn.mat_qkv.", "qkv"),
@@ -142,16 +143,7 @@ class VARFamily(BaseFamily):
         return model.get_logits(x, head_cond)
 
     def scale_logits(self, model: Any, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        labels = torch.cat((labels, self.without_class(model, labels)))
-        scale_inputs = [None, *inputs.split([side * side for side in model.patch_nums[1:]], dim=1)]
-        blocks = [unwrapped(block) for block in model.blocks]
-        try:
-            for block in blocks:
-                self.cache(block).start()
-            yield from (own_logits if isinstance(model, VAR) else public_logits)(model, labels, scale_inputs)
-        finally:
-            for block in blocks:
-                self.cache(block).drop()
+        yield from logits_by_scale(model, torch.cat((labels, self.without_class(model, labels))), inputs)
 
     @contextmanager
     def watch_scales(self, model: Any, on_scale: OnScale) -> Iterator[None]:

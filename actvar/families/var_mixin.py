@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from actvar.families.var_layers import linear_called, module_called
+from actvar.families.var_scales import logits_by_scale
 from actvar.models.arguments import checked_labels, one_thread
 from actvar.models.token_draw import sample_guided
 from actvar.models.transformer_block import HeadNorm
 from actvar.models.var import VAR
 from actvar.utils.class_swap import own_class
 from actvar.utils.plain_layers import why_called
+from actvar.utils.weight_override import own_weights
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, linear, normalize_modulate, sample_tokens
 
@@ -39,9 +41,19 @@ class PatchedVAR(_Base):
         """
         self.actvar.begin_pass(self)
         try:
+            if self.actvar.first_tuned:
+                return self._logits_by_scale(label_B, x_BLCv_wo_first_l)
             return super().forward(label_B, x_BLCv_wo_first_l, *args, **kwargs)
         finally:
             self.actvar.end_pass()
+
+    def _logits_by_scale(self, labels: Tensor, inputs: Tensor) -> Tensor:
+        """Return the logits of `forward` scale by scale, since early scales have other weights than later ones."""
+        if self.training:
+            dropped = torch.rand(len(labels), dtype=torch.float32, device=labels.device) < self.cond_drop_rate
+            labels = torch.where(dropped, self.num_classes, labels)
+        with self.actvar.during(rows_stand_alone=True):
+            return torch.cat([logits for _, logits in logits_by_scale(self, labels, inputs)], dim=1)
 
     def autoregressive_infer_cfg(self, B, label_B, *args, **kwargs):
         """Sample as the model itself does, with the arguments and errors of `VAR.autoregressive_infer_cfg`.
@@ -69,11 +81,17 @@ class PatchedVAR(_Base):
         return images.float() if dtype else images
 
     def get_logits(self, x, cond_BD):
-        """Return the logits of `x` `[R, L, C]` as the model's own method does, computed by kernels where these run."""
-        self.actvar.begin_head(self, x.shape[1])
-        logits = self.kernel_logits(x, cond_BD)
-        if logits is None:
-            return super().get_logits(x, cond_BD)
+        """Return the logits of `x` `[R, L, C]` as the model's own method does, computed by kernels where these run.
+
+        Conditional rows alone, `[R / 2, L, C]`, have their logits twice, so that guidance leaves them as they are.
+        """
+        if 2 * len(x) == len(cond_BD):
+            return self.get_logits(x, cond_BD[: len(x)]).repeat(2, 1, 1)
+        with nullcontext() if self.actvar.scale_is_tuned else own_weights(self.head):
+            self.actvar.begin_head(self, x.shape[1])
+            logits = self.kernel_logits(x, cond_BD)
+            if logits is None:
+                return super().get_logits(x, cond_BD)
         ours = self.actvar.rows_are_guided and isinstance(self, VAR)
         return logits if ours else logits.float()
 
@@ -108,10 +126,15 @@ class PatchedVAR(_Base):
 
     def next_tokens(self, scale, inputs, condition, guidance, top_k, top_p, rng):
         """Return tokens `[B, L]` int64 as `VAR.next_tokens` does, with guidance before the head where kernels can."""
-        if self.actvar.execution.sampler == "torch":
+        is_guided = self.actvar.schedule[scale].guided
+        if is_guided and self.actvar.execution.sampler == "torch":
             return super().next_tokens(scale, inputs, condition, guidance, top_k, top_p, rng)
         x = self.run_blocks(scale, inputs, condition)
-        logits = self.kernel_logits(x, condition.embedded, guidance)
+        if not is_guided:
+            logits = self.get_logits(x, condition.embedded[: len(x)])
+            return self.draw(logits, None, top_k, top_p, rng, scale)
+        with nullcontext() if self.actvar.scale_is_tuned else own_weights(self.head):
+            logits = self.kernel_logits(x, condition.embedded, guidance)
         if logits is None:
             return self.draw(self.get_logits(x, condition.embedded), guidance, top_k, top_p, rng, scale)
         return self.draw(logits, None, top_k, top_p, rng, scale)
@@ -124,6 +147,8 @@ class PatchedVAR(_Base):
         if self.actvar.execution.sampler == "torch":
             if getattr(own_class(self), "draw", None) is VAR.draw:
                 return sample_guided(logits, guidance, top_k, top_p, rng)
+            if guidance is None:
+                logits, guidance = logits.repeat(2, 1, 1), 0.0
             return super().draw(logits, guidance, top_k, top_p, rng, scale)
 
         def drawn(logits, seed):

@@ -8,6 +8,26 @@ from typing import Any
 from torch import Tensor
 
 from actvar.models.var import VAR
+from actvar.utils.wrappers import unwrapped
+
+
+def logits_by_scale(model: Any, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield number and logits `[R, L, V]` of the scales that `model` samples, through the K/V cache.
+
+    Args:
+        model: a VAR of either class.
+        labels: classes of all rows, `[R]` int64.
+        inputs: `[B, L - first, Cvae]`, each for `R / B` rows.
+    """
+    scale_inputs = [None, *inputs.split([side * side for side in model.patch_nums[1:]], dim=1)]
+    attentions = [unwrapped(block).attn for block in model.blocks]
+    try:
+        for attention in attentions:
+            attention.kv_caching(True)
+        yield from (own_logits if isinstance(model, VAR) else public_logits)(model, labels, scale_inputs)
+    finally:
+        for attention in attentions:
+            attention.kv_caching(False)
 
 
 def own_logits(model: VAR, labels: Tensor, inputs: Sequence[Tensor | None]) -> Iterator[tuple[int, Tensor]]:
@@ -26,7 +46,7 @@ def public_logits(model: Any, labels: Tensor, inputs: Sequence[Tensor | None]) -
         if codes is None:
             x = cond.unsqueeze(1) + model.pos_start
         else:
-            x = model.word_embed(codes.to(model.word_embed.weight.dtype)).repeat(2, 1, 1)
+            x = model.word_embed(codes.to(model.word_embed.weight.dtype)).repeat(len(labels) // len(codes), 1, 1)
         x = x + position[:, start : start + x.shape[1]]
         start += x.shape[1]
         for block in model.blocks:

@@ -47,9 +47,8 @@ def decoded(conv: Any, decoder: Any, features: torch.Tensor) -> torch.Tensor:
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run.
     """
-    if not kernels_run(features, conv, decoder):
-        return decoder(conv(features))
-    return _decoded(conv, decoder, features)
+    fused = fused_for(features, conv, decoder)
+    return decoder(conv(features)) if fused is None else _decoded(fused, conv, decoder, features)
 
 
 def encoded(encoder: Any, conv: Any, image: torch.Tensor) -> torch.Tensor:
@@ -63,13 +62,16 @@ def encoded(encoder: Any, conv: Any, image: torch.Tensor) -> torch.Tensor:
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run.
     """
-    if not kernels_run(image, encoder, conv):
-        return conv(encoder(image))
-    return _encoded(encoder, conv, image)
+    fused = fused_for(image, encoder, conv)
+    return conv(encoder(image)) if fused is None else _encoded(fused, encoder, conv, image)
 
 
-def kernels_run(x: torch.Tensor, *modules: nn.Module) -> bool:
-    """Return whether kernels compute `modules` for an input `x` `[B, C, H, W]`.
+def fused_for(x: torch.Tensor, *modules: nn.Module) -> Fused | None:
+    """Return what computes `modules` by kernels, or None where PyTorch computes them.
+
+    Args:
+        x: the input `[B, C, H, W]`.
+        modules: the modules that follow each other.
 
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run.
@@ -78,32 +80,23 @@ def kernels_run(x: torch.Tensor, *modules: nn.Module) -> bool:
     if torch.is_grad_enabled() and wants_gradient(x, *(p for module in modules for p in module.parameters())):
         if by_name:
             raise BackendUnavailableError("the 'cpu' backend has no gradient of the autoencoder; use 'auto'")
-        return False
-    return by_name or _runs(x)
+        return None
+    backend = no_grad(choose_fused)(x)
+    return Fused(backend.fuses_residual, backend.packs_weights) if by_name or backend.fuses else None
 
 
 @no_grad
-def _runs(x: torch.Tensor) -> bool:
-    """Return whether kernels run for `x`, without gradients."""
-    return choose_fused(x).fuses
-
-
-@no_grad
-def _decoded(conv: Any, decoder: Any, features: torch.Tensor) -> torch.Tensor:
+def _decoded(fused: Fused, conv: Any, decoder: Any, features: torch.Tensor) -> torch.Tensor:
     """Return `decoder(conv(features))` by kernels."""
     drop_changed(_packed_weights(conv, decoder))
-    backend = choose_fused(features)
-    fused = Fused(backend.fuses_residual, backend.packs_weights)
     with nullcontext() if torch.compiler.is_compiling() else reused_memory():
         return fused.decoder(decoder, fused.conv(conv, channels_last(features)))
 
 
 @no_grad
-def _encoded(encoder: Any, conv: Any, image: torch.Tensor) -> torch.Tensor:
+def _encoded(fused: Fused, encoder: Any, conv: Any, image: torch.Tensor) -> torch.Tensor:
     """Return `conv(encoder(image))` by kernels."""
     drop_changed(_packed_weights(encoder, conv))
-    backend = choose_fused(image)
-    fused = Fused(backend.fuses_residual, backend.packs_weights)
     return fused.conv(conv, fused.encoder(encoder, channels_last(image) if fused.on_triton else image))
 
 

@@ -51,15 +51,24 @@ def sample_top_k_top_p(logits: torch.Tensor, top_k: int, top_p: float, rng: Rand
     return public.draw_by_image(probabilities, rng)
 
 
-def sample_guided(logits: torch.Tensor, guidance: float, top_k: int, top_p: float, rng: Randomness) -> torch.Tensor:
+def sample_guided(
+    logits: torch.Tensor, guidance: float | None, top_k: int, top_p: float, rng: Randomness
+) -> torch.Tensor:
     """Draw tokens `[B, L]` int64 as `sample_top_k_top_p` does, after guidance, in C++ where C++ runs.
 
     Args:
-        logits: `[2B, L, V]`, the conditional half first.
-        guidance: strength t, as in `guided`.
+        logits: `[2B, L, V]`, the conditional half first; without guidance `[B, L, V]`.
+        guidance: strength t, as in `guided`; None for none.
         top_k, top_p, rng: as in `sample_top_k_top_p`.
     """
-    if not cpu_public.runs(logits):
+    runs = cpu_public.runs(logits)
+    if guidance is None:
+        if not runs:
+            return sample_top_k_top_p(logits.float(), top_k, top_p, rng)
+        if not top_k and not top_p:
+            return by_image(cpu_public.draw, logits.float().softmax(dim=-1), rng)
+        logits, guidance = torch.cat((logits, logits)), 0.0
+    if not runs:
         return sample_top_k_top_p(guided(logits, guidance), top_k, top_p, rng)
     filtered = cpu_public.guide_and_filter(logits, guidance, top_k, top_p)
     return by_image(cpu_public.draw, filtered.softmax(dim=-1), rng)

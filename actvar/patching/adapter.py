@@ -20,12 +20,12 @@ from torch import nn
 from actvar.config import ActVARConfig
 from actvar.execution import FIELDS_ONCE_IN_CONFIG, Execution, checked_execution
 from actvar.families import family_of
-from actvar.patching.weight_override import replace_parameters, restore_parameters, tuned_parameters
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.state import patch_state
 from actvar.utils.fields import json_object
 from actvar.utils.files import read_mapped, replacing
 from actvar.utils.modes import no_grad
+from actvar.utils.weight_override import replace_parameters, restore_parameters, tuned_parameters
 from actvar.utils.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)

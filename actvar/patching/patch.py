@@ -15,7 +15,6 @@ from actvar.execution import Execution, checked_execution
 from actvar.families import family_of
 from actvar.models.arguments import one_thread
 from actvar.patching.adapter import AdapterError, put_adapter, read_adapter
-from actvar.patching.weight_override import replace_parameters, restore_parameters, tuned_parameters
 from actvar.sparse.block import ActVARBlock
 from actvar.sparse.block_state import BlockState, restore_order, set_order_and_gates
 from actvar.sparse.called_layers import expect_readable, log_called
@@ -23,6 +22,7 @@ from actvar.sparse.schedule import build_schedule
 from actvar.sparse.state import PatchState, is_patched, patch_state
 from actvar.utils.class_swap import Swapped, restore_class, swap_class
 from actvar.utils.devices import device_of
+from actvar.utils.weight_override import replace_parameters, restore_parameters, tuned_parameters
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels.cpu_backend import memory
 from actvar_kernels.cpu_backend.packing import drop
@@ -101,6 +101,8 @@ def patch_silently(var: nn.Module, config: ActVARConfig, execution: Execution | 
         raise ValueError(f"token_rates, ffn_rate: the model has {len(blocks)} blocks, got {config.num_blocks} rates")
     maps = family.maps(model)
     schedules = tuple(build_schedule(config, maps, block) for block in range(len(blocks)))
+    if config.guidance_until is not None and not family.leaves_out_guidance:
+        raise ValueError(f"guidance_until: {family.name} does not sample without its unconditional rows; leave it None")
     width, hidden, *_ = family.sizes(model)
     if hidden % config.num_experts:
         raise ValueError(f"num_experts: expected a divisor of the FFN's hidden size {hidden}, got {config.num_experts}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from actvar.families.base import ATTENTION, NORM, BlockCall, Rows
+from actvar.families.base import ATTENTION, NORM, BlockCall, Cache, Rows
 from actvar.sparse.block_cache import SampleState
 from actvar.sparse.block_state import BlockState
 from actvar.sparse.passes import Pass, computing_again
@@ -14,6 +16,7 @@ from actvar.sparse.record import BlockRecord
 from actvar.sparse.schedule import Scale
 from actvar.sparse.selection import selected
 from actvar.sparse.teacher_forcing import teacher_forced_block
+from actvar.utils.weight_override import own_weights
 from actvar_kernels import (
     add_normalize,
     add_normalize_route,
@@ -36,11 +39,16 @@ class ActVARBlock(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run one scale with the K/V cache, or all scales at once under a mask: `[R, L, C]` -> `[R, L, C]`.
 
+        At a scale without guidance the result is that of the conditional rows alone, `[R / 2, L, C]`. The block takes
+        such an `x` from the block before, with the condition of all rows.
+
         Args:
             args, kwargs: arguments of the block's own `forward`.
 
         Raises:
-            ValueError: the token count and cache length fit no scale of the model.
+            ValueError: the token count and cache length fit no scale of the model, or the scale is one without
+                guidance and the rows are not known to be guided.
+            ValueError: all scales come at once, and the adapter's weights are not for all of them.
             RuntimeError: activation checkpointing runs the block again, and its K/V cache or its pass is lost.
         """
         state = self.actvar
@@ -54,6 +62,7 @@ class ActVARBlock(nn.Module):
         """Run `forward` within the pass that the call belongs to, `[R, L, C]` -> `[R, L, C]`."""
         state = self.actvar
         if call.mask is not None:
+            state.shared.expect_same_weights()
             if not any(scale.active for scale in state.schedule):
                 return self.dense_forward(call)
             state.shared.begin_block(state.block_index, self)
@@ -65,11 +74,21 @@ class ActVARBlock(nn.Module):
                 "forcing)"
             )
         scale = state.shared.scale_of(state.block_index, call, state.family.cache(self).rows)
-        if scale.index == 0:
+        state.shared.use_weights_of(scale)
+        with nullcontext() if scale.tuned else own_weights(self):
+            return self._run_scale(scale, current, call)
+
+    def _run_scale(self, scale: Scale, current: Pass, call: BlockCall) -> Tensor:
+        """Run `forward` at one scale, `[R, L, C]` -> `[R, L, C]`, or `[R / 2, L, C]` without guidance."""
+        state = self.actvar
+        if scale.index == 0 or scale.index == state.shared.first_tuned:
             state.shared.begin_block(state.block_index, self)
         backend = REFERENCE if NORM in state.called else choose_fused(call.x)
         if scale.active or backend.fuses:
             return block_at_scale(self, call, scale, backend, current)
+        if state.shared.leaves_out_rows(scale):
+            call = state.family.conditional(call)
+            keep_rows(state.family.cache(self), len(call.x))
         return self.dense_forward(call)
 
     def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, Tensor]:
@@ -100,6 +119,8 @@ class ActVARBlock(nn.Module):
 def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: Backend, current: Pass) -> Tensor:
     """Run one scale with the K/V cache, `[R, L, C]` -> `[R, L, C]`; an operation whose rate is 1 is left out.
 
+    Without guidance the result is that of the conditional rows alone, `[R / 2, L, C]`.
+
     Args:
         block: a patched block.
         call: arguments of the block.
@@ -107,10 +128,17 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
         backend: what the block runs on.
         current: the pass that the call belongs to.
     """
-    state, x = block.actvar, call.x
+    state = block.actvar
     shared, router, family = state.shared, state.router, state.family
     fused = backend.fuses
-    sample = sample_state_of(block, call.cond, fused)
+    all_rows = call
+    if shared.leaves_out_rows(scale):
+        call, current = family.conditional(call), replace(current, rows_are_guided=False)
+    sample = sample_state_of(block, all_rows.cond if fused else call.cond, scale, fused)
+    if call is not all_rows:
+        sample.keep_rows(len(call.x))
+        keep_rows(family.cache(block), len(call.x))
+    x = call.x
     gamma1, gamma2, scale1, scale2, shift1, shift2 = sample.modulation
     index = scores = base = mask = logits = None
 
@@ -155,9 +183,16 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
     return x
 
 
-def sample_state_of(block: ActVARBlock, cond: Any, fused: bool) -> SampleState:
+def sample_state_of(block: ActVARBlock, cond: Any, scale: Scale, fused: bool) -> SampleState:
     """Return the values that the block computes once per sample, kept since the scale before where kernels run."""
-    return block.actvar.cache.continued(block, cond) if fused else SampleState(block, cond)
+    return block.actvar.cache.continued(block, cond, scale) if fused else SampleState(block, cond)
+
+
+def keep_rows(cache: Cache, rows: int) -> None:
+    """Keep the first `rows` rows of the K/V cache of a block, those with the class, where there are more."""
+    past = cache.read()
+    if past is not None and len(past[0]) > rows:
+        cache.write(past[0][:rows], past[1][:rows])
 
 
 def attend(

@@ -33,6 +33,16 @@ class SampleState:
         self.qkv_bias = family.qkv_bias(block)
         self.head_scale = family.head_scale(block)
         self.kv_buffer: KVBuffer | None = None
+        self.rows: int | None = None
+
+    def keep_rows(self, rows: int) -> None:
+        """Keep the first `rows` rows of all values, those with the class."""
+        self.modulation = tuple(part[:rows].contiguous() for part in self.modulation)
+        self.rows = rows
+
+    def read_weights(self, block: Any) -> None:
+        """Compute the values that depend on weights alone anew, where an adapter's weights take their place."""
+        self.qkv_bias, self.head_scale = block.actvar.family.qkv_bias(block), block.actvar.family.head_scale(block)
 
     def kv_buffer_after(self, past: KVBuffer | None, v: Tensor, capacity: int, cache: BlockCache) -> KVBuffer:
         """Return the K/V buffer of the sample.
@@ -50,7 +60,8 @@ class SampleState:
             if past is not None:
                 for buffer, cached in zip(self.kv_buffer, past, strict=True):
                     buffer[:, :, : cached.shape[2]] = cached
-        return self.kv_buffer
+        keys, values = self.kv_buffer
+        return keys[: self.rows], values[: self.rows]
 
 
 def _modulation(block: Any, cond: Any) -> tuple[Tensor, ...]:
@@ -85,13 +96,15 @@ class BlockCache:
             del kept
         return like.new_empty(shape), like.new_empty(shape)
 
-    def continued(self, block: Any, cond: Any) -> SampleState:
+    def continued(self, block: Any, cond: Any, scale: Scale) -> SampleState:
         """Return the state that the previous scale kept where `cond` is still its condition, otherwise a new one."""
         state = self.state
         is_next = _is_sampling(block) and self.version is not None and self.version is _version(block)
         if is_next and state is not None and state.cond is cond:
             if MODULATION in block.actvar.called:  # the dense model calls AdaLN at every scale
                 state.modulation = _modulation(block, cond)
+            if scale.index == block.actvar.shared.first_tuned:
+                state.read_weights(block)
             return state
         return SampleState(block, cond)
 

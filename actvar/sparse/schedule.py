@@ -22,6 +22,8 @@ class Scale:
         route: whether the FFN runs as experts, i.e. the router runs.
         cached_before: rows in every block's K/V cache when the scale begins.
         is_last: whether the scale is the model's last, whose keys and values nothing attends to later.
+        guided: whether the unconditional rows are computed.
+        tuned: whether the weights that an adapter brings are used instead of the model's own.
     """
 
     index: int
@@ -34,6 +36,8 @@ class Scale:
     route: bool
     cached_before: int
     is_last: bool
+    guided: bool = True
+    tuned: bool = True
 
     @property
     def tokens(self) -> int:
@@ -58,13 +62,15 @@ def build_schedule(config: ActVARConfig, maps: Sequence[tuple[int, int]], block:
         ValueError: the configuration names a scale outside the model, or a scale twice.
     """
     count = len(maps)
+    guided, tuned_from = scales_with_guidance(config, count), 0
+    if config.weights_from is not None:
+        tuned_from = _number_of("weights_from", config.weights_from, count)
     rates: dict[int, tuple[float, float]] = {}
     for scale, token_rate, ffn_rate in zip(config.scales, config.token_rates, config.ffn_rates, strict=True):
-        if not -count <= scale < count:
-            raise ValueError(f"scales: the model has {count} scales, got index {scale}")
-        if scale % count in rates:
-            raise ValueError(f"scales: scale {scale % count} is named twice in {config.scales}")
-        rates[scale % count] = (_rate_of(token_rate, block), _rate_of(ffn_rate, block))
+        number = _number_of("scales", scale, count)
+        if number in rates:
+            raise ValueError(f"scales: scale {number} is named twice in {config.scales}")
+        rates[number] = (_rate_of(token_rate, block), _rate_of(ffn_rate, block))
 
     schedule, start, cached = [], 0, 0
     for index, (height, width) in enumerate(maps):
@@ -83,11 +89,34 @@ def build_schedule(config: ActVARConfig, maps: Sequence[tuple[int, int]], block:
             route=forced or experts < config.num_experts,
             cached_before=cached,
             is_last=index == count - 1,
+            guided=index < guided,
+            tuned=index >= tuned_from,
         )
         schedule.append(scale)
         start += tokens
         cached += keep if config.kv == "compact" else tokens
     return tuple(schedule)
+
+
+def scales_with_guidance(config: ActVARConfig, count: int) -> int:
+    """Return how many of `count` scales, counted from the first, are computed with guidance.
+
+    Raises:
+        ValueError: `guidance_until` is outside the model, or leaves no scale with guidance.
+    """
+    if config.guidance_until is None:
+        return count
+    number = _number_of("guidance_until", config.guidance_until, count)
+    if number == 0:
+        raise ValueError("guidance_until: expected at least the first scale with guidance, got 0; sample with cfg=0")
+    return number
+
+
+def _number_of(name: str, scale: int, count: int) -> int:
+    """Return the number of a scale that may be counted from the end."""
+    if not -count <= scale < count:
+        raise ValueError(f"{name}: the model has {count} scales, got index {scale}")
+    return scale % count
 
 
 def _rate_of(rate: Rate, block: int) -> float:

@@ -41,6 +41,10 @@ class PatchState:
         head_called: why kernels do not read the head, or None.
         called_is_new: whether `called` or `head_called` has changed and is not logged yet.
         schedule: the first block's, with a scale selected or routed where it is so in any block.
+        first_tuned: number of the first scale with the adapter's weights; 0 where these hold at every scale.
+        scale_is_tuned: whether the last call of a block was at a scale with the adapter's weights.
+        rows_stand_alone: whether no row is the unconditional one of another, so that all rows are computed at a scale
+            without guidance.
         by_shape: by block, the scale of each pair of a token count and a count of cached rows.
     """
 
@@ -58,6 +62,9 @@ class PatchState:
     called: list[dict[str, Called]] = field(init=False)
     head_called: str | None = None
     called_is_new: bool = False
+    scale_is_tuned: bool = True
+    rows_stand_alone: bool = False
+    first_tuned: int = field(init=False)
     schedule: tuple[Scale, ...] = field(init=False)
     by_shape: tuple[dict[tuple[int, int], Scale], ...] = field(init=False)
 
@@ -66,6 +73,7 @@ class PatchState:
             replace(scales[0], select=any(s.select for s in scales), route=any(s.route for s in scales))
             for scales in zip(*self.schedules, strict=True)
         )
+        self.first_tuned = next(scale.index for scale in self.schedule if scale.tuned)
         self.called = [{} for _ in self.schedules]
         self.by_shape = tuple({(s.tokens, s.cached_before): s for s in schedule} for schedule in self.schedules)
 
@@ -75,7 +83,7 @@ class PatchState:
 
     @contextmanager
     def during(self, **flags: bool) -> Iterator[None]:
-        """Set `rows_are_guided`, `keeps_kv_buffer` or `writes_in_place` while the context is open."""
+        """Set flags such as `rows_are_guided`, `keeps_kv_buffer` or `writes_in_place` while the context is open."""
         state, previous = vars(self), {name: getattr(self, name) for name in flags}
         try:
             state.update(flags)
@@ -95,6 +103,7 @@ class PatchState:
             try:
                 yield
             finally:
+                self.scale_is_tuned = True
                 for block in self.blocks(model):
                     self.family.cache(block).drop()
                     block.actvar.cache.forget()
@@ -170,7 +179,7 @@ class PatchState:
                 pass has those of all scales.
         """
         scales = self.schedule
-        begins = tokens in (scales[0].tokens, scales[-1].start + scales[-1].tokens)
+        begins = tokens in (scales[0].tokens, scales[self.first_tuned].tokens, scales[-1].start + scales[-1].tokens)
         if not begins or torch.compiler.is_compiling():
             return
         head = self.family.head_called(model)
@@ -204,6 +213,44 @@ class PatchState:
                 "the first scale, or pass attn_bias for teacher forcing."
             )
         return scale
+
+    def use_weights_of(self, scale: Scale) -> None:
+        """Remember for the head which weights `scale` has.
+
+        Raises:
+            RuntimeError: a compiler traces a scale with the model's own weights beside those of an adapter.
+        """
+        if self.first_tuned:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("weights_from: a patch with other weights at later scales cannot be compiled")
+            self.scale_is_tuned = scale.tuned
+
+    def leaves_out_rows(self, scale: Scale) -> bool:
+        """Return whether `scale` is computed for the conditional rows alone.
+
+        Raises:
+            ValueError: it is one without guidance, and rows are not known to be guided.
+        """
+        if scale.guided or self.rows_stand_alone:
+            return False
+        if not self.rows_are_guided:
+            raise ValueError(
+                f"guidance_until: {self.config.guidance_until} leaves out the unconditional rows of the last scales, "
+                "and whether there are such rows is not known; open actvar.guided_rows(var) around the loop"
+            )
+        return True
+
+    def expect_same_weights(self) -> None:
+        """Check that all scales may be computed at once.
+
+        Raises:
+            ValueError: early scales have the model's own weights, and later ones those of the adapter.
+        """
+        if self.first_tuned:
+            raise ValueError(
+                f"weights_from: the scales before number {self.first_tuned} have other weights than the rest, so the "
+                "blocks cannot run all scales at once under a mask; call the model, or run scale by scale"
+            )
 
     def expect_own_blocks(self, model: Any) -> None:
         """Check that the blocks of a patched model are those that were patched, in their order.

@@ -1,10 +1,9 @@
-// Winograd's convolution for one instruction set, included by ../cpu_backend/isa.h behind ../cpu_backend/vectors.h.
+// Define Winograd's convolution for one instruction set. ../cpu_backend/isa.h includes this file after vectors.h.
 
 namespace NAMESPACE {
 
-// One dimension of Winograd's F(M, 3): `input` turns M + 2 inputs d into as many numbers v, and `output` turns products m
-// of v and the transformed weights into M outputs y. docs/kernels/conv3x3.md derives both. The weights are transformed in
-// cpu_kernel.py.
+// Transform one dimension by Winograd's F(M, 3). `input` turns M + 2 inputs d into as many numbers v, and `output`
+// turns products m of v and the weights into M outputs y. docs/kernels/conv3x3.md derives both.
 template <int M> struct Winograd;
 
 // The points are 0, 1, -1 and infinity.
@@ -43,7 +42,7 @@ template <> struct Winograd<4> {
     }
 };
 
-// Bytes that `run` needs for a group of tiles.
+// Return the bytes that `run` needs for a group of tiles.
 template <class T, int M> size_t scratch_bytes(const Job &job) {
     constexpr int POSITIONS = (M + 2) * (M + 2);
     return (size_t)POSITIONS * job.group * (job.channels * sizeof(T) + PANEL * sizeof(float)) +
@@ -85,7 +84,7 @@ template <class T, int M> void transform(const Job &job, const Tile *tiles, int 
     }
 }
 
-// Store the outputs of a panel of `vectors` vectors from `column` on, from its `products` [positions, group, PANEL].
+// Store the outputs of a panel, `vectors` vectors from `column` on, made from `products` [positions, group, PANEL].
 template <class T, int M>
 void put_outputs(const Job &job, const Tile *tiles, int count, int column, int vectors, const float *products) {
     constexpr int N = M + 2;
@@ -123,7 +122,7 @@ void put_outputs(const Job &job, const Tile *tiles, int count, int column, int v
         }
 }
 
-// Compute the outputs of `count` tiles, of which `first` is the number of the first one.
+// Compute the outputs of `count` tiles from tile number `first` on.
 template <class T, int M> void run(const Job &job, int64_t first, int count, char *scratch) {
     constexpr int POSITIONS = (M + 2) * (M + 2);
     const int C = job.channels, stride = padded(job.columns, LANES);
@@ -132,7 +131,7 @@ template <class T, int M> void run(const Job &job, int64_t first, int count, cha
     T *inputs = (T *)(products + (size_t)POSITIONS * job.group * PANEL);  // [POSITIONS, count, C]
     T *zeros = inputs + (size_t)POSITIONS * job.group * C;          // [C], a pixel outside the image
     memset(zeros, 0, C * sizeof(T));
-    Tile tiles[MOST];
+    Tile tiles[MAX_GROUP];
     for (int t = 0; t < count; t++) {
         const int64_t tile = first + t;
         tiles[t] = {(int)(tile / (across * down)), (int)(tile / across % down) * M, (int)(tile % across) * M};

@@ -1,4 +1,4 @@
-// Which instruction sets the library is compiled for, which of them the processor has, and how weights are packed for them.
+// Tell which instruction sets the library and the processor have, and how weights are packed for each set.
 
 #define KERNEL "layout.h"
 #include "isa.h"
@@ -13,7 +13,7 @@ const char *const NAMES[] = {"portable", "AVX2", "AVX-512", "AVX-512 with bfloat
 
 extern "C" {
 
-// The highest isa that this processor runs.
+// Return the highest isa that this processor runs.
 int best_isa() {
 #if defined(__x86_64__)
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
@@ -28,6 +28,6 @@ int best_isa() {
 
 const char *isa_name(int isa) { return NAMES[isa]; }
 
-// Floats of a vector, vectors of a panel, rows that lie side by side (of bfloat16).
+// Write floats of a vector, vectors of a panel and bfloat16 rows that lie side by side to `layout`.
 void isa_layout(int isa, int *layout) { memcpy(layout, LAYOUTS[isa], 3 * sizeof(int)); }
 }

@@ -1,5 +1,5 @@
-// Compiles code once per instruction set: #define KERNEL as its header and include this. Every set gets a namespace with the
-// vectors and register tiles of vectors.h and what is in KERNEL; FOR_EVERY_ISA lists them, the highest last.
+// Compile code once per instruction set: #define KERNEL as the header with the code and include this file. Every set
+// gets a namespace with vectors.h and KERNEL. FOR_EVERY_ISA lists the namespaces, the highest set last.
 
 #include <cstdint>
 #include <cstdlib>

@@ -1,4 +1,4 @@
-// How weights are packed for one instruction set.
+// Define how weights are packed for one instruction set.
 
 namespace NAMESPACE {
 

@@ -1,4 +1,4 @@
-// Numbers of both types for the C++ files that the compiler turns into vector code by itself. Sums are in float32 or wider.
+// Convert numbers of both types in C++ files that the compiler vectorizes by itself. Sums are in float32 or wider.
 
 #pragma once
 
@@ -23,7 +23,7 @@ INLINED T rounded(float x);
 template <>
 INLINED float rounded<float>(float x) { return x; }
 template <>
-INLINED bfloat16 rounded<bfloat16>(float x) {  // to the nearest, ties to even; NaN stays NaN
+INLINED bfloat16 rounded<bfloat16>(float x) {  // Ties go to even; NaN stays NaN.
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

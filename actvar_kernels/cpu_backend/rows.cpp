@@ -1,6 +1,6 @@
-// Steps that go over rows of channels on the CPU, each in one or two passes over memory: LayerNorm with modulation, alone,
-// of the rows that a selector keeps, or after the residual of rows that are taken by their index and before a router;
-// and a residual that is put back. Sums are in float32. row_ops.py calls the functions at the end.
+// Run steps over rows of channels on the CPU, each in one or two passes over memory. A modulated LayerNorm runs alone,
+// on rows that a selector keeps, or after a residual and before a router. Another step puts a residual back. Sums are
+// in float32. row_ops.py calls the functions at the end.
 
 #include "keys.h"
 
@@ -17,7 +17,7 @@ struct Router {
     int experts, active;
 };
 
-// sum = x + gamma * update as it is stored, or x where there is no update; out = LN(sum) * (1 + scale) + shift.
+// Describe a call: sum = x + gamma * update, or x without an update, in x's dtype; out = LN(sum) * (1 + scale) + shift.
 struct Rows {
     const void *x;
     const int64_t *index;
@@ -30,8 +30,8 @@ struct Rows {
     Router router;
 };
 
-INLINED int32_t rank_key(float score) {  // NaN before all others, as PyTorch sorts
-    return score != score ? INT32_MAX : ordered(score);
+INLINED int32_t rank_key(float score) {  // NaN comes before all others, as PyTorch sorts.
+    return score != score ? INT32_MAX : order_key(score);
 }
 
 }  // namespace
@@ -57,36 +57,36 @@ struct Isa {
      isa::TILE},
 const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
-// Indices of the `keep` highest scores, ties to the lower index, in ascending order.
+// Write the indices of the `keep` highest scores in ascending order; ties go to the lower index.
 FOR_EVERY_PROCESSOR void top_indices(const float *scores, int32_t *keys, int length, int keep, int64_t *index) {
     for (int i = 0; i < length; ++i) keys[i] = rank_key(scores[i]);
     const int32_t threshold =
-        last_key(INT32_MIN, INT32_MAX, [&](int32_t key) { return reaching(keys, length, key) >= keep; });
-    int64_t ties = keep - (threshold == INT32_MAX ? 0 : reaching(keys, length, threshold + 1));
+        last_key(INT32_MIN, INT32_MAX, [&](int32_t key) { return count_reaching(keys, length, key) >= keep; });
+    int64_t ties = keep - (threshold == INT32_MAX ? 0 : count_reaching(keys, length, threshold + 1));
     for (int i = 0; i < length; ++i)
         if (keys[i] > threshold || (keys[i] == threshold && ties-- > 0)) *index++ = i;
 }
 
-// The number of threads that the work is worth.
+// Return the number of threads that the work is worth.
 inline int threads_for(int64_t numbers, int threads) { return numbers < (1 << 14) ? 1 : threads; }
 
-float *allocated(size_t floats) { return (float *)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
+float *allocate(size_t floats) { return (float *)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
 
 int normalize(int isa, int is_bfloat16, const Rows &job, int threads) {
-    const Isa &l = ISAS[isa];
+    const Isa &ops = ISAS[isa];
     const int64_t rows = job.sequences * job.kept;
     int failed = 0;
 #pragma omp parallel num_threads(threads_for(rows * job.channels, threads))
     {
-        float *scratch = allocated(l.scratch_floats(job));
+        float *scratch = allocate(ops.scratch_floats(job));
         if (scratch == nullptr) {
 #pragma omp atomic write
             failed = 1;
         }
 #pragma omp for
-        for (int64_t first = 0; first < rows; first += l.rows)
+        for (int64_t first = 0; first < rows; first += ops.rows)
             if (scratch != nullptr)
-                l.normalize[is_bfloat16](job, first, first + l.rows < rows ? l.rows : int(rows - first), scratch);
+                ops.normalize[is_bfloat16](job, first, first + ops.rows < rows ? ops.rows : int(rows - first), scratch);
         free(scratch);
     }
     return failed;
@@ -94,13 +94,13 @@ int normalize(int isa, int is_bfloat16, const Rows &job, int threads) {
 
 }  // namespace
 
-// The functions that can run out of memory return 1 then, otherwise 0. x has neighbouring channels and the given
-// strides; gamma, scale and shift are [sequences, channels], everything else is contiguous.
+// Functions that can run out of memory return 1 then, otherwise 0. x and base have neighbouring channels and the given
+// strides. gamma, scale and shift are [sequences, channels], and all other arrays are contiguous.
 extern "C" {
 
-// x [sequences, length, channels]; update, sum and out [sequences, kept, channels]; index [sequences, kept] or null: all
-// rows. Without an update there is no sum, without a scale neither sum nor out. With experts: logits and mask [sequences,
-// kept, experts].
+// Normalize rows of x [sequences, length, channels], at index [sequences, kept] or all where it is null. update, sum
+// and out are [sequences, kept, channels]; without an update there is no sum, without a scale neither sum nor out. With
+// experts, logits and mask are [sequences, kept, experts].
 int add_normalize(
     int isa, int is_bfloat16, const void *x, const int64_t *index, const void *update, const float *gamma,
     const float *scale, const float *shift, void *sum, void *out, int64_t sequences, int64_t kept, int64_t channels,
@@ -112,18 +112,18 @@ int add_normalize(
     return normalize(isa, is_bfloat16, job, threads);
 }
 
-// x [sequences, length, channels]; weight [channels]; scores [sequences, length]; index [sequences, keep]; out [sequences,
-// keep, channels]. Where halves share, the first half of the sequences decides for the second.
+// Score x [sequences, length, channels] with weight [channels] into scores [sequences, length]. Put the best rows into
+// index [sequences, keep], and normalized into out [sequences, keep, channels]. A shared choice is the first half's.
 int select_rows(
     int isa, int is_bfloat16, const void *x, const float *weight, const float *bias, const float *scale,
     const float *shift, float *scores, int64_t *index, void *out, int64_t sequences, int64_t length, int64_t keep,
     int64_t channels, int64_t sequence_stride, int64_t row_stride, int halves_share, float eps, int threads) {
-    const Isa &l = ISAS[isa];
-    const int64_t deciding = halves_share ? sequences / 2 : sequences, bytes = is_bfloat16 ? 2 : 4;
+    const Isa &ops = ISAS[isa];
+    const int64_t deciders = halves_share ? sequences / 2 : sequences, bytes = is_bfloat16 ? 2 : 4;
     int failed = 0;
 #pragma omp parallel num_threads(threads_for(sequences * length * channels, threads))
     {
-        float *row = allocated(channels), *keys = allocated(length);
+        float *row = allocate(channels), *keys = allocate(length);
         if (row == nullptr || keys == nullptr) {
 #pragma omp atomic write
             failed = 1;
@@ -132,13 +132,14 @@ int select_rows(
         if (!failed) {
 #pragma omp for
             for (int64_t i = 0; i < sequences * length; ++i) {
-                const int64_t at = i / length * sequence_stride + i % length * row_stride;
-                scores[i] = l.score[is_bfloat16]((const char *)x + at * bytes, weight, *bias, row, int(channels), eps);
+                const int64_t offset = i / length * sequence_stride + i % length * row_stride;
+                const char *from = (const char *)x + offset * bytes;
+                scores[i] = ops.score[is_bfloat16](from, weight, *bias, row, int(channels), eps);
             }
 #pragma omp for
-            for (int64_t i = 0; i < deciding; ++i) {
+            for (int64_t i = 0; i < deciders; ++i) {
                 top_indices(scores + i * length, (int32_t *)keys, int(length), int(keep), index + i * keep);
-                if (halves_share) std::memcpy(index + (i + deciding) * keep, index + i * keep, keep * sizeof *index);
+                if (halves_share) std::memcpy(index + (i + deciders) * keep, index + i * keep, keep * sizeof *index);
             }
         }
         free(row);
@@ -149,8 +150,8 @@ int select_rows(
     return failed || normalize(isa, is_bfloat16, job, threads);
 }
 
-// base [sequences, length, channels] with the given strides: at index [sequences, kept], or at all rows, x + gamma * update,
-// both [sequences, kept, channels].
+// Store x + gamma * update, both [sequences, kept, channels], in rows of base [sequences, length, channels]. The rows
+// are at index [sequences, kept], or all where it is null.
 void scatter_rows(
     int isa, int is_bfloat16, void *base, const int64_t *index, const void *x, const void *update, const float *gamma,
     int64_t sequences, int64_t kept, int64_t channels, int64_t sequence_stride, int64_t row_stride, int threads) {

@@ -1,11 +1,11 @@
-// Steps over rows of channels for one instruction set, included by isa.h behind vectors.h.
+// Define steps over rows of channels for one instruction set. isa.h includes this file after vectors.h.
 
 namespace NAMESPACE {
 
 constexpr int TILE = ROWS;
 
-// f(c, columns, j) for the vectors of a row from channel c on, of which the last one may have fewer columns; j < 4 is the
-// part of a sum to which it is added, since additions to one wait for each other.
+// Call f(c, columns, j) for each vector of a row, from channel c on; the last vector may have fewer columns. j < 4 is
+// the partial sum to add to, since additions to the same sum wait for each other.
 template <class F> inline void for_vectors(int channels, F f) {
     int c = 0;
     for (; c + 4 * LANES <= channels; c += 4 * LANES) {
@@ -18,7 +18,8 @@ template <class F> inline void for_vectors(int channels, F f) {
     if (c < channels) f(c, channels - c, 0);
 }
 
-inline vec only_first(vec x, int columns) {  // zeros behind the first columns
+// Return x with zeros after the first columns.
+inline vec only_first(vec x, int columns) {
     if (columns >= LANES) return x;
     for (int j = columns; j < LANES; j++) x[j] = 0;
     return x;
@@ -32,7 +33,7 @@ inline float sum_of(const vec (&parts)[4]) {
     return all[0];
 }
 
-// Stores the first columns to the nearest; what was stored.
+// Store the first columns, rounded to the nearest, and return the stored numbers.
 inline vec put_first(float *to, vec x, int columns) {
     memcpy(to, &x, columns * sizeof(float));
     return x;
@@ -43,7 +44,7 @@ inline vec put_first(bfloat16 *to, vec x, int columns) {
     return widened(h);
 }
 
-inline float mean_squares(const float *row, float mean, int channels) {  // of what deviates from the mean
+inline float variance(const float *row, float mean, int channels) {
     vec squares[4] = {};
     for_vectors(channels, [&](int c, int columns, int j) {
         const vec deviation = only_first(first_columns(row + c, columns) - mean, columns);
@@ -52,7 +53,7 @@ inline float mean_squares(const float *row, float mean, int channels) {  // of w
     return sum_of(squares) / channels;
 }
 
-// Row i of the result; `row` [channels] gets the FFN's input in float32: without a scale that is the row of x itself.
+// Compute row i of the result, and store the FFN's input in `row` [channels]: the result, or x where there is no scale.
 template <class T> inline void normalize_row(const Rows &job, int64_t i, float *row) {
     const int C = job.channels;
     const int64_t sequence = i / job.kept, vector = sequence * C;
@@ -75,7 +76,7 @@ template <class T> inline void normalize_row(const Rows &job, int64_t i, float *
             sums[j] += put_first(row + c, first_columns(x + c, columns), columns);
         });
     }
-    const float mean = sum_of(sums) / C, factor = 1 / std::sqrt(mean_squares(row, mean, C) + job.eps);
+    const float mean = sum_of(sums) / C, factor = 1 / std::sqrt(variance(row, mean, C) + job.eps);
     T *out = (T *)job.out + i * C;
     for_vectors(C, [&](int c, int columns, int) {
         const vec scale = first_columns(job.scale + vector + c, columns);
@@ -85,16 +86,16 @@ template <class T> inline void normalize_row(const Rows &job, int64_t i, float *
     });
 }
 
-// Which of the logits are the highest, ties to the lower index.
+// Mark the highest logits in `mask`; ties go to the lower index.
 inline void choose(const float *logits, const Router &router, uint8_t *mask) {
     for (int e = 0; e < router.experts; e++) {
         const int32_t key = rank_key(logits[e]);
-        int before = 0;
+        int rank = 0;
         for (int other = 0; other < router.experts; other++) {
-            const int32_t its = rank_key(logits[other]);
-            before += (its > key) | ((its == key) & (other < e));
+            const int32_t other_key = rank_key(logits[other]);
+            rank += (other_key > key) | ((other_key == key) & (other < e));
         }
-        mask[e] = before < router.active;
+        mask[e] = rank < router.active;
     }
 }
 
@@ -102,7 +103,7 @@ inline size_t scratch_floats(const Rows &job) {
     return (size_t)ROWS * (job.channels + PANEL);
 }
 
-// Rows [first, first + count) of the result, at most ROWS, and where they are routed.
+// Compute and route rows [first, first + count) of the result, at most ROWS.
 template <class T> void normalize(const Rows &job, int64_t first, int count, float *scratch) {
     const Router &router = job.router;
     float *totals = scratch + (size_t)ROWS * job.channels;  // [count, PANEL]
@@ -126,9 +127,9 @@ template <class T> void normalize(const Rows &job, int64_t first, int count, flo
             choose(router.logits + i * router.experts, router, router.mask + i * router.experts);
 }
 
-// LN(x) @ weight + bias of a row of x; `row` has room for its channels.
-template <class T> float score(const void *of, const float *weight, float bias, float *row, int channels, float eps) {
-    const T *x = (const T *)of;
+// Return LN(x) @ weight + bias for one row of x; `row` is scratch for all channels.
+template <class T> float score(const void *data, const float *weight, float bias, float *row, int channels, float eps) {
+    const T *x = (const T *)data;
     vec sums[4] = {}, products[4] = {};
     for_vectors(channels, [&](int c, int columns, int j) {
         sums[j] += put_first(row + c, first_columns(x + c, columns), columns);
@@ -137,10 +138,10 @@ template <class T> float score(const void *of, const float *weight, float bias, 
     for_vectors(channels, [&](int c, int columns, int j) {
         products[j] += (first_columns(row + c, columns) - mean) * first_columns(weight + c, columns);
     });
-    return sum_of(products) / std::sqrt(mean_squares(row, mean, channels) + eps) + bias;
+    return sum_of(products) / std::sqrt(variance(row, mean, channels) + eps) + bias;
 }
 
-// to = x + gamma * update.
+// Store x + gamma * update in `to`.
 template <class T> void add(void *to, const void *x, const void *update, const float *gamma, int channels) {
     for_vectors(channels, [&](int c, int columns, int) {
         const vec change = first_columns(gamma + c, columns) * first_columns((const T *)update + c, columns);

@@ -1,6 +1,6 @@
-// Vectors and register tiles for one instruction set. Included once per set by isa.h, which defines NAMESPACE, LANES
-// (floats of a vector), VECTORS (vectors of a full panel), ROWS (rows of a register tile) and DOT (1: products of bfloat16
-// pairs). Nothing from the standard library's templates may be used here: they would be compiled for this set for everyone.
+// Define vectors and register tiles for one instruction set. isa.h includes this file once per NAMESPACE. LANES is
+// floats of a vector, VECTORS vectors of a full panel, ROWS rows of a register tile; DOT is 1 for products of bfloat16
+// pairs. Use no templates of the standard library here: the linker could take this set's version for all callers.
 
 namespace NAMESPACE {
 
@@ -16,7 +16,7 @@ template <class V> inline V load(const void *from) {
 }
 template <class V> inline void store(void *to, V value) { memcpy(to, &value, sizeof value); }
 
-// GCC converts halves of vectors by themselves and puts them together
+// GCC's builtin would convert each half of a vector alone and join the halves.
 #if LANES == 16
 inline vec widened(hvec h) { return (vec)((uvec)_mm512_cvtepu16_epi32((__m256i)h) << 16); }
 #elif LANES == 8
@@ -24,13 +24,15 @@ inline vec widened(hvec h) { return (vec)((uvec)_mm256_cvtepu16_epi32((__m128i)h
 #else
 inline vec widened(hvec h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
 #endif
-inline hvec rounded(vec x) {  // to the nearest bfloat16, ties to even; NaN stays NaN
+// Round to the nearest bfloat16, ties to even; NaN stays NaN.
+inline hvec rounded(vec x) {
     uvec bits = (uvec)x;
     uvec nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     uvec nan = (bits >> 16) | 0x40;
     return __builtin_convertvector((uvec)(x == x ? (ivec)nearest : (ivec)nan), hvec);
 }
 
+// Load LANES numbers as float32.
 inline vec wide(const float *from) { return load<vec>(from); }
 inline vec wide(const bfloat16 *from) { return widened(load<hvec>(from)); }
 
@@ -41,15 +43,16 @@ inline float to_float(bfloat16 x) {
 }
 template <class T> inline T from_float(float x);
 template <> inline float from_float<float>(float x) { return x; }
-template <> inline bfloat16 from_float<bfloat16>(float x) {  // as `rounded`
+template <> inline bfloat16 from_float<bfloat16>(float x) {
     const uint32_t bits = load<uint32_t>(&x);
     return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40;
 }
 
-inline vec exponential(vec x) {  // relative error below 1e-7 between -87 and 88, clamped outside
+// Return exp(x) with a relative error below 1e-7; x is clamped to [-87, 88].
+inline vec exponential(vec x) {
     x = x < -87.0f ? vec{} - 87.0f : x;
     x = x > 88.0f ? vec{} + 88.0f : x;
-    vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to an integer
+    vec n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // The sums round to an integer.
     vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
     vec p = r * (1.0f / 720) + 1.0f / 120;
     p = p * r + 1.0f / 24;
@@ -60,11 +63,12 @@ inline vec exponential(vec x) {  // relative error below 1e-7 between -87 and 88
     return p * (vec)((__builtin_convertvector(n, ivec) + 127) << 23);
 }
 
-inline vec gelu(vec x) {  // tanh form: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
+// Return GELU in its tanh form, x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
+inline vec gelu(vec x) {
     return x / (1.0f + exponential(-1.5957691216057308f * x * (1.0f + 0.044715f * x * x)));
 }
 
-// How numbers of type T are multiplied: STEP of them at a time, a step of a row with a step of LANES columns.
+// Define how numbers of type T are multiplied: STEP numbers of a row at a time with STEP numbers of LANES columns.
 template <class T> struct Product;
 
 template <> struct Product<float> {
@@ -98,23 +102,22 @@ template <> struct Product<bfloat16> {
 };
 #endif
 
-// Memory that is fetched into the second-level cache while something else is computed, so that the first rows that meet
-// the next panel of weights do not wait for it.
-struct Ahead {
+// Describe memory to fetch into the second-level cache during other work, so that rows do not wait for the next panel.
+struct Prefetch {
     const char *from;
     size_t bytes;
-    Ahead part(int begin, int end, int of) const {
+    Prefetch part(int begin, int end, int of) const {
         const size_t first = bytes * begin / of;
         return {from + first, bytes * end / of - first};
     }
 };
 
-// sums[r][j] += rows[r] times the panel's j-th LANES columns, over `depth` numbers.
+// Add rows[r] times the panel's j-th LANES columns to sums[r][j], over `depth` numbers.
 template <class T, int R, int V>
-inline void multiply(const T *const *rows, const T *panel, int depth, vec (&sums)[R][V], Ahead next = {nullptr, 0}) {
+inline void multiply(const T *const *rows, const T *panel, int depth, vec (&sums)[R][V], Prefetch next = {nullptr, 0}) {
     typedef Product<T> P;
     constexpr int LINE = 64, STRETCH = 16 * P::STEP;
-    const int ahead = STRETCH * V * LANES;
+    const int distance = STRETCH * V * LANES;
     const size_t next_bytes = next.bytes / ((depth + STRETCH - 1) / STRETCH);
     for (int begin = 0; begin < depth; begin += STRETCH, next.from += next_bytes) {
         for (size_t line = 0; line < next_bytes; line += LINE) __builtin_prefetch(next.from + line, 0, 2);
@@ -124,16 +127,16 @@ inline void multiply(const T *const *rows, const T *panel, int depth, vec (&sums
             typename P::Weights w[V];
             for (int j = 0; j < V; j++) w[j] = P::weights(step + j * LANES * P::STEP);
             for (size_t line = 0; line < V * LANES * P::STEP * sizeof(T); line += LINE)
-                __builtin_prefetch((const char *)(step + ahead) + line);
+                __builtin_prefetch((const char *)(step + distance) + line);
             for (int r = 0; r < R; r++)
                 for (int j = 0; j < V; j++) sums[r][j] = P::add(sums[r][j], rows[r] + k, w[j]);
         }
     }
 }
 
-// totals[r] (+)= rows[r] times a panel of `vectors` vectors, for `count` rows; `first`: what was there is overwritten.
+// Add rows[r] times a panel of V vectors to totals[r] for `count` rows, or overwrite the totals where `first` is set.
 template <class T, int V, int R = ROWS>
-inline void add_tile(int count, const T *const *rows, const T *panel, int depth, Ahead next, bool first,
+inline void add_tile(int count, const T *const *rows, const T *panel, int depth, Prefetch next, bool first,
                      float *const *totals) {
     if constexpr (R > 1)
         if (count < R) return add_tile<T, V, R - 1>(count, rows, panel, depth, next, first, totals);
@@ -146,15 +149,15 @@ inline void add_tile(int count, const T *const *rows, const T *panel, int depth,
         }
 }
 template <class T, int V = VECTORS>
-void add_product(int vectors, int count, const T *const *rows, const T *panel, int depth, Ahead next, bool first,
+void add_product(int vectors, int count, const T *const *rows, const T *panel, int depth, Prefetch next, bool first,
                  float *const *totals) {
     if constexpr (V > 1)
         if (vectors < V) return add_product<T, V - 1>(vectors, count, rows, panel, depth, next, first, totals);
     add_tile<T, V>(count, rows, panel, depth, next, first, totals);
 }
 
-// A depth in `count` blocks of `size` numbers, the last one of what is left: rows go over a block of a panel while it is in
-// the first-level cache, and sums of blocks are rounded less than one long sum.
+// Split a depth into `count` blocks of `size` numbers, of which the last may be shorter. A block of a panel stays in
+// the first-level cache for all rows, and sums of blocks are rounded less than one long sum.
 struct Blocks {
     int count, size, depth;
     int length(int block) const { return smaller(depth - block * size, size); }
@@ -164,8 +167,8 @@ template <class T> inline Blocks blocks_of(int depth) {
     return {count, padded((depth + count - 1) / count, Product<T>::STEP), depth};
 }
 
-// Rows [begin, end) of `from` [rows, depth] as [blocks, rows, size]: the rows of a tile are near each other, so that they do
-// not push each other out of the cache.
+// Pack rows [begin, end) of `from` [rows, depth] as [blocks, rows, size]. Rows of a tile then lie close together, so
+// that none pushes another out of the cache.
 template <class T> void pack_rows(const T *from, int begin, int end, int depth, T *to) {
     const Blocks blocks = blocks_of<T>(depth);
     for (int block = 0; block < blocks.count; block++)
@@ -173,7 +176,7 @@ template <class T> void pack_rows(const T *from, int begin, int end, int depth, 
             memcpy(to, from + (size_t)i * depth + block * blocks.size, blocks.length(block) * sizeof(T));
 }
 
-// The first `columns` numbers of a vector, which may be more than it has.
+// Store the first `columns` numbers of a vector; `columns` may exceed LANES.
 template <class T> inline void put_columns(T *to, vec x, int columns) {
     if (columns >= LANES) return Product<T>::put(to, x);
     if (columns <= 0) return;
@@ -182,7 +185,7 @@ template <class T> inline void put_columns(T *to, vec x, int columns) {
     memcpy(to, all, columns * sizeof(T));
 }
 
-// The first `columns` numbers of a vector in memory, zeros behind them.
+// Load the first `columns` numbers of a vector, with zeros after them.
 template <class T> inline vec first_columns(const T *from, int columns) {
     if (columns >= LANES) return wide(from);
     T all[LANES] = {};
@@ -190,6 +193,6 @@ template <class T> inline vec first_columns(const T *from, int columns) {
     return wide(all);
 }
 
-constexpr int WIDTH = LANES, PANEL = VECTORS * LANES;  // columns of a vector, of a full panel
+constexpr int PANEL = VECTORS * LANES;  // A full panel has this many columns.
 
 }  // namespace NAMESPACE

@@ -1,6 +1,6 @@
-// Fused expert FFN on the CPU: for every expert the rows of the tokens that chose it, up projection, GELU, and down
-// projection straight onto the tokens' sums. Tokens are split over threads, so no two threads write to a row and the
-// result does not depend on their number. cpu_kernel.py packs the weights and calls `expert_ffn`.
+// Compute the expert FFN on the CPU: each expert's tokens go through up projection, GELU and down projection into their
+// sums. Threads split tokens, or columns where tokens are few. No two threads write to the same sum, so that the result
+// does not depend on their number. cpu_kernel.py packs the weights and calls `expert_ffn`.
 
 #include <cstddef>
 #include <cstdint>
@@ -16,7 +16,7 @@ struct Job {
     int tokens, channels, experts, width;
 };
 
-constexpr int FEW = 64;  // tokens up to which threads share columns
+constexpr int FEW_TOKENS = 64;  // Threads split columns up to this many tokens.
 
 }  // namespace
 
@@ -37,33 +37,33 @@ struct Isa {
      {isa::run_few<float>, isa::run_few<bfloat16>}},
 const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
-constexpr int MOST = 192;  // tokens that go over a panel of weights while it is in the cache
+constexpr int MAX_CHUNK = 192;  // A panel of weights stays in the cache for this many tokens.
 
-char *allocated(size_t bytes) { return (char *)aligned_alloc(64, (bytes + 63) / 64 * 64); }
+char *allocate(size_t bytes) { return (char *)aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 }  // namespace
 
-// 0, or 1 when memory ran out.
+// Compute the FFN and return 0, or 1 when memory ran out.
 extern "C" int expert_ffn(int isa, int is_bfloat16, const void *u, const void *mask, const void *weight1,
                           const void *bias1, const void *weight2, const void *bias2, void *out, int tokens,
                           int channels, int experts, int width, int threads) {
     const Job job = {u,   (const uint8_t *)mask, weight1, weight2,  (const float *)bias1, (const float *)bias2,
                      out, tokens,                channels, experts, width};
-    const Isa &l = ISAS[isa];
-    if (tokens <= FEW) {
-        char *scratch = allocated(l.scratch_bytes[is_bfloat16](job, tokens, experts) + 4 * (size_t)experts);
+    const Isa &ops = ISAS[isa];
+    if (tokens <= FEW_TOKENS) {
+        char *scratch = allocate(ops.scratch_bytes[is_bfloat16](job, tokens, experts) + 4 * (size_t)experts);
         if (scratch == nullptr) return 1;
-        l.runs_few[is_bfloat16](job, scratch, threads);
+        ops.runs_few[is_bfloat16](job, scratch, threads);
         free(scratch);
         return 0;
     }
-    int chunks = (tokens + MOST - 1) / MOST;
+    int chunks = (tokens + MAX_CHUNK - 1) / MAX_CHUNK;
     chunks = padded(chunks < threads ? threads : chunks, threads);
     const int longest = (tokens + chunks - 1) / chunks;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        char *scratch = allocated(l.scratch_bytes[is_bfloat16](job, longest, 1));
+        char *scratch = allocate(ops.scratch_bytes[is_bfloat16](job, longest, 1));
         if (scratch == nullptr) {
 #pragma omp atomic write
             failed = 1;
@@ -71,7 +71,7 @@ extern "C" int expert_ffn(int isa, int is_bfloat16, const void *u, const void *m
 #pragma omp for schedule(dynamic, 1)
         for (int chunk = 0; chunk < chunks; chunk++) {
             const int begin = (int64_t)tokens * chunk / chunks, end = (int64_t)tokens * (chunk + 1) / chunks;
-            if (scratch != nullptr && begin < end) l.runs[is_bfloat16](job, begin, end, scratch);
+            if (scratch != nullptr && begin < end) ops.runs[is_bfloat16](job, begin, end, scratch);
         }
         free(scratch);
     }

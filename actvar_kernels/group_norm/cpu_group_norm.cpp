@@ -1,5 +1,5 @@
-// GroupNorm and SiLU on the CPU in two passes over images that lie pixel by pixel: mean and variance of each group, then the
-// result, which may take the place of x. Threads share chunks of pixels, whose sums are added in their order.
+// Compute GroupNorm and SiLU on the CPU in two passes over images that lie pixel by pixel. The first gives mean and
+// variance of each group, the second the result, which may overwrite x. Sums of chunks are added in order.
 
 #include <cmath>
 #include <cstddef>
@@ -9,19 +9,19 @@ namespace {
 
 struct Job {
     const void *x;  // [images, pixels, channels]
-    void *out;      // alike
+    void *out;      // [images, pixels, channels]
     int64_t pixels;
     int channels, groups, silu;
 };
 
-constexpr int CHUNK = 64;  // pixels
+constexpr int CHUNK = 64;  // A chunk has this many pixels.
 
 struct Chunk {
     int64_t image, first;
     int count;
 };
 
-struct Moments {  // of a group's numbers in a chunk, about their own mean
+struct Moments {  // Hold the sums of a group's numbers and squares in a chunk.
     double sum, squares;
 };
 
@@ -34,23 +34,24 @@ namespace {
 
 struct Isa {
     void (*moments[2])(const Job &, const Chunk &, Moments *);  // float32, bfloat16
-    void (*put[2])(const Job &, const Chunk &, const float *, const float *, const float *);
+    void (*normalize[2])(const Job &, const Chunk &, const float *, const float *, const float *);
 };
 
 #define ISA_OF(isa) \
-    {{isa::moments<float>, isa::moments<bfloat16>}, {isa::put<float>, isa::put<bfloat16>}},
+    {{isa::moments<float>, isa::moments<bfloat16>}, {isa::normalize<float>, isa::normalize<bfloat16>}},
 const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
 }  // namespace
 
-// Channels are a multiple of 16. Returns 0, or 1 when memory ran out.
+// Normalize x and return 0, or 1 when memory ran out. Channels are a multiple of 16.
 extern "C" int group_norm_silu(int isa, int is_bfloat16, const void *x, const float *weight, const float *bias, void *out,
                                int images, int pixels, int channels, int groups, int silu, float eps, int threads) {
     const Job job = {x, out, pixels, channels, groups, silu};
-    const Isa &l = ISAS[isa];
+    const Isa &ops = ISAS[isa];
     const int64_t chunks = (pixels + CHUNK - 1) / CHUNK, items = images * chunks;
     Moments *moments = (Moments *)malloc(items * groups * sizeof(Moments));
-    float *means = (float *)malloc(2 * (size_t)images * channels * sizeof(float)), *factors = means + (size_t)images * channels;
+    float *means = (float *)malloc(2 * (size_t)images * channels * sizeof(float));
+    float *factors = means + (size_t)images * channels;
     const auto chunk_of = [&](int64_t item) {
         const int64_t first = item % chunks * CHUNK;
         return Chunk{item / chunks, first, smaller(CHUNK, int(pixels - first))};
@@ -60,7 +61,7 @@ extern "C" int group_norm_silu(int isa, int is_bfloat16, const void *x, const fl
         {
 #pragma omp for
             for (int64_t item = 0; item < items; item++)
-                l.moments[is_bfloat16](job, chunk_of(item), moments + item * groups);
+                ops.moments[is_bfloat16](job, chunk_of(item), moments + item * groups);
 #pragma omp for
             for (int64_t group = 0; group < (int64_t)images * groups; group++) {
                 const int64_t image = group / groups, width = channels / groups, from = group % groups * width;
@@ -77,9 +78,10 @@ extern "C" int group_norm_silu(int isa, int is_bfloat16, const void *x, const fl
                 }
             }
 #pragma omp for
-            for (int64_t i = 0; i < items; i++) {  // backwards, since the last chunks are in the cache
+            for (int64_t i = 0; i < items; i++) {  // The last chunks come first, since they are in the cache.
                 const Chunk chunk = chunk_of(items - 1 - i);
-                l.put[is_bfloat16](job, chunk, means + chunk.image * channels, factors + chunk.image * channels, bias);
+                const int64_t from = chunk.image * channels;
+                ops.normalize[is_bfloat16](job, chunk, means + from, factors + from, bias);
             }
         }
     }

@@ -1,34 +1,34 @@
-// GroupNorm and SiLU for one instruction set, included by ../cpu_backend/isa.h behind ../cpu_backend/vectors.h.
+// Define GroupNorm and SiLU for one instruction set. ../cpu_backend/isa.h includes this file after vectors.h.
 
 namespace NAMESPACE {
 
-// The sum of each group's numbers, and of their squares: about the mean of each channel, so that a mean that is large
-// beside the deviation costs no digits.
+// Sum each group's numbers and their squares. float32 sums run about the mean of each channel, so that a mean much
+// larger than the deviation costs no digits.
 template <class T> void moments(const Job &job, const Chunk &chunk, Moments *groups) {
     const int C = job.channels, width = C / job.groups;
     const T *from = (const T *)job.x + (chunk.image * job.pixels + chunk.first) * C;
     for (int g = 0; g < job.groups; g++) groups[g] = {0, 0};
     for (int c = 0; c < C; c += LANES) {
-        vec sum = {}, rest = {}, squares = {};
+        vec sum = {}, deviations = {}, squares = {};
         for (int i = 0; i < chunk.count; i++) sum += wide(from + (size_t)i * C + c);
-        const vec mean = sum * (1.0f / chunk.count);  // rounded; what it lacks is in `rest`
+        const vec mean = sum * (1.0f / chunk.count);  // `deviations` make up for rounding the mean.
         for (int i = 0; i < chunk.count; i++) {
             const vec deviation = wide(from + (size_t)i * C + c) - mean;
-            rest += deviation;
+            deviations += deviation;
             squares += deviation * deviation;
         }
         for (int j = 0; j < LANES; j++) {
             Moments &group = groups[(c + j) / width];
             const double center = mean[j], total = chunk.count * center;
-            group.sum += total + rest[j];
-            group.squares += squares[j] + center * (total + 2 * rest[j]);
+            group.sum += total + deviations[j];
+            group.squares += squares[j] + center * (total + 2 * deviations[j]);
         }
     }
 }
 
-// The result for a chunk: (x - mean) * factor + bias by channel, and SiLU.
+// Compute (x - mean) * factor + bias by channel for a chunk, then SiLU.
 template <class T>
-void put(const Job &job, const Chunk &chunk, const float *means, const float *factors, const float *bias) {
+void normalize(const Job &job, const Chunk &chunk, const float *means, const float *factors, const float *bias) {
     const int C = job.channels;
     const size_t begin = (chunk.image * job.pixels + chunk.first) * C;
     const T *from = (const T *)job.x + begin;

@@ -11,7 +11,7 @@ from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.cpu_backend.packing import packed
 
 FEW_ROWS = 8
-"""Most rows for a weight that is not packed; FEW in cpu_linear.cpp."""
+"""Most rows for a weight that is not packed; `FEW_ROWS` in cpu_linear.cpp."""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, isa: int | None = None) -> torch.Tensor:

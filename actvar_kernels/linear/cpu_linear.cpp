@@ -1,17 +1,17 @@
-// A linear layer on the CPU whose weight is packed once: column panels go over the rows while they are in the cache, and
-// threads share the panels, so that few rows read every weight once. cpu_kernel.py packs the weights.
+// Compute a linear layer on the CPU with a weight that cpu_kernel.py packs once. Rows go over a panel of columns while
+// it is in the cache. Threads share the panels, so that few rows read every weight once.
 
 namespace {
 
 struct Job {
     const void *x;       // [rows, depth]
-    const void *weight;  // panels of columns; unpacked: [columns, depth]
+    const void *weight;  // panels of columns, or [columns, depth] where it is not packed
     const float *bias;   // [columns], padded to a vector
     void *out;           // [rows, columns]
     int rows, depth, columns;
 };
 
-constexpr int FEW = 8;  // rows for which a weight may stay as it is
+constexpr int FEW_ROWS = 8;  // A weight may stay unpacked up to this many rows.
 
 }  // namespace
 
@@ -38,38 +38,40 @@ const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
 }  // namespace
 
-// 0, or 1 when memory ran out.
+// Compute the layer and return 0, or 1 when memory ran out.
 extern "C" int linear(int isa, int is_bfloat16, const void *x, const void *weight, const void *bias, void *out, int rows,
                       int depth, int columns, int threads) {
     const Job job = {x, weight, (const float *)bias, out, rows, depth, columns};
-    const Isa &l = ISAS[isa];
-    const int panels = padded(columns, l.panel) / l.panel;
-    // rows that go over a panel: whole tiles that stay in the second-level cache for the next one
-    const int fitting = (256 << 10) / (depth * (is_bfloat16 ? 2 : 4)) / 12 * 12, most = fitting < 12 ? 12 : fitting;
+    const Isa &ops = ISAS[isa];
+    const int panels = padded(columns, ops.panel) / ops.panel;
+    // The rows of a chunk are whole tiles that stay in the second-level cache for the next panel.
+    const int fitting_rows = (256 << 10) / (depth * (is_bfloat16 ? 2 : 4)) / 12 * 12;
+    const int chunk_rows = fitting_rows < 12 ? 12 : fitting_rows;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        char *scratch = (char *)aligned_alloc(64, (l.scratch_bytes[is_bfloat16](job, smaller(rows, most)) + 63) / 64 * 64);
+        const size_t bytes = (ops.scratch_bytes[is_bfloat16](job, smaller(rows, chunk_rows)) + 63) / 64 * 64;
+        char *scratch = (char *)aligned_alloc(64, bytes);
         if (scratch == nullptr) {
 #pragma omp atomic write
             failed = 1;
         }
-        int64_t packed = -1;
+        int64_t packed_chunk = -1;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < (int64_t)panels * ((rows + most - 1) / most); item++) {
+        for (int64_t item = 0; item < (int64_t)panels * ((rows + chunk_rows - 1) / chunk_rows); item++) {
             if (scratch == nullptr) continue;
             const int64_t chunk = item / panels;
-            const int begin = chunk * most, end = smaller(rows, begin + most);
-            if (chunk != packed) l.pack[is_bfloat16](job, begin, end, scratch);
-            packed = chunk;
-            l.run[is_bfloat16](job, item % panels, (item + threads) % panels, begin, end, scratch);
+            const int begin = chunk * chunk_rows, end = smaller(rows, begin + chunk_rows);
+            if (chunk != packed_chunk) ops.pack[is_bfloat16](job, begin, end, scratch);
+            packed_chunk = chunk;
+            ops.run[is_bfloat16](job, item % panels, (item + threads) % panels, begin, end, scratch);
         }
         free(scratch);
     }
     return failed;
 }
 
-// The layer of at most FEW rows, on a weight that is not packed; depth is a multiple of 32.
+// Compute the layer for at most FEW_ROWS rows with a weight that is not packed; depth is a multiple of 32.
 extern "C" void unpacked_linear(int isa, int is_bfloat16, const void *x, const void *weight, const void *bias, void *out,
                                 int rows, int depth, int columns, int threads) {
     const Job job = {x, weight, (const float *)bias, out, rows, depth, columns};

@@ -1,4 +1,4 @@
-// A linear layer for one instruction set, included by ../cpu_backend/isa.h behind ../cpu_backend/vectors.h.
+// Define a linear layer for one instruction set. ../cpu_backend/isa.h includes this file after vectors.h.
 
 namespace NAMESPACE {
 
@@ -11,8 +11,8 @@ template <class T> void pack(const Job &job, int begin, int end, char *scratch) 
     pack_rows((const T *)job.x, begin, end, job.depth, (T *)(scratch + padded((end - begin) * PANEL * sizeof(float), 64)));
 }
 
-// The columns of panel number `panel` for the rows [begin, end), which `scratch` has packed; `next` is the panel that this
-// thread is likely to take next.
+// Compute the columns of panel number `panel` for the rows [begin, end), which lie packed in `scratch`. `next` is the
+// panel that this thread is likely to take next.
 template <class T> void run(const Job &job, int panel, int next, int begin, int end, char *scratch) {
     const int count = end - begin, column = panel * PANEL, columns = smaller(job.columns - column, PANEL);
     const int vectors = padded(columns, LANES) / LANES;
@@ -21,20 +21,20 @@ template <class T> void run(const Job &job, int panel, int next, int begin, int 
     const T *packed = (const T *)(scratch + padded(count * PANEL * sizeof(float), 64));
     const T *weight = (const T *)job.weight + (size_t)column * job.depth;
     const int next_column = smaller(next * PANEL, job.columns), next_end = smaller(next_column + PANEL, job.columns);
-    const Ahead ahead = {(const char *)((const T *)job.weight + (size_t)next_column * job.depth),
+    const Prefetch prefetch = {(const char *)((const T *)job.weight + (size_t)next_column * job.depth),
                          sizeof(T) * (next_end - next_column) * job.depth};
     for (int block = 0, done = 0; block < blocks.count; block++) {
-        const T *of_block = packed + (size_t)block * count * blocks.size;
+        const T *block_rows = packed + (size_t)block * count * blocks.size;
         for (int i = 0; i < count; i += ROWS, done++) {
             const T *rows[ROWS];
             float *to[ROWS];
             for (int r = 0; r < smaller(count - i, ROWS); r++) {
-                rows[r] = of_block + (size_t)(i + r) * blocks.size;
+                rows[r] = block_rows + (size_t)(i + r) * blocks.size;
                 to[r] = totals + (size_t)(i + r) * PANEL;
             }
             add_product<T>(vectors, smaller(count - i, ROWS), rows,
                            weight + (size_t)block * blocks.size * vectors * LANES, blocks.length(block),
-                           ahead.part(done, done + 1, blocks.count * padded(count, ROWS) / ROWS), block == 0, to);
+                           prefetch.part(done, done + 1, blocks.count * padded(count, ROWS) / ROWS), block == 0, to);
         }
     }
     for (int i = 0; i < count; i++)
@@ -43,7 +43,7 @@ template <class T> void run(const Job &job, int panel, int next, int begin, int 
                         load<vec>(totals + (size_t)i * PANEL + c) + load<vec>(job.bias + column + c), columns - c);
 }
 
-// sum += x times w, a vector of numbers that lie side by side.
+// Add x times w to a sum, number by number, for STEP neighbouring numbers.
 template <class T> struct Dot {
     static constexpr int STEP = LANES;
     static inline vec add(vec sum, const T *x, const T *w) { return sum + wide(x) * wide(w); }
@@ -57,18 +57,18 @@ template <> struct Dot<bfloat16> {
 };
 #endif
 
-// Columns `column` and the next of at most R rows, on a weight [columns, depth] as it is; depth is a multiple of 2 LANES.
-template <class T, int R = FEW> void run_unpacked(const Job &job, int column) {
+// Compute `column` and the next for at most R rows and a weight [columns, depth]; depth is a multiple of 2 LANES.
+template <class T, int R = FEW_ROWS> void run_unpacked(const Job &job, int column) {
     if constexpr (R > 1)
         if (job.rows < R) return run_unpacked<T, R - 1>(job, column);
-    constexpr int AHEAD = 16 << 10;  // the processor fetches ahead by itself within a page alone
+    constexpr int DISTANCE = 16 << 10;  // The processor itself prefetches only within a page.
     const int depth = job.depth, other = column + 1 < job.columns ? column + 1 : column;
     const T *x = (const T *)job.x, *weights[2];
     for (int j = 0; j < 2; j++) weights[j] = (const T *)job.weight + (size_t)(j ? other : column) * depth;
     vec sums[2][R] = {};
     for (int k = 0; k < depth; k += Dot<T>::STEP)
         for (int j = 0; j < 2; j++) {
-            __builtin_prefetch((const char *)(weights[j] + k) + AHEAD);
+            __builtin_prefetch((const char *)(weights[j] + k) + DISTANCE);
             for (int r = 0; r < R; r++) sums[j][r] = Dot<T>::add(sums[j][r], x + (size_t)r * depth + k, weights[j] + k);
         }
     for (int j = 0; j < 2; j++)

@@ -1,27 +1,27 @@
-// Attention of the kept tokens over the K/V cache and their own scale on the CPU: QK norm, appending to the cache, scores,
-// softmax in float32 and values in one go for each head. cpu_kernel.py calls `subset_attention`.
+// Compute attention of the kept tokens over the K/V cache and their own scale on the CPU. Each head goes through QK
+// norm, appending to the cache, scores, softmax in float32 and values at once. cpu_kernel.py calls `subset_attention`.
 
 #include <cstddef>
 #include <cstdint>
 
 namespace {
 
-// [sequences, heads, tokens, dim] with neighbouring numbers of a token; strides count numbers.
+// Locate [sequences, heads, tokens, dim]. A token's numbers are neighbours, and strides count numbers.
 struct Rows {
     void *data;
     int64_t sequence, head, token;
 };
 
 struct Job {
-    Rows q, k, v;                // of the kept tokens; of the own scale
-    Rows keys, values;           // the cache, to which k and v are appended where `append`
-    const float *head_scale;     // [heads], or null: no QK norm
+    Rows q, k, v;                // q of the kept tokens; k and v of the own scale
+    Rows keys, values;           // the cache, to which `append` adds k and v
+    const float *head_scale;     // [heads], or null without QK norm
     void *out;                   // [sequences, kept, heads, dim]
     int sequences, heads, kept, own, cached, dim, append;
     float scale;
 };
 
-constexpr int QUERIES = 48;  // whose scores a thread holds at a time
+constexpr int QUERIES = 48;  // A thread holds the scores of this many queries.
 
 }  // namespace
 
@@ -43,7 +43,7 @@ Rows rows_of(void *data, const int64_t *strides) { return {data, strides[0], str
 
 }  // namespace
 
-// Strides of q, k, v, keys and values, three each. Returns 0, or 1 when memory ran out.
+// Attend and return 0, or 1 when memory ran out. `strides` has three numbers each for q, k, v, keys and values.
 extern "C" int subset_attention(int isa, int is_bfloat16, void *q, void *k, void *v, void *keys, void *values,
                                 const void *head_scale, void *out, const int64_t *strides, int sequences, int heads,
                                 int kept, int own, int cached, int dim, int append, float scale, int threads) {

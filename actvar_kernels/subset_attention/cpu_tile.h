@@ -1,4 +1,4 @@
-// Attention of one head for one instruction set, included by ../cpu_backend/isa.h behind ../cpu_backend/vectors.h.
+// Define attention of one head for one instruction set. ../cpu_backend/isa.h includes this file after vectors.h.
 
 namespace NAMESPACE {
 
@@ -11,14 +11,14 @@ inline float sum_of(vec x) {
         for (int i = 0; i < half; i++) x[i] += x[i + half];
     return x[0];
 }
-inline float largest_of(vec x) {
+inline float largest_lane(vec x) {
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
     return x[0];
 }
 
-// A token's `dim` numbers, of length `factor` if they are to be normalised, as T with zeros up to `depth`.
-template <class T> void normalised(const T *from, bool norm, float factor, int dim, int depth, T *to) {
+// Copy a token's `dim` numbers, scaled to length `factor` where `norm` is set, with zeros up to `depth`.
+template <class T> void normalize(const T *from, bool norm, float factor, int dim, int depth, T *to) {
     if (!norm) {
         memcpy(to, from, dim * sizeof(T));
     } else {
@@ -35,16 +35,16 @@ template <class T> void normalised(const T *from, bool norm, float factor, int d
     for (int c = dim; c < depth; c++) to[c] = T(0);
 }
 
-// Puts key number `token` into its panel: columns are keys, rows their numbers.
+// Copy key number `token` into its panel, whose columns are keys.
 template <class T> void pack_key(const T *key, int token, int depth, T *panels) {
     constexpr int STEP = Product<T>::STEP;
     T *to = panels + (size_t)(token / PANEL) * PANEL * depth + (token % PANEL) * STEP;
     for (int c = 0; c < depth; c += STEP) memcpy(to + (size_t)c * PANEL, key + c, STEP * sizeof(T));
 }
 
-// LANES numbers of each of STEP rows, side by side.
-inline void interleaved(const float *const *rows, int c, float *to) { store(to, load<vec>(rows[0] + c)); }
-inline void interleaved(const bfloat16 *const *rows, int c, bfloat16 *to) {
+// Store LANES numbers of each of STEP rows side by side.
+inline void interleave(const float *const *rows, int c, float *to) { store(to, load<vec>(rows[0] + c)); }
+inline void interleave(const bfloat16 *const *rows, int c, bfloat16 *to) {
 #if DOT
     const uvec first = __builtin_convertvector(load<hvec>(rows[0] + c), uvec);
     const uvec second = __builtin_convertvector(load<hvec>(rows[1] + c), uvec);
@@ -54,15 +54,15 @@ inline void interleaved(const bfloat16 *const *rows, int c, bfloat16 *to) {
 #endif
 }
 
-// Puts STEP values, `token` and those after it, into the panels: columns are their numbers, rows are tokens, `tokens` in
-// all. Behind a value's `dim` numbers there is room for a vector.
+// Copy STEP values from `token` on into the panels, whose rows are all `tokens`. Whole vectors are read from each
+// value, also at its end.
 template <class T> void pack_values(const T *const *step, int token, int tokens, int dim, T *panels) {
     constexpr int STEP = Product<T>::STEP;
     const int columns = padded(dim, LANES);
     for (int column = 0; column < columns; column += PANEL) {
         const int width = smaller(columns - column, PANEL);
         T *to = panels + (size_t)column * tokens + (size_t)token * width;
-        for (int c = 0; c < width; c += LANES) interleaved(step, column + c, to + c * STEP);
+        for (int c = 0; c < width; c += LANES) interleave(step, column + c, to + c * STEP);
     }
 }
 
@@ -83,7 +83,7 @@ void panel_product(int vectors, int count, const T *const *rows, const T *panel,
     product<T, V>(count, rows, panel, depth, factor, out);
 }
 
-// Scores to exp(score - largest), as T and padded with zeros to `depth`; returns 1 / their sum.
+// Write exp(score - largest) to `weights`, with zeros up to `depth`, and return 1 / sum.
 template <class T> float softmax(float *scores, int tokens, int depth, T *weights) {
     const int whole = tokens / LANES * LANES, stride = padded(tokens, LANES);
     for (int t = tokens; t < stride; t++) scores[t] = -__builtin_inff();
@@ -92,10 +92,10 @@ template <class T> float softmax(float *scores, int tokens, int depth, T *weight
         const vec x = load<vec>(scores + t);
         largest = x > largest ? x : largest;
     }
-    const float most = largest_of(largest);
+    const float largest_score = largest_lane(largest);
     vec total = {};
     for (int t = 0; t < stride; t += LANES) {
-        vec x = exponential(load<vec>(scores + t) - most);
+        vec x = exponential(load<vec>(scores + t) - largest_score);
         if (t >= whole)
             for (int i = 0; i < LANES; i++)
                 if (t + i >= tokens) x[i] = 0;
@@ -118,27 +118,29 @@ template <class T> Sizes sizes_of(const Job &job) {
 template <class T> size_t scratch_bytes(const Job &job) {
     const Sizes n = sizes_of<T>(job);
     const size_t packed = (size_t)n.key_stride * n.depth + (size_t)n.weight_stride * n.columns;
-    const size_t of_query = sizeof(T) * (n.depth + n.weight_stride) + sizeof(float) * (n.key_stride + n.columns + 1);
-    return sizeof(T) * (packed + n.depth + 3 * n.columns) + QUERIES * of_query + 10 * 64;
+    const size_t query_bytes = sizeof(T) * (n.depth + n.weight_stride) + sizeof(float) * (n.key_stride + n.columns + 1);
+    return sizeof(T) * (packed + n.depth + 3 * n.columns) + QUERIES * query_bytes + 10 * 64;
 }
 
-template <class T> T *taken(char *&scratch, size_t count) {
+template <class T> T *take(char *&scratch, size_t count) {
     T *part = (T *)scratch;
     scratch += (count * sizeof(T) + 63) / 64 * 64;
     return part;
 }
 
-// One head of one sequence.
+// Attend with one head of one sequence.
 template <class T> void run(const Job &job, int sequence, int head, char *scratch) {
     constexpr int STEP = Product<T>::STEP;
     const Sizes n = sizes_of<T>(job);
     const bool norm = job.head_scale != nullptr;
     const int rows_of_values = padded(n.tokens, STEP);
-    T *keys = taken<T>(scratch, (size_t)n.key_stride * n.depth), *values = taken<T>(scratch, (size_t)rows_of_values * n.columns);
-    T *queries = taken<T>(scratch, QUERIES * n.depth), *weights = taken<T>(scratch, QUERIES * n.weight_stride);
-    T *key = taken<T>(scratch, n.depth), *value = taken<T>(scratch, STEP * n.columns), *zeros = taken<T>(scratch, n.columns);
-    float *scores = taken<float>(scratch, QUERIES * n.key_stride), *sums = taken<float>(scratch, QUERIES * n.columns);
-    float *inverse = taken<float>(scratch, QUERIES);
+    T *keys = take<T>(scratch, (size_t)n.key_stride * n.depth);
+    T *values = take<T>(scratch, (size_t)rows_of_values * n.columns);
+    T *queries = take<T>(scratch, QUERIES * n.depth), *weights = take<T>(scratch, QUERIES * n.weight_stride);
+    T *key = take<T>(scratch, n.depth), *value = take<T>(scratch, STEP * n.columns);
+    T *zeros = take<T>(scratch, n.columns);
+    float *scores = take<float>(scratch, QUERIES * n.key_stride), *sums = take<float>(scratch, QUERIES * n.columns);
+    float *inverse = take<float>(scratch, QUERIES);
 
     memset(value, 0, STEP * n.columns * sizeof(T));
     memset(zeros, 0, n.columns * sizeof(T));
@@ -147,7 +149,7 @@ template <class T> void run(const Job &job, int sequence, int head, char *scratc
         if (t >= n.tokens)
             memset(key, 0, n.depth * sizeof(T));
         else
-            normalised(is_own ? row<T>(job.k, sequence, head, t - job.cached) : row<T>(job.keys, sequence, head, t),
+            normalize(is_own ? row<T>(job.k, sequence, head, t - job.cached) : row<T>(job.keys, sequence, head, t),
                        is_own && norm, 1, job.dim, n.depth, key);
         pack_key(key, t, n.depth, keys);
         if (is_own && job.append && t < n.tokens)
@@ -164,7 +166,7 @@ template <class T> void run(const Job &job, int sequence, int head, char *scratc
             step[s] = own < 0 ? row<T>(job.values, sequence, head, t + s) : row<T>(job.v, sequence, head, own);
             if (own >= 0 && job.append)
                 memcpy((T *)row<T>(job.values, sequence, head, t + s), step[s], job.dim * sizeof(T));
-            if (job.dim % LANES) {  // no vector may reach over the last value's end
+            if (job.dim % LANES) {  // No vector may be read past the last value's end.
                 T *copy = value + (size_t)s * n.columns;
                 memcpy(copy, step[s], job.dim * sizeof(T));
                 step[s] = copy;
@@ -176,7 +178,7 @@ template <class T> void run(const Job &job, int sequence, int head, char *scratc
     for (int first = 0; first < job.kept; first += QUERIES) {
         const int count = smaller(job.kept - first, QUERIES);
         for (int i = 0; i < count; i++)
-            normalised(row<T>(job.q, sequence, head, first + i), norm, norm ? job.head_scale[head] : 1, job.dim,
+            normalize(row<T>(job.q, sequence, head, first + i), norm, norm ? job.head_scale[head] : 1, job.dim,
                        n.depth, queries + (size_t)i * n.depth);
         for (int column = 0; column < n.key_stride; column += PANEL)
             for (int i = 0; i < count; i += ROWS) {

@@ -1,4 +1,4 @@
-// Parts that the two samplers share: exponential and logarithm in float32, and what the lowest tokens of a row weigh together.
+// Define what the two samplers share: exponential and logarithm in float32, and the weight of a row's lowest tokens.
 
 #pragma once
 
@@ -10,9 +10,10 @@ namespace {
 
 const float INFINITE = std::numeric_limits<float>::infinity();
 
-INLINED float exponential(float x) {  // of x <= 0, to 1e-7; what is below -87 counts as -87
+// Return exp(x) for x <= 0 with a relative error of 1e-7; an x below -87 counts as -87.
+INLINED float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
-    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to an integer
+    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // The sums round to an integer.
     const float r = x - n * 0.693145752f - n * 1.42860677e-6f;
     float p = r * (1.0f / 720) + 1.0f / 120;
     p = p * r + 1.0f / 24;
@@ -26,15 +27,15 @@ INLINED float exponential(float x) {  // of x <= 0, to 1e-7; what is below -87 c
     return p * power;
 }
 
-// The logarithm of 0 < x <= 1, to 2e-7 of itself (Cephes logf); `minus_1` is x - 1, which may be known better than x.
+// Return log(x) for 0 < x <= 1 with a relative error of 2e-7 (Cephes logf). `minus_1` is x - 1, perhaps more exact.
 INLINED float logarithm(float x, float minus_1) {
     int32_t bits;
     std::memcpy(&bits, &x, 4);
-    const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // so that the rest is from sqrt(1/2) on, below sqrt(2)
+    const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // The mantissa will be in [sqrt(1/2), sqrt(2)).
     bits -= exponent * (1 << 23);
-    float rest;
-    std::memcpy(&rest, &bits, 4);
-    const float f = exponent == 0 ? minus_1 : rest - 1.0f, square = f * f, n = float(exponent);
+    float mantissa;
+    std::memcpy(&mantissa, &bits, 4);
+    const float f = exponent == 0 ? minus_1 : mantissa - 1.0f, square = f * f, n = float(exponent);
     float p = 7.0376836292e-2f * f - 1.1514610310e-1f;
     p = p * f + 1.1676998740e-1f;
     p = p * f - 1.2420140846e-1f;
@@ -46,7 +47,7 @@ INLINED float logarithm(float x, float minus_1) {
     return f + (p * f * square - 0.5f * square + n * -2.12194440e-4f) + n * 0.693359375f;
 }
 
-INLINED float masked(float x, bool stays) {  // x or 0, without a branch
+INLINED float masked(float x, bool stays) {  // Selecting bits needs no branch.
     int32_t bits;
     std::memcpy(&bits, &x, 4);
     bits &= -int32_t(stays);
@@ -54,7 +55,8 @@ INLINED float masked(float x, bool stays) {  // x or 0, without a branch
     return x;
 }
 
-INLINED float number_of(int32_t key) {  // whose `ordered` is key
+// Return the number whose `order_key` is key.
+INLINED float number_of(int32_t key) {
     const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
     float x;
     std::memcpy(&x, &bits, 4);

@@ -1,1 +1,1 @@
-"""The paper's tables on the bundled models: which adapters are trained, and what they are worth."""
+"""Train and measure the adapters behind the paper's tables on the bundled models."""

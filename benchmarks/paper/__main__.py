@@ -1,7 +1,7 @@
 """Measure the adapters behind the paper's tables and write the page about them: `python -m benchmarks.paper`.
 
-What was measured before is not measured again. Rows whose adapters are not there stay as docs/paper/results.csv has
-them; those that it lacks are said to be missing.
+Adapters that were measured before are not measured again. Rows whose adapters are not there stay as
+docs/paper/results.csv has them; those that it lacks are said to be missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.paper.train import add_arguments
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point."""
+    """Run the command."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = argparse.ArgumentParser("python -m benchmarks.paper", description=__doc__)
     add_arguments(parser)

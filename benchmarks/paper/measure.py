@@ -1,4 +1,4 @@
-"""Divergence from dense, FLOPs and image quality of the trained adapters, as rows of one CSV. Resumable."""
+"""Measure divergence from dense, FLOPs and image quality of the trained adapters as rows of one CSV; resumable."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BATCH = 250
 
 @dataclass(frozen=True)
 class Measured:
-    """One trained row from one seed, or the dense model with that seed.
+    """Hold one trained row from one seed, or the dense model with that seed.
 
     `stage`: after which the adapter was measured; `flops`: of the transformer for one image; `kl`, `kl_before` and
     `kl_last`: KL to the dense logits over all tokens, at the last scale but one and at the last, conditional rows, of
@@ -56,9 +56,11 @@ class Measured:
 def measure_all(
     work: Path, data: Path, num: int, device: torch.device, processes: int, known: Sequence[Measured]
 ) -> list[Measured]:
-    """Measure every adapter in `work`, with as many images as `num`; what was measured is kept in `work/measured`, and
-    the rows so far in `work/results.csv`. Rows of `known` stay where `work` has no adapter, and those of the dense
-    models where they have as many images."""
+    """Measure every adapter in `work`, with as many images as `num`.
+
+    Measured rows are kept in `work/measured`, and all rows so far in `work/results.csv`. Rows of `known` stay where
+    `work` has no adapter. Rows of the dense models stay where `known` has as many images.
+    """
     if num:
         _quality(data, device)  # keeps the statistics of the real images for all processes
     where = (work, data, num, device)
@@ -83,7 +85,7 @@ def measure_all(
 
 
 def _place(row: Measured) -> tuple[int, ...]:
-    """Where a row stands: by model, seed, row and stage, dense first."""
+    """Return where a row stands: by model, seed, row and stage, dense first."""
     places = {(t.model, t.recipe, t.row): place for place, t in enumerate(TRAININGS)}
     first = next(place for place, t in enumerate(TRAININGS) if t.model == row.model)
     return first, row.seed, places.get((row.model, row.recipe, row.row), -1), row.stage
@@ -99,7 +101,7 @@ def measure(
     num: int,
     device: torch.device,
 ) -> list[Measured]:
-    """A row per seed of sampling, of an adapter or of the dense model. `label`: recipe, row and stage."""
+    """Return a row per seed of sampling, of an adapter or of the dense model; `label`: recipe, row and stage."""
     var, dense = _model(model, data, device)
     method = adapter_method(adapter.stem, adapter) if adapter else Method(DENSE, unpatched)
     quality = _quality(data, device) if num else None
@@ -140,7 +142,7 @@ def save_measured(rows: Sequence[Measured], path: Path) -> Path:
 
 
 def load_measured(path: Path) -> list[Measured]:
-    """What `save_measured` wrote."""
+    """Return what `save_measured` wrote."""
     kinds = {field.name: field.type for field in fields(Measured)}
 
     def value(name: str, text: str):

@@ -1,4 +1,4 @@
-"""Our tables beside the paper's, from the CSV alone: `docs/paper.md`, with a plot of every table."""
+"""Write our tables beside the paper's, from the CSV alone: `docs/paper.md`, with a plot of every table."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ FIGURES = """## Figures
 
 @dataclass(frozen=True)
 class Rows:
-    """What was measured, by what a line asks for."""
+    """Find what was measured for a line of a table."""
 
     measured: Sequence[Measured]
 
     def of(self, line: Line, recipe: str) -> list[Measured]:
-        """One row per seed, in their order; none where nothing was measured."""
+        """Return one row per seed, in their order; none where nothing was measured."""
         wanted = ("", DENSE, 0) if line.row == DENSE else (recipe, line.row, line.stage)
         found = [m for m in self.measured if m.model == line.model and (m.recipe, m.row, m.stage) == wanted]
         return sorted(found, key=lambda m: m.seed)
 
     def saved(self, rows: Sequence[Measured]) -> str:
-        """Share of the dense model's FLOPs."""
+        """Return the share of the dense model's FLOPs that is saved."""
         dense = next(m.flops for m in self.measured if m.model == rows[0].model and m.row == DENSE)
         return f"{1 - rows[0].flops / dense:.1%}"
 
@@ -125,7 +125,7 @@ def _text(table: Table, rows: Rows) -> str:
 
 
 def _recipes(rows: Sequence[Sequence[str]]) -> str:
-    """The table that decides `best`: mean over the seeds, and the seeds' own values at 8x8."""
+    """Return the table that decides `best`: mean over the seeds, and the seeds' own values at 8x8."""
     titles = ["choice", "FLOPs of blocks saved", "KL of the gates, 6x6", "8x8", "after stage 2, 6x6", "8x8"]
     titles += ["seeds at 8x8"]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
@@ -158,7 +158,7 @@ def _verdict(table: Table, claim: Claim, recipe: str, rows: Rows) -> str:
 
 
 def _judged(better: Sequence[Measured], worse: Sequence[Measured], field: str) -> tuple[str, Mean] | None:
-    """Whether `better` is ahead in `field`, and by how much, over the seeds of both; None where there is none."""
+    """Return whether `better` is ahead in `field` over the seeds of both, and by how much; None without such seeds."""
     ours, theirs = ({m.seed: getattr(m, field) for m in of if getattr(m, field) is not None} for of in (better, worse))
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
@@ -171,7 +171,7 @@ def _judged(better: Sequence[Measured], worse: Sequence[Measured], field: str) -
 
 
 def _plot(table: Table, rows: Rows) -> Figure | None:
-    """KL of every line, a bar per recipe with the seeds as points; None where nothing was measured."""
+    """Draw KL of every line, a bar per recipe with the seeds as points; None where nothing was measured."""
     lines = [line for line in table.lines if line.row != DENSE]
     found = {recipe: [rows.of(line, recipe) for line in lines] for recipe in table.recipes}
     if not any(of_line for of_recipe in found.values() for of_line in of_recipe):

@@ -1,4 +1,4 @@
-"""What the paper's tables say, and which of our rows stand beside which of theirs."""
+"""Hold what the paper's tables say, and which of our rows stand beside which of theirs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BASE = "fashion-mnist"
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table: our `row` of `model`, the paper's name for it and its figures; None where it gives none.
+    """Name a line of a table: our `row` of `model`, the paper's name for it and its figures; None where it gives none.
 
     `saved` is in percent of FLOPs. The row `dense` is the model without an adapter, `stage` the adapter's.
     """
@@ -27,7 +27,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Claim:
-    """That `better` is ahead of `worse`, each a number of a line; `text` says it in words."""
+    """Say that `better` is ahead of `worse`, each a number of a line; `text` says it in words."""
 
     better: int
     worse: int
@@ -36,7 +36,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper, or one more about its method; `recipes` in the order of the columns."""
+    """Name a table of the paper, or one more about its method; `recipes` in the order of the columns."""
 
     name: str
     title: str

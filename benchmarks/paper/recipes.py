@@ -1,4 +1,4 @@
-"""The table that decides the recipe `best`, one choice after the other: `python -m benchmarks.paper.recipes`.
+"""Measure the table that decides the recipe `best`, one choice after the other: `python -m benchmarks.paper.recipes`.
 
 KL to the dense logits at the last two scales, on token maps of test images, after a short stage 2 from given gates.
 Resumable.
@@ -37,8 +37,11 @@ COLUMNS = ("choice", "seed", "flops_saved", "gates_6x6", "gates_8x8", "stage2_6x
 
 @dataclass(frozen=True)
 class Choice:
-    """Gates and stage 2. `gates`: `paper`, the bundled adapter of stage 1; `contiguous`, `clustered` or `rates`: fitted
-    in closed form, with uniform rates but for the last."""
+    """Name gates and stage 2.
+
+    The gates are `paper`, the bundled adapter of stage 1, or fitted in closed form: `contiguous`, `clustered` or
+    `rates`. Only `rates` has rates that are not uniform.
+    """
 
     name: str
     gates: str
@@ -63,7 +66,7 @@ CHOICES = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point."""
+    """Run the command."""
     parser = argparse.ArgumentParser("python -m benchmarks.paper.recipes", description=__doc__)
     add_arguments(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of both stages (default 0 1)")
@@ -83,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def jobs_of(pairs: Sequence[tuple[Choice, int]], work: Path, data: Path, device: torch.device) -> list[Job]:
-    """A job per choice and seed that returns its row, and before them one for every file of gates."""
+    """Return a job per choice and seed that returns its row, and before them one for every file of gates."""
     jobs: dict[str, Job] = {}
     for choice, seed in pairs:
         gates = gates_file(choice, seed, work)
@@ -95,7 +98,7 @@ def jobs_of(pairs: Sequence[tuple[Choice, int]], work: Path, data: Path, device:
 
 
 def read_rows(path: Path) -> list[list[str]]:
-    """The rows that were measured before, without the header."""
+    """Return the rows that were measured before, without the header."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -103,7 +106,7 @@ def read_rows(path: Path) -> list[list[str]]:
 
 
 def measure(choice: Choice, seed: int, work: Path, data: Path, device: torch.device) -> list[str]:
-    """Train and measure one choice from its gates: a row of the table."""
+    """Train and measure one choice from its gates; return a row of the table."""
     vae, var = load_pretrained("fashion-mnist", device=device)
     batches = batches_of_test_images(vae, data)
     gates = gates_file(choice, seed, work)
@@ -126,7 +129,7 @@ def gates_file(choice: Choice, seed: int, work: Path) -> Path:
 
 
 def fit_gates(choice: Choice, seed: int, path: Path, device: torch.device) -> None:
-    """Selectors and routers in closed form."""
+    """Fit selectors and routers in closed form."""
     _, var = load_pretrained("fashion-mnist", device=device)
     arguments = dict(uniform=choice.gates != "rates", cluster=choice.gates != "contiguous")
     calibrate(var, choice.config, images=CALIBRATION_IMAGES, seed=seed, **arguments)

@@ -33,7 +33,7 @@ WORK = Path("paper-work")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point."""
+    """Run the command."""
     parser = argparse.ArgumentParser("python -m benchmarks.paper.train", description=__doc__)
     add_arguments(parser)
     options = parser.parse_args(arguments)
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What all commands of this package take."""
+    """Add the arguments that all commands of this package take."""
     parser.add_argument("--work", type=Path, default=WORK, help="adapters, losses and token maps (default paper-work)")
     parser.add_argument("--data", type=Path, default=DEBIAN_FOLDER, help="folder of Fashion-MNIST's idx files")
     parser.add_argument("--device", type=usable_device, default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def runs_in_order(trainings: Sequence[Training]) -> list[tuple[Training, int]]:
-    """Every training with its seeds: rows with several seeds first, seed by seed."""
+    """Return every training with its seeds: rows with several seeds first, seed by seed."""
     runs = [(training, seed) for seed in SEEDS for training in trainings if seed in training.seeds]
     return sorted(runs, key=lambda run: len(run[0].seeds) == 1)
 
@@ -70,7 +70,7 @@ def prepare_tokens(models: Iterable[str], work: Path, data: Path, device: torch.
 
 
 def jobs_of(runs: Sequence[tuple[Training, int]], work: Path, data: Path, device: torch.device) -> list[Job]:
-    """A job per run, and before the first one that needs it, a job for every stage 1 that is trained or fitted."""
+    """Return a job per run, and before it one for a stage 1 that it needs and that is trained or fitted."""
     jobs: dict[str, Job] = {}
     for training, seed in runs:
         gates = adapter_file(work, owner_of(training), seed, stage=1)
@@ -87,7 +87,7 @@ def adapter_file(work: Path, training: Training, seed: int, stage: int = 2) -> P
 
 
 def train(training: Training, seed: int, work: Path, data: Path, device: torch.device) -> Path:
-    """Both stages of one row from one seed; what is there is not trained again. Returns the adapter's file."""
+    """Train both stages of one row from one seed, except what is there; return the adapter's file."""
     gates = gates_of(training, seed, work, data, device)
     vae, var = load_pretrained(training.model, device=device)
     source = fashion_mnist_source(data, vae)
@@ -96,7 +96,7 @@ def train(training: Training, seed: int, work: Path, data: Path, device: torch.d
 
 
 def stage_of(recipe: Recipe, stage: int, steps: int, seed: int, source: Source, device: torch.device) -> Distillation:
-    """A stage of so many steps, in bfloat16 where the device multiplies it."""
+    """Return a stage of so many steps, in bfloat16 where the device multiplies it."""
     lr = None if recipe.muon and stage == 2 else LR[stage]
     epochs = steps / (len(source.labels) // BATCH)
     bf16 = device.type != "cpu" or cpu.multiplies_bfloat16()
@@ -104,7 +104,7 @@ def stage_of(recipe: Recipe, stage: int, steps: int, seed: int, source: Source, 
 
 
 def gates_of(training: Training, seed: int, work: Path, data: Path, device: torch.device) -> Path:
-    """File of stage 1 of a row: its own, or that of another row at its own rates."""
+    """Return the file of stage 1 of a row: its own, or that of another row at its own rates."""
     path = adapter_file(work, training, seed, stage=1)
     if path.exists():
         return path
@@ -127,7 +127,7 @@ def gates_of(training: Training, seed: int, work: Path, data: Path, device: torc
 
 
 def owner_of(training: Training) -> Training:
-    """The row whose stage 1 a row uses."""
+    """Return the row whose stage 1 a row uses."""
     if training.gates_of is None:
         return training
     wanted = (training.gates_of, training.recipe, training.model)
@@ -135,7 +135,7 @@ def owner_of(training: Training) -> Training:
 
 
 def _saved(var: torch.nn.Module, path: Path) -> Path:
-    """The adapter's file, which the first process writes."""
+    """Return the adapter's file, which the first process writes."""
     if rank() == 0:
         save_adapter(var, path)
     barrier()

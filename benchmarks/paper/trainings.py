@@ -1,4 +1,4 @@
-"""Every adapter behind the paper's tables, as one list: what is sparse, by which recipe, from which seeds."""
+"""List every adapter behind the paper's tables: what is sparse, by which recipe, from which seeds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from actvar.distill.recipes import RECIPES, Recipe
 
 BATCH = 32
 STEPS = {1: 100, 2: 150}
-"""Short enough that the whole list takes about three hours of one core; both recipes get the same stage 2."""
+"""Steps by stage, so few that the whole list takes about three hours of one core; both recipes get the same stage 2."""
 LR = {1: 3e-3, 2: 1e-3}
-"""Of AdamW: so few steps need more than the paper's rate."""
+"""Learning rate of AdamW by stage: so few steps need more than the paper's rate."""
 
 SEEDS = (0, 1, 2)
 UNIFORM = replace(RECIPES["best"], uniform=True)
@@ -20,7 +20,7 @@ RECIPES_HERE = RECIPES | {"best-uniform": UNIFORM}
 
 @dataclass(frozen=True)
 class Training:
-    """One row of a table, trained once per seed.
+    """Describe one row of a table, trained once per seed.
 
     Args:
         row: what the table calls it.
@@ -45,7 +45,7 @@ class Training:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Return the name of its files."""
         return f"{self.model}-{self.recipe}-{self.row}".replace(" ", "-").replace("/", "")
 
     @property
@@ -54,7 +54,7 @@ class Training:
 
 
 def rates(before: float, last: float, ffn: float) -> ActVARConfig:
-    """The paper's (a, b; c): token rates of the last scale but one and of the last, FFN rate of both."""
+    """Return the paper's (a, b; c): token rates of the last scale but one and of the last, FFN rate of both."""
     return ActVARConfig(token_rates=(before, last), ffn_rate=ffn)
 
 
@@ -63,7 +63,7 @@ MAIN, SMALL = "ActVAR", "fashion-mnist-small"
 
 
 def ablations(recipe: str) -> tuple[Training, ...]:
-    """Tables 3, 4 and 5 under one recipe, three seeds each."""
+    """Return Tables 3, 4 and 5 under one recipe, three seeds each."""
     common = dict(recipe=recipe, seeds=SEEDS, gates_of=MAIN)
     return (
         Training(MAIN, ACTVAR, ("2", "3", "4", "5", "6", "9", "stages"), recipe, SEEDS),

@@ -1,4 +1,4 @@
-"""Many jobs, some of which wait for others, by several processes on one device."""
+"""Run many jobs, some of which wait for others, by several processes on one device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOG = "workers.log"
 
 @dataclass(frozen=True)
 class Job:
-    """A call of no arguments, in a form that can be pickled.
+    """Hold a call of no arguments, in a form that can be pickled.
 
     Args:
         name: different for every job.
@@ -33,7 +33,7 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], processes: int, work: Path) -> Iterator[tuple[Job, object]]:
-    """Each job with what it returned, as they are done; begun in the order of the list, but for those that wait.
+    """Yield each job with what it returned, as they are done; begin in the order of the list, except those that wait.
 
     One process runs them in place. Several are started anew, with one thread each; what they write to stderr goes to
     `work/workers.log`. After an error the jobs that run are finished and no other is begun.
@@ -55,7 +55,7 @@ class _Queue:
         self.left, self.unfinished = list(jobs), {job.name for job in jobs}
 
     def take(self) -> Job | None:
-        """The first job that need not wait, or None."""
+        """Return the first job that need not wait, or None."""
         job = next((job for job in self.left if self.unfinished.isdisjoint(job.after)), None)
         if job is not None:
             self.left.remove(job)

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from actvar.config import ActVARConfig
 from actvar.distill import Stage1
-from actvar.distill.data import sample_token_maps
+from actvar.distill.data import GUIDANCE
 from actvar.models import VQVAE
 from actvar.patching.patch import patch_silently
+from actvar.sampling.token_maps import drawn_token_maps
 from actvar.training.checkpoint import load_trained, save_atomically
 from actvar.training.loop import fit
 from actvar.training.plan import Plan
@@ -240,7 +241,7 @@ def draw_tokens(build: Build) -> None:
     restore(var, build.finish_plan)
     labels = (torch.arange(DRAWN) % var.num_classes).split(DRAWN_AT_ONCE)
     mine = [
-        sample_token_maps(var, labels[index], DRAWN_SEED + index)
+        drawn_token_maps(var, labels[index], DRAWN_SEED + index, GUIDANCE)
         for index in tqdm(range(rank(), len(labels), world_size()), desc="drawn", disable=rank() != 0)
     ]
     # process by process; batches are multiples of the classes, so that the classes are in turn again

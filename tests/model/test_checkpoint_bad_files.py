@@ -18,19 +18,6 @@ from torch import Tensor, nn
 from actvar.models.checkpoint import CheckpointError, load_var, read_tensors
 
 
-@pytest.fixture(scope="module")
-def tensors() -> tuple[Tensors, Tensors]:
-    """State dicts `(vae, var)` of a tiny pair; tests copy the dicts before they change them."""
-    vae, var = tiny_pair()
-    return vae.state_dict(), var.state_dict()
-
-
-@pytest.fixture
-def files(tmp_path: Path, tensors: tuple[Tensors, Tensors]) -> tuple[Path, Path]:
-    """A good `(vae.pth, var.pth)`."""
-    return write(tensors[0], tmp_path / "vae.pth"), write(tensors[1], tmp_path / "var.pth")
-
-
 def assert_refused(file: Path, *fragments: str, var: Path | None = None, vae: Path | None = None) -> None:
     """Loading gives a CheckpointError that names `file` and says the given things."""
     with pytest.raises(CheckpointError) as caught:

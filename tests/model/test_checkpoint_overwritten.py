@@ -18,8 +18,8 @@ from torch import nn
 import actvar
 from actvar import ActVARConfig, load_adapter, load_var, save_adapter
 from actvar.patching.patch import patch_silently
-from actvar.patching.weight_override import replace_parameters
 from actvar.sparse.block_state import set_order_and_gates
+from actvar.utils.weight_override import replace_parameters
 
 FORMS = [".pth", ".ckpt", ".safetensors", "before zip", "nested", "shards"]
 

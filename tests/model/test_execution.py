@@ -1,4 +1,4 @@
-"""How a patched model is run: chosen by the caller, recommended by an adapter, kept by the model."""
+"""A patched model runs as the caller chooses or as an adapter recommends, and keeps that choice."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ CONFIG = ActVARConfig(num_experts=8)
 FAST = Execution(sampler="fast", decoder_dtype="bfloat16", expert_execution="dense")
 OTHER = Execution(expert_execution="tile_list")
 OLD_FIELDS = {"expert_schedule": "dense", "sampler": "fast", "decoder_dtype": "bfloat16"}
-"""What `FAST` was in the configuration of adapters before `Execution`."""
+"""The fields that `FAST` was in the configuration of adapters before `Execution`."""
 
 
 @pytest.fixture
 def plain(make_var, tmp_path):
-    """An adapter that recommends nothing."""
+    """Write an adapter that recommends nothing."""
     path = tmp_path / "plain.safetensors"
     save_adapter(apply_patch(make_var(), CONFIG), path)
     return path
@@ -46,14 +46,14 @@ def plain(make_var, tmp_path):
 
 @pytest.fixture
 def recommending(make_var, tmp_path):
-    """An adapter that recommends `FAST`."""
+    """Write an adapter that recommends `FAST`."""
     path = tmp_path / "recommending.safetensors"
     save_adapter(apply_patch(make_var(), CONFIG), path, execution=FAST)
     return path
 
 
 def old(path, **fields):
-    """The adapter at `path` as it was written before `Execution`, with fields of its configuration."""
+    """Rewrite the adapter at `path` as it was before `Execution`, with fields of its configuration."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     metadata["config"] = json.dumps(json.loads(metadata["config"]) | fields)

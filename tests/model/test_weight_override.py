@@ -14,7 +14,7 @@ from actvar import ActVARConfig, AdapterError, apply_patch, load_adapter, patche
 from actvar.families.var import VARFamily
 from actvar.patching.adapter import describe_adapter, gate_parameters
 from actvar.patching.patch import unpatched
-from actvar.patching.weight_override import replace_parameters, restore_parameters, tuned_parameters
+from actvar.utils.weight_override import replace_parameters, restore_parameters, tuned_parameters
 
 CONFIG = ActVARConfig(num_experts=8)
 CHANGED = ("head.weight", "blocks.0.attn.q_bias", "blocks.1.ffn.fc2.weight")

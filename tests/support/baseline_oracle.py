@@ -1,4 +1,4 @@
-"""Logits, tokens and plain code that the tests of the baselines compare with."""
+"""Compute logits and tokens by plain code, which the tests of the baselines compare with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from actvar.evaluate.predictions import predictions
 from actvar.models import VAR
 from actvar.patching.adapter import save_adapter
 from actvar.patching.patch import patched_silently
-from actvar.patching.weight_override import tuned_parameters
+from actvar.utils.weight_override import tuned_parameters
 from support.helpers import PATCH_NUMS, sample
 
 STATIC = ActVARConfig(token_rates=(1.0, 1.0), ffn_rate=0.75)
@@ -22,7 +22,7 @@ STARTS = [sum(side * side for side in PATCH_NUMS[:scale]) for scale in range(len
 
 
 def static_adapter_file(var: VAR, folder: Path) -> Path:
-    """A file in `folder` of static pruning with changed weights; `var` is as before."""
+    """Write a file of static pruning with changed weights into `folder`; `var` is as before."""
     path = folder / "static.safetensors"
     with patched_silently(var, STATIC, None):
         fix_experts(var, baselines.magnitude_units(var, 0.75))
@@ -47,8 +47,11 @@ def logits_of(var: VAR) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def oracle_logits(var: VAR, update) -> list[torch.Tensor]:
-    """Logits by scale of plain code: `update(block_index, scale, name, x, sublayer)` is what stands for
-    `sublayer(x)`, the gated output of attention or FFN; keys and values are those of the rows a sublayer saw."""
+    """Return logits by scale of plain code.
+
+    `update(block_index, scale, name, x, sublayer)` stands for `sublayer(x)`, the gated output of attention or FFN. Keys
+    and values are those of the rows a sublayer saw.
+    """
     labels, inputs = token_maps(var)
     labels = torch.cat((labels, torch.full_like(labels, var.num_classes)))
     cond = var.class_emb(labels)
@@ -87,7 +90,7 @@ def oracle_logits(var: VAR, update) -> list[torch.Tensor]:
 
 
 def drawn_tokens(var: VAR) -> list[torch.Tensor]:
-    """Token maps `[2, side, side]` of `sample`."""
+    """Return the token maps `[2, side, side]` that `sample` draws."""
     maps, embedding = [], var.vae_proxy[0].quantize.embedding
     handle = embedding.register_forward_pre_hook(lambda _, arguments: maps.append(arguments[0]))
     sample(var)

@@ -1,4 +1,4 @@
-"""Checkpoints of a tiny VAR and its autoencoder."""
+"""Write checkpoints of a tiny VAR and its autoencoder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(state: object, path: Path) -> Path:
 
 
 def write_shards(state: Tensors, folder: Path, count: int, index: bool = True) -> Path:
-    """Write safetensors shards as other libraries do; the path of the index, or the folder without one."""
+    """Write safetensors shards as other libraries do; return the path of the index, or the folder without one."""
     folder.mkdir(exist_ok=True)
     names = sorted(state)
     weight_map = {}

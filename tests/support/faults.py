@@ -1,7 +1,7 @@
-"""Faults on purpose: killed training, full disks, threads, leaks; interruptions are in `interruptions.py`.
+"""Make faults on purpose: killed training, full disks, threads, leaks; interruptions are in `interruptions.py`.
 
-Every `run_...` returns counts and raises AssertionError where a promise is broken. They take a number of rounds: the
-tests run a few, a soak many.
+Every `run_...` returns counts and raises AssertionError where a promise is broken. The tests run
+few rounds, a soak many.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from actvar.families.var import VARFamily
 from actvar.models import VAR, build_vae_var
 from actvar.patching.adapter import gate_parameters
 from actvar.patching.patch import patch_silently
-from actvar.patching.weight_override import replace_parameters
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.training.checkpoint import save_atomically
 from actvar.training.loop import fit
 from actvar.training.plan import Plan
 from actvar.utils.files import replacing
 from actvar.utils.pictures import save_grid
+from actvar.utils.weight_override import replace_parameters
 from actvar_kernels.cpu_backend import packing
 
 CONFIG = ActVARConfig(num_experts=8)
 
 
 def small_model(seed: int = 0) -> VAR:
-    """Two blocks of width 64, three scales; random weights of such a size that every branch matters."""
+    """Return two blocks of width 64 and three scales, with random weights of such a size that every branch matters."""
     vae, var = build_vae_var(
         V=32, Cvae=4, ch=32, patch_nums=(1, 2, 4), num_classes=5, depth=2, width=64, ch_mult=(1,), num_res_blocks=1,
         image_channels=1, share_quant_resi=1,
@@ -58,7 +58,7 @@ def small_model(seed: int = 0) -> VAR:
 
 
 def save_whole_adapter(path: Path, seed: int = 0) -> Path:
-    """An adapter of the small model under `CONFIG`: random gates, orders of the hidden units, some changed weights."""
+    """Save an adapter of the small model under `CONFIG`: random gates, hidden orders, some changed weights."""
     var, generator = small_model(), torch.Generator().manual_seed(seed)
     patch_silently(var, CONFIG)
     for index, block in enumerate(var.blocks):
@@ -77,7 +77,7 @@ def draw(var: nn.Module, seed: int = 0) -> torch.Tensor:
 
 
 def state_of(module: nn.Module) -> dict[str, tuple]:
-    """Classes, attributes and values of every submodule, to compare before and after."""
+    """Return classes, attributes and values of every submodule, to compare before and after."""
     return {
         name: (type(part), sorted(part.__dict__), list(part._modules), copy.deepcopy(part.__dict__.get("_parameters")))
         for name, part in module.named_modules()
@@ -95,7 +95,7 @@ def expect_same_state(module: nn.Module, before: dict[str, tuple]) -> None:
 
 
 def expect_free(var: nn.Module) -> None:
-    """No block holds keys, values or what belongs to a sample."""
+    """Check that no block holds keys, values or anything else that belongs to a sample."""
     for block in var.blocks:
         assert not block.attn.caching
         assert block.attn.cached_k is None
@@ -111,7 +111,7 @@ STEPS, EXAMPLES = 40, 32
 
 
 def _train(folder: Path, seconds_a_step: float) -> None:
-    """Training of a small network with noise, which saves its state after every step."""
+    """Train a small network with noise, and save its state after every step."""
     net = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.2), nn.Linear(16, 1))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -128,8 +128,10 @@ def _train(folder: Path, seconds_a_step: float) -> None:
 
 
 def run_kills(count: int, seed: int = 0) -> dict[str, int]:
-    """SIGKILL a training `count` times at random moments, resume it every time: weights, optimizer and log are those of
-    an unbroken run, bit for bit, and no temporary file is left."""
+    """Kill a training `count` times at random moments, and resume it every time.
+
+    Weights, optimizer and log are those of an unbroken run, bit for bit, and no temporary file is left.
+    """
     rng, kills, starts = random.Random(seed), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
@@ -164,7 +166,7 @@ def run_kills(count: int, seed: int = 0) -> dict[str, int]:
 
 
 class _TrainingProcess:
-    """A process that has imported torch once and forks a training on request, so that a round takes no seconds."""
+    """Fork a training on request from a process that has imported torch once, so that a round takes no seconds."""
 
     CODE = (
         "import os, sys, signal; sys.path.insert(0, sys.argv[1])\n"
@@ -195,7 +197,7 @@ class _TrainingProcess:
         return int(self.process.stdout.readline())
 
     def kill(self) -> bool:
-        """Whether it was still at work."""
+        """Kill the training; return whether it was still at work."""
         os.kill(self.child, signal.SIGKILL)
         return self.wait() == signal.SIGKILL
 
@@ -213,7 +215,7 @@ class _TrainingProcess:
 
 @contextmanager
 def full_disk(room: int) -> Iterator[None]:
-    """No file of this process can grow beyond `room` bytes: writes fail in the kernel, whoever makes them."""
+    """Let no file of this process grow beyond `room` bytes: writes fail in the kernel, whoever makes them."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
@@ -225,7 +227,7 @@ def full_disk(room: int) -> Iterator[None]:
 
 
 def writers(var: nn.Module) -> dict[str, Callable[[Path], object]]:
-    """What the package writes, by name; `var` is patched."""
+    """Return all that the package writes, by the file's name; `var` is patched."""
 
     def text(path: Path) -> None:
         with replacing(path) as temporary:
@@ -241,7 +243,10 @@ def writers(var: nn.Module) -> dict[str, Callable[[Path], object]]:
 
 
 def run_full_disk() -> dict[str, int]:
-    """Every writer of files on a disk that is full at once or after some bytes: an error, the old file, no other."""
+    """Run every writer of files on a disk that is full at once or after some bytes.
+
+    Every write gives an error and leaves the old file, and no other file is there.
+    """
     var, failures = small_model(), 0
     patch_silently(var, CONFIG)
     with tempfile.TemporaryDirectory() as folder:
@@ -266,7 +271,7 @@ def run_full_disk() -> dict[str, int]:
 
 
 def run_threads(rounds: int, seed: int = 0) -> dict[str, int]:
-    """Two threads sample from two patched models at once; the images are those of one after the other."""
+    """Sample from two patched models in two threads at once; the images are those of one after the other."""
     models = [small_model(0), small_model(1)]
     for var, kv in zip(models, KV_MODES, strict=True):
         patch_silently(var, ActVARConfig(num_experts=8, kv=kv))
@@ -293,9 +298,11 @@ def run_threads(rounds: int, seed: int = 0) -> dict[str, int]:
 
 
 def run_patching(count: int, most_growth: int = 16 * 2**20) -> dict[str, int]:
-    """Patch, load an adapter with an order and changed weights, sample, now and then, and unpatch `count` times: the
-    model is bit for bit the same, there are no more objects, packed weights or classes than before, and memory stays as
-    it is."""
+    """Patch, load an adapter, sample now and then, and unpatch `count` times: nothing changes and nothing is left.
+
+    The adapter has an order and changed weights. The model is bit for bit the same. There are no more objects, packed
+    weights or classes than before, and memory stays as it is.
+    """
     var = small_model()
     before, image = state_of(var), draw(var)
     level = logging.root.manager.disable
@@ -327,11 +334,11 @@ def run_patching(count: int, most_growth: int = 16 * 2**20) -> dict[str, int]:
 
 
 def _objects() -> int:
-    """Tensors, modules and classes that are alive."""
+    """Count the tensors, modules and classes that are alive."""
     gc.collect()
     return sum(issubclass(type(thing), torch.Tensor | nn.Module | type) for thing in gc.get_objects())
 
 
 def _memory() -> int:
-    """Bytes of this process that are in memory."""
+    """Return the bytes of this process that are in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

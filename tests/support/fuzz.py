@@ -50,7 +50,7 @@ def smallest_model() -> VAR:
 
 
 class Targets:
-    """Valid files by suffix, with the reader of each and the errors that it documents."""
+    """Hold valid files by suffix, with the reader of each and the errors that it documents."""
 
     def __init__(self, folder: Path):
         self.folder, self.var = folder, smallest_model()
@@ -82,7 +82,7 @@ class Targets:
         return [t.clone() for t in (*gate_parameters(self.var).values(), *self.net.parameters())]
 
     def read(self, name: str, content: bytes) -> bool:
-        """Whether the reader took the file; a model that refused one must be as it was."""
+        """Return whether the reader took the file; a model that refused one must be as it was."""
         path = self.folder / name
         path.write_bytes(content)
         reader, error = self._reader(name)
@@ -113,7 +113,7 @@ class Targets:
 
 
 def mutated(valid: bytes, name: str, rng: random.Random) -> bytes:
-    """`valid` with one to three mutations that its format is prone to."""
+    """Return `valid` with one to three mutations that its format is prone to."""
     content = valid
     mutations: list[Callable[[bytes, random.Random], bytes]] = [flip_bits, cut, swap_chunks, set_length]
     if name.endswith(".safetensors"):
@@ -128,7 +128,7 @@ def mutated(valid: bytes, name: str, rng: random.Random) -> bytes:
 
 
 def flip_bits(content: bytes, rng: random.Random) -> bytes:
-    """Mostly near an end, where headers and directories are."""
+    """Flip bits, mostly near an end, where headers and directories are."""
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8)) if changed else 0):
         reach = rng.choice((16, 512, 4096, len(changed)))
@@ -148,7 +148,7 @@ def swap_chunks(content: bytes, rng: random.Random) -> bytes:
 
 
 def set_length(content: bytes, rng: random.Random) -> bytes:
-    """Another number in the place of 2, 4 or 8 bytes."""
+    """Put another number in the place of 2, 4 or 8 bytes."""
     size, order = rng.choice((2, 4, 8)), rng.choice(("little", "big"))
     number = (rng.choice(NUMBERS) % 256**size).to_bytes(size, order)
     position = rng.choice((0, 4, rng.randrange(len(content) + 1), max(0, len(content) - rng.randrange(64))))
@@ -156,7 +156,7 @@ def set_length(content: bytes, rng: random.Random) -> bytes:
 
 
 def change_header(content: bytes, rng: random.Random) -> bytes:
-    """Numbers, dtypes, names and JSON of a safetensors header, with a length that fits it again."""
+    """Change numbers, dtypes, names and JSON of a safetensors header, and give it a length that fits again."""
     if len(content) < 8:
         return content
     length = int.from_bytes(content[:8], "little") % (len(content) + 1)
@@ -190,7 +190,7 @@ def change_header(content: bytes, rng: random.Random) -> bytes:
 
 
 def change_records(content: bytes, rng: random.Random) -> bytes:
-    """Another pickle in a zip file with correct checksums, records that lack, are compressed or swapped."""
+    """Write another pickle into a zip file with correct checksums; records lack, are compressed or swapped."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             records = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -217,7 +217,7 @@ def change_records(content: bytes, rng: random.Random) -> bytes:
 
 
 def change_pickle(content: bytes, rng: random.Random) -> bytes:
-    """A function of another name, or larger numbers."""
+    """Name another function, or larger numbers."""
     if rng.random() < 0.5:
         names = (b"cos\nsystem\n", b"cbuiltins\neval\n", b"cbuiltins\nbytearray\n", b"ctorch\nload\n")
         return _replace_one(content, rb"c[\w.]+\n\w+\n", rng.choice(names), rng)
@@ -243,7 +243,7 @@ def _replace_one(content: bytes, pattern: bytes, by: bytes, rng: random.Random) 
 
 
 def run_fuzz(inputs: int, seed: int = 0) -> dict[str, float]:
-    """Try `inputs` files; counts of `inputs`, `accepted` and `refused`, `seconds`, and `grown` bytes of peak memory.
+    """Try `inputs` files; return `inputs`, `accepted`, `refused`, `seconds`, and `grown` bytes of peak memory.
 
     Raises:
         AssertionError: a reader let another error out, changed a model or took too much memory. The message has the

@@ -1,4 +1,4 @@
-"""Numbers computed with the public VAR code, and the rule that rebuilds the weights behind them.
+"""Read numbers computed with the public VAR code, and rebuild the weights behind them by their rule.
 
 `data/*.safetensors` hold inputs and outputs of tiny models (float32, CPU); their metadata has the configuration, the
 seeds of `fill` and the sampling arguments. `data/state_dict_manifest.json` lists every tensor of the published files.
@@ -23,7 +23,7 @@ NOT_FILLED = ("lvl_1L", "attn_bias_for_masking", "ema_vocab_hit_SV", "zero_k_bia
 
 @dataclass(frozen=True)
 class Golden:
-    """One case: the models with the weights of the rule, the sampling arguments, and the recorded tensors."""
+    """Hold one case: models with the weights of the rule, sampling arguments, and recorded tensors."""
 
     vae: VQVAE
     var: VAR
@@ -75,12 +75,12 @@ def load_golden(case: str) -> Golden:
 
 
 def manifest() -> dict[str, dict]:
-    """Published file -> `config`, `state_dict` (name -> [shape, dtype]) and, of a transformer, `parameters`."""
+    """Return by published file `config`, `state_dict` (name -> [shape, dtype]) and, of a transformer, `parameters`."""
     return json.loads((DATA / "state_dict_manifest.json").read_text())
 
 
 def meta_tensors(state_dict: dict[str, list], patch_nums: list[int]) -> dict[str, Tensor]:
-    """The tensors of a manifest entry without memory, but for `lvl_1L`, which has its values."""
+    """Return the tensors of a manifest entry without memory, except `lvl_1L`, which has its values."""
     tensors = {
         name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
         for name, (shape, dtype) in state_dict.items()

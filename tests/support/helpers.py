@@ -1,4 +1,4 @@
-"""A tiny VAR whose branches all matter."""
+"""Build a tiny VAR whose branches all matter, and sample with it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from support.golden import fill
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-"""What is to be read, and whose code and commands are run."""
+"""Pages to read, whose code and commands the tests run."""
 PATCH_NUMS = (1, 2, 3, 5)
 NUM_CLASSES = 10
 
 
 def make_tiny_var(**changes) -> VAR:
-    """Two blocks of width 128, four scales, one-channel images, weights by the golden rule."""
+    """Return two blocks of width 128 with four scales and one-channel images, weights by the golden rule."""
     sizes = dict(
         V=64,
         Cvae=8,
@@ -41,12 +41,12 @@ def make_tiny_var(**changes) -> VAR:
 
 
 def sample(var: torch.nn.Module, seed: int = 0) -> torch.Tensor:
-    """Two images of classes 1 and 2."""
+    """Return two images of classes 1 and 2."""
     return var.autoregressive_infer_cfg(2, torch.tensor([1, 2]), g_seed=seed, cfg=1.5, top_k=20, top_p=0.95)
 
 
 def fingerprint(module: nn.Module) -> dict:
-    """Classes, attributes and tensors of every submodule."""
+    """Return classes, attributes and tensors of every submodule."""
     return {
         name: (
             type(m),
@@ -66,7 +66,7 @@ def assert_same_fingerprint(left: dict, right: dict) -> None:
 
 
 def sampled_tokens(var) -> torch.Tensor:
-    """Token maps `[2, L]` of one sampling run."""
+    """Return the token maps `[2, L]` of one sampling run."""
     maps = []
     embedding = var.vae_proxy[0].quantize.embedding
     handle = embedding.register_forward_pre_hook(lambda _, args: maps.append(args[0]))

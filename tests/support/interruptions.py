@@ -1,4 +1,4 @@
-"""Exceptions and Ctrl-C on purpose in the middle of sampling, patching and loading: at lines, in torch, at moments.
+"""Raise exceptions and Ctrl-C in the middle of sampling, patching and loading: at lines, in torch, at moments.
 
 Every `run_...` returns counts and raises AssertionError where a promise is broken.
 """
@@ -28,12 +28,12 @@ from support.faults import CONFIG, draw, expect_free, expect_same_state, save_wh
 PACKAGES = (Path(actvar.__file__).parent, Path(packing.__file__).parents[1])
 TORCHS_MODES = (Path(torch.autograd.grad_mode.__file__), Path(torch.utils._contextlib.__file__))
 WITHOUT_SIGNALS = actvar.utils.modes.__file__
-"""Between its lines Python handles no signal, so none is raised there."""
+"""The file between whose lines Python handles no signal, so none is raised there."""
 Action = Callable[[nn.Module], object]
 
 
 class InjectedError(Exception):
-    """What is raised where nothing else would be."""
+    """Stand for an error where nothing else would raise one."""
 
 
 # Where it is raised
@@ -43,7 +43,7 @@ class InjectedError(Exception):
 def raising_at_line(
     number: int, error: type[BaseException], sources: tuple[Path, ...] = PACKAGES
 ) -> Iterator[list[int]]:
-    """Raise `error` before the `number`-th line of `sources` that runs; yields the count of lines so far."""
+    """Raise `error` before the `number`-th line of `sources` that runs; yield the count of lines so far."""
     count = [0]
 
     def trace(frame, event, _argument):
@@ -66,8 +66,10 @@ def raising_at_line(
 
 @contextmanager
 def raising_at_copy(number: int, error: type[BaseException], copied: bool) -> Iterator[list[int]]:
-    """Raise `error` at the `number`-th call of torch that changes weights in place, before it or when it is `copied`;
-    yields the count of calls so far."""
+    """Raise `error` at the `number`-th call of torch that changes weights in place; yield the count of calls so far.
+
+    The error comes before the call, or after it if the weights are to be `copied`.
+    """
     count, copy = [0], torch._foreach_copy_
 
     def copy_or_raise(*arguments):
@@ -87,7 +89,7 @@ def raising_at_copy(number: int, error: type[BaseException], copied: bool) -> It
 
 @contextmanager
 def raising_after(seconds: float) -> Iterator[None]:
-    """Ctrl-C by a signal, wherever the process is when `seconds` are over, if it is in the context."""
+    """Send Ctrl-C by a signal when `seconds` are over, wherever the process is, if it is in the context."""
 
     def interrupt(*_) -> None:
         if armed:
@@ -104,7 +106,7 @@ def raising_after(seconds: float) -> Iterator[None]:
 
 
 def lines_of(action: Callable[[], object], sources: tuple[Path, ...] = PACKAGES) -> int:
-    """Lines of `sources` that `action` runs."""
+    """Count the lines of `sources` that `action` runs."""
     with raising_at_line(-1, InjectedError, sources) as count:
         action()
     return count[0]
@@ -117,8 +119,10 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 def fails(action: Callable[[], object], raising) -> bool:
-    """Whether what `raising`, a context, raises came out of `action`, which may have ended before. Afterwards the modes
-    of autograd are those of before."""
+    """Return whether the error that the context `raising` raises came out of `action`, which may have ended before.
+
+    The modes of autograd are the same before and after.
+    """
     before, failed = modes(), False
     try:
         with raising:
@@ -136,7 +140,7 @@ def fails(action: Callable[[], object], raising) -> bool:
 
 
 def modes() -> tuple[bool, bool]:
-    """Whether there are gradients, and whether inference mode is on."""
+    """Return whether there are gradients, and whether inference mode is on."""
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
@@ -144,8 +148,10 @@ def modes() -> tuple[bool, bool]:
 
 
 def run_sampling_faults(count: int, seed: int = 0) -> dict[str, int]:
-    """`count` times an exception or Ctrl-C at a random line of a sample, dense or patched: the caches are empty, the
-    next sample is that of an undisturbed model, and the patch comes off."""
+    """Raise an exception or Ctrl-C `count` times at a random line of a sample, dense or patched.
+
+    The caches are empty afterwards, the next sample is that of an undisturbed model, and the patch comes off.
+    """
     rng = random.Random(seed)
     for round in range(count):
         var = small_model()
@@ -168,8 +174,11 @@ def run_sampling_faults(count: int, seed: int = 0) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Change:
-    """`action` on the model that `prepare` made; `keeps`: a failure leaves the model as `prepare` made it, otherwise at
-    least one that `remove_patch` makes as it was."""
+    """Describe a change: `action` on the model that `prepare` made.
+
+    A failure leaves the model as `prepare` made it if `keeps`. Otherwise `remove_patch` must make the dense model of
+    it.
+    """
 
     prepare: Callable[[], nn.Module]
     action: Action
@@ -177,7 +186,7 @@ class Change:
 
 
 class Adapters:
-    """Files of two adapters of the small model: each with gates, an order of the hidden units and changed weights."""
+    """Write two adapters of the small model, each with gates, an order of the hidden units and changed weights."""
 
     def __init__(self, folder: Path):
         self.paths = [save_whole_adapter(folder / f"{seed}.safetensors", seed) for seed in range(2)]
@@ -186,7 +195,7 @@ class Adapters:
         return actvar.load_adapter(patched_model(), self.paths[number])
 
     def plain_file(self) -> Path:
-        """An adapter without an order and changed weights."""
+        """Return an adapter without an order and changed weights."""
         path = self.paths[0].with_name("plain.safetensors")
         actvar.save_adapter(patched_model(), path)
         return path
@@ -226,7 +235,7 @@ def patched_model() -> nn.Module:
 
 
 class Interrupted:
-    """What a change must leave behind when it fails."""
+    """Check that a change leaves behind what it must when it fails."""
 
     def __init__(self, change: Change):
         self.change = change
@@ -250,7 +259,7 @@ class Interrupted:
 
 
 def contents(var: nn.Module) -> dict[str, torch.Tensor]:
-    """All that a sample depends on, by name: weights, gates, orders, and which weights are changed."""
+    """Return all that a sample depends on, by name: weights, gates, orders, and which weights are changed."""
     tensors = dict(var.named_parameters()) | {f"state {name}": tensor for name, tensor in var.state_dict().items()}
     for name, module in var.named_modules():
         if isinstance(getattr(module, "places", None), torch.Tensor):
@@ -264,9 +273,12 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 def run_patching_faults(count: int, seed: int = 0, names: tuple[str, ...] | None = None) -> dict[str, int]:
-    """Every change of a model, of those `names`, interrupted at `count` random lines, at each of its calls of torch
-    that change weights in place, and at `count` random moments by a signal. Afterwards the model samples as before, or
-    at least `remove_patch` gives it as it was, bit for bit."""
+    """Interrupt every change of a model, or those of `names`, at lines, at calls of torch and at moments.
+
+    There are `count` random lines and `count` random moments of a signal. Each call of torch that changes weights in
+    place fails once before and once after it. Afterwards the model samples as before, or `remove_patch` gives it as it
+    was, bit for bit.
+    """
     rng, done = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as folder:
         changes = Adapters(Path(folder)).changes()

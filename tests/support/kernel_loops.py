@@ -1,4 +1,4 @@
-"""What the tests of the operations one by one share: loops in float64, and the tolerances that they give.
+"""Compare operations with loops in float64, and derive the tolerances from the loops.
 
 Where an operation works in float64 throughout, it is held to 1e-12. Elsewhere the tolerance is four times the error of
 the loops themselves when they run in the lower precision (`loops_in`): the order of a sum is not the same there, and a
@@ -25,7 +25,7 @@ def normal(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
 
 
 def loops_in(dtype: torch.dtype, loops: Callable[..., Tensor], *tensors: Tensor | None) -> tuple[Tensor, float]:
-    """The loops in float64, and four times the error they have in `dtype`; the tensors are those of `dtype`."""
+    """Return the loops' result in float64, and four times the error they have in `dtype`; `tensors` are in `dtype`."""
     exact = loops(*(None if t is None else t.double() for t in tensors))
     rough = loops(*(None if t is None else t.to(dtype) for t in tensors))
     return exact, 4 * (rough.double() - exact).abs().max().item()
@@ -38,7 +38,7 @@ def assert_close(actual: Tensor, exact: Tensor, tolerance: float) -> None:
 
 
 def gradients(output: Tensor, leaves: list[Tensor], seed: int = 99) -> list[Tensor]:
-    """Gradients of the output weighted by fixed random numbers."""
+    """Return the gradients of the output weighted by fixed random numbers."""
     weights = normal(*output.shape, seed=seed).to(output.dtype)
     return list(torch.autograd.grad((output * weights).sum(), leaves))
 
@@ -61,7 +61,7 @@ def picked(x: Tensor, index: list[list[int]]) -> Tensor:
 
 
 def selection_inputs(R: int, L: int, C: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """x, weight, bias, scale, shift."""
+    """Return x, weight, bias, scale and shift."""
     shapes = [(R, L, C), (1, C), (1,), (R, 1, C), (R, 1, C)]
     return [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
 
@@ -75,7 +75,7 @@ def looped_scatter(x: Tensor, index: list[list[int]], rows: Tensor, update: Tens
 
 
 def scatter_inputs(R: int, L: int, C: int, keep: int, dtype: torch.dtype) -> tuple[list[Tensor], list[list[int]]]:
-    """x, rows, update, gamma; and the index."""
+    """Return x, rows, update and gamma; and the index."""
     shapes = [(R, L, C), (R, keep, C), (R, keep, C), (R, 1, C)]
     tensors = [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
     return tensors, normal(R, L, seed=9).argsort(dim=1)[:, :keep].tolist()

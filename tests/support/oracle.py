@@ -1,4 +1,4 @@
-"""What an ActVAR block computes, in float64 and one token at a time: the judge of the packages' tensor code.
+"""Compute an ActVAR block in float64, one token at a time: the judge of the packages' tensor code.
 
 Nothing here is shared with the packages. A block is the plain tensors of its `state_dict`; rows, tokens, heads and
 experts are Python loops. `R` rows, `L` tokens, width `C`, `H = C / 64` heads, `N` experts.
@@ -18,12 +18,12 @@ Weights = Mapping[str, Tensor]
 KeyValue = tuple[Tensor, Tensor]
 """Key and value of one token, each `[H, 64]`, or of several, `[T, H, 64]`; keys are already normalised."""
 Cache = list[list[KeyValue]]
-"""Per row, the keys and values that later queries see, in the order of the sequence."""
+"""Keys and values that later queries see, by row and in the order of the sequence."""
 
 
 @dataclass(frozen=True)
 class Gates:
-    """Selector `[1, C]`, `[1]` and router `[N, C]`, `[N]` of one block."""
+    """Hold the selector `[1, C]`, `[1]` and the router `[N, C]`, `[N]` of one block."""
 
     selector_weight: Tensor
     selector_bias: Tensor
@@ -33,7 +33,7 @@ class Gates:
 
 @dataclass(frozen=True)
 class Active:
-    """An active scale: K kept tokens, M experts per token, whose K/V are cached, who decides under guidance."""
+    """Describe an active scale: K kept tokens, M experts per token, whose K/V are cached, who decides if guided."""
 
     keep: int
     experts: int
@@ -43,7 +43,7 @@ class Active:
 
 @dataclass
 class Chosen:
-    """What a block chose at one scale, row by row.
+    """Hold the choices of a block at one scale, row by row.
 
     `tokens[r]`: kept tokens, ascending; `scores[r]`: score per token; `experts[r][j]`: experts of the j-th kept
     token, ascending; `logits[r][j]`: the router's logits.
@@ -60,18 +60,18 @@ def in_float64(tensors: Weights) -> Weights:
 
 
 def rate_to_count(rate: float, total: int) -> int:
-    """K of L tokens or M of N experts."""
+    """Return how many of L tokens or N experts a rate keeps."""
     return max(1, math.floor(rate * total + 0.5))
 
 
 def highest(scores: Sequence[float], count: int) -> list[int]:
-    """Indices of the `count` highest scores in ascending order; of equal ones the lower index goes first."""
+    """Return the indices of the `count` highest scores in ascending order; of equal ones the lower index goes first."""
     ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     return sorted(ranked[:count])
 
 
 def layer_norm(token: Tensor) -> Tensor:
-    """LN of one token `[C]`, no affine part, eps 1e-6."""
+    """Return the LayerNorm of one token `[C]` without an affine part, eps 1e-6."""
     deviation = token - token.mean()
     return deviation / torch.sqrt((deviation**2).mean() + 1e-6)
 
@@ -89,8 +89,10 @@ def linear(weight: Tensor, bias: Tensor, u: Tensor) -> Tensor:
 
 
 def modulation(weights: Weights, cond: Tensor) -> tuple[Tensor, ...]:
-    """gamma1, gamma2, scale1, scale2, shift1, shift2, each `[C]`, of one row's condition: `[C]`, or `[1, 6, C]`
-    with shared AdaLN, where the block only adds its own offset."""
+    """Return gamma1, gamma2, scale1, scale2, shift1 and shift2, each `[C]`, of one row's condition.
+
+    The condition is `[C]`, or `[1, 6, C]` with shared AdaLN, where the block only adds its own offset.
+    """
     if "ada_gss" in weights:
         six = (weights["ada_gss"].flatten(0, 2) + cond.flatten(0, 1)).flatten()
     else:
@@ -100,7 +102,7 @@ def modulation(weights: Weights, cond: Tensor) -> tuple[Tensor, ...]:
 
 
 def query_key_value(weights: Weights, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of one token `[C]`, each `[H, 64]`; q carries the softmax scale, and q and k the QK norm."""
+    """Return q, k and v of one token `[C]`, each `[H, 64]`; q carries the softmax scale, and q and k the QK norm."""
     no_bias = torch.zeros_like(weights["attn.q_bias"])
     bias = torch.cat((weights["attn.q_bias"], no_bias, weights["attn.v_bias"]))
     heads = u.shape[0] // HEAD_DIM
@@ -118,7 +120,7 @@ def query_key_value(weights: Weights, u: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def attend(query: Tensor, seen: KeyValue) -> Tensor:
-    """Attention output `[C]` of one query `[H, 64]` over the keys and values it sees, each `[T, H, 64]`."""
+    """Return the attention output `[C]` of one query `[H, 64]` over keys and values, each `[T, H, 64]`."""
     keys, values = seen
     outputs = []
     for head in range(query.shape[0]):
@@ -142,7 +144,7 @@ def dense_ffn(weights: Weights, u: Tensor) -> Tensor:
 
 
 def expert_ffn(weights: Weights, u: Tensor, experts: Iterable[int], num_experts: int) -> Tensor:
-    """`b2` plus the outputs of the chosen experts; expert e owns the e-th of N equal groups of hidden units."""
+    """Return `b2` plus the outputs of the chosen experts; expert e owns the e-th of N equal groups of hidden units."""
     width = weights["ffn.fc1.weight"].shape[0] // num_experts
     y = weights["ffn.fc2.bias"]
     for expert in experts:
@@ -153,7 +155,7 @@ def expert_ffn(weights: Weights, u: Tensor, experts: Iterable[int], num_experts:
 
 
 def dense_block(weights: Weights, x: Tensor, cond: Tensor, cache: Cache | None = None) -> Tensor:
-    """`x` `[R, L, C]` of one scale -> `[R, L, C]`; its keys and values are appended to the cache."""
+    """Return the output `[R, L, C]` of one scale `x` `[R, L, C]`, and append its keys and values to the cache."""
     weights, x, cond = in_float64(weights), x.double(), cond.double()
     cache = [[] for _ in x] if cache is None else cache
     out = torch.empty_like(x)
@@ -171,7 +173,7 @@ def dense_block(weights: Weights, x: Tensor, cond: Tensor, cache: Cache | None =
 def choose_tokens(
     gates: Gates, active: Active, x: Tensor, fixed: Chosen | None = None
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Kept tokens and scores of every row of `x` `[R, L, C]`."""
+    """Return the kept tokens and scores of every row of `x` `[R, L, C]`."""
     weight, bias = gates.selector_weight.double(), gates.selector_bias.double()
     scores = [[linear(weight, bias, layer_norm(token)).item() for token in row] for row in x]
     if fixed is not None:
@@ -192,7 +194,9 @@ def actvar_block(
     cache: Cache | None = None,
     fixed: Chosen | None = None,
 ) -> tuple[Tensor, Chosen]:
-    """One active scale `x` `[R, L, C]`: output and what was chosen; the cache grows by K or, with kv "all", L rows.
+    """Return the output of one active scale `x` `[R, L, C]`, and what was chosen.
+
+    The cache grows by K or, with kv "all", by L rows.
 
     Args:
         fixed: tokens and experts to take instead of the highest ones.
@@ -225,8 +229,9 @@ def teacher_forced_block(
     cond: Tensor,
     fixed: Mapping[int, Chosen] | None = None,
 ) -> tuple[Tensor, dict[int, Chosen]]:
-    """All scales `x` `[R, sum of lengths, C]` at once: a query sees its own scale and earlier ones, of which a row
-    that an active scale dropped is no part.
+    """Return the output of all scales `x` `[R, sum of lengths, C]` at once, and what was chosen.
+
+    A query sees its own scale and earlier ones, without the rows that an active scale dropped.
 
     Args:
         gates: None where no scale is active.
@@ -262,7 +267,7 @@ def teacher_forced_block(
 
 
 class _RoutedRow:
-    """The FFN of one row's kept tokens, in their order, at an active scale; writes down what was chosen."""
+    """Run the FFN of one row's kept tokens, in their order, at an active scale, and write down what was chosen."""
 
     def __init__(self, gates: Gates, active: Active, chosen: Chosen, fixed: Chosen | None):
         self.gates, self.active, self.chosen = gates, active, chosen

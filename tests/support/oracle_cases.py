@@ -1,4 +1,4 @@
-"""Models, inputs and tolerances to compare the patched block with the float64 oracle.
+"""Make models, inputs and tolerances to compare the patched block with the float64 oracle.
 
 Tolerances are three times the largest error of the *dense* model against the oracle, with the same weights and in the
 same dtype, or, where that is more, the effect of weights that `actvar.verify.rounding.moved` changes: the first depends
@@ -40,14 +40,14 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 LOW_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Choices = dict[tuple[int, int], oracle.Chosen]
-"""By block and scale."""
+"""Choices by block and scale."""
 Results = dict[str, Tensor]
 """Outputs by "output <block> <scale>", caches by "keys <block>" and "values <block>"."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration (None: the dense model), the kind of model, rows, and whether the caller says they are guided."""
+    """Describe a configuration (None: the dense model), the kind of model, rows, and whether the rows are guided."""
 
     config: ActVARConfig | None = None
     shared_aln: bool = False
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def actives(self) -> dict[int, oracle.Active]:
-        """By scale, what the oracle is to do there."""
+        """Return what the oracle is to do at every active scale."""
         config = self.config
         if config is None:
             return {}
@@ -110,7 +110,7 @@ CASES = {
 
 @functools.cache
 def dense_model(shared_aln: bool, attn_l2_norm: bool) -> nn.Module:
-    """A model in float32 whose every weight matters: gates of the branches about 1, biases that are not 0."""
+    """Return a model in float32 whose every weight matters: gates of the branches about 1, biases that are not 0."""
     _, var = build_vae_var(
         V=32,
         Cvae=8,
@@ -141,7 +141,7 @@ def dense_model(shared_aln: bool, attn_l2_norm: bool) -> nn.Module:
 
 
 def model_of(case: Case, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The case's model, patched with random selectors and routers, in `dtype`."""
+    """Return the case's model in `dtype`, patched with random selectors and routers."""
     var = copy.deepcopy(dense_model(case.shared_aln, case.attn_l2_norm))
     if case.config is not None:
         actvar.apply_patch(var, case.config)
@@ -159,7 +159,7 @@ def gates_of(block: nn.Module) -> oracle.Gates:
 
 
 def inputs_of(case: Case, dtype: torch.dtype = torch.float32, seed: int = 2) -> tuple[list[Tensor], Tensor]:
-    """Block input `[R, L_s, C]` of every scale, and the condition `[R, C]` or `[R, 1, 6, C]`."""
+    """Return the block input `[R, L_s, C]` of every scale, and the condition `[R, C]` or `[R, 1, 6, C]`."""
     generator = torch.Generator().manual_seed(seed)
     xs = [torch.randn(case.rows, length, WIDTH, generator=generator).to(dtype) for length in LENGTHS]
     if case.shared_aln:
@@ -168,12 +168,12 @@ def inputs_of(case: Case, dtype: torch.dtype = torch.float32, seed: int = 2) -> 
 
 
 def groups_of(mode: str) -> list[list[int]]:
-    """The blocks that an input goes through in one go."""
+    """Return the blocks that an input goes through in one go."""
     return [[index] for index in range(DEPTH)] if mode == ALONE else [list(range(DEPTH))]
 
 
 def run(case: Case, mode: str, var: nn.Module, xs: list[Tensor], cond: Tensor) -> tuple[Results, list[BlockRecord]]:
-    """What the package computes and chooses."""
+    """Return what the package computes and chooses."""
     results = {}
     announced = actvar.guided_rows(var) if case.guided else nullcontext()
     recording = nullcontext([]) if case.config is None else actvar.record(var)
@@ -207,7 +207,7 @@ def run_oracle(
     cond: Tensor,
     fixed: Mapping[tuple[int, int], oracle.Chosen] | None = None,
 ) -> tuple[Results, Choices]:
-    """What the oracle computes and chooses with the weights of `var`."""
+    """Return what the oracle computes and chooses with the weights of `var`."""
     results, choices = {}, {}
     state = [block.state_dict() for block in var.blocks]
     for group in groups_of(mode):
@@ -251,12 +251,12 @@ def oracle_results(case: Case, mode: str) -> tuple[Results, Choices]:
 
 @functools.cache
 def tolerances(kind: Case, mode: str, dtype: torch.dtype) -> dict[str, float]:
-    """Those of the dense model in `dtype`, for outputs, keys and values."""
+    """Return the tolerances that the dense model gives in `dtype`, for outputs, keys and values."""
     return tolerances_beside(kind, mode, model_of(kind, dtype), *inputs_of(kind, dtype))
 
 
 def tolerances_beside(kind: Case, mode: str, var: nn.Module, xs: list[Tensor], cond: Tensor) -> dict[str, float]:
-    """Three times the largest error of the dense `var`, or what rounding may do to it on another processor."""
+    """Return three times the largest error of the dense `var`, or the effect of rounding elsewhere if it is larger."""
     assert kind.config is None
     expected, _ = run_oracle(kind, mode, var, xs, cond)
     errors = largest_errors(run(kind, mode, var, xs, cond)[0], expected)
@@ -291,7 +291,7 @@ def assert_close(actual: Results, expected: Results, tolerance: dict[str, float]
 
 
 def smallest_margin(choices: Choices, case: Case) -> float:
-    """The least distance between a score that was chosen and one that was not, over every choice made."""
+    """Return the least distance between a score that was chosen and one that was not, over every choice made."""
     margins = [float("inf")]
     for (_, scale), chosen in choices.items():
         decides = case.rows // 2 if case.actives[scale].share_guidance else case.rows
@@ -306,7 +306,7 @@ def smallest_margin(choices: Choices, case: Case) -> float:
 
 
 def assert_same_choices(records: list[BlockRecord], choices: Choices, tolerance: float) -> None:
-    """Exactly the oracle's tokens and experts, and its scores and logits within the tolerance."""
+    """Check for exactly the oracle's tokens and experts, and its scores and logits within the tolerance."""
     seen = set()
     for record in records:
         key = record.block, record.scale.index
@@ -332,7 +332,7 @@ def float32(nested: list) -> Tensor:
 
 
 def as_chosen(record: BlockRecord, rows: int) -> oracle.Chosen:
-    """A record as choices for the oracle to take."""
+    """Return a record as choices for the oracle to take."""
     tokens = [list(range(record.scale.tokens))] * rows if record.index is None else record.index.tolist()
     experts = [[token.nonzero().flatten().tolist() for token in row] for row in record.mask]
     return oracle.Chosen(tokens=tokens, experts=experts)

@@ -1,4 +1,4 @@
-"""The random numbers that `sample_tokens` documents."""
+"""Compute the random numbers that `sample_tokens` documents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def philox_uniform(seed: int, rows: int, V: int, step: int) -> Tensor:
-    """The documented noise `[rows, V]`, V a multiple of 4."""
+    """Return the documented noise `[rows, V]`, V a multiple of 4."""
     counter = [np.arange(V // 4)[None, :], np.arange(rows)[:, None], np.array([[step]]), np.array([[0]])]
     counter = [c.astype(np.uint64) + np.zeros((rows, V // 4), np.uint64) for c in counter]
     keys, low, half = [seed % 2**32, seed // 2**32 % 2**32], np.uint64(2**32 - 1), np.uint64(32)

@@ -1,4 +1,4 @@
-"""Launches that a virtual GPU records, of a kernel of the tests or of any code."""
+"""Record launches on a virtual GPU, of a kernel of the tests or of any code."""
 
 from __future__ import annotations
 

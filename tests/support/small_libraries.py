@@ -1,4 +1,4 @@
-"""Small C++ libraries, scripts in place of compilers, and what a build leaves."""
+"""Write small C++ libraries, and scripts in place of compilers, and find what a build leaves."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""A model family that is unlike VAR, as an example of how one is added: a model of its own, and `ToyFamily`.
+"""Add a model family that is unlike VAR, as an example of how it is done: a model of its own, and `ToyFamily`.
 
-Its blocks rotate queries and keys (RoPE) and have cross-attention behind an affine norm between attention and FFN. Its
-token maps are not square, and guidance is mixed in after a block instead of on the logits.
+The model's blocks rotate queries and keys (RoPE) and have cross-attention behind an affine norm between attention and
+FFN. The token maps are not square, and guidance is mixed in after a block instead of on the logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from actvar.families.base import BlockCall, Called, Embedded, OnScale, Rows, Sizes
 from actvar.families.defaults import BaseFamily
+from actvar.utils.weight_override import own_weights
 
 MAPS = ((1, 1), (1, 2), (2, 3), (3, 5))
 CODE_SIZE, CODES, CLASSES, TEXT_TOKENS = 4, 24, 6, 3
@@ -32,7 +33,7 @@ def rotated(rows: Tensor, positions: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of rows over a K/V cache and themselves, or over a text."""
+    """Attend from rows to a K/V cache and themselves, or to a text, with several heads."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -60,7 +61,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU between them."""
+    """Run two linear layers with a GELU between them."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -71,7 +72,7 @@ class FeedForward(nn.Module):
 
 
 class ToyBlock(nn.Module):
-    """Attention, cross-attention to a text, and an FFN; the first and the last behind an adaptive LayerNorm."""
+    """Run attention, cross-attention to a text, and an FFN; the first and the last behind an adaptive LayerNorm."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -95,7 +96,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 class Codes(nn.Module):
-    """The autoencoder: code vectors and a decoder of one layer."""
+    """Stand for the autoencoder: code vectors and a decoder of one layer."""
 
     def __init__(self):
         super().__init__()
@@ -115,7 +116,7 @@ class Codes(nn.Module):
 
 
 class ToyModel(nn.Module):
-    """Next-scale prediction from a class and a text that belongs to it."""
+    """Predict the next scale from a class and a text that belongs to it."""
 
     def __init__(self, depth: int = 3, width: int = 32, heads: int = 2, guided_block: int = 1):
         super().__init__()
@@ -187,11 +188,14 @@ def block_causal() -> Tensor:
 
 
 class PatchedToy(nn.Module):
-    """Mixed into the class of a patched `ToyModel`."""
+    """Go in front of the class of a patched `ToyModel`."""
 
     def forward(self, labels, inputs):
         self.actvar.begin_pass(self)
         try:
+            if self.actvar.first_tuned:
+                with self.actvar.during(rows_stand_alone=True):
+                    return torch.cat([logits for _, logits in logits_by_scale(self, labels, inputs)], dim=1)
             return super().forward(labels, inputs)
         finally:
             self.actvar.end_pass()
@@ -201,9 +205,26 @@ class PatchedToy(nn.Module):
         with self.actvar.sampling(self, in_place=False):
             return super().autoregressive_infer_cfg(*args, **kwargs)
 
+    def predict(self, scale, inputs, labels, strength):
+        guided = self.actvar.rows_stand_alone or self.actvar.schedule[scale].guided
+        return super().predict(scale, inputs, labels, strength if guided else None)
+
     def get_logits(self, x):
-        self.actvar.begin_head(self, x.shape[1])
-        return super().get_logits(x)
+        with nullcontext() if self.actvar.scale_is_tuned else own_weights(self.head):
+            self.actvar.begin_head(self, x.shape[1])
+            return super().get_logits(x)
+
+
+def logits_by_scale(model: nn.Module, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield number and logits of every scale for rows of the classes `labels` `[R]`, through the K/V cache."""
+    try:
+        for block in model.layers:
+            ToyCache(block.self_attention).start()
+        for scale, scale_inputs in enumerate([None, *inputs.split(TOKENS[1:], dim=1)]):
+            yield scale, model.predict(scale, scale_inputs, labels, None)
+    finally:
+        for block in model.layers:
+            ToyCache(block.self_attention).drop()
 
 
 class ToyCache(NamedTuple):
@@ -235,10 +256,11 @@ class ToyCache(NamedTuple):
 
 
 class ToyFamily(BaseFamily):
-    """Answers of `ToyModel`; the methods are described in `actvar.families.base.Family`."""
+    """Answer for `ToyModel`; the methods are described in `actvar.families.base.Family`."""
 
     name = "toy"
     model_mixin = PatchedToy
+    leaves_out_guidance = True
     has_between = True
     hidden_axes = {"feed_forward.up.weight": 0, "feed_forward.up.bias": 0, "feed_forward.down.weight": 1}
     weight_kinds = (("self_attention.into.", "qkv"), ("self_attention.out.", "proj"), ("feed_forward.", "ffn"))
@@ -274,15 +296,7 @@ class ToyFamily(BaseFamily):
         return model.get_logits(x)
 
     def scale_logits(self, model: nn.Module, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        labels = torch.cat((labels, self.without_class(model, labels)))
-        try:
-            for block in model.layers:
-                self.cache(block).start()
-            for scale, scale_inputs in enumerate([None, *inputs.split(TOKENS[1:], dim=1)]):
-                yield scale, model.predict(scale, scale_inputs, labels, None)
-        finally:
-            for block in model.layers:
-                self.cache(block).drop()
+        yield from logits_by_scale(model, torch.cat((labels, self.without_class(model, labels))), inputs)
 
     @contextmanager
     def watch_scales(self, model: nn.Module, on_scale: OnScale) -> Iterator[None]:

@@ -22,7 +22,7 @@ from actvar.distill import data, run
 from actvar.distill.run import Distillation, distill
 from actvar.evaluate.divergence import divergence_by_scale
 from actvar.patching.adapter import describe_adapter, gate_parameters
-from actvar.patching.weight_override import tuned_parameters
+from actvar.utils.weight_override import tuned_parameters
 
 CONFIG = ActVARConfig(num_experts=8)
 SAMPLES = 48
@@ -196,7 +196,7 @@ def test_two_processes_of_torchrun_train_one_adapter(files, tmp_path):
 def test_sampled_token_maps_are_those_the_images_are_decoded_from():
     var = make_tiny_var()
     labels = torch.tensor([1, 2])
-    tokens = data.sample_token_maps(var, labels, seed=3)
+    tokens = data.drawn_token_maps(var, labels, 3, data.GUIDANCE)
     assert tokens.shape == (2, var.L)
     image = var.autoregressive_infer_cfg(2, labels, g_seed=3, cfg=1.5)
     maps = tokens.split([side * side for side in var.patch_nums], dim=1)

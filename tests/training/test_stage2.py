@@ -12,10 +12,10 @@ from actvar.distill import Stage2
 from actvar.distill.losses import block_loss, guided_loss, output_loss
 from actvar.families.var import VARFamily
 from actvar.patching.adapter import gate_parameters
-from actvar.patching.weight_override import tuned_parameters
 from actvar.training.loop import fit
 from actvar.training.plan import Plan
 from actvar.training.processes import run_in_processes
+from actvar.utils.weight_override import tuned_parameters
 
 CONFIG = ActVARConfig(num_experts=8)
 BATCH = 4
@@ -69,7 +69,7 @@ def test_guided_loss_is_the_divergence_of_what_is_drawn_from():
             )
             q, p = ([v / sum(row) for v in row] for row in (q, p))
             total += sum(pi * math.log(pi / qi) for pi, qi in zip(p, q, strict=True))
-    assert guided_loss(logits, teacher, strength).item() == pytest.approx(total / 6, rel=1e-5)
+    assert guided_loss(logits, teacher, strength, strength).item() == pytest.approx(total / 6, rel=1e-5)
 
 
 def test_gradients_of_the_losses_are_right():
@@ -253,3 +253,35 @@ def test_two_processes_have_the_gradients_of_one_on_the_joint_batch(tmp_path):
     assert one.keys() == set(VARFamily().finetuned_names(make_tiny_var()))
     for name, gradient in one.items():
         torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_conditional_rows_alone_learn_the_guided_logits_of_the_teacher():
+    var = make_tiny_var()
+    labels, inputs, tokens = batch(var)
+    maps = torch.cat((labels, torch.full_like(labels, var.num_classes)))
+    with torch.no_grad():
+        teacher = var(maps, torch.cat((inputs, inputs)))
+    apply_patch(var, ActVARConfig(token_rates=(1, 1), ffn_rate=1, guidance_until=-2, weights_from=-2))
+    stage = Stage2(var, ("guided",), cfg=3.0).train()
+    losses = stage(labels, inputs, tokens)
+    first = var.actvar.schedule[-2].start
+    strength = torch.tensor([2.0] * 9 + [3.0] * 25).unsqueeze(1)
+    expected = (1 + strength) * teacher[:BATCH, first:] - strength * teacher[BATCH:, first:]
+    found = teacher[:BATCH, first:]
+    assert losses["loss"].item() == pytest.approx(output_loss(found, expected).item(), rel=1e-4)
+    losses["loss"].backward()
+    grads = {name: parameter.grad for name, parameter in tuned_parameters(var).items()}
+    assert all(grad is not None and grad.any() for name, grad in grads.items() if name.endswith("weight"))
+    optimizer = torch.optim.AdamW(tuned_parameters(var).values(), lr=3e-3)
+    for _ in range(10):
+        loss = stage(labels, inputs, tokens)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.8 * losses["loss"]
+
+
+def test_other_losses_are_refused_where_weights_begin_at_a_later_scale():
+    apply_patch(var := make_tiny_var(), ActVARConfig(token_rates=(1, 1), ffn_rate=1, weights_from=-1))
+    with pytest.raises(ValueError, match="losses: expected 'guided' alone"):
+        Stage2(var)

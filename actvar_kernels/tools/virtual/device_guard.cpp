@@ -1,4 +1,4 @@
-// Slicing, `copy_` and others switch to the tensor's device first; without CUDA there is nothing that could.
+// Slicing, `copy_` and others first switch to the tensor's device. Without CUDA, this guard has nothing to do.
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -32,6 +32,16 @@ class TunedModule(nn.Module):
         with _originals_in_place(self):
             super()._apply(fn, recurse=False)
         return super()._apply(fn, recurse)
+
+
+@contextmanager
+def own_weights(model: nn.Module) -> Iterator[None]:
+    """Let `model`, or a part of one, run with its own weights while the context is open."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, TunedModule):
+                stack.enter_context(_originals_in_place(module))
+        yield
 
 
 @contextmanager
@@ -72,6 +82,12 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, TunedModule)
         for leaf in module.originals
     }
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the model's own parameters in whose place others are, by their name in the `state_dict` of `model`."""
+    with own_weights(model):
+        return tuned_parameters(model)
 
 
 def restore_parameters(model: nn.Module) -> None:
