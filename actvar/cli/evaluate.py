@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from actvar.cli.options import (
 )
 from actvar.models.checkpoint import usable_device
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
+
+logger = logging.getLogger(__name__)
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -45,6 +48,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--json", type=Path, default=Path("evaluation.json"), help="file to write; finished parts go beside it"
     )
+    command.add_argument(
+        "--lite0",
+        action=argparse.BooleanOptionalAction,
+        help="FID and distance from the dense images by EfficientNet-Lite0 (default: if its weights are installed)",
+    )
     command.add_argument("--plot", type=Path, help="PNG file to draw quality over time to")
     command.add_argument("--npz", type=Path, help="folder for the images of each method, for OpenAI's evaluator")
 
@@ -57,8 +65,10 @@ def run(options: argparse.Namespace) -> None:
     expect_folder("--npz", options.npz)
     if options.plot and not options.model:
         raise ValueError("--plot: quality is measured of the bundled model; of others --npz writes the images")
+    if options.lite0 and not options.model:
+        raise ValueError("--lite0: quality is measured of the bundled model; of others --npz writes the images")
     try:
-        from actvar.evaluate.bundled import dense_predictions, training_image_quality
+        from actvar.evaluate.bundled import dense_predictions, training_image_quality, training_lite0_quality
         from actvar.evaluate.methods import chosen_methods, methods_of
         from actvar.evaluate.report import Report, save_quality_plot
         from actvar.evaluate.run import Evaluation, evaluate, write_samples
@@ -72,12 +82,18 @@ def run(options: argparse.Namespace) -> None:
     vae, var = load(options, DTYPES[options.dtype])
     placement = dict(device=usable_device(options.device), dtype=DTYPES[options.dtype])
     methods = chosen_methods(options.methods, methods_of(options.model, **placement))
-    quality = dense = None
+    quality = dense = lite0 = None
     how.bulk(var, options.seed)  # reports wrong numbers before anything is read
     if options.model:
+        try:
+            lite0 = None if options.lite0 is False else training_lite0_quality(options.data, device_of(var))
+        except ModuleNotFoundError as error:
+            if options.lite0:
+                raise
+            logger.warning("fid_lite0 and distance_lite0 are left out: %s", error)
         quality = training_image_quality(options.data, device_of(var))
         dense = dense_predictions(vae, var, options.data, options.cfg)
-    results = evaluate(var, methods, how, options.json.with_suffix(".parts"), quality, dense)
+    results = evaluate(var, methods, how, options.json.with_suffix(".parts"), quality, dense, lite0)
     report = Report(results, how, family_of(var).maps(var))
     facts = {"model": options.model or Path(options.var).name, "device": options.device, "dtype": options.dtype}
     write_json(options.json, facts | {"threads": torch.get_num_threads()} | report.as_dict())

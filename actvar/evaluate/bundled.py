@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from actvar.evaluate.lite0 import load_lite0
+from actvar.evaluate.lite0_quality import Lite0Quality
 from actvar.evaluate.predictions import Batch, DensePredictions
 from actvar.evaluate.quality import ImageQuality, cache_folder, real_images
 from actvar.models import VAR, VQVAE
@@ -24,6 +26,19 @@ def training_image_quality(data: Path, device: str | torch.device = "cpu") -> Im
     """
     network = load_feature_network().to(device)
     return ImageQuality(network, real_images(network, load_split(data, "train")[0], cache_folder()))
+
+
+def training_lite0_quality(data: Path, device: str | torch.device = "cpu") -> Lite0Quality:
+    """Return the comparison by Lite0 with the 60,000 training images, whose statistics `cache_folder()` keeps.
+
+    Args:
+        data: folder with the files of Fashion-MNIST.
+        device: where features are computed.
+
+    Raises:
+        ModuleNotFoundError, ValueError: see `load_lite0`.
+    """
+    return Lite0Quality(load_lite0().to(device), load_split(data, "train")[0], cache_folder())
 
 
 def dense_predictions(vae: VQVAE, var: VAR, data: Path, cfg: float) -> DensePredictions:

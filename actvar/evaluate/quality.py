@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,30 +20,52 @@ from actvar.evaluate.precision_recall import precision_recall, radii
 from actvar.utils.files import replacing
 from actvar.utils.fingerprint import fingerprint
 
+T = TypeVar("T", bound="Moments")
+
 BATCH = 500
 NEIGHBOURS = 3
 MANIFOLD = 10_000
 """Real images, evenly spaced, whose neighbourhoods are the real manifold of precision and recall."""
 FEWEST_IMAGES = 20
 """Images that the Inception Score, in ten parts, needs."""
-METRICS = ("fid", "is", "precision", "recall", "agreement")
+METRICS = ("fid", "is", "precision", "recall", "agreement", "fid_lite0", "distance_lite0")
+"""Names of what `ImageQuality` measures, then of what `actvar.evaluate.lite0_quality` does."""
 
 
 @dataclass(frozen=True)
-class RealImages:
-    """Statistics of real images.
+class Moments:
+    """Hold what FID needs to know about real images.
 
     Args:
         features_sum: sum of the features over all images, `[F]` float64, by torchmetrics.
         features_cov_sum: sum of their outer products, `[F, F]` float64, by torchmetrics.
         count: number of all images, `[]` int64.
-        manifold: features of some images, `[M, F]` float32.
-        manifold_radii: distances of these features to their third neighbours, `[M]` float64.
     """
 
     features_sum: torch.Tensor
     features_cov_sum: torch.Tensor
     count: torch.Tensor
+
+    def frechet(self) -> FrechetInceptionDistance:
+        """Return the FID to these images, of features that its `update` is given."""
+        frechet = FrechetInceptionDistance(feature=_as_given(self.features_sum.numel()))
+        frechet.reset_real_features = False
+        frechet.real_features_sum = self.features_sum
+        frechet.real_features_cov_sum = self.features_cov_sum
+        frechet.real_features_num_samples = self.count
+        return frechet
+
+
+@dataclass(frozen=True)
+class RealImages(Moments):
+    """Hold statistics of real images.
+
+    Args:
+        features_sum, features_cov_sum, count: see `Moments`.
+        manifold: features of some images, `[M, F]` float32.
+        manifold_radii: distances of these features to their third neighbours, `[M]` float64.
+    """
+
     manifold: torch.Tensor
     manifold_radii: torch.Tensor
 
@@ -57,11 +80,7 @@ class ImageQuality:
 
     def __init__(self, network: Any, real: RealImages):
         self.network, self.real = network, real
-        self.frechet = FrechetInceptionDistance(feature=_as_given(real.features_sum.numel()))
-        self.frechet.reset_real_features = False
-        self.frechet.real_features_sum = real.features_sum
-        self.frechet.real_features_cov_sum = real.features_cov_sum
-        self.frechet.real_features_num_samples = real.count
+        self.frechet = real.frechet()
 
     @torch.no_grad()
     def of(self, images: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, float]:
@@ -105,18 +124,29 @@ def real_images(network: nn.Module, images: torch.Tensor, cache: Path | None = N
     Args:
         network: see `ImageQuality`.
         images: `[N, C, H, W]` float32 in [0, 1].
-        cache: folder that keeps the statistics under a hash of the network's weights and the images; None: nothing is
-            kept. A file that cannot be read is made again.
+        cache: see `kept`, where the key is a hash of the network's weights and the images.
+    """
+    return kept(RealImages, cache, image_key(network, images), lambda: _statistics(network, images))
+
+
+def kept(kind: type[T], cache: Path | None, key: str, compute: Callable[[], T]) -> T:
+    """Return the result of `compute()`, from this call or an earlier one.
+
+    Args:
+        kind: class of the result.
+        cache: folder that keeps the result; None: nothing is kept. A file that cannot be read is made again.
+        key: identifies what the result follows from.
+        compute: gives the result.
     """
     if cache is None:
-        return _statistics(network, images)
-    path = cache / f"real-images-{_key(network, images)}.safetensors"
+        return compute()
+    path = cache / f"real-images-{key}.safetensors"
     if path.exists():
         try:
-            return RealImages(**load_file(path))
+            return kind(**load_file(path))
         except (SafetensorError, TypeError, OSError):
             pass
-    real = _statistics(network, images)
+    real = compute()
     cache.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_file(asdict(real), temporary)
@@ -125,20 +155,29 @@ def real_images(network: nn.Module, images: torch.Tensor, cache: Path | None = N
 
 def _statistics(network: nn.Module, images: torch.Tensor) -> RealImages:
     features = network_features(network, images)
-    frechet = FrechetInceptionDistance(feature=_as_given(features.shape[1]))
-    frechet.update(features.cpu(), real=True)
     some = features[
         torch.linspace(0, len(features) - 1, min(MANIFOLD, len(features)), dtype=torch.float64, device="cpu")
         .round()
         .long()
     ].contiguous()
     return RealImages(
-        frechet.real_features_sum,
-        frechet.real_features_cov_sum,
-        frechet.real_features_num_samples,
-        some.cpu(),
-        radii(some, NEIGHBOURS).cpu(),
+        **vars(moments(features.shape[1], [features])),
+        manifold=some.cpu(),
+        manifold_radii=radii(some, NEIGHBOURS).cpu(),
     )
+
+
+def moments(width: int, batches: Iterable[torch.Tensor]) -> Moments:
+    """Return the sums over features.
+
+    Args:
+        width: number of features of an image, F.
+        batches: features `[B, F]` float32 of some images each.
+    """
+    frechet = FrechetInceptionDistance(feature=_as_given(width))
+    for features in batches:
+        frechet.update(features.cpu(), real=True)
+    return Moments(frechet.real_features_sum, frechet.real_features_cov_sum, frechet.real_features_num_samples)
 
 
 def cache_folder() -> Path:
@@ -147,15 +186,16 @@ def cache_folder() -> Path:
 
 
 @torch.no_grad()
-def network_features(network: Any, images: torch.Tensor) -> torch.Tensor:
+def network_features(network: Any, images: torch.Tensor, batch: int = BATCH) -> torch.Tensor:
     """Return the features of images in batches, `[N, F]` on the network's device.
 
     Args:
         network: see `ImageQuality`.
         images: `[N, C, H, W]` float32 in [0, 1].
+        batch: images at a time.
     """
     device = next(network.parameters()).device
-    return torch.cat([network.features(batch.to(device)) for batch in images.split(BATCH)])
+    return torch.cat([network.features(some.to(device)) for some in images.split(batch)])
 
 
 def _as_given(features: int) -> nn.Module:
@@ -165,5 +205,11 @@ def _as_given(features: int) -> nn.Module:
     return network
 
 
-def _key(network: nn.Module, images: torch.Tensor) -> str:
+def image_key(network: nn.Module, images: torch.Tensor) -> str:
+    """Return a hash of the network's weights and the images.
+
+    Args:
+        network: see `ImageQuality`.
+        images: `[N, C, H, W]` float32.
+    """
     return fingerprint([*network.state_dict().items(), ("images", images)])[:16]

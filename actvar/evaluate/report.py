@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -17,7 +18,15 @@ from actvar.evaluate.run import Evaluation, Result
 from actvar.utils.pictures import COLOURS, save_figure
 
 DENSE = "dense"
-TITLES = {"fid": "FID", "is": "IS", "precision": "precision", "recall": "recall", "agreement": "wanted class"}
+TITLES = {
+    "fid": "FID",
+    "is": "IS",
+    "precision": "precision",
+    "recall": "recall",
+    "agreement": "wanted class",
+    "fid_lite0": "FID Lite0",
+    "distance_lite0": "distance Lite0",
+}
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,11 @@ class Report:
 
     def means(self, result: Result) -> dict[str, Mean]:
         """Return the mean of each metric over the seeds; without images there is none."""
-        names = METRICS if result.quality else ()
-        return {name: Mean.of([metrics[name] for metrics in result.quality]) for name in names}
+        return {name: Mean.of([metrics[name] for metrics in result.quality]) for name in self.metrics()}
+
+    def metrics(self) -> list[str]:
+        """Return the names of the metrics that all results have."""
+        return [name for name in METRICS if all(of.quality and name in of.quality[0] for of in self.results)]
 
     def differences(self, result: Result) -> dict[str, Mean]:
         """Return each metric less that of `dense` with the same seed; without `dense` there is none."""
@@ -88,14 +100,13 @@ class Report:
         if dense is None or dense is result:
             return {}
         pairs = list(zip(result.quality, dense.quality, strict=True))
-        return {name: Mean.of([own[name] - base[name] for own, base in pairs]) for name in METRICS if pairs}
+        return {name: Mean.of([own[name] - base[name] for own, base in pairs]) for name in self.metrics()}
 
     def table(self) -> str:
         """Return aligned text with a row per method."""
-        has_quality = any(result.quality for result in self.results)
         has_kl = any(result.divergences for result in self.results)
         titles = ["", "ms / image", "GFLOP / image"]
-        titles += [TITLES[name] for name in METRICS] + ["FID - dense"] if has_quality else []
+        titles += [*(TITLES[name] for name in self.metrics()), "FID - dense"] if self.metrics() else []
         titles += [f"KL {height}x{width}" for height, width in self.maps[-2:]] if has_kl else []
         rows = [titles, *(self._row(result, has_kl) for result in self.results)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
@@ -110,14 +121,14 @@ class Report:
         means = self.means(result)
         if means:
             difference = self.differences(result).get("fid")
-            cells += [str(means[name]) for name in METRICS] + ["" if difference is None else str(difference)]
+            cells += [str(mean) for mean in means.values()] + ["" if difference is None else str(difference)]
         if has_kl:
             cells += ["-" if kl is None else f"{kl:.3f}" for kl in result.divergences["kl_drawn"][-2:]]
         return cells
 
 
 def save_quality_plot(report: Report, path: Path) -> Path:
-    """Plot the FID with its 95 % interval over the time per image; a line joins the settings of one method.
+    """Plot each FID with its 95 % interval over the time per image; a line joins the settings of one method.
 
     Args:
         report: the results.
@@ -129,15 +140,28 @@ def save_quality_plot(report: Report, path: Path) -> Path:
     Raises:
         ValueError: an evaluation without images.
     """
+    names = [name for name in report.metrics() if name.startswith("fid")]
+    if not names:
+        raise ValueError("expected an evaluation with images to plot")
+    figure = Figure(figsize=(8.5 * len(names), 5.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        _plot_metric(axes, report, name)
+    return save_figure(figure, path)
+
+
+def _plot_metric(axes: Axes, report: Report, name: str) -> None:
+    """Plot one metric over the time per image.
+
+    Args:
+        axes: to draw in.
+        report: the results.
+        name: of the metric.
+    """
     groups: dict[str, list[tuple[float, Mean, str]]] = {}
     for result in report.results:
-        if not result.quality:
-            raise ValueError("expected an evaluation with images to plot")
         group, _, amount = result.name.partition("@")
-        point = (1e3 * statistics.median(result.seconds), report.means(result)["fid"], amount)
+        point = (1e3 * statistics.median(result.seconds), report.means(result)[name], amount)
         groups.setdefault(group, []).append(point)
-    figure = Figure(figsize=(8.5, 5.5), layout="constrained")
-    axes = figure.subplots()
     markers = "osD^v<>Ph*Xp"
     for index, (group, points) in enumerate(groups.items()):
         points.sort(key=lambda point: point[0])
@@ -155,11 +179,10 @@ def save_quality_plot(report: Report, path: Path) -> Path:
         )
         for time, mean, amount in zip(times, means, amounts, strict=True):
             axes.annotate(amount, (time, mean.mean), xytext=(4, 4), textcoords="offset points", fontsize=6)
-    axes.set(xlabel="milliseconds per image", ylabel=f"FID of {report.how.num} images", yscale="log")
+    axes.set(xlabel="milliseconds per image", ylabel=f"{TITLES[name]} of {report.how.num} images", yscale="log")
     low, high = axes.get_ylim()
     ticks = [tick for decade in (1, 10, 100, 1000) for tick in np.multiply((1, 2, 3, 5), decade) if low <= tick <= high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.grid(color="0.92")
     axes.legend(fontsize=7, ncols=2)
-    return save_figure(figure, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
@@ -15,6 +16,7 @@ from typing import TypeVar
 import torch
 
 import actvar
+from actvar.evaluate.lite0_quality import DenseFeatures, Lite0Quality
 from actvar.evaluate.methods import Method
 from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import FEWEST_IMAGES, ImageQuality
@@ -22,6 +24,7 @@ from actvar.families import family_of
 from actvar.flops import sampling_flops
 from actvar.models import VAR
 from actvar.models.arguments import SEEDS, checked_draw, checked_integer
+from actvar.patching.patch import unpatched
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, read_images, sample_many, write_npz
 from actvar.sampling.timing import seconds_of
@@ -80,6 +83,10 @@ class Evaluation:
         sampling = Sampling(tuple(range(var.num_classes)), self.cfg, self.top_k, self.top_p, seed)
         return Bulk(sampling, self.num, self.batch)
 
+    def draw(self, seed: int) -> dict[str, object]:
+        """Return the settings on which the images of one seed depend."""
+        return asdict(replace(self, seed=seed, repeats=1, rounds=0))
+
     @property
     def seeds(self) -> range:
         """Return the seeds of every method."""
@@ -126,8 +133,7 @@ class Parts:
             facts: all that the result follows from, JSON-compatible.
             compute: gets the folder of the unfinished part and returns a JSON-compatible result.
         """
-        key = hashlib.sha256(json.dumps([actvar.__version__, facts]).encode()).hexdigest()[:12]
-        path = self.folder / f"{name}-{key}.json"
+        path = self.path(name, facts)
         unfinished = path.with_suffix("")
         if path.exists():
             try:
@@ -146,6 +152,11 @@ class Parts:
         shutil.rmtree(unfinished, ignore_errors=True)
         return found
 
+    def path(self, name: str, facts: object) -> Path:
+        """Return the file of a part, see `get`; a folder that is kept has the same name without a suffix."""
+        key = hashlib.sha256(json.dumps([actvar.__version__, facts]).encode()).hexdigest()[:12]
+        return self.folder / f"{name}-{key}.json"
+
 
 def evaluate(
     var: VAR,
@@ -154,10 +165,12 @@ def evaluate(
     folder: Path,
     quality: ImageQuality | None = None,
     dense: DensePredictions | None = None,
+    lite0: Lite0Quality | None = None,
 ) -> list[Result]:
     """Sample and measure every method; the parts that are finished are kept in `folder`.
 
-    Times are never kept: each call measures those of its methods anew, in turn.
+    Times are never kept: each call measures those of its methods anew, in turn. With `lite0` the images of the dense
+    model are drawn too, and stay in `folder`.
 
     Args:
         var: unpatched, on the device to evaluate on.
@@ -166,14 +179,23 @@ def evaluate(
         folder: of the finished parts.
         quality: compares the images with real ones; None: no images are drawn.
         dense: predictions of the dense model; None: no divergence is measured.
+        lite0: compares the images that `quality` compares by another network; None: this is not measured.
 
     Raises:
-        ValueError: a number of images that the model's classes cannot share equally, or of fewer than 20.
+        ValueError: a number of images that the model's classes cannot share equally, or of fewer than 20, or with
+            `lite0` of fewer than two of each class; `lite0` without `quality`.
     """
     parts = Parts(folder)
     how.bulk(var, how.seed)
     if quality and how.num < FEWEST_IMAGES:
         raise ValueError(f"num: expected at least {FEWEST_IMAGES} images to compare, got {how.num}")
+    by_lite0 = None
+    if lite0:
+        if quality is None:
+            raise ValueError("lite0: expected quality with it, without which no images are drawn")
+        if how.num < 2 * var.num_classes:
+            raise ValueError(f"num: expected at least two images of each of {var.num_classes} classes, got {how.num}")
+        by_lite0 = _ByLite0(lite0, var, how, parts)
     results = []
     for method in progress(methods, desc="methods"):
         with method.applied(var):
@@ -187,31 +209,76 @@ def evaluate(
             if dense:
                 dense_facts = facts | {"cfg": how.cfg, "tokens": dense.fingerprint}
                 found = parts.get(f"{method.name}-divergence", dense_facts, lambda _: dense.divergences(var))
-            metrics = _metrics(parts, method.name, facts, var, how, quality) if quality else []
+            metrics = _metrics(parts, method, facts, var, how, quality, by_lite0) if quality else []
         results.append(Result(method.name, metrics, [], flops, found))
     for result, seconds in zip(results, image_seconds(var, methods, how), strict=True):
         result.seconds = seconds
     return results
 
 
+class _ByLite0:
+    """Compare by Lite0 with the dense images of every seed, which are drawn at once and stay with the parts.
+
+    Args:
+        lite0: the comparison.
+        var: the model.
+        how: the settings.
+        parts: gives the folders of the images.
+    """
+
+    def __init__(self, lite0: Lite0Quality, var: VAR, how: Evaluation, parts: Parts):
+        self.lite0, self.bulks, self.folders = lite0, {}, {}
+        with unpatched(var):
+            model = model_fingerprint(var, family_of(var).autoencoder(var))
+            facts = {"model": model, "device": device_of(var).type}
+            for seed in how.seeds:
+                self.bulks[seed] = how.bulk(var, seed)
+                self.folders[seed] = parts.path(f"dense-images-seed{seed}", facts | how.draw(seed)).with_suffix("")
+                sample_many(var, self.bulks[seed], self.folders[seed])
+        self.dense = functools.cache(self._dense)  # read and computed for the first unfinished part of a seed
+
+    def of(self, images: torch.Tensor, seed: int) -> dict[str, float]:
+        """Return the metrics of the images `[N, C, H, W]` that were drawn with a seed."""
+        return self.lite0.of(images, self.dense(seed))
+
+    def _dense(self, seed: int) -> DenseFeatures:
+        return self.lite0.dense_features(*_read(self.folders[seed], self.bulks[seed]))
+
+
 def _metrics(
-    parts: Parts, name: str, facts: Mapping[str, object], var: VAR, how: Evaluation, quality: ImageQuality
+    parts: Parts,
+    method: Method,
+    facts: Mapping[str, object],
+    var: VAR,
+    how: Evaluation,
+    quality: ImageQuality,
+    by_lite0: _ByLite0 | None,
 ) -> list[dict[str, float]]:
     """Return the metrics of one method per seed, from the finished parts where these have them.
 
     Args:
         parts: finished parts.
-        name: of the method, which is on `var`.
+        method: the method, which is on `var`.
         facts: on which the images depend, besides the settings.
         var: the model.
         how: the settings.
         quality: compares the images with real ones.
+        by_lite0: compares them by another network; None: it does not.
     """
+
+    def measured(folder: Path, seed: int) -> dict[str, float]:
+        if by_lite0 is None:
+            return quality.of(*sampled_images(var, how.bulk(var, seed), folder))
+        drawn = by_lite0.folders[seed] if method.applied is unpatched else folder
+        images, labels = sampled_images(var, how.bulk(var, seed), drawn)
+        return quality.of(images, labels) | by_lite0.of(images, seed)
+
+    judge = {"lite0": by_lite0.lite0.key} if by_lite0 else {}
     return [
         parts.get(
-            f"{name}-seed{seed}",
-            {**facts, **asdict(replace(how, seed=seed, repeats=1, rounds=0))},
-            lambda images, seed=seed: quality.of(*sampled_images(var, how.bulk(var, seed), images)),
+            f"{method.name}-seed{seed}",
+            {**facts, **how.draw(seed), **judge},
+            functools.partial(measured, seed=seed),
         )
         for seed in how.seeds
     ]
@@ -280,5 +347,9 @@ def sampled_images(var: VAR, bulk: Bulk, folder: Path) -> tuple[torch.Tensor, to
         Images `[N, C, H, W]` float32 in [0, 1], in steps of 1 / 255, and labels `[N]` int64.
     """
     sample_many(var, bulk, folder)
+    return _read(folder, bulk)
+
+
+def _read(folder: Path, bulk: Bulk) -> tuple[torch.Tensor, torch.Tensor]:
     pixels, labels = read_images(folder, bulk)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels)
