@@ -136,7 +136,10 @@ def _patch(options: argparse.Namespace) -> tuple[ActVARConfig, Path | None]:
     """Return the configuration and the adapter of the options, which are `DENSE` and None for the dense images."""
     if options.accelerate or options.preset == LOSSLESS:
         return DENSE, None
-    adapter = preset_path(options.model, options.preset) if options.preset else adapter_of(options, "best")
+    if options.preset is not None:
+        adapter = preset_path(options.model, options.preset)
+    else:
+        adapter = adapter_of(options, "best")
     return with_rates(config_of(adapter), options.rates), adapter
 
 
@@ -171,7 +174,7 @@ def _check_images(options: argparse.Namespace) -> None:
 
 def _check_way(options: argparse.Namespace) -> None:
     """Raise a ValueError if options of ActVAR or of the kernels are given for a way of sampling without them."""
-    if options.preset:
+    if options.preset is not None:
         _check_preset(options)
     if options.dense and (options.sampler or options.decoder_dtype):
         raise ValueError("--dense samples by PyTorch; for --sampler and --decoder-dtype give --accelerate instead")

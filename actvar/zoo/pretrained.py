@@ -138,8 +138,8 @@ def weights_folder(name: str) -> Path:
 
 def _files(name: str, kind: str) -> dict[str, Path]:
     """Return the files of a kind, such as `adapter`, that a bundled model comes with, by name in order."""
-    paths = sorted(weights_folder(name).glob(f"{kind}-*.safetensors"))
-    return {path.stem.removeprefix(f"{kind}-"): path for path in paths}
+    paths = weights_folder(name).glob(f"{kind}-*.safetensors")
+    return {path.stem.removeprefix(f"{kind}-"): path for path in sorted(paths, key=lambda path: path.stem)}
 
 
 def _expect_known(name: str, kind: str, wanted: str, known: Collection[str]) -> None:

@@ -159,10 +159,11 @@ def test_options_that_a_preset_takes_the_place_of_are_refused(arguments, message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_preset_of_the_command_lists_those_that_exist(weights, capsys):
+@pytest.mark.parametrize("preset", ["nearest", ""])
+def test_an_unknown_preset_of_the_command_lists_those_that_exist(weights, preset, capsys):
     with pytest.raises(SystemExit):
-        main(["sample", *MODEL, "--preset", "nearest", "--labels", "0"])
-    assert "comes with ['lossless', 'fast', 'near'], got 'nearest'" in capsys.readouterr().err
+        main(["sample", *MODEL, "--preset", preset, "--labels", "0"])
+    assert f"comes with ['lossless', 'fast', 'near'], got {preset!r}" in capsys.readouterr().err
 
 
 def test_each_file_of_a_preset_is_one_method_of_evaluate(weights):
