@@ -9,11 +9,13 @@ import torch
 
 import actvar
 from actvar.cli.options import (
+    adapter_of,
     add_draw,
     add_dtype,
     add_source,
     check_source,
     class_name,
+    config_of,
     describe,
     expect_file,
     integer,
@@ -40,7 +42,9 @@ def run(options: argparse.Namespace) -> None:
     check_source(options)
     expect_file("--out", options.out)
     sampling = Sampling((options.label,), options.cfg, options.top_k, options.top_p, options.seed)
-    var, config, adapter = load_to_sample(options, sampling.labels, "--label")
+    var = load_to_sample(options, sampling.labels, "--label")
+    adapter = adapter_of(options, "best")
+    config = config_of(adapter)
     if adapter is None:
         warn_untrained(config, "run actvar calibrate first, then give its file as --adapter")
     inspection = inspect_sample(var, config, adapter, sampling, options.repeats)

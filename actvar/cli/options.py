@@ -106,10 +106,8 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[VQVAE, VAR]:
     return actvar.load_var(options.var, options.vae, device, dtype, options.key)
 
 
-def load_to_sample(
-    options: argparse.Namespace, labels: tuple[int, ...], option: str
-) -> tuple[VAR, actvar.ActVARConfig, Path | None]:
-    """Load the model, and choose the adapter and its configuration, or the paper's configuration without an adapter.
+def load_to_sample(options: argparse.Namespace, labels: tuple[int, ...], option: str) -> VAR:
+    """Load the model, and check that it has what is to be sampled.
 
     Args:
         options: the command's options.
@@ -126,8 +124,7 @@ def load_to_sample(
     bad = [label for label in labels if not 0 <= label < var.num_classes]
     if bad:
         raise ValueError(f"{option}: the model has classes 0-{var.num_classes - 1}, got {bad[0]}")
-    adapter = adapter_of(options, "best")
-    return var, actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter), adapter
+    return var
 
 
 def class_name(options: argparse.Namespace, label: int) -> str:
@@ -152,6 +149,11 @@ def adapter_of(options: argparse.Namespace, bundled: str | None = "paper") -> Pa
     if options.model and "." not in name:
         return adapter_path(options.model, name)
     return Path(name)
+
+
+def config_of(adapter: Path | None) -> actvar.ActVARConfig:
+    """Return the configuration of an adapter, or the paper's without an adapter."""
+    return actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter)
 
 
 def describe(config: actvar.ActVARConfig) -> str:

@@ -22,6 +22,7 @@ from actvar.cli.options import (
     at_once,
     check_source,
     class_name,
+    config_of,
     describe,
     expect_file,
     expect_folder,
@@ -40,6 +41,7 @@ from actvar.reports.compare import compare, save_pictures
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many, write_npz
 from actvar.utils.pictures import save_grid
+from actvar.zoo.pretrained import LOSSLESS, preset_path
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -63,6 +65,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="timed runs of each way for --compare, after one to warm up; their median is shown (default 1, the "
         "soonest to end; 5 for steadier times)",
     )
+    command.add_argument(
+        "--preset",
+        help="a quality of --model in place of an adapter: lossless draws the dense images on the kernels; unknown: "
+        "lists them",
+    )
     add_rates(command)
     how = command.add_argument_group("execution, for ActVAR and --accelerate (default: what the adapter recommends)")
     how.add_argument("--sampler", choices=SAMPLERS, help="how tokens are drawn; fast: in one kernel, other images")
@@ -85,10 +92,10 @@ def run(options: argparse.Namespace) -> None:
     check_source(options)
     _check_images(options)
     sampling = Sampling(options.labels or (), options.cfg, options.top_k, options.top_p, options.seed)
-    var, config, adapter = load_to_sample(options, sampling.labels, "--labels")
-    config = with_rates(config, options.rates)
+    config, adapter = _patch(options)
     execution = _execution(options, adapter)
-    if adapter is None and not options.dense and not options.accelerate:
+    var = load_to_sample(options, sampling.labels, "--labels")
+    if adapter is None and not options.dense:
         warn_untrained(config, "run actvar calibrate first, or use --accelerate")
     if options.num:
         with _sampled_as_asked(options, var, config, adapter, execution):
@@ -106,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"median of {options.repeats}; {describe(config)}")
         print(result.table())
         return
-    name = "dense.png" if options.dense else "accelerated.png" if options.accelerate else "actvar.png"
+    name = "dense.png" if options.dense else "accelerated.png" if config is DENSE else "actvar.png"
     with _sampled_as_asked(options, var, config, adapter, execution):
         _say_written([save_grid(sampling.run(var), options.out / name, per_class)])
 
@@ -119,12 +126,21 @@ def _say_written(files: list[Path]) -> None:
 def _sampled_as_asked(
     options: argparse.Namespace, var: VAR, config: ActVARConfig, adapter: Path | None, execution: Execution | None
 ) -> AbstractContextManager[nn.Module | None]:
-    """Return a context in which `var` samples as --dense, --accelerate or neither says."""
+    """Return a context in which `var` samples without a patch for --dense, otherwise with `config` and `adapter`."""
     if options.dense:
         return contextlib.nullcontext()
-    if options.accelerate:
-        return patched_silently(var, DENSE, None, execution)
     return patched_silently(var, config, adapter, execution)
+
+
+def _patch(options: argparse.Namespace) -> tuple[ActVARConfig, Path | None]:
+    """Return the configuration and the adapter of the options, which are `DENSE` and None for the dense images."""
+    if options.accelerate or options.preset == LOSSLESS:
+        return DENSE, None
+    if options.preset is not None:
+        adapter = preset_path(options.model, options.preset)
+    else:
+        adapter = adapter_of(options, "best")
+    return with_rates(config_of(adapter), options.rates), adapter
 
 
 def _execution(options: argparse.Namespace, adapter: Path | None) -> Execution | None:
@@ -136,7 +152,7 @@ def _execution(options: argparse.Namespace, adapter: Path | None) -> Execution |
         given["decoder_dtype"] = str(DTYPES[options.decoder_dtype]).removeprefix("torch.")
     if not given:
         return None
-    recommended = None if adapter is None or options.accelerate else describe_adapter(adapter)["execution"]
+    recommended = None if adapter is None else describe_adapter(adapter)["execution"]
     return replace(recommended if isinstance(recommended, Execution) else Execution(), **given)
 
 
@@ -158,6 +174,8 @@ def _check_images(options: argparse.Namespace) -> None:
 
 def _check_way(options: argparse.Namespace) -> None:
     """Raise a ValueError if options of ActVAR or of the kernels are given for a way of sampling without them."""
+    if options.preset is not None:
+        _check_preset(options)
     if options.dense and (options.sampler or options.decoder_dtype):
         raise ValueError("--dense samples by PyTorch; for --sampler and --decoder-dtype give --accelerate instead")
     if options.accelerate and options.adapter:
@@ -169,6 +187,18 @@ def _check_way(options: argparse.Namespace) -> None:
             "--rates: expected an adapter, whose selectors and routers choose so many tokens and experts, got none; "
             "run actvar calibrate, and give its file as --adapter"
         )
+
+
+def _check_preset(options: argparse.Namespace) -> None:
+    """Raise a ValueError unless --preset is given with --model, and without an option that it takes the place of."""
+    if not options.model:
+        raise ValueError(
+            "--preset: presets belong to bundled models, expected --model, got --var; for a checkpoint of your own run "
+            "actvar calibrate, and give its file as --adapter"
+        )
+    for name in ("adapter", "accelerate", "dense", "rates"):
+        if getattr(options, name):
+            raise ValueError(f"--preset fixes what is computed; leave out --{name}, or leave out --preset")
 
 
 def _sample_many(var: VAR, sampling: Sampling, options: argparse.Namespace) -> None:

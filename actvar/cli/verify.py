@@ -6,7 +6,6 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-import actvar
 from actvar.cli.options import (
     DTYPES,
     adapter_of,
@@ -14,13 +13,13 @@ from actvar.cli.options import (
     add_source,
     at_once,
     check_source,
+    config_of,
     describe,
     expect_file,
     load,
     with_rates,
     write_json,
 )
-from actvar.patching.adapter import read_adapter_config
 from actvar.sampling.request import Sampling
 from actvar.verify.run import verify
 from actvar_kernels.backend import BACKENDS
@@ -44,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     check_source(options)
     expect_file("--json", options.json)
     adapter = adapter_of(options)
-    config = with_rates(actvar.ActVARConfig() if adapter is None else read_adapter_config(adapter), options.rates)
+    config = with_rates(config_of(adapter), options.rates)
     sampling = Sampling((0,) * options.batch)
     dtypes = [DTYPES[name] for name in options.dtype]
     report = verify(

@@ -19,7 +19,14 @@ from actvar.config import DENSE
 from actvar.patching.adapter import read_adapter
 from actvar.patching.patch import patched_silently, unpatched
 from actvar.utils.fingerprint import model_fingerprint
-from actvar.zoo.pretrained import adapter_path, bundled_adapters, bundled_baselines, load_pretrained
+from actvar.zoo.pretrained import (
+    adapter_path,
+    bundled_adapters,
+    bundled_baselines,
+    bundled_presets,
+    load_pretrained,
+    preset_path,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +62,18 @@ def methods_of(model: str | None = None, **placement: Any) -> dict[str, Method]:
     CoDe is left out, with a logged warning, while a bundled model has no small one.
 
     Args:
-        model: name of a bundled model, whose adapters and trained baselines are methods too; None for the methods
-            that any VAR has.
+        model: name of a bundled model, whose adapters, presets with files, and trained baselines are methods too; None
+            for the methods that any VAR has.
         placement: device and dtype of the small model, for `load_pretrained`.
     """
     found = [Method("dense", unpatched), Method("accelerated", lambda var: patched_silently(var, DENSE, None))]
     if model:
         for name in bundled_adapters(model):
             found += adapter_methods(name, adapter_path(model, name))
+        for name in bundled_presets(model):
+            path = preset_path(model, name)
+            if path:  # lossless has none, and is the method accelerated
+                found.append(adapter_method(f"preset-{name}", path))
         found += [_trained(*baseline) for baseline in bundled_baselines(model).items()]
     for rate in RATES:
         found += [_pruned("magnitude", rate), _pruned("wanda", rate)]

@@ -36,7 +36,7 @@ class Comparison:
     Args:
         images: of the sample.
         seconds: of the whole sample.
-        block_seconds: of the blocks at the active scales.
+        block_seconds: of the blocks at the active scales; empty where no scale is active.
         formula_flops: of the transformer, by formula.
         counted_flops: of the transformer, by torch's counter.
     """
@@ -60,6 +60,9 @@ class Comparison:
         def saving(values: dict[str, int]) -> list[str]:
             return [f"{1 - values['actvar'] / values['dense']:>12.1%} saved"]
 
+        blocks = []
+        if self.block_seconds:
+            blocks = [row("blocks of the active scales, ms", self.block_seconds, 1e-3, 1, speedup(self.block_seconds))]
         rate = {name: self.images / seconds for name, seconds in self.seconds.items()}
         titles = ("dense", "accelerated", "ActVAR", "vs dense", "vs accel.")
         return "\n".join(
@@ -67,7 +70,7 @@ class Comparison:
                 f"{'':<34}" + "".join(f"{title:>13}" for title in titles),
                 row("whole sample, ms", self.seconds, 1e-3, 1, speedup(self.seconds)),
                 row("images per second", rate, 1, 1),
-                row("blocks of the active scales, ms", self.block_seconds, 1e-3, 1, speedup(self.block_seconds)),
+                *blocks,
                 row("transformer GFLOP, formula", self.formula_flops, 1e9, 2, saving(self.formula_flops)),
                 row("transformer GFLOP, counted", self.counted_flops, 1e9, 2, saving(self.counted_flops)),
             ]
@@ -115,7 +118,7 @@ def compare(
     counted = {"dense": total_flops(counted_flops(var, batch))}
     with patched_silently(var, config, adapter, execution):  # patched once, so that packed weights of the adapter stay
         seconds = interleaved_medians(all_ways(var, whole), repeats, "whole samples")
-        block_times = interleaved_medians(all_ways(var, blocks), repeats, "blocks")
+        block_times = interleaved_medians(all_ways(var, blocks), repeats, "blocks") if active_tokens else {}
         formula["actvar"] = total_flops(model_flops(var, batch))
         counted["actvar"] = total_flops(counted_flops(var, batch))
     return Comparison(batch, seconds, block_times, formula, counted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -10,13 +11,15 @@ from safetensors.torch import load_file
 from actvar.execution import Execution
 from actvar.models import VAR, VQVAE
 from actvar.models.checkpoint import load_var
-from actvar.patching.patch import load_adapter
+from actvar.patching.patch import accelerate, load_adapter
 from actvar.zoo.checksums import checked
 from actvar.zoo.fashion_mnist.features import FeatureNet
 
 _FASHION_MNIST = Path(__file__).parent / "fashion_mnist" / "weights"
 WEIGHTS = {"fashion-mnist": _FASHION_MNIST, "fashion-mnist-small": _FASHION_MNIST / "small"}
 """Folder of each model; the first one also has the autoencoder and the feature network of both."""
+LOSSLESS = "lossless"
+"""The preset without a file, which is `accelerate`."""
 
 
 def load_pretrained(
@@ -25,30 +28,46 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     execution: Execution | None = None,
+    preset: str | None = None,
 ) -> tuple[VQVAE, VAR]:
     """Load `(vae, var)` of a bundled model, offline.
+
+    Without an adapter and a preset `var` is the dense model, unpatched.
 
     Args:
         name: `"fashion-mnist"`: ten classes of clothes, images `[B, 1, 32, 32]`; `"fashion-mnist-small"`: the same
             token maps from a smaller transformer.
-        adapter: a bundled adapter such as `"paper"`, with which `var` is patched; None for the dense model.
+        adapter: a bundled adapter such as `"paper"`, with which `var` is patched; None for no adapter.
         device: of both models.
         dtype: of both models' weights, see `load_var`.
-        execution: how the patched model is run; None for the one that the adapter recommends, otherwise the default.
+        execution: how the patched model is run; None for the one that the adapter or preset recommends, otherwise the
+            default.
+        preset: a bundled preset such as `"near"`, with which `var` is patched in place of an adapter; `"lossless"` is
+            `actvar.accelerate`. None for no preset.
 
     Raises:
-        ValueError: an unknown model or adapter, with those that exist; or an Execution without an adapter.
+        ValueError: an unknown model, adapter or preset, with those that exist; an adapter and a preset together; or an
+            Execution without either.
         CheckpointError: a file that is not the one that was shipped (`actvar.zoo.checksums`).
     """
-    if adapter is None and execution is not None:
+    if adapter is not None and preset is not None:
+        raise ValueError(f"preset: expected an adapter or a preset, got both, {adapter!r} and {preset!r}")
+    if adapter is None and preset is None and execution is not None:
         raise ValueError(
-            "execution: expected an adapter with it; for the dense model use actvar.accelerate(var, execution)"
+            "execution: expected an adapter or a preset with it; for the dense model use preset='lossless', or "
+            "actvar.accelerate(var, execution)"
         )
+    if preset is not None:
+        patch_file = preset_path(name, preset)
+    else:
+        patch_file = None if adapter is None else adapter_path(name, adapter)
     var_file = checked(weights_folder(name) / "var.safetensors")
     vae_file = checked(WEIGHTS["fashion-mnist"] / "vae.safetensors")
     vae, var = load_var(var_file, vae_file, device=device, dtype=dtype)
-    if adapter is not None:
-        load_adapter(var, adapter_path(name, adapter), execution)
+    if patch_file is not None:
+        load_adapter(var, patch_file, execution)
+    elif preset is not None:
+        accelerate(var, execution)
     return vae, var
 
 
@@ -70,16 +89,33 @@ def adapter_path(name: str, adapter: str) -> Path:
         ValueError: there is no adapter of that name; lists those that exist.
         CheckpointError: the file is not the one that was shipped.
     """
-    folder = weights_folder(name)
-    path = folder / f"adapter-{adapter}.safetensors"
-    if not path.is_file():
-        raise ValueError(f"adapter: {name} comes with {bundled_adapters(name)}, got {adapter!r}")
-    return checked(path)
+    files = _files(name, "adapter")
+    _expect_known(name, "adapter", adapter, files)
+    return checked(files[adapter])
+
+
+def preset_path(name: str, preset: str) -> Path | None:
+    """Return the adapter file of a bundled preset, or None for `lossless`, which has no file.
+
+    Raises:
+        ValueError: there is no preset of that name; lists those that exist.
+        CheckpointError: the file is not the one that was shipped.
+    """
+    _expect_known(name, "preset", preset, bundled_presets(name))
+    return None if preset == LOSSLESS else checked(_files(name, "preset")[preset])
 
 
 def bundled_adapters(name: str) -> list[str]:
     """Return the names of the adapters that a bundled model comes with."""
-    return sorted(path.stem.removeprefix("adapter-") for path in weights_folder(name).glob("adapter-*.safetensors"))
+    return list(_files(name, "adapter"))
+
+
+def bundled_presets(name: str) -> list[str]:
+    """Return the names of a bundled model's presets: `lossless`, then those that have files.
+
+    A preset's file is an adapter that is named by its quality, and `bundled_adapters` omits it.
+    """
+    return [LOSSLESS, *_files(name, "preset")]
 
 
 def bundled_baselines(name: str) -> dict[str, Path]:
@@ -90,8 +126,7 @@ def bundled_baselines(name: str) -> dict[str, Path]:
     Raises:
         CheckpointError: one is not the file that was shipped.
     """
-    paths = sorted(weights_folder(name).glob("baseline-*.safetensors"))
-    return {path.stem.removeprefix("baseline-"): checked(path) for path in paths}
+    return {baseline: checked(path) for baseline, path in _files(name, "baseline").items()}
 
 
 def weights_folder(name: str) -> Path:
@@ -99,3 +134,15 @@ def weights_folder(name: str) -> Path:
     if name not in WEIGHTS:
         raise ValueError(f"model: expected one of {sorted(WEIGHTS)}, got {name!r}")
     return WEIGHTS[name]
+
+
+def _files(name: str, kind: str) -> dict[str, Path]:
+    """Return the files of a kind, such as `adapter`, that a bundled model comes with, by name in order."""
+    paths = weights_folder(name).glob(f"{kind}-*.safetensors")
+    return {path.stem.removeprefix(f"{kind}-"): path for path in sorted(paths, key=lambda path: path.stem)}
+
+
+def _expect_known(name: str, kind: str, wanted: str, known: Collection[str]) -> None:
+    """Raise a ValueError unless `wanted` is among the names that a bundled model has of a kind."""
+    if wanted not in known:
+        raise ValueError(f"{kind}: {name} comes with {list(known)}, got {wanted!r}")
