@@ -16,6 +16,7 @@ from actvar.zoo.pretrained import WEIGHTS
 from scripts.fashion_mnist.adapters import STAGE2, STATIC, ship, train_adapter, train_static
 from scripts.fashion_mnist.export import export
 from scripts.fashion_mnist.measure import measure, save
+from scripts.fashion_mnist.presets import CONFIGS, train_preset
 from scripts.fashion_mnist.small import export_small, small_plan, train_small
 from scripts.fashion_mnist.train import Build, train
 
@@ -42,6 +43,8 @@ def main() -> None:
         for name in STATIC:
             trained = train_static(name, folder, build.data, build.work, build.seed)
             ship(trained, name, folder, "baseline")
+        for name in CONFIGS:
+            ship(train_preset(name, folder, build.work, build.seed), name, folder, "preset")
     figures = measure(options.data)
     save(figures, folder / "quality.json")
     print(json.dumps(figures, indent=2))

@@ -86,7 +86,7 @@ def ship(adapter: Path, name: str, folder: Path, kind: str = "adapter") -> None:
     of its training.
 
     Args:
-        kind: `"adapter"`, or `"baseline"` for a rival's weights, which `actvar evaluate` alone uses.
+        kind: `"adapter"`, `"preset"`, or `"baseline"` for a rival's weights, which `actvar evaluate` alone uses.
     """
     _, var = _dense(folder)
     load_adapter(var, adapter)
