@@ -22,7 +22,7 @@ from actvar.sparse.schedule import build_schedule
 from actvar.sparse.state import PatchState, is_patched, patch_state
 from actvar.utils.class_swap import Swapped, restore_class, swap_class
 from actvar.utils.devices import device_of
-from actvar.utils.weight_override import replace_parameters, restore_parameters, tuned_parameters
+from actvar.utils.weight_override import own_parameters, replace_parameters, restore_parameters, tuned_parameters
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels.cpu_backend import memory
 from actvar_kernels.cpu_backend.packing import drop
@@ -228,7 +228,8 @@ def refresh(module: nn.Module) -> None:
     Args:
         module: a model, or any part of one.
     """
-    drop(parameter for part in module.modules() for parameter in part._parameters.values() if parameter is not None)
+    in_place = [parameter for part in module.modules() for parameter in part._parameters.values()]
+    drop(parameter for parameter in (*in_place, *own_parameters(module).values()) if parameter is not None)
 
 
 def release_cache(var: nn.Module) -> None:

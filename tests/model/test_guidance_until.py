@@ -8,7 +8,17 @@ from support.helpers import make_tiny_var
 from support.toy_family import STARTS, ToyFamily, ToyModel
 
 import actvar.families
-from actvar import ActVARConfig, Execution, apply_patch, guided_rows, load_adapter, patched, remove_patch, save_adapter
+from actvar import (
+    ActVARConfig,
+    Execution,
+    apply_patch,
+    guided_rows,
+    load_adapter,
+    patched,
+    refresh,
+    remove_patch,
+    save_adapter,
+)
 from actvar.baselines import without_guidance
 from actvar.config import DENSE
 from actvar.families import family_of
@@ -16,7 +26,7 @@ from actvar.families.var import VARFamily
 from actvar.flops import counted_flops, model_flops
 from actvar.models.token_draw import guided
 from actvar.patching.patch import patch_silently
-from actvar.utils.weight_override import replace_parameters
+from actvar.utils.weight_override import own_parameters, replace_parameters
 from actvar_kernels.backend import using_backend
 
 LABELS = torch.tensor([1, 3, 0])
@@ -191,6 +201,19 @@ def test_an_adapter_keeps_where_its_weights_and_the_end_of_guidance_are(tmp_path
     load_adapter(var, tmp_path / "adapter.safetensors")
     assert var.actvar.config == config
     assert torch.equal(draw(var), images)
+
+
+def test_a_change_of_the_model_s_own_weights_counts_at_early_scales():
+    var, other = make_tiny_var(), make_tiny_var()
+    for model in (var, other):
+        apply_patch(model, ActVARConfig(**ALL, weights_from=-1))
+        perturb(model)
+    draw(var)
+    for model in (var, other):
+        for name in ("blocks.0.ffn.fc1.weight", "head.weight"):
+            own_parameters(model)[name].data.mul_(1.5)
+    refresh(var)
+    assert torch.equal(draw(var), draw(other))
 
 
 def test_teacher_forcing_runs_scale_by_scale_where_weights_differ_and_has_gradients():
