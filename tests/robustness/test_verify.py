@@ -40,8 +40,9 @@ def test_the_bundled_model_passes(capsys):
         (ActVARConfig(num_experts=8, kv="all", share_cfg_selection=True), {"shared_aln": True}),
         (ActVARConfig(num_experts=8, ffn_rate=1), {"attn_l2_norm": False}),
         (ActVARConfig(num_experts=8, token_rates=(1, 1)), {}),
+        (ActVARConfig(num_experts=8, guidance_until=-2), {}),
     ],
-    ids=["all keys, shared selection, shared AdaLN", "no experts, no QK norm", "no selection"],
+    ids=["all keys, shared selection, shared AdaLN", "no experts, no QK norm", "no selection", "no guidance"],
 )
 def test_every_configuration_passes_in_every_dtype(config, layout):
     dtypes = [torch.bfloat16, torch.float16]
