@@ -162,7 +162,7 @@ class Family(Protocol):
     hidden_axes: Mapping[str, int]
     """The axis of hidden units in each of a block's tensors that have one, by the tensor's name in the block."""
     leaves_out_guidance: bool
-    """True where the model samples on with the conditional rows alone once blocks return no others."""
+    """True where the mixin can sample on with the conditional rows alone, once the blocks return no others."""
     has_between: bool
     """True where a layer, such as cross-attention, stands between attention and FFN."""
     weight_kinds: Sequence[tuple[str, str]]
