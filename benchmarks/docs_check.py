@@ -38,6 +38,7 @@ FILES = {
     "h100": "benchmarks/results/nvidia-h100-80gb-hbm3.csv",
     "predicted-h100": "docs/evaluation/predicted-h100.json",
     "evaluation": "docs/evaluation/fashion-mnist-5000.json",
+    "presets": "docs/evaluation/fashion-mnist-presets-avx2.json",
     "seeds": "docs/evaluation/fashion-mnist-5-seeds.json",
 }
 SPAN = re.compile(r"(<!-- (rows?|output) (.*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
@@ -72,6 +73,8 @@ def evaluated(methods: Mapping[str, dict]) -> Iterable[dict[str, object]]:
         row |= {metric: mean(of[metric], interval) for metric, interval in of["interval"].items()}
         if "fid" in of["minus_dense"]:
             row["above dense"] = mean(**of["minus_dense"]["fid"])
+        if "fid_lite0" in of["minus_dense"]:
+            row["above dense, Lite0"] = mean(**of["minus_dense"]["fid_lite0"])
         if base is not None:  # in the same round, so that what else the machine does is in both
             pairs = zip(base["seconds_of_batches"], of["seconds_of_batches"], strict=True)
             row["speed"] = f"{statistics.median(a / b for a, b in pairs):.2f}x"

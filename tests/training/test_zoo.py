@@ -28,6 +28,7 @@ from actvar.zoo.pretrained import WEIGHTS, bundled_adapters, weights_folder
 from scripts.fashion_mnist import train as zoo_train
 from scripts.fashion_mnist.adapters import STAGE2, STATIC, ship, train_adapter, train_static
 from scripts.fashion_mnist.export import export
+from scripts.fashion_mnist.presets import CONFIGS
 from scripts.fashion_mnist.small import export_small, small_plan, train_small
 from scripts.fashion_mnist.train import Build, train
 
@@ -63,9 +64,10 @@ def test_the_bundled_adapter_is_the_papers_configuration():
 def test_what_ships_is_half_precision_and_small():
     files = list(weights_folder("fashion-mnist").glob("*.safetensors"))
     expected = {"var", "vae", "features", "adapter-paper-stage1", "adapter-paper", "adapter-best"}
-    names = {f.stem for f in files if not f.stem.startswith("preset-")}
+    expected |= {f"preset-{name}" for name in CONFIGS}
+    names = {f.stem for f in files}
     assert names in (expected, expected | {f"baseline-{name}" for name in STATIC})
-    assert sum(f.stat().st_size for f in files) < 40e6
+    assert sum(f.stat().st_size for f in files) < 50e6
     for file in files:
         assert {t.dtype for t in load_file(file).values()} <= {torch.float16, torch.int64, torch.int32}
 
