@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --b
 OR_NO_TEST := || [ $$? -eq 5 ] # 5: no Triton here, so no test
 # The method, its references and its C++ kernels; bad input and bad files; the small commands.
 FAST := $(addprefix tests/,$(addsuffix .py,$(addprefix kernels/test_,arguments_and_backends cpu_attention cpu_conv3x3 \
-	cpu_group_norm cpu_rows expert_ffn_reference public_draw residual_norm_reference sampling scatter_reference \
+	cpu_group_norm cpu_rows expert_ffn_reference public_draw residual_norm_reference token_draw scatter_reference \
 	subset_attention_reference token_select_reference) $(addprefix model/test_,adapter autoencoder \
 	block_bit_for_bit checkpoint checkpoint_bad_files config golden graphs block_cache weight_override) \
 	$(addprefix robustness/test_,bad_input verify_rounding) $(addprefix training/test_,distill muon)))
@@ -26,7 +26,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## Draw Fashion-MNIST pictures with the dense and the accelerated model, into demo/
-	$(BIN)/actvar sample --model fashion-mnist --labels 0-9 --per-class 8 --compare --out demo
+	$(BIN)/actvar sample --model fashion-mnist --labels 0-9 --per-class 8 --adapter best --compare --out demo
 	@echo "The pictures are in demo/:" && ls demo
 
 test: $(INSTALLED) ## Run all tests except the slow ones, in under 20 minutes; what CI runs

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         release_cache,
         remove_patch,
     )
+    from actvar.reports.summary import summary
     from actvar.sampling.cuda_graph import GraphedSampling
     from actvar.sparse.state import guided_rows, record
     from actvar.zoo import load_pretrained
@@ -46,6 +47,7 @@ __all__ = [
     "release_cache",
     "remove_patch",
     "save_adapter",
+    "summary",
 ]
 
 _MODULES = {
@@ -62,6 +64,7 @@ _MODULES = {
         "release_cache",
         "remove_patch",
     ],
+    "reports.summary": ["summary"],
     "sampling.cuda_graph": ["GraphedSampling"],
     "sparse.state": ["guided_rows", "record"],
     "zoo": ["load_pretrained"],

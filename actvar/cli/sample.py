@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -36,23 +37,26 @@ from actvar.config import DENSE, ActVARConfig
 from actvar.execution import SAMPLERS, Execution
 from actvar.models import VAR
 from actvar.patching.adapter import describe_adapter
-from actvar.patching.patch import patched_silently, warn_untrained
+from actvar.patching.patch import patched_silently
 from actvar.reports.compare import compare, save_pictures
+from actvar.reports.summary import summary
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many, write_npz
 from actvar.utils.pictures import save_grid
-from actvar.zoo.pretrained import LOSSLESS, preset_path
+from actvar.zoo.pretrained import LOSSLESS, bundled_presets, preset_path
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `sample` to its parser."""
-    add_source(command, "best")
+    add_source(command, "the preset near")
     add_dtype(command)
     what = command.add_argument_group("images")
     what.add_argument("--labels", "--classes", type=labels_of, help="e.g. 0-9 or 207,980 (default for --num: all)")
     what.add_argument("--per-class", type=at_once, help="images per class (default 1)")
     add_draw(what)
-    way = command.add_argument_group("way of sampling (default: ActVAR)").add_mutually_exclusive_group()
+    way = command.add_argument_group(
+        "way of sampling (default: --preset near, or --accelerate without presets)"
+    ).add_mutually_exclusive_group()
     way.add_argument("--dense", action="store_true", help="sample without ActVAR, by PyTorch")
     way.add_argument("--accelerate", action="store_true", help="the dense model's images, on the kernels; no adapter")
     way.add_argument(
@@ -95,8 +99,6 @@ def run(options: argparse.Namespace) -> None:
     config, adapter = _patch(options)
     execution = _execution(options, adapter)
     var = load_to_sample(options, sampling.labels, "--labels")
-    if adapter is None and not options.dense:
-        warn_untrained(config, "run actvar calibrate first, or use --accelerate")
     if options.num:
         with _sampled_as_asked(options, var, config, adapter, execution):
             _sample_many(var, sampling, options)
@@ -115,7 +117,13 @@ def run(options: argparse.Namespace) -> None:
         return
     name = "dense.png" if options.dense else "accelerated.png" if config is DENSE else "actvar.png"
     with _sampled_as_asked(options, var, config, adapter, execution):
-        _say_written([save_grid(sampling.run(var), options.out / name, per_class)])
+        begin = time.perf_counter()
+        images = sampling.run(var)
+        seconds = time.perf_counter() - begin
+        _say_written([save_grid(images, options.out / name, per_class)])
+        if not options.quiet:
+            print(f"{len(images)} images in {seconds:.2f} s, the first ones of this process")
+            print(summary(var))
 
 
 def _say_written(files: list[Path]) -> None:
@@ -134,10 +142,13 @@ def _sampled_as_asked(
 
 def _patch(options: argparse.Namespace) -> tuple[ActVARConfig, Path | None]:
     """Return the configuration and the adapter of the options, which are `DENSE` and None for the dense images."""
-    if options.accelerate or options.preset == LOSSLESS:
+    preset = options.preset
+    if preset is None and not (options.adapter or options.rates):
+        preset = "near" if options.model and "near" in bundled_presets(options.model) else LOSSLESS
+    if options.accelerate or preset == LOSSLESS:
         return DENSE, None
-    if options.preset is not None:
-        adapter = preset_path(options.model, options.preset)
+    if preset is not None:
+        adapter = preset_path(options.model, preset)
     else:
         adapter = adapter_of(options, "best")
     return with_rates(config_of(adapter), options.rates), adapter

@@ -39,7 +39,14 @@ def expect_readable(index: int, called: Mapping[str, Called], schedule: Sequence
 
 
 def log_called(by_block: Sequence[Mapping[str, Called]], head: str | None) -> None:
-    """Log in one line which parts are called; log nothing if there are none.
+    """Log in one line which parts are called; log nothing if there are none. Arguments are those of `called_parts`."""
+    parts = called_parts(by_block, head)
+    if parts:
+        logger.warning("not fused, since only the layer itself computes what it is: %s", "; ".join(parts))
+
+
+def called_parts(by_block: Sequence[Mapping[str, Called]], head: str | None) -> list[str]:
+    """Return the parts that are called, each with the reason and the numbers of its blocks.
 
     Args:
         by_block: parts of every block, by `Family.parts_called`.
@@ -52,5 +59,4 @@ def log_called(by_block: Sequence[Mapping[str, Called]], head: str | None) -> No
     parts = [f"{part} in blocks {', '.join(blocks)}" for part, blocks in blocks_by_part.items()]
     if head is not None:
         parts.append(f"head ({head})")
-    if parts:
-        logger.warning("not fused, since only the layer itself computes what it is: %s", "; ".join(parts))
+    return parts

@@ -64,7 +64,7 @@ def test_compare_prints_the_table_and_writes_the_pictures(files, tmp_path, capsy
     assert sizes["dense.png"] == sizes["actvar.png"] == sizes["difference.png"]
 
 
-@pytest.mark.parametrize(("flag", "name"), [("--dense", "dense.png"), ("--cfg=2", "actvar.png")])
+@pytest.mark.parametrize(("flag", "name"), [("--dense", "dense.png"), ("--cfg=2", "accelerated.png")])
 def test_sample_writes_one_grid(files, tmp_path, flag, name):
     run(files, flag, "--labels", "0-3", "--dtype", "bf16", "--out", str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -198,10 +198,10 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, capsys
     assert error.count("\n") == 1
 
 
-def test_an_untrained_comparison_says_so_once(files, tmp_path, caplog):
+def test_a_checkpoint_without_an_adapter_is_compared_with_itself_accelerated(files, tmp_path, caplog, capsys):
     run(files, "--labels", "0", "--compare", "--repeats", "1", "--out", str(tmp_path))
-    (warning,) = [r.message for r in caplog.records if "untrained" in r.message]
-    assert warning.endswith("run actvar calibrate first, or use --accelerate")
+    assert "0.0% saved" in capsys.readouterr().out
+    assert not [r.message for r in caplog.records if "untrained" in r.message]
 
 
 def test_the_module_runs_as_a_program(files):
