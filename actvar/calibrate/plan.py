@@ -26,6 +26,7 @@ from actvar.evaluate.predictions import DensePredictions
 from actvar.execution import Execution
 from actvar.families import family_of
 from actvar.patching.patch import load_silently, reconfigure, remove_patch
+from actvar.sparse.schedule import scales_with_guidance
 from actvar.sparse.state import patch_state
 from actvar.utils.progress import progress
 from actvar.utils.weight_override import tuned_parameters
@@ -39,6 +40,8 @@ MOST_PLANS = 24
 FACTORS = (0.0, 0.5, 1.0, 1.5)
 """Shares of what an adapter's own rates leave out that are tried of an adapter."""
 LEAST_RATE = 0.25
+MOST_TRIALS, TOLERANCE = 3, 0.05
+"""Plans that are tried until one is as fast as predicted, and by how much it may be slower."""
 GUIDED_SCALES = 4
 """Last scales at which an end of guidance is tried."""
 
@@ -95,7 +98,9 @@ def plan(
         if base.guidance_until is not None and "guidance" not in levers:
             raise ValueError("levers: the adapter has its end of guidance, so expected guidance among them")
     maps = family_of(model).maps(model)
-    first = max(1, len(maps) - GUIDED_SCALES) if "guidance" in levers else min(s % len(maps) for s in base.scales)
+    first = min(scale % len(maps) for scale in base.scales)
+    if "guidance" in levers:
+        first = min(first, max(1, len(maps) - GUIDED_SCALES), scales_with_guidance(base, len(maps)))
     times = measured_times(model, batch, cfg, first, "guidance" in levers, repeats)
     if adapter is None:
         sensitivity = divergence_per_block(model, base, *held_out_samples(batches))
@@ -106,8 +111,16 @@ def plan(
     guesses = {config: Candidate(config, times.predicted(config, maps, depth), 0, guess) for config, guess in plans}
     kept = progress(_worth_measuring([*guesses.values()]), desc="plans")
     curve = [Candidate(guess.config, guess.seconds, *_divergence(model, dense, guess.config)) for guess in kept]
-    chosen, is_met = goal.best(curve, times.accelerated)
-    accelerated, measured = _measured(model, chosen.config, batch, cfg, repeats)
+    factor = 1.0
+    for _ in range(MOST_TRIALS):
+        corrected = [replace(each, seconds=each.seconds * factor) for each in curve]
+        chosen, is_met = goal.best(corrected, times.accelerated)
+        accelerated, measured = _measured(model, chosen.config, batch, cfg, repeats)
+        slowdown = measured / accelerated * times.accelerated / chosen.seconds
+        if not is_met or slowdown <= 1 + TOLERANCE:
+            break
+        factor *= slowdown
+    chosen = curve[corrected.index(chosen)]
     reconfigure(model, chosen.config)
     milliseconds = (1e3 * seconds for seconds in (accelerated, chosen.seconds, measured))
     return PlanReport(goal, chosen, is_met, tuple(curve), *milliseconds)

@@ -268,3 +268,31 @@ def test_the_lossless_end_is_the_dense_model():
     dense = draw(var)
     apply_patch(var, ActVARConfig(**ALL, guidance_until=None, weights_from=None))
     assert torch.equal(draw(var), dense)
+
+
+@pytest.mark.parametrize("part", ["attn", "ffn", "ln_wo_grad", "attn.proj", "ada_lin"])
+@pytest.mark.parametrize("config", [ALL, {"token_rates": (0.5, 0.6), "ffn_rate": 1}], ids=str)
+def test_layers_that_are_called_compute_the_conditional_rows_too(part, config):
+    if part == "ln_wo_grad" and config is not ALL:
+        pytest.skip("a selector has to read the norm")
+    var, other = make_tiny_var(), make_tiny_var()
+    inputs = inputs_of(var)
+    for model in (var, other):
+        apply_patch(model, ActVARConfig(**config, guidance_until=-2, weights_from=-1))
+        perturb(model)
+    for block in other.blocks:
+        block.get_submodule(part).register_forward_hook(lambda *_: None)
+    for ours, theirs in zip(scale_logits(other, inputs), scale_logits(var, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{"guidance_until": -2}, {"weights_from": -1}], ids=str)
+def test_a_compiled_block_draws_the_same_images(fields):
+    var = make_tiny_var()
+    apply_patch(var, ActVARConfig(**ALL, **fields))
+    perturb(var)
+    expected = draw(var)
+    torch._dynamo.reset()
+    var.blocks[0] = torch.compile(var.blocks[0], backend="eager", dynamic=False)
+    torch.testing.assert_close(draw(var), expected, atol=1e-5, rtol=0)

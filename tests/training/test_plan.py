@@ -186,13 +186,13 @@ def test_a_planned_model_has_the_divergence_that_its_report_says(tmp_path):
 
 def test_an_adapter_with_an_end_of_guidance_keeps_it(tmp_path):
     var = make_tiny_var()
-    apply_patch(var, ActVARConfig(num_experts=8, guidance_until=-2))
+    apply_patch(var, ActVARConfig(num_experts=8, guidance_until=1, weights_from=1))
     save_adapter(var, tmp_path / "adapter.safetensors")
     arguments = dict(adapter=tmp_path / "adapter.safetensors", batch=2, images=4, repeats=1)
     with pytest.raises(ValueError, match="levers: the adapter has its end of guidance"):
         planning.plan(var, Goal(kl=1), ["tokens"], **arguments)
     report = planning.plan(var, Goal(kl=10), **arguments)
-    assert {each.config.guidance_until for each in report.curve} == {-2}
+    assert {each.config.guidance_until for each in report.curve} == {1}
 
 
 @pytest.mark.slow
