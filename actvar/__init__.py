@@ -21,8 +21,9 @@ if TYPE_CHECKING:
         release_cache,
         remove_patch,
     )
-    from actvar.reports.summary import summary
     from actvar.sampling.cuda_graph import GraphedSampling
+    from actvar.sampling.sampler import Sampler
+    from actvar.sampling.summary import summary
     from actvar.sparse.state import guided_rows, record
     from actvar.zoo import load_pretrained
 
@@ -34,6 +35,7 @@ __all__ = [
     "CheckpointError",
     "Execution",
     "GraphedSampling",
+    "Sampler",
     "accelerate",
     "apply_patch",
     "guided_rows",
@@ -64,8 +66,9 @@ _MODULES = {
         "release_cache",
         "remove_patch",
     ],
-    "reports.summary": ["summary"],
+    "sampling.summary": ["summary"],
     "sampling.cuda_graph": ["GraphedSampling"],
+    "sampling.sampler": ["Sampler"],
     "sparse.state": ["guided_rows", "record"],
     "zoo": ["load_pretrained"],
 }

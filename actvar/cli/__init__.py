@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": "check a checkpoint with ActVAR; exit code 1 if anything differs",
     "flops": "FLOPs by module and step; exit code 1 if torch counts other ones",
     "bench": "time the C++ kernels against plain PyTorch on this CPU; exit code 1 if any is over a tenth slower",
+    "models": "list the models that come with the package, with their presets and adapters",
     "info": "describe a checkpoint or adapter, or, without a file, this installation",
 }
 """Purpose of each command, by its name."""

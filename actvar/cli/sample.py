@@ -39,9 +39,9 @@ from actvar.models import VAR
 from actvar.patching.adapter import describe_adapter
 from actvar.patching.patch import patched_silently
 from actvar.reports.compare import compare, save_pictures
-from actvar.reports.summary import summary
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many, write_npz
+from actvar.sampling.summary import summary
 from actvar.utils.pictures import save_grid
 from actvar.zoo.pretrained import LOSSLESS, bundled_presets, preset_path
 
