@@ -8,6 +8,7 @@ from support.helpers import make_tiny_var
 from support.toy_family import STARTS, ToyFamily, ToyModel
 
 import actvar.families
+import actvar.models.var as var_module
 from actvar import (
     ActVARConfig,
     Execution,
@@ -19,7 +20,6 @@ from actvar import (
     remove_patch,
     save_adapter,
 )
-from actvar.baselines import without_guidance
 from actvar.config import DENSE
 from actvar.families import family_of
 from actvar.families.var import VARFamily
@@ -61,18 +61,18 @@ def scale_logits(var, inputs):
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("arguments", [{}, {"top_k": 9, "top_p": 0.8}, {"more_smooth": True}], ids=str)
 @pytest.mark.parametrize("count", [1, 2])
-def test_images_are_those_of_the_model_without_guidance_in_the_last_scales(count, arguments, backend):
+def test_images_are_those_of_the_dense_model_with_strength_0_in_the_last_scales(count, arguments, backend, monkeypatch):
     var = make_tiny_var()
-    with using_backend(backend):
-        if "more_smooth" in arguments:  # which the baseline leaves as it is
-            logits_of_all = draw(var, **arguments)
-            with patched(var, ActVARConfig(**ALL, guidance_until=-count)):
-                assert not torch.allclose(draw(var, **arguments), logits_of_all, atol=1e-3)
-            return
-        with without_guidance(var, count):
-            expected = draw(var, **arguments)
-        with patched(var, ActVARConfig(**ALL, guidance_until=-count)):
-            torch.testing.assert_close(draw(var, **arguments), expected, atol=1e-5, rtol=0)
+    first = len(var.patch_nums) - count
+    own = var_module.guided
+    strengths = iter(range(len(var.patch_nums)))
+    with monkeypatch.context() as patch:
+        patch.setattr(var_module, "guided", lambda logits, t: own(logits, t if next(strengths) < first else 0.0))
+        expected = draw(var, **arguments)
+    with using_backend(backend), patched(var, ActVARConfig(**ALL, guidance_until=-count)):
+        # mixed codes change with the rounding of logits, which a low temperature enlarges; drawn tokens are the same
+        atol = 1e-4 if "more_smooth" in arguments else 1e-5
+        torch.testing.assert_close(draw(var, **arguments), expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
