@@ -60,6 +60,8 @@ class SampleState:
             if past is not None:
                 for buffer, cached in zip(self.kv_buffer, past, strict=True):
                     buffer[:, :, : cached.shape[2]] = cached
+        if self.rows is None:
+            return self.kv_buffer
         keys, values = self.kv_buffer
         return keys[: self.rows], values[: self.rows]
 
