@@ -49,7 +49,7 @@ def test_the_device_is_the_gpu_where_there_is_one_and_is_said_once(
     assert devices == [expected]
     out = capsys.readouterr().out
     assert out.startswith(f"device {expected}\nwrote {tmp_path}/dense.png\n")
-    assert out.count("device") == 1
+    assert out.count(f"device {expected}") == 1
 
 
 def test_of_several_processes_one_says_the_device(tmp_path, capsys, monkeypatch):

@@ -56,26 +56,23 @@ def test_adaln_is_computed_once_per_sample(tiny_var, monkeypatch):
 
 def test_the_next_scale_goes_on_only_with_the_same_condition_and_cache(block):
     cond = sampled_up_to_the_last_scale(block)
-    state = block.actvar.cache.state
+    state, last = block.actvar.cache.state, block.actvar.schedule[-1]
     with torch.no_grad():
-        assert block.actvar.cache.continued(block, cond, block.actvar.schedule[-1]) is state
-        assert block.actvar.cache.continued(block, cond.clone(), block.actvar.schedule[-1]) is not state
+        assert block.actvar.cache.continued(block, cond, last) is state
+        assert block.actvar.cache.continued(block, cond.clone(), last) is not state
         block.attn.cached_k = block.attn.cached_k.clone()
-        assert block.actvar.cache.continued(block, cond, block.actvar.schedule[-1]) is not state
-    assert block.actvar.cache.continued(block, cond, block.actvar.schedule[-1]) is not state, (
-        "with gradients nothing is kept"
-    )
+        assert block.actvar.cache.continued(block, cond, last) is not state
+    assert block.actvar.cache.continued(block, cond, last) is not state, "with gradients nothing is kept"
 
 
 def test_weights_changed_between_two_samples_count(block):
     cond = sampled_up_to_the_last_scale(block)
     old = block.actvar.cache.state
+    last = block.actvar.schedule[-1]
     with torch.no_grad():
         block.attn.q_bias.add_(1)
         block.attn.kv_caching(True)
-        assert not torch.equal(
-            block.actvar.cache.continued(block, cond, block.actvar.schedule[-1]).qkv_bias, old.qkv_bias
-        )
+        assert not torch.equal(block.actvar.cache.continued(block, cond, last).qkv_bias, old.qkv_bias)
 
 
 def test_nothing_is_kept_after_the_last_scale(tiny_var):
