@@ -145,7 +145,7 @@ def _fitted_plans(
     levers: Sequence[str],
     unguided: Sequence[float],
 ) -> Iterator[tuple[ActVARConfig, float]]:
-    """Yield plans and the total divergence that is expected of each, for every end of guidance.
+    """Yield plans and the total divergence that is expected of each: first the dense model, then every end of guidance.
 
     At each price of a second, every block and scale has the choice that costs the least.
 
@@ -161,6 +161,8 @@ def _fitted_plans(
     ends: list[int | None] = [None]
     if "guidance" in levers:
         ends += [-scales for scales in range(1, min(GUIDED_SCALES, count - 1) + 1)]
+    ones = ((1.0,) * len(fits),) * len(base.scales)
+    yield replace(base, token_rates=ones, ffn_rate=ones), 0.0
     for end in ends:
         without = {} if end is None else {scale: unguided[scale] for scale in range(count + end, count)}
         options = [

@@ -171,7 +171,7 @@ def test_a_planned_model_has_the_divergence_that_its_report_says(tmp_path):
     assert report.is_met
     assert report.chosen.divergence <= 0.05
     assert var.actvar.config == report.chosen.config
-    assert report.curve[0].total == 0, "the dense model is always among the plans"
+    assert 0 in {each.total for each in report.curve}, "the dense model is among the plans"
     save_adapter(var, tmp_path / "plan.safetensors")
     remove_patch(var)
     dense = DensePredictions(var, sampled_inputs(var, 4, 1, 4, 1.5), 1.5)
