@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,11 @@ class ActVARConfig:
         """Return whether any rate is below 1."""
         rates = (*self.token_rates, *self.ffn_rates)
         return any(min(rate) < 1 if isinstance(rate, tuple) else rate < 1 for rate in rates)
+
+    def without_savings(self) -> ActVARConfig:
+        """Return the configuration with all tokens, experts and guidance at every scale; other variants stay."""
+        ones = (1.0,) * len(self.scales)
+        return replace(self, token_rates=ones, ffn_rate=1.0, guidance_until=None, always_sparse=False)
 
     def to_json(self) -> str:
         """Return all fields as the text of a JSON object."""

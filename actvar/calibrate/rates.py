@@ -81,7 +81,7 @@ def _choices(var: nn.Module, config: ActVARConfig) -> Iterator[tuple[int, dict[B
     def flops(scale: Scale) -> int:
         return sum(block_flops(scale, config, sizes.width, sizes.hidden).values())
 
-    dense = build_schedule(replace(config, token_rates=(1.0,) * len(config.scales), ffn_rate=1.0), maps)
+    dense = build_schedule(config.without_savings(), maps)
     budget_schedule = build_schedule(config, maps)
     for scale in (dense[index] for index in config.scales):
         options = {

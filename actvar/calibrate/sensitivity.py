@@ -37,9 +37,8 @@ def divergence_per_block(
     family = family_of(var)
     blocks: list[Any] = blocks_of(var)
     before = [block.actvar.schedule for block in blocks]
-    ones = (1.0,) * len(config.scales)
-    dense = replace(config, token_rates=ones, ffn_rate=1.0, always_sparse=False)
-    probes = replace(dense, token_rates=(TOKEN_RATE,) * len(ones)), replace(dense, ffn_rate=FFN_RATE)
+    dense = config.without_savings()
+    probes = replace(dense, token_rates=(TOKEN_RATE,) * len(config.scales)), replace(dense, ffn_rate=FFN_RATE)
     schedules = [build_schedule(c, family.maps(var)) for c in (dense, *probes)]
     call, head_cond = family.embedded(var, labels, inputs)
 

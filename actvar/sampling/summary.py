@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
 
 from torch import nn
 
-from actvar.config import ActVARConfig
 from actvar.families import family_of
 from actvar.flops import model_flops, total_flops
 from actvar.sparse.called_layers import called_parts
@@ -37,7 +35,7 @@ def summary(var: nn.Module) -> str:
     if not is_patched(model):
         return f"dense, by PyTorch; weights {dtype}"
     state = patch_state(model)
-    dense, own = (total_flops(model_flops(model, 1, config)) for config in (_dense(state), None))
+    dense, own = (total_flops(model_flops(model, 1, config)) for config in (state.config.without_savings(), None))
     execution = state.execution
     lines = [
         *_by_scale(state),
@@ -49,12 +47,6 @@ def summary(var: nn.Module) -> str:
     if not_fused:
         lines.append(f"not fused: {'; '.join(not_fused)}")
     return "\n".join(lines)
-
-
-def _dense(state: PatchState) -> ActVARConfig:
-    """Return the configuration of the dense model with the experts of the patch."""
-    ones = (1.0,) * len(state.config.scales)
-    return replace(state.config, token_rates=ones, ffn_rate=1.0, guidance_until=None, always_sparse=False)
 
 
 def _by_scale(state: PatchState) -> Iterator[str]:

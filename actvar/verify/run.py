@@ -153,8 +153,7 @@ def _checks_of_backends(var, patched, config, sampling, backends, dense=None) ->
         backends: to check.
         dense: the dense model's sample, whose tokens are compared; None: tokens are not compared.
     """
-    ones = (1.0,) * len(config.scales)
-    rates_1 = replace(config, token_rates=ones, ffn_rate=1.0, guidance_until=None, weights_from=None)
+    rates_1 = replace(config.without_savings(), weights_from=None)
     for backend in backends:
         with using_backend(backend):
             with compared_operations(var) as checks:

@@ -14,7 +14,6 @@ import actvar
 from actvar.cli import main
 from actvar.config import DENSE
 from actvar.evaluate.methods import chosen_methods, methods_of
-from actvar.models import VAR
 from actvar.zoo.checksums import save_checksums
 from actvar.zoo.pretrained import WEIGHTS, bundled_adapters, bundled_presets, load_pretrained, preset_path
 
@@ -46,20 +45,6 @@ def shipped(tmp_path_factory) -> Path:
 def weights(shipped, monkeypatch) -> Path:
     monkeypatch.setitem(WEIGHTS, NAME, shipped)
     return shipped
-
-
-@pytest.fixture
-def patches(monkeypatch) -> list[tuple[actvar.ActVARConfig, actvar.Execution] | None]:
-    """The configuration and Execution of each sample that is drawn, or None for a model without a patch."""
-    found, infer = [], VAR.autoregressive_infer_cfg
-
-    def noted(self, *args, **kwargs):
-        state = getattr(self, "actvar", None)
-        found.append(state and (state.config, state.execution))
-        return infer(self, *args, **kwargs)
-
-    monkeypatch.setattr(VAR, "autoregressive_infer_cfg", noted)
-    return found
 
 
 def test_presets_are_listed_apart_from_adapters(weights):

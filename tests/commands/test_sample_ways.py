@@ -10,7 +10,6 @@ from support.helpers import make_tiny_var
 
 import actvar
 from actvar.cli import main
-from actvar.models import VAR
 from actvar.reports.compare import compare
 
 MODEL = ["--model", "fashion-mnist"]
@@ -30,20 +29,6 @@ def checkpoint(tmp_path_factory) -> list[str]:
 def pixels(file) -> np.ndarray:
     with Image.open(file) as image:
         return np.asarray(image).astype(int)
-
-
-@pytest.fixture
-def patches(monkeypatch) -> list[tuple[actvar.ActVARConfig, actvar.Execution] | None]:
-    """The configuration and Execution of each sample that is drawn, or None for a model without a patch."""
-    found, infer = [], VAR.autoregressive_infer_cfg
-
-    def noted(self, *args, **kwargs):
-        state = getattr(self, "actvar", None)
-        found.append(state and (state.config, state.execution))
-        return infer(self, *args, **kwargs)
-
-    monkeypatch.setattr(VAR, "autoregressive_infer_cfg", noted)
-    return found
 
 
 def test_accelerate_draws_the_dense_images_on_the_kernels(checkpoint, tmp_path, caplog, patches):

@@ -16,7 +16,7 @@ from actvar.distill.images import EIGHT_BITS, SIXTEEN_BITS, TURNS, check_image, 
 
 COLOUR = (200, 100, 50)
 GREY = 124
-"""Of COLOUR, by the weights of ITU-R 601."""
+"""Hold the grey value of COLOUR, by the weights of ITU-R 601."""
 
 
 def ramp(width: int = 40, height: int = 30) -> np.ndarray:
