@@ -112,13 +112,13 @@ def computed_dtype(x: torch.Tensor) -> torch.dtype:
 def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Return weights as the kernels read them, `[N, ...]`.
 
-    For each panel of columns there are its rows, padded with zeros. In bfloat16 `layout.step` rows lie side by side.
+    For each panel of columns there are its rows, padded with zeros. Except in float32 `layout.step` rows lie side by side.
 
     Args:
-        weight: `[N, K, columns]`, float32 or bfloat16.
+        weight: `[N, K, columns]`, float32, bfloat16 or int8.
         layout: how weights are packed.
     """
-    step = layout.step if weight.dtype == torch.bfloat16 else 1
+    step = 1 if weight.dtype == torch.float32 else layout.step
     missing = -weight.shape[2] % layout.lanes, -weight.shape[1] % step
     weight = F.pad(weight, (0, missing[0], 0, missing[1])) if any(missing) else weight
     columns = weight.split(layout.lanes * layout.vectors, dim=2)

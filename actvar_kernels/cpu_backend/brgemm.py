@@ -1,0 +1,61 @@
+"""Find PyTorch's products for small blocks of a matrix, `at::native::cpublas::brgemm`, and say which run here.
+
+They are oneDNN's and use what the processor has: AMX, or AVX-512 with bfloat16 or VNNI. `ONEDNN_MAX_CPU_ISA` makes oneDNN
+take a processor for a lesser one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.cpu_backend.cpu import Layout
+
+_SYMBOLS = (
+    "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb",
+    "_ZN2at6native7cpublas6brgemmEllllllbPKhPKaPib",
+    "_ZN2at6native7cpublas14brgemm_releaseEb",
+)
+"""Mangled names of the products of bfloat16 and of bytes, and of what ends a thread's work."""
+LAYOUTS = {torch.bfloat16: Layout(64, 1, 2), torch.int8: Layout(64, 1, 4)}
+"""How weights are packed; `WIDTH` in brgemm.h."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Return the library of the C++ kernels, which knows PyTorch's products from here on.
+
+    Raises:
+        BuildError: the library can be neither found nor compiled.
+        OSError, AttributeError: PyTorch has no such products on this system, or in this version.
+    """
+    of_pytorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    found = cpu.library()
+    found.set_brgemm.argtypes, found.set_brgemm.restype = len(_SYMBOLS) * [ctypes.c_void_p], None
+    found.set_brgemm(*(ctypes.cast(getattr(of_pytorch, symbol), ctypes.c_void_p) for symbol in _SYMBOLS))
+    return found
+
+
+@functools.cache
+def runs(dtype: torch.dtype) -> bool:
+    """Return whether products of `dtype`, bfloat16 or int8, run on this processor, with this PyTorch."""
+    if cpu.why_unavailable() is not None:
+        return False
+    try:
+        return bool(library().brgemm_works(dtype == torch.int8))
+    except (OSError, AttributeError):
+        return False
+
+
+def has_tiles() -> bool:
+    """Return whether PyTorch's products of bfloat16 run on tiles (AMX), where they are much faster than others.
+
+    The environment variable is read at every call, as oneDNN reads it before its first product.
+    """
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    return ("AMX" in most or most in ("DEFAULT", "ALL")) and torch.cpu._is_amx_tile_supported() and runs(torch.bfloat16)

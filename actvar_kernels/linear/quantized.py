@@ -1,0 +1,41 @@
+"""Define linear layers in eight bits in plain PyTorch: symmetric, with a scale per row and per output column."""
+
+from __future__ import annotations
+
+import torch
+
+
+def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `round(x / scale)` in int8, half to even, and `scale = max |x| / 127` of each row in float32.
+
+    Rows of zeros have the scale 0. Rows with infinity or NaN become zeros with a scale that is not finite.
+
+    Args:
+        x: `[..., C]`, floating-point.
+
+    Returns:
+        `[..., C]` int8 and `[..., 1]` float32.
+    """
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127
+    divides = (scale > 0) & (scale < torch.inf)
+    rounded = (x / torch.where(divides, scale, 1)).clamp(-127, 127).round()
+    return torch.where(divides, rounded, 0).to(torch.int8), scale
+
+
+def quantized_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return `x @ weight.T + bias` with both factors in eight bits.
+
+    The sums of the products are exact integers. A sum times the scale of the column, times that of the row, plus the
+    bias is rounded to float32 after each step. `LLM.int8()` (Dettmers et al., 2022) calls this vector-wise quantization.
+
+    Args:
+        x: `[..., C]`, floating-point.
+        weight, bias: `[D, C]` and `[D]`, floating-point.
+
+    Returns:
+        `[..., D]` in x's dtype.
+    """
+    (rows, row_scales), (columns, column_scales) = quantized(x), quantized(weight)
+    sums = rows.double() @ columns.double().t()  # exact up to 2^53
+    return (sums.float() * column_scales.flatten() * row_scales + bias.float()).to(x.dtype)
