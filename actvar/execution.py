@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from actvar.utils.fields import check_choice, check_names, json_object
@@ -11,6 +11,7 @@ from actvar.utils.fields import check_choice, check_names, json_object
 SAMPLERS = ("torch", "fast")
 DECODER_DTYPES = (None, "bfloat16", "float16")
 EXPERT_EXECUTIONS = ("auto", "dense", "tile_list")
+WEIGHTS = (None, "int8")
 
 FIELDS_ONCE_IN_CONFIG = {
     "sampler": "sampler",
@@ -35,15 +36,20 @@ class Execution:
             experts and writes zeros for those that are off. `"tile_list"` sorts tokens by their experts, and a tile of
             tokens skips the experts that none of them wants. `"auto"` takes the one that was measured to be faster on
             the GPU.
+        weights: `"int8"` multiplies in eight bits in the blocks: queries, keys and values, the projection after
+            attention, both layers of the FFN and its experts. `actvar_kernels.linear.quantized` defines the result.
+            AdaLN, head and attention itself stay as they are. None leaves all as it is. A sequence has one of both for
+            every block.
 
     Raises:
-        TypeError: a field is neither a string nor None.
+        TypeError: a field is neither a string nor None, or `weights` is no sequence of them either.
         ValueError: a field is none of its choices.
     """
 
     sampler: str = "torch"
     decoder_dtype: str | None = None
     expert_execution: str = "auto"
+    weights: str | None | Sequence[str | None] = None
 
     def __post_init__(self):
         if self.expert_execution == "snap":
@@ -51,6 +57,23 @@ class Execution:
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("decoder_dtype", self.decoder_dtype, DECODER_DTYPES)
         check_choice("expert_execution", self.expert_execution, EXPERT_EXECUTIONS)
+        if isinstance(self.weights, (list, tuple)):
+            for index, weights in enumerate(self.weights):
+                check_choice(f"weights[{index}]", weights, WEIGHTS)
+            object.__setattr__(self, "weights", tuple(self.weights))
+        else:
+            check_choice("weights", self.weights, WEIGHTS)
+
+    def in_int8(self, blocks: int) -> tuple[bool, ...]:
+        """Return for each of a model's `blocks` whether it multiplies in eight bits.
+
+        Raises:
+            ValueError: `weights` has another number of blocks.
+        """
+        by_block = self.weights if isinstance(self.weights, tuple) else blocks * (self.weights,)
+        if len(by_block) != blocks:
+            raise ValueError(f"weights: the model has {blocks} blocks, got {len(by_block)} of them")
+        return tuple(weights == "int8" for weights in by_block)
 
     def to_json(self) -> str:
         """Return all fields as the text of a JSON object."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from actvar_kernels.cpu_backend import choices, cpu
-from actvar_kernels.situation import DIRECT, RECORDED, TORCH, situation
+from actvar_kernels.cpu_backend import brgemm, choices, cpu
+from actvar_kernels.situation import DIRECT, RECORDED, TORCH, situation, wants_gradient
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "ACTVAR_BACKEND"
@@ -212,6 +212,42 @@ def _expect_triton(operation: str, tensor: torch.Tensor) -> None:
             f"{operation}: the 'triton' backend needs CUDA tensors, got {tensor.device}; set TRITON_INTERPRET=1 "
             "before Python starts to run the kernels in Triton's interpreter"
         )
+
+
+def choose_int8(operation: str, *tensors: torch.Tensor) -> Backend:
+    """Return the backend that runs one call of an operation in eight bits: C++, or the reference.
+
+    `auto` takes C++, and the reference while PyTorch traces or transforms the call. It does not fall back to the
+    reference where the processor has no products of bytes, since that would take many times longer than other weights.
+
+    Args:
+        operation: name for errors.
+        tensors: floating-point tensors that the operation reads, the first of them its input.
+
+    Raises:
+        BackendUnavailableError: the call wants a gradient, is on another device than the CPU, or the backend in force
+            has no products of bytes here.
+    """
+    name, first = get_backend(), tensors[0]
+    reason = None
+    if wants_gradient(*tensors):
+        reason = "it has no gradient; call it under torch.no_grad()"
+    elif not first.is_cpu or name == "triton":
+        reason = f"it runs on CPUs alone so far, got the device {first.device} and the backend {name!r}"
+    elif name == "reference" or (name == "auto" and situation(*tensors) != DIRECT):
+        return REFERENCE
+    elif situation(*tensors) != DIRECT:
+        reason = "C++ cannot run while PyTorch traces, exports or transforms the call, or on tensors of a subclass"
+    elif cpu.computed_dtype(first) not in cpu.DTYPES:
+        reason = f"it takes float32 and bfloat16, got {cpu.computed_dtype(first)}"
+    elif not brgemm.runs(torch.int8):
+        reason = cpu.why_unavailable() or (
+            "this processor, or this PyTorch, has no products of bytes (AVX-512 with VNNI); use weights of 16 or 32 "
+            "bits, or the backend 'reference', which is slow"
+        )
+    if reason is not None:
+        raise BackendUnavailableError(f"{operation} in eight bits cannot run this call: {reason}")
+    return _KINDS["cpu", False]
 
 
 def choose_fused(x: torch.Tensor) -> Backend:

@@ -163,6 +163,8 @@ class Family(Protocol):
     """The axis of hidden units in each of a block's tensors that have one, by the tensor's name in the block."""
     leaves_out_guidance: bool
     """True where the mixin can sample on with the conditional rows alone, once the blocks return no others."""
+    takes_int8: bool
+    """True where `project` and `attention_output` multiply in eight bits if `block.actvar.int8` says so."""
     has_between: bool
     """True where a layer, such as cross-attention, stands between attention and FFN."""
     weight_kinds: Sequence[tuple[str, str]]

@@ -55,6 +55,7 @@ class VARFamily(BaseFamily):
     name = "VAR (actvar.models.VAR or the class of the public VAR code)"
     model_mixin: type = PatchedVAR
     leaves_out_guidance = True
+    takes_int8 = True
     hidden_axes: Mapping[str, int] = {"ffn.fc1.weight": 0, "ffn.fc1.bias": 0, "ffn.fc2.weight": 1}
     weight_kinds: Sequence[tuple[str, str]] = (
         (".attn.mat_qkv.", "qkv"),
@@ -213,8 +214,13 @@ class VARFamily(BaseFamily):
     ) -> tuple[Tensor, Tensor, Tensor]:
         attn = block.attn
         weight = attn.mat_qkv.weight
+        int8 = _in_int8(block)
         if queries_from is keys_from:
-            q, k, v = _heads(attn, linear(queries_from, weight, bias), 3)
+            q, k, v = _heads(attn, linear(queries_from, weight, bias, int8), 3)
+            return q, k, v
+        if int8:  # bytes are packed for the whole weight
+            q, _, _ = _heads(attn, linear(queries_from, weight, bias, int8), 3)
+            _, k, v = _heads(attn, linear(keys_from, weight, bias, int8), 3)
             return q, k, v
         C = weight.shape[1]
         (q,) = _heads(attn, F.linear(queries_from, weight[:C], bias[:C]), 1)
@@ -236,7 +242,7 @@ class VARFamily(BaseFamily):
         proj = block.attn.proj
         if PROJECTION in _called(block):
             return proj(out)
-        return linear(out, proj.weight, proj.bias)
+        return linear(out, proj.weight, proj.bias, _in_int8(block))
 
     def dense_ffn(self, block: Any, u: Tensor, num_experts: int) -> Tensor:
         """Return the FFN of `u` `[R, K, C]`: in C++ as experts that are all on, on CUDA by `gelu_linear`."""
@@ -313,6 +319,12 @@ def _called(block: Any) -> Mapping[str, Called]:
     """Return the parts that are called: those found when the sample began, or found now in a block without a patch."""
     state = block._modules.get("actvar")
     return parts_called(block) if state is None else state.called
+
+
+def _in_int8(block: Any) -> bool:
+    """Return whether a block multiplies in eight bits, which one without a patch does not."""
+    state = block._modules.get("actvar")
+    return state is not None and state.int8
 
 
 def _block_mismatch(block: Any, place: str, first: tuple[int | None, int | None]) -> str | None:

@@ -15,7 +15,7 @@ from actvar.sparse.passes import Pass, computing_again
 from actvar.sparse.record import BlockRecord
 from actvar.sparse.schedule import Scale
 from actvar.sparse.selection import selected
-from actvar.sparse.teacher_forcing import teacher_forced_block
+from actvar.sparse.teacher_forcing import int8_ffn, teacher_forced_block
 from actvar.utils.weight_override import own_weights
 from actvar_kernels import (
     add_normalize,
@@ -63,7 +63,7 @@ class ActVARBlock(nn.Module):
         state = self.actvar
         if call.mask is not None:
             state.shared.expect_same_weights()
-            if not any(scale.active for scale in state.schedule):
+            if not state.int8 and not any(scale.active for scale in state.schedule):
                 return self.dense_forward(call)
             state.shared.begin_block(state.block_index, self)
             return teacher_forced_block(self, call, current)
@@ -84,7 +84,7 @@ class ActVARBlock(nn.Module):
         if scale.index == 0 or scale.index == state.shared.first_tuned:
             state.shared.begin_block(state.block_index, self)
         backend = REFERENCE if NORM in state.called else choose_fused(call.x)
-        if scale.active or backend.fuses:
+        if scale.active or backend.fuses or state.int8:
             return block_at_scale(self, call, scale, backend, current)
         if state.shared.leaves_out_rows(scale):
             call = state.family.conditional(call)
@@ -169,13 +169,13 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
             u = normalize_modulate(rows, scale2, shift2)
             mask, logits = route_experts(u, *gate)
         weights, execution = family.ffn_weights(block), shared.execution.expert_execution
-        x = expert_ffn_scatter(base, index, rows, u, mask, scale.experts, *weights, gamma2, execution)
+        x = expert_ffn_scatter(base, index, rows, u, mask, scale.experts, *weights, gamma2, execution, state.int8)
     else:
         if rows is None:
             rows, u = add_normalize(x, index, update, gamma1, scale2, shift2)
         else:
             u = normalize_modulate(rows, scale2, shift2)
-        update = family.dense_ffn(block, u, shared.config.num_experts)
+        update = int8_ffn(block, u) if state.int8 else family.dense_ffn(block, u, shared.config.num_experts)
         x = scatter_rows(base, index, rows, update, gamma2)
 
     if shared.records is not None and scale.active:

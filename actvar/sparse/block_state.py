@@ -85,6 +85,11 @@ class BlockState(nn.Module):
         return self.shared.called[self.block_index]
 
     @property
+    def int8(self) -> bool:
+        """Return whether the block multiplies in eight bits."""
+        return self.shared.int8[self.block_index]
+
+    @property
     def changed_order(self) -> Tensor | None:
         """Return `hidden_order`, or None where every hidden unit is in its original place."""
         return None if torch.equal(self.hidden_order, self.hidden_order.sort().values) else self.hidden_order

@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from actvar.families.base import ATTENTION, FFN, NORM, Called
+from actvar.families.base import ATTENTION, FFN, NORM, PROJECTION, Called
 from actvar.sparse.schedule import Scale
 
 logger = logging.getLogger(__name__)
 
 
-def expect_readable(index: int, called: Mapping[str, Called], schedule: Sequence[Scale], kv: str) -> None:
-    """Check that no sparse operation of block number `index` has to read a layer that must be called.
+def expect_readable(
+    index: int, called: Mapping[str, Called], schedule: Sequence[Scale], kv: str, int8: bool
+) -> None:
+    """Check that no operation of block number `index` has to read a layer that must be called.
 
     Args:
         index: number of the block, for the message.
         called: parts of the block, by `Family.parts_called`.
         schedule: scales of the block.
         kv: `ActVARConfig.kv`.
+        int8: whether the block multiplies in eight bits.
 
     Raises:
         TypeError: an operation has to; the message names the layer, the reason, and the ways out.
@@ -29,12 +32,16 @@ def expect_readable(index: int, called: Mapping[str, Called], schedule: Sequence
         ATTENTION: "attention with kv='all'" if selects and kv == "all" else None,
         FFN: "the experts" if routes else None,
     }
+    way_out = "patch with rates of 1 (actvar.accelerate)"
+    if int8:
+        readers = dict.fromkeys((NORM, ATTENTION, PROJECTION, FFN), "products in eight bits")
+        way_out = "leave Execution.weights None for this block"
     for part, reader in readers.items():
         if reader is not None and part in called:
             path, reason = called[part]
             raise TypeError(
                 f"blocks[{index}].{path}: expected plain layers, which {reader} can read, got one that {reason}; merge "
-                "or remove what is around it, or patch with rates of 1 (actvar.accelerate)"
+                f"or remove what is around it, or {way_out}"
             )
 
 

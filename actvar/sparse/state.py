@@ -40,6 +40,7 @@ class PatchState:
         called: by block, the parts that kernels do not read.
         head_called: why kernels do not read the head, or None.
         called_is_new: whether `called` or `head_called` has changed and is not logged yet.
+        int8: by block, whether it multiplies in eight bits.
         schedule: the first block's, with a scale selected or routed where it is so in any block.
         first_tuned: number of the first scale with the adapter's weights; 0 where these hold at every scale.
         scale_is_tuned: whether the last call of a block was at a scale with the adapter's weights.
@@ -65,6 +66,7 @@ class PatchState:
     scale_is_tuned: bool = True
     rows_stand_alone: bool = False
     first_tuned: int = field(init=False)
+    int8: tuple[bool, ...] = field(init=False)
     schedule: tuple[Scale, ...] = field(init=False)
     by_shape: tuple[dict[tuple[int, int], Scale], ...] = field(init=False)
 
@@ -75,6 +77,7 @@ class PatchState:
         )
         self.first_tuned = next(scale.index for scale in self.schedule if scale.tuned)
         self.called = [{} for _ in self.schedules]
+        self.int8 = self.execution.in_int8(len(self.schedules))
         self.by_shape = tuple({(s.tokens, s.cached_before): s for s in schedule} for schedule in self.schedules)
 
     def blocks(self, model: Any) -> list[Any]:
@@ -167,7 +170,7 @@ class PatchState:
         self.called_is_new |= called != self.called[index]
         self.called[index] = called
         if called:
-            expect_readable(index, called, block.actvar.schedule, self.config.kv)
+            expect_readable(index, called, block.actvar.schedule, self.config.kv, self.int8[index])
         drop_changed([*self.family.packed_weights(block), block.actvar.router.weight])
 
     def begin_head(self, model: Any, tokens: int) -> None:

@@ -99,13 +99,22 @@ def _ffn(block: Any, u: torch.Tensor, kept: KeptTokens, call: BlockCall) -> torc
     if scale.route:
         mask, logits = route_experts(u, router.weight, router.bias, scale.experts)
         gate = mask * straight_through(logits) if is_trained(router) else mask
-        update = expert_ffn(u, gate, scale.experts, *family.ffn_weights(block))
+        update = expert_ffn(u, gate, scale.experts, *family.ffn_weights(block), int8=block.actvar.int8)
+    elif block.actvar.int8:
+        update = int8_ffn(block, u)
     else:
         update = family.called_ffn(block, u)
     if records is not None and scale.active and not computing_again():
         index = kept.index if scale.select else None
         records.append(BlockRecord(block.actvar.block_index, scale, index, kept.scores, u, mask, logits, call))
     return update
+
+
+def int8_ffn(block: Any, u: torch.Tensor) -> torch.Tensor:
+    """Return the whole FFN of `u` `[R, K, C]` in eight bits: as experts that are all on, whose weights are packed once."""
+    experts = block.actvar.shared.config.num_experts
+    every = u.new_ones(*u.shape[:-1], experts, dtype=torch.bool)
+    return expert_ffn(u, every, experts, *block.actvar.family.ffn_weights(block), int8=True)
 
 
 def _token_gate(kept: KeptTokens) -> torch.Tensor:

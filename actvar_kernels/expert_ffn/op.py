@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, in_kernel_dtypes
+from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, choose_int8, in_kernel_dtypes
 from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape, expect_tensor
 from actvar_kernels.constants import MAX_EXPERTS
-from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.expert_ffn import cpu_kernel, reference
+from actvar_kernels.cpu_backend import brgemm, cpu
+from actvar_kernels.expert_ffn import cpu_brgemm, cpu_kernel, reference
 from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm.reference import Residual
@@ -31,6 +31,7 @@ def expert_ffn(
     fc1_bias: torch.Tensor,
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
+    int8: bool = False,
 ) -> torch.Tensor:
     """Return the sum of the chosen experts' outputs: `fc2_bias + sum_e mask_e gelu_tanh(u W1_e^T + b1_e) W2_e^T`.
 
@@ -48,16 +49,21 @@ def expert_ffn(
         active: number of experts that are on for a token, 1 ... N; the FLOP count of a call is based on it.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`, in u's dtype, or in any under
             autocast.
+        int8: whether both products are ones of bytes, as `reference.int8_expert_ffn` defines them, for a bool mask and
+            on the CPU.
 
     Returns:
         `[..., C]` in u's dtype, or in that of autocast.
 
     Raises:
         ValueError: shapes or devices that do not fit, or N that does not divide D.
-        BackendUnavailableError: see `actvar_kernels.set_backend`.
+        TypeError: a mask in eight bits that is not bool.
+        BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_int8` for `int8`.
     """
     weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     active = _expect_ffn(u, mask, active, weights)
+    if int8:
+        return _int8_ffn("expert_ffn", u, mask, active, weights)
     return _ffn(_choose("expert_ffn", u, mask, weights), u, mask, active, weights)
 
 
@@ -74,6 +80,7 @@ def expert_ffn_scatter(
     fc2_bias: torch.Tensor,
     gamma: torch.Tensor,
     schedule: str = "auto",
+    int8: bool = False,
 ) -> torch.Tensor:
     """Return `rest` after `rest[r, index[r, j]] = rows[r, j] + gamma[r] * expert_ffn(u)[r, j]`.
 
@@ -94,14 +101,15 @@ def expert_ffn_scatter(
             experts that no row of a tile of sorted tokens wants. Both give results that are equal but for rounding.
             `"auto"` takes what a table of `actvar_kernels.tools.tune` says. Without a table it takes `"dense"`, which
             was faster on an H100 at every size.
+        int8: as in `expert_ffn`.
 
     Returns:
         `[R, L, C]` in the dtype of `rest`; without an index `[R, K, C]`.
 
     Raises:
-        TypeError: an index that is not int64.
+        TypeError: an index that is not int64, a mask in eight bits that is not bool.
         ValueError: shapes or devices that do not fit, N that does not divide D, an unknown schedule.
-        BackendUnavailableError: see `actvar_kernels.set_backend`.
+        BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_int8` for `int8`.
     """
     if schedule not in SCHEDULES:
         hint = "; it was removed, use 'dense' or 'tile_list'" if schedule == "snap" else ""
@@ -109,6 +117,9 @@ def expert_ffn_scatter(
     weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     active = _expect_ffn(u, mask, active, weights)
     parts = _expect_rows(rest, index, rows, u, gamma)
+    if int8:
+        rows = rows.rows(index) if isinstance(rows, Residual) else rows
+        return scatter_checked(rest, index, rows, _int8_ffn("expert_ffn_scatter", u, mask, active, weights), gamma)
     backend = _choose("expert_ffn_scatter", u, mask, weights, *parts)
     if backend.name != "triton" or wants_gradient(u, *weights, *parts):  # what writes in place has no gradient
         rows = rows.rows(index) if isinstance(rows, Residual) else rows
@@ -193,6 +204,16 @@ def _choose(operation: str, u: torch.Tensor, mask: torch.Tensor, weights: FFNWei
     )
 
 
+def _int8_ffn(operation: str, u: torch.Tensor, mask: torch.Tensor, active: int, weights: FFNWeights) -> torch.Tensor:
+    """Return the FFN in eight bits."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected bool, which is all that eight bits take, got {mask.dtype}")
+    (u,) = _as_autocast(u)
+    if choose_int8(operation, u, mask, *weights).name == "reference":
+        return reference.int8_expert_ffn(u, mask, *weights)
+    return cpu_brgemm.expert_ffn(u, mask, weights, int8=True, skips=active < mask.shape[-1])
+
+
 def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Return `tensors` in the dtype of autocast, if it is on; neither the compiler nor a kernel sees autocast."""
     device = tensors[0].device.type
@@ -223,6 +244,8 @@ def _run_ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, weights: FFN
     """Run the FFN on a backend."""
     if backend.name == "reference":
         return reference.expert_ffn(u, mask, *weights)
+    if backend.name == "cpu" and u.dtype == torch.bfloat16 and brgemm.has_tiles():
+        return cpu_brgemm.expert_ffn(u, mask, weights, int8=False, skips=False)
     if backend.name == "cpu":
         return cpu_kernel.expert_ffn(u, mask, *weights)
     from actvar_kernels.expert_ffn import triton_kernel

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from actvar_kernels.linear.quantized import quantized_linear, quantized_product
+
 
 def expert_ffn(
     u: torch.Tensor,
@@ -22,6 +24,24 @@ def expert_ffn(
     else:
         by_expert = by_expert * mask.unsqueeze(-1).to(hidden.dtype)
     return F.linear(by_expert.flatten(-2), fc2_weight, fc2_bias)
+
+
+def int8_expert_ffn(
+    u: torch.Tensor,
+    mask: torch.Tensor,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+) -> torch.Tensor:
+    """Return what `op.expert_ffn` does in eight bits, for a bool mask.
+
+    Hidden units are float32 before GELU and have u's dtype after it. Those that are off are zeros when a row is
+    quantized, so they have no part in its scale.
+    """
+    hidden = F.gelu(quantized_product(u, fc1_weight, fc1_bias), approximate="tanh").to(u.dtype)
+    by_expert = hidden.unflatten(-1, (mask.shape[-1], -1)).masked_fill(~mask.unsqueeze(-1), 0)
+    return quantized_linear(by_expert.flatten(-2), fc2_weight, fc2_bias)
 
 
 def sort_key(mask: torch.Tensor) -> torch.Tensor:

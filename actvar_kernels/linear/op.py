@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels.backend import choose
-from actvar_kernels.cpu_backend import cpu
-from actvar_kernels.linear import cpu_kernel
+from actvar_kernels.backend import choose, choose_int8
+from actvar_kernels.cpu_backend import brgemm, cpu
+from actvar_kernels.linear import cpu_brgemm, cpu_kernel
+from actvar_kernels.linear.quantized import quantized_linear
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, int8: bool = False) -> torch.Tensor:
     """Return `x @ weight.T + bias`.
 
-    C++ takes float32 and bfloat16, sums in float32, and works on a packed copy of the weight. Otherwise the product is
-    PyTorch's.
+    C++ takes float32 and bfloat16, sums in float32, and works on a packed copy of the weight. In bfloat16 it takes
+    PyTorch's products where the processor has tiles (AMX). Otherwise the product is PyTorch's.
 
     Args:
         x: `[..., C]`, floating-point.
@@ -22,13 +23,22 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
             version, address or dtype is seen; after others (through `.data`, by fused optimizers) call `actvar.refresh`
             on its module.
         bias: `[D]`, like the weight.
+        int8: whether the product is one of bytes, as `linear.quantized.quantized_linear` defines it, with a packed copy
+            of one byte a number. It runs on the CPU, and in C++ bit for bit.
 
     Raises:
-        BackendUnavailableError: see `actvar_kernels.set_backend`.
+        BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_int8` for `int8`.
     """
+    dtype = cpu.computed_dtype(x)
+    if int8:
+        x = x.to(dtype)
+        if choose_int8("linear", x, weight, bias).name == "reference":
+            return quantized_linear(x, weight, bias)
+        return cpu_brgemm.linear(x, weight, bias, int8=True)
     if _runs_in_pytorch("linear", x, weight, bias):
         return F.linear(x, weight, bias)
-    dtype = cpu.computed_dtype(x)
+    if dtype == torch.bfloat16 and brgemm.has_tiles():
+        return cpu_brgemm.linear(x.to(dtype), weight, bias, int8=False)
     return cpu_kernel.linear(x if x.dtype == dtype else x.to(dtype), weight, bias)
 
 

@@ -36,6 +36,11 @@ def quantized_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) 
     Returns:
         `[..., D]` in x's dtype.
     """
+    return quantized_product(x, weight, bias).to(x.dtype)
+
+
+def quantized_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return the result of `quantized_linear` in float32, `[..., D]`; see there."""
     (rows, row_scales), (columns, column_scales) = quantized(x), quantized(weight)
     sums = rows.double() @ columns.double().t()  # exact up to 2^53
-    return (sums.float() * column_scales.flatten() * row_scales + bias.float()).to(x.dtype)
+    return sums.float() * column_scales.flatten() * row_scales + bias.float()

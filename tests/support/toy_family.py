@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from actvar.families.base import BlockCall, Called, Embedded, OnScale, Rows, Sizes
 from actvar.families.defaults import BaseFamily
 from actvar.utils.weight_override import own_weights
+from actvar_kernels import linear
 
 MAPS = ((1, 1), (1, 2), (2, 3), (3, 5))
 CODE_SIZE, CODES, CLASSES, TEXT_TOKENS = 4, 24, 6, 3
@@ -261,6 +262,7 @@ class ToyFamily(BaseFamily):
     name = "toy"
     model_mixin = PatchedToy
     leaves_out_guidance = True
+    takes_int8 = True
     has_between = True
     hidden_axes = {"feed_forward.up.weight": 0, "feed_forward.up.bias": 0, "feed_forward.down.weight": 1}
     weight_kinds = (("self_attention.into.", "qkv"), ("self_attention.out.", "proj"), ("feed_forward.", "ffn"))
@@ -345,8 +347,13 @@ class ToyFamily(BaseFamily):
         self, block: nn.Module, queries_from: Tensor, keys_from: Tensor, bias: Tensor, queries_at: Rows, keys_at: Rows
     ) -> tuple[Tensor, Tensor, Tensor]:
         attention = block.self_attention
-        weights = zip(attention.into.weight.chunk(3), bias.chunk(3), (queries_from, keys_from, keys_from), strict=True)
-        q, k, v = (attention.split(F.linear(rows, weight, part)) for weight, part, rows in weights)
+        if block.actvar.int8:
+            parts = [linear(rows, attention.into.weight, bias, int8=True).chunk(3, dim=-1) for rows in (queries_from, keys_from)]
+            q, k, v = (attention.split(part) for part in (parts[0][0], *parts[1][1:]))
+        else:
+            sources = (queries_from, keys_from, keys_from)
+            weights = zip(attention.into.weight.chunk(3), bias.chunk(3), sources, strict=True)
+            q, k, v = (attention.split(F.linear(rows, weight, part)) for weight, part, rows in weights)
         device = queries_from.device
         return rotated(q, queries_at.positions(device)), rotated(k, keys_at.positions(device)), v
 
@@ -354,7 +361,8 @@ class ToyFamily(BaseFamily):
         return block.self_attention.scale
 
     def attention_output(self, block: nn.Module, out: Tensor) -> Tensor:
-        return block.self_attention.out(out)
+        layer = block.self_attention.out
+        return linear(out, layer.weight, layer.bias, int8=True) if block.actvar.int8 else layer(out)
 
     def between(self, block: nn.Module, rows: Tensor, _at: Rows, call: BlockCall) -> Tensor:
         return rows + block.cross_attention.over_text(block.cross_norm(rows), call.context)
