@@ -5,7 +5,7 @@
 Official sizes have random weights, which change no time; `fashion-mnist` is the bundled model with its adapter. All
 ways are timed in turn in one process, and the table is of medians. In float32 every dense way must draw the same images
 first. In bfloat16 our weights are in it, while the public code's are in float32 under autocast, decoder included. The
-last two ways are ActVAR with an option that changes numbers. The operations that each way ran fused, in C++ or Triton,
+last two ways are ActVAR with an option that changes numbers; `--weights int8` adds two in eight bits. The operations that each way ran fused, in C++ or Triton,
 are listed below the times.
 `--components` splits every step into its components, `--memory` measures each way in a process of its own.
 """
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         expect_kernels(parser)
     dtype = DTYPES[options.dtype]
     var, adapter = model(options.model)
-    compared = ways(var, adapter, dtype, options.public_var)
+    compared = ways(var, adapter, dtype, options.public_var, options.weights)
     sampling = sampling_of(var, options.batch)
     if dtype == torch.float32:
         expect_equal_images({name: way for name, way in compared.items() if name in WAYS[:3]}, sampling)
@@ -110,6 +110,7 @@ def shape_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="images (default 1)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--public-var", type=Path, help="clone of the public VAR code, to be measured as well")
+    parser.add_argument("--weights", choices=("int8",), help="also measure products in eight bits")
     return parser
 
 
@@ -119,7 +120,9 @@ def expect_kernels(parser: argparse.ArgumentParser) -> None:
         parser.error(f"--csv: rows are of the C++ kernels, which do not run here: {cpu.why_unavailable()}")
 
 
-def ways(var: nn.Module, adapter: Path | None, dtype: torch.dtype, public_folder: Path | None) -> dict[str, Callable]:
+def ways(
+    var: nn.Module, adapter: Path | None, dtype: torch.dtype, public_folder: Path | None, weights: str | None = None
+) -> dict[str, Callable]:
     """Return by name a context manager that gives the model to sample with; `var` is in float32 and gets `dtype`."""
     found = {}
     if public_folder is not None:
@@ -133,6 +136,10 @@ def ways(var: nn.Module, adapter: Path | None, dtype: torch.dtype, public_folder
     found["fast sampler"] = lambda: patched_silently(var, ActVARConfig(), adapter, Execution(sampler="fast"))
     half = Execution(decoder_dtype="bfloat16")
     found["bf16 decoder"] = lambda: patched_silently(var, ActVARConfig(), adapter, half)
+    if weights is not None:
+        in_weights = Execution(weights=weights)
+        found[f"accelerated {weights}"] = lambda: patched_silently(var, DENSE, None, in_weights)
+        found[f"ActVAR {weights}"] = lambda: patched_silently(var, ActVARConfig(), adapter, in_weights)
     return found
 
 
