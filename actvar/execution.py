@@ -49,7 +49,7 @@ class Execution:
     sampler: str = "torch"
     decoder_dtype: str | None = None
     expert_execution: str = "auto"
-    weights: str | None | Sequence[str | None] = None
+    weights: str | Sequence[str | None] | None = None
 
     def __post_init__(self):
         if self.expert_execution == "snap":

@@ -5,8 +5,8 @@
 Official sizes have random weights, which change no time; `fashion-mnist` is the bundled model with its adapter. All
 ways are timed in turn in one process, and the table is of medians. In float32 every dense way must draw the same images
 first. In bfloat16 our weights are in it, while the public code's are in float32 under autocast, decoder included. The
-last two ways are ActVAR with an option that changes numbers; `--weights int8` adds two in eight bits. The operations that each way ran fused, in C++ or Triton,
-are listed below the times.
+last two ways are ActVAR with an option that changes numbers; `--weights int8` adds two in eight bits. The operations
+that each way ran fused, in C++ or Triton, are listed below the times.
 `--components` splits every step into its components, `--memory` measures each way in a process of its own.
 """
 

@@ -41,12 +41,20 @@ def summary(var: nn.Module) -> str:
         *_by_scale(state),
         f"weights {dtype}, decoder {execution.decoder_dtype or 'as it is'}, sampler {execution.sampler}, "
         f"backend {get_backend()}",
+        *_formats(state),
         f"FLOPs of the transformer: {own / 1e9:.2f} G an image, {1 - own / dense:.1%} saved",
     ]
     not_fused = called_parts(state.called, state.head_called)
     if not_fused:
         lines.append(f"not fused: {'; '.join(not_fused)}")
     return "\n".join(lines)
+
+
+def _formats(state: PatchState) -> Iterator[str]:
+    """Yield a line about blocks that multiply in eight bits, if there are any."""
+    if any(state.int8):
+        count = "" if all(state.int8) else f"{sum(state.int8)} of {len(state.int8)} "
+        yield f"products of {count or 'the '}blocks in int8"
 
 
 def _by_scale(state: PatchState) -> Iterator[str]:

@@ -11,9 +11,7 @@ from actvar.sparse.schedule import Scale
 logger = logging.getLogger(__name__)
 
 
-def expect_readable(
-    index: int, called: Mapping[str, Called], schedule: Sequence[Scale], kv: str, int8: bool
-) -> None:
+def expect_readable(index: int, called: Mapping[str, Called], schedule: Sequence[Scale], kv: str, int8: bool) -> None:
     """Check that no operation of block number `index` has to read a layer that must be called.
 
     Args:

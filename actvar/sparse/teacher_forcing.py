@@ -111,7 +111,7 @@ def _ffn(block: Any, u: torch.Tensor, kept: KeptTokens, call: BlockCall) -> torc
 
 
 def int8_ffn(block: Any, u: torch.Tensor) -> torch.Tensor:
-    """Return the whole FFN of `u` `[R, K, C]` in eight bits: as experts that are all on, whose weights are packed once."""
+    """Return the whole FFN of `u` `[R, K, C]` in eight bits, as experts that are all on: they share a packed copy."""
     experts = block.actvar.shared.config.num_experts
     every = u.new_ones(*u.shape[:-1], experts, dtype=torch.bool)
     return expert_ffn(u, every, experts, *block.actvar.family.ffn_weights(block), int8=True)

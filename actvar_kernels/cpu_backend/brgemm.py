@@ -1,7 +1,7 @@
 """Find PyTorch's products for small blocks of a matrix, `at::native::cpublas::brgemm`, and say which run here.
 
-They are oneDNN's and use what the processor has: AMX, or AVX-512 with bfloat16 or VNNI. `ONEDNN_MAX_CPU_ISA` makes oneDNN
-take a processor for a lesser one.
+They are oneDNN's and use what the processor has: AMX, or AVX-512 with bfloat16 or VNNI. `ONEDNN_MAX_CPU_ISA` makes
+oneDNN take a processor for a lesser one.
 """
 
 from __future__ import annotations

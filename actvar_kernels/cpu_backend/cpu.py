@@ -112,7 +112,8 @@ def computed_dtype(x: torch.Tensor) -> torch.dtype:
 def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Return weights as the kernels read them, `[N, ...]`.
 
-    For each panel of columns there are its rows, padded with zeros. Except in float32 `layout.step` rows lie side by side.
+    For each panel of columns there are its rows, padded with zeros. In other dtypes than float32 `layout.step` rows lie
+    side by side.
 
     Args:
         weight: `[N, K, columns]`, float32, bfloat16 or int8.

@@ -14,7 +14,6 @@ from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.linear.cpu_brgemm import PackedWeight, pack
 from actvar_kernels.linear.quantized import quantized
 
-
 WIDTH = brgemm.LAYOUTS[torch.int8].lanes
 MOST_FILLED = 0.1
 """Most zeros for a hidden unit that fill experts up to full panels. Beyond it experts are not skipped."""
@@ -57,7 +56,9 @@ def expert_ffn(
 
 
 @torch.no_grad()
-def _pack(weights: FFNWeights, groups: int, int8: bool) -> tuple[PackedWeight, torch.Tensor, PackedWeight, torch.Tensor]:
+def _pack(
+    weights: FFNWeights, groups: int, int8: bool
+) -> tuple[PackedWeight, torch.Tensor, PackedWeight, torch.Tensor]:
     """Return the first weight and bias, then the second ones, as C++ reads them.
 
     Hidden units are filled up with zeros to full panels in each group.

@@ -27,7 +27,7 @@ def quantized_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) 
     """Return `x @ weight.T + bias` with both factors in eight bits.
 
     The sums of the products are exact integers. A sum times the scale of the column, times that of the row, plus the
-    bias is rounded to float32 after each step. `LLM.int8()` (Dettmers et al., 2022) calls this vector-wise quantization.
+    bias is rounded to float32 after each step. LLM.int8() (Dettmers et al., 2022) calls this vector-wise quantization.
 
     Args:
         x: `[..., C]`, floating-point.

@@ -348,7 +348,10 @@ class ToyFamily(BaseFamily):
     ) -> tuple[Tensor, Tensor, Tensor]:
         attention = block.self_attention
         if block.actvar.int8:
-            parts = [linear(rows, attention.into.weight, bias, int8=True).chunk(3, dim=-1) for rows in (queries_from, keys_from)]
+            parts = [
+                linear(rows, attention.into.weight, bias, int8=True).chunk(3, dim=-1)
+                for rows in (queries_from, keys_from)
+            ]
             q, k, v = (attention.split(part) for part in (parts[0][0], *parts[1][1:]))
         else:
             sources = (queries_from, keys_from, keys_from)

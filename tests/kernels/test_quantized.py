@@ -1,0 +1,150 @@
+"""Products in eight bits: what the reference defines, and who runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from actvar_kernels import BackendUnavailableError, expert_ffn, linear
+from actvar_kernels.backend import using_backend
+from actvar_kernels.cpu_backend import brgemm, cpu
+from actvar_kernels.expert_ffn import reference
+from actvar_kernels.linear.quantized import quantized, quantized_linear
+
+needs_bytes = pytest.mark.skipif(not brgemm.runs(torch.int8), reason="no products of bytes here")
+
+
+def layer(T: int, C: int, D: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Return x, weight and bias."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((T, C), 1.0), ((D, C), C**-0.5), ((D,), 1.0)
+    x, weight, bias = ((torch.randn(size, generator=generator) * std).to(dtype) for size, std in sizes)
+    return x, weight, bias
+
+
+def test_a_row_is_quantized_to_the_nearest_half_to_even():
+    q, scale = quantized(torch.tensor([[127.0, 0.5, 1.5, -2.5, -126.6, 0.0]]))
+    assert q.tolist() == [[127, 0, 2, -2, -127, 0]]
+    assert scale.tolist() == [[1.0]]
+
+
+def test_rows_without_a_usable_scale_are_zeros():
+    rows = torch.tensor([[0.0, 0.0], [torch.inf, 1.0], [torch.nan, 1.0], [1e-45, 0.0]])
+    q, scale = quantized(rows)
+    assert q.eq(0).all()
+    assert scale.flatten().tolist()[0] == 0
+    assert scale[1].isinf().all()
+    assert scale[2].isnan().all()
+
+
+def test_the_product_is_that_of_the_dequantized_factors():
+    x, weight, bias = layer(5, 40, 7)
+    (q, x_scale), (w, w_scale) = quantized(x), quantized(weight)
+    due = (q.double() * x_scale) @ (w.double() * w_scale).T + bias.double()
+    magnitude = (q.double() * x_scale).abs() @ (w.double() * w_scale).abs().T + bias.double().abs()
+    error = (quantized_linear(x, weight, bias).double() - due).abs()
+    assert (error <= 4 * torch.finfo(torch.float32).eps * magnitude).all()  # three roundings and those of the scales
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_error_is_at_most_half_a_step_of_every_factor(dtype):
+    x, weight, bias = layer(9, 64, 33, dtype)
+    due = x.double() @ weight.double().T + bias.double()
+    step_x, step_w = (t.double().abs().amax(1, keepdim=True) / 127 for t in (x, weight))
+    allowed = (
+        step_x / 2 * weight.double().abs().sum(1)
+        + step_w.T / 2 * x.double().abs().sum(1, keepdim=True)
+        + step_x * step_w.T * x.shape[1] / 4
+    )
+    rounded = torch.finfo(dtype).eps * (due.abs() + allowed)
+    assert ((quantized_linear(x, weight, bias).double() - due).abs() <= allowed + rounded).all()
+
+
+def test_experts_that_are_off_have_no_part_in_the_scale():
+    u, up, bias = layer(3, 16, 32)
+    _, down, _ = layer(1, 32, 16)
+    mask = torch.tensor([[True, False]]).expand(3, 2)
+    bias = bias.clone()
+    bias[16:] = 1e6  # the second expert alone, whose scale would leave nothing of the first
+    off = reference.int8_expert_ffn(u, mask, up, bias, down, torch.zeros(16))
+    alone = reference.int8_expert_ffn(u, mask[:, :1], up[:16], bias[:16], down[:, :16], torch.zeros(16))
+    assert (off - alone).abs().max() <= 0.02 * alone.abs().max()
+
+
+def test_the_reference_runs_anywhere():
+    x, weight, bias = layer(3, 10, 5)
+    with using_backend("reference"):
+        assert torch.equal(linear(x, weight, bias, int8=True), quantized_linear(x, weight, bias))
+
+
+def test_a_gradient_is_refused():
+    x, weight, bias = layer(3, 16, 5)
+    with pytest.raises(BackendUnavailableError, match=r"no gradient; call it under torch.no_grad"):
+        linear(x.requires_grad_(), weight, bias, int8=True)
+
+
+def test_triton_is_refused():
+    with using_backend("triton"), pytest.raises(BackendUnavailableError, match="runs on CPUs alone"):
+        linear(*layer(3, 16, 5), int8=True)
+
+
+@needs_bytes
+def test_float16_is_refused():
+    with pytest.raises(BackendUnavailableError, match="takes float32 and bfloat16, got torch.float16"):
+        linear(*layer(3, 16, 5, torch.float16), int8=True)
+
+
+def test_gates_are_refused():
+    u, up, bias = layer(3, 16, 32)
+    _, down, _ = layer(1, 32, 16)
+    with pytest.raises(TypeError, match="expected bool"):
+        expert_ffn(u, torch.ones(3, 2), 2, up, bias, down, torch.zeros(16), int8=True)
+
+
+@needs_bytes
+def test_a_traced_call_runs_the_reference():
+    x, weight, bias = layer(3, 16, 5)
+    traced = torch.jit.trace(lambda x: linear(x, weight, bias, int8=True), x, check_trace=False)
+    assert torch.equal(traced(x), quantized_linear(x, weight, bias))
+
+
+@needs_bytes
+def test_autocast_says_the_dtype():
+    x, weight, bias = layer(3, 16, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear(x, weight, bias, int8=True)
+    assert torch.equal(found, quantized_linear(x.bfloat16(), weight, bias))
+
+
+IMITATED = """
+import torch
+from actvar_kernels import BackendUnavailableError, linear
+from actvar_kernels.cpu_backend import brgemm
+x, weight, bias = torch.ones(4, 64), torch.ones(8, 64), torch.zeros(8)
+try:
+    linear(x, weight, bias, int8=True)
+    int8 = "runs"
+except BackendUnavailableError as error:
+    int8 = str(error)
+print(brgemm.runs(torch.bfloat16), brgemm.has_tiles(), int8)
+"""
+
+
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason="no C++ kernels")
+@pytest.mark.parametrize("most", ["AVX2", "AVX512_CORE_VNNI", "AVX512_CORE_BF16"])
+def test_a_lesser_processor_runs_what_it_can_and_refuses_the_rest(most):
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": most}
+    found = subprocess.run(
+        [sys.executable, "-c", IMITATED], env=environment, capture_output=True, text=True, check=True
+    )
+    bfloat16, tiles, int8 = found.stdout.strip().split(" ", 2)
+    assert tiles == "False"
+    assert bfloat16 == str(most == "AVX512_CORE_BF16" and brgemm.runs(torch.bfloat16))
+    if most == "AVX2" or not brgemm.runs(torch.int8):
+        assert "no products of bytes (AVX-512 with VNNI)" in int8
+    else:
+        assert int8 == "runs"
