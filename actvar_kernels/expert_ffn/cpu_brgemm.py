@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -40,7 +41,7 @@ def expert_ffn(
     C, experts = u.shape[-1], mask.shape[-1]
     width = weights.fc1_weight.shape[0] // experts
     groups = experts if -width % WIDTH <= MOST_FILLED * width else 1
-    up, bias1, down, bias2 = packed(weights, ("brgemm", groups, int8), lambda: _pack(weights, groups, int8))
+    up, bias1, down, bias2 = packed(weights, ("brgemm", groups, int8), lambda: _packed(weights, groups, int8))
     u, mask = u.contiguous(), mask.contiguous()
     out = torch.empty_like(u)
     sizes = cpu.checked_sizes(u.numel() // C, C, experts, width, groups)
@@ -55,29 +56,32 @@ def expert_ffn(
     return out
 
 
-@torch.no_grad()
-def _pack(
-    weights: FFNWeights, groups: int, int8: bool
-) -> tuple[PackedWeight, torch.Tensor, PackedWeight, torch.Tensor]:
-    """Return the first weight and bias, then the second ones, as C++ reads them.
+class Packed(NamedTuple):
+    """Hold the weights of one FFN as C++ reads them, and the biases in float32."""
 
-    Hidden units are filled up with zeros to full panels in each group.
-    """
+    up: PackedWeight
+    bias1: torch.Tensor
+    down: PackedWeight
+    bias2: torch.Tensor
+
+
+@torch.no_grad()
+def _packed(weights: FFNWeights, groups: int, int8: bool) -> Packed:
+    """Return the weights as C++ reads them. Hidden units are filled up with zeros to full panels in each group."""
     if int8:
         (up, up_scales), (down, down_scales) = quantized(weights.fc1_weight), quantized(weights.fc2_weight)
+        scales = up_scales.view(groups, -1), down_scales.flatten()
     else:
-        up, down = weights.fc1_weight.bfloat16(), weights.fc2_weight.bfloat16()
-        up_scales = down_scales = None
+        up, down, scales = weights.fc1_weight.bfloat16(), weights.fc2_weight.bfloat16(), (None, None)
     up = up.unflatten(0, (groups, -1)).transpose(1, 2)  # [groups, C, units]
     down = down.unflatten(1, (groups, -1)).permute(1, 2, 0)  # [groups, units, C]
     down = F.pad(down, (0, 0, 0, -down.shape[1] % WIDTH))
-    bias1, bias2 = weights.fc1_bias.float().view(groups, -1), weights.fc2_bias.float()
-    first = pack(up, None if up_scales is None else up_scales.view(groups, -1))
-    second = pack(down.flatten(0, 1).unsqueeze(0), None if down_scales is None else down_scales.flatten())
-    if second.offsets is not None:
-        offsets = 128 * down.sum(1, dtype=torch.int32)
+    second = pack(down.flatten(0, 1).unsqueeze(0), scales[1])
+    if int8:
+        offsets = 128 * down.sum(1, dtype=torch.int32)  # those of experts that are off are not subtracted
         second = second._replace(offsets=cpu.padded(offsets, WIDTH))
-    return first, cpu.padded(bias1, WIDTH), second, cpu.padded(bias2, WIDTH)
+    bias1, bias2 = weights.fc1_bias.float().view(groups, -1), weights.fc2_bias.float()
+    return Packed(pack(up, scales[0]), cpu.padded(bias1, WIDTH), second, cpu.padded(bias2, WIDTH))
 
 
 @functools.cache

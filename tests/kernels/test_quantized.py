@@ -94,7 +94,7 @@ def test_triton_is_refused():
 
 @needs_bytes
 def test_float16_is_refused():
-    with pytest.raises(BackendUnavailableError, match="takes float32 and bfloat16, got torch.float16"):
+    with pytest.raises(BackendUnavailableError, match=r"takes float32 and bfloat16, got torch\.float16"):
         linear(*layer(3, 16, 5, torch.float16), int8=True)
 
 

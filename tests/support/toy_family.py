@@ -348,11 +348,9 @@ class ToyFamily(BaseFamily):
     ) -> tuple[Tensor, Tensor, Tensor]:
         attention = block.self_attention
         if block.actvar.int8:
-            parts = [
-                linear(rows, attention.into.weight, bias, int8=True).chunk(3, dim=-1)
-                for rows in (queries_from, keys_from)
-            ]
-            q, k, v = (attention.split(part) for part in (parts[0][0], *parts[1][1:]))
+            ours, theirs = (linear(rows, attention.into.weight, bias, int8=True) for rows in (queries_from, keys_from))
+            parts = ours.chunk(3, dim=-1)[0], *theirs.chunk(3, dim=-1)[1:]
+            q, k, v = (attention.split(part) for part in parts)
         else:
             sources = (queries_from, keys_from, keys_from)
             weights = zip(attention.into.weight.chunk(3), bias.chunk(3), sources, strict=True)
