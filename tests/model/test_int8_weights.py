@@ -117,8 +117,7 @@ def test_no_layer_of_a_block_is_packed_in_another_format(tiny_var):
     for block in blocks_of(tiny_var):
         for layer in (block.attn.mat_qkv, block.attn.proj, block.ffn.fc1):
             copies = [found.copy for found in packing._cache[id(layer.weight)].values()]
-            parts = [part for copy in copies for part in (copy if type(copy) is tuple else (copy,))]
-            formats = {part.panels.dtype for part in parts if isinstance(part, PackedWeight)}
+            formats = {(copy if isinstance(copy, PackedWeight) else copy.up).panels.dtype for copy in copies}
             assert formats == {torch.int8}
             assert len(copies) == 1
 
