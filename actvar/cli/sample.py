@@ -82,6 +82,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         choices=[name for name, dtype in DTYPES.items() if dtype != torch.float32],
         help="decode images in half precision, which changes them slightly",
     )
+    how.add_argument(
+        "--weights", choices=["int8"], help="multiply in eight bits in the blocks, which changes images slightly"
+    )
     command.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to (default samples)")
     many = command.add_argument_group(
         "many images; by 2 processes: torchrun --nproc-per-node 2 -m -- actvar sample ..."
@@ -161,6 +164,8 @@ def _execution(options: argparse.Namespace, adapter: Path | None) -> Execution |
         given["sampler"] = options.sampler
     if options.decoder_dtype:
         given["decoder_dtype"] = str(DTYPES[options.decoder_dtype]).removeprefix("torch.")
+    if options.weights:
+        given["weights"] = options.weights
     if not given:
         return None
     recommended = None if adapter is None else describe_adapter(adapter)["execution"]
@@ -187,8 +192,10 @@ def _check_way(options: argparse.Namespace) -> None:
     """Raise a ValueError if options of ActVAR or of the kernels are given for a way of sampling without them."""
     if options.preset is not None:
         _check_preset(options)
-    if options.dense and (options.sampler or options.decoder_dtype):
-        raise ValueError("--dense samples by PyTorch; for --sampler and --decoder-dtype give --accelerate instead")
+    if options.dense and (options.sampler or options.decoder_dtype or options.weights):
+        raise ValueError(
+            "--dense samples by PyTorch; for --sampler, --decoder-dtype and --weights give --accelerate instead"
+        )
     if options.accelerate and options.adapter:
         raise ValueError("--accelerate draws the dense model's images; leave it out for --adapter")
     if options.rates and (options.dense or options.accelerate):

@@ -34,6 +34,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     add_rates(command)
     command.add_argument("--batch", type=at_once, default=1, help="images per sample (default 1)")
+    command.add_argument("--weights", choices=["int8"], help="also check the products of the blocks in eight bits")
     command.add_argument("--public-var", type=Path, help="clone of the public VAR code: its class must agree as well")
     command.add_argument("--json", type=Path, help="file to write every comparison to")
 
@@ -47,7 +48,14 @@ def run(options: argparse.Namespace) -> None:
     sampling = Sampling((0,) * options.batch)
     dtypes = [DTYPES[name] for name in options.dtype]
     report = verify(
-        lambda dtype: load(options, dtype)[1], config, adapter, sampling, dtypes, options.backend, options.public_var
+        lambda dtype: load(options, dtype)[1],
+        config,
+        adapter,
+        sampling,
+        dtypes,
+        options.backend,
+        options.public_var,
+        int8=options.weights == "int8",
     )
     print(f"batch {options.batch} on {options.device}; {describe(config)}")
     print(report.table())

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from actvar import baselines
 from actvar.baselines.static_pruning import SCORES
 from actvar.config import DENSE
+from actvar.execution import Execution
 from actvar.patching.adapter import read_adapter
 from actvar.patching.patch import patched_silently, unpatched
 from actvar.utils.fingerprint import model_fingerprint
@@ -27,6 +29,7 @@ from actvar.zoo.pretrained import (
     load_pretrained,
     preset_path,
 )
+from actvar_kernels.cpu_backend import brgemm
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,8 @@ class Method:
 def methods_of(model: str | None = None, **placement: Any) -> dict[str, Method]:
     """Return all methods by name.
 
-    CoDe is left out, with a logged warning, while a bundled model has no small one.
+    CoDe is left out, with a logged warning, while a bundled model has no small one, and so are methods in eight bits
+    where the processor has no products of bytes.
 
     Args:
         model: name of a bundled model, whose adapters, presets with files, and trained baselines are methods too; None
@@ -74,6 +78,7 @@ def methods_of(model: str | None = None, **placement: Any) -> dict[str, Method]:
             path = preset_path(model, name)
             if path:  # lossless has none, and is the method accelerated
                 found.append(adapter_method(f"preset-{name}", path))
+                found.append(adapter_method(f"preset-{name}-int8", path, weights="int8"))
         found += [_trained(*baseline) for baseline in bundled_baselines(model).items()]
     for rate in RATES:
         found += [_pruned("magnitude", rate), _pruned("wanda", rate)]
@@ -89,6 +94,10 @@ def methods_of(model: str | None = None, **placement: Any) -> dict[str, Method]:
             logger.warning("code is left out: it needs a smaller model of the same autoencoder: %s", error)
         else:
             found += [code(small, count) for count in COUNTS]
+    found.append(Method("int8", lambda var: patched_silently(var, DENSE, None, Execution(weights="int8"))))
+    if not brgemm.runs(torch.int8):
+        logger.warning("methods in eight bits are left out: this processor has no products of bytes")
+        found = [method for method in found if not method.name.endswith("int8")]
     return {method.name: method for method in found}
 
 
@@ -116,16 +125,19 @@ def chosen_methods(names: str, known: dict[str, Method]) -> list[Method]:
     return list(chosen.values())
 
 
-def adapter_method(name: str, path: Path, **changes: Any) -> Method:
+def adapter_method(name: str, path: Path, weights: str | None = None, **changes: Any) -> Method:
     """Return ActVAR with an adapter and the Execution that it recommends.
 
     Args:
         name: of the method.
         path: file of the adapter.
+        weights: `Execution.weights` in place of what the adapter recommends; None for that.
         changes: other values for fields of the adapter's configuration.
     """
     adapter = read_adapter(path)
     config, execution = replace(adapter.config, **changes), adapter.execution
+    if weights is not None:
+        execution = replace(execution, weights=weights)
 
     @contextmanager
     def applied(var: nn.Module) -> Iterator[nn.Module]:
@@ -148,6 +160,7 @@ def adapter_methods(name: str, path: Path) -> Iterator[Method]:
     all_tokens = (1.0,) * len(rates)
     same = tuple(statistics.fmean(rate) if isinstance(rate, tuple) else rate for rate in rates)
     yield adapter_method(name, path)
+    yield adapter_method(f"{name}-int8", path, weights="int8")
     yield adapter_method(f"{name}-fixed-tokens", path, fixed_tokens=True, token_rates=same)
     yield adapter_method(f"{name}-no-experts", path, ffn_rate=1.0)
     yield adapter_method(f"{name}-no-selection", path, token_rates=all_tokens)

@@ -26,6 +26,7 @@ from actvar.utils.devices import device_of
 from actvar.utils.fingerprint import fingerprint
 from actvar.utils.progress import progress
 from actvar.verify.comparisons import compared_blocks, compared_operations, dtype_of
+from actvar.verify.int8 import int8_checks
 from actvar.verify.report import Check, Report
 from actvar.verify.rounding import difference
 from actvar_kernels.backend import BackendUnavailableError, choose_fused, get_backend, using_backend
@@ -41,6 +42,7 @@ def verify(
     backends: Sequence[str] | None = None,
     public_folder: Path | None = None,
     execution: Execution | None = None,
+    int8: bool = False,
 ) -> Report:
     """Sample with every dtype and backend, and compare block by block and operation by operation.
 
@@ -54,8 +56,9 @@ def verify(
         dtypes: float32 is always added, since tokens and removal are compared in it alone.
         backends: None for those that run on the model's device.
         public_folder: a clone of the public VAR code, whose class must give the same tokens.
-        execution: how patched models are run, except that tokens are drawn by `sampler="torch"`; None for the one that
-            the adapter recommends, otherwise the default.
+        execution: how patched models are run, except that tokens are drawn by `sampler="torch"`, and products are those
+            of the weights' own dtype; None for the one that the adapter recommends, otherwise the default.
+        int8: whether the products of the blocks in eight bits are checked as well, in C++ against their reference.
 
     Raises:
         BackendUnavailableError: a backend asked for cannot run here.
@@ -65,7 +68,7 @@ def verify(
     classes = None if public_folder is None else public_classes(public_folder)
     if execution is None:
         execution = Execution() if adapter is None else read_adapter(adapter).execution
-    execution = replace(execution, sampler="torch")
+    execution = replace(execution, sampler="torch", weights=None)
     patched = functools.partial(patched_silently, execution=execution)
     checks: list[Check] = []
     for dtype in dict.fromkeys((torch.float32, *dtypes)):
@@ -78,6 +81,8 @@ def verify(
         else:
             with patched(var, config, adapter):
                 checks += _checks_of_backends(var, patched, config, sampling, backends)
+        if int8:
+            checks += int8_checks(var)
         del var
     return Report(tuple(checks))
 
