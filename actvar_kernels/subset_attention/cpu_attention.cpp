@@ -1,6 +1,8 @@
 // Compute attention of the kept tokens over the K/V cache and their own scale on the CPU. Each head goes through QK
 // norm, appending to the cache, scores, softmax in float32 and values at once. cpu_kernel.py calls `subset_attention`.
 
+#include "../cpu_backend/brgemm.h"
+
 #include <cstddef>
 #include <cstdint>
 
@@ -19,6 +21,7 @@ struct Job {
     void *out;                   // [sequences, kept, heads, dim]
     int sequences, heads, kept, own, cached, dim, append;
     float scale;
+    int brgemm;                  // 1 multiplies by PyTorch's products: bfloat16 in pairs, panels of WIDTH keys
 };
 
 constexpr int QUERIES = 48;  // A thread holds the scores of this many queries.
@@ -46,10 +49,11 @@ Rows rows_of(void *data, const int64_t *strides) { return {data, strides[0], str
 // Attend and return 0, or 1 when memory ran out. `strides` has three numbers each for q, k, v, keys and values.
 extern "C" int subset_attention(int isa, int is_bfloat16, void *q, void *k, void *v, void *keys, void *values,
                                 const void *head_scale, void *out, const int64_t *strides, int sequences, int heads,
-                                int kept, int own, int cached, int dim, int append, float scale, int threads) {
+                                int kept, int own, int cached, int dim, int append, float scale, int brgemm,
+                                int threads) {
     const Job job = {rows_of(q, strides), rows_of(k, strides + 3), rows_of(v, strides + 6), rows_of(keys, strides + 9),
                      rows_of(values, strides + 12), (const float *)head_scale, out, sequences, heads, kept, own, cached,
-                     dim, append, scale};
+                     dim, append, scale, brgemm};
     const size_t bytes = (ISAS[isa].bytes[is_bfloat16](job) + 63) / 64 * 64;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
@@ -63,6 +67,7 @@ extern "C" int subset_attention(int isa, int is_bfloat16, void *q, void *k, void
         for (int item = 0; item < sequences * heads; item++)
             if (scratch != nullptr) ISAS[isa].runs[is_bfloat16](job, item / heads, item % heads, scratch);
         free(scratch);
+        if (brgemm) BRGEMM.release(true);
     }
     return failed;
 }

@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.cpu_backend import brgemm, cpu
 
 
 def subset_attention(
@@ -21,6 +21,7 @@ def subset_attention(
     softmax_scale: float,
     append: bool,
     isa: int | None = None,
+    by_pytorch: bool | None = None,
 ) -> torch.Tensor:
     """Run the operator `subset_attention`, or with `append` `subset_attention_append`, with sums in float32.
 
@@ -31,12 +32,17 @@ def subset_attention(
         softmax_scale: factor of the scores.
         append: whether `k` and `v` are written to the cache.
         isa: instruction set; None: the highest.
+        by_pytorch: whether the products are PyTorch's (`brgemm`), for bfloat16 on instruction sets that have it; None:
+            where the processor has tiles.
 
     Raises:
         ValueError: sizes that the kernel cannot count.
         MemoryError: there is none left for the intermediate results.
     """
     isa = cpu.best_isa() if isa is None else isa
+    if by_pytorch is None:
+        by_pytorch = brgemm.has_tiles()
+    by_pytorch = by_pytorch and q.dtype == torch.bfloat16 and cpu.layout_of(isa).step == 2
     R, H, K, d = q.shape
     tensors = [t if t is None or t.stride(3) == 1 else t.contiguous() for t in (q, k, v, keys, values)]
     if append and (tensors[3] is not keys or tensors[4] is not values):
@@ -56,6 +62,7 @@ def subset_attention(
         *sizes,
         append,
         softmax_scale,
+        by_pytorch,
         torch.get_num_threads(),
     )
     if failed:
@@ -69,8 +76,10 @@ _Strides = ctypes.c_int64 * 15
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = cpu.library()
+    if brgemm.runs(torch.bfloat16):
+        library = brgemm.library()
     integer = ctypes.c_int
     library.subset_attention.argtypes = (
-        2 * [integer] + 7 * [ctypes.c_void_p] + [_Strides] + 7 * [integer] + [ctypes.c_float, integer]
+        2 * [integer] + 7 * [ctypes.c_void_p] + [_Strides] + 7 * [integer] + [ctypes.c_float, integer, integer]
     )
     return library

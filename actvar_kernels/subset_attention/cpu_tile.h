@@ -128,6 +128,33 @@ template <class T> T *take(char *&scratch, size_t count) {
     return part;
 }
 
+// Multiply `count` rows of `from` by the columns of a matrix [depth, columns] in panels, and store the products times
+// `factor` in `to`. Strides count numbers.
+template <class T>
+void multiply_rows(bool brgemm, int count, int columns, int depth, const T *from, int stride, const T *panels,
+                   float factor, float *to, int to_stride) {
+    for (int column = 0; column < columns; column += PANEL) {
+        const T *panel = panels + (size_t)column * depth;
+        const int width = smaller(columns - column, PANEL);
+        if (brgemm) {
+            BRGEMM.bfloat16(count, width, depth, stride, width, to_stride, false, from, panel, to + column, true);
+            for (int i = 0; i < count && factor != 1; i++)
+                for (int c = column; c < column + width; c++) to[(size_t)i * to_stride + c] *= factor;
+            continue;
+        }
+        for (int i = 0; i < count; i += ROWS) {
+            const int group = smaller(count - i, ROWS);
+            const T *rows[ROWS];
+            float *out[ROWS];
+            for (int r = 0; r < group; r++) {
+                rows[r] = from + (size_t)(i + r) * stride;
+                out[r] = to + (size_t)(i + r) * to_stride + column;
+            }
+            panel_product<T>(width / LANES, group, rows, panel, depth, factor, out);
+        }
+    }
+}
+
 // Attend with one head of one sequence.
 template <class T> void run(const Job &job, int sequence, int head, char *scratch) {
     constexpr int STEP = Product<T>::STEP;
@@ -180,32 +207,11 @@ template <class T> void run(const Job &job, int sequence, int head, char *scratc
         for (int i = 0; i < count; i++)
             normalize(row<T>(job.q, sequence, head, first + i), norm, norm ? job.head_scale[head] : 1, job.dim,
                        n.depth, queries + (size_t)i * n.depth);
-        for (int column = 0; column < n.key_stride; column += PANEL)
-            for (int i = 0; i < count; i += ROWS) {
-                const int group = smaller(count - i, ROWS);
-                const T *rows[ROWS];
-                float *out[ROWS];
-                for (int r = 0; r < group; r++) {
-                    rows[r] = queries + (size_t)(i + r) * n.depth;
-                    out[r] = scores + (size_t)(i + r) * n.key_stride + column;
-                }
-                panel_product<T>(VECTORS, group, rows, keys + (size_t)column * n.depth, n.depth, job.scale, out);
-            }
+        multiply_rows(job.brgemm, count, n.key_stride, n.depth, queries, n.depth, keys, job.scale, scores, n.key_stride);
         for (int i = 0; i < count; i++)
             inverse[i] = softmax(scores + (size_t)i * n.key_stride, n.tokens, rows_of_values,
                                  weights + (size_t)i * n.weight_stride);
-        for (int column = 0; column < n.columns; column += PANEL)
-            for (int i = 0; i < count; i += ROWS) {
-                const int group = smaller(count - i, ROWS), vectors = smaller(n.columns - column, PANEL) / LANES;
-                const T *rows[ROWS];
-                float *out[ROWS];
-                for (int r = 0; r < group; r++) {
-                    rows[r] = weights + (size_t)(i + r) * n.weight_stride;
-                    out[r] = sums + (size_t)(i + r) * n.columns + column;
-                }
-                panel_product<T>(vectors, group, rows, values + (size_t)column * rows_of_values, rows_of_values, 1,
-                                 out);
-            }
+        multiply_rows(job.brgemm, count, n.columns, rows_of_values, weights, n.weight_stride, values, 1, sums, n.columns);
         for (int i = 0; i < count; i++) {
             T *out = (T *)job.out + (((int64_t)sequence * job.kept + first + i) * job.heads + head) * job.dim;
             for (int c = 0; c < job.dim; c += LANES)

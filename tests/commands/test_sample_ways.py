@@ -62,6 +62,13 @@ def test_options_of_execution_and_rates_reach_the_model(way, tmp_path, patches):
         assert (config.token_rates, config.ffn_rate) == ((0.25, 0.5), 0.75)
 
 
+@needs_bytes
+def test_weights_reach_the_model_and_the_summary(tmp_path, patches, capsys):
+    main(["sample", *MODEL, "--labels", "1", "--weights", "int8", "--out", str(tmp_path)])
+    assert [execution for _, execution in patches] == [actvar.Execution(weights="int8")]
+    assert "products of the blocks in int8" in capsys.readouterr().out
+
+
 def test_an_option_of_execution_keeps_what_the_adapter_recommends_else(tmp_path, patches):
     _, var = actvar.load_pretrained("fashion-mnist", adapter="best")
     file = tmp_path / "adapter.safetensors"
@@ -84,6 +91,8 @@ def test_an_option_of_execution_keeps_what_the_adapter_recommends_else(tmp_path,
         (["--dense", "--rates", "0.5", "0.5"], "--rates: expected neither --dense nor --accelerate"),
         (["--dense", "--sampler", "fast"], "give --accelerate instead"),
         (["--dense", "--decoder-dtype", "bf16"], "give --accelerate instead"),
+        (["--dense", "--weights", "int8"], "give --accelerate instead"),
+        (["--weights", "int4"], "invalid choice: 'int4'"),
         (["--rates", "0.5", "0.5"], "run actvar calibrate, and give its file as --adapter"),
         (["--sampler", "slow"], "invalid choice: 'slow'"),
         (["--decoder-dtype", "fp32"], "invalid choice: 'fp32'"),

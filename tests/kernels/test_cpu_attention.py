@@ -8,12 +8,15 @@ from torch.nn import functional as F
 
 from actvar_kernels import subset_attention
 from actvar_kernels.backend import using_backend
-from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.subset_attention import cpu_kernel, reference
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 ISAS = range(cpu.best_isa() + 1) if cpu.why_unavailable() is None else ()
 DTYPES = (torch.float32, torch.bfloat16)
+KINDS = [pytest.param(dtype, isa, False, id=f"{dtype}-{cpu.isa_name(isa)}") for dtype in DTYPES for isa in ISAS]
+if brgemm.runs(torch.bfloat16):
+    KINDS.append(pytest.param(torch.bfloat16, ISAS[-1], True, id="PyTorch's products"))
 SHAPES = [
     # sequences, heads, kept queries, own keys, cached keys, numbers of a head
     (2, 2, 1, 1, 0, 64),
@@ -45,17 +48,17 @@ def exact(q, k, v, room, head_scale, P: int, scale: float) -> tuple[torch.Tensor
     return reference.subset_attention(q.double(), k.double(), v.double(), past, normed, scale, None, None)
 
 
-@pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "isa", "by_pytorch"), KINDS)
 @pytest.mark.parametrize("normed", [True, False], ids=["QK norm", "fixed scale"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_instruction_set_gives_the_reference_and_appends_to_the_cache(shape, normed, dtype, isa):
+def test_every_instruction_set_gives_the_reference_and_appends_to_the_cache(shape, normed, dtype, isa, by_pytorch):
     P, T, scale = shape[4], shape[3], 1.0 if normed else 0.25 * shape[5] ** -0.5
     q, k, v, room, head_scale = heads(shape, dtype, normed)
     expected = exact(q, k, v, room, head_scale, P, scale)
     past = tuple(part[:, :, :P] for part in room)
     plain = reference.subset_attention(q, k, v, past, head_scale, scale, None, None)
-    out = cpu_kernel.subset_attention(q, k, v, *room, P, head_scale, scale, append=True, isa=isa)
+    how = dict(isa=isa, by_pytorch=by_pytorch)
+    out = cpu_kernel.subset_attention(q, k, v, *room, P, head_scale, scale, append=True, **how)
     for found, wanted, by_reference in zip(
         (out, room[0][:, :, : P + T], room[1][:, :, : P + T]), expected, plain, strict=True
     ):
