@@ -16,7 +16,7 @@ import actvar
 from actvar.models.checkpoint import describe_checkpoint
 from actvar.patching.adapter import describe_adapter
 from actvar_kernels import get_backend
-from actvar_kernels.cpu_backend import choices, cpu
+from actvar_kernels.cpu_backend import brgemm, choices, cpu
 from actvar_kernels.token_draw import cpu_kernel
 
 
@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
             "backend": get_backend(),
             "C++ kernels": cpu.why_unavailable() or f"{cpu.isa_name(cpu.best_isa())}, from {cpu.library()._name}",
             "kernels chosen": choices.description(),
+            "products": brgemm.description(),
             "C++ samplers": cpu_kernel.why_unavailable() or f"from {cpu_kernel.library()._name}",
         }
     else:

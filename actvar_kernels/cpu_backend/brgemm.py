@@ -52,6 +52,13 @@ def runs(dtype: torch.dtype) -> bool:
         return False
 
 
+def description() -> str:
+    """Return one line about whose products run."""
+    bfloat16 = "PyTorch's (AMX)" if has_tiles() else "this package's"
+    int8 = "PyTorch's" if runs(torch.int8) else "none (no VNNI)"
+    return f"bfloat16 {bfloat16}, int8 {int8}"
+
+
 def has_tiles() -> bool:
     """Return whether PyTorch's products of bfloat16 run on tiles (AMX), where they are much faster than others.
 

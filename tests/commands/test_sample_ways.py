@@ -11,9 +11,12 @@ from support.helpers import make_tiny_var
 import actvar
 from actvar.cli import main
 from actvar.reports.compare import compare
+from actvar_kernels.cpu_backend import brgemm
 
 MODEL = ["--model", "fashion-mnist"]
 SMALL = ["--model", "fashion-mnist-small"]
+
+needs_bytes = pytest.mark.skipif(not brgemm.runs(torch.int8), reason="no products of bytes here")
 
 
 @pytest.fixture(scope="module")
