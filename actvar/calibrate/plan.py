@@ -6,12 +6,14 @@ fitted to. A plan is one configuration, with rates for every block and scale.
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from actvar.calibrate.calibration import held_out_samples, patch_with_fits, samples_to_fit
@@ -31,8 +33,11 @@ from actvar.sparse.state import patch_state
 from actvar.utils.progress import progress
 from actvar.utils.weight_override import tuned_parameters
 from actvar.utils.wrappers import unwrapped
+from actvar_kernels.backend import BackendUnavailableError, choose_int8
 
-LEVERS = ("tokens", "experts", "guidance")
+logger = logging.getLogger(__name__)
+
+LEVERS = ("tokens", "experts", "guidance", "int8")
 PRICES = 12
 """Prices of a second, in divergence, that give a plan each."""
 MOST_PLANS = 24
@@ -49,7 +54,7 @@ GUIDED_SCALES = 4
 def plan(
     var: nn.Module,
     goal: Goal,
-    levers: Sequence[str] = LEVERS,
+    levers: Sequence[str] | None = None,
     *,
     adapter: Any = None,
     execution: Execution | None = None,
@@ -68,7 +73,7 @@ def plan(
     Args:
         var: a VAR in eval mode; a patch that it has is removed.
         goal: a speedup, a time or a divergence.
-        levers: of `LEVERS`, what a plan may change.
+        levers: of `LEVERS`, what a plan may change; None for all that run here.
         adapter: file of an adapter to plan again for, or None.
         execution: how the model is run; None for the default, or the adapter's.
         num_experts: experts of the fit.
@@ -81,11 +86,10 @@ def plan(
     Raises:
         TypeError: a model of an unsupported kind.
         ValueError: levers that there are not, or that the adapter does not have; the errors of `calibrate`.
+        BackendUnavailableError: products in eight bits are asked for and do not run here.
     """
-    wrong = [lever for lever in levers if lever not in LEVERS]
-    if wrong or not levers:
-        raise ValueError(f"levers: expected some of {', '.join(LEVERS)}, got {', '.join(wrong) or 'none'}")
     model = unwrapped(var)
+    levers = _checked_levers(model, levers)
     remove_patch(model)
     dense = DensePredictions(model, samples_to_fit(model, images, seed + images, cfg), cfg)
     if adapter is None:
@@ -101,29 +105,63 @@ def plan(
     first = min(scale % len(maps) for scale in base.scales)
     if "guidance" in levers:
         first = min(first, max(1, len(maps) - GUIDED_SCALES), scales_with_guidance(base, len(maps)))
-    times = measured_times(model, batch, cfg, first, "guidance" in levers, repeats)
-    if adapter is None:
-        sensitivity = divergence_per_block(model, base, *held_out_samples(batches))
-        plans = _fitted_plans(base, fits, sensitivity, times, levers, dense.divergences_without_guidance())
-    else:
-        plans = ((config, 0.0) for config in _scaled_plans(base, levers, len(maps)))
+    given = patch_state(model).execution
+    executions = [given] if "int8" not in levers or given.weights else [given, replace(given, weights="int8")]
+    times = [measured_times(model, each, batch, cfg, first, "guidance" in levers, repeats) for each in executions]
+    sensitivity = [] if adapter is not None else divergence_per_block(model, base, *held_out_samples(batches))
     depth = len(family_of(model).blocks(model))
-    guesses = {config: Candidate(config, times.predicted(config, maps, depth), 0, guess) for config, guess in plans}
+    guesses: dict[tuple[ActVARConfig, Execution], Candidate] = {}
+    for execution, of_format in zip(executions, times, strict=True):
+        if adapter is None:
+            plans = _fitted_plans(base, fits, sensitivity, of_format, levers, dense.divergences_without_guidance())
+        else:
+            plans = ((config, 0.0) for config in _scaled_plans(base, levers, len(maps)))
+        least = 0.0 if execution == given else _divergence(model, dense, base.without_savings(), execution)[1]
+        for config, guess in plans:
+            seconds = of_format.predicted(config, maps, depth)
+            guesses[config, execution] = Candidate(config, seconds, 0, least + guess, execution)
     kept = progress(_worth_measuring([*guesses.values()]), desc="plans")
-    curve = [Candidate(guess.config, guess.seconds, *_divergence(model, dense, guess.config)) for guess in kept]
-    factor = 1.0
+    curve = []
+    for guess in kept:
+        divergence, total = _divergence(model, dense, guess.config, guess.execution)
+        curve.append(replace(guess, divergence=divergence, total=total))
+    factor, dense_seconds = 1.0, times[0].accelerated
     for _ in range(MOST_TRIALS):
         corrected = [replace(each, seconds=each.seconds * factor) for each in curve]
-        chosen, is_met = goal.best(corrected, times.accelerated)
-        accelerated, measured = _measured(model, chosen.config, batch, cfg, repeats)
-        slowdown = measured / accelerated * times.accelerated / chosen.seconds
+        chosen, is_met = goal.best(corrected, dense_seconds)
+        accelerated, measured = _measured(model, chosen, given, batch, cfg, repeats)
+        slowdown = measured / accelerated * dense_seconds / chosen.seconds
         if not is_met or slowdown <= 1 + TOLERANCE:
             break
         factor *= slowdown
     chosen = curve[corrected.index(chosen)]
-    reconfigure(model, chosen.config)
+    reconfigure(model, chosen.config, chosen.execution)
     milliseconds = (1e3 * seconds for seconds in (accelerated, chosen.seconds, measured))
     return PlanReport(goal, chosen, is_met, tuple(curve), *milliseconds)
+
+
+def _checked_levers(model: Any, levers: Sequence[str] | None) -> Sequence[str]:
+    """Return `levers`, or all that run here for None.
+
+    Raises:
+        ValueError: levers that there are not, or none.
+        BackendUnavailableError: products in eight bits do not run here.
+    """
+    if levers is None:
+        try:
+            return _checked_levers(model, LEVERS)
+        except (BackendUnavailableError, ValueError) as error:
+            logger.warning("plans have no products in eight bits: %s", error)
+            return [lever for lever in LEVERS if lever != "int8"]
+    wrong = [lever for lever in levers if lever not in LEVERS]
+    if wrong or not levers:
+        raise ValueError(f"levers: expected some of {', '.join(LEVERS)}, got {', '.join(wrong) or 'none'}")
+    if "int8" in levers:
+        if not family_of(model).takes_int8:
+            raise ValueError(f"levers: {family_of(model).name} does not multiply in eight bits")
+        with torch.no_grad():
+            choose_int8("levers: a product", next(model.parameters()))
+    return levers
 
 
 def _worth_measuring(guesses: list[Candidate]) -> list[Candidate]:
@@ -229,25 +267,28 @@ def _scaled(rate: Rate, factor: float) -> Rate:
     return max(LEAST_RATE, 1 - factor * (1 - rate))
 
 
-def _divergence(model: Any, dense: DensePredictions, config: ActVARConfig) -> tuple[float, float]:
+def _divergence(model: Any, dense: DensePredictions, config: ActVARConfig, execution: Execution) -> tuple[float, float]:
     """Return `Candidate.divergence` and `Candidate.total` of a configuration."""
-    reconfigure(model, config)
+    reconfigure(model, config, execution)
     state = patch_state(model)
     weights_change = bool(tuned_parameters(model))
     changed = {
         scale.index
         for schedule in state.schedules
         for scale in schedule
-        if scale.active or not scale.guided or (weights_change and scale.tuned)
+        if any(state.int8) or scale.active or not scale.guided or (weights_change and scale.tuned)
     }
     found = dense.divergences(model)["kl_drawn"]
     values = [kl for index, kl in enumerate(found) if index in changed and kl is not None]
     return (statistics.fmean(values), sum(values)) if values else (0.0, 0.0)
 
 
-def _measured(model: Any, config: ActVARConfig, batch: int, cfg: float, repeats: int) -> tuple[float, float]:
-    """Return the seconds of a batch of the accelerated model and under `config`, in turn."""
-    dense = replace(DENSE, num_experts=config.num_experts)
-    laps = sample_laps(model, {"accelerated": dense, "plan": config}, batch, cfg, repeats + 2)
+def _measured(
+    model: Any, plan: Candidate, execution: Execution, batch: int, cfg: float, repeats: int
+) -> tuple[float, float]:
+    """Return the seconds of a batch of the accelerated model, run as `execution` says, and of a plan, in turn."""
+    dense = replace(DENSE, num_experts=plan.config.num_experts)
+    setups = {"accelerated": (dense, execution), "plan": (plan.config, plan.execution)}
+    laps = sample_laps(model, setups, batch, cfg, repeats + 2)
     accelerated, measured = (statistics.median(map(sum, laps[name])) for name in ("accelerated", "plan"))
     return accelerated, measured

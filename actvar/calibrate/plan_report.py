@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from actvar.calibrate.goal import Goal
 from actvar.config import ActVARConfig, Rate
+from actvar.execution import Execution
 from actvar.utils.pictures import save_figure, save_table
 
 
@@ -23,12 +24,14 @@ class Candidate:
         divergence: KL to the dense model's guided logits in nats, mean over the tokens of each scale that the plan
             changes, then over these scales; 0 for the dense model.
         total: the same summed over the scales.
+        execution: how the plan is run.
     """
 
     config: ActVARConfig
     seconds: float
     divergence: float
     total: float
+    execution: Execution = field(default_factory=Execution)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class PlanReport:
         return (
             f"{self.accelerated_ms / self.measured_ms:.2f}x over accelerated "
             f"({self.accelerated_ms:.1f} -> {self.measured_ms:.1f} ms a batch, predicted {self.predicted_ms:.1f}), "
-            f"KL {self.chosen.divergence:.4f}"
+            f"KL {self.chosen.divergence:.4f}, products of the blocks in "
+            f"{self.chosen.execution.weights or 'their own dtype'}"
         )
 
     def facts(self) -> dict[str, object]:
@@ -78,6 +82,7 @@ class PlanReport:
             "kl": candidate.divergence,
             "kl_total": candidate.total,
             "guidance_until": config.guidance_until,
+            "weights": candidate.execution.weights,
             "token_rates": [_mean(rate) for rate in config.token_rates],
             "ffn_rates": [_mean(rate) for rate in config.ffn_rates],
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from actvar.config import ActVARConfig
+from actvar.execution import Execution
 from actvar.families import family_of
 from actvar.patching.patch import reconfigure
 from actvar.sampling.timing import interleaved_seconds, step_seconds
@@ -73,14 +75,15 @@ class SampleTimes(NamedTuple):
 
 
 def measured_times(
-    var: nn.Module, batch: int, cfg: float, first: int, drops_guidance: bool, repeats: int
+    var: nn.Module, execution: Execution, batch: int, cfg: float, first: int, drops_guidance: bool, repeats: int
 ) -> SampleTimes:
-    """Measure the times of a patched model, whose configuration is put back.
+    """Measure the times of a patched model, whose configuration and Execution are put back.
 
     Each sample has the same rates in every block and in all scales from `first` on.
 
     Args:
         var: the model, with fitted gates.
+        execution: how it is run.
         batch: images of a sample.
         cfg: strength of the guidance.
         first: number of the first scale that may change.
@@ -88,7 +91,8 @@ def measured_times(
         repeats: samples of each kind.
     """
     model = unwrapped(var)
-    before = model.actvar.config
+    state = model.actvar
+    before = state.config
     scales = range(first, len(family_of(model).maps(model)))
 
     def config_of(tokens: float, experts: float, guided: bool) -> ActVARConfig:
@@ -99,9 +103,10 @@ def measured_times(
     if drops_guidance:
         kinds |= {(tokens, experts, False) for tokens, experts, _ in kinds}
     try:
-        laps = sample_laps(model, {kind: config_of(*kind) for kind in sorted(kinds, reverse=True)}, batch, cfg, repeats)
+        setups = {kind: (config_of(*kind), execution) for kind in sorted(kinds, reverse=True)}
+        laps = sample_laps(model, setups, batch, cfg, repeats)
     finally:
-        reconfigure(model, before)
+        reconfigure(model, before, state.execution)
     medians = {kind: [statistics.median(lap) for lap in zip(*runs, strict=True)] for kind, runs in laps.items()}
     dense = laps[1.0, 1.0, True]
     return SampleTimes(
@@ -118,24 +123,24 @@ def measured_times(
 
 
 def sample_laps(
-    var: Any, configs: Mapping[Any, ActVARConfig], batch: int, cfg: float, repeats: int
+    var: Any, setups: Mapping[Any, tuple[ActVARConfig, Execution]], batch: int, cfg: float, repeats: int
 ) -> dict[Any, list[list[float]]]:
-    """Return the seconds of every scale and of the decoder, for `repeats` samples of each configuration in turn.
+    """Return the seconds of every scale and of the decoder, for `repeats` samples of each setup in turn.
 
     Args:
-        var: a patched model; it keeps the last configuration.
-        configs: configurations by any name.
+        var: a patched model; it keeps the last setup.
+        setups: by any name, what is computed and how.
         batch: images of a sample.
         cfg: strength of the guidance.
-        repeats: samples of each configuration.
+        repeats: samples of each setup.
     """
     labels = torch.arange(batch, device=device_of(var)) % var.num_classes
 
-    def run(config: ActVARConfig) -> list[float]:
-        reconfigure(var, config)
+    def run(config: ActVARConfig, execution: Execution) -> list[float]:
+        reconfigure(var, config, execution)
         return step_seconds(var, lambda: var.autoregressive_infer_cfg(batch, labels, g_seed=0, cfg=cfg))
 
-    runs = {name: lambda config=config: run(config) for name, config in configs.items()}
+    runs = {name: functools.partial(run, *setup) for name, setup in setups.items()}
     return interleaved_seconds(runs, repeats, "times")
 
 

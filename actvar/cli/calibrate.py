@@ -48,7 +48,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     goal.add_argument("--speedup", type=number, help="of a whole sample with decoder, over the accelerated dense model")
     goal.add_argument("--budget-ms", type=number, help="milliseconds that a batch may take on this machine")
     goal.add_argument("--kl", type=number, help="mean KL to the dense guided logits, over the scales that change")
-    goal.add_argument("--levers", default=",".join(LEVERS), help=f"what may change (default {','.join(LEVERS)})")
+    goal.add_argument("--levers", help=f"what may change, of {','.join(LEVERS)} (default: all that run here)")
     goal.add_argument("--batch", type=at_once, default=8, help="images whose time is measured (default 8)")
     goal.add_argument("--repeats", type=positive, default=3, help="samples of each kind that are timed (default 3)")
     command.add_argument(
@@ -97,7 +97,7 @@ def _run_plan(options: argparse.Namespace, goal: Goal) -> None:
     report = plan(
         var,
         goal,
-        options.levers.split(","),
+        None if options.levers is None else options.levers.split(","),
         adapter=adapter,
         num_experts=options.experts,
         batch=options.batch,
@@ -115,10 +115,8 @@ def _run_plan(options: argparse.Namespace, goal: Goal) -> None:
         print(f"no plan meets the goal; the nearest is above, and all are in {options.out.with_suffix('.csv')}")
         raise SystemExit(1)
     facts: dict[str, object] = {"plan": place | report.facts()}
-    execution = None
     if adapter is not None:
-        given = read_adapter(adapter)
-        facts, execution = {"training": given.training} | facts, given.execution
-    actvar.save_adapter(var, options.out, facts, execution)
+        facts = {"training": read_adapter(adapter).training} | facts
+    actvar.save_adapter(var, options.out, facts, report.chosen.execution)
     write_json(options.out.with_suffix(".json"), place | {"seconds": round(seconds, 1)} | report.as_dict())
     print(f"wrote {options.out}, and its report and curve as .json, .csv and .png; {seconds:.0f} s")

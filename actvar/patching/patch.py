@@ -104,21 +104,22 @@ def patch_silently(var: nn.Module, config: ActVARConfig, execution: Execution | 
     log_called(state.called, state.head_called)
 
 
-def reconfigure(var: nn.Module, config: ActVARConfig) -> None:
-    """Give a patched model another configuration; gates, order of hidden units, weights and Execution stay.
+def reconfigure(var: nn.Module, config: ActVARConfig, execution: Execution | None = None) -> None:
+    """Give a patched model another configuration; gates, order of hidden units and weights stay.
 
     Args:
         var: a patched model.
         config: what is computed, with as many experts as before.
+        execution: how it is run; None for the one from before.
 
     Raises:
-        ValueError: the model is not patched, or a configuration that does not fit it.
+        TypeError, ValueError: the model is not patched, or a configuration or Execution that does not fit it.
     """
     model = unwrapped(var)
     before = patch_state(model)
     if config.num_experts != before.config.num_experts:
         raise ValueError(f"num_experts: the patch has {before.config.num_experts}, got {config.num_experts}")
-    state = _checked_state(model, config, before.execution)
+    state = _checked_state(model, config, before.execution if execution is None else execution)
     with one_thread(model):
         for block, schedule in zip(state.blocks(model), state.schedules, strict=True):
             block.actvar.shared, block.actvar.schedule = state, schedule

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.helpers import assert_same_fingerprint, fingerprint, make_tiny_var
 
-from actvar import ActVARConfig, apply_patch, load_adapter, remove_patch, save_adapter
+from actvar import ActVARConfig, Execution, apply_patch, load_adapter, remove_patch, save_adapter
 from actvar.calibrate import plan as planning
 from actvar.calibrate.curves import Curves
 from actvar.calibrate.fit import BlockFit
@@ -23,7 +23,10 @@ from actvar.config import DENSE
 from actvar.evaluate.predictions import DensePredictions
 from actvar.patching.patch import reconfigure
 from actvar.sampling.token_maps import sampled_inputs
+from actvar_kernels import BackendUnavailableError
+from actvar_kernels.cpu_backend import brgemm
 
+needs_bytes = pytest.mark.skipif(not brgemm.runs(torch.int8), reason="no products of bytes here")
 MAPS = ((1, 1), (2, 2), (3, 3), (5, 5))
 
 
@@ -141,7 +144,7 @@ def test_levers_that_are_not_named_stay():
     for config, _ in plans:
         assert config.guidance_until is None
         assert {rate for rates in config.ffn_rates for rate in rates} == {1.0}
-    with pytest.raises(ValueError, match="levers: expected some of tokens, experts, guidance, got snap"):
+    with pytest.raises(ValueError, match="levers: expected some of tokens, experts, guidance, int8, got snap"):
         planning.plan(make_tiny_var(), Goal(kl=1), ["tokens", "snap"])
 
 
@@ -223,3 +226,33 @@ def test_options_that_exclude_one_another_are_refused(options, message, tmp_path
         main(["calibrate", "--model", "fashion-mnist", "--out", str(tmp_path / "a.safetensors"), *options])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_products_in_eight_bits_are_a_lever_only_where_they_run(monkeypatch, caplog):
+    monkeypatch.setattr(brgemm, "runs", lambda dtype: False)
+    with pytest.raises(BackendUnavailableError, match="levers: a product in eight bits"):
+        planning.plan(make_tiny_var(), Goal(kl=1), ["int8"])
+    report = planning.plan(make_tiny_var(), Goal(kl=0.05), num_experts=8, batch=2, images=4, repeats=1)
+    assert all(each.execution.weights is None for each in report.curve)
+    assert "plans have no products in eight bits" in caplog.text
+
+
+@needs_bytes
+def test_a_plan_may_multiply_in_eight_bits(tmp_path):
+    var = make_tiny_var()
+    report = planning.plan(var, Goal(kl=0.05), ["int8"], num_experts=8, batch=2, images=4, repeats=1)
+    formats = {each.execution.weights: each for each in report.curve}
+    assert set(formats) <= {None, "int8"}
+    assert var.actvar.execution == report.chosen.execution
+    if "int8" in formats:
+        assert 0 < formats["int8"].divergence < 0.05
+        assert formats["int8"].total > formats["int8"].divergence  # every scale changes
+
+
+@needs_bytes
+def test_an_adapter_that_multiplies_in_eight_bits_keeps_it(tmp_path):
+    var = apply_patch(make_tiny_var(), ActVARConfig(num_experts=8), Execution(weights="int8"))
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(var, path, execution=Execution(weights="int8"))
+    report = planning.plan(make_tiny_var(), Goal(kl=10), adapter=path, batch=2, images=4, repeats=1)
+    assert {each.execution.weights for each in report.curve} == {"int8"}
