@@ -93,19 +93,34 @@ def test_every_instruction_set_errs_at_most_four_times_as_much_as_pytorch(shape,
 @pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
 @pytest.mark.parametrize(("dtype", "outputs"), [(torch.float32, 2), (torch.float32, 4), (torch.bfloat16, 2)], ids=str)
 @pytest.mark.parametrize("columns", [40, 3])
-def test_a_residual_is_added_and_pixels_stand_twice_with_one_rounding(columns, dtype, outputs, isa):
-    x, weight, bias = inputs((2, 32, 5, 7, columns), dtype)
+def test_a_residual_is_added_with_one_rounding(columns, dtype, outputs, isa):
+    x, weight, bias = inputs((2, 32, 10, 14, columns), dtype)
     residual = inputs((2, columns, 10, 14, 1), dtype)[0]
-    how = dict(isa=isa, outputs=outputs)
-    found = cpu_kernel.conv3x3(x, weight, bias, residual, enlarge=True, **how)
-    large = F.interpolate(x, scale_factor=2, mode="nearest")
-    assert torch.equal(
-        cpu_kernel.conv3x3(x, weight, bias, enlarge=True, **how), cpu_kernel.conv3x3(large, weight, bias, **how)
-    )
-    wanted = exact(large, weight, bias) + residual.double()
-    direct = (F.conv2d(large.float(), weight.float(), bias.float(), padding=1) + residual.float()).to(dtype)
+    found = cpu_kernel.conv3x3(x, weight, bias, residual, isa=isa, outputs=outputs)
+    wanted = exact(x, weight, bias) + residual.double()
+    direct = (F.conv2d(x.float(), weight.float(), bias.float(), padding=1) + residual.float()).to(dtype)
     error, unit = (found.double() - wanted).abs().max(), torch.finfo(dtype).eps * wanted.abs().max()
     assert error <= 4 * (direct.double() - wanted).abs().max() + unit / 4
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_of_an_enlarged_image_each_pixel_stands_four_times(shape, dtype, isa):
+    x, weight, bias = inputs(shape, dtype)
+    large = F.interpolate(x, scale_factor=2, mode="nearest")
+    residual = inputs((shape[0], shape[4], *large.shape[2:], 1), dtype)[0]
+    wanted = exact(large, weight, bias)
+    direct = F.conv2d(large.float(), weight.float(), bias.float(), padding=1)
+    for added in (None, residual):
+        found = cpu_kernel.conv3x3(x, weight, bias, added, enlarge=True, isa=isa)
+        if added is not None:
+            wanted, direct = wanted + added.double(), direct + added.float()
+        assert found.shape == wanted.shape
+        unit = torch.finfo(dtype).eps * wanted.abs().max()
+        for norm in (torch.linalg.vector_norm, lambda error: error.abs().max()):
+            error, limit = norm(found.double() - wanted), 4 * norm(direct.to(dtype).double() - wanted) + unit / 4
+            assert error <= limit, f"{error:.3g}, at most {limit:.3g}"
 
 
 def test_larger_tiles_are_for_maps_that_are_large_beside_their_channels():
@@ -161,6 +176,10 @@ def test_an_image_is_padded_with_zeros_and_not_with_its_neighbours():
         alone = conv3x3(x[1:2], weight, bias)
         x[0], x[2] = torch.nan, torch.inf
         assert torch.equal(conv3x3(x, weight, bias)[1:2], alone)
+        x, weight, bias = inputs((3, 16, side, side, 8), torch.float32)
+        alone = conv3x3(x[1:2], weight, bias, enlarge=True)
+        x[0], x[2] = torch.nan, torch.inf
+        assert torch.equal(conv3x3(x, weight, bias, enlarge=True)[1:2], alone)
 
 
 def test_it_runs_where_kernels_run_in_cpp_and_the_channels_fit(monkeypatch: pytest.MonkeyPatch):
