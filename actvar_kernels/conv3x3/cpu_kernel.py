@@ -1,4 +1,4 @@
-"""Convolve in C++ with a kernel of 3x3, whose weight is transformed and packed once."""
+"""Convolve on the CPU with a kernel of 3x3, whose weight is packed once: in C++, or by oneDNN where that is faster."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from actvar_kernels.conv3x3 import onednn
 from actvar_kernels.cpu_backend import cpu, memory
 from actvar_kernels.cpu_backend.packing import packed
 
@@ -24,6 +25,7 @@ def conv3x3(
     residual: torch.Tensor | None = None,
     enlarge: bool = False,
     *,
+    engine: str | None = None,
     isa: int | None = None,
     outputs: int | None = None,
 ) -> torch.Tensor:
@@ -35,8 +37,9 @@ def conv3x3(
         bias: `[D]`, floating-point.
         residual: in the shape of the result and x's dtype; None: nothing is added.
         enlarge: whether x is convolved in twice its size.
-        isa: instruction set; None: the highest.
-        outputs: side of a tile where x is not enlarged: 2, or 4 in float32; None: the side is chosen by the size.
+        engine: `"C++"` or `"oneDNN"`; None: the faster one.
+        isa: instruction set of C++; None: the highest.
+        outputs: side of a tile in C++ where x is not enlarged: 2, or 4 in float32; None: it is chosen by the size.
 
     Returns:
         `[B, D, H, W]` in x's dtype and the memory format `channels_last`; enlarged `[B, D, 2 * H, 2 * W]`.
@@ -45,6 +48,8 @@ def conv3x3(
         ValueError: sizes that the kernel cannot count.
         MemoryError: there is none left for the intermediate results.
     """
+    if engine == "oneDNN" or (engine is None and onednn.faster(x.dtype)):
+        return onednn.conv3x3(x, weight, bias, residual, enlarge)
     isa = cpu.best_isa() if isa is None else isa
     layout, (B, C, H, W), D = cpu.layout_of(isa), x.shape, weight.shape[0]
     outputs = None if enlarge else outputs or tile_outputs(x.dtype, C, D, H * W)
@@ -81,6 +86,20 @@ def tile_outputs(dtype: torch.dtype, C: int, D: int, pixels: int) -> int:
         pixels: size of the output's map.
     """
     return 4 if dtype == torch.float32 and pixels >= 4 * max(C, D) else 2
+
+
+def packed_numbers(dtype: torch.dtype, C: int, D: int, pixels: int, enlarge: bool) -> int:
+    """Return how many numbers the packed copy of a kernel of 3x3 has for each pair of channels.
+
+    Args:
+        dtype: float32 or bfloat16.
+        C, D: channels of the input and of the output.
+        pixels: size of the output's map.
+        enlarge: whether the input is convolved in twice its size.
+    """
+    if onednn.faster(dtype):
+        return 16 if enlarge else 9
+    return 25 if enlarge else (tile_outputs(dtype, C, D, pixels) + 2) ** 2
 
 
 def _weight_transform(outputs: int | None) -> torch.Tensor:

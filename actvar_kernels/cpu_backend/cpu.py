@@ -44,6 +44,11 @@ def multiplies_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def multiplies_bfloat16_in_tiles() -> bool:
+    """Return whether PyTorch has AMX for products of bfloat16, which the C++ kernels do not use."""
+    return multiplies_bfloat16() and torch.cpu._is_amx_tile_supported()
+
+
 @functools.cache
 def why_unavailable() -> str | None:
     """Return None if the library can be loaded, otherwise why not. The first call compiles it where it is missing."""
