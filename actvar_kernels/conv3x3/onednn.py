@@ -17,9 +17,8 @@ PHASES = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 def faster(dtype: torch.dtype) -> bool:
     """Return whether oneDNN convolves in `dtype` in less time than the C++ kernel on this processor.
 
-    It does in bfloat16 with AMX. On an EPYC with AVX-512 and bfloat16 instructions it took 1.7 to 1.9 times as long at
-    160 channels or more and about as long at 32, and without these instructions several times as long. In float32 it
-    took 1.4 to 3 times as long.
+    It does in bfloat16 with AMX. Elsewhere the fewer products of Winograd's algorithm take less time, or as long in
+    narrow layers. `python -m pytest benchmarks -k conv3x3` times both.
     """
     return dtype == torch.bfloat16 and cpu.multiplies_bfloat16_in_tiles()
 
