@@ -46,7 +46,7 @@ def multiplies_bfloat16() -> bool:
 
 def multiplies_bfloat16_in_tiles() -> bool:
     """Return whether PyTorch has AMX for products of bfloat16, which the C++ kernels do not use."""
-    return multiplies_bfloat16() and torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported() and multiplies_bfloat16()
 
 
 @functools.cache
