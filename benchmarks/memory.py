@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 from actvar.config import DENSE, ActVARConfig
 from actvar.families import family_of
 from actvar.flops import without_weights
-from actvar.models.basic_vae import Conv3x3
+from actvar.models.basic_vae import Conv3x3, Upsample
 from actvar.sparse.schedule import build_schedule
 from actvar_kernels import cpp_runs
-from actvar_kernels.conv3x3.cpu_kernel import tile_outputs
+from actvar_kernels.conv3x3.cpu_kernel import packed_numbers
 
 MIB = 2**20
 
@@ -79,16 +79,15 @@ def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kern
 
 
 def _transformed_bytes(vae: nn.Module, f_hat: torch.Tensor) -> int:
-    """Return the bytes of the transformed weights with which convolutions decode `f_hat`.
-
-    A kernel of 3 x 3 becomes 4 x 4 or 6 x 6 numbers.
-    """
+    """Return the bytes of the packed weights with which convolutions decode `f_hat`."""
     sizes = []
+    enlarging = {module.conv for module in vae.modules() if isinstance(module, Upsample)}
 
     def note(module: Conv3x3, _: tuple, out: torch.Tensor) -> None:
         D, C = module.weight.shape[:2]
-        side = tile_outputs(out.dtype, C, D, out.shape[2] * out.shape[3]) + 2
-        sizes.append(side**2 * _bytes([module.weight]) // 9 if C % 16 == 0 else 0)
+        if C % 16 == 0:
+            numbers = packed_numbers(out.dtype, C, D, out.shape[2] * out.shape[3], module in enlarging)
+            sizes.append(numbers * _bytes([module.weight]) // 9)
 
     hooks = [m.register_forward_hook(note) for m in vae.modules() if isinstance(m, Conv3x3)]
     vae.fhat_to_img(f_hat)

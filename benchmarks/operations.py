@@ -23,6 +23,10 @@ ERROR_FACTOR = 4
 """The error an operation may have, as a multiple of the error of PyTorch's plain code in the same type."""
 
 
+class WrongNumbersError(RuntimeError):
+    """Report that a provider's result is not what the reference computes in float64."""
+
+
 def allowed_error(of_reference: float, dtype: torch.dtype) -> float:
     """Return the largest error against float64 of an operation whose reference errs by `of_reference` in `dtype`."""
     return ERROR_FACTOR * of_reference + torch.finfo(dtype).eps

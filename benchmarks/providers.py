@@ -20,7 +20,8 @@ from actvar_kernels.backend import using_backend
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.operations.inputs import BlockInputs, random_inputs
 from actvar_kernels.operations.shapes import GUIDANCE, SIZES, TOP_K, TOP_P, VOCABULARY, BlockShape, last_scale
-from benchmarks.operations import allowed_error, operations
+from benchmarks.convolutions import LAYERS, convolution_providers
+from benchmarks.operations import WrongNumbersError, allowed_error, operations
 from benchmarks.results import Result, Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -28,10 +29,6 @@ ROWS_CHECKED = 2  # of one image
 SECONDS, SHORTEST, REPEATS = 0.5, 0.005, (5, 20)
 
 Call = Callable[[], torch.Tensor]
-
-
-class WrongNumbersError(RuntimeError):
-    """Report that a provider's result is not what the reference computes in float64."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,8 @@ def names(case: Case, device: str) -> list[tuple[str, str]]:
     calls = _ways(random_inputs(small, DTYPES[case.dtype], device))
     if _samples(case):
         calls |= sampling_providers(replace(case, batch=1), device)
+    if _convolves(case, device):
+        calls |= convolution_providers(case.model, 1, DTYPES[case.dtype])
     return [(operation, provider) for operation, ways in calls.items() for provider in ways]
 
 
@@ -300,12 +299,19 @@ def measure(case: Case, device: str) -> dict[str, dict[str, list[float]]]:
     calls = providers(case, device)
     if _samples(case):
         calls |= sampling_providers(case, device)
+    if _convolves(case, device):
+        calls |= convolution_providers(case.model, case.batch, DTYPES[case.dtype])
     return {operation: _seconds(ways, device) for operation, ways in calls.items()}
 
 
 def _samples(case: Case) -> bool:
     """Return whether drawing tokens is timed: once, since it depends on neither rate nor type."""
     return case.model != "fashion-mnist" and case.rate == 1 and case.dtype == "fp32"
+
+
+def _convolves(case: Case, device: str) -> bool:
+    """Return whether the decoder's convolutions are timed: with dense blocks, since they do not depend on the rate."""
+    return device == "cpu" and case.rate == 1 and case.model in LAYERS
 
 
 def _seconds(ways: dict[str, Call], device: str) -> dict[str, list[float]]:

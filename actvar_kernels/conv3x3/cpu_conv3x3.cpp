@@ -1,6 +1,6 @@
-// Compute a 3x3 convolution with padding on the CPU by Winograd's F(M x M, 3 x 3), M = 2 or 4 (Lavin and Gray, 2016). A
-// tile of M x M outputs takes (M + 2)^2 products instead of 9 M^2. Images lie pixel by pixel, each with its channels.
-// cpu_kernel.py transforms and packs the weights.
+// Compute a 3x3 convolution with padding on the CPU by Winograd's algorithm (Lavin and Gray, 2016), which takes fewer
+// products than the nine of a pixel. Images lie pixel by pixel, each with its channels. cpu_kernel.py transforms and
+// packs the weights. docs/kernels/conv3x3.md derives the three algorithms.
 
 #include <cstddef>
 #include <cstdint>
@@ -8,18 +8,18 @@
 namespace {
 
 struct Job {
-    const void *x;         // [images, height, width, channels]; enlarged: [images, height / 2, width / 2, channels]
-    const void *weight;    // [(M + 2)^2, channels, columns] in panels
+    const void *x;         // [images, height, width, channels]
+    const void *weight;    // [products of a tile, channels, columns] in panels
     const float *bias;     // [columns], padded to a vector
-    const void *residual;  // [images, height, width, columns] to add, or null
-    void *out;             // [images, height, width, columns]
+    const void *residual;  // to add, in the shape of out, or null
+    void *out;             // [images, height, width, columns]; enlarged [images, 2 * height, 2 * width, columns]
     int images, height, width, channels, columns;
-    int enlarge;  // 1 repeats every pixel of x in both directions.
-    int group;    // This many tiles share each read of a panel of weights.
+    int down, across;  // tiles of an image
+    int group;         // This many tiles share each read of a panel of weights.
 };
 
-struct Tile {  // M x M outputs
-    int image, top, left;
+struct Tile {
+    int image, row, column;  // Rows and columns are counted in tiles.
 };
 
 constexpr int MAX_GROUP = 48;  // A group has at most this many tiles.
@@ -36,28 +36,37 @@ struct Kind {
     void (*run)(const Job &, int64_t, int, char *);
 };
 
+struct Algorithm {
+    int pixels, numbers;  // A tile lies over pixels x pixels pixels and has this many transformed inputs a channel.
+    Kind of_float, of_bfloat16;
+};
+
 // Large tiles are in float32 alone: bfloat16 would round their transformed inputs too much.
-#define KINDS_OF(isa)                                          \
-    {{isa::scratch_bytes<float, 2>, isa::run<float, 2>},       \
-     {isa::scratch_bytes<bfloat16, 2>, isa::run<bfloat16, 2>}, \
-     {isa::scratch_bytes<float, 4>, isa::run<float, 4>}},
-const Kind ISAS[][3] = {FOR_EVERY_ISA(KINDS_OF)};
+#define KIND(isa, T, W) {isa::scratch_bytes<T, isa::W>, isa::run<T, isa::W>}
+#define ALGORITHM(isa, W, ...) {isa::W::PIXELS, isa::NUMBERS<isa::W>, KIND(isa, float, W), __VA_ARGS__}
+#define ALGORITHMS_OF(isa)                                            \
+    {ALGORITHM(isa, Small, KIND(isa, bfloat16, Small)),               \
+     ALGORITHM(isa, Large, {}),                                       \
+     ALGORITHM(isa, Enlarging, KIND(isa, bfloat16, Enlarging))},
+const Algorithm ISAS[][3] = {FOR_EVERY_ISA(ALGORITHMS_OF)};
 
 }  // namespace
 
-// Convolve x and return 0, or 1 when memory ran out. Channels are a multiple of 16; outputs is M.
-extern "C" int conv3x3(int isa, int is_bfloat16, int outputs, const void *x, const void *weight, const void *bias,
+// Convolve x and return 0, or 1 when memory ran out. Channels are a multiple of 16; `algorithm` counts ALGORITHMS_OF.
+extern "C" int conv3x3(int isa, int is_bfloat16, int algorithm, const void *x, const void *weight, const void *bias,
                        const void *residual, void *out, int images, int height, int width, int channels, int columns,
-                       int enlarge, int threads) {
-    const int64_t tiles = (int64_t)images * ((height + outputs - 1) / outputs) * ((width + outputs - 1) / outputs);
+                       int threads) {
+    const Algorithm &chosen = ISAS[isa][algorithm];
+    const Kind &kind = is_bfloat16 ? chosen.of_bfloat16 : chosen.of_float;
+    const int down = (height + chosen.pixels - 1) / chosen.pixels, across = (width + chosen.pixels - 1) / chosen.pixels;
+    const int64_t tiles = (int64_t)images * down * across;
     const int64_t share = (tiles + threads - 1) / threads;
     // The transformed inputs of a group have to fit the second-level cache.
-    const int fitting_tiles = (1 << 20) / ((outputs + 2) * (outputs + 2) * channels * 4) / 6 * 6;
-    const int max_group = outputs == 2 || fitting_tiles > MAX_GROUP ? MAX_GROUP : fitting_tiles < 6 ? 6 : fitting_tiles;
-    const Job job = {x,      weight, (const float *)bias, residual, out,
-                     images, height, width,               channels, columns,
-                     enlarge, share < max_group ? (int)share : max_group};
-    const Kind &kind = ISAS[isa][outputs == 4 ? 2 : is_bfloat16];
+    const int fitting_tiles = (1 << 20) / (chosen.numbers * channels * 4) / 6 * 6;
+    const int max_group =
+        chosen.pixels == 2 || fitting_tiles > MAX_GROUP ? MAX_GROUP : fitting_tiles < 6 ? 6 : fitting_tiles;
+    const Job job = {x,        weight,  (const float *)bias, residual, out,    images, height, width,
+                     channels, columns, down,                across,   share < max_group ? (int)share : max_group};
     const size_t bytes = (kind.bytes(job) + 63) / 64 * 64;
     int failed = 0;
 #pragma omp parallel num_threads(threads)

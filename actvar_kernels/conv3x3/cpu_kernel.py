@@ -1,4 +1,4 @@
-"""Convolve in C++ with a kernel of 3x3, whose weight is transformed and packed once."""
+"""Convolve on the CPU with a kernel of 3x3, whose weight is packed once: in C++, or by oneDNN where that is faster."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import math
 
 import torch
 
+from actvar_kernels.conv3x3 import onednn
 from actvar_kernels.cpu_backend import cpu, memory
 from actvar_kernels.cpu_backend.packing import packed
 
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.6875, -0.6875, 1.5, -1.5)}
 """Points at which polynomials are multiplied, by the outputs of a tile; infinity comes last. Those of 4 err little."""
+ENLARGING = ((-1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, -0.5), (-0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+"""What three weights become for the five products of a tile of an enlarged image, see docs/kernels/conv3x3.md."""
 
 
 def conv3x3(
@@ -22,6 +25,7 @@ def conv3x3(
     residual: torch.Tensor | None = None,
     enlarge: bool = False,
     *,
+    engine: str | None = None,
     isa: int | None = None,
     outputs: int | None = None,
 ) -> torch.Tensor:
@@ -33,8 +37,9 @@ def conv3x3(
         bias: `[D]`, floating-point.
         residual: in the shape of the result and x's dtype; None: nothing is added.
         enlarge: whether x is convolved in twice its size.
-        isa: instruction set; None: the highest.
-        outputs: side of the tiles of Winograd's algorithm: 2, or 4 in float32; None: the side is chosen by the size.
+        engine: `"C++"` or `"oneDNN"`; None: the faster one.
+        isa: instruction set of C++; None: the highest.
+        outputs: side of a tile in C++ where x is not enlarged: 2, or 4 in float32; None: it is chosen by the size.
 
     Returns:
         `[B, D, H, W]` in x's dtype and the memory format `channels_last`; enlarged `[B, D, 2 * H, 2 * W]`.
@@ -43,14 +48,15 @@ def conv3x3(
         ValueError: sizes that the kernel cannot count.
         MemoryError: there is none left for the intermediate results.
     """
+    if engine == "oneDNN" or (engine is None and onednn.faster(x.dtype)):
+        return onednn.conv3x3(x, weight, bias, residual, enlarge)
     isa = cpu.best_isa() if isa is None else isa
     layout, (B, C, H, W), D = cpu.layout_of(isa), x.shape, weight.shape[0]
-    H, W = (2 * H, 2 * W) if enlarge else (H, W)
-    outputs = outputs or tile_outputs(x.dtype, C, D, H * W)
+    outputs = None if enlarge else outputs or tile_outputs(x.dtype, C, D, H * W)
 
     def pack() -> torch.Tensor:
         """Return the transformed weight in panels, flat."""
-        transform = _weight_transform(POINTS[outputs])
+        transform = _weight_transform(outputs)
         by_position = torch.einsum("ai,dcij,bj->abcd", transform, weight.detach().double(), transform)
         return cpu.panels(by_position.flatten(0, 1).to(x.dtype), layout).flatten()
 
@@ -59,11 +65,11 @@ def conv3x3(
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    out = memory.empty((B, H, W, D), x.dtype).permute(0, 3, 1, 2)
+    out = memory.empty((B, 2 * H, 2 * W, D) if enlarge else (B, H, W, D), x.dtype).permute(0, 3, 1, 2)
     sizes = cpu.checked_sizes(B, H, W, C, D)
     pointers = x.data_ptr(), copy.data_ptr(), bias.data_ptr(), None if residual is None else residual.data_ptr()
-    kind = isa, x.dtype == torch.bfloat16, outputs
-    if _library().conv3x3(*kind, *pointers, out.data_ptr(), *sizes, enlarge, torch.get_num_threads()):
+    kind = isa, x.dtype == torch.bfloat16, (2, 4, None).index(outputs)
+    if _library().conv3x3(*kind, *pointers, out.data_ptr(), *sizes, torch.get_num_threads()):
         raise MemoryError(f"conv3x3: no memory for {C} channels")
     return out
 
@@ -82,11 +88,29 @@ def tile_outputs(dtype: torch.dtype, C: int, D: int, pixels: int) -> int:
     return 4 if dtype == torch.float32 and pixels >= 4 * max(C, D) else 2
 
 
-def _weight_transform(points: tuple[float, ...]) -> torch.Tensor:
-    """Return the matrix G of Cook and Toom's construction, `[points + 1, 3]` float64.
+def packed_numbers(dtype: torch.dtype, C: int, D: int, pixels: int, enlarge: bool) -> int:
+    """Return how many numbers the packed copy of a kernel of 3x3 has for each pair of channels.
 
-    A kernel w of 3x3 becomes `G w G^T`.
+    Args:
+        dtype: float32 or bfloat16.
+        C, D: channels of the input and of the output.
+        pixels: size of the output's map.
+        enlarge: whether the input is convolved in twice its size.
     """
+    if onednn.faster(dtype):
+        return 16 if enlarge else 9
+    return 25 if enlarge else (tile_outputs(dtype, C, D, pixels) + 2) ** 2
+
+
+def _weight_transform(outputs: int | None) -> torch.Tensor:
+    """Return the matrix G `[products, 3]` float64 with which a kernel w of 3x3 becomes `G w G^T`.
+
+    Args:
+        outputs: side of a tile, a key of `POINTS`; None: the tiles are those of an enlarged image.
+    """
+    if outputs is None:
+        return torch.tensor(ENLARGING, dtype=torch.float64, device="cpu")
+    points = POINTS[outputs]
     rows = [[p**k / math.prod(p - q for q in points if q != p) for k in range(3)] for p in points]
     return torch.tensor([*rows, [0, 0, 1]], dtype=torch.float64, device="cpu")
 
@@ -94,5 +118,5 @@ def _weight_transform(points: tuple[float, ...]) -> torch.Tensor:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = cpu.library()
-    library.conv3x3.argtypes = 3 * [ctypes.c_int] + 5 * [ctypes.c_void_p] + 7 * [ctypes.c_int]
+    library.conv3x3.argtypes = 3 * [ctypes.c_int] + 5 * [ctypes.c_void_p] + 6 * [ctypes.c_int]
     return library

@@ -2,12 +2,14 @@
 
 namespace NAMESPACE {
 
-// Transform one dimension by Winograd's F(M, 3). `input` turns M + 2 inputs d into as many numbers v, and `output`
-// turns products m of v and the weights into M outputs y. docs/kernels/conv3x3.md derives both.
-template <int M> struct Winograd;
+// Describe an algorithm for one dimension, and name its sizes in it: a tile of OUTPUTS outputs lies over PIXELS pixels.
+// `input` turns PIXELS + 2 inputs d into as many numbers v. Product k is v[number(k)] times weight k. `output` turns the
+// PRODUCTS products m into outputs y. docs/kernels/conv3x3.md derives them.
 
-// The points are 0, 1, -1 and infinity.
-template <> struct Winograd<2> {
+// Winograd's F(2, 3). The points are 0, 1, -1 and infinity.
+struct Small {
+    static constexpr int OUTPUTS = 2, PIXELS = 2, PRODUCTS = 4;
+    static constexpr int number(int product) { return product; }
     static inline void input(const vec (&d)[4], vec (&v)[4]) {
         v[0] = d[2] - d[0];
         v[1] = d[2] + d[1];
@@ -20,9 +22,11 @@ template <> struct Winograd<2> {
     }
 };
 
-// The points are 0, A, -A, B, -B and infinity.
-template <> struct Winograd<4> {
+// Winograd's F(4, 3). The points are 0, A, -A, B, -B and infinity.
+struct Large {
+    static constexpr int OUTPUTS = 4, PIXELS = 4, PRODUCTS = 6;
     static constexpr float A = 0.6875f, B = 1.5f, A2 = A * A, B2 = B * B;
+    static constexpr int number(int product) { return product; }
     static inline void input(const vec (&d)[6], vec (&v)[6]) {
         const vec even_a = d[4] - B2 * d[2], odd_a = A * (d[3] - B2 * d[1]);
         const vec even_b = d[4] - A2 * d[2], odd_b = B * (d[3] - A2 * d[1]);
@@ -42,40 +46,57 @@ template <> struct Winograd<4> {
     }
 };
 
+// Convolve two pixels that stand twice each, with their neighbours. Outputs 0 and 2 have a product of their own at the
+// point -1, outputs 1 and 3 have another, and all share the one at the point 1.
+struct Enlarging {
+    static constexpr int OUTPUTS = 4, PIXELS = 2, PRODUCTS = 5;
+    static constexpr int number(int product) { return product < 3 ? product : product - 1; }
+    static inline void input(const vec (&d)[4], vec (&v)[4]) { Small::input(d, v); }
+    static inline void output(const vec (&m)[5], vec (&y)[4]) {
+        y[0] = m[0] + (m[1] + m[2]);
+        y[1] = m[1] + m[3];
+        y[2] = m[1] - m[2];
+        y[3] = (m[1] - m[3]) + m[4];
+    }
+};
+
+// Count the numbers and the products of a tile.
+template <class W> constexpr int NUMBERS = (W::PIXELS + 2) * (W::PIXELS + 2);
+template <class W> constexpr int POSITIONS = W::PRODUCTS * W::PRODUCTS;
+
 // Return the bytes that `run` needs for a group of tiles.
-template <class T, int M> size_t scratch_bytes(const Job &job) {
-    constexpr int POSITIONS = (M + 2) * (M + 2);
-    return (size_t)POSITIONS * job.group * (job.channels * sizeof(T) + PANEL * sizeof(float)) +
+template <class T, class W> size_t scratch_bytes(const Job &job) {
+    return (size_t)job.group * (NUMBERS<W> * job.channels * sizeof(T) + POSITIONS<W> * PANEL * sizeof(float)) +
            (size_t)job.channels * sizeof(T);
 }
 
-// Transform the channels of `count` tiles into `inputs` [positions, count, C].
-template <class T, int M> void transform(const Job &job, const Tile *tiles, int count, const T *zeros, T *inputs) {
-    constexpr int N = M + 2;
-    const int C = job.channels, shift = job.enlarge, across = job.width >> shift, down = job.height >> shift;
+// Transform the channels of `count` tiles into `inputs` [NUMBERS, count, C].
+template <class T, class W> void transform(const Job &job, const Tile *tiles, int count, const T *zeros, T *inputs) {
+    constexpr int N = W::PIXELS + 2;
+    const int C = job.channels;
     for (int t = 0; t < count; t++) {
-        const T *pixels[N][N], *image = (const T *)job.x + (int64_t)tiles[t].image * down * across * C;
+        const T *pixels[N][N], *image = (const T *)job.x + (int64_t)tiles[t].image * job.height * job.width * C;
         for (int i = 0; i < N; i++)
             for (int j = 0; j < N; j++) {
-                const int y = tiles[t].top + i - 1, x = tiles[t].left + j - 1;
+                const int y = tiles[t].row * W::PIXELS + i - 1, x = tiles[t].column * W::PIXELS + j - 1;
                 const bool inside = y >= 0 && y < job.height && x >= 0 && x < job.width;
-                pixels[i][j] = inside ? image + ((int64_t)(y >> shift) * across + (x >> shift)) * C : zeros;
+                pixels[i][j] = inside ? image + ((int64_t)y * job.width + x) * C : zeros;
             }
         for (int c = 0; c < C; c += LANES) {
-            vec columns[N][N];  // [column, position]
+            vec columns[N][N];  // [column, number]
 #pragma GCC unroll 6
             for (int j = 0; j < N; j++) {
                 vec d[N];
 #pragma GCC unroll 6
                 for (int i = 0; i < N; i++) d[i] = wide(pixels[i][j] + c);
-                Winograd<M>::input(d, columns[j]);
+                W::input(d, columns[j]);
             }
 #pragma GCC unroll 6
             for (int i = 0; i < N; i++) {
                 vec d[N], v[N];
 #pragma GCC unroll 6
                 for (int j = 0; j < N; j++) d[j] = columns[j][i];
-                Winograd<M>::input(d, v);
+                W::input(d, v);
 #pragma GCC unroll 6
                 for (int j = 0; j < N; j++)
                     Product<T>::put(inputs + ((size_t)(i * N + j) * count + t) * C + c, v[j]);
@@ -84,75 +105,77 @@ template <class T, int M> void transform(const Job &job, const Tile *tiles, int 
     }
 }
 
-// Store the outputs of a panel, `vectors` vectors from `column` on, made from `products` [positions, group, PANEL].
-template <class T, int M>
+// Store the outputs of a panel, `vectors` vectors from `column` on, made from `products` [POSITIONS, group, PANEL].
+template <class T, class W>
 void put_outputs(const Job &job, const Tile *tiles, int count, int column, int vectors, const float *products) {
-    constexpr int N = M + 2;
-    const int D = job.columns;
-    for (int t = 0; t < count; t++)
+    constexpr int N = W::PRODUCTS, M = W::OUTPUTS, SCALE = W::OUTPUTS / W::PIXELS;
+    const int D = job.columns, height = job.height * SCALE, width = job.width * SCALE;
+    for (int t = 0; t < count; t++) {
+        const int top = tiles[t].row * M, left = tiles[t].column * M;
+        const int down = smaller(height - top, M), across = smaller(width - left, M);
         for (int c = 0; c < vectors * LANES; c += LANES) {
-            vec columns[N][M];  // [position, output]
+            vec columns[N][M];  // [product, output]
 #pragma GCC unroll 6
             for (int j = 0; j < N; j++) {
                 vec m[N];
 #pragma GCC unroll 6
                 for (int i = 0; i < N; i++)
                     m[i] = load<vec>(products + ((size_t)(i * N + j) * job.group + t) * PANEL + c);
-                Winograd<M>::output(m, columns[j]);
+                W::output(m, columns[j]);
             }
             const vec bias = load<vec>(job.bias + column + c);
-            const int down = smaller(job.height - tiles[t].top, M), across = smaller(job.width - tiles[t].left, M);
 #pragma GCC unroll 4
             for (int i = 0; i < M; i++) {
                 if (i >= down) break;
                 vec m[N], y[M];
 #pragma GCC unroll 6
                 for (int j = 0; j < N; j++) m[j] = columns[j][i];
-                Winograd<M>::output(m, y);
+                W::output(m, y);
 #pragma GCC unroll 4
                 for (int j = 0; j < M; j++) {
                     if (j >= across) break;
-                    const int64_t row = (int64_t)tiles[t].image * job.height + tiles[t].top + i;
-                    const int64_t to = (row * job.width + tiles[t].left + j) * D + column + c;
+                    const int64_t pixel = ((int64_t)tiles[t].image * height + top + i) * width + left + j;
+                    const int64_t to = pixel * D + column + c;
                     vec sum = y[j] + bias;
                     if (job.residual) sum += first_columns((const T *)job.residual + to, D - column - c);
                     put_columns((T *)job.out + to, sum, D - column - c);
                 }
             }
         }
+    }
 }
 
 // Compute the outputs of `count` tiles from tile number `first` on.
-template <class T, int M> void run(const Job &job, int64_t first, int count, char *scratch) {
-    constexpr int POSITIONS = (M + 2) * (M + 2);
+template <class T, class W> void run(const Job &job, int64_t first, int count, char *scratch) {
+    constexpr int N = W::PRODUCTS;
     const int C = job.channels, stride = padded(job.columns, LANES);
-    const int across = (job.width + M - 1) / M, down = (job.height + M - 1) / M;
-    float *products = (float *)scratch;                             // [POSITIONS, group, PANEL]
-    T *inputs = (T *)(products + (size_t)POSITIONS * job.group * PANEL);  // [POSITIONS, count, C]
-    T *zeros = inputs + (size_t)POSITIONS * job.group * C;          // [C], a pixel outside the image
+    float *products = (float *)scratch;                                    // [POSITIONS, group, PANEL]
+    T *inputs = (T *)(products + (size_t)POSITIONS<W> * job.group * PANEL);  // [NUMBERS, count, C]
+    T *zeros = inputs + (size_t)NUMBERS<W> * job.group * C;                // [C], a pixel outside the image
     memset(zeros, 0, C * sizeof(T));
     Tile tiles[MAX_GROUP];
     for (int t = 0; t < count; t++) {
-        const int64_t tile = first + t;
-        tiles[t] = {(int)(tile / (across * down)), (int)(tile / across % down) * M, (int)(tile % across) * M};
+        const int64_t tile = first + t, row = tile / job.across;
+        tiles[t] = {(int)(row / job.down), (int)(row % job.down), (int)(tile % job.across)};
     }
-    transform<T, M>(job, tiles, count, zeros, inputs);
+    transform<T, W>(job, tiles, count, zeros, inputs);
     for (int column = 0; column < stride; column += PANEL) {
         const int vectors = smaller(stride - column, PANEL) / LANES;
-        for (int p = 0; p < POSITIONS; p++) {
+        for (int p = 0; p < POSITIONS<W>; p++) {
             const T *panel = (const T *)job.weight + (size_t)p * C * stride + (size_t)column * C;
+            const T *numbers = inputs + (size_t)(W::number(p / N) * (W::PIXELS + 2) + W::number(p % N)) * count * C;
             for (int t = 0; t < count; t += ROWS) {
                 const int group = smaller(count - t, ROWS);
                 const T *rows[ROWS];
                 float *to[ROWS];
                 for (int r = 0; r < group; r++) {
-                    rows[r] = inputs + ((size_t)p * count + t + r) * C;
+                    rows[r] = numbers + (size_t)(t + r) * C;
                     to[r] = products + ((size_t)p * job.group + t + r) * PANEL;
                 }
                 add_product<T>(vectors, group, rows, panel, C, {nullptr, 0}, true, to);
             }
         }
-        put_outputs<T, M>(job, tiles, count, column, vectors, products);
+        put_outputs<T, W>(job, tiles, count, column, vectors, products);
     }
 }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 
 import torch
@@ -60,9 +59,5 @@ def description() -> str:
 
 
 def has_tiles() -> bool:
-    """Return whether PyTorch's products of bfloat16 run on tiles (AMX), where they are much faster than others.
-
-    The environment variable is read at every call, as oneDNN reads it before its first product.
-    """
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
-    return ("AMX" in most or most in ("DEFAULT", "ALL")) and torch.cpu._is_amx_tile_supported() and runs(torch.bfloat16)
+    """Return whether PyTorch's products of bfloat16 run on tiles (AMX), and so take less time than this package's."""
+    return cpu.has_tiles() and runs(torch.bfloat16)

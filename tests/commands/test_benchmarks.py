@@ -14,7 +14,9 @@ from actvar.config import DENSE, ActVARConfig
 from actvar.models import build_vae_var
 from actvar.patching.patch import patched_silently
 from actvar.sampling import timing
-from benchmarks import components, few_tokens, memory, plots, providers, results, sampling, scaling
+from actvar_kernels.conv3x3 import cpu_kernel
+from actvar_kernels.cpu_backend import cpu
+from benchmarks import components, convolutions, few_tokens, memory, plots, providers, results, sampling, scaling
 from benchmarks.providers import Case, WrongNumbersError
 from benchmarks.results import Shape
 
@@ -125,6 +127,22 @@ def test_every_provider_computes_what_the_reference_does(rate, dtype):
     packs = dtype == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert ("torch packed" in found["expert_ffn_scatter dense"]) == packs
     assert ("dense_ffn" in found) == (rate == 1)
+
+
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_convolution_is_that_in_float64(dtype, monkeypatch):
+    monkeypatch.setitem(convolutions.LAYERS, "small", ((32, 8),))
+    if dtype == torch.bfloat16 and not cpu.multiplies_bfloat16():
+        pytest.skip("oneDNN has no bfloat16 on this processor")
+    found = convolutions.convolution_providers("small", 2, dtype)
+    assert list(found) == ["conv3x3 32x8x8", "conv3x3 enlarged 32x8x8"]
+    for ways in found.values():
+        assert {run().shape for run in ways.values()} == {(2, 32, 8, 8)}
+    kernel = cpu_kernel.conv3x3
+    monkeypatch.setattr(cpu_kernel, "conv3x3", lambda *args, **options: kernel(*args, **options) * 1.1)
+    with pytest.raises(WrongNumbersError, match=r"conv3x3 32x8x8: cpu errs by .*; not timed"):
+        convolutions.convolution_providers("small", 2, dtype)
 
 
 def test_an_operation_with_wrong_numbers_is_not_timed(monkeypatch):
@@ -238,9 +256,9 @@ def test_the_bound_holds_weights_cache_and_the_larger_activations():
     for name, module in (("post_quant_conv", vae.post_quant_conv), *vae.decoder.named_modules()):
         if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) and module.in_channels % 16 == 0:
             level = int(name.split(".")[1]) if name.startswith("up.") else 0 if name == "conv_out" else 4
-            side = 4 * 2 ** (4 - level + ("upsample" in name))
+            side = 4 * 2 ** (4 - level)
             D, C = module.weight.shape[:2]
-            transformed += (36 if side**2 >= 4 * max(C, D) else 16) * D * C
+            transformed += (25 if "upsample" in name else 36 if side**2 >= 4 * max(C, D) else 16) * D * C
     # a second copy of blocks and head, and the decoder's convolutions
     assert packed.total - plain.total == 4 * (3 * 12 * 128**2 + 64 * 128 + transformed)
     sparse = memory.bound(vae, var, 5, ActVARConfig(scales=(-2, -1), token_rates=(0.5, 0.5)), kernels=False)

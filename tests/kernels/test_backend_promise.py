@@ -30,6 +30,7 @@ from actvar_kernels import (
     subset_attention,
 )
 from actvar_kernels.backend import using_backend
+from actvar_kernels.conv3x3 import onednn
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.token_draw import cpu_kernel as sampling_kernel
 
@@ -142,7 +143,7 @@ def test_cpp_runs_or_raises(name: str, dtype: torch.dtype) -> None:
             return
         with calls_of_cpp() as names:
             found = call(to)
-    assert names
+    assert names or (name == "conv3x3" and onednn.faster(dtype))
     with using_backend("reference"), torch.no_grad():
         due = call(to_dtype(torch.float64) if name not in ANY_DTYPE else to)
     error, largest = (found.double() - due.double()).abs().max(), due.double().abs().max()

@@ -1,6 +1,10 @@
-"""The C++ convolution against a convolution in float64, for every instruction set that this processor has."""
+"""The CPU's convolutions against one in float64: that in C++ for every instruction set, and that of oneDNN."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +18,8 @@ from actvar_kernels.cpu_backend import cpu
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 ISAS = range(cpu.best_isa() + 1) if cpu.why_unavailable() is None else ()
+ENGINES = [pytest.param(dict(engine="C++", isa=isa), id=f"C++, {cpu.isa_name(isa)}") for isa in ISAS]
+ENGINES.append(pytest.param(dict(engine="oneDNN"), id="oneDNN"))
 SHAPES = [
     # images, channels, height, width, output channels
     (1, 16, 1, 1, 1),
@@ -41,6 +47,20 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 def exact(x, weight, bias) -> torch.Tensor:
     return F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+
+
+def expect_small_errors(found, known, wanted):
+    """At most four times those of a known algorithm that ends in the same dtype."""
+    assert found.shape == wanted.shape
+    unit = torch.finfo(found.dtype).eps * wanted.abs().max()
+    for norm in (torch.linalg.vector_norm, lambda error: error.abs().max()):
+        error, limit = norm(found.double() - wanted), 4 * norm(known.double() - wanted) + unit / 4
+        assert error <= limit, f"{error:.3g}, at most {limit:.3g}"
+
+
+def skip_what_onednn_lacks(how: dict, dtype: torch.dtype) -> None:
+    if how["engine"] == "oneDNN" and dtype == torch.bfloat16 and not cpu.multiplies_bfloat16():
+        pytest.skip("oneDNN has no bfloat16 on this processor")
 
 
 def winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, points: tuple[float, ...]) -> torch.Tensor:
@@ -75,7 +95,8 @@ def winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, points: 
 def test_every_instruction_set_errs_at_most_four_times_as_much_as_pytorch(shape, dtype, outputs, isa):
     """By small tiles beside a direct convolution, by large ones, which err more, beside the same algorithm."""
     tensors = inputs(shape, dtype)
-    found, wanted = cpu_kernel.conv3x3(*tensors, isa=isa, outputs=outputs), exact(*tensors)
+    found = cpu_kernel.conv3x3(*tensors, engine="C++", isa=isa, outputs=outputs)
+    wanted = exact(*tensors)
     if outputs == 2:
         known = F.conv2d(*tensors, padding=1)
     else:
@@ -83,29 +104,86 @@ def test_every_instruction_set_errs_at_most_four_times_as_much_as_pytorch(shape,
         torch.testing.assert_close(winograd(*(t.double() for t in tensors), points), wanted)
         known = winograd(*tensors, points)
     assert found.dtype == dtype
-    assert found.shape == wanted.shape
-    unit = torch.finfo(dtype).eps * wanted.abs().max()
-    for norm in (torch.linalg.vector_norm, lambda error: error.abs().max()):
-        error, limit = norm(found.double() - wanted), 4 * norm(known.double() - wanted) + unit / 4
-        assert error <= limit, f"{error:.3g}, at most {limit:.3g}"
+    expect_small_errors(found, known, wanted)
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
 @pytest.mark.parametrize(("dtype", "outputs"), [(torch.float32, 2), (torch.float32, 4), (torch.bfloat16, 2)], ids=str)
 @pytest.mark.parametrize("columns", [40, 3])
-def test_a_residual_is_added_and_pixels_stand_twice_with_one_rounding(columns, dtype, outputs, isa):
-    x, weight, bias = inputs((2, 32, 5, 7, columns), dtype)
+def test_a_residual_is_added_with_one_rounding(columns, dtype, outputs, isa):
+    x, weight, bias = inputs((2, 32, 10, 14, columns), dtype)
     residual = inputs((2, columns, 10, 14, 1), dtype)[0]
-    how = dict(isa=isa, outputs=outputs)
-    found = cpu_kernel.conv3x3(x, weight, bias, residual, enlarge=True, **how)
-    large = F.interpolate(x, scale_factor=2, mode="nearest")
-    assert torch.equal(
-        cpu_kernel.conv3x3(x, weight, bias, enlarge=True, **how), cpu_kernel.conv3x3(large, weight, bias, **how)
-    )
-    wanted = exact(large, weight, bias) + residual.double()
-    direct = (F.conv2d(large.float(), weight.float(), bias.float(), padding=1) + residual.float()).to(dtype)
+    found = cpu_kernel.conv3x3(x, weight, bias, residual, engine="C++", isa=isa, outputs=outputs)
+    wanted = exact(x, weight, bias) + residual.double()
+    direct = (F.conv2d(x.float(), weight.float(), bias.float(), padding=1) + residual.float()).to(dtype)
     error, unit = (found.double() - wanted).abs().max(), torch.finfo(dtype).eps * wanted.abs().max()
     assert error <= 4 * (direct.double() - wanted).abs().max() + unit / 4
+
+
+@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_of_an_enlarged_image_each_pixel_stands_four_times(shape, dtype, how):
+    skip_what_onednn_lacks(how, dtype)
+    x, weight, bias = inputs(shape, dtype)
+    large = F.interpolate(x, scale_factor=2, mode="nearest")
+    residual = inputs((shape[0], shape[4], *large.shape[2:], 1), dtype)[0]
+    wanted = exact(large, weight, bias)
+    direct = F.conv2d(large.float(), weight.float(), bias.float(), padding=1)
+    found = cpu_kernel.conv3x3(x, weight, bias, enlarge=True, **how)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    expect_small_errors(found, direct.to(dtype), wanted)
+    found = cpu_kernel.conv3x3(x, weight, bias, residual, enlarge=True, **how)
+    expect_small_errors(found, (direct + residual.float()).to(dtype), wanted + residual.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:])  # the error of the single number of the first is chance
+def test_onednn_errs_as_pytorch_does_and_adds_a_residual(shape, dtype):
+    skip_what_onednn_lacks(dict(engine="oneDNN"), dtype)
+    x, weight, bias = inputs(shape, dtype)
+    residual = inputs((shape[0], shape[4], *shape[2:4], 1), dtype)[0]
+    wanted, direct = exact(x, weight, bias), F.conv2d(x.float(), weight.float(), bias.float(), padding=1)
+    found = cpu_kernel.conv3x3(x, weight, bias, engine="oneDNN")
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    expect_small_errors(found, direct.to(dtype), wanted)
+    found = cpu_kernel.conv3x3(x, weight, bias, residual, engine="oneDNN")
+    expect_small_errors(found, (direct + residual.float()).to(dtype), wanted + residual.double())
+
+
+WITH_AMX = """
+import torch
+from torch.nn import functional as F
+from actvar_kernels import conv3x3
+from actvar_kernels.conv3x3 import onednn
+from actvar_kernels.cpu_backend import cpu
+
+cpu.has_tiles = cpu.multiplies_bfloat16
+convolve, ran = onednn.conv3x3, []
+onednn.conv3x3 = lambda x, *others: ran.append(x.dtype) or convolve(x, *others)
+x, weight, bias = torch.randn(2, 32, 5, 7), torch.randn(9, 32, 3, 3) / 17, torch.randn(9)
+wanted = F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, padding=1)
+with torch.no_grad():
+    for dtype in (torch.float32, torch.bfloat16):
+        found = conv3x3(x.to(dtype), weight, bias, enlarge=True)
+        torch.testing.assert_close(found.float(), wanted, atol=8 * torch.finfo(torch.bfloat16).eps, rtol=0)
+print(*ran)
+"""
+
+
+@pytest.mark.parametrize("instructions", ["AVX512_CORE_BF16", "AVX512_CORE", "AVX2"])
+def test_with_amx_onednn_convolves_in_bfloat16_where_it_can(instructions):
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+    run = [sys.executable, "-c", WITH_AMX]
+    found = subprocess.run(run, env=environment, check=True, capture_output=True, text=True, timeout=300).stdout.split()
+    assert found == ["torch.bfloat16"] * (cpu.multiplies_bfloat16() and instructions != "AVX2")
+
+
+def test_without_amx_cpp_convolves(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    x, weight, bias = inputs((1, 32, 6, 5, 8), torch.bfloat16)
+    assert torch.equal(conv3x3(x, weight, bias), cpu_kernel.conv3x3(x, weight, bias, engine="C++"))
 
 
 def test_larger_tiles_are_for_maps_that_are_large_beside_their_channels():
@@ -161,6 +239,10 @@ def test_an_image_is_padded_with_zeros_and_not_with_its_neighbours():
         alone = conv3x3(x[1:2], weight, bias)
         x[0], x[2] = torch.nan, torch.inf
         assert torch.equal(conv3x3(x, weight, bias)[1:2], alone)
+        x, weight, bias = inputs((3, 16, side, side, 8), torch.float32)
+        alone = conv3x3(x[1:2], weight, bias, enlarge=True)
+        x[0], x[2] = torch.nan, torch.inf
+        assert torch.equal(conv3x3(x, weight, bias, enlarge=True)[1:2], alone)
 
 
 def test_it_runs_where_kernels_run_in_cpp_and_the_channels_fit(monkeypatch: pytest.MonkeyPatch):
@@ -182,8 +264,11 @@ def test_it_runs_where_kernels_run_in_cpp_and_the_channels_fit(monkeypatch: pyte
     assert len(calls) == 2
 
 
-def test_a_changed_weight_is_transformed_anew():
+@pytest.mark.parametrize("enlarge", [False, True])
+@pytest.mark.parametrize("engine", ["C++", "oneDNN"])
+def test_a_changed_weight_is_packed_anew(engine, enlarge):
     x, weight, bias = inputs((1, 16, 6, 6, 4), torch.float32)
-    before = conv3x3(x, weight, bias)
+    before = cpu_kernel.conv3x3(x, weight, bias, enlarge=enlarge, engine=engine) - bias[:, None, None]
     weight.mul_(2)
-    torch.testing.assert_close(conv3x3(x, weight, bias) - bias[:, None, None], 2 * (before - bias[:, None, None]))
+    after = cpu_kernel.conv3x3(x, weight, bias, enlarge=enlarge, engine=engine) - bias[:, None, None]
+    torch.testing.assert_close(after, 2 * before)
