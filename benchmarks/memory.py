@@ -52,11 +52,12 @@ class Bound:
         return self.weights + self.packed + self.cache + max(self.block, self.decoder)
 
 
-def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kernels: bool) -> Bound:
+def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kernels: bool, int8: bool = False) -> Bound:
     """Return the bound of a dense `var` on any device, of which only shapes and dtypes are read.
 
     Args:
         kernels: sampling runs on the C++ kernels, which pack the layers of every block, the head and the decoder.
+        int8: the blocks multiply in eight bits, whose packed numbers are bytes.
     """
     blocks, dtype = len(var.blocks), var.head.weight.dtype
     side = var.patch_nums[-1]
@@ -64,10 +65,10 @@ def bound(vae: nn.Module, var: nn.Module, batch: int, config: ActVARConfig, kern
     of_vae = copy.deepcopy(vae).to("meta")
     packed = 0
     if kernels:
-        layers = [var.head]
-        for block in var.blocks:
-            layers += [block.attn.mat_qkv, block.attn.proj, block.ffn.fc1, block.ffn.fc2]
-        packed = sum(_bytes([layer.weight]) for layer in layers) + _transformed_bytes(of_vae, f_hat)
+        parts = ((b.attn.mat_qkv, b.attn.proj, b.ffn.fc1, b.ffn.fc2) for b in var.blocks)
+        weights = [layer.weight for layers in parts for layer in layers]
+        in_blocks = sum(weight.numel() for weight in weights) if int8 else _bytes(weights)
+        packed = in_blocks + _bytes([var.head.weight]) + _transformed_bytes(of_vae, f_hat)
     last = build_schedule(config, family_of(var).maps(var))[-1]
     return Bound(
         weights=_bytes(var.parameters()) + _bytes(vae.parameters()),
@@ -200,14 +201,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks import sampling
 
     parser = sampling.shape_parser("python -m benchmarks.memory", __doc__.split("\n\n")[0])
-    parser.add_argument("--way", required=True, choices=sampling.WAYS)
+    parser.add_argument("--way", required=True, choices=(*sampling.WAYS, *sampling.INT8_WAYS))
     options = parser.parse_args(arguments)
     if options.way == "public code" and options.public_var is None:
         parser.error("--way 'public code' needs --public-var")
 
     def sample(name: str, batch: int) -> tuple[nn.Module, int]:
         var, adapter = sampling.model(name)
-        ways = sampling.ways(var, adapter, sampling.DTYPES[options.dtype], options.public_var)
+        weights = "int8" if options.way in sampling.INT8_WAYS else None
+        ways = sampling.ways(var, adapter, sampling.DTYPES[options.dtype], options.public_var, weights)
         drawn = sampling.sampling_of(var, batch)
         with ways[options.way]() as used:
             drawn.run(used)
@@ -220,8 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     var, peak = sample(options.model, options.batch)
     peak -= before
     kernels = options.way not in ("public code", "dense") and kernels_run(var.head.weight.dtype)
-    config = ActVARConfig() if sampling.WAYS.index(options.way) >= sampling.WAYS.index("ActVAR") else DENSE
-    parts = bound(var.vae_proxy[0], var, options.batch, config, kernels)
+    dense = ("public code", "dense", "accelerated", "accelerated int8")
+    config = DENSE if options.way in dense else ActVARConfig()
+    parts = bound(var.vae_proxy[0], var, options.batch, config, kernels, options.way in sampling.INT8_WAYS)
     figures = {"peak": peak, "bound": parts.total} | asdict(parts)
     print(json.dumps({name: value / MIB for name, value in figures.items()}))
     return 0

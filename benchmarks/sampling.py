@@ -44,6 +44,7 @@ from benchmarks import components, fused, memory, results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAYS = ("public code", "dense", "accelerated", "ActVAR", "fast sampler", "bf16 decoder")
+INT8_WAYS = ("accelerated int8", "ActVAR int8")
 FIGURES = ("whole sample", "autoregressive part", "all blocks", "blocks, last two", "decoder")
 
 
@@ -137,9 +138,10 @@ def ways(
     half = Execution(decoder_dtype="bfloat16")
     found["bf16 decoder"] = lambda: patched_silently(var, ActVARConfig(), adapter, half)
     if weights is not None:
-        in_weights = Execution(weights=weights)
-        found[f"accelerated {weights}"] = lambda: patched_silently(var, DENSE, None, in_weights)
-        found[f"ActVAR {weights}"] = lambda: patched_silently(var, ActVARConfig(), adapter, in_weights)
+        in_bytes = Execution(weights=weights)
+        dense, sparse = INT8_WAYS
+        found[dense] = lambda: patched_silently(var, DENSE, None, in_bytes)
+        found[sparse] = lambda: patched_silently(var, ActVARConfig(), adapter, in_bytes)
     return found
 
 

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.cpu_backend.packing import packed
 from actvar_kernels.expert_ffn.weights import FFNWeights
-from actvar_kernels.linear.cpu_brgemm import PackedWeight, pack
-from actvar_kernels.linear.quantized import quantized
+from actvar_kernels.linear.cpu_brgemm import PackedWeight, pack, quantized_weight
 
 WIDTH = brgemm.LAYOUTS[torch.int8].lanes
 MOST_FILLED = 0.1
@@ -69,7 +68,8 @@ class Packed(NamedTuple):
 def _packed(weights: FFNWeights, groups: int, int8: bool) -> Packed:
     """Return the weights as C++ reads them. Hidden units are filled up with zeros to full panels in each group."""
     if int8:
-        (up, up_scales), (down, down_scales) = quantized(weights.fc1_weight), quantized(weights.fc2_weight)
+        up, up_scales = quantized_weight(weights.fc1_weight)
+        down, down_scales = quantized_weight(weights.fc2_weight)
         scales = up_scales.view(groups, -1), down_scales.flatten()
     else:
         up, down, scales = weights.fc1_weight.bfloat16(), weights.fc2_weight.bfloat16(), (None, None)

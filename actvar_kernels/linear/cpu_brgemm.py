@@ -51,7 +51,7 @@ def linear(
 
     def pack_weight() -> PackedWeight:
         """Return the weight in panels."""
-        matrix, scales = quantized(weight.detach()) if int8 else (weight.detach().bfloat16(), None)
+        matrix, scales = quantized_weight(weight) if int8 else (weight.detach().bfloat16(), None)
         return pack(matrix.t().unsqueeze(0), None if scales is None else scales.flatten())
 
     copy = packed((weight,), ("brgemm", int8), pack_weight)
@@ -66,6 +66,13 @@ def linear(
     if _library().brgemm_linear(*kind, x.data_ptr(), *pointers, *sizes, torch.get_num_threads()):
         raise MemoryError(f"linear: no memory for {sizes[0]} rows of width {C}")
     return out
+
+
+@torch.no_grad()
+def quantized_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `quantized` returns for `weight` `[D, C]`, in parts whose copies in float32 stay small."""
+    parts = [quantized(part) for part in weight.split(256)]
+    return torch.cat([rows for rows, _ in parts]), torch.cat([scales for _, scales in parts])
 
 
 def pack(matrices: torch.Tensor, scales: torch.Tensor | None) -> PackedWeight:

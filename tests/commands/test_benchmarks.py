@@ -261,6 +261,8 @@ def test_the_bound_holds_weights_cache_and_the_larger_activations():
             transformed += (25 if "upsample" in name else 36 if side**2 >= 4 * max(C, D) else 16) * D * C
     # a second copy of blocks and head, and the decoder's convolutions
     assert packed.total - plain.total == 4 * (3 * 12 * 128**2 + 64 * 128 + transformed)
+    in_bytes = memory.bound(vae, var, 5, DENSE, kernels=True, int8=True)
+    assert packed.packed - in_bytes.packed == 3 * 3 * 12 * 128**2  # three of four bytes of the blocks' numbers
     sparse = memory.bound(vae, var, 5, ActVARConfig(scales=(-2, -1), token_rates=(0.5, 0.5)), kernels=False)
     assert sparse.cache == 3 * 2 * 10 * 3 * 128 * 4
 
