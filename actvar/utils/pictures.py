@@ -25,6 +25,32 @@ def pixel_values(images: torch.Tensor) -> torch.Tensor:
     return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def as_picture(pixels: np.ndarray) -> Image.Image:
+    """Return a picture, grey or RGB, of an array `[H, W, C]` uint8 with 1 or 3 channels."""
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def save_images(images: torch.Tensor, folder: Path, name: str, columns: int, single: bool) -> list[Path]:
+    """Write images as the grid `<name>.png`, or each in its own size as `<name>-<number>.png`, and return the files.
+
+    Args:
+        images: `[B, C, H, W]` in [0, 1], where C is 1 or 3.
+        folder: the folder to write to.
+        name: what the names of the files begin with.
+        columns: images in a row of the grid.
+        single: whether each image is a file of its own.
+    """
+    if not single:
+        return [save_grid(images, folder / f"{name}.png", columns)]
+    written = []
+    for number, pixels in enumerate(pixel_values(images).permute(0, 2, 3, 1).cpu().numpy()):
+        path = folder / f"{name}-{number:05d}.png"
+        with replacing(path) as temporary:
+            as_picture(pixels).save(temporary, format="PNG")
+        written.append(path)
+    return written
+
+
 def save_grid(images: torch.Tensor, path: Path, columns: int) -> Path:
     """Write images as one PNG, row by row, each enlarged to 64 pixels a side or more, and return `path`.
 
