@@ -89,6 +89,7 @@ def shell(tmp_path, monkeypatch) -> Path:
         (programs / name).write_text(f'#!/bin/sh\nexec {start} "$@"\n')
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    (folder / "examples").symlink_to(ROOT / "examples")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return folder
 
