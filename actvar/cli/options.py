@@ -55,7 +55,8 @@ def add_source(command: argparse.ArgumentParser, adapter: str | None = "paper") 
     )
     if adapter:
         source.add_argument(
-            "--adapter", help=f"adapter file, or the name of a bundled one (default for --model: {adapter})"
+            "--adapter",
+            help=f"adapter file, owner/repo on the hub, or a bundled one's name (default for --model: {adapter})",
         )
     source.add_argument(
         "--device",
@@ -170,7 +171,7 @@ def adapter_of(options: argparse.Namespace, bundled: str | None = "paper") -> Pa
     name = options.adapter or (bundled if bundled in comes_with else None)
     if name is None:
         return None
-    if options.model and "." not in name:
+    if options.model and "." not in name and "/" not in name:
         return adapter_path(options.model, name)
     return Path(name)
 

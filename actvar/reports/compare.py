@@ -91,8 +91,9 @@ class Comparison:
 
     def as_dict(self) -> dict[str, object]:
         """Return the fields as JSON values, where an infinite PSNR, of equal images, is None."""
-        finite = {name: value if math.isfinite(value) else None for name, value in self.psnr.items()}
-        return asdict(self) | {"psnr": finite}
+        facts: dict[str, object] = asdict(self)
+        facts["psnr"] = {name: value if math.isfinite(value) else None for name, value in self.psnr.items()}
+        return facts
 
 
 def compare(
