@@ -18,6 +18,7 @@ from actvar.cli.streams import forgiving_streams
 
 COMMANDS = {
     "sample": "sample images; --compare also times dense against ActVAR",
+    "demo": "a page to draw with: dense, accelerated and presets side by side",
     "inspect": "one image from inside, as an HTML page: scales, tokens, experts, cost",
     "evaluate": "quality, time and FLOPs of ActVAR beside other methods; resumes",
     "distill": "train an adapter; run the same command again to go on with it",

@@ -51,12 +51,11 @@ def save_images(images: torch.Tensor, folder: Path, name: str, columns: int, sin
     return written
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int) -> Path:
-    """Write images as one PNG, row by row, each enlarged to 64 pixels a side or more, and return `path`.
+def as_grid(images: torch.Tensor, columns: int) -> Image.Image:
+    """Return images as one picture, row by row, each enlarged to 64 pixels a side or more.
 
     Args:
         images: `[B, C, H, W]` in [0, 1], where C is 1 or 3.
-        path: the file to write.
         columns: images in a row.
     """
     factor = max(1, -(-64 // images.shape[-1]))
@@ -69,8 +68,13 @@ def save_grid(images: torch.Tensor, path: Path, columns: int) -> Path:
     for i, image in enumerate(pixels.numpy()):
         top, left = GAP + (i // columns) * (height + GAP), GAP + (i % columns) * (width + GAP)
         canvas[top : top + height, left : left + width] = image
+    return Image.fromarray(canvas)
+
+
+def save_grid(images: torch.Tensor, path: Path, columns: int) -> Path:
+    """Write the PNG of `as_grid`, and return `path`."""
     with replacing(path) as temporary:
-        Image.fromarray(canvas).save(temporary, format="PNG")
+        as_grid(images, columns).save(temporary, format="PNG")
     return path
 
 
