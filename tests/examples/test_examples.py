@@ -102,9 +102,17 @@ def test_the_loop_keeps_what_is_not_new_and_draws_what_is(public, tmp_path):
 
 @pytest.mark.public_var
 def test_the_loop_for_editing_runs_on_the_public_class(build_public, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys.modules["models"], "build_vae_var", lambda **sizes: build_public(**(sizes | SIZES)))
-    edited, _ = edit(lambda **sizes: build_public(**(sizes | SIZES)), tmp_path)
-    assert edited.shape == (64, 64, 3)
+    def build(**sizes):
+        vae, var = build_public(**(sizes | SIZES))
+        fill(vae, 0)
+        fill(var, 1)
+        return vae, var
+
+    monkeypatch.setattr(sys.modules["models"], "build_vae_var", build)
+    accelerated, _ = edit(build, tmp_path)
+    sparse, _ = edit(build, tmp_path, "--adapter", str(tmp_path / "adapter.safetensors"))
+    assert accelerated.shape == sparse.shape == (64, 64, 3)
+    assert not np.array_equal(accelerated, sparse)
 
 
 def test_the_block_with_all_experts_is_the_dense_one():
