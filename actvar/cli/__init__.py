@@ -18,10 +18,12 @@ from actvar.cli.streams import forgiving_streams
 
 COMMANDS = {
     "sample": "sample images; --compare also times dense against ActVAR",
+    "demo": "a page to draw with: dense, accelerated and presets side by side",
     "inspect": "one image from inside, as an HTML page: scales, tokens, experts, cost",
     "evaluate": "quality, time and FLOPs of ActVAR beside other methods; resumes",
     "distill": "train an adapter; run the same command again to go on with it",
     "calibrate": "make an adapter without data or training, in minutes",
+    "push": "upload an adapter to the hub, with a model card of what it does here",
     "verify": "check a checkpoint with ActVAR; exit code 1 if anything differs",
     "flops": "FLOPs by module and step; exit code 1 if torch counts other ones",
     "bench": "time the C++ kernels against plain PyTorch on this CPU; exit code 1 if any is over a tenth slower",

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from actvar.models.checkpoint import describe_checkpoint
+from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import WEIGHTS, bundled_adapters, bundled_presets
 
 
@@ -15,7 +16,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print each model with its size, its presets and its adapters."""
+    """Print each model with its size, its classes, its presets and its adapters."""
     found = {name: _facts(name) for name in WEIGHTS}
     if options.json:
         print(json.dumps(found, indent=1))
@@ -30,4 +31,9 @@ def _facts(name: str) -> dict[str, object]:
     """Return what there is of a bundled model, JSON-compatible."""
     described = describe_checkpoint(WEIGHTS[name] / "var.safetensors")
     size = f"{described['depth']} blocks, width {described['width']}, {described['num_classes']} classes"
-    return {"size": size, "presets": bundled_presets(name), "adapters": bundled_adapters(name)}
+    return {
+        "size": size,
+        "classes": list(CLASSES),
+        "presets": bundled_presets(name),
+        "adapters": bundled_adapters(name),
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ import actvar
 from actvar.models import VAR, VQVAE
 from actvar.models.checkpoint import usable_device
 from actvar.patching.adapter import read_adapter_config
+from actvar.sampling.request import Sampling
 from actvar.utils.files import replacing
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import WEIGHTS, adapter_path, bundled_adapters
@@ -24,7 +25,10 @@ Number = TypeVar("Number", int, float)
 
 MOST_AT_ONCE = 1_000_000
 """The most images of one sample or one batch; more would fit into no memory."""
+DEMO_TOP_K, DEMO_TOP_P = 900, 0.95
+"""The filters of the public code's demo."""
 FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".html", ".json", ".csv", ".npz", ".npy", ".safetensors"}
+_NAMED = {name.lower(): number for number, name in enumerate(CLASSES)}
 _SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES = _SHORT | {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -51,7 +55,8 @@ def add_source(command: argparse.ArgumentParser, adapter: str | None = "paper") 
     )
     if adapter:
         source.add_argument(
-            "--adapter", help=f"adapter file, or the name of a bundled one (default for --model: {adapter})"
+            "--adapter",
+            help=f"adapter file, owner/repo on the hub, or a bundled one's name (default for --model: {adapter})",
         )
     source.add_argument(
         "--device",
@@ -65,11 +70,19 @@ def add_dtype(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
 
 
-def add_draw(command: argparse._ActionsContainer) -> None:
-    """Add the options that say how tokens are drawn."""
+def add_draw(command: argparse._ActionsContainer, like_demo: bool = False) -> None:
+    """Add the options that say how tokens are drawn.
+
+    Args:
+        command: the command's parser.
+        like_demo: whether the filters of the public demo are the defaults for --var, see `load_to_sample`.
+    """
+    demo = f"; with --var {DEMO_TOP_K}", f"; with --var {DEMO_TOP_P}"
+    top_k, top_p = (f"(default 0: all{text if like_demo else ''})" for text in demo)
+    none = None if like_demo else 0
     command.add_argument("--cfg", type=number, default=1.5, help="guidance strength (default 1.5)")
-    command.add_argument("--top-k", type=integer, default=0, help="draw from the k likeliest tokens (default 0: all)")
-    command.add_argument("--top-p", type=number, default=0.0, help="from the likeliest that reach p (default 0: all)")
+    command.add_argument("--top-k", type=integer, default=none, help=f"draw from the k likeliest tokens {top_k}")
+    command.add_argument("--top-p", type=number, default=none, help=f"from the likeliest that reach p {top_p}")
     command.add_argument("--seed", type=integer, default=0, help="of the sampling noise (default 0)")
 
 
@@ -106,25 +119,37 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[VQVAE, VAR]:
     return actvar.load_var(options.var, options.vae, device, dtype, options.key)
 
 
-def load_to_sample(options: argparse.Namespace, labels: tuple[int, ...], option: str) -> VAR:
+def request(options: argparse.Namespace, labels: tuple[int, ...]) -> Sampling:
+    """Return the request of the options, in which a filter that is not given is off."""
+    return Sampling(labels, options.cfg, options.top_k or 0, options.top_p or 0.0, options.seed)
+
+
+def load_to_sample(options: argparse.Namespace, sampling: Sampling, option: str) -> tuple[VAR, Sampling]:
     """Load the model, and check that it has what is to be sampled.
 
     Args:
         options: the command's options.
-        labels: classes to sample.
-        option: the option that gave them, for the message.
+        sampling: their request.
+        option: the option that gave the classes, for the message.
+
+    Returns:
+        the model, and the request with the default filters: for --var those of the public demo.
 
     Raises:
         ValueError: the model does not have such a class, or so many tokens.
     """
     say_device(options)
     _, var = load(options, DTYPES[options.dtype])
-    if options.top_k > var.V:
-        raise ValueError(f"--top-k: the model has {var.V} tokens to choose from, got {options.top_k}")
-    bad = [label for label in labels if not 0 <= label < var.num_classes]
+    if sampling.top_k > var.V:
+        raise ValueError(f"--top-k: the model has {var.V} tokens to choose from, got {sampling.top_k}")
+    bad = [label for label in sampling.labels if not 0 <= label < var.num_classes]
     if bad:
         raise ValueError(f"{option}: the model has classes 0-{var.num_classes - 1}, got {bad[0]}")
-    return var
+    if options.var and options.top_k is None:
+        sampling = replace(sampling, top_k=min(DEMO_TOP_K, var.V))
+    if options.var and options.top_p is None:
+        sampling = replace(sampling, top_p=DEMO_TOP_P)
+    return var, sampling
 
 
 def class_name(options: argparse.Namespace, label: int) -> str:
@@ -146,7 +171,7 @@ def adapter_of(options: argparse.Namespace, bundled: str | None = "paper") -> Pa
     name = options.adapter or (bundled if bundled in comes_with else None)
     if name is None:
         return None
-    if options.model and "." not in name:
+    if options.model and "." not in name and "/" not in name:
         return adapter_path(options.model, name)
     return Path(name)
 
@@ -253,18 +278,40 @@ def number(text: str) -> float:
     return found
 
 
-def labels_of(text: str) -> tuple[int, ...]:
-    """Return the classes in an option's text, such as `0-9` or `207,980`."""
-    labels: list[int] = []
+def labels_of(text: str) -> tuple[int | str, ...]:
+    """Return the classes in an option's text, such as `0-9`, `207,980` or `sandal,bag`; see `numbered`."""
+    labels: list[int | str] = []
     for part in text.split(","):
+        if part.lower() in _NAMED:
+            labels.append(part)
+            continue
         ends = [_parsed(int, end) if end.isdecimal() else None for end in part.split("-")]
         numbers = [end for end in ends if end is not None]
         if len(numbers) < len(ends) or len(ends) > 2:
-            raise argparse.ArgumentTypeError(f"expected class numbers such as 0-9 or 207,980, got {text!r:.100}")
+            raise argparse.ArgumentTypeError(
+                f"expected class numbers such as 0-9 or 207,980, or names of actvar models, got {text!r:.100}"
+            )
         if not 0 <= numbers[-1] - numbers[0] < MOST_AT_ONCE:
             raise argparse.ArgumentTypeError(f"expected a range of 1 to {MOST_AT_ONCE} classes, got {part!r:.100}")
         labels.extend(range(numbers[0], numbers[-1] + 1))
     return tuple(labels)
+
+
+def label_of(text: str) -> int | str:
+    """Return the class in an option's text, a number or a name; see `numbered`."""
+    return text if text.lower() in _NAMED else integer(text)
+
+
+def numbered(options: argparse.Namespace, labels: Sequence[int | str], option: str) -> tuple[int, ...]:
+    """Return the numbers of classes, some of which may be named.
+
+    Raises:
+        ValueError: a name for another model than a bundled one; the message begins with `option`.
+    """
+    named = next((label for label in labels if isinstance(label, str)), None)
+    if named is not None and not options.model:
+        raise ValueError(f"{option}: expected class numbers with --var, whose classes have no names, got {named!r}")
+    return tuple(_NAMED[label.lower()] if isinstance(label, str) else label for label in labels)
 
 
 def _parsed(kind: Callable[[str], Number], text: str) -> Number | None:

@@ -29,20 +29,24 @@ from actvar.cli.options import (
     expect_folder,
     labels_of,
     load_to_sample,
+    numbered,
     of_process,
     positive,
+    request,
     with_rates,
+    write_json,
 )
 from actvar.config import DENSE, ActVARConfig
 from actvar.execution import SAMPLERS, Execution
 from actvar.models import VAR
 from actvar.patching.adapter import describe_adapter
 from actvar.patching.patch import patched_silently
-from actvar.reports.compare import compare, save_pictures
+from actvar.reports.compare import compare, save_comparison
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many, write_npz
 from actvar.sampling.summary import summary
-from actvar.utils.pictures import save_grid
+from actvar.utils.pictures import save_images
+from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import LOSSLESS, bundled_presets, preset_path
 
 
@@ -51,9 +55,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_source(command, "the preset near")
     add_dtype(command)
     what = command.add_argument_group("images")
-    what.add_argument("--labels", "--classes", type=labels_of, help="e.g. 0-9 or 207,980 (default for --num: all)")
+    what.add_argument(
+        "--labels", "--classes", type=labels_of, help="e.g. 0-9 or 207,980, or names (default for --num, --model: all)"
+    )
     what.add_argument("--per-class", type=at_once, help="images per class (default 1)")
-    add_draw(what)
+    add_draw(what, like_demo=True)
+    what.add_argument(
+        "--format", choices=["png"], help="a PNG per image in its own size, in place of one grid or of --num's shards"
+    )
     way = command.add_argument_group(
         "way of sampling (default: --preset near, or --accelerate without presets)"
     ).add_mutually_exclusive_group()
@@ -86,10 +95,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--weights", choices=["int8"], help="multiply in eight bits in the blocks, which changes images slightly"
     )
     command.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to (default samples)")
+    command.add_argument(
+        "--json", type=Path, help="file to write what is printed to: seconds, and with --compare FLOPs, PSNR and SSIM"
+    )
     many = command.add_argument_group(
         "many images; by 2 processes: torchrun --nproc-per-node 2 -m -- actvar sample ..."
     )
-    many.add_argument("--num", type=positive, help="so many images of all classes together, as shards; resumes")
+    many.add_argument("--num", type=positive, help="so many images of all classes together; resumes")
     many.add_argument("--batch", type=at_once, help="images per batch and shard (default 50)")
     many.add_argument("--npz", type=Path, help="file to write all of them to, shuffled, for OpenAI's evaluator")
 
@@ -98,35 +110,70 @@ def run(options: argparse.Namespace) -> None:
     """Sample images, and write them."""
     check_source(options)
     _check_images(options)
-    sampling = Sampling(options.labels or (), options.cfg, options.top_k, options.top_p, options.seed)
+    sampling = request(options, _labels(options))
     config, adapter = _patch(options)
     execution = _execution(options, adapter)
-    var = load_to_sample(options, sampling.labels, "--labels")
+    var, sampling = load_to_sample(options, sampling, "--labels")
     if options.num:
         with _sampled_as_asked(options, var, config, adapter, execution):
             _sample_many(var, sampling, options)
         return
     per_class = options.per_class or 1
-    labels = tuple(label for label in sampling.labels for _ in range(per_class))
-    sampling = replace(sampling, labels=labels)
+    sampling = replace(sampling, labels=tuple(label for label in sampling.labels for _ in range(per_class)))
     options.out.mkdir(parents=True, exist_ok=True)
     if options.compare:
-        titles = [class_name(options, label) for label in labels]
-        _say_written(save_pictures(var, config, adapter, sampling, options.out, per_class, titles, execution))
-        result = compare(var, config, adapter, sampling, options.repeats, execution)
-        print(f"{len(labels)} images, cfg {options.cfg}, {options.dtype}, {torch.get_num_threads()} threads,", end=" ")
-        print(f"median of {options.repeats}; {describe(config)}")
-        print(result.table())
-        return
-    name = "dense.png" if options.dense else "accelerated.png" if config is DENSE else "actvar.png"
-    with _sampled_as_asked(options, var, config, adapter, execution):
-        begin = time.perf_counter()
-        images = sampling.run(var)
-        seconds = time.perf_counter() - begin
-        _say_written([save_grid(images, options.out / name, per_class)])
-        if not options.quiet:
-            print(f"{len(images)} images in {seconds:.2f} s, the first ones of this process")
-            print(summary(var))
+        facts = _compare(var, config, adapter, sampling, execution, options)
+    else:
+        with _sampled_as_asked(options, var, config, adapter, execution):
+            facts = _sample(var, config, sampling, options)
+    if options.json:
+        write_json(options.json, facts)
+
+
+def _sample(var: VAR, config: ActVARConfig, sampling: Sampling, options: argparse.Namespace) -> dict[str, object]:
+    """Sample `var` as it is, write the images, say how they were sampled, and return what is said."""
+    begin = time.perf_counter()
+    images = sampling.run(var)
+    seconds = time.perf_counter() - begin
+    name = "dense" if options.dense else "accelerated" if config is DENSE else "actvar"
+    files = save_images(images, options.out, name, options.per_class or 1, options.format is not None)
+    _say_written(files)
+    text = summary(var)
+    if not options.quiet:
+        print(f"{len(images)} images in {seconds:.2f} s, the first ones of this process")
+        print(text)
+    return {"images": len(images), "seconds": seconds, "summary": text.splitlines(), "files": list(map(str, files))}
+
+
+def _compare(
+    var: VAR,
+    config: ActVARConfig,
+    adapter: Path | None,
+    sampling: Sampling,
+    execution: Execution | None,
+    options: argparse.Namespace,
+) -> dict[str, object]:
+    """Draw the images dense and with ActVAR, write them, print a table of times, and return what is printed."""
+    labels, single = sampling.labels, options.format is not None
+    titles = [class_name(options, label) for label in labels]
+    files = save_comparison(
+        var, config, adapter, sampling, options.out, options.per_class or 1, titles, execution, single
+    )
+    _say_written(files)
+    result = compare(var, config, adapter, sampling, options.repeats, execution)
+    threads, described = torch.get_num_threads(), describe(config)
+    print(f"{len(labels)} images, cfg {options.cfg}, {options.dtype}, {threads} threads,", end=" ")
+    print(f"median of {options.repeats}; {described}")
+    print(result.table())
+    facts = {"cfg": options.cfg, "dtype": options.dtype, "threads": threads, "repeats": options.repeats}
+    return facts | {"config": described} | result.as_dict() | {"files": list(map(str, files))}
+
+
+def _labels(options: argparse.Namespace) -> tuple[int, ...]:
+    """Return the classes of --labels, or without it one image of each class of a bundled model."""
+    if options.labels is None:
+        return tuple(range(len(CLASSES))) if options.model and not options.num else ()
+    return numbered(options, options.labels, "--labels")
 
 
 def _say_written(files: list[Path]) -> None:
@@ -175,16 +222,19 @@ def _execution(options: argparse.Namespace, adapter: Path | None) -> Execution |
 def _check_images(options: argparse.Namespace) -> None:
     """Raise a ValueError if options of a few images and of many are mixed, or contradict each other."""
     expect_folder("--out", options.out)
+    expect_file("--json", options.json)
     _check_way(options)
     if options.num:
         if options.compare or options.per_class:
-            raise ValueError("--num draws shards; leave out --compare and --per-class")
+            raise ValueError("--num draws many images; leave out --compare and --per-class")
+        if options.json:
+            raise ValueError("--json: expected it without --num, whose settings are in manifest.json")
         expect_file("--npz", options.npz)
     elif options.batch or options.npz:
         raise ValueError("--batch and --npz belong to --num, which draws many images")
-    elif options.labels is None:
+    elif options.labels is None and not options.model:
         raise ValueError("--labels: say which classes to draw, e.g. 0-9, or how many images of all of them with --num")
-    elif len(options.labels) * (options.per_class or 1) > MOST_AT_ONCE:
+    elif len(_labels(options)) * (options.per_class or 1) > MOST_AT_ONCE:
         raise ValueError(f"--per-class: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
 
 
@@ -220,10 +270,10 @@ def _check_preset(options: argparse.Namespace) -> None:
 
 
 def _sample_many(var: VAR, sampling: Sampling, options: argparse.Namespace) -> None:
-    """Draw the shards of `--num` images as one of torchrun's processes, and write the file of `--npz`."""
+    """Draw the `--num` images as one of torchrun's processes, and write the file of `--npz`."""
     rank, processes = of_process("RANK", 0), of_process("WORLD_SIZE", 1)
     sampling = replace(sampling, labels=sampling.labels or tuple(range(var.num_classes)))
-    bulk = Bulk(sampling, options.num, options.batch or 50)
+    bulk = Bulk(sampling, options.num, options.batch or 50, options.format or "safetensors")
     sample_many(var, bulk, options.out, rank, processes)
     if rank == 0:
         print(f"{options.num} images in {options.out}")

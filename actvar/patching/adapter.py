@@ -20,6 +20,7 @@ from torch import nn
 from actvar.config import ActVARConfig
 from actvar.execution import FIELDS_ONCE_IN_CONFIG, Execution, checked_execution
 from actvar.families import family_of
+from actvar.patching.hub import adapter_file
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.state import patch_state
 from actvar.utils.fields import json_object
@@ -286,23 +287,22 @@ def read_adapter(path: str | Path, execution: Execution | None = None) -> Adapte
     """Read an adapter file.
 
     Args:
-        path: a file of `save_adapter`. A leading `~` is the home folder.
+        path: a file of `save_adapter`, or its name on the hub, see `actvar.patching.hub.adapter_file`.
         execution: how to run the model; None for the Execution that the file recommends, which is not read otherwise.
 
     Raises:
         TypeError: `execution` is no Execution.
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, here or on the hub.
+        ImportError: a name on the hub without `huggingface_hub` installed.
         AdapterError: the file is no adapter, or a damaged one.
     """
     if execution is not None:
         checked_execution(execution)
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such adapter file")
+    file, path = adapter_file(path), Path(path)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except Exception as error:  # of any kind, since the header is untrusted
         raise AdapterError(f"{path}: expected a safetensors file: {error}") from error
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:

@@ -299,10 +299,13 @@ def load_adapter(var: nn.Module, path: str | Path, execution: Execution | None =
     Args:
         var: as in `apply_patch`.
         path: a file of `save_adapter`, made for the model's sizes and, if the model is patched, its number of experts.
+            It may be on the hub: `owner/repo` or `owner/repo@revision`, of which `adapter.safetensors` is read, or
+            `owner/repo:file`.
         execution: how the model is run from now on; None for the Execution named above.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, here or on the hub.
+        ImportError: a name on the hub without `huggingface_hub` installed.
         TypeError: a model of an unsupported kind.
         AdapterError: a file that is no adapter, or does not fit the model; the message names the file, what was
             expected and what came.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from actvar.config import DENSE, ActVARConfig
@@ -15,13 +17,14 @@ from actvar.families import family_of
 from actvar.flops import counted_flops, model_flops, total_flops
 from actvar.models.arguments import checked_integer
 from actvar.patching.patch import patched_silently, unpatched
+from actvar.reports.similarity import psnr, ssim
 from actvar.reports.token_overlay import save_token_overlay
 from actvar.sampling.request import Sampling
 from actvar.sampling.timing import block_seconds, interleaved_medians, seconds_of
 from actvar.sparse.schedule import build_schedule
 from actvar.sparse.state import patch_state, record
 from actvar.utils.devices import device_of
-from actvar.utils.pictures import save_grid
+from actvar.utils.pictures import save_images
 
 Measured = TypeVar("Measured")
 
@@ -39,6 +42,8 @@ class Comparison:
         block_seconds: of the blocks at the active scales; empty where no scale is active.
         formula_flops: of the transformer, by formula.
         counted_flops: of the transformer, by torch's counter.
+        psnr, ssim: of the images to the dense ones, by the names `accelerated` and `actvar`, see
+            `actvar.reports.similarity`.
     """
 
     images: int
@@ -46,6 +51,8 @@ class Comparison:
     block_seconds: dict[str, float]
     formula_flops: dict[str, int]
     counted_flops: dict[str, int]
+    psnr: dict[str, float]
+    ssim: dict[str, float]
 
     def table(self) -> str:
         """Return the comparison as aligned text."""
@@ -60,6 +67,10 @@ class Comparison:
         def saving(values: dict[str, int]) -> list[str]:
             return [f"{1 - values['actvar'] / values['dense']:>12.1%} saved"]
 
+        def to_dense(label: str, values: dict[str, float], digits: int) -> str:
+            columns = (f"{values[name]:>13.{digits}f}" for name in ("accelerated", "actvar"))
+            return f"{label:<34}{'':>13}" + "".join(columns)
+
         blocks = []
         if self.block_seconds:
             blocks = [row("blocks of the active scales, ms", self.block_seconds, 1e-3, 1, speedup(self.block_seconds))]
@@ -73,8 +84,16 @@ class Comparison:
                 *blocks,
                 row("transformer GFLOP, formula", self.formula_flops, 1e9, 2, saving(self.formula_flops)),
                 row("transformer GFLOP, counted", self.counted_flops, 1e9, 2, saving(self.counted_flops)),
+                to_dense("PSNR to the dense images, dB", self.psnr, 1),
+                to_dense("SSIM to the dense images", self.ssim, 4),
             ]
         )
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the fields as JSON values, where an infinite PSNR, of equal images, is None."""
+        facts: dict[str, object] = asdict(self)
+        facts["psnr"] = {name: value if math.isfinite(value) else None for name, value in self.psnr.items()}
+        return facts
 
 
 def compare(
@@ -110,18 +129,32 @@ def compare(
             sampling.run(var)
         return sum(seconds[tokens] for tokens in active_tokens)
 
-    def whole() -> float:
-        return seconds_of(lambda: sampling.run(var), device)
+    drawn: dict[str, torch.Tensor] = {}
+
+    def whole(name: str, draw: Callable[[], float]) -> Callable[[], float]:
+        def timed_and_kept() -> float:
+            seconds = draw()
+            drawn[name] = drawn.pop("last")
+            return seconds
+
+        return timed_and_kept
+
+    def draw() -> float:
+        return seconds_of(lambda: drawn.update(last=sampling.run(var)), device)
 
     batch = len(sampling.labels)
     formula = {"dense": total_flops(model_flops(var, batch))}
     counted = {"dense": total_flops(counted_flops(var, batch))}
     with patched_silently(var, config, adapter, execution):  # patched once, so that packed weights of the adapter stay
-        seconds = interleaved_medians(all_ways(var, whole), repeats, "whole samples")
+        ways = {name: whole(name, way) for name, way in all_ways(var, draw).items()}
+        seconds = interleaved_medians(ways, repeats, "whole samples")
         block_times = interleaved_medians(all_ways(var, blocks), repeats, "blocks") if active_tokens else {}
         formula["actvar"] = total_flops(model_flops(var, batch))
         counted["actvar"] = total_flops(counted_flops(var, batch))
-    return Comparison(batch, seconds, block_times, formula, counted)
+    near, alike = (
+        {name: measure(drawn[name], drawn["dense"]) for name in ("accelerated", "actvar")} for measure in (psnr, ssim)
+    )
+    return Comparison(batch, seconds, block_times, formula, counted, near, alike)
 
 
 def all_ways(var: nn.Module, measure: Callable[[], Measured]) -> dict[str, Callable[[], Measured]]:
@@ -146,7 +179,7 @@ def all_ways(var: nn.Module, measure: Callable[[], Measured]) -> dict[str, Calla
     return {"dense": dense, "accelerated": accelerated, "actvar": measure}
 
 
-def save_pictures(
+def save_comparison(
     var: nn.Module,
     config: ActVARConfig,
     adapter: str | Path | None,
@@ -155,6 +188,7 @@ def save_pictures(
     columns: int,
     titles: Sequence[str],
     execution: Execution | None = None,
+    single: bool = False,
 ) -> list[Path]:
     """Write `dense.png`, `actvar.png`, `difference.png` and, where tokens are selected, `tokens.png`.
 
@@ -167,6 +201,7 @@ def save_pictures(
         columns: images per row of the grids.
         titles: a label per image, for the token overlay, which shows the first image of up to five rows.
         execution: of ActVAR; None for what the adapter recommends.
+        single: whether each image is a PNG of its own, such as `dense-00000.png`, in place of a grid.
 
     Returns:
         The files.
@@ -175,10 +210,12 @@ def save_pictures(
     with patched_silently(var, config, adapter, execution), record(var) as records:
         sparse = sampling.run(var)
         selects = any(scale.select for scale in patch_state(var).schedule)
-    grids = {"dense": dense, "actvar": sparse, "difference": (dense - sparse).abs()}
-    written = [save_grid(images, folder / f"{name}.png", columns) for name, images in grids.items()]
+    shown = {"dense": dense, "actvar": sparse, "difference": (dense - sparse).abs()}
+    written = []
+    for name, images in shown.items():
+        written += save_images(images, folder, name, columns, single)
     if selects:
-        shown = list(range(0, len(sparse), columns))[:5]
-        shown_records, names = [r.only(shown) for r in records], [titles[i] for i in shown]
-        written.append(save_token_overlay(sparse[shown], shown_records, folder / "tokens.png", names))
+        first = list(range(0, len(sparse), columns))[:5]
+        first_records, names = [r.only(first) for r in records], [titles[i] for i in first]
+        written.append(save_token_overlay(sparse[first], first_records, folder / "tokens.png", names))
     return written

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch.nn import functional as F
 
 from actvar.sparse.state import BlockRecord
 from actvar.utils.pictures import save_figure
@@ -65,6 +66,29 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
                 colour = "black" if count > len(blocks) / 2 else "white"
                 row[-1].text(x, y, count, ha="center", va="center", fontsize=5, color=colour)
     return save_figure(figure, path)
+
+
+def tinted_by_updates(images: torch.Tensor, records: Sequence[BlockRecord]) -> torch.Tensor | None:
+    """Return images with their tokens tinted, the more the more blocks updated them at the last scale that selects.
+
+    Args:
+        images: `[B, C, H, W]` in [0, 1] of one sampling run, where C is 1 or 3.
+        records: of the same run (`actvar.record`); only conditional rows are shown.
+
+    Returns:
+        `[B, 3, H, W]` float32 in [0, 1], or None where every block updated all tokens.
+    """
+    selecting = [r for r in records if r.index is not None]
+    if not selecting:
+        return None
+    scale = max((r.scale for r in selecting), key=lambda scale: scale.index)
+    rows = list(range(len(images)))
+    chosen = [r.only(rows) for r in records if r.scale.index == scale.index]
+    share = times_updated(chosen).view(-1, 1, scale.height, scale.width) / len(chosen)
+    pictures = images.detach().float().cpu().clamp(0, 1).expand(-1, 3, -1, -1)
+    strength = 0.6 * F.interpolate(share, size=pictures.shape[2:], mode="nearest")
+    colour = torch.tensor(UPDATED_COLOUR, dtype=torch.float32).view(1, 3, 1, 1)
+    return (1 - strength) * pictures + strength * colour
 
 
 def times_updated(records: Sequence[BlockRecord]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from actvar.families import family_of
 from actvar.models.arguments import checked_integer
 from actvar.sampling.request import Sampling
 from actvar.sampling.summary import summary
-from actvar.utils.pictures import pixel_values
+from actvar.utils.pictures import as_picture, pixel_values
 from actvar.utils.progress import progress
 from actvar.utils.wrappers import unwrapped
 
@@ -66,14 +66,9 @@ class Sampler:
         for start in progress(range(0, len(each), self.batch), desc="sampling"):
             part = slice(start, start + self.batch)
             images = Sampling(first.labels[part], first.cfg, first.top_k, first.top_p, each[part]).run(self.var)
-            pictures += [_picture(pixels) for pixels in pixel_values(images).permute(0, 2, 3, 1).cpu().numpy()]
+            pictures += [as_picture(pixels) for pixels in pixel_values(images).permute(0, 2, 3, 1).cpu().numpy()]
         return pictures
 
     def summary(self) -> str:
         """Return how the model samples now, see `actvar.summary`."""
         return summary(self.var)
-
-
-def _picture(pixels: Any) -> Image.Image:
-    """Return a picture of an array `[H, W, C]` uint8 with 1 or 3 channels."""
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

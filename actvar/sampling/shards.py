@@ -1,9 +1,9 @@
-"""Draw many images of one model as shards, resumably, by several processes, and export them for OpenAI's evaluator.
+"""Draw many images of one model into files, resumably, by several processes, and export them for OpenAI's evaluator.
 
 Image `i` has a class and noise of its own, which follow from the settings and `i` alone. Batch `b` always has the same
-images and becomes shard `b`, whichever process draws it. On one kind of machine, with one number of threads, the shards
-are therefore the same bit for bit for every number of processes. Another batch size may change how matrix products
-round. Images then agree to rounding, and a token differs where rounding decides its draw.
+images and becomes shard `b`, or as many PNGs, whichever process draws it. On one kind of machine, with one number of
+threads, the files are therefore the same bit for bit for every number of processes. Another batch size may change how
+matrix products round. Images then agree to rounding, and a token differs where rounding decides its draw.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from actvar.families import family_of
 from actvar.models import VAR
 from actvar.models.arguments import checked_integer
+from actvar.sampling.image_files import IMAGE_FILES, Batch, ImageFiles
 from actvar.sampling.request import Sampling
 from actvar.utils.files import replacing
 from actvar.utils.fingerprint import model_fingerprint
@@ -45,22 +44,26 @@ class Bulk:
         sampling: classes, guidance, filters and the one seed from which those of all images follow.
         num: number of images.
         batch: images per batch and shard.
+        format: of the files, `"safetensors"` for a shard per batch or `"png"` for a PNG per image.
 
     Raises:
         TypeError: a seed that is not one int, a number of images or a batch that is no integer.
-        ValueError: a number of images or a batch that is not in 1 ... `MOST_IMAGES`, or images that the classes cannot
-            share equally.
+        ValueError: a number of images or a batch that is not in 1 ... `MOST_IMAGES`, images that the classes cannot
+            share equally, or an unknown format.
     """
 
     sampling: Sampling
     num: int
     batch: int = 50
+    format: str = "safetensors"
 
     def __post_init__(self):
         if not isinstance(self.sampling.seed, int):
             raise TypeError(f"seed: expected an int, from which every image's follows, got {self.sampling.seed!r}")
         for name in ("num", "batch"):
             object.__setattr__(self, name, checked_integer(name, getattr(self, name), 1, MOST_IMAGES))
+        if self.format not in IMAGE_FILES:
+            raise ValueError(f"format: expected one of {list(IMAGE_FILES)}, got {self.format!r:.100}")
         classes = len(self.sampling.labels)
         if not classes or self.num % classes:
             raise ValueError(
@@ -77,6 +80,15 @@ class Bulk:
     def shards(self) -> int:
         """Return the number of shards."""
         return -(-self.num // self.batch)
+
+    @property
+    def files(self) -> ImageFiles:
+        """Return the kind of files of the images."""
+        return IMAGE_FILES[self.format]
+
+    def batch_of(self, shard: int) -> Batch:
+        """Return the images of a shard with their classes."""
+        return Batch(shard, self.images_of(shard), self.labels_of(shard))
 
     def images_of(self, shard: int) -> range:
         """Return the numbers of the images of a shard."""
@@ -108,9 +120,8 @@ def image_seed(seed: int, image: int) -> int:
 def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, processes: int = 1) -> None:
     """Draw the images that `folder` does not have yet.
 
-    `folder` gets the settings as `manifest.json`, and a file `shard-<number>.safetensors` per batch. A shard holds
-    `images` `[b, H, W, C]` uint8 and `labels` `[b]` int64, in the order of the images. It is complete or not there, and
-    a damaged one is drawn again.
+    `folder` gets the settings as `manifest.json`, and the files of `bulk.format`, see `actvar.sampling.image_files`. A
+    file is complete or not there, and the batch of a damaged one is drawn again.
 
     Args:
         var: a dense or patched `actvar.models.VAR`.
@@ -126,20 +137,18 @@ def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, process
     if not isinstance(unwrapped(var), VAR):
         raise TypeError(f"var: expected actvar.models.VAR (actvar.load_var makes one), got {type(var).__name__}")
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, _settings(var, bulk))
+    _claim(folder, _settings(var, bulk), bulk.files.pattern)
     mine = range(rank, bulk.shards, processes)
     with progress(total=bulk.count_of(mine), desc="sampling", unit="image", hidden=rank != 0) as bar:
         for shard in mine:  # not listed first, since there may be very many
             if not _is_complete(folder, bulk, shard):
-                images = bulk.run(var, shard)
-                with replacing(_path(folder, shard)) as temporary:
-                    save_file({"images": images, "labels": np.array(bulk.labels_of(shard))}, temporary)
+                bulk.files.write(folder, bulk.batch_of(shard), bulk.run(var, shard))
             bar.update(len(bulk.images_of(shard)))
     if rank == 0:
         for shard in range(bulk.shards):
             while not _is_complete(folder, bulk, shard):
                 time.sleep(0.2)
-        for left_by_a_kill in (*folder.glob(f".{MANIFEST}.*"), *folder.glob(".shard-*")):
+        for left_by_a_kill in (*folder.glob(f".{MANIFEST}.*"), *folder.glob(f".{bulk.files.pattern}.*")):
             left_by_a_kill.unlink(missing_ok=True)
 
 
@@ -151,12 +160,11 @@ def read_images(folder: Path, bulk: Bulk) -> tuple[np.ndarray, np.ndarray]:
         bulk: its request.
 
     Raises:
-        ValueError: a shard is missing or damaged.
+        ValueError: images are missing or damaged.
     """
     _expect_complete(folder, bulk)
-    shards = [load_file(_path(folder, shard)) for shard in range(bulk.shards)]
-    images, labels = (np.concatenate([shard[name] for shard in shards]) for name in ("images", "labels"))
-    return images, labels
+    images = np.stack([_image(folder, bulk, image) for image in range(bulk.num)])
+    return images, np.array([label for shard in range(bulk.shards) for label in bulk.labels_of(shard)])
 
 
 def write_npz(folder: Path, bulk: Bulk, file: Path) -> None:
@@ -172,7 +180,7 @@ def write_npz(folder: Path, bulk: Bulk, file: Path) -> None:
         file: the `.npz` file to write.
 
     Raises:
-        ValueError: a shard is missing or damaged.
+        ValueError: images are missing or damaged.
     """
     _expect_complete(folder, bulk)
     order = np.random.default_rng(image_seed(bulk.seed, 0)).permutation(bulk.num)
@@ -189,34 +197,26 @@ def write_npz(folder: Path, bulk: Bulk, file: Path) -> None:
             np.lib.format.write_array(stream, labels[order])
 
 
-def _path(folder: Path, shard: int) -> Path:
-    """Return the file of a shard."""
-    return folder / f"shard-{shard:05d}.safetensors"
-
-
 def _is_complete(folder: Path, bulk: Bulk, shard: int) -> bool:
-    """Return whether the file of a shard can be read and has the shard's labels."""
-    labels = bulk.labels_of(shard)
-    try:
-        with safe_open(_path(folder, shard), "np") as file:
-            shape = file.get_slice("images").get_shape()
-            return shape[0] == len(labels) and file.get_tensor("labels").tolist() == list(labels)
-    except (OSError, SafetensorError):
-        return False
+    """Return whether the files of a shard can be read and have the shard's labels."""
+    return bulk.files.is_complete(folder, bulk.batch_of(shard))
 
 
 def _expect_complete(folder: Path, bulk: Bulk) -> None:
     """Raise a ValueError unless every shard is complete."""
     for shard in range(bulk.shards):
         if not _is_complete(folder, bulk, shard):
-            raise ValueError(f"{_path(folder, shard)}: expected a complete shard; sample again with the same settings")
+            images = bulk.images_of(shard)
+            raise ValueError(
+                f"{folder}: expected complete files of the images {images[0]} to {images[-1]}; sample again with the "
+                "same settings"
+            )
 
 
 def _image(folder: Path, bulk: Bulk, image: int) -> np.ndarray:
     """Return image number `image`, `[H, W, C]` uint8, without reading the others."""
     shard, row = divmod(image, bulk.batch)
-    with safe_open(_path(folder, shard), "np") as file:
-        return file.get_slice("images")[row]
+    return bulk.files.read(folder, bulk.batch_of(shard), row)
 
 
 def _settings(var: nn.Module, bulk: Bulk) -> dict[str, object]:
@@ -226,6 +226,7 @@ def _settings(var: nn.Module, bulk: Bulk) -> dict[str, object]:
     settings = asdict(bulk.sampling) | {
         "num": bulk.num,
         "batch": bulk.batch,
+        "format": bulk.format,
         "actvar": asdict(model.actvar.config) if hasattr(model, "actvar") else None,
         "execution": asdict(model.actvar.execution) if hasattr(model, "actvar") else None,
         "dtype": str(weight.dtype).removeprefix("torch."),
@@ -235,13 +236,13 @@ def _settings(var: nn.Module, bulk: Bulk) -> dict[str, object]:
     return json.loads(json.dumps(settings))
 
 
-def _claim(folder: Path, settings: dict[str, object]) -> None:
-    """Write the manifest, or check the one that is there."""
+def _claim(folder: Path, settings: dict[str, object], pattern: str) -> None:
+    """Write the manifest beside files of names like `pattern`, or check the one that is there."""
     path = folder / MANIFEST
-    shards = any(folder.glob("shard-*.safetensors"))  # before the manifest: another process may be starting
+    images = any(folder.glob(pattern))  # before the manifest: another process may be starting
     if not path.exists():
-        if shards:
-            raise ValueError(f"{folder}: expected {MANIFEST} beside the shards; choose another folder")
+        if images:
+            raise ValueError(f"{folder}: expected {MANIFEST} beside the images; choose another folder")
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(settings) + "\n", "utf-8")
     try:

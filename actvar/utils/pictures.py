@@ -25,12 +25,37 @@ def pixel_values(images: torch.Tensor) -> torch.Tensor:
     return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int) -> Path:
-    """Write images as one PNG, row by row, each enlarged to 64 pixels a side or more, and return `path`.
+def as_picture(pixels: np.ndarray) -> Image.Image:
+    """Return a picture, grey or RGB, of an array `[H, W, C]` uint8 with 1 or 3 channels."""
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def save_images(images: torch.Tensor, folder: Path, name: str, columns: int, single: bool) -> list[Path]:
+    """Write images as the grid `<name>.png`, or each in its own size as `<name>-<number>.png`, and return the files.
 
     Args:
         images: `[B, C, H, W]` in [0, 1], where C is 1 or 3.
-        path: the file to write.
+        folder: the folder to write to.
+        name: what the names of the files begin with.
+        columns: images in a row of the grid.
+        single: whether each image is a file of its own.
+    """
+    if not single:
+        return [save_grid(images, folder / f"{name}.png", columns)]
+    written = []
+    for number, pixels in enumerate(pixel_values(images).permute(0, 2, 3, 1).cpu().numpy()):
+        path = folder / f"{name}-{number:05d}.png"
+        with replacing(path) as temporary:
+            as_picture(pixels).save(temporary, format="PNG")
+        written.append(path)
+    return written
+
+
+def as_grid(images: torch.Tensor, columns: int) -> Image.Image:
+    """Return images as one picture, row by row, each enlarged to 64 pixels a side or more.
+
+    Args:
+        images: `[B, C, H, W]` in [0, 1], where C is 1 or 3.
         columns: images in a row.
     """
     factor = max(1, -(-64 // images.shape[-1]))
@@ -43,8 +68,13 @@ def save_grid(images: torch.Tensor, path: Path, columns: int) -> Path:
     for i, image in enumerate(pixels.numpy()):
         top, left = GAP + (i // columns) * (height + GAP), GAP + (i % columns) * (width + GAP)
         canvas[top : top + height, left : left + width] = image
+    return Image.fromarray(canvas)
+
+
+def save_grid(images: torch.Tensor, path: Path, columns: int) -> Path:
+    """Write the PNG of `as_grid`, and return `path`."""
     with replacing(path) as temporary:
-        Image.fromarray(canvas).save(temporary, format="PNG")
+        as_grid(images, columns).save(temporary, format="PNG")
     return path
 
 

@@ -148,7 +148,12 @@ def test_a_key_chooses_within_the_trainers_file(trainers_file, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sample", "--model", "fashion-mnist"], "--labels"),
+        (["sample", "--var", "x.pth", "--vae", "y.pth"], "--labels: say which classes"),
+        (["sample", "--var", "x.pth", "--vae", "y.pth", "--labels", "bag"], "--labels: expected class numbers"),
+        (["inspect", "--var", "x.pth", "--vae", "y.pth", "--label", "bag"], "--label: expected class numbers"),
+        (["sample", "--model", "fashion-mnist", "--labels", "1,hat"], "or names of actvar models, got '1,hat'"),
+        (["sample", "--model", "fashion-mnist", "--num", "10", "--json", "a.json"], "--json: expected it without"),
+        (["sample", "--model", "fashion-mnist", "--json", "/"], "--json: expected the name of a file"),
         (["sample", "--model", "nothing", "--labels", "0"], "invalid choice"),
         (["sample", "--labels", "0"], "--model, or --var"),
         (["sample", "--var", "x.pth", "--labels", "0"], "--var needs --vae"),

@@ -25,6 +25,7 @@ NOT_RUN = {
     r"mine\.safetensors|gpu\.json": "it reads a file that the reader made",
     r"ACTVAR_PUBLIC_VAR": "it needs the public code, which is a download",
     r"actvar_kernels\.tools\.tune": "it needs a GPU",
+    r"actvar demo": "it serves a page until Ctrl-C",
     r"actvar bench": "it measures time, and its exit code is that of the measurement",
     r"ACTVAR_TUNED=table": "it reads a table that actvar bench wrote",
     r"benchmarks\.sampling|benchmarks\.scaling --axes|pytest benchmarks": "it measures time, for minutes to hours",
@@ -89,6 +90,7 @@ def shell(tmp_path, monkeypatch) -> Path:
         (programs / name).write_text(f'#!/bin/sh\nexec {start} "$@"\n')
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    (folder / "examples").symlink_to(ROOT / "examples")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return folder
 

@@ -56,9 +56,10 @@ def test_what_does_not_fit_is_refused():
 def test_models_lists_presets_and_adapters(capsys):
     main(["models"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == [
+    assert lines[:4] == [
         "fashion-mnist",
         "  size:      6 blocks, width 192, 10 classes",
+        "  classes:   T-shirt, trousers, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot",
         "  presets:   lossless, fast, near",
     ]
     main(["models", "--json"])

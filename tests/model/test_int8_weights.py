@@ -174,6 +174,15 @@ def test_a_hook_that_comes_later_is_refused_by_the_next_sample(tiny_var):
         sample(tiny_var)
 
 
+@torch.no_grad()
+def test_a_compiled_model_runs_the_reference(tiny_var):
+    accelerate(tiny_var, INT8)
+    arguments = inputs_of(tiny_var)
+    found = torch.compile(tiny_var, backend="eager")(*arguments)
+    with using_backend("reference"):
+        assert torch.equal(found, tiny_var(*arguments))
+
+
 def test_training_is_refused(tiny_var):
     apply_patch(tiny_var, DENSE, INT8)
     with torch.enable_grad(), pytest.raises(BackendUnavailableError, match="no gradient"):
