@@ -34,6 +34,7 @@ from benchmarks.paper.recipes import read_rows
 ROOT = Path(__file__).parent.parent
 FILES = {
     "epyc-avx512": "benchmarks/results/amd-epyc-2-threads-avx-512-with-bfloat16.csv",
+    "epyc-zen4": "benchmarks/results/amd-epyc-zen-4-2-threads-avx-512-with-bfloat16.csv",
     "epyc-avx2": "benchmarks/results/amd-epyc-2-threads-avx2.csv",
     "h100": "benchmarks/results/nvidia-h100-80gb-hbm3.csv",
     "predicted-h100": "docs/evaluation/predicted-h100.json",

@@ -13,6 +13,10 @@ from actvar_kernels.cpu_backend.packing import packed
 from actvar_kernels.linear.quantized import quantized
 
 
+MOST_ROWS = (2**31 - 1) // (255 * 127)
+"""Most products of a byte that is 128 too high with a signed one that a sum of 32 bits holds."""
+
+
 class PackedWeight(NamedTuple):
     """Hold matrices as C++ reads them, with zeros up to full panels.
 
@@ -44,7 +48,7 @@ def linear(
         isa: instruction set of all but the products; None: the highest.
 
     Raises:
-        ValueError: sizes that the kernel cannot count.
+        ValueError: sizes that the kernel cannot count, or sums that 32 bits do not hold.
         MemoryError: there is none left for the quantized rows.
     """
     isa = cpu.best_isa() if isa is None else isa
@@ -81,7 +85,12 @@ def pack(matrices: torch.Tensor, scales: torch.Tensor | None) -> PackedWeight:
     Args:
         matrices: `[N, K, columns]` bfloat16 or int8.
         scales: float32 scales of the columns of int8, `[columns]` or `[N, columns]`; otherwise None.
+
+    Raises:
+        ValueError: so many rows of int8 that a sum could exceed 32 bits.
     """
+    if scales is not None and matrices.shape[1] > MOST_ROWS:
+        raise ValueError(f"weight: expected at most {MOST_ROWS} inputs in eight bits, got {matrices.shape[1]}")
     layout = brgemm.LAYOUTS[matrices.dtype]
     panels = cpu.panels(matrices, layout)
     if scales is None:
