@@ -12,7 +12,6 @@ from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.cpu_backend.packing import packed
 from actvar_kernels.linear.quantized import quantized
 
-
 MOST_ROWS = (2**31 - 1) // (255 * 127)
 """Most products of a byte that is 128 too high with a signed one that a sum of 32 bits holds."""
 
