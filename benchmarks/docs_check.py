@@ -40,6 +40,7 @@ FILES = {
     "predicted-h100": "docs/evaluation/predicted-h100.json",
     "evaluation": "docs/evaluation/fashion-mnist-5000.json",
     "presets": "docs/evaluation/fashion-mnist-presets-avx2.json",
+    "int8": "docs/evaluation/fashion-mnist-int8.json",
     "seeds": "docs/evaluation/fashion-mnist-5-seeds.json",
 }
 SPAN = re.compile(r"(<!-- (rows?|output) (.*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
