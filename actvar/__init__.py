@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from actvar.config import ActVARConfig
     from actvar.execution import Execution
-    from actvar.models.checkpoint import CheckpointError, load_var
+    from actvar.models.checkpoint import CheckpointError, load_infinity, load_var
     from actvar.patching.adapter import AdapterError, read_adapter_config, save_adapter
     from actvar.patching.patch import (
         accelerate,
@@ -40,6 +40,7 @@ __all__ = [
     "apply_patch",
     "guided_rows",
     "load_adapter",
+    "load_infinity",
     "load_pretrained",
     "load_var",
     "patched",
@@ -55,7 +56,7 @@ __all__ = [
 _MODULES = {
     "config": ["ActVARConfig"],
     "execution": ["Execution"],
-    "models.checkpoint": ["CheckpointError", "load_var"],
+    "models.checkpoint": ["CheckpointError", "load_infinity", "load_var"],
     "patching.adapter": ["AdapterError", "read_adapter_config", "save_adapter"],
     "patching.patch": [
         "accelerate",

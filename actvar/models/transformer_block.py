@@ -16,12 +16,12 @@ MAX_LOG_SCALE = math.log(100)
 
 
 class FeedForward(nn.Module):
-    """Compute `fc2(gelu_tanh(fc1(x)))` of `x` `[R, L, C]` with hidden size `4C`."""
+    """Compute `fc2(gelu_tanh(fc1(x)))` of `x` `[R, L, C]`, with a hidden size of `4C` unless another is given."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden: int | None = None):
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = nn.Linear(width, hidden or 4 * width)
+        self.fc2 = nn.Linear(hidden or 4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from support.helpers import PAGES, ROOT
+from support.infinity import tiny_infinity
 
 from actvar import ActVARConfig, apply_patch, read_adapter_config, save_adapter
 from actvar.families.var_mixin import PatchedVAR
@@ -60,6 +61,10 @@ def sampled_with(tmp_path, monkeypatch) -> list[ActVARConfig]:
 def expect_to_run(page: Path, code: str, sampled_with: list[ActVARConfig]) -> None:
     if "GraphedSampling" in code and DEVICE == "cpu":
         pytest.skip("a CUDA graph needs a GPU")
+    if "infinity_2b_reg.pth" in code:
+        tokenizer, infinity = tiny_infinity()
+        torch.save(infinity.state_dict(), "infinity_2b_reg.pth")
+        torch.save({"vae": tokenizer.state_dict()}, "infinity_vae_d32reg.pth")
     names: dict = {}
     exec(compile(code.replace('"cuda"', f'"{DEVICE}"'), str(page), "exec"), names)
     for result in ("images", "picture"):

@@ -7,23 +7,35 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from actvar.models.checkpoint import infinity_sizes as infinity_of
 from actvar.models.checkpoint import sizes as sizes_of
 from actvar.models.checkpoint.files import CheckpointError, PathLike, fail, read_file
 from actvar.models.checkpoint.sizes import DERIVED, HIT_COUNTS
 from actvar.models.checkpoint.states import KIND_NAMES, StateDict, as_keys, choose, expect_found, state_dicts
+from actvar.models.infinity import InfinityTokenizer
 from actvar.models.var import VAR
 from actvar.models.vqvae import VQVAE
 from actvar.utils.files import read_mapped
 from actvar.utils.modes import inference_mode
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SECOND_MASK = ("quantizer.lfq.mask", "quantize.lfq.mask")
+"""Two names of one buffer in the official files of Infinity's tokenizer."""
 NOT_FINITE_BY_DESIGN = ("attn_bias_for_masking", HIT_COUNTS)
+
+MODELS: dict[str, tuple[Callable[..., Any], Callable[..., nn.Module]]] = {
+    sizes_of.VAR_KIND: (sizes_of.var_sizes, sizes_of.var_skeleton),
+    sizes_of.AUTOENCODER_KIND: (sizes_of.autoencoder_sizes, sizes_of.autoencoder_skeleton),
+    sizes_of.INFINITY_KIND: (infinity_of.infinity_sizes, infinity_of.infinity_alone),
+    sizes_of.TOKENIZER_KIND: (infinity_of.tokenizer_sizes, infinity_of.tokenizer_alone),
+}
+"""What reads the sizes of a kind of model, and what makes a model of these sizes on the meta device."""
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +86,14 @@ def load_var(
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     device = usable_device(device)
     keys = as_keys(key)
-    var_states = _states_of_kind(var_checkpoint, sizes_of.VAR_KIND)
-    vae_states = _states_of_kind(vae_checkpoint, sizes_of.AUTOENCODER_KIND)
+    var_states = states_of_kind(var_checkpoint, sizes_of.VAR_KIND)
+    vae_states = states_of_kind(vae_checkpoint, sizes_of.AUTOENCODER_KIND)
     expect_found(f"{var_checkpoint} and {vae_checkpoint}", keys, [*var_states, *vae_states])
-    var_state = _chosen(var_checkpoint, var_states, keys)
-    vae_state = _chosen(vae_checkpoint, vae_states, keys)
+    var_state = chosen(var_checkpoint, var_states, keys)
+    vae_state = chosen(vae_checkpoint, vae_states, keys)
     del var_states, vae_states
-    var_sizes = _sizes(var_checkpoint, var_state)
-    vae_sizes = _sizes(vae_checkpoint, vae_state)
+    var_sizes = read_sizes(var_checkpoint, var_state)
+    vae_sizes = read_sizes(vae_checkpoint, vae_state)
     try:
         vae, var = sizes_of.pair_skeleton(var_sizes, vae_sizes)
     except (ValueError, RuntimeError) as error:
@@ -89,12 +101,12 @@ def load_var(
     vae_tensors = vae_state.tensors
     if HIT_COUNTS in vae_tensors and vae_tensors[HIT_COUNTS].shape != vae.quantize.ema_vocab_hit_SV.shape:
         del vae_tensors[HIT_COUNTS]
-    _assign(vae_checkpoint, vae, vae_tensors, device, torch.float32)
-    _assign(var_checkpoint, var, var_state.tensors, device, dtype)
+    assign(vae_checkpoint, vae, vae_tensors, device, torch.float32)
+    assign(var_checkpoint, var, var_state.tensors, device, dtype)
     logger.info(
         "loaded %s%s (%s) and %s%s (%s)",
-        *(var_checkpoint, _place(var_state), var_sizes),
-        *(vae_checkpoint, _place(vae_state), vae_sizes),
+        *(var_checkpoint, place_of(var_state), var_sizes),
+        *(vae_checkpoint, place_of(vae_state), vae_sizes),
     )
     return vae, var
 
@@ -119,9 +131,10 @@ def describe_checkpoint(path: PathLike, key: str | Sequence[str] | None = None) 
     """Describe what a checkpoint holds; `path` and `key` are those of `load_var`.
 
     Returns:
-        a dictionary of JSON-compatible values: `kind` is `"var"` or `"autoencoder"`, and `key` the place in the file,
-        empty for the top level. Sizes have the names of `build_vae_var`. A transformer also has `heads`, and an
-        autoencoder the `scales` that it was trained with, or None. `parameters` counts them without buffers, `bytes`
+        a dictionary of JSON-compatible values: `kind` is `"var"`, `"autoencoder"`, `"infinity"` or
+        `"infinity_tokenizer"`, and `key` the place in the file, empty for the top level. Sizes have the names of
+        `build_vae_var` or `build_infinity`. VAR also has `heads`, its autoencoder the `scales` that it was trained
+        with, or None, and Infinity `token_bits`. `parameters` counts them without buffers, `bytes`
         is the size of all tensors, and `dtypes` the number of tensors by dtype. `not_finite` names weights that hold
         NaN or infinity, with which no model is loaded.
 
@@ -130,10 +143,9 @@ def describe_checkpoint(path: PathLike, key: str | Sequence[str] | None = None) 
             finite.
     """
     state = _read_state(path, key)
-    sizes, tensors = _sizes(path, state), state.tensors
-    is_var = state.kind == sizes_of.VAR_KIND
+    sizes, tensors = read_sizes(path, state), state.tensors
     try:
-        module = sizes_of.var_skeleton(sizes) if is_var else sizes_of.autoencoder_skeleton(sizes)
+        module = MODELS[state.kind][1](sizes)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     expected = module.state_dict()
@@ -170,27 +182,29 @@ def _read_state(path: PathLike, key: str | Sequence[str] | None) -> StateDict:
     """Read the one state dict that `key` chooses."""
     keys, states = as_keys(key), state_dicts(path, read_file(path))
     expect_found(path, keys, states)
-    return _chosen(path, states, keys)
+    return chosen(path, states, keys)
 
 
-def _states_of_kind(path: PathLike, kind: str) -> list[StateDict]:
+def states_of_kind(path: PathLike, kind: str) -> list[StateDict]:
     """Read the state dicts of one kind; raise CheckpointError if there is none."""
     states = state_dicts(path, read_file(path))
     found = [state for state in states if state.kind == kind]
     if not found:
-        hint = "; the order is load_var(var_checkpoint, vae_checkpoint)"
+        hint = "; the transformer is the first argument, what decodes its tokens the second"
         fail(path, KIND_NAMES[kind], KIND_NAMES[states[0].kind] + hint)
     return found
 
 
-def _chosen(path: PathLike, states: Sequence[StateDict], keys: Sequence[str]) -> StateDict:
+def chosen(path: PathLike, states: Sequence[StateDict], keys: Sequence[str]) -> StateDict:
     """Return the one of `states` that `keys` choose, with plain tensors."""
     state = choose(path, states, keys)
+    if state.kind == sizes_of.TOKENIZER_KIND and SECOND_MASK[0] in state.tensors:
+        state.tensors.pop(SECOND_MASK[1], None)
     _check_plain(path, state.tensors)
     return state
 
 
-def _place(state: StateDict) -> str:
+def place_of(state: StateDict) -> str:
     """Return where in its file a state dict is, for a message."""
     return f" under `{state.key}`" if state.key else ""
 
@@ -209,10 +223,10 @@ def _check_plain(path: PathLike, tensors: Mapping[str, Tensor]) -> None:
         fail(path, f"{total} bytes for its tensors together", f"{sum(storages.values())} bytes")
 
 
-def _sizes(path: PathLike, state: StateDict) -> Any:
-    """Return the VarSizes or AutoencoderSizes of a state dict, by its kind."""
+def read_sizes(path: PathLike, state: StateDict) -> Any:
+    """Return the sizes of a state dict, by its kind."""
     try:
-        return (sizes_of.var_sizes if state.kind == sizes_of.VAR_KIND else sizes_of.autoencoder_sizes)(state.tensors)
+        return MODELS[state.kind][0](state.tensors)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -236,16 +250,30 @@ def _check(path: PathLike, expected: Mapping[str, Tensor], found: Mapping[str, T
             fail(path, f"`{name}` with floating point values", f"{found[name].dtype}")
 
 
-def _assign(
-    path: PathLike, module: nn.Module, tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype
+def assign(
+    path: PathLike,
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    device: str | torch.device,
+    dtype: torch.dtype,
+    dtype_around: torch.dtype | None = None,
 ) -> None:
-    """Read the weights of `module`, which is on the meta device, into memory one at a time, and empty `tensors`."""
+    """Read the weights of `module`, which is on the meta device, into memory one at a time, and empty `tensors`.
+
+    Args:
+        path: the file's name in errors.
+        module: the model.
+        tensors: tensors of the file by the model's names.
+        device, dtype: where and in which floating dtype they go.
+        dtype_around: the floating dtype of what is in no block; None: `dtype`.
+    """
     expected = module.state_dict()
     _check(path, expected, tensors)
     missing = expected.keys() - tensors.keys()
     values = {}
     for name, meta in expected.items():
-        target = dtype if meta.is_floating_point() else meta.dtype
+        floating = dtype if dtype_around is None or name.startswith("block") else dtype_around
+        target = floating if meta.is_floating_point() else meta.dtype
         if name in missing:
             values[name] = torch.zeros(meta.shape, device=device, dtype=target)
             continue
@@ -255,7 +283,7 @@ def _assign(
             fail(path, f"finite values of `{name}` in {target}", f"a range of [{low}, {high}]")
     module.requires_grad_(False)
     module.load_state_dict(values, assign=True)
-    if isinstance(module, VAR) and missing:
+    if isinstance(module, VAR | InfinityTokenizer) and missing:
         module.init_buffers()
 
 

@@ -18,8 +18,9 @@ from actvar.models.var import VAR
 from actvar.models.vqvae import VQVAE
 
 VAR_KIND, AUTOENCODER_KIND = "var", "autoencoder"
+INFINITY_KIND, TOKENIZER_KIND = "infinity", "infinity_tokenizer"
 HIT_COUNTS = "quantize.ema_vocab_hit_SV"
-DERIVED = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
+DERIVED = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV", "lfq.mask")
 """Last parts of the names of buffers that a file need not hold, since they follow from the sizes."""
 _OFFICIAL_SIDES = (OFFICIAL_PATCH_NUMS, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
 _MOST_SCALES = 100
@@ -64,21 +65,21 @@ def var_sizes(tensors: Mapping[str, Tensor]) -> VarSizes:
     Raises:
         ValueError: a tensor that a size is read from is missing or cannot belong to a VAR transformer.
     """
-    width, Cvae = _shape(tensors, "word_embed.weight", 2)
+    width, Cvae = shape_of(tensors, "word_embed.weight", 2)
     scale_mul = "blocks.0.attn.scale_mul_1H11"
     attn_l2_norm = scale_mul in tensors
-    heads = _shape(tensors, scale_mul, 4)[1] if attn_l2_norm else width // HEAD_DIM
+    heads = shape_of(tensors, scale_mul, 4)[1] if attn_l2_norm else width // HEAD_DIM
     if heads * HEAD_DIM != width:
         raise ValueError(f"expected heads of size {HEAD_DIM}, found {heads} heads for width {width}")
-    classes = _shape(tensors, "class_emb.weight", 2)[0] - 1
+    classes = shape_of(tensors, "class_emb.weight", 2)[0] - 1
     if classes < 1:
         raise ValueError("expected `class_emb.weight` of one class or more and the unconditional one, found one row")
     return VarSizes(
-        depth=_count(tensors, "blocks."),
+        depth=count_indices(tensors, "blocks."),
         width=width,
         heads=heads,
         num_classes=classes,
-        V=_shape(tensors, "head.weight", 2)[0],
+        V=shape_of(tensors, "head.weight", 2)[0],
         Cvae=Cvae,
         patch_nums=_patch_nums(tensors),
         shared_aln=any(key.startswith("shared_ada_lin.") for key in tensors),
@@ -92,26 +93,26 @@ def autoencoder_sizes(tensors: Mapping[str, Tensor]) -> AutoencoderSizes:
     Raises:
         ValueError: a tensor that a size is read from is missing or cannot belong to VAR's autoencoder.
     """
-    V, Cvae = _shape(tensors, "quantize.embedding.weight", 2)
-    ch, image_channels = _shape(tensors, "encoder.conv_in.weight", 4)[:2]
-    levels = range(_count(tensors, "encoder.down."))
-    widths = [_shape(tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in levels]
+    V, Cvae = shape_of(tensors, "quantize.embedding.weight", 2)
+    ch, image_channels = shape_of(tensors, "encoder.conv_in.weight", 4)[:2]
+    levels = range(count_indices(tensors, "encoder.down."))
+    widths = [shape_of(tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in levels]
     if ch % NORM_GROUPS or any(width % ch for width in widths):
         raise ValueError(
             f"expected a first convolution width that is a multiple of {NORM_GROUPS} and others that are multiples "
             f"of the first, found {ch} and {widths}"
         )
     share_quant_resi = _share_quant_resi(tensors)
-    trained_scales = _shape(tensors, HIT_COUNTS, 2)[0] if HIT_COUNTS in tensors else None
+    trained_scales = shape_of(tensors, HIT_COUNTS, 2)[0] if HIT_COUNTS in tensors else None
     return AutoencoderSizes(
         V=V,
         Cvae=Cvae,
         ch=ch,
         ch_mult=tuple(width // ch for width in widths),
-        num_res_blocks=_count(tensors, "encoder.down.0.block."),
+        num_res_blocks=count_indices(tensors, "encoder.down.0.block."),
         image_channels=image_channels,
         share_quant_resi=share_quant_resi,
-        scales=_count(tensors, "quantize.quant_resi.") if share_quant_resi == 0 else trained_scales,
+        scales=count_indices(tensors, "quantize.quant_resi.") if share_quant_resi == 0 else trained_scales,
     )
 
 
@@ -168,7 +169,7 @@ def autoencoder_skeleton(sizes: AutoencoderSizes) -> VQVAE:
     return pair_skeleton(smallest, sizes)[0]
 
 
-def _shape(tensors: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
+def shape_of(tensors: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
     """Return the shape of the tensor `key`; raise a ValueError if it is missing or has other dimensions."""
     if key not in tensors:
         raise ValueError(f"expected a tensor `{key}`, found none of that name among {len(tensors)}")
@@ -178,7 +179,7 @@ def _shape(tensors: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[in
     return shape
 
 
-def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+def count_indices(tensors: Mapping[str, Tensor], prefix: str) -> int:
     """Return how many consecutive indices follow `prefix` in the names; raise a ValueError if one is missing."""
     pattern = re.compile(re.escape(prefix) + r"(\d{1,9})\.")
     found = {int(match[1]) for match in map(pattern.match, tensors) if match}
@@ -190,7 +191,7 @@ def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
 def _share_quant_resi(tensors: Mapping[str, Tensor]) -> int:
     """Return how the scales share the quantizer's convolutions, see `VectorQuantizer`."""
     if any(key.startswith("quantize.quant_resi.qresi_ls.") for key in tensors):
-        return _count(tensors, "quantize.quant_resi.qresi_ls.")
+        return count_indices(tensors, "quantize.quant_resi.qresi_ls.")
     return 1 if any(key.startswith("quantize.quant_resi.qresi.") for key in tensors) else 0
 
 
@@ -198,7 +199,7 @@ def _patch_nums(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Return the sides of the token maps; scale `s` fills `patch_nums[s] ** 2` places of `lvl_1L` with its index."""
     if "lvl_1L" not in tensors:
         return _sides_from_totals(tensors)
-    _shape(tensors, "lvl_1L", 2)
+    shape_of(tensors, "lvl_1L", 2)
     levels, counts = torch.unique_consecutive(tensors["lvl_1L"].flatten(), return_counts=True)
     sides = tuple(math.isqrt(count) for count in counts.tolist())
     if levels.tolist() != list(range(len(sides))) or [side * side for side in sides] != counts.tolist():
@@ -211,8 +212,8 @@ def _patch_nums(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 def _sides_from_totals(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Return the official sides that fit the file's numbers of scales and tokens, or else the only possible sides."""
-    scales = _shape(tensors, "lvl_embed.weight", 2)[0]
-    tokens, first = _shape(tensors, "pos_1LC", 3)[1], _shape(tensors, "pos_start", 3)[1]
+    scales = shape_of(tensors, "lvl_embed.weight", 2)[0]
+    tokens, first = shape_of(tensors, "pos_1LC", 3)[1], shape_of(tensors, "pos_start", 3)[1]
     for sides in _OFFICIAL_SIDES:
         if (len(sides), sum(side * side for side in sides), sides[0] ** 2) == (scales, tokens, first):
             return sides

@@ -11,18 +11,21 @@ from typing import Any
 from torch import Tensor
 
 from actvar.models.checkpoint.files import PathLike, fail
-from actvar.models.checkpoint.sizes import AUTOENCODER_KIND, VAR_KIND
+from actvar.models.checkpoint.sizes import AUTOENCODER_KIND, INFINITY_KIND, TOKENIZER_KIND, VAR_KIND
 
 KIND_NAMES = {
     VAR_KIND: "a VAR transformer (names such as `blocks.0.attn.mat_qkv.weight`)",
     AUTOENCODER_KIND: "VAR's autoencoder (names such as `encoder.conv_in.weight`)",
+    INFINITY_KIND: "an Infinity transformer (names such as `block_chunks.0.module.0.sa.mat_qkv.weight`)",
+    TOKENIZER_KIND: "Infinity's tokenizer (names such as `encoder.conv_in.conv.weight`)",
 }
 WRAPPERS = {"module", "_orig_mod"}
 """Names that DistributedDataParallel and `torch.compile` put before those of the module they wrap."""
 MOST_NESTED = 8
 MOST_NAMED = 20
-MARK = re.compile(r"(|.*?\.)(blocks|encoder|decoder|quantize)\.")
-AUTOENCODER_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
+MARK = re.compile(r"(|.*?\.)(blocks|block_chunks|encoder|decoder|quantize)\.")
+CHUNK = re.compile(r"(block_chunks\.\d+)\.")
+AUTOENCODER_PARTS = ("encoder.", "decoder.", "quantize.", "quantizer.", "quant_conv.", "post_quant_conv.")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class StateDict:
     """Hold a state dict in a file.
 
     Args:
-        kind: `"var"` or `"autoencoder"`.
+        kind: `"var"`, `"autoencoder"`, `"infinity"` or `"infinity_tokenizer"`.
         key: its place in the file: the keys of the mappings around it and the prefix that its names share, joined by
             dots. An empty key is the top level.
         tensors: tensors by the model's names.
@@ -126,24 +129,33 @@ def _split(path: PathLike, flat: Mapping[str, Tensor]) -> Iterator[tuple[str, st
     """Yield prefix, kind and tensors of each model whose names `flat` holds under a prefix of their own."""
     kinds: dict[str, set[str]] = {}
     for mark in filter(None, map(MARK.match, flat)):
-        kinds.setdefault(mark[1], set()).add(VAR_KIND if mark[2] == "blocks" else AUTOENCODER_KIND)
+        kinds.setdefault(mark[1], set()).add(VAR_KIND if mark[2].startswith("block") else AUTOENCODER_KIND)
     members: dict[str, dict[str, Tensor]] = {root: {} for root in kinds}
     for name, tensor in flat.items():
         root = _longest_prefix(name, members)
         if root is None:
             continue
         plain = ".".join(part for part in name.removeprefix(root).split(".") if part not in WRAPPERS)
+        plain = CHUNK.sub(r"\1.module.", plain)  # here `module` is the model's own name, not a wrapper's
         if plain in members[root]:
             fail(path, f"`{root}{plain}` once", f"it also as `{name}`")
         members[root][plain] = tensor
     for root, tensors in members.items():
         if len(kinds[root]) == 1:
             (kind,) = kinds[root]
-            yield root, kind, tensors
+            yield root, _model_of(kind, tensors), tensors
             continue
         for kind in (VAR_KIND, AUTOENCODER_KIND):
             is_part = {n: n.startswith(AUTOENCODER_PARTS) == (kind == AUTOENCODER_KIND) for n in tensors}
-            yield root, kind, {name: tensor for name, tensor in tensors.items() if is_part[name]}
+            part = {name: tensor for name, tensor in tensors.items() if is_part[name]}
+            yield root, _model_of(kind, part), part
+
+
+def _model_of(kind: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the kind of a transformer or an autoencoder, which is Infinity's where names tell."""
+    if kind == VAR_KIND:
+        return INFINITY_KIND if any(".sa." in name for name in tensors) else kind
+    return TOKENIZER_KIND if any(".conv1.conv." in name or "conv_in.conv." in name for name in tensors) else kind
 
 
 def _longest_prefix(name: str, prefixes: Mapping[str, object]) -> str | None:

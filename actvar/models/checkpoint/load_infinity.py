@@ -1,0 +1,86 @@
+"""Load Infinity and its tokenizer from official or own checkpoints, with every size read off the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from actvar.models.checkpoint.files import CheckpointError, PathLike
+from actvar.models.checkpoint.infinity_sizes import infinity_pair
+from actvar.models.checkpoint.load import (
+    DTYPES,
+    assign,
+    chosen,
+    logger,
+    place_of,
+    read_sizes,
+    states_of_kind,
+    usable_device,
+)
+from actvar.models.checkpoint.sizes import INFINITY_KIND, TOKENIZER_KIND
+from actvar.models.checkpoint.states import as_keys, expect_found
+from actvar.models.infinity import Infinity, InfinityTokenizer
+from actvar.utils.modes import inference_mode
+
+NOT_READ = ("lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen")
+"""Buffers of the public training code, which no sampling needs."""
+
+
+@inference_mode(False)  # inference tensors could not be trained, nor checked for changes
+def load_infinity(
+    model: PathLike,
+    tokenizer: PathLike,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    key: str | Sequence[str] | None = None,
+) -> tuple[InfinityTokenizer, Infinity]:
+    """Load Infinity and its tokenizer in eval mode, without gradients.
+
+    Files are mapped, and weights are read into memory one at a time, in their final dtype and on their device. The
+    files may be written to afterwards.
+
+    Args:
+        model: transformer, such as `infinity_2b_reg.pth` or the folder `infinity_8b_weights`, in the formats of
+            `load_var`.
+        tokenizer: such as `infinity_vae_d32reg.pth`, in the same formats.
+        device: device of both models.
+        dtype: floating dtype of the transformer's blocks. Its other parts are float32, or float64 if the blocks are;
+            the tokenizer is float32. Files of another precision are converted.
+        key: the state dict to load where a file has several of the same kind, as in `load_var`.
+
+    Returns:
+        `(tokenizer, infinity)`, with the tokenizer also at `infinity.vae_proxy[0]`.
+
+    Raises:
+        CheckpointError: a file that is damaged, of the wrong kind, incomplete, of inconsistent sizes, or that holds
+            values which are not finite in `dtype`; a pickle with Python objects, which are never loaded; several state
+            dicts to choose from, which the message names; or two files that do not belong together.
+        FileNotFoundError: no such file, here or on the hub.
+        ImportError: a hub id without `huggingface_hub` installed.
+        ValueError: a `device` that this torch cannot use.
+        TypeError: a `dtype` that is not a floating one of 16 to 64 bits, or a `key` that is not a string.
+    """
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    device, keys = usable_device(device), as_keys(key)
+    model_states = states_of_kind(model, INFINITY_KIND)
+    tokenizer_states = states_of_kind(tokenizer, TOKENIZER_KIND)
+    expect_found(f"{model} and {tokenizer}", keys, [*model_states, *tokenizer_states])
+    model_state, tokenizer_state = chosen(model, model_states, keys), chosen(tokenizer, tokenizer_states, keys)
+    del model_states, tokenizer_states
+    for name in NOT_READ:
+        model_state.tensors.pop(name, None)
+    model_sizes, tokenizer_sizes = read_sizes(model, model_state), read_sizes(tokenizer, tokenizer_state)
+    try:
+        decoder, infinity = infinity_pair(model_sizes, tokenizer_sizes)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{model} with {tokenizer}: {error}") from error
+    assign(tokenizer, decoder, tokenizer_state.tensors, device, torch.float32)
+    assign(model, infinity, model_state.tensors, device, dtype, torch.promote_types(dtype, torch.float32))
+    logger.info(
+        "loaded %s%s (%s) and %s%s (%s)",
+        *(model, place_of(model_state), model_sizes),
+        *(tokenizer, place_of(tokenizer_state), tokenizer_sizes),
+    )
+    return decoder, infinity

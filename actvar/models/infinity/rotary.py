@@ -1,0 +1,47 @@
+"""Rotate queries and keys by the place of their tokens in the image (2D rotary embeddings)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from actvar.models.infinity.schedules import largest_map
+
+BASE = 10000.0
+
+
+@lru_cache(maxsize=16)
+def rotation(schedule: Sequence[tuple[int, int, int]], head_dim: int, device: torch.device) -> torch.Tensor:
+    """Return cosine and sine of the angles of all scales' tokens, `[2, L, head_dim / 2]` float32.
+
+    The maps of all scales are stretched to the largest one of their aspect ratio, so that a place in the image has
+    one angle at all scales. The first half of the angles follows the row, the second the column.
+
+    Args:
+        schedule: a tuple of `(1, h, w)`.
+        head_dim: size of an attention head, a multiple of 4.
+        device: device of the result.
+    """
+    frequencies = 1 / BASE ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
+    height, width = largest_map(schedule)
+    angles = []
+    for _, h, w in schedule:
+        rows = (torch.arange(h) * (height / h)).round()[:, None].expand(h, w).reshape(-1, 1)
+        columns = (torch.arange(w) * (width / w)).round()[None].expand(h, w).reshape(-1, 1)
+        angles.append(torch.cat((rows * frequencies, columns * frequencies), dim=1))
+    angle = torch.cat(angles)
+    return torch.stack((angle.cos(), angle.sin())).to(device)
+
+
+def rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Return queries or keys `[R, H, L, d]` with each pair of neighbouring channels turned by its angle.
+
+    Args:
+        x: `[R, H, L, d]`, floating-point.
+        rotation: cosine and sine of the angles of these tokens, `[2, L, d / 2]`, or `[2, R, 1, L, d / 2]`.
+    """
+    cosine, sine = rotation
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((cosine * first - sine * second, sine * first + cosine * second), dim=-1).flatten(-2)
