@@ -127,7 +127,7 @@ def test_files_of_another_kind_or_that_do_not_belong_together_are_refused(files:
         load_infinity(var_file, files[1])
     with pytest.raises(CheckpointError, match=r"expected Infinity's tokenizer.*found VAR's autoencoder"):
         load_infinity(files[0], vae_file)
-    with pytest.raises(CheckpointError, match=r"expected an Infinity transformer.*first argument"):
+    with pytest.raises(CheckpointError, match=r"expected an Infinity transformer.*the order is load_infinity"):
         load_infinity(files[1], files[0])
     with pytest.raises(CheckpointError, match=r"expected a VAR transformer.*found an Infinity transformer"):
         actvar.load_var(files[0], vae_file)

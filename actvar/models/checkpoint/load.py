@@ -190,8 +190,9 @@ def states_of_kind(path: PathLike, kind: str) -> list[StateDict]:
     states = state_dicts(path, read_file(path))
     found = [state for state in states if state.kind == kind]
     if not found:
-        hint = "; the transformer is the first argument, what decodes its tokens the second"
-        fail(path, KIND_NAMES[kind], KIND_NAMES[states[0].kind] + hint)
+        is_var = kind in (sizes_of.VAR_KIND, sizes_of.AUTOENCODER_KIND)
+        order = "load_var(var_checkpoint, vae_checkpoint)" if is_var else "load_infinity(model, tokenizer)"
+        fail(path, KIND_NAMES[kind], f"{KIND_NAMES[states[0].kind]}; the order is {order}")
     return found
 
 
