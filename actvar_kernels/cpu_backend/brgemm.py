@@ -53,9 +53,9 @@ def runs(dtype: torch.dtype) -> bool:
 
 def description() -> str:
     """Return one line about whose products run."""
-    bfloat16 = "PyTorch's (AMX)" if has_tiles() else "this package's"
-    int8 = "PyTorch's" if runs(torch.int8) else "none (no VNNI)"
-    return f"bfloat16 {bfloat16}, int8 {int8}"
+    bfloat16 = "PyTorch (AMX)" if has_tiles() else "this package"
+    int8 = "by PyTorch" if runs(torch.int8) else "not here (no VNNI)"
+    return f"bfloat16 by {bfloat16}, int8 {int8}"
 
 
 def has_tiles() -> bool:

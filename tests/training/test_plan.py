@@ -175,7 +175,7 @@ def test_a_planned_model_has_the_divergence_that_its_report_says(tmp_path):
     assert report.chosen.divergence <= 0.05
     assert var.actvar.config == report.chosen.config
     assert 0 in {each.total for each in report.curve}, "the dense model is among the plans"
-    save_adapter(var, tmp_path / "plan.safetensors")
+    save_adapter(var, tmp_path / "plan.safetensors", execution=report.chosen.execution)
     remove_patch(var)
     dense = DensePredictions(var, sampled_inputs(var, 4, 1, 4, 1.5), 1.5)
     load_adapter(var, tmp_path / "plan.safetensors")
