@@ -109,11 +109,12 @@ def plan(
     executions = [given] if "int8" not in levers or given.weights else [given, replace(given, weights="int8")]
     times = [measured_times(model, each, batch, cfg, first, "guidance" in levers, repeats) for each in executions]
     sensitivity = [] if adapter is not None else divergence_per_block(model, base, *held_out_samples(batches))
+    unguided = [] if adapter is not None else dense.divergences_without_guidance()
     depth = len(family_of(model).blocks(model))
     guesses: dict[tuple[ActVARConfig, Execution], Candidate] = {}
     for execution, of_format in zip(executions, times, strict=True):
         if adapter is None:
-            plans = _fitted_plans(base, fits, sensitivity, of_format, levers, dense.divergences_without_guidance())
+            plans = _fitted_plans(base, fits, sensitivity, of_format, levers, unguided)
         else:
             plans = ((config, 0.0) for config in _scaled_plans(base, levers, len(maps)))
         least = 0.0 if execution == given else _divergence(model, dense, base.without_savings(), execution)[1]

@@ -15,7 +15,7 @@ from actvar_kernels.cpu_backend.packing import packed
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.6875, -0.6875, 1.5, -1.5)}
 """Points at which polynomials are multiplied, by the outputs of a tile; infinity comes last. Those of 4 err little."""
 ENLARGING = ((-1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, -0.5), (-0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-"""What three weights become for the five products of a tile of an enlarged image, see docs/kernels/conv3x3.md."""
+"""Turn three weights into those of the five products of a tile of an enlarged image, see docs/kernels/conv3x3.md."""
 
 
 def conv3x3(

@@ -22,7 +22,7 @@ _SYMBOLS = (
 )
 """Mangled names of the products of bfloat16 and of bytes, and of what ends a thread's work."""
 LAYOUTS = {torch.bfloat16: Layout(64, 1, 2), torch.int8: Layout(64, 1, 4)}
-"""How weights are packed; `WIDTH` in brgemm.h."""
+"""Say how weights are packed; `WIDTH` in brgemm.h."""
 
 
 @functools.cache

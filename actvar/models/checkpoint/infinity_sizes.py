@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from actvar.models.basic_vae import NORM_GROUPS
-from actvar.models.checkpoint.sizes import count_indices, shape_of
+from actvar.models.checkpoint.sizes import count_indices, shape_of, width_multiples
 from actvar.models.infinity import Infinity, InfinityTokenizer
 from actvar.models.infinity.build import infinity_skeleton
 
@@ -69,17 +69,11 @@ def tokenizer_sizes(tensors: Mapping[str, Tensor]) -> TokenizerSizes:
         ValueError: a tensor that a size is read from is missing or cannot belong to Infinity's tokenizer.
     """
     ch = shape_of(tensors, "encoder.conv_in.conv.weight", 4)[0]
-    levels = range(count_indices(tensors, "encoder.down."))
-    widths = [shape_of(tensors, f"encoder.down.{level}.block.0.conv1.conv.weight", 4)[0] for level in levels]
-    if ch % NORM_GROUPS or any(width % ch for width in widths):
-        raise ValueError(
-            f"expected a first convolution width that is a multiple of {NORM_GROUPS} and others that are multiples "
-            f"of the first, found {ch} and {widths}"
-        )
+    ch_mult = width_multiples(tensors, ch, "conv.weight")
     return TokenizerSizes(
         bits=shape_of(tensors, "encoder.conv_out.conv.weight", 4)[0],
         ch=ch,
-        ch_mult=tuple(width // ch for width in widths),
+        ch_mult=ch_mult,
         num_res_blocks=count_indices(tensors, "encoder.down.0.block."),
     )
 

@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[Callable[..., Any], Callable[..., nn.Module]]] = {
     sizes_of.INFINITY_KIND: (infinity_of.infinity_sizes, infinity_of.infinity_alone),
     sizes_of.TOKENIZER_KIND: (infinity_of.tokenizer_sizes, infinity_of.tokenizer_alone),
 }
-"""What reads the sizes of a kind of model, and what makes a model of these sizes on the meta device."""
+"""Name for each kind of model what reads its sizes, and what makes a model of them on the meta device."""
 
 logger = logging.getLogger(__name__)
 

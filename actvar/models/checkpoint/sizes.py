@@ -87,6 +87,27 @@ def var_sizes(tensors: Mapping[str, Tensor]) -> VarSizes:
     )
 
 
+def width_multiples(tensors: Mapping[str, Tensor], ch: int, weight: str) -> tuple[int, ...]:
+    """Return the widths of an encoder's resolutions over that of its first convolution.
+
+    Args:
+        tensors: a state dict.
+        ch: width of the first convolution.
+        weight: name of a convolution's weight, within it.
+
+    Raises:
+        ValueError: a weight is missing, or a width is no multiple.
+    """
+    levels = range(count_indices(tensors, "encoder.down."))
+    widths = [shape_of(tensors, f"encoder.down.{level}.block.0.conv1.{weight}", 4)[0] for level in levels]
+    if ch % NORM_GROUPS or any(width % ch for width in widths):
+        raise ValueError(
+            f"expected a first convolution width that is a multiple of {NORM_GROUPS} and others that are multiples "
+            f"of the first, found {ch} and {widths}"
+        )
+    return tuple(width // ch for width in widths)
+
+
 def autoencoder_sizes(tensors: Mapping[str, Tensor]) -> AutoencoderSizes:
     """Read the sizes of an autoencoder off the shapes in its state dict.
 
@@ -95,20 +116,14 @@ def autoencoder_sizes(tensors: Mapping[str, Tensor]) -> AutoencoderSizes:
     """
     V, Cvae = shape_of(tensors, "quantize.embedding.weight", 2)
     ch, image_channels = shape_of(tensors, "encoder.conv_in.weight", 4)[:2]
-    levels = range(count_indices(tensors, "encoder.down."))
-    widths = [shape_of(tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in levels]
-    if ch % NORM_GROUPS or any(width % ch for width in widths):
-        raise ValueError(
-            f"expected a first convolution width that is a multiple of {NORM_GROUPS} and others that are multiples "
-            f"of the first, found {ch} and {widths}"
-        )
+    ch_mult = width_multiples(tensors, ch, "weight")
     share_quant_resi = _share_quant_resi(tensors)
     trained_scales = shape_of(tensors, HIT_COUNTS, 2)[0] if HIT_COUNTS in tensors else None
     return AutoencoderSizes(
         V=V,
         Cvae=Cvae,
         ch=ch,
-        ch_mult=tuple(width // ch for width in widths),
+        ch_mult=ch_mult,
         num_res_blocks=count_indices(tensors, "encoder.down.0.block."),
         image_channels=image_channels,
         share_quant_resi=share_quant_resi,
