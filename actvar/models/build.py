@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -69,12 +70,23 @@ def build_vae_var(
     )
     if torch.device(device).type == "meta":
         return vae, var
+    give_weights((vae, var), device, seed)
+    return vae, var
+
+
+def give_weights(modules: Iterable[Any], device: str | torch.device, seed: int) -> None:
+    """Initialise modules that are on the meta device, one after the other from one generator, and place them.
+
+    Args:
+        modules: with a method `init_weights(generator)`.
+        device: where they go.
+        seed: of the generator, which is on the CPU.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
-    for module in (vae, var):
+    for module in modules:
         module.to_empty(device="cpu")
         module.init_weights(generator)
         module.to(device)
-    return vae, var
 
 
 def skeleton(

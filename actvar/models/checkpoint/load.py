@@ -85,13 +85,8 @@ def load_var(
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     device = usable_device(device)
-    keys = as_keys(key)
-    var_states = states_of_kind(var_checkpoint, sizes_of.VAR_KIND)
-    vae_states = states_of_kind(vae_checkpoint, sizes_of.AUTOENCODER_KIND)
-    expect_found(f"{var_checkpoint} and {vae_checkpoint}", keys, [*var_states, *vae_states])
-    var_state = chosen(var_checkpoint, var_states, keys)
-    vae_state = chosen(vae_checkpoint, vae_states, keys)
-    del var_states, vae_states
+    kinds = sizes_of.VAR_KIND, sizes_of.AUTOENCODER_KIND
+    var_state, vae_state = states_of_pair(var_checkpoint, vae_checkpoint, kinds, key)
     var_sizes = read_sizes(var_checkpoint, var_state)
     vae_sizes = read_sizes(vae_checkpoint, vae_state)
     try:
@@ -109,6 +104,25 @@ def load_var(
         *(vae_checkpoint, place_of(vae_state), vae_sizes),
     )
     return vae, var
+
+
+def states_of_pair(
+    first: PathLike, second: PathLike, kinds: tuple[str, str], key: str | Sequence[str] | None
+) -> tuple[StateDict, StateDict]:
+    """Return the state dicts of two files, of one kind each.
+
+    Args:
+        first, second: the files, which may be the same.
+        kinds: of their models, keys of `MODELS`.
+        key: see `load_var`.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ImportError, TypeError: see `load_var`.
+    """
+    keys = as_keys(key)
+    of_first, of_second = states_of_kind(first, kinds[0]), states_of_kind(second, kinds[1])
+    expect_found(f"{first} and {second}", keys, [*of_first, *of_second])
+    return chosen(first, of_first, keys), chosen(second, of_second, keys)
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -11,15 +11,13 @@ from actvar.models.checkpoint.infinity_sizes import infinity_pair
 from actvar.models.checkpoint.load import (
     DTYPES,
     assign,
-    chosen,
     logger,
     place_of,
     read_sizes,
-    states_of_kind,
+    states_of_pair,
     usable_device,
 )
 from actvar.models.checkpoint.sizes import INFINITY_KIND, TOKENIZER_KIND
-from actvar.models.checkpoint.states import as_keys, expect_found
 from actvar.models.infinity import Infinity, InfinityTokenizer
 from actvar.utils.modes import inference_mode
 
@@ -63,12 +61,8 @@ def load_infinity(
     """
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
-    device, keys = usable_device(device), as_keys(key)
-    model_states = states_of_kind(model, INFINITY_KIND)
-    tokenizer_states = states_of_kind(tokenizer, TOKENIZER_KIND)
-    expect_found(f"{model} and {tokenizer}", keys, [*model_states, *tokenizer_states])
-    model_state, tokenizer_state = chosen(model, model_states, keys), chosen(tokenizer, tokenizer_states, keys)
-    del model_states, tokenizer_states
+    device = usable_device(device)
+    model_state, tokenizer_state = states_of_pair(model, tokenizer, (INFINITY_KIND, TOKENIZER_KIND), key)
     for name in NOT_READ:
         model_state.tensors.pop(name, None)
     model_sizes, tokenizer_sizes = read_sizes(model, model_state), read_sizes(tokenizer, tokenizer_state)

@@ -8,6 +8,7 @@ import torch
 
 from actvar.models.arguments import SEEDS, checked_integer
 from actvar.models.basic_vae import NORM_GROUPS
+from actvar.models.build import give_weights
 from actvar.models.infinity.tokenizer import InfinityTokenizer
 from actvar.models.infinity.transformer import Infinity
 from actvar.utils.modes import inference_mode
@@ -64,11 +65,7 @@ def build_infinity(
     )
     if torch.device(device).type == "meta":
         return tokenizer, infinity
-    generator = torch.Generator("cpu").manual_seed(seed)
-    for module in (tokenizer, infinity):
-        module.to_empty(device="cpu")
-        module.init_weights(generator)
-        module.to(device)
+    give_weights((tokenizer, infinity), device, seed)
     return tokenizer, infinity
 
 
