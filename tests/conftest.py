@@ -43,16 +43,15 @@ sys.addaudithook(refuse_network)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give slow tests half an hour, and deselect tests marked public_var unless `ACTVAR_PUBLIC_VAR` gives the folder of
-    the public code."""
+    """Give slow tests half an hour, and deselect tests of public code unless a variable gives its folder: those marked
+    public_var without `ACTVAR_PUBLIC_VAR`, those marked public_infinity without `ACTVAR_PUBLIC_INFINITY`."""
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(1800))
-    if "ACTVAR_PUBLIC_VAR" in os.environ:
-        return
-    chosen = [item for item in items if not item.get_closest_marker("public_var")]
-    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("public_var")])
-    items[:] = chosen
+    missing = [name for name in ("public_var", "public_infinity") if f"ACTVAR_{name.upper()}" not in os.environ]
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in missing)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture
@@ -85,6 +84,11 @@ def compiled_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def public_var_folder() -> Path:
     return Path(os.environ["ACTVAR_PUBLIC_VAR"])
+
+
+@pytest.fixture(scope="session")
+def public_infinity_folder() -> Path:
+    return Path(os.environ["ACTVAR_PUBLIC_INFINITY"])
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ class Sublayers:
     """A patched block at one scale: `x = x + attention(x)` and `x = x + ffn(x)` are the dense block."""
 
     def __init__(self, block: ActVARBlock, call: BlockCall, scale: Scale):
-        self.block, self.scale, self.fused = block, scale, choose_fused(call.x).fuses
+        self.block, self.call, self.scale, self.fused = block, call, scale, choose_fused(call.x).fuses
         self.state = sample_state_of(block, call.cond, scale, self.fused)
 
     def attention(self, rows: torch.Tensor, pick: Pick = all_rows) -> torch.Tensor:
@@ -36,7 +36,7 @@ class Sublayers:
         gamma1, _, scale1, _, shift1, _ = self.state.modulation
         u = pick(normalize_modulate(rows, scale1, shift1))
         at = Rows(self.scale.start, self.scale.tokens, None)  # VAR encodes no position in queries and keys
-        return attend(self.block, u, u, self.state, self.scale, self.fused, at) * gamma1
+        return attend(self.block, u, u, self.state, self.scale, self.fused, at, self.call) * gamma1
 
     def ffn(self, rows: torch.Tensor, pick: Pick = all_rows) -> torch.Tensor:
         """Return what the FFN adds to a block's rows.

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from actvar.families.base import Family
+from actvar.families.infinity import InfinityFamily
+from actvar.families.infinity_public import PublicInfinityFamily
 from actvar.families.var import VARFamily
 from actvar.utils.wrappers import unwrapped
 
 __all__ = ["FAMILIES", "Family", "blocks_of", "family_of"]
 
-FAMILIES: tuple[Family, ...] = (VARFamily(),)
+FAMILIES: tuple[Family, ...] = (VARFamily(), InfinityFamily(), PublicInfinityFamily())
 """Families in the order in which they are asked."""
 
 

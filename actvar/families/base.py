@@ -2,8 +2,9 @@
 
 A family is stateless. Every patched block keeps its family at `block.actvar.family`, so nothing else has to know it.
 
-A block of every family is `x = x + gamma1 * attention(norm(x) * (1 + scale1) + shift1)`, then what `Family.between`
-adds, then `x = x + gamma2 * ffn(norm(x) * (1 + scale2) + shift2)`. The norm is a LayerNorm without weights.
+A block of every family is `x = x + gamma1 * attention(norm(x) * (1 + scale1) + shift1)`, then
+`x = x + gamma * between(norm(x) * (1 + scale) + shift)` where there is such a layer, then
+`x = x + gamma2 * ffn(norm(x) * (1 + scale2) + shift2)`. The norm is a LayerNorm without weights.
 
 Models and blocks are annotated `Any`. Their classes may be those of other people's code, so no class names the
 attributes that a family reads; `Family.mismatch` checks these attributes at run time.
@@ -17,6 +18,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from actvar_kernels.residual_norm.reference import AdaLN
 
 OnScale = Callable[[int, Any, Tensor], None]
 """Called after every scale of a sample with three arguments.
@@ -192,7 +195,11 @@ class Family(Protocol):
         ...
 
     def maps(self, model: Any) -> tuple[tuple[int, int], ...]:
-        """Return height and width of the token map of every scale."""
+        """Return height and width of the token map of every scale.
+
+        Where every sample brings maps of its own, these are the ones that a patch is checked with. The mixin then calls
+        `PatchState.fit_maps` before the blocks run.
+        """
         ...
 
     def sizes(self, model: Any) -> Sizes:
@@ -298,8 +305,19 @@ class Family(Protocol):
         """Return the bias of queries, keys and values, `[3C]`; zeros without one."""
         ...
 
+    def layer_dtype(self, block: Any) -> torch.dtype | None:
+        """Return the dtype in which layers take rows after a norm; None for that of the residual stream."""
+        ...
+
     def project(
-        self, block: Any, queries_from: Tensor, keys_from: Tensor, bias: Tensor, queries_at: Rows, keys_at: Rows
+        self,
+        block: Any,
+        queries_from: Tensor,
+        keys_from: Tensor,
+        bias: Tensor,
+        queries_at: Rows,
+        keys_at: Rows,
+        call: BlockCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries `[R, H, K, d]`, keys `[R, H, T, d]` and values `[R, H, T, d]`.
 
@@ -308,30 +326,49 @@ class Family(Protocol):
             keys_from: rows that keys and values are projected from, `[R, T, C]`; may be `queries_from` itself.
             bias: the result of `qkv_bias`, `[3C]`.
             queries_at, keys_at: positions of the rows, for position encodings that act on queries and keys.
+            call: arguments of the block.
         """
         ...
 
     def head_scale(self, block: Any) -> Tensor | None:
-        """Return the query scale per head `[H]` under QK norm, or None without it."""
+        """Return the query scale per head `[H]` where attention applies QK norm; None where it must not."""
         ...
 
     def attention_scale(self, block: Any) -> float:
         """Return the factor of the products of queries and keys."""
         ...
 
-    def called_attention(self, block: Any, u: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the output `[R, K, C]` of the block's own attention for `u` `[R, K, C]` under an additive mask."""
+    def called_attention(self, block: Any, u: Tensor, mask: Tensor | None, at: Rows, call: BlockCall) -> Tensor:
+        """Return the output `[R, K, C]` of the block's own attention.
+
+        Args:
+            u: rows after norm and modulation, `[R, K, C]`.
+            mask: additive mask, or None.
+            at: positions of the rows.
+            call: arguments of the block.
+
+        Raises:
+            TypeError: the attention cannot be called for some rows alone.
+        """
         ...
 
     def attention_output(self, block: Any, out: Tensor) -> Tensor:
         """Return `out` `[R, K, C]`, the joined heads, after the linear layer that follows attention."""
         ...
 
-    def between(self, block: Any, rows: Tensor, at: Rows, call: BlockCall) -> Tensor:
-        """Return rows `[R, K, C]` after the layer between attention and FFN; called where `has_between` is True.
+    def between_norm(self, block: Any, rows: int) -> AdaLN:
+        """Return what stands around the layer between attention and FFN; called where `has_between` is True.
 
         Args:
-            rows: the residual stream after attention, `[R, K, C]`.
+            rows: number R of rows; gamma, scale and shift are `[R, 1, C]`.
+        """
+        ...
+
+    def between(self, block: Any, u: Tensor, at: Rows, call: BlockCall) -> Tensor:
+        """Return the output `[R, K, C]` of the layer between attention and FFN; called where `has_between` is True.
+
+        Args:
+            u: rows after the norm of `between_norm`, `[R, K, C]`.
             at: positions of the rows.
             call: arguments of the block.
         """

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from actvar.families.base import BlockCall, Rows, Sizes
+from actvar.families.base import BlockCall, Embedded, OnScale, Rows, Sizes
 from actvar.utils.class_swap import own_class
+from actvar_kernels.residual_norm.reference import AdaLN
 from actvar_kernels.situation import are_plain
 
 
@@ -19,6 +22,7 @@ class BaseFamily:
     takes_int8 = False
     has_between = False
     hidden_axes: Mapping[str, int]
+    name: str
 
     def has_draw_and_decode(self, model: Any) -> bool:
         """Return False: a patch leaves the drawing and the decoding to the model."""
@@ -42,6 +46,34 @@ class BaseFamily:
         sides = [side for token_map in self.maps(model) for side in token_map]
         return {"width": sizes.width, "hidden": sizes.hidden, "maps": sides}
 
+    def embedded(self, model: Any, labels: Tensor, inputs: Tensor) -> Embedded:
+        """Refuse: the family draws from no classes."""
+        raise self._draws_from_no_classes()
+
+    def without_class(self, model: Any, labels: Tensor) -> Tensor:
+        """Refuse: the family draws from no classes."""
+        raise self._draws_from_no_classes()
+
+    def logits(self, model: Any, x: Tensor, head_cond: Any) -> Tensor:
+        """Refuse: the family draws from no classes."""
+        raise self._draws_from_no_classes()
+
+    def scale_logits(self, model: Any, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Refuse: the family draws from no classes."""
+        raise self._draws_from_no_classes()
+
+    def watch_scales(self, model: Any, on_scale: OnScale) -> AbstractContextManager[None]:
+        """Refuse: the family draws from no classes."""
+        raise self._draws_from_no_classes()
+
+    def teacher_input(self, model: Any, token_maps: Tensor) -> Tensor:
+        """Refuse: the family draws from no classes."""
+        raise self._draws_from_no_classes()
+
+    def _draws_from_no_classes(self) -> TypeError:
+        """Return the error for what needs classes and token maps, such as the distillation."""
+        return TypeError(f"expected a model that draws from classes, such as VAR; {self.name} can be patched and run")
+
     def head_called(self, model: Any) -> str | None:
         """Return None: no kernel reads the head."""
         return None
@@ -64,13 +96,21 @@ class BaseFamily:
         """Return None: queries and keys are not normalised."""
         return None
 
-    def called_attention(self, block: Any, u: Tensor, mask: Tensor | None) -> Tensor:
+    def layer_dtype(self, block: Any) -> torch.dtype | None:
+        """Return None: layers compute in the dtype of the residual stream."""
+        return None
+
+    def called_attention(self, block: Any, u: Tensor, mask: Tensor | None, at: Rows, call: BlockCall) -> Tensor:
         """Refuse: the family's `parts_called` never names the attention."""
         raise NotImplementedError
 
-    def between(self, block: Any, rows: Tensor, at: Rows, call: BlockCall) -> Tensor:
-        """Return `rows` as they are: there is no such layer."""
-        return rows
+    def between_norm(self, block: Any, rows: int) -> AdaLN:
+        """Refuse: there is no such layer."""
+        raise NotImplementedError
+
+    def between(self, block: Any, u: Tensor, at: Rows, call: BlockCall) -> Tensor:
+        """Refuse: there is no such layer."""
+        raise NotImplementedError
 
     def ffn_module(self, block: Any) -> Any:
         """Return the FFN's module; every family has its own."""

@@ -15,6 +15,7 @@ class PatchedState(Protocol):
     execution: Any
     seed: Tensor | None
     rows_are_guided: bool
+    rows_stand_alone: bool
     schedule: Any
     first_tuned: int
     scale_is_tuned: bool
@@ -35,12 +36,21 @@ class PatchedState(Protocol):
         """End the pass that `begin_pass` began."""
         ...
 
-    def sampling(self, model: Any, in_place: bool) -> AbstractContextManager[None]:
-        """Sample with guidance while the context is open; the K/V caches are empty afterwards.
+    def fit_maps(self, model: Any, maps: tuple[tuple[int, int], ...]) -> None:
+        """Plan the scales of a sample or pass that brings token maps of its own, height and width of each.
+
+        Raises:
+            ValueError: the configuration names a scale that is not there.
+        """
+        ...
+
+    def sampling(self, model: Any, in_place: bool, guided: bool = True) -> AbstractContextManager[None]:
+        """Sample while the context is open; the K/V caches are empty afterwards.
 
         Args:
             model: the patched model.
             in_place: a block may write its result into its input; False is always right.
+            guided: conditional rows come first, then as many unconditional ones; otherwise all rows stand alone.
         """
         ...
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actvar.families.var_layers import linear_called, module_called
+from actvar.families.layers import linear_called, module_called
 from actvar.families.var_scales import logits_by_scale
 from actvar.models.arguments import checked_labels, one_thread
 from actvar.models.token_draw import sample_guided

@@ -346,6 +346,6 @@ def _sizes_from(text: str) -> dict[str, object]:
         raise ValueError(f"expected the sizes of a model, got {text[:200]!r}")
     lists = [size for size in sizes.values() if isinstance(size, list)]
     numbers = [size for size in sizes.values() if not isinstance(size, list)] + [n for size in lists for n in size]
-    if not lists or not all(type(number) is int for number in numbers):
-        raise ValueError(f"expected sizes that are integers, with a list of the scales, got {text[:200]!r}")
+    if not all(type(number) is int for number in numbers):
+        raise ValueError(f"expected sizes that are integers or lists of them, got {text[:200]!r}")
     return sizes

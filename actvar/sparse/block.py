@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from actvar.families.base import ATTENTION, NORM, BlockCall, Cache, Rows
 from actvar.sparse.block_cache import SampleState
 from actvar.sparse.block_state import BlockState
+from actvar.sparse.layer_calls import in_dtype, int8_ffn
 from actvar.sparse.passes import Pass, computing_again
 from actvar.sparse.record import BlockRecord
 from actvar.sparse.schedule import Scale
 from actvar.sparse.selection import selected
-from actvar.sparse.teacher_forcing import int8_ffn, teacher_forced_block
+from actvar.sparse.teacher_forcing import teacher_forced_block
 from actvar.utils.weight_override import own_weights
 from actvar_kernels import (
     add_normalize,
@@ -23,12 +24,10 @@ from actvar_kernels import (
     choose_fused,
     expert_ffn_scatter,
     normalize_modulate,
-    route_experts,
     scatter_rows,
     subset_attention,
 )
 from actvar_kernels.backend import REFERENCE, Backend
-from actvar_kernels.residual_norm.reference import Residual
 
 
 class ActVARBlock(nn.Module):
@@ -138,7 +137,7 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
     if call is not all_rows:
         sample.keep_rows(len(call.x))
         keep_rows(family.cache(block), len(call.x))
-    x = call.x
+    x, dtype = call.x, family.layer_dtype(block)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = sample.modulation
     index = scores = base = mask = logits = None
 
@@ -150,31 +149,30 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
 
     # attention of the kept tokens over the cache and their own scale
     at = Rows(scale.start, scale.tokens, index)
-    keys_from = normalize_modulate(x, scale1, shift1) if scale.select and shared.config.kv == "all" else u
-    update = attend(block, u, keys_from, sample, scale, fused, at)
+    u = in_dtype(u, dtype)
+    keys_from = u
+    if scale.select and shared.config.kv == "all":
+        keys_from = in_dtype(normalize_modulate(x, scale1, shift1), dtype)
+    update = attend(block, u, keys_from, sample, scale, fused, at, call)
 
-    # the layer between attention and FFN, such as cross-attention
-    rows = None
+    # the layer between attention and FFN, such as cross-attention; then the rows that are kept are all there are
+    kept = index
     if family.has_between:
-        rows = family.between(block, Residual(x, update, gamma1).rows(index), at, call)
+        gamma, between_scale, between_shift = family.between_norm(block, len(x))
+        x, u = add_normalize(x, index, update, gamma1, between_scale, between_shift)
+        update, gamma1, kept = family.between(block, in_dtype(u, dtype), at, call), gamma, None
 
     # 3. FFN as experts; 4. scatter: the other tokens keep their value
     if scale.route:
         gate = router.weight, router.bias, scale.experts
-        if rows is None:
-            rows, u, mask, logits = add_normalize_route(
-                x, index, update, gamma1, scale2, shift2, *gate, backend.fuses_residual
-            )
-        else:
-            u = normalize_modulate(rows, scale2, shift2)
-            mask, logits = route_experts(u, *gate)
+        defers = backend.fuses_residual and kept is index
+        rows, u, mask, logits = add_normalize_route(x, kept, update, gamma1, scale2, shift2, *gate, defers)
+        u = in_dtype(u, dtype)
         weights, execution = family.ffn_weights(block), shared.execution.expert_execution
         x = expert_ffn_scatter(base, index, rows, u, mask, scale.experts, *weights, gamma2, execution, state.int8)
     else:
-        if rows is None:
-            rows, u = add_normalize(x, index, update, gamma1, scale2, shift2)
-        else:
-            u = normalize_modulate(rows, scale2, shift2)
+        rows, u = add_normalize(x, kept, update, gamma1, scale2, shift2)
+        u = in_dtype(u, dtype)
         update = int8_ffn(block, u) if state.int8 else family.dense_ffn(block, u, shared.config.num_experts)
         x = scatter_rows(base, index, rows, update, gamma2)
 
@@ -196,7 +194,14 @@ def keep_rows(cache: Cache, rows: int) -> None:
 
 
 def attend(
-    block: ActVARBlock, u: Tensor, keys_from: Tensor, sample: SampleState, scale: Scale, fused: bool, at: Rows
+    block: ActVARBlock,
+    u: Tensor,
+    keys_from: Tensor,
+    sample: SampleState,
+    scale: Scale,
+    fused: bool,
+    at: Rows,
+    call: BlockCall,
 ) -> Tensor:
     """Return attention of rows over the K/V cache and their own scale, projected: `[R, K, C]`.
 
@@ -210,16 +215,17 @@ def attend(
         scale: the scale of the rows.
         fused: whether kernels run.
         at: positions of the rows `u`.
+        call: arguments of the block.
     """
     state = block.actvar
     family, cache = state.family, state.family.cache(block)
     if ATTENTION in state.called:
-        out = family.called_attention(block, u, None)
+        out = family.called_attention(block, u, None, at, call)
         if fused:
             state.cache.keep(block, sample, scale)
         return out
     keys_at = at if keys_from is u else at.all()
-    q, k, v = family.project(block, u, keys_from, sample.qkv_bias, at, keys_at)
+    q, k, v = family.project(block, u, keys_from, sample.qkv_bias, at, keys_at, call)
     past = cache.read()
     grows = cache.is_on and not scale.is_last
     buffer = None

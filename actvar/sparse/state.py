@@ -16,7 +16,7 @@ from actvar.families.base import BlockCall, Called, Family
 from actvar.sparse.called_layers import expect_readable, log_called
 from actvar.sparse.passes import Pass, Passes
 from actvar.sparse.record import BlockRecord
-from actvar.sparse.schedule import Scale
+from actvar.sparse.schedule import Scale, build_schedule
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels.cpu_backend.packing import drop_changed
 
@@ -36,6 +36,7 @@ class PatchState:
         seed: the fast sampler's seed for samples that are given none, `[1]` int64, or None.
         records: the list that blocks append their records to, or None.
         passes: the passes whose tensors are alive.
+        maps: height and width of the token maps that the schedules are for.
         traced: the pass that a compiler is tracing as a whole, if any.
         called: by block, the parts that kernels do not read.
         head_called: why kernels do not read the head, or None.
@@ -60,6 +61,7 @@ class PatchState:
     records: list[BlockRecord] | None = None
     passes: Passes = field(default_factory=Passes)
     traced: Pass | None = None
+    maps: tuple[tuple[int, int], ...] = field(init=False)
     called: list[dict[str, Called]] = field(init=False)
     head_called: str | None = None
     called_is_new: bool = False
@@ -71,13 +73,18 @@ class PatchState:
     by_shape: tuple[dict[tuple[int, int], Scale], ...] = field(init=False)
 
     def __post_init__(self):
+        self.called = [{} for _ in self.schedules]
+        self.int8 = self.execution.in_int8(len(self.schedules))
+        self._use_schedules()
+
+    def _use_schedules(self) -> None:
+        """Derive what depends on the schedules of the blocks alone."""
+        self.maps = tuple((scale.height, scale.width) for scale in self.schedules[0])
         self.schedule = tuple(
             replace(scales[0], select=any(s.select for s in scales), route=any(s.route for s in scales))
             for scales in zip(*self.schedules, strict=True)
         )
         self.first_tuned = next(scale.index for scale in self.schedule if scale.tuned)
-        self.called = [{} for _ in self.schedules]
-        self.int8 = self.execution.in_int8(len(self.schedules))
         self.by_shape = tuple({(s.tokens, s.cached_before): s for s in schedule} for schedule in self.schedules)
 
     def blocks(self, model: Any) -> list[Any]:
@@ -94,15 +101,34 @@ class PatchState:
         finally:
             state.update(previous)
 
+    def fit_maps(self, model: Any, maps: tuple[tuple[int, int], ...]) -> None:
+        """Plan the scales of a sample or pass that brings token maps of its own.
+
+        Args:
+            model: the patched model.
+            maps: height and width of the token map of every scale.
+
+        Raises:
+            ValueError: the configuration names a scale that is not there.
+        """
+        if maps == self.maps:
+            return
+        self.schedules = tuple(build_schedule(self.config, maps, block) for block in range(len(self.schedules)))
+        self._use_schedules()
+        for block, schedule in zip(self.blocks(model), self.schedules, strict=True):
+            block.actvar.schedule = schedule
+
     @contextmanager
-    def sampling(self, model: Any, in_place: bool) -> Iterator[None]:
-        """Sample with guidance while the context is open; the K/V caches are empty afterwards.
+    def sampling(self, model: Any, in_place: bool, guided: bool = True) -> Iterator[None]:
+        """Sample while the context is open; the K/V caches are empty afterwards.
 
         Args:
             model: the patched model.
             in_place: whether a block may write into its input, which nothing may need after the block has run.
+            guided: whether conditional rows come first, then as many unconditional ones; otherwise all stand alone.
         """
-        with self.during(rows_are_guided=True, keeps_kv_buffer=True, writes_in_place=in_place):
+        rows = {"rows_are_guided": guided, "rows_stand_alone": not guided}
+        with self.during(**rows, keeps_kv_buffer=True, writes_in_place=in_place):
             try:
                 yield
             finally:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from actvar.families.base import ATTENTION, BlockCall, Rows
+from actvar.sparse.layer_calls import in_dtype, int8_ffn
 from actvar.sparse.passes import Pass, computing_again
 from actvar.sparse.record import BlockRecord
 from actvar.sparse.schedule import Scale
@@ -55,13 +56,15 @@ def teacher_forced_block(block: Any, call: BlockCall, current: Pass) -> torch.Te
     index = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     before = x.gather(1, index)
 
-    u = normalize_modulate(before, scale1, shift1)
-    keys_from = normalize_modulate(x, scale1, shift1) if shared.config.kv == "all" else u
+    dtype = family.layer_dtype(block)
+    u = in_dtype(normalize_modulate(before, scale1, shift1), dtype)
+    keys_from = u if shared.config.kv == "compact" else in_dtype(normalize_modulate(x, scale1, shift1), dtype)
     visible = block_causal_mask(schedule, shared.config.kv, u)
     if ATTENTION in block.actvar.called:
-        update = family.called_attention(block, u, visible)
+        update = family.called_attention(block, u, visible, at, call)
     else:
-        q, k, v = family.project(block, u, keys_from, family.qkv_bias(block), at, at if keys_from is u else at.all())
+        keys_at = at if keys_from is u else at.all()
+        q, k, v = family.project(block, u, keys_from, family.qkv_bias(block), at, keys_at, call)
         head_scale = family.head_scale(block)
         visible = visible.to(q.dtype)
         factor = family.attention_scale(block)
@@ -69,9 +72,10 @@ def teacher_forced_block(block: Any, call: BlockCall, current: Pass) -> torch.Te
         update = family.attention_output(block, out)
     rows = before + gamma1 * update
     if family.has_between:
-        rows = family.between(block, rows, at, call)
+        gamma, scale, shift = family.between_norm(block, len(x))
+        rows = rows + gamma * family.between(block, in_dtype(normalize_modulate(rows, scale, shift), dtype), at, call)
 
-    u = normalize_modulate(rows, scale2, shift2)
+    u = in_dtype(normalize_modulate(rows, scale2, shift2), dtype)
     segments = u.split([scale.keep for scale in schedule], dim=1)
     updates = [_ffn(block, segment, k, call) for segment, k in zip(segments, kept, strict=True)]
     rows = rows + gamma2 * torch.cat(updates, dim=1)
@@ -108,13 +112,6 @@ def _ffn(block: Any, u: torch.Tensor, kept: KeptTokens, call: BlockCall) -> torc
         index = kept.index if scale.select else None
         records.append(BlockRecord(block.actvar.block_index, scale, index, kept.scores, u, mask, logits, call))
     return update
-
-
-def int8_ffn(block: Any, u: torch.Tensor) -> torch.Tensor:
-    """Return the whole FFN of `u` `[R, K, C]` in eight bits, as experts that are all on: they share a packed copy."""
-    experts = block.actvar.shared.config.num_experts
-    every = u.new_ones(*u.shape[:-1], experts, dtype=torch.bool)
-    return expert_ffn(u, every, experts, *block.actvar.family.ffn_weights(block), int8=True)
 
 
 def _token_gate(kept: KeptTokens) -> torch.Tensor:

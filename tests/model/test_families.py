@@ -95,9 +95,9 @@ def test_positions_of_kept_tokens_reach_queries_and_keys(toy):
     assert kept.index.max() >= kept.index.shape[1], "else every position is its own number"
     project = ToyFamily.project
 
-    def unplaced(self, block, queries_from, keys_from, bias, queries_at, keys_at):
+    def unplaced(self, block, queries_from, keys_from, bias, queries_at, *others):
         rows = torch.arange(queries_from.shape[1]).expand(len(queries_from), -1)
-        return project(self, block, queries_from, keys_from, bias, queries_at._replace(index=rows), keys_at)
+        return project(self, block, queries_from, keys_from, bias, queries_at._replace(index=rows), *others)
 
     ToyFamily.project = unplaced
     try:

@@ -18,6 +18,7 @@ from actvar.families.base import BlockCall, Called, Embedded, OnScale, Rows, Siz
 from actvar.families.defaults import BaseFamily
 from actvar.utils.weight_override import own_weights
 from actvar_kernels import linear
+from actvar_kernels.residual_norm.reference import AdaLN
 
 MAPS = ((1, 1), (1, 2), (2, 3), (3, 5))
 CODE_SIZE, CODES, CLASSES, TEXT_TOKENS = 4, 24, 6, 3
@@ -78,7 +79,7 @@ class ToyBlock(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.self_attention, self.cross_attention = Attention(width, heads), Attention(width, heads)
-        self.cross_norm = nn.LayerNorm(width)
+        self.cross_norm = nn.LayerNorm(width, eps=1e-6)
         self.feed_forward = FeedForward(width)
         self.table = nn.Parameter(torch.empty(1, 6, width))
 
@@ -344,7 +345,14 @@ class ToyFamily(BaseFamily):
         return block.self_attention.into.bias
 
     def project(
-        self, block: nn.Module, queries_from: Tensor, keys_from: Tensor, bias: Tensor, queries_at: Rows, keys_at: Rows
+        self,
+        block: nn.Module,
+        queries_from: Tensor,
+        keys_from: Tensor,
+        bias: Tensor,
+        queries_at: Rows,
+        keys_at: Rows,
+        _call: BlockCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         attention = block.self_attention
         if block.actvar.int8:
@@ -365,8 +373,13 @@ class ToyFamily(BaseFamily):
         layer = block.self_attention.out
         return linear(out, layer.weight, layer.bias, int8=True) if block.actvar.int8 else layer(out)
 
-    def between(self, block: nn.Module, rows: Tensor, _at: Rows, call: BlockCall) -> Tensor:
-        return rows + block.cross_attention.over_text(block.cross_norm(rows), call.context)
+    def between_norm(self, block: nn.Module, rows: int) -> AdaLN:
+        norm = block.cross_norm
+        parts = (torch.ones_like(norm.weight), norm.weight - 1, norm.bias)
+        return AdaLN(*(part.expand(rows, 1, -1) for part in parts))
+
+    def between(self, block: nn.Module, u: Tensor, _at: Rows, call: BlockCall) -> Tensor:
+        return block.cross_attention.over_text(u, call.context)
 
     def ffn_module(self, block: nn.Module) -> nn.Module:
         return block.feed_forward

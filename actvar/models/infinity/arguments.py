@@ -30,6 +30,10 @@ class Draw(NamedTuple):
         """Return whether any scale is guided, so that there are rows for what the images are guided away from."""
         return any(strength != 1 for strength in self.cfg)
 
+    def off(self) -> Draw:
+        """Return the same without guidance after blocks."""
+        return self._replace(insertion=())
+
 
 def checked_draw(
     scales: int,

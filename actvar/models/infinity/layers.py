@@ -6,7 +6,7 @@ The residual stream is float32 or wider. Layers multiply in the dtype of their o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +31,11 @@ class Text(NamedTuple):
     tokens: torch.Tensor
     lengths: Sequence[int]
 
+    def first(self, rows: int) -> Text:
+        """Return the texts of the first `rows` rows."""
+        lengths = self.lengths[:rows]
+        return Text(self.tokens[: sum(lengths)], lengths)
+
     def mask(self) -> torch.Tensor | None:
         """Return 0 at a row's tokens and -inf behind them, `[R, 1, 1, T]` float32; None if rows are equally long."""
         longest, device = max(self.lengths), self.tokens.device
@@ -46,6 +51,10 @@ class KeysAndValues(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     mask: torch.Tensor | None
+
+    def first(self, rows: int) -> KeysAndValues:
+        """Return those of the first `rows` rows."""
+        return KeysAndValues(*(part if part is None else part[:rows] for part in self))  # pyright: ignore[reportArgumentType]
 
 
 class BlockContext(NamedTuple):
@@ -66,6 +75,10 @@ class BlockContext(NamedTuple):
     scale: int | None = None
     mask: torch.Tensor | None = None
     is_last: bool = False
+
+    def first(self, rows: int) -> BlockContext:
+        """Return the context of the first `rows` rows."""
+        return self._replace(modulation=self.modulation[:rows], text=self.text.first(rows))
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
@@ -101,15 +114,30 @@ class RotarySelfAttention(SelfAttention):
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(R, L, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q = F.normalize(widened(q), dim=-1) * widened(self.scale_mul_1H11).clamp_max(MAX_LOG_SCALE).exp()
-        q = rotated(q, context.rotation).to(v.dtype)
-        k = rotated(F.normalize(widened(k), dim=-1), context.rotation).to(v.dtype)
+        q, k = normalized(q, context.rotation, query_scale(self)), normalized(k, context.rotation)
         if self.caching:
             if self.cached_k is not None:
                 k, v = torch.cat((self.cached_k, k), dim=2), torch.cat((self.cached_v, v), dim=2)
             self.cached_k, self.cached_v = (None, None) if context.is_last else (k, v)
         out = attend(q, k, v, None if context.mask is None else context.mask.to(v.dtype), self.scale)
         return self.proj(out.transpose(1, 2).reshape(R, L, C))
+
+
+def query_scale(attention: Any) -> torch.Tensor:
+    """Return what the normalised queries of a `RotarySelfAttention` are multiplied by, `[1, H, 1, 1]`."""
+    return widened(attention.scale_mul_1H11).clamp_max(MAX_LOG_SCALE).exp().view(1, -1, 1, 1)
+
+
+def normalized(x: torch.Tensor, rotation: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Return queries or keys with norms of 1, scaled and rotated, in their own dtype.
+
+    Args:
+        x: `[R, H, L, d]`.
+        rotation: as in `rotated`.
+        scale: the result of `query_scale`, or None.
+    """
+    unit = F.normalize(widened(x), dim=-1)
+    return rotated(unit if scale is None else unit * scale, rotation).to(x.dtype)
 
 
 class CrossAttention(nn.Module):
@@ -159,9 +187,9 @@ class CrossAttention(nn.Module):
         return self.proj(rounded(out).transpose(1, 2).flatten(2))
 
     def keys_and_values(self, text: Text) -> KeysAndValues:
-        """Return keys and values of texts, in sampling those of the first call."""
+        """Return keys and values of texts, in sampling those of the first call, which may have had more rows behind."""
         if self.cached_kv is not None:
-            return self.cached_kv
+            return self.cached_kv.first(len(text.lengths))
         bias = torch.cat((self.zero_k_bias, self.v_bias))
         projected = rounded(F.linear(text.tokens.to(self.mat_kv.weight.dtype), self.mat_kv.weight, bias))
         k, v = pad_sequence(list(projected.split(list(text.lengths))), batch_first=True).chunk(2, dim=-1)

@@ -6,7 +6,8 @@ State-dict keys follow the official `infinity_2b_reg.pth` and `infinity_8b_weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -168,9 +169,7 @@ class Infinity(nn.Module):
         sizes = [size for _, *size in self.tokenizer_schedule(schedule)]
         features = torch.zeros(B, self.vae_proxy[0].bits, *sizes[-1], device=text.device)
         inputs, bits = None, []
-        try:
-            for block in self.unregistered_blocks:
-                block.kv_caching(True)
+        with self.sampling(schedule, draw):
             for scale in range(len(schedule)):
                 x = self.run_blocks(schedule, scale, self.embedded(scale, inputs, condition), condition, draw)
                 logits = self.guided_logits(scale, x, condition, draw)
@@ -179,11 +178,24 @@ class Infinity(nn.Module):
                 features += resized(self.vae_proxy[0].quantizer.lfq.to_codes(bits[-1]), sizes[-1])
                 if scale + 1 < len(schedule):
                     inputs = self.as_tokens(resized(features, sizes[scale + 1]))
+        images = self.decode(features).add_(1).mul_(0.5)
+        return (images, bits) if return_bits else images
+
+    @contextmanager
+    def sampling(self, schedule: Schedule, draw: Draw) -> Iterator[None]:
+        """Keep keys and values from scale to scale while the context is open.
+
+        Args:
+            schedule: `(1, h, w)` of every scale that is sampled.
+            draw: how tokens are drawn.
+        """
+        try:
+            for block in self.unregistered_blocks:
+                block.kv_caching(True)
+            yield
         finally:
             for block in self.unregistered_blocks:
                 block.kv_caching(False)
-        images = self.decode(features).add_(1).mul_(0.5)
-        return (images, bits) if return_bits else images
 
     def condition(self, text: torch.Tensor, lengths: Sequence[int]) -> TextCondition:
         """Return the condition of rows with the texts `[sum of lengths, text_channels]`."""
@@ -243,7 +255,7 @@ class Infinity(nn.Module):
             condition: condition of the rows.
             draw: says how strong guidance is, where it acts, and the temperature.
         """
-        factor, rows = 1 / draw.tau[scale], len(x) // (2 if draw.is_guided else 1)
+        factor, rows = 1 / draw.tau[scale], len(condition.pooled) // (2 if draw.is_guided else 1)
         if draw.cfg[scale] != 1 and 0 in draw.insertion:
             return guided(self.get_logits(x, condition.pooled).mul(factor), draw.cfg[scale])
         return self.get_logits(x[:rows], condition.pooled[:rows]).mul(factor)
@@ -277,18 +289,27 @@ class Infinity(nn.Module):
         """
         schedule = checked_schedule(schedule, MOST_SCALES)
         lengths = checked_text("text", text, lengths, self.cfg_uncond)
-        counts = torch.tensor(tokens_of(schedule), device=text.device)
-        level = torch.arange(len(schedule), device=text.device).repeat_interleave(counts)
-        expect_shape("inputs", inputs, (len(lengths), len(level) - 1, self.token_bits))
+        expect_shape("inputs", inputs, (len(lengths), sum(tokens_of(schedule)) - 1, self.token_bits))
         if self.training:
             is_kept = torch.rand(len(lengths), device=text.device) >= self.cond_drop_rate
             of_token = is_kept.repeat_interleave(torch.tensor(lengths, device=text.device))
             text = torch.where(of_token[:, None], text, self.unconditional(lengths).to(text.dtype))
-        condition = self.condition(text, lengths)
+        return self.logits_of_inputs(self.condition(text, lengths), inputs, schedule)
+
+    def logits_of_inputs(self, condition: TextCondition, inputs: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+        """Return logits `[R, L, 2 * token_bits]` of all scales at once, see `forward`.
+
+        Args:
+            condition: condition of the rows.
+            inputs: `[R, L - 1, token_bits]`.
+            schedule: `(1, h, w)` of every scale.
+        """
+        counts = torch.tensor(tokens_of(schedule), device=inputs.device)
+        level = torch.arange(len(schedule), device=inputs.device).repeat_interleave(counts)
         start = condition.pooled.unsqueeze(1) + self.pos_start
         x = torch.cat((start, self.word_embed(inputs.to(self.word_embed.weight.dtype))), dim=1)
         x = widened(x) + self.lvl_embed(level)
-        mask = torch.zeros(len(level), len(level), device=text.device)
+        mask = torch.zeros(len(level), len(level), device=inputs.device)
         mask.masked_fill_(level[:, None] < level, -torch.inf)
         context = BlockContext(condition.modulation, condition.text, self.angles(schedule), mask=mask)
         for block in self.unregistered_blocks:

@@ -1,0 +1,166 @@
+"""Answer for Infinity: `actvar.models.Infinity`. The public code's class is in `actvar.families.infinity_public`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actvar.families.base import ATTENTION, FFN, PROJECTION, BlockCall, Called, Rows, Sizes
+from actvar.families.infinity_mixin import PatchedInfinity
+from actvar.families.layers import ffn_called, linear_called, module_called, weight_called
+from actvar.families.named_layers import NamedLayersFamily, mismatch_of_blocks
+from actvar.models.infinity import Infinity, scale_schedule
+from actvar.models.infinity.layers import BlockContext, InfinityBlock, RotarySelfAttention, normalized, query_scale
+from actvar.utils.class_swap import own_class
+from actvar.utils.wrappers import unwrapped
+from actvar_kernels.constants import NORM_EPS
+from actvar_kernels.residual_norm.reference import AdaLN
+
+REQUIRED_OF_BLOCK = (
+    "sa.mat_qkv",
+    "sa.q_bias",
+    "sa.zero_k_bias",
+    "sa.v_bias",
+    "sa.proj",
+    "sa.kv_caching",
+    "ca",
+    "ca_norm.weight",
+    "ca_norm.bias",
+    "ffn.fc1",
+    "ffn.fc2",
+    "ada_gss",
+)
+
+
+class InfinityFamily(NamedLayersFamily):
+    """Answer for our Infinity; `actvar.families.base.Family` describes the methods."""
+
+    name = "Infinity (actvar.models.Infinity)"
+    model_mixin: type = PatchedInfinity
+    leaves_out_guidance = True
+    has_between = True
+    weight_kinds: Sequence[tuple[str, str]] = (
+        (".sa.mat_qkv.", "qkv"),
+        (".sa.proj.", "proj"),
+        (".ffn.", "ffn"),
+        ("ada_lin.", "adaln"),
+        ("head.", "head"),
+        ("word_embed.", "head"),
+    )
+
+    # the model
+
+    def mismatch(self, model: Any) -> str | None:
+        if not isinstance(model, Infinity):
+            return "expected an actvar.models.Infinity"
+        return self.mismatch_of_blocks(model)
+
+    def mismatch_of_blocks(self, model: Any) -> str | None:
+        """Return why the blocks of a model cannot be patched, or None if they can."""
+        blocks = self.blocks(model)
+        problem = mismatch_of_blocks(model, blocks, "unregistered_blocks", REQUIRED_OF_BLOCK, InfinityBlock)
+        if problem is not None:
+            return problem
+        for index, block in enumerate(map(unwrapped, blocks)):
+            if block.ca_norm.eps != NORM_EPS:
+                return f"expected unregistered_blocks[{index}].ca_norm.eps of {NORM_EPS}, got {block.ca_norm.eps}"
+        return None
+
+    def loop_is_ours(self, model: Any) -> bool:
+        return own_class(model).sample is Infinity.sample
+
+    def blocks(self, model: Any) -> Sequence[Any]:
+        return model.unregistered_blocks
+
+    def maps(self, model: Any) -> tuple[tuple[int, int], ...]:
+        """Return the maps of square images of 1024x1024 pixels; every sample brings its own."""
+        return tuple((h, w) for _, h, w in scale_schedule())
+
+    def sizes(self, model: Any) -> Sizes:
+        fc1, head = unwrapped(self.blocks(model)[0]).ffn.fc1, unwrapped(model.head)
+        return Sizes(fc1.in_features, fc1.out_features, model.word_embed.in_features, head.out_features, "shared")
+
+    def recorded_sizes(self, model: Any) -> dict[str, int | list[int]]:
+        sizes = self.sizes(model)
+        return {"depth": len(self.blocks(model)), "width": sizes.width, "hidden": sizes.hidden}
+
+    def autoencoder(self, model: Any) -> Any:
+        return model.vae_proxy[0]
+
+    def finetuned_names(self, model: Any) -> list[str]:
+        """Return the names of the parameters of self-attention, FFN and head; not of AdaLN, norms and texts."""
+        parts = (".sa.", ".ffn.")
+        names = [name for name, _ in model.named_parameters()]
+        return [name for name in names if any(part in name for part in parts) or name.startswith("head.")]
+
+    # the block
+
+    def attention(self, block: Any) -> Any:
+        return block.sa
+
+    def block_call(self, x: Tensor, context: BlockContext) -> BlockCall:
+        return BlockCall(x, context.modulation, context.scale, context, context.mask)
+
+    def block_arguments(self, call: BlockCall) -> dict[str, Any]:
+        return {"x": call.x, "context": call.context}
+
+    def conditional(self, call: BlockCall) -> BlockCall:
+        context = call.context.first(len(call.cond) // 2)
+        return call._replace(x=call.x[: len(context.modulation)], cond=context.modulation, context=context)
+
+    def parts_called(self, block: Any) -> dict[str, Called]:
+        attn = block.sa
+        reasons = {
+            ATTENTION: (
+                "sa",
+                module_called(attn, RotarySelfAttention, {"mat_qkv", "proj"}) or weight_called(attn.mat_qkv),
+            ),
+            PROJECTION: ("sa.proj", linear_called(attn.proj)),
+            FFN: ("ffn", ffn_called(block.ffn)),
+        }
+        return {part: Called(path, reason) for part, (path, reason) in reasons.items() if reason is not None}
+
+    def modulation(self, block: Any, cond: Tensor) -> tuple[Tensor, ...]:
+        return (block.ada_gss + cond).unbind(2)
+
+    def layer_dtype(self, block: Any) -> torch.dtype | None:
+        return block.ffn.fc1.weight.dtype
+
+    def project(
+        self,
+        block: Any,
+        queries_from: Tensor,
+        keys_from: Tensor,
+        bias: Tensor,
+        queries_at: Rows,
+        keys_at: Rows,
+        call: BlockCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.projected(block, queries_from, keys_from, bias)
+        rotation = self.rotation(call)
+        q = normalized(q, rotation_at(rotation, queries_at), query_scale(block.sa))
+        return q, normalized(k, rotation_at(rotation, keys_at)), v
+
+    def rotation(self, call: BlockCall) -> Tensor:
+        """Return cosine and sine of the angles of the call's tokens, `[2, L, d / 2]`."""
+        return call.context.rotation
+
+    def called_attention(self, block: Any, u: Tensor, mask: Tensor | None, at: Rows, call: BlockCall) -> Tensor:
+        context = call.context._replace(rotation=rotation_at(self.rotation(call), at), mask=mask)
+        return block.sa(u, context)
+
+    def between_norm(self, block: Any, rows: int) -> AdaLN:
+        norm = block.ca_norm
+        parts = (torch.ones_like(norm.weight), norm.weight - 1, norm.bias)
+        return AdaLN(*(part.expand(rows, 1, -1) for part in parts))
+
+    def between(self, block: Any, u: Tensor, at: Rows, call: BlockCall) -> Tensor:
+        return block.ca(u, call.context.text)
+
+
+def rotation_at(rotation: Tensor, at: Rows) -> Tensor:
+    """Return the angles `[2, L, d / 2]` of all rows, or `[2, R, 1, K, d / 2]` of those of an index."""
+    return rotation if at.index is None else rotation[:, at.index].unsqueeze(2)

@@ -1,0 +1,102 @@
+"""Mix into a patched Infinity its sampling, its teacher forcing and its head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from actvar.models.infinity import Infinity
+from actvar.models.infinity.arguments import Draw, checked_draw
+from actvar.models.infinity.schedules import Schedule, checked_schedule, tokens_of
+from actvar.models.infinity.transformer import MOST_SCALES, TextCondition
+from actvar.utils.weight_override import own_weights
+from actvar.utils.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from actvar.families.patched_state import PatchedState
+
+    _Base = Infinity
+else:
+    _Base = nn.Module
+
+
+def maps_of(schedule: Sequence[tuple[int, int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return height and width of the maps of a schedule of `(1, h, w)`."""
+    return tuple((int(h), int(w)) for _, h, w in schedule)
+
+
+class PatchedInfinity(_Base):
+    """Change how a patched Infinity samples; goes in front of its class, with the patch's state in `self.actvar`."""
+
+    actvar: PatchedState
+
+    def forward(self, text, lengths, inputs, schedule):
+        """Run teacher forcing as the model itself does, with the arguments and errors of `Infinity.forward`.
+
+        Raises:
+            ValueError: the blocks are not those that were patched, or the configuration names a scale that the schedule
+                does not have.
+        """
+        self.actvar.begin_pass(self)
+        try:
+            schedule = checked_schedule(schedule, MOST_SCALES)
+            self.actvar.fit_maps(self, maps_of(schedule))
+            return super().forward(text, lengths, inputs, schedule)
+        finally:
+            self.actvar.end_pass()
+
+    def logits_of_inputs(self, condition: TextCondition, inputs: Tensor, schedule: Schedule) -> Tensor:
+        """Return logits of all scales at once, or one after the other where early ones have other weights."""
+        if not self.actvar.first_tuned:
+            return super().logits_of_inputs(condition, inputs, schedule)
+        draw = checked_draw(len(schedule), self.depth, 1.0, 1.0, 0, 0.0, None, (0,))
+        of_scale = [None, *inputs.split(tokens_of(schedule)[1:], dim=1)]
+        logits = []
+        with Infinity.sampling(self, schedule, draw), self.actvar.during(rows_stand_alone=True):
+            for scale, scale_inputs in enumerate(of_scale):
+                x = self.embedded(scale, scale_inputs, condition)
+                x = self.run_blocks(schedule, scale, x, condition, draw)
+                logits.append(self.get_logits(x, condition.pooled))
+        return torch.cat(logits, dim=1)
+
+    @contextmanager
+    def sampling(self, schedule: Schedule, draw: Draw) -> Iterator[None]:
+        """Sample with the patch while the context is open; the K/V caches are empty afterwards.
+
+        Raises:
+            ValueError: the blocks are not those that were patched, or the configuration names a scale that the schedule
+                does not have.
+        """
+        state, blocks = self.actvar, self.unregistered_blocks
+        state.expect_own_blocks(self)
+        state.fit_maps(self, maps_of(schedule))
+        # a hook may need a block's input after the block has run
+        watched = any(block._forward_hooks or block._forward_pre_hooks for block in (*blocks, *map(unwrapped, blocks)))
+        with super().sampling(schedule, draw), state.sampling(self, not watched, draw.is_guided):
+            yield
+
+    def run_blocks(self, schedule, scale, x, condition, draw):
+        """Return the last block's output as `Infinity.run_blocks` does, without guidance where there is none.
+
+        It is `[R, L, C]`, or `[R / 2, L, C]` where the unconditional rows were left out.
+        """
+        return super().run_blocks(schedule, scale, x, condition, draw if self._is_guided(scale) else draw.off())
+
+    def guided_logits(self, scale, x, condition, draw):
+        """Return the logits to draw from as `Infinity.guided_logits` does, of the conditional rows without guidance."""
+        if self._is_guided(scale):
+            return super().guided_logits(scale, x, condition, draw)
+        return self.get_logits(x, condition.pooled[: len(x)]).mul(1 / draw.tau[scale])
+
+    def get_logits(self, x, pooled):
+        """Return the logits of `x` `[R, L, C]` as the model's own method does, by the weights of the scale."""
+        with nullcontext() if self.actvar.scale_is_tuned else own_weights(self.head):
+            self.actvar.begin_head(self, x.shape[1])
+            return super().get_logits(x, pooled)
+
+    def _is_guided(self, scale: int) -> bool:
+        return self.actvar.rows_stand_alone or self.actvar.schedule[scale].guided

@@ -1,0 +1,21 @@
+"""Prepare what the layers of a patched block are called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from actvar_kernels import expert_ffn
+
+
+def in_dtype(rows: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return `rows` in the dtype of `Family.layer_dtype`, or in their own where that is None."""
+    return rows if dtype is None else rows.to(dtype)
+
+
+def int8_ffn(block: Any, u: torch.Tensor) -> torch.Tensor:
+    """Return the whole FFN of `u` `[R, K, C]` in eight bits, as experts that are all on: they share a packed copy."""
+    experts = block.actvar.shared.config.num_experts
+    every = u.new_ones(*u.shape[:-1], experts, dtype=torch.bool)
+    return expert_ffn(u, every, experts, *block.actvar.family.ffn_weights(block), int8=True)

@@ -1,0 +1,134 @@
+"""The patch on instances of the public Infinity class. Run with `ACTVAR_PUBLIC_INFINITY=DIR pytest -m public_infinity`,
+where DIR is a clone of the public Infinity repository."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from support.helpers import assert_same_fingerprint, fingerprint
+from support.infinity import tiny_text
+from support.public_infinity import SIZE, import_infinity, public_twin, sample_public
+from torch import Tensor, nn
+
+from actvar import ActVARConfig, apply_patch, patched, remove_patch
+from actvar.models import Infinity
+from actvar.models.infinity import layers, scale_schedule
+
+pytestmark = pytest.mark.public_infinity
+
+LENGTHS = [3, 5]
+SCHEDULE = scale_schedule(size=SIZE)
+ONES = dict(token_rates=(1, 1), ffn_rate=1)
+
+
+@pytest.fixture(scope="session")
+def module(public_infinity_folder) -> ModuleType:
+    return import_infinity(public_infinity_folder)
+
+
+@pytest.fixture(params=[False, True], ids=["one place a token", "patchified"])
+def pair(
+    request: pytest.FixtureRequest, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> tuple[nn.Module, Infinity]:
+    """Return (public, own) with the same weights; neither rounds in cross-attention."""
+    monkeypatch.setattr(layers, "rounded", lambda x: x)
+    public, own = public_twin(module, request.param)
+    own.decode = lambda features: features
+    return public, own
+
+
+def draw_public(pair: tuple[nn.Module, Infinity], **changes) -> list[Tensor]:
+    return [bits.to(torch.uint8) for bits in sample_public(*pair, *tiny_text(LENGTHS), SCHEDULE, **changes)]
+
+
+def draw_own(own: Infinity, **changes) -> list[Tensor]:
+    return own.sample(*tiny_text(LENGTHS), SCHEDULE, g_seed=1, tau=1.0, **changes, return_bits=True)[1]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("insertion", [(0,), (-2,)], ids=str)
+def test_both_draw_the_same_bits(pair, insertion):
+    assert same(draw_public(pair, cfg_insertion_layer=list(insertion)), draw_own(pair[1], insertion=insertion))
+
+
+@pytest.mark.parametrize("insertion", [[0], [-2]], ids=str)
+@pytest.mark.parametrize("forced", [False, True], ids=["switched off", "forced"])
+def test_rates_of_one_draw_the_same_bits(pair, forced, insertion):
+    dense = draw_public(pair, cfg_insertion_layer=insertion)
+    with patched(pair[0], ActVARConfig(**ONES, always_sparse=forced)):
+        assert same(draw_public(pair, cfg_insertion_layer=insertion), dense)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, dict(kv="all"), dict(guidance_until=-2), dict(scales=(-4, -1), token_rates=(0.5, 0.25))], ids=str
+)
+def test_both_with_one_patch_draw_the_same_bits(pair, config):
+    own = pair[1]
+    dense = draw_own(own)
+    for model in pair:
+        apply_patch(model, ActVARConfig(**config))
+    bits = draw_own(own)
+    assert not same(bits, dense)
+    assert same(draw_public(pair), bits)
+
+
+def test_removal_is_bit_exact(pair):
+    public, _ = pair
+    before, dense = fingerprint(public), draw_public(pair)
+    apply_patch(public, ActVARConfig())
+    draw_public(pair)
+    remove_patch(public)
+    assert_same_fingerprint(before, fingerprint(public))
+    assert same(draw_public(pair), dense)
+
+
+@torch.no_grad()
+def test_both_compute_the_same_under_teacher_forcing(pair):
+    public, own = pair
+    text, lengths = tiny_text(LENGTHS)
+    inputs = torch.randn(2, sum(h * w for _, h, w in SCHEDULE) - 1, own.token_bits)
+    public.cond_drop_rate = 0.0
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    for config in (None, ActVARConfig()):
+        if config is not None:
+            apply_patch(public, config), apply_patch(own, config)
+        ours = own(text, lengths, inputs, SCHEDULE)
+        theirs = public((text.clone(), lengths, ends, max(lengths)), inputs, SCHEDULE)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5 * float(ours.abs().max()))
+
+
+def test_guidance_after_a_block_is_refused_where_no_rows_are_left_to_mix(pair):
+    apply_patch(pair[0], ActVARConfig(guidance_until=-1))
+    with pytest.raises(ValueError, match=r"cfg_insertion_layer: expected \[0\]"):
+        draw_public(pair, cfg_insertion_layer=[-2])
+
+
+def test_a_hook_on_attention_is_honoured_or_refused(pair):
+    public, _ = pair
+    dense, calls = draw_public(pair), []
+    public.unregistered_blocks[1].sa.register_forward_hook(lambda *_: calls.append(1))
+    with patched(public, ActVARConfig(**ONES)):
+        assert same(draw_public(pair), dense)
+    assert len(calls) == len(SCHEDULE)
+    apply_patch(public, ActVARConfig())
+    with pytest.raises(TypeError, match="sa: expected plain layers, which attention of some tokens can read"):
+        draw_public(pair)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(fused_norm=False), "Infinity of the public code: expected .*fused_norm=True"),
+        (dict(shared_aln=False), "Infinity of the public code: expected .*ada_gss"),
+        (dict(swiglu=True), r"blocks\[0\].ffn: .* got one that is of .*FFNSwiGLU"),
+    ],
+    ids=["norm", "AdaLN", "FFN"],
+)
+def test_what_is_unlike_the_published_models_is_refused(module, changes, message):
+    with pytest.raises(TypeError, match=message):
+        apply_patch(public_twin(module, strict=False, **changes)[0])
