@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from actvar.families.kv_cache import Cache
 from actvar_kernels.residual_norm.reference import AdaLN
 
 OnScale = Callable[[int, Any, Tensor], None]
@@ -119,41 +120,6 @@ class Embedded(NamedTuple):
 
     call: BlockCall
     head_cond: Any
-
-
-class Cache(Protocol):
-    """Read and write the K/V cache of one block."""
-
-    @property
-    def is_on(self) -> bool:
-        """Return whether keys and values are kept for later scales."""
-        ...
-
-    @property
-    def rows(self) -> int:
-        """Return the number of cached rows."""
-        ...
-
-    @property
-    def version(self) -> Tensor | None:
-        """Return a tensor that every write replaces, so that its identity tells a change; None for an empty cache."""
-        ...
-
-    def start(self) -> None:
-        """Begin with an empty cache."""
-        ...
-
-    def drop(self) -> None:
-        """Empty the cache and stop caching."""
-        ...
-
-    def read(self) -> tuple[Tensor, Tensor] | None:
-        """Return the cached keys and values, each `[R, H, P, d]`, or None when nothing is cached."""
-        ...
-
-    def write(self, keys: Tensor, values: Tensor) -> None:
-        """Replace the cache by `keys` and `values`, each `[R, H, P, d]`, stored in the block's own layout."""
-        ...
 
 
 class Family(Protocol):

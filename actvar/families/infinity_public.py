@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from actvar.families.base import BlockCall, Rows
 from actvar.families.infinity import InfinityFamily
 from actvar.families.infinity_mixin import maps_of
-from actvar.families.named_layers import AttentionCache
+from actvar.families.kv_cache import AttentionCache
 from actvar.models.arguments import one_thread
 from actvar.utils.class_swap import own_class
 from actvar.utils.weight_override import own_weights

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from actvar.families.base import FFN, PROJECTION, Called
 from actvar.families.defaults import BaseFamily
+from actvar.families.kv_cache import AttentionCache
 from actvar.families.layers import class_with_forward, is_known
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, expert_ffn, gelu_linear, linear
@@ -111,54 +112,6 @@ class NamedLayersFamily(BaseFamily):
     def ffn_weights(self, block: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         fc1, fc2 = block.ffn.fc1, block.ffn.fc2
         return fc1.weight, fc1.bias, fc2.weight, fc2.bias
-
-
-class AttentionCache(NamedTuple):
-    """Read and write the K/V cache that a block keeps in its attention module; see `base.Cache`."""
-
-    attn: Any
-
-    def tokens_first(self, dtype: torch.dtype) -> bool:
-        """Return whether a cache in `dtype` is `[R, tokens, H, d]`, as flash-attention and xformers keep it.
-
-        The public code of VAR uses flash-attention only for dtypes other than float32.
-        """
-        flags = vars(self.attn)  # faster than `getattr` where a flag is missing
-        return (flags.get("using_flash", False) and dtype != torch.float32) or flags.get("using_xform", False)
-
-    @property
-    def is_on(self) -> bool:
-        return self.attn.caching
-
-    @property
-    def rows(self) -> int:
-        past = self.read()
-        return 0 if past is None else past[0].shape[2]
-
-    @property
-    def version(self) -> Tensor | None:
-        return self.attn.cached_k
-
-    def start(self) -> None:
-        self.attn.kv_caching(True)
-
-    def drop(self) -> None:
-        self.attn.kv_caching(False)
-
-    def read(self) -> tuple[Tensor, Tensor] | None:
-        attn = self.attn
-        keys, values = attn.cached_k, attn.cached_v
-        if not attn.caching or keys is None:
-            return None
-        swap = self.tokens_first(values.dtype)
-        return (keys.transpose(1, 2), values.transpose(1, 2)) if swap else (keys, values)
-
-    def write(self, keys: Tensor, values: Tensor) -> None:
-        attn = self.attn
-        if attn.caching:
-            swap = self.tokens_first(values.dtype)
-            attn.cached_k = keys.transpose(1, 2) if swap else keys
-            attn.cached_v = values.transpose(1, 2) if swap else values
 
 
 def mismatch_of_blocks(model: Any, blocks: Sequence[Any], place: str, required: Sequence[str], own: type) -> str | None:

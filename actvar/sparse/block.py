@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from actvar.families.base import ATTENTION, NORM, BlockCall, Cache, Rows
+from actvar.families.base import ATTENTION, NORM, BlockCall, Rows
+from actvar.families.kv_cache import Cache
 from actvar.sparse.block_cache import SampleState
 from actvar.sparse.block_state import BlockState
 from actvar.sparse.layer_calls import in_dtype, int8_ffn
