@@ -9,12 +9,13 @@ import pytest
 import torch
 from support.helpers import assert_same_fingerprint, fingerprint
 from support.infinity import tiny_text
-from support.public_infinity import SIZE, import_infinity, public_twin, sample_public
+from support.public_infinity import SIZE, public_and_own, round_nowhere, sample_public
 from torch import Tensor, nn
 
 from actvar import ActVARConfig, apply_patch, patched, remove_patch
 from actvar.models import Infinity
 from actvar.models.infinity import layers, scale_schedule
+from benchmarks.public_infinity import import_infinity
 
 pytestmark = pytest.mark.public_infinity
 
@@ -25,7 +26,9 @@ ONES = dict(token_rates=(1, 1), ffn_rate=1)
 
 @pytest.fixture(scope="session")
 def module(public_infinity_folder) -> ModuleType:
-    return import_infinity(public_infinity_folder)
+    imported = import_infinity(public_infinity_folder)
+    round_nowhere()
+    return imported
 
 
 @pytest.fixture(params=[False, True], ids=["one place a token", "patchified"])
@@ -34,7 +37,7 @@ def pair(
 ) -> tuple[nn.Module, Infinity]:
     """Return (public, own) with the same weights; neither rounds in cross-attention."""
     monkeypatch.setattr(layers, "rounded", lambda x: x)
-    public, own = public_twin(module, request.param)
+    public, own = public_and_own(module, request.param)
     own.decode = lambda features: features
     return public, own
 
@@ -131,4 +134,4 @@ def test_a_hook_on_attention_is_honoured_or_refused(pair):
 )
 def test_what_is_unlike_the_published_models_is_refused(module, changes, message):
     with pytest.raises(TypeError, match=message):
-        apply_patch(public_twin(module, strict=False, **changes)[0])
+        apply_patch(public_and_own(module, **changes)[0])
