@@ -18,6 +18,7 @@ from actvar_kernels.group_norm.op import add_residual, group_norm_silu
 from actvar_kernels.linear.op import linear, linear_once
 from actvar_kernels.linear.products import gelu_linear
 from actvar_kernels.residual_norm.op import Residual, Routed, add_normalize, add_normalize_route
+from actvar_kernels.rotary.op import rotate_heads
 from actvar_kernels.routing.op import route_experts
 from actvar_kernels.scatter.op import scatter_rows
 from actvar_kernels.subset_attention.op import subset_attention
@@ -44,6 +45,7 @@ __all__ = [
     "linear",
     "linear_once",
     "normalize_modulate",
+    "rotate_heads",
     "route_experts",
     "sample_tokens",
     "scatter_rows",

@@ -13,9 +13,10 @@ from actvar.families.infinity_mixin import PatchedInfinity
 from actvar.families.layers import ffn_called, linear_called, module_called, weight_called
 from actvar.families.named_layers import NamedLayersFamily, mismatch_of_blocks
 from actvar.models.infinity import Infinity, scale_schedule
-from actvar.models.infinity.layers import BlockContext, InfinityBlock, RotarySelfAttention, normalized, query_scale
+from actvar.models.infinity.layers import BlockContext, InfinityBlock, RotarySelfAttention, query_scale
 from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
+from actvar_kernels import rotate_heads
 from actvar_kernels.constants import NORM_EPS
 from actvar_kernels.residual_norm.reference import AdaLN
 
@@ -141,16 +142,15 @@ class InfinityFamily(NamedLayersFamily):
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.projected(block, queries_from, keys_from, bias)
         rotation = self.rotation(call)
-        q = normalized(q, rotation_at(rotation, queries_at), query_scale(block.sa))
-        return q, normalized(k, rotation_at(rotation, keys_at)), v
+        q = rotate_heads(q, rotation, queries_at.index, query_scale(block.sa))
+        return q, rotate_heads(k, rotation, keys_at.index), v
 
     def rotation(self, call: BlockCall) -> Tensor:
         """Return cosine and sine of the angles of the call's tokens, `[2, L, d / 2]`."""
         return call.context.rotation
 
     def called_attention(self, block: Any, u: Tensor, mask: Tensor | None, at: Rows, call: BlockCall) -> Tensor:
-        context = call.context._replace(rotation=rotation_at(self.rotation(call), at), mask=mask)
-        return block.sa(u, context)
+        return block.sa(u, call.context._replace(mask=mask), at.index)
 
     def between_norm(self, block: Any, rows: int) -> AdaLN:
         norm = block.ca_norm
@@ -159,8 +159,3 @@ class InfinityFamily(NamedLayersFamily):
 
     def between(self, block: Any, u: Tensor, at: Rows, call: BlockCall) -> Tensor:
         return block.ca(u, call.context.text)
-
-
-def rotation_at(rotation: Tensor, at: Rows) -> Tensor:
-    """Return the angles `[2, L, d / 2]` of all rows, or `[2, R, 1, K, d / 2]` of those of an index."""
-    return rotation if at.index is None else rotation[:, at.index].unsqueeze(2)

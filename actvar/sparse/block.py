@@ -166,7 +166,7 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
     # 3. FFN as experts; 4. scatter: the other tokens keep their value
     if scale.route:
         gate = router.weight, router.bias, scale.experts
-        defers = backend.fuses_residual and kept is index
+        defers = backend.fuses_residual and not family.has_between
         rows, u, mask, logits = add_normalize_route(x, kept, update, gamma1, scale2, shift2, *gate, defers)
         u = in_dtype(u, dtype)
         weights, execution = family.ffn_weights(block), shared.execution.expert_execution

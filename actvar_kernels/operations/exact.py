@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from actvar_kernels.constants import NORM_EPS
 from actvar_kernels.expert_ffn import op as ffn_op
 from actvar_kernels.residual_norm.reference import Residual
+from actvar_kernels.rotary import op as rotary_op
 from actvar_kernels.scatter import op as scatter_op
 from actvar_kernels.subset_attention import op as attention_op
 from actvar_kernels.token_select import op as token_op
@@ -59,6 +60,12 @@ def select_tokens(widen: Widen, x, weight, bias, scale, shift, keep, share_guida
 def normalize_modulate(widen: Widen, x, **arguments) -> Callable[..., Parts]:
     """Judge the output."""
     exact = token_op.normalize_modulate(widen(x), **wide(arguments))
+    return lambda result: iter([("output", result, exact)])
+
+
+def rotate_heads(widen: Widen, x, **arguments) -> Callable[..., Parts]:
+    """Judge the output."""
+    exact = rotary_op.rotate_heads(widen(x), **wide(arguments))
     return lambda result: iter([("output", result, exact)])
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels.operations.shapes import HEAD_DIM, BlockShape
+from actvar_kernels.operations.shapes import BlockShape
 
 
 @dataclass
@@ -21,7 +21,7 @@ class BlockInputs:
         selector, selector_bias: `[1, C]` and `[1]`.
         modulation: gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`.
         qkv: `[R, K, 3 * C]`.
-        room: keys and values `[R, H, P + K, HEAD_DIM]`, of which the first P rows are cached.
+        room: keys and values `[R, H, P + K, d]`, of which the first P rows are cached.
         head_scale: `[H]`.
         rows, update, u: `[R, K, C]`: the kept rows, what attention adds to them, and the input of the FFN.
         router, router_bias: `[N, C]` and `[N]`.
@@ -51,12 +51,12 @@ class BlockInputs:
 
     @property
     def heads(self) -> tuple[torch.Tensor, ...]:
-        """Return q, k and v, each `[R, H, K, HEAD_DIM]`."""
-        return self.qkv.unflatten(-1, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4).unbind(0)
+        """Return q, k and v, each `[R, H, K, d]`."""
+        return self.qkv.unflatten(-1, (3, -1, self.shape.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
     @property
     def past(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cached keys and values, each `[R, H, P, HEAD_DIM]`."""
+        """Return cached keys and values, each `[R, H, P, d]`."""
         keys, values = self.room
         return keys[:, :, : self.shape.cached], values[:, :, : self.shape.cached]
 
@@ -111,13 +111,16 @@ def random_inputs(shape: BlockShape, dtype: torch.dtype, device: torch.device | 
     )
 
 
-def empty_inputs(shape: BlockShape, dtype: torch.dtype, device: torch.device | str) -> BlockInputs:
+def empty_inputs(
+    shape: BlockShape, dtype: torch.dtype, device: torch.device | str, stream: torch.dtype | None = None
+) -> BlockInputs:
     """Return inputs without values; selector and router are in float32, as those of a patched model.
 
     Args:
         shape: sizes of the tensors.
         dtype: of the other floating-point tensors.
         device: where the tensors are.
+        stream: dtype of the residual stream and of AdaLN; None for that of the rest.
     """
 
     def empty(*size: int, std: float = 1.0, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -128,7 +131,8 @@ def empty_inputs(shape: BlockShape, dtype: torch.dtype, device: torch.device | s
 
     index = empty(shape.rows, shape.keep, dtype=torch.int64)
     mask = empty(shape.rows, shape.keep, shape.num_experts, dtype=torch.bool)
-    return _inputs(shape, empty, gate, index, mask)
+    inputs = _inputs(shape, empty, gate, index, mask)
+    return inputs if stream is None else inputs._each(("x", "base", "rows", "modulation"), lambda t: t.to(stream))
 
 
 def _inputs(
@@ -140,7 +144,7 @@ def _inputs(
 ) -> BlockInputs:
     """Return inputs whose tensors `normal` makes from sizes and a standard deviation, those of gates by `gate`."""
     R, L, K, C, N = shape.rows, shape.tokens, shape.keep, shape.width, shape.num_experts
-    heads, hidden = C // HEAD_DIM, 4 * C
+    heads, hidden, d = C // shape.head_dim, 4 * C, shape.head_dim
     return BlockInputs(
         x=normal(R, L, C),
         base=normal(R, L, C),
@@ -148,7 +152,7 @@ def _inputs(
         selector_bias=gate(1),
         modulation=normal(R, 1, 6, C, std=0.3).unbind(2),
         qkv=normal(R, K, 3 * C),
-        room=(normal(R, heads, shape.cached + K, HEAD_DIM), normal(R, heads, shape.cached + K, HEAD_DIM)),
+        room=(normal(R, heads, shape.cached + K, d), normal(R, heads, shape.cached + K, d)),
         head_scale=normal(heads, std=0.1),
         rows=normal(R, K, C),
         update=normal(R, K, C),

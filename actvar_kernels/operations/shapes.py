@@ -22,10 +22,11 @@ class ShapeCase(NamedTuple):
 
 
 class Model(NamedTuple):
-    """Give width and token map sides of a model."""
+    """Give width, token map sides and size of a head of a model."""
 
     width: int
     sides: tuple[int, ...]
+    head_dim: int = HEAD_DIM
 
     def active_scales(self, rate: float = 0.75) -> tuple[ShapeCase, ShapeCase]:
         """Return the last two scales, of which `rate` of the tokens is kept."""
@@ -48,6 +49,9 @@ MODELS = {
     "d30": Model(1920, _SIDES_256),
     "d36": Model(2304, _SIDES_512),
 }
+_SIDES_1024 = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
+INFINITY = {"infinity-2b": Model(2048, _SIDES_1024, 128), "infinity-8b": Model(3584, _SIDES_1024, 128)}
+"""The published Infinity models at 1024x1024 pixels, whose residual stream is float32."""
 SIZES = MODELS | {"fashion-mnist": Model(192, (1, 2, 3, 4, 6, 8))}
 """The official models and the bundled one."""
 
@@ -64,6 +68,7 @@ class BlockShape:
         width: channels C.
         num_experts: experts N.
         active: experts that are on for a token.
+        head_dim: size of a head.
     """
 
     rows: int
@@ -73,6 +78,7 @@ class BlockShape:
     width: int
     num_experts: int = EXPERTS
     active: int = ACTIVE_EXPERTS
+    head_dim: int = HEAD_DIM
 
 
 def last_scale(model: str, batch: int, rate: float = 0.75) -> BlockShape:

@@ -16,6 +16,7 @@ from actvar_kernels.operations import exact
 from actvar_kernels.operations.inputs import BlockInputs
 from actvar_kernels.operations.shapes import GUIDANCE, NORM_GROUPS, TOP_K, TOP_P
 from actvar_kernels.residual_norm.op import Residual, add_normalize, add_normalize_route
+from actvar_kernels.rotary.op import rotate_heads
 from actvar_kernels.routing.op import route_experts
 from actvar_kernels.scatter.op import scatter_rows
 from actvar_kernels.subset_attention.op import subset_attention
@@ -72,6 +73,12 @@ def _normalize_modulate(inputs: BlockInputs) -> dict[str, Arguments]:
     _, _, scale, _, shift, _ = inputs.modulation
     plain = dict(x=inputs.rows, scale=scale, shift=shift)
     return {"": plain, "with guidance": plain | dict(guidance=GUIDANCE)}
+
+
+def _rotate_heads(inputs: BlockInputs) -> dict[str, Arguments]:
+    q = inputs.heads[0]
+    angles = q.new_full((2, inputs.shape.tokens, q.shape[-1] // 2), 0.5**0.5)
+    return {"": dict(x=q, angles=angles, index=inputs.index, scale=inputs.head_scale)}
 
 
 def _subset_attention(inputs: BlockInputs) -> dict[str, Arguments]:
@@ -173,6 +180,7 @@ def _add_residual(x: torch.Tensor, vector: torch.Tensor) -> dict[str, Arguments]
 BLOCK = (
     Operation(select_tokens, _select_tokens, lambda result: result.scores, exact.select_tokens),
     Operation(normalize_modulate, _normalize_modulate, exact=exact.normalize_modulate),
+    Operation(rotate_heads, _rotate_heads, exact=exact.rotate_heads),
     Operation(subset_attention, _subset_attention, lambda result: result[0], exact.subset_attention),
     Operation(add_normalize, _add_normalize, lambda result: result[1], exact.add_normalize),
     Operation(add_normalize_route, _add_normalize_route, lambda result: result.u, exact.add_normalize_route),

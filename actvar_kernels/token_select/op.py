@@ -13,7 +13,7 @@ from actvar_kernels.cpu_backend import cpu, row_ops
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.token_select import reference
 
-MAX_TOKENS = 1024
+MAX_TOKENS = 8192
 """Tokens of a sequence that the Triton kernel ranks."""
 _NORM_LIMITS = f"float32, float16 and bfloat16, up to {MOST_SEQUENCES} sequences"
 _SELECTION_LIMITS = f"{_NORM_LIMITS} of up to {MAX_TOKENS} tokens"
@@ -50,7 +50,7 @@ def select_tokens(
     """Keep the `keep` rows with the highest `LN(x) @ weight + bias`; modulate them by `LN(x) * (1 + scale) + shift`.
 
     LN has no affine part and eps 1e-6. Scores are in float32 and outside autocast. Ties go to the lower index. Triton
-    takes two launches, or one from 128 sequences on, for L up to 1024.
+    takes two launches, or one from 128 sequences on; a third one ranks L above 1024, up to 8192.
 
     Args:
         x: `[R, L, C]`, float32, float16 or bfloat16.

@@ -1,6 +1,6 @@
 """Select tokens in one Triton launch where sequences are many, otherwise in two; normalise and modulate in one.
 
-The first of two launches makes the scores.
+The first of two launches makes the scores. A launch between them ranks sequences of more than `RANKED_TOKENS` tokens.
 """
 
 # A launch takes options that the kernel does not name.
@@ -17,6 +17,8 @@ from actvar_kernels.triton_backend.tiles import SCORE_CHUNK, SCORE_ROWS, archite
 
 _EPS = tl.constexpr(NORM_EPS)
 _LOWEST = tl.constexpr(-(2**31))
+RANKED_TOKENS = 1024
+"""Most tokens of a sequence that every program ranks anew."""
 
 
 def select_tokens(
@@ -44,7 +46,8 @@ def select_tokens(
     selector: tuple[torch.Tensor | None, torch.Tensor | None] = weight, bias
     slots = keep if in_place else L
     tiles = select_tiles(architecture(x), R, slots, C)
-    if not tiles.scores:
+    deciding, ranked = R // 2 if share_guidance else R, None
+    if not tiles.scores or L > RANKED_TOKENS:
         rows = row_tiles(R * L, C)
         _score[(triton.cdiv(L, rows.rows), R)](
             x,
@@ -61,11 +64,15 @@ def select_tokens(
             enable_fp_fusion=True,
         )
         selector = None, None
+    if L > RANKED_TOKENS:
+        ranked = x.new_empty(deciding, L, dtype=torch.int32)
+        _rank[(deciding,)](scores, ranked, L, keep, BLOCK_L=triton.next_power_of_2(L), num_warps=16)
     _select[(triton.cdiv(slots, tiles.rows * tiles.steps), R)](
         x,
         *selector,
         scores,
         moments,
+        ranked,
         scale,
         shift,
         index,
@@ -74,10 +81,10 @@ def select_tokens(
         x.stride(),
         scale.stride(),
         shift.stride(),
-        R // 2 if share_guidance else R,
+        deciding,
         L,
         keep,
-        BLOCK_L=triton.next_power_of_2(L),
+        BLOCK_L=triton.next_power_of_2(L) if ranked is None else 1,
         STEPS=tiles.steps,
         C=C,
         BLOCK_C=triton.next_power_of_2(C),
@@ -189,6 +196,15 @@ def _score_rows(
     tl.store(moments_ptr + 2 * flat + 1, root, mask=row < length)
 
 
+@triton.jit(do_not_specialize=["length", "keep"])
+def _rank(scores_ptr, ranked_ptr, length, keep, BLOCK_L: tl.constexpr):
+    """Store the tokens of a sequence in the order of their places."""
+    sequence = tl.program_id(0).to(tl.int64)
+    token = tl.arange(0, BLOCK_L)
+    places = _places(scores_ptr + sequence * length, length, keep, BLOCK_L)
+    tl.store(ranked_ptr + sequence * length + places, token, mask=token < length)
+
+
 @triton.jit(do_not_specialize=["deciding", "length", "keep"])
 def _select(
     x_ptr,
@@ -196,6 +212,7 @@ def _select(
     bias_ptr,
     scores_ptr,
     moments_ptr,
+    ranked_ptr,
     scale_ptr,
     shift_ptr,
     index_ptr,
@@ -220,7 +237,7 @@ def _select(
     Rows that are kept go to `modulated`, the others to the base if there is one. `deciding` sequences have a choice of
     their own, the ones after them take it over. With a weight each program scores its sequence, and the one that
     decides, by itself: the programs of a sequence write the same numbers. Without a weight scores and moments are
-    there.
+    there. Without `ranked` tokens by place each program ranks its sequence.
     """
     sequence = tl.program_id(1)
     decides = sequence % deciding
@@ -233,16 +250,20 @@ def _select(
                     x_ptr, weight_ptr, bias_ptr, scores_ptr, moments_ptr, x_strides, sequence, row, length, C, CHUNK
                 )
         tl.debug_barrier()
-    places = _places(scores_ptr + decides * length, length, keep, BLOCK_L)
-
     token = tl.arange(0, BLOCK_L)
+    if ranked_ptr is None:
+        places = _places(scores_ptr + decides * length, length, keep, BLOCK_L)
+
     channel = tl.arange(0, BLOCK_C)
     inside = channel < C
     scale = load_vector(scale_ptr, scale_strides, sequence, channel, inside)
     shift = load_vector(shift_ptr, shift_strides, sequence, channel, inside)
     place = tl.program_id(0) * STEPS * ROWS + tl.arange(0, ROWS)
     for _ in range(STEPS):
-        row = tl.sum(tl.where(places[None, :] == place[:, None], token[None, :], 0), axis=1)  # of [ROWS, BLOCK_L]
+        if ranked_ptr is not None:
+            row = tl.load(ranked_ptr + decides.to(tl.int64) * length + place, mask=place < length, other=0)
+        else:
+            row = tl.sum(tl.where(places[None, :] == place[:, None], token[None, :], 0), axis=1)  # of [ROWS, BLOCK_L]
         kept = place < keep
         moments = moments_ptr + 2 * (sequence.to(tl.int64) * length + row)
         mean, root = tl.load(moments, mask=kept, other=0.0), tl.load(moments + 1, mask=kept, other=0.0)

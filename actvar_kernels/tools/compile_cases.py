@@ -1,4 +1,4 @@
-"""Call all operations with tensors as they come in the official models' last two scales, for `compile_check`."""
+"""Call all operations with tensors as they come in the last scales of VAR and Infinity, for `compile_check`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from actvar_kernels.operations import table
 from actvar_kernels.operations.inputs import BlockInputs, empty_inputs
-from actvar_kernels.operations.shapes import MODELS, VOCABULARY, BlockShape
+from actvar_kernels.operations.shapes import INFINITY, MODELS, VOCABULARY, BlockShape
 from actvar_kernels.operations.table import Call, Operation, expert_ffn_scatter_arguments
 from actvar_kernels.triton_backend.tiles import ExpertTiles, architecture, expert_ffn_candidates, using_expert_tiles
 from actvar_kernels.triton_backend.tuning_table import SCHEDULES
@@ -19,6 +19,9 @@ Cases = Iterator[tuple[str, Call]]
 
 def cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
     """Yield name and call of every operation, with tensors on the device "cuda"."""
+    if model in INFINITY:
+        yield from _infinity_cases(model, batch, dtype)
+        return
     before, last = (BlockShape(2 * batch, *scale, MODELS[model].width) for scale in MODELS[model].active_scales())
     for shape in (before, last):
         inputs = empty_inputs(shape, dtype, "cuda")
@@ -26,6 +29,13 @@ def cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
     yield from _tuned_cases(inputs, dtype)
     yield from _sampling_cases(batch, last.tokens)
     yield from _decoder_cases(batch, MODELS[model].sides[-1], dtype)
+
+
+def _infinity_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
+    """Yield calls at the last scale, 64x64 tokens."""
+    sizes = INFINITY[model]
+    shape = BlockShape(2 * batch, *sizes.active_scales()[1], sizes.width, head_dim=sizes.head_dim)
+    yield from _calls(table.BLOCK, empty_inputs(shape, dtype, "cuda", stream=torch.float32))
 
 
 def _calls(operations: tuple[Operation, ...], *inputs: object) -> Cases:

@@ -23,13 +23,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from actvar_kernels.operations.shapes import DTYPES, MODELS
+from actvar_kernels.operations.shapes import DTYPES, INFINITY, MODELS
 from actvar_kernels.tools.compile_cases import cases
 from actvar_kernels.tools.virtual import CompiledKernel, virtual_gpu, why_unavailable
 from actvar_kernels.tools.virtual.driver import SHARED_MEMORY_KIB
 from actvar_kernels.tools.virtual.resources import Resources, resources
 from actvar_kernels.triton_backend.tiles import ARCHITECTURES
 
+CHECKED = (*MODELS, *INFINITY)
 TENSOR_CORES = {90: "HGMMA", 100: "UTC.*MMA"}  # others: HMMA
 # A product with fewer rows than a warp group's 64 runs on the older instruction, which these architectures have too.
 WARP_GROUP_ROWS = 64
@@ -82,7 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"virtual GPU: {why_unavailable()}")
     todo = jobs(options.arch, options.models, options.quick)
     if not todo:
-        parser.error("--quick: covers sm_80 and sm_90 with d16 and d30, of which --arch or --models leave out all")
+        parser.error(
+            "--quick: covers sm_80 and sm_90 with d16, d30 and infinity-2b, of which --arch or --models leave out all"
+        )
     rows = check(todo, options.processes)
     print(table(rows))
     failures = sum(bool(row.faults) for row in rows)
@@ -105,8 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = LineParser("python -m actvar_kernels.compile_check", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES, metavar="ARCH")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=tuple(MODELS), metavar="MODEL")
-    parser.add_argument("--quick", action="store_true", help="sm_80 and sm_90, d16 and d30, one batch and type each")
+    parser.add_argument("--models", nargs="+", choices=CHECKED, default=CHECKED, metavar="MODEL")
+    parser.add_argument(
+        "--quick", action="store_true", help="sm_80 and sm_90, d16, d30 and infinity-2b, one case each"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: one per core)")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     return parser
@@ -118,10 +123,10 @@ def jobs(architectures: Iterable[int], models: Iterable[str], quick: bool) -> li
         return [
             Job(arch, model, batch, "bf16")
             for arch in (80, 90)
-            for model, batch in (("d16", 1), ("d30", 64))
+            for model, batch in (("d16", 1), ("d30", 64), ("infinity-2b", 1))
             if arch in architectures and model in models
         ]
-    kinds = (("bf16", 64), ("bf16", 1), ("fp32", 1))
+    kinds = (("bf16", 64), ("bf16", 1), ("fp32", 1))  # Infinity's residual stream is float32 in all
     return [Job(arch, model, batch, dtype) for arch in architectures for model in models for dtype, batch in kinds]
 
 

@@ -21,12 +21,14 @@ SHAPES = [(1, 1, 20, 1), (2, 16, 192, 12), (3, 25, 65, 1), (2, 7, 20, 7)]
 """Rows, tokens, width, kept tokens."""
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["two launches", "one launch"])
+@pytest.fixture(autouse=True, params=["one launch", "two launches", "three launches"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Four rows a tile, and two tiles that share a ranking; a test may set other numbers."""
+    if request.param == "three launches":
+        monkeypatch.setattr(triton_kernel, "RANKED_TOKENS", 0)
 
     def choose(rows: int, steps: int) -> None:
-        chosen = SelectTiles(rows, warps=4, steps=steps, scores=request.param)
+        chosen = SelectTiles(rows, warps=4, steps=steps, scores=request.param == "one launch")
         monkeypatch.setattr(triton_kernel, "select_tiles", lambda *_: chosen)
         monkeypatch.setattr(triton_kernel, "row_tiles", lambda tokens, width: RowTiles(rows, warps=4))
 
@@ -88,11 +90,12 @@ def test_the_tiles_do_not_change_what_is_kept(rows: int, steps: int, tiles: Call
     assert_selects(selection, reference.top_indices(exact_scores(x, weight, bias), 9), x, scale, shift)
 
 
-def test_select_tokens_of_the_longest_sequence(tiles: Callable[[int, int], None]) -> None:
-    x, weight, bias, scale, shift = inputs(1, 1024, 5)
+@pytest.mark.parametrize(("L", "keep"), [(1024, 768), (1025, 1024), (4107, 2054)])
+def test_select_tokens_of_long_sequences(L: int, keep: int, tiles: Callable[[int, int], None]) -> None:
+    x, weight, bias, scale, shift = inputs(1, L, 5)
     tiles(256, 2)
-    selection = select_tokens(x, weight, bias, scale, shift, 768)
-    assert_selects(selection, reference.top_indices(selection.scores, 768), x, scale, shift)
+    selection = select_tokens(x, weight, bias, scale, shift, keep)
+    assert_selects(selection, reference.top_indices(selection.scores, keep), x, scale, shift)
 
 
 @pytest.mark.parametrize("keep", [1, 5, 12, 21])
@@ -306,8 +309,8 @@ def test_only_the_gradients_that_are_wanted_are_computed() -> None:
 
 
 def test_what_triton_cannot_run_raises_when_it_is_asked_for_by_name() -> None:
-    x, weight, bias, scale, shift = inputs(1, 1025, 4)
-    with pytest.raises(BackendUnavailableError, match=r"select_tokens .*up to 1024 tokens"):
+    x, weight, bias, scale, shift = inputs(1, 8193, 4)
+    with pytest.raises(BackendUnavailableError, match=r"select_tokens .*up to 8192 tokens"):
         select_tokens(x, weight, bias, scale, shift, 3)
     with pytest.raises(BackendUnavailableError, match=r"normalize_modulate .*float32, float16 and bfloat16"):
         normalize_modulate(x.double(), scale, shift)

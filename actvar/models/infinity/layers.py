@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from actvar.models.infinity.rotary import rotated
 from actvar.models.transformer_block import MAX_LOG_SCALE, FeedForward, SelfAttention
+from actvar_kernels.rotary.reference import rotate_heads
 from actvar_kernels.subset_attention.reference import attend
 
 NORM_EPS = 1e-6
@@ -109,12 +109,16 @@ class RotarySelfAttention(SelfAttention):
     def __init__(self, width: int, num_heads: int):
         super().__init__(width, num_heads, attn_l2_norm=True)
 
-    def forward(self, x: torch.Tensor, context: BlockContext) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: torch.Tensor, context: BlockContext, index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return `[R, L, C]` for rows `[R, L, C]`, those of the call's tokens `index` `[R, L]` int64 or of all."""
         R, L, C = x.shape
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(R, L, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = normalized(q, context.rotation, query_scale(self)), normalized(k, context.rotation)
+        q = rotate_heads(q, context.rotation, index, query_scale(self))
+        k = rotate_heads(k, context.rotation, index)
         if self.caching:
             if self.cached_k is not None:
                 k, v = torch.cat((self.cached_k, k), dim=2), torch.cat((self.cached_v, v), dim=2)
@@ -124,20 +128,8 @@ class RotarySelfAttention(SelfAttention):
 
 
 def query_scale(attention: Any) -> torch.Tensor:
-    """Return what the normalised queries of a `RotarySelfAttention` are multiplied by, `[1, H, 1, 1]`."""
-    return widened(attention.scale_mul_1H11).clamp_max(MAX_LOG_SCALE).exp().view(1, -1, 1, 1)
-
-
-def normalized(x: torch.Tensor, rotation: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Return queries or keys with norms of 1, scaled and rotated, in their own dtype.
-
-    Args:
-        x: `[R, H, L, d]`.
-        rotation: as in `rotated`.
-        scale: the result of `query_scale`, or None.
-    """
-    unit = F.normalize(widened(x), dim=-1)
-    return rotated(unit if scale is None else unit * scale, rotation).to(x.dtype)
+    """Return what the normalised queries of a `RotarySelfAttention` are multiplied by, `[H]`."""
+    return widened(attention.scale_mul_1H11).clamp_max(MAX_LOG_SCALE).exp().flatten()
 
 
 class CrossAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""Rotate queries and keys by the place of their tokens in the image (2D rotary embeddings)."""
+"""Give the angles by which queries and keys are rotated, from the place of their tokens in the image."""
 
 from __future__ import annotations
 
@@ -33,15 +33,3 @@ def rotation(schedule: Sequence[tuple[int, int, int]], head_dim: int, device: to
         angles.append(torch.cat((rows * frequencies, columns * frequencies), dim=1))
     angle = torch.cat(angles)
     return torch.stack((angle.cos(), angle.sin())).to(device)
-
-
-def rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Return queries or keys `[R, H, L, d]` with each pair of neighbouring channels turned by its angle.
-
-    Args:
-        x: `[R, H, L, d]`, floating-point.
-        rotation: cosine and sine of the angles of these tokens, `[2, L, d / 2]`, or `[2, R, 1, L, d / 2]`.
-    """
-    cosine, sine = rotation
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((cosine * first - sine * second, sine * first + cosine * second), dim=-1).flatten(-2)
