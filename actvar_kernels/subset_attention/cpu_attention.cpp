@@ -24,7 +24,9 @@ struct Job {
     int brgemm;                  // 1 multiplies by PyTorch's products: bfloat16 in pairs, panels of WIDTH keys
 };
 
-constexpr int QUERIES = 48;  // A thread holds the scores of this many queries.
+constexpr int QUERIES = 48;  // A thread holds the scores of this many queries,
+constexpr int MOST_KEYS = 4096;  // for all keys up to this many, beyond them for parts of KEYS.
+constexpr int KEYS = 1024;
 
 }  // namespace
 

@@ -83,34 +83,37 @@ void panel_product(int vectors, int count, const T *const *rows, const T *panel,
     product<T, V>(count, rows, panel, depth, factor, out);
 }
 
-// Write exp(score - largest) to `weights`, with zeros up to `depth`, and return 1 / sum.
-template <class T> float softmax(float *scores, int tokens, int depth, T *weights) {
+// Write exp(score - largest) to `weights`, with zeros up to `depth`, and return the sum. `largest` becomes the largest
+// score if that is larger.
+template <class T> float softmax(float *scores, int tokens, int depth, T *weights, float &largest) {
     const int whole = tokens / LANES * LANES, stride = padded(tokens, LANES);
     for (int t = tokens; t < stride; t++) scores[t] = -__builtin_inff();
-    vec largest = load<vec>(scores);
+    vec highest = load<vec>(scores);
     for (int t = LANES; t < stride; t += LANES) {
         const vec x = load<vec>(scores + t);
-        largest = x > largest ? x : largest;
+        highest = x > highest ? x : highest;
     }
-    const float largest_score = largest_lane(largest);
+    const float highest_score = largest_lane(highest);
+    largest = largest > highest_score ? largest : highest_score;
     vec total = {};
     for (int t = 0; t < stride; t += LANES) {
-        vec x = exponential(load<vec>(scores + t) - largest_score);
+        vec x = exponential(load<vec>(scores + t) - largest);
         if (t >= whole)
             for (int i = 0; i < LANES; i++)
                 if (t + i >= tokens) x[i] = 0;
         total += x;
         put_columns(weights + t, x, depth - t);
     }
-    return 1 / sum_of(total);
+    return sum_of(total);
 }
 
+// Sizes of the keys that a thread holds at once: all where they are few, otherwise parts that stay in the cache.
 struct Sizes {
     int tokens, depth, columns, key_stride, weight_stride;
 };
 
 template <class T> Sizes sizes_of(const Job &job) {
-    const int tokens = job.cached + job.own;
+    const int all = job.cached + job.own, tokens = all <= MOST_KEYS ? all : KEYS;
     return {tokens, padded(job.dim, Product<T>::STEP), padded(job.dim, LANES), padded(tokens, PANEL),
             padded(tokens, LANES)};
 }
@@ -118,8 +121,9 @@ template <class T> Sizes sizes_of(const Job &job) {
 template <class T> size_t scratch_bytes(const Job &job) {
     const Sizes n = sizes_of<T>(job);
     const size_t packed = (size_t)n.key_stride * n.depth + (size_t)n.weight_stride * n.columns;
-    const size_t query_bytes = sizeof(T) * (n.depth + n.weight_stride) + sizeof(float) * (n.key_stride + n.columns + 1);
-    return sizeof(T) * (packed + n.depth + 3 * n.columns) + QUERIES * query_bytes + 10 * 64;
+    const size_t query_bytes = sizeof(T) * (n.depth + n.weight_stride) + sizeof(float) * (n.key_stride + n.columns);
+    return sizeof(T) * (packed + n.depth + 3 * n.columns) + QUERIES * query_bytes +
+           sizeof(float) * job.kept * (size_t)(n.columns + 2) + 11 * 64;
 }
 
 template <class T> T *take(char *&scratch, size_t count) {
@@ -155,68 +159,100 @@ void multiply_rows(bool brgemm, int count, int columns, int depth, const T *from
     }
 }
 
-// Attend with one head of one sequence.
-template <class T> void run(const Job &job, int sequence, int head, char *scratch) {
-    constexpr int STEP = Product<T>::STEP;
-    const Sizes n = sizes_of<T>(job);
-    const bool norm = job.head_scale != nullptr;
-    const int rows_of_values = padded(n.tokens, STEP);
-    T *keys = take<T>(scratch, (size_t)n.key_stride * n.depth);
-    T *values = take<T>(scratch, (size_t)rows_of_values * n.columns);
-    T *queries = take<T>(scratch, QUERIES * n.depth), *weights = take<T>(scratch, QUERIES * n.weight_stride);
-    T *key = take<T>(scratch, n.depth), *value = take<T>(scratch, STEP * n.columns);
-    T *zeros = take<T>(scratch, n.columns);
-    float *scores = take<float>(scratch, QUERIES * n.key_stride), *sums = take<float>(scratch, QUERIES * n.columns);
-    float *inverse = take<float>(scratch, QUERIES);
+// Hold keys and values of a part of the tokens in panels.
+template <class T> struct Panels {
+    T *keys, *values, *key, *value;
+};
 
-    memset(value, 0, STEP * n.columns * sizeof(T));
-    memset(zeros, 0, n.columns * sizeof(T));
-    for (int t = 0; t < n.key_stride; t++) {
+// Pack the tokens from `first` to `first + count`, and append those of the own scale to the cache.
+template <class T>
+void pack(const Job &job, const Sizes &n, int sequence, int head, int first, int count, const T *zeros,
+          const Panels<T> &to) {
+    constexpr int STEP = Product<T>::STEP;
+    const bool norm = job.head_scale != nullptr;
+    for (int i = 0; i < padded(count, PANEL); i++) {
+        const int t = first + i;
         const bool is_own = t >= job.cached;
-        if (t >= n.tokens)
-            memset(key, 0, n.depth * sizeof(T));
+        if (i >= count)
+            memset(to.key, 0, n.depth * sizeof(T));
         else
             normalize(is_own ? row<T>(job.k, sequence, head, t - job.cached) : row<T>(job.keys, sequence, head, t),
-                       is_own && norm, 1, job.dim, n.depth, key);
-        pack_key(key, t, n.depth, keys);
-        if (is_own && job.append && t < n.tokens)
-            memcpy((T *)row<T>(job.keys, sequence, head, t), key, job.dim * sizeof(T));
+                      is_own && norm, 1, job.dim, n.depth, to.key);
+        pack_key(to.key, i, n.depth, to.keys);
+        if (is_own && job.append && i < count)
+            memcpy((T *)row<T>(job.keys, sequence, head, t), to.key, job.dim * sizeof(T));
     }
-    for (int t = 0; t < rows_of_values; t += STEP) {
+    const int rows_of_values = padded(count, STEP);
+    for (int i = 0; i < rows_of_values; i += STEP) {
         const T *step[STEP];
         for (int s = 0; s < STEP; s++) {
-            const int own = t + s - job.cached;
-            if (t + s >= n.tokens) {
+            const int t = first + i + s, own = t - job.cached;
+            if (i + s >= count) {
                 step[s] = zeros;
                 continue;
             }
-            step[s] = own < 0 ? row<T>(job.values, sequence, head, t + s) : row<T>(job.v, sequence, head, own);
+            step[s] = own < 0 ? row<T>(job.values, sequence, head, t) : row<T>(job.v, sequence, head, own);
             if (own >= 0 && job.append)
-                memcpy((T *)row<T>(job.values, sequence, head, t + s), step[s], job.dim * sizeof(T));
+                memcpy((T *)row<T>(job.values, sequence, head, t), step[s], job.dim * sizeof(T));
             if (job.dim % LANES) {  // No vector may be read past the last value's end.
-                T *copy = value + (size_t)s * n.columns;
+                T *copy = to.value + (size_t)s * n.columns;
                 memcpy(copy, step[s], job.dim * sizeof(T));
                 step[s] = copy;
             }
         }
-        pack_values(step, t, rows_of_values, job.dim, values);
+        pack_values(step, i, rows_of_values, job.dim, to.values);
     }
+}
 
-    for (int first = 0; first < job.kept; first += QUERIES) {
-        const int count = smaller(job.kept - first, QUERIES);
-        for (int i = 0; i < count; i++)
-            normalize(row<T>(job.q, sequence, head, first + i), norm, norm ? job.head_scale[head] : 1, job.dim,
-                       n.depth, queries + (size_t)i * n.depth);
-        multiply_rows(job.brgemm, count, n.key_stride, n.depth, queries, n.depth, keys, job.scale, scores, n.key_stride);
-        for (int i = 0; i < count; i++)
-            inverse[i] = softmax(scores + (size_t)i * n.key_stride, n.tokens, rows_of_values,
-                                 weights + (size_t)i * n.weight_stride);
-        multiply_rows(job.brgemm, count, n.columns, rows_of_values, weights, n.weight_stride, values, 1, sums, n.columns);
-        for (int i = 0; i < count; i++) {
-            T *out = (T *)job.out + (((int64_t)sequence * job.kept + first + i) * job.heads + head) * job.dim;
-            for (int c = 0; c < job.dim; c += LANES)
-                put_columns(out + c, load<vec>(sums + (size_t)i * n.columns + c) * inverse[i], job.dim - c);
+// Attend with one head of one sequence, over all tokens or one part of them after the other. For each query there are
+// the largest score so far, the sum of exp(score - largest), and the sum of the values with these weights.
+template <class T> void run(const Job &job, int sequence, int head, char *scratch) {
+    constexpr int STEP = Product<T>::STEP;
+    const Sizes n = sizes_of<T>(job);
+    const bool norm = job.head_scale != nullptr;
+    Panels<T> panels;
+    panels.keys = take<T>(scratch, (size_t)n.key_stride * n.depth);
+    panels.values = take<T>(scratch, (size_t)padded(n.tokens, STEP) * n.columns);
+    T *queries = take<T>(scratch, QUERIES * n.depth), *weights = take<T>(scratch, QUERIES * n.weight_stride);
+    panels.key = take<T>(scratch, n.depth), panels.value = take<T>(scratch, STEP * n.columns);
+    T *zeros = take<T>(scratch, n.columns);
+    float *scores = take<float>(scratch, QUERIES * n.key_stride), *product = take<float>(scratch, QUERIES * n.columns);
+    float *sums = take<float>(scratch, (size_t)job.kept * n.columns);
+    float *largest = take<float>(scratch, job.kept), *total = take<float>(scratch, job.kept);
+
+    memset(panels.value, 0, STEP * n.columns * sizeof(T));
+    memset(zeros, 0, n.columns * sizeof(T));
+    for (int q = 0; q < job.kept; q++) largest[q] = -__builtin_inff();
+    for (int key = 0; key < job.cached + job.own; key += n.tokens) {
+        const int tokens = smaller(job.cached + job.own - key, n.tokens), depth = padded(tokens, STEP);
+        pack(job, n, sequence, head, key, tokens, zeros, panels);
+        for (int first = 0; first < job.kept; first += QUERIES) {
+            const int count = smaller(job.kept - first, QUERIES), keys = padded(tokens, PANEL);
+            for (int i = 0; i < count; i++)
+                normalize(row<T>(job.q, sequence, head, first + i), norm, norm ? job.head_scale[head] : 1, job.dim,
+                          n.depth, queries + (size_t)i * n.depth);
+            multiply_rows(job.brgemm, count, keys, n.depth, queries, n.depth, panels.keys, job.scale, scores,
+                          n.key_stride);
+            for (int i = 0; i < count; i++) {
+                const int q = first + i;
+                const float before = largest[q];
+                const float sum = softmax(scores + (size_t)i * n.key_stride, tokens, depth,
+                                          weights + (size_t)i * n.weight_stride, largest[q]);
+                const float factor = key ? exponential(vec{} + (before - largest[q]))[0] : 0;
+                total[q] = key ? total[q] * factor + sum : sum;
+                for (int c = 0; c < n.columns && key && factor != 1; c++) sums[(size_t)q * n.columns + c] *= factor;
+            }
+            float *of_queries = sums + (size_t)first * n.columns, *to = key ? product : of_queries;
+            multiply_rows(job.brgemm, count, n.columns, depth, weights, n.weight_stride, panels.values, 1, to,
+                          n.columns);
+            for (int c = 0; c < count * n.columns && key; c += LANES)
+                store(of_queries + c, load<vec>(of_queries + c) + load<vec>(product + c));
         }
+    }
+    for (int q = 0; q < job.kept; q++) {
+        T *out = (T *)job.out + (((int64_t)sequence * job.kept + q) * job.heads + head) * job.dim;
+        for (int c = 0; c < job.dim; c += LANES)
+            put_columns(out + c, load<vec>(sums + (size_t)q * n.columns + c) / total[q], job.dim - c);
     }
 }
 

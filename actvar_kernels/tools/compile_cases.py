@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,7 @@ from actvar_kernels.operations import table
 from actvar_kernels.operations.inputs import BlockInputs, empty_inputs
 from actvar_kernels.operations.shapes import INFINITY, MODELS, VOCABULARY, BlockShape
 from actvar_kernels.operations.table import Call, Operation, expert_ffn_scatter_arguments
+from actvar_kernels.rotary.op import rotate_heads
 from actvar_kernels.triton_backend.tiles import ExpertTiles, architecture, expert_ffn_candidates, using_expert_tiles
 from actvar_kernels.triton_backend.tuning_table import SCHEDULES
 
@@ -32,10 +34,18 @@ def cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
 
 
 def _infinity_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
-    """Yield calls at the last scale, 64x64 tokens."""
+    """Yield the calls of its blocks at the last scale, 64x64 tokens.
+
+    Queries and keys are normalised before attention, and cross-attention reads every sum before the FFN does.
+    """
     sizes = INFINITY[model]
     shape = BlockShape(2 * batch, *sizes.active_scales()[1], sizes.width, head_dim=sizes.head_dim)
-    yield from _calls(table.BLOCK, empty_inputs(shape, dtype, "cuda", stream=torch.float32))
+    inputs = empty_inputs(shape, dtype, "cuda", stream=torch.float32)
+    for operation in table.BLOCK:
+        normed = inputs if operation.call is rotate_heads else replace(inputs, head_scale=None)
+        for name, call in operation.calls(normed).items():
+            if "fused residual" not in name:
+                yield name, call
 
 
 def _calls(operations: tuple[Operation, ...], *inputs: object) -> Cases:

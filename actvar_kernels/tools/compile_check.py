@@ -109,9 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = LineParser("python -m actvar_kernels.compile_check", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES, metavar="ARCH")
     parser.add_argument("--models", nargs="+", choices=CHECKED, default=CHECKED, metavar="MODEL")
-    parser.add_argument(
-        "--quick", action="store_true", help="sm_80 and sm_90, d16, d30 and infinity-2b, one case each"
-    )
+    parser.add_argument("--quick", action="store_true", help="sm_80 and sm_90, d16, d30 and infinity-2b, one case each")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: one per core)")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     return parser

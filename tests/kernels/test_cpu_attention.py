@@ -25,6 +25,9 @@ SHAPES = [
     (1, 2, 130, 130, 3, 32),
     (3, 2, 5, 9, 17, 70),
     (1, 1, 50, 2, 130, 15),
+    # more keys than a thread holds at once, in parts of which the last has one or some
+    (1, 1, 50, 30, 4067, 20),
+    (1, 2, 3, 1100, 4001, 64),
 ]
 
 
@@ -69,13 +72,14 @@ def test_every_instruction_set_gives_the_reference_and_appends_to_the_cache(shap
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_depend_on_neither_threads_nor_other_queries_and_the_cache_stays(dtype):
-    shape = (2, 3, 60, 60, 20, 64)
+@pytest.mark.parametrize("cached", [20, 4100], ids=["at once", "in parts"])
+def test_bits_depend_on_neither_threads_nor_other_queries_and_the_cache_stays(cached, dtype):
+    shape = (2, 3, 60, 60, cached, 64)
     q, k, v, room, head_scale = heads(shape, dtype)
     before = [part.clone() for part in room]
 
     def run(q: torch.Tensor) -> torch.Tensor:
-        return cpu_kernel.subset_attention(q, k, v, *room, 20, head_scale, 1.0, append=False)
+        return cpu_kernel.subset_attention(q, k, v, *room, cached, head_scale, 1.0, append=False)
 
     together = run(q)
     assert torch.equal(run(q[:, :, 7:11]), together[:, 7:11])
@@ -90,12 +94,13 @@ def test_bits_depend_on_neither_threads_nor_other_queries_and_the_cache_stays(dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_not_a_number_stays_with_the_queries_that_see_it(dtype):
-    q, k, v, room, head_scale = heads((1, 2, 30, 30, 10, 64), dtype)
-    clean = cpu_kernel.subset_attention(q, k, v, *room, 10, head_scale, 1.0, append=False)
+@pytest.mark.parametrize("cached", [10, 4100], ids=["at once", "in parts"])
+def test_not_a_number_stays_with_the_queries_that_see_it(cached, dtype):
+    q, k, v, room, head_scale = heads((1, 2, 30, 30, cached, 64), dtype)
+    clean = cpu_kernel.subset_attention(q, k, v, *room, cached, head_scale, 1.0, append=False)
     q = q.clone()
     q[0, 1, 4] = torch.nan
-    found = cpu_kernel.subset_attention(q, k, v, *room, 10, head_scale, 1.0, append=False).view(1, 30, 2, 64)
+    found = cpu_kernel.subset_attention(q, k, v, *room, cached, head_scale, 1.0, append=False).view(1, 30, 2, 64)
     assert found[0, 4, 1].isnan().all()
     found[0, 4, 1] = clean.view(1, 30, 2, 64)[0, 4, 1]
     assert torch.equal(found.flatten(2), clean)
