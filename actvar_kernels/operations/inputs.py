@@ -22,7 +22,7 @@ class BlockInputs:
         modulation: gamma1, gamma2, scale1, scale2, shift1, shift2, each `[R, 1, C]`.
         qkv: `[R, K, 3 * C]`.
         room: keys and values `[R, H, P + K, d]`, of which the first P rows are cached.
-        head_scale: `[H]`, or None where queries and keys are normalised before.
+        head_scale: `[H]`.
         rows, update, u: `[R, K, C]`: the kept rows, what attention adds to them, and the input of the FFN.
         router, router_bias: `[N, C]` and `[N]`.
         ffn: `[D, C]`, `[D]`, `[C, D]` and `[C]`.
@@ -38,7 +38,7 @@ class BlockInputs:
     modulation: tuple[torch.Tensor, ...]
     qkv: torch.Tensor
     room: tuple[torch.Tensor, torch.Tensor]
-    head_scale: torch.Tensor | None
+    head_scale: torch.Tensor
     rows: torch.Tensor
     update: torch.Tensor
     u: torch.Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -42,7 +43,8 @@ def _infinity_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
     shape = BlockShape(2 * batch, *sizes.active_scales()[1], sizes.width, head_dim=sizes.head_dim)
     inputs = empty_inputs(shape, dtype, "cuda", stream=torch.float32)
     for operation in table.BLOCK:
-        normed = inputs if operation.call is rotate_heads else replace(inputs, head_scale=None)
+        without: Any = {} if operation.call is rotate_heads else {"head_scale": None}
+        normed = replace(inputs, **without)
         for name, call in operation.calls(normed).items():
             if "fused residual" not in name:
                 yield name, call
