@@ -31,7 +31,7 @@ from actvar_kernels.tools.virtual.driver import SHARED_MEMORY_KIB, Architecture
 from actvar_kernels.tools.virtual.resources import Resources, resources
 from actvar_kernels.triton_backend.tiles import ARCHITECTURES
 
-TENSOR_CORES = {90: "HGMMA", 100: "UTC.*MMA"}  # others: HMMA
+TENSOR_CORES: dict[Architecture, str] = {90: "HGMMA", 100: "UTC.*MMA"}  # others: HMMA
 # A product with fewer rows than a warp group's 64 runs on the older instruction, which these architectures have too.
 WARP_GROUP_ROWS = 64
 AMD_ARCHITECTURES = ("gfx942", "gfx1100")

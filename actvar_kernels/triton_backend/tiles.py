@@ -27,11 +27,10 @@ def architecture(tensor: torch.Tensor) -> int:
     """
     if not tensor.is_cuda:
         return 80
-    target = triton.runtime.driver.active.get_current_target()
-    capability = target.arch  # pyright: ignore[reportAttributeAccessIssue] drivers give a target, their base does not
+    target: Any = triton.runtime.driver.active.get_current_target()  # whose type does not tell what drivers give
     if target.backend == "hip":
         return RDNA if target.warp_size == 32 else 80
-    return max((known for known in ARCHITECTURES if known <= capability), default=80)
+    return max((known for known in ARCHITECTURES if known <= target.arch), default=80)
 
 
 def multiprocessors(tensor: torch.Tensor) -> int:
