@@ -132,6 +132,8 @@ def sampling_run(model: str, batch: int, arch: int, config: ActVARConfig, expert
             to_fake_cuda(module, torch.bfloat16)
         patch_silently(var, config, Execution("fast", expert_execution=expert_execution))
         labels = torch.empty(batch, dtype=torch.int64, device="cuda")
+        with torch.no_grad():  # copies of weights are kept from one sample to the next
+            vae.fhat_to_img(torch.empty(batch, vae.Cvae, sides[-1], sides[-1], dtype=torch.bfloat16, device="cuda"))
         _mark_regions(gpu, vae, var)
         gpu.launches.clear()
         var.autoregressive_infer_cfg(batch, labels, cfg=1.5, top_k=900, top_p=0.96)

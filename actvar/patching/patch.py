@@ -224,10 +224,11 @@ def take_off(var: nn.Module) -> None:
 def refresh(module: nn.Module) -> None:
     """Drop the packed copies that kernels keep of the weights in `module`.
 
-    A sample of a patched model, and `fhat_to_img` of an autoencoder, find changed weights themselves. Direct calls of
-    `actvar_kernels.linear`, `expert_ffn` and `conv3x3` find changes that PyTorch counts or that move the weight. Call
-    this before such a direct call after any other change (through `.data`, by fused optimizers, through NumPy). A
-    patched model drops its CUDA graphs as well.
+    On a CPU a sample of a patched model, and `fhat_to_img` of an autoencoder, find changed weights themselves. On a
+    GPU, and in direct calls of `actvar_kernels.linear`, `expert_ffn` and `conv3x3`, changes are found that PyTorch
+    counts or that move the weight. Call this there after any other change (through `.data`, by fused optimizers,
+    through NumPy), of the autoencoder on a GPU and of the arguments of direct calls. The CUDA graphs of a
+    patched model are dropped as well.
 
     Args:
         module: a model, or any part of one.

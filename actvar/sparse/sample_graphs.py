@@ -16,6 +16,7 @@ from actvar.families.requests import Request
 from actvar.utils.devices import device_of
 from actvar.utils.weight_override import own_parameters
 from actvar_kernels import backend_of, get_backend
+from actvar_kernels.cpu_backend.packing import copies, drops
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,13 @@ class Graph:
         request: its labels and seeds are what a replay reads.
         replay: runs the graph.
         images: where its images are.
+        copies: of weights, which the graph reads.
     """
 
     request: Request
     replay: Callable[[], None]
     images: Tensor
+    copies: list
 
     def of(self, request: Request) -> Tensor:
         """Return the images of a request of the same shape."""
@@ -147,7 +150,8 @@ class SampleGraphs:
         _drop_kv_buffers(model)  # so that the graph's lie in its own memory
         try:
             self.pool = new_pool() if self.pool is None else self.pool
-            graph = Graph(kept, *captured(sample, self.pool))
+            replay, images = captured(sample, self.pool)
+            graph = Graph(kept, replay, images, copies(_tensors(model)))
             images = graph.of(request)
         except RuntimeError as error:
             if wanted is True:
@@ -251,19 +255,21 @@ def watched(*roots: nn.Module) -> Iterator[str]:
 
 
 def weights_of(model: Any) -> tuple:
-    """Return addresses and versions of all tensors that a sample reads, also of weights that an adapter replaced."""
-    found = []
-    for module in _modules((model, model.actvar.family.autoencoder(model))):
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                found += _place(tensor)
-    for tensor in own_parameters(model).values() if model.actvar.first_tuned else ():
-        found += _place(tensor)
+    """Return addresses and versions of all tensors that a sample reads, and how often their copies were dropped."""
+    found = [drops()]
+    for tensor in _tensors(model):
+        found += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
     return tuple(found)
 
 
-def _place(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _tensors(model: Any) -> Iterator[Tensor]:
+    """Yield all tensors that a sample reads, also weights that an adapter replaced."""
+    for module in _modules((model, model.actvar.family.autoencoder(model))):
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
+    if model.actvar.first_tuned:
+        yield from own_parameters(model).values()
 
 
 def _modules(roots: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
