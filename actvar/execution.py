@@ -12,6 +12,7 @@ SAMPLERS = ("torch", "fast")
 DECODER_DTYPES = (None, "bfloat16", "float16")
 EXPERT_EXECUTIONS = ("auto", "dense", "tile_list")
 WEIGHTS = (None, "int8")
+CUDA_GRAPHS = ("auto", True, False)
 
 FIELDS_ONCE_IN_CONFIG = {
     "sampler": "sampler",
@@ -40,9 +41,15 @@ class Execution:
             attention, both layers of the FFN and its experts. `actvar_kernels.linear.quantized` defines the result.
             AdaLN, head and attention itself stay as they are. None leaves all as it is. A sequence has one of both for
             every block.
+        cuda_graph: whether a sample on a GPU is replayed as one CUDA graph, which the first sample of each shape
+            captures. It takes `sampler="fast"` and `actvar.models.VAR`. `"auto"` does so where it can, and elsewhere
+            samples eagerly, which `actvar.summary` says. It gives up a graph whose first images differ from those of
+            eager sampling, with a logged warning. True raises where a graph is not possible. Hooks, replaced methods
+            and recorded choices always run eagerly. `actvar.release_cache` frees the graphs.
 
     Raises:
-        TypeError: a field is neither a string nor None, or `weights` is no sequence of them either.
+        TypeError: a field is neither a string nor None, `weights` is no sequence of them either, or `cuda_graph` is
+            neither "auto" nor a bool.
         ValueError: a field is none of its choices.
     """
 
@@ -50,6 +57,7 @@ class Execution:
     decoder_dtype: str | None = None
     expert_execution: str = "auto"
     weights: str | Sequence[str | None] | None = None
+    cuda_graph: str | bool = "auto"
 
     def __post_init__(self):
         if self.expert_execution == "snap":
@@ -57,6 +65,8 @@ class Execution:
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("decoder_dtype", self.decoder_dtype, DECODER_DTYPES)
         check_choice("expert_execution", self.expert_execution, EXPERT_EXECUTIONS)
+        if not isinstance(self.cuda_graph, bool):
+            check_choice("cuda_graph", self.cuda_graph, CUDA_GRAPHS)
         if isinstance(self.weights, (list, tuple)):
             for index, weights in enumerate(self.weights):
                 check_choice(f"weights[{index}]", weights, WEIGHTS)

@@ -175,7 +175,7 @@ def add(path: Path, rows: Iterable[Result]) -> None:
 
 
 def gpu_rows(report: dict) -> list[Result]:
-    """Return rows of the times in a report of `benchmarks.gpu`.
+    """Return rows of the times in a report of `benchmarks.gpu`, and of launches and times of every kernel by name.
 
     Raises:
         ValueError: operations whose numerics disagreed.
@@ -185,8 +185,8 @@ def gpu_rows(report: dict) -> list[Result]:
         raise ValueError(f"expected numerics that agree, got failures of {', '.join(sorted(failed))}; not reported")
     machine, rows = report["machine"], []
 
-    def add_row(shape: Shape, provider: str, operation: str, percentiles: Sequence[float]) -> None:
-        row = shape.row(provider, operation, "ms", percentiles, **origin)
+    def add_row(shape: Shape, provider: str, operation: str, percentiles: Sequence[float], metric: str = "ms") -> None:
+        row = shape.row(provider, operation, metric, percentiles, **origin)
         rounded = dict(zip(("p20", "p50", "p80"), map(_rounded, percentiles), strict=True))
         rows.append(replace(row, **rounded))
 
@@ -202,6 +202,9 @@ def gpu_rows(report: dict) -> list[Result]:
                 add_row(shape, f"{row['way']}, {how}", "whole sample", row[f"sample_{how}_ms"])
         for operation, values in _block_times(row.get("blocks_graph_ms", [])).items():
             add_row(shape, f"{row['way']}, graph", operation, percentiles_of(values))
+        for name, (launches, milliseconds) in row.get("kernels", {}).items():
+            for metric, value in (("ms", milliseconds), ("launches", launches)):
+                add_row(shape, f"{row['way']}, graph", f"kernel {name}", percentiles_of([value]), metric)
     return rows
 
 

@@ -91,6 +91,7 @@ AXES = {
     "rate": [Point("rate", rate, "fashion-mnist", 16, _rate(rate)) for rate in (0.25, 0.5, 0.75, 1.0)],
 }
 WAYS = ("dense", "accelerated", "ActVAR")
+PROJECTED = ("predicted_ms", "predicted_images_per_gpu_hour", "predicted_dollars_per_million")
 WHOLE, BLOCKS, LAST_TWO = "whole sample", "all blocks", "blocks, last two"
 
 
@@ -239,9 +240,10 @@ def text(axis: str, report: dict) -> str:
 
 
 def projection(gpu: str, dollars_per_hour: float, models: Sequence[str], batches: Sequence[int]) -> list[dict]:
-    """Return *predicted* images per GPU-hour and dollars per million images, of whole samples with decoder in bfloat16.
+    """Return launches, *predicted* milliseconds, images per GPU-hour and dollars per million images.
 
-    GPUs share nothing while sampling, so a cluster makes as many times more.
+    They are those of whole samples with decoder in bfloat16, by CUDA graphs. GPUs share nothing while
+    sampling, so a cluster makes as many times more.
     """
     from benchmarks import virtual_gpu
 
@@ -255,6 +257,8 @@ def projection(gpu: str, dollars_per_hour: float, models: Sequence[str], batches
                 rows.append(
                     {"gpu": gpu, "model": model, "batch": batch, "way": way}
                     | {"predicted_ms": milliseconds}
+                    | {f"predicted_{part}_ms": times[f"{part}_ms"] for part in times["launches"]}
+                    | {f"launches_{part}": launches for part, launches in times["launches"].items()}
                     | predicted_cost(milliseconds, batch, dollars_per_hour)
                 )
     return rows
@@ -275,7 +279,7 @@ def projection_text(rows: Sequence[dict]) -> str:
     heads = ("predicted ms", "images/GPU-hour", "$/million")
     lines.append(f"{'model':8s}{'batch':>6s}  {'':8s}" + "".join(f"{head:>17s}" for head in heads))
     for row in rows:
-        values = [row[name] for name in row if name.startswith("predicted")]
+        values = [row[name] for name in PROJECTED]
         lines.append(f"{row['model']:8s}{row['batch']:6d}  {row['way']:8s}" + "".join(f"{v:17,.1f}" for v in values))
     return "\n".join(lines)
 

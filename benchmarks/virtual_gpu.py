@@ -108,7 +108,9 @@ def _skip(value: str) -> str | float:
 
 
 def sampling_run(model: str, batch: int, arch: int, config: ActVARConfig, expert_execution: str = "auto") -> Run:
-    """Sample once with a model of an official size on a virtual GPU: transformer in bfloat16, autoencoder in float32.
+    """Sample once with a model of an official size on a virtual GPU: transformer and decoder in bfloat16.
+
+    `torch.autocast` has no effect in a build of torch for the CPU, so that the decoder's weights are in bfloat16.
 
     Raises:
         HostSyncError: the host would wait for the GPU.
@@ -126,9 +128,12 @@ def sampling_run(model: str, batch: int, arch: int, config: ActVARConfig, expert
     )
     with using_backend("triton"), virtual_gpu(arch) as gpu:
         to_fake_cuda(vae)
-        to_fake_cuda(var, torch.bfloat16)
+        for module in (vae.decoder, vae.post_quant_conv, var):
+            to_fake_cuda(module, torch.bfloat16)
         patch_silently(var, config, Execution("fast", expert_execution=expert_execution))
         labels = torch.empty(batch, dtype=torch.int64, device="cuda")
+        with torch.no_grad():  # copies of weights are kept from one sample to the next
+            vae.fhat_to_img(torch.empty(batch, vae.Cvae, sides[-1], sides[-1], dtype=torch.bfloat16, device="cuda"))
         _mark_regions(gpu, vae, var)
         gpu.launches.clear()
         var.autoregressive_infer_cfg(batch, labels, cfg=1.5, top_k=900, top_p=0.96)
@@ -149,7 +154,8 @@ def _mark_regions(gpu: VirtualGPU, vae: torch.nn.Module, var: torch.nn.Module) -
 
     for number, block in enumerate(var.blocks):
         block.forward = within(str(number), block.forward)
-    vae.fhat_to_img = within("decoder", vae.fhat_to_img, then="decoder")
+    decode = vae.fhat_to_img
+    vae.fhat_to_img = within("decoder", lambda f_hat: decode(f_hat.to(torch.bfloat16)), then="decoder")
 
 
 def _split(launches: list[Launch], sides: tuple[int, ...]) -> Run:
@@ -193,12 +199,18 @@ def summary(run: Run, card: Card, share: Share) -> dict[str, object]:
         )
     last_two = sum(step["blocks_ms"] + step["rest_ms"] for step in steps[-2:])
     whole = milliseconds(run.before) + sum(step["blocks_ms"] + step["rest_ms"] for step in steps)
-    everything = [run.before, *(launches for step in run.steps for launches in (*step.blocks, step.rest))]
+    blocks = [launch for step in run.steps for block in step.blocks for launch in block]
+    rest = [*run.before, *(launch for step in run.steps for launch in step.rest)]
     return {
         "steps": steps,
         "last_two_steps_ms": last_two,
         "whole_run_ms": whole,
-        "launches": sum(launch.launches for launches in everything for launch in launches),
+        "launches": {
+            part: sum(launch.launches for launch in launches)
+            for part, launches in (("blocks", blocks), ("rest", rest), ("decoder", run.decoder))
+        },
+        "blocks_ms": milliseconds(blocks),
+        "rest_ms": milliseconds(rest),
         "decoder_ms": milliseconds(run.decoder),
     }
 
@@ -238,7 +250,8 @@ def text(report: dict) -> str:
         lines.append(f"  {active} launches per block at the last two scales{verdict} (of all scales: {spread})")
         megabytes = ", ".join(f"{step['megabytes_per_block']:.1f} MB" for step in steps[-2:])
         lines.append(f"  {megabytes} per block at the last two scales")
-        lines.append(f"  {report[name]['launches']} launches in the whole run")
+        parts = ", ".join(f"{count} in the {part}" for part, count in report[name]["launches"].items())
+        lines.append(f"  launches of a sample: {parts}")
         lines.append("")
     lines.append(f"{'predicted ms':22s} {'dense':>9s} {'ActVAR':>9s} {'speed-up':>9s}")
     dense, actvar = report["dense"], report["actvar"]

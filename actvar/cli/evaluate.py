@@ -19,9 +19,11 @@ from actvar.cli.options import (
     expect_folder,
     load,
     positive,
+    sampler_of,
     say_device,
     write_json,
 )
+from actvar.execution import SAMPLERS
 from actvar.models.checkpoint import usable_device
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 
@@ -54,6 +56,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="FID and distance from the dense images by EfficientNet-Lite0 (default: if its weights are installed)",
     )
     command.add_argument("--plot", type=Path, help="PNG file to draw quality over time to")
+    command.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        help="how all methods draw tokens (default fast on a GPU, otherwise as an adapter recommends, or as the public "
+        "code)",
+    )
     command.add_argument("--npz", type=Path, help="folder for the images of each method, for OpenAI's evaluator")
 
 
@@ -77,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise ImportError(f"{error}; install the packages of evaluation: pip install actvar[eval]") from error
     names = ("num", "seed", "repeats", "batch", "cfg", "top_k", "top_p", "rounds")
-    how = Evaluation(**{name: getattr(options, name) for name in names})
+    how = Evaluation(**{name: getattr(options, name) for name in names}, sampler=sampler_of(options))
     say_device(options)
     vae, var = load(options, DTYPES[options.dtype])
     placement = dict(device=usable_device(options.device), dtype=DTYPES[options.dtype])

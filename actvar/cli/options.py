@@ -86,6 +86,11 @@ def add_draw(command: argparse._ActionsContainer, like_demo: bool = False) -> No
     command.add_argument("--seed", type=integer, default=0, help="of the sampling noise (default 0)")
 
 
+def sampler_of(options: argparse.Namespace) -> str | None:
+    """Return the sampler of --sampler, by default the fast one on a GPU, whose samples are CUDA graphs; or None."""
+    return options.sampler or ("fast" if options.device.startswith("cuda") else None)
+
+
 def add_rates(command: argparse.ArgumentParser) -> None:
     """Add the option for the rates of tokens and experts."""
     command.add_argument(

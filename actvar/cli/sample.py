@@ -33,6 +33,7 @@ from actvar.cli.options import (
     of_process,
     positive,
     request,
+    sampler_of,
     with_rates,
     write_json,
 )
@@ -85,7 +86,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     add_rates(command)
     how = command.add_argument_group("execution, for ActVAR and --accelerate (default: what the adapter recommends)")
-    how.add_argument("--sampler", choices=SAMPLERS, help="how tokens are drawn; fast: in one kernel, other images")
+    how.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        help="how tokens are drawn, with --compare by all ways; fast: in one kernel, other images (default on a GPU, "
+        "where a sample is a CUDA graph then); torch: as the public code",
+    )
     how.add_argument(
         "--decoder-dtype",
         choices=[name for name, dtype in DTYPES.items() if dtype != torch.float32],
@@ -207,8 +213,9 @@ def _patch(options: argparse.Namespace) -> tuple[ActVARConfig, Path | None]:
 def _execution(options: argparse.Namespace, adapter: Path | None) -> Execution | None:
     """Return the Execution of the options, beside what the adapter recommends; None where no option is given."""
     given: dict[str, str] = {}
-    if options.sampler:
-        given["sampler"] = options.sampler
+    sampler = sampler_of(options)
+    if sampler:
+        given["sampler"] = sampler
     if options.decoder_dtype:
         given["decoder_dtype"] = str(DTYPES[options.decoder_dtype]).removeprefix("torch.")
     if options.weights:

@@ -20,15 +20,18 @@ from actvar.evaluate.lite0_quality import DenseFeatures, Lite0Quality
 from actvar.evaluate.methods import Method
 from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import FEWEST_IMAGES, ImageQuality
+from actvar.execution import SAMPLERS
 from actvar.families import family_of
 from actvar.flops import sampling_flops
 from actvar.models import VAR
 from actvar.models.arguments import SEEDS, checked_draw, checked_integer
 from actvar.patching.patch import unpatched
 from actvar.sampling.request import Sampling
+from actvar.sampling.samplers import drawn_by
 from actvar.sampling.shards import Bulk, read_images, sample_many, write_npz
 from actvar.sampling.timing import seconds_of
 from actvar.utils.devices import device_of
+from actvar.utils.fields import check_choice
 from actvar.utils.files import replacing
 from actvar.utils.fingerprint import model_fingerprint
 from actvar.utils.progress import progress
@@ -49,6 +52,7 @@ class Evaluation:
         batch: images per batch, in sampling and in timing.
         cfg, top_k, top_p: see `VAR.autoregressive_infer_cfg`.
         rounds: timed batches of every method.
+        sampler: by which all methods draw tokens; None leaves each its own, which an adapter may recommend.
 
     Numbers of any kind become Python's own.
 
@@ -64,8 +68,10 @@ class Evaluation:
     top_k: int = 0
     top_p: float = 0.0
     rounds: int = 5
+    sampler: str | None = None
 
     def __post_init__(self):
+        check_choice("sampler", self.sampler, (None, *SAMPLERS))
         draw = checked_draw(None, self.cfg, self.top_k, self.top_p)
         numbers = {name: checked_integer(name, getattr(self, name), 1) for name in ("num", "repeats", "batch")}
         numbers["rounds"] = checked_integer("rounds", self.rounds, 0)
@@ -85,7 +91,8 @@ class Evaluation:
 
     def draw(self, seed: int) -> dict[str, object]:
         """Return the settings on which the images of one seed depend."""
-        return asdict(replace(self, seed=seed, repeats=1, rounds=0))
+        settings = asdict(replace(self, seed=seed, repeats=1, rounds=0))
+        return {name: value for name, value in settings.items() if value is not None}
 
     @property
     def seeds(self) -> range:
@@ -198,7 +205,7 @@ def evaluate(
         by_lite0 = _ByLite0(lite0, var, how, parts)
     results = []
     for method in progress(methods, desc="methods"):
-        with method.applied(var):
+        with method.applied(var), drawn_by(var, how.sampler):
             facts = {
                 "method": method.name,
                 "facts": method.facts,
@@ -228,7 +235,7 @@ class _ByLite0:
 
     def __init__(self, lite0: Lite0Quality, var: VAR, how: Evaluation, parts: Parts):
         self.lite0, self.bulks, self.folders = lite0, {}, {}
-        with unpatched(var):
+        with unpatched(var), drawn_by(var, how.sampler):
             model = model_fingerprint(var, family_of(var).autoencoder(var))
             facts = {"model": model, "device": device_of(var).type}
             for seed in how.seeds:
@@ -301,7 +308,7 @@ def image_seconds(var: VAR, methods: Sequence[Method], how: Evaluation) -> list[
     with progress(total=how.rounds * len(methods), desc="timing") as bar:
         for _ in range(how.rounds):
             for method, method_seconds in zip(methods, seconds, strict=True):
-                with method.applied(var):
+                with method.applied(var), drawn_by(var, how.sampler):
                     sampling.run(var)
                     method_seconds.append(seconds_of(lambda: sampling.run(var), device) / how.batch)
                 bar.update()
@@ -326,7 +333,7 @@ def write_samples(var: VAR, methods: Sequence[Method], how: Evaluation, folder: 
     for method in methods:
         for seed in how.seeds:
             bulk, name = how.bulk(var, seed), f"{method.name}-seed{seed}"
-            with method.applied(var):
+            with method.applied(var), drawn_by(var, how.sampler):
                 sample_many(var, bulk, folder / name)
             written.append(folder / f"{name}.npz")
             write_npz(folder / name, bulk, written[-1])

@@ -13,6 +13,7 @@ class PatchedState(Protocol):
 
     config: Any
     execution: Any
+    graphs: Any
     seed: Tensor | None
     rows_are_guided: bool
     rows_stand_alone: bool
@@ -20,7 +21,7 @@ class PatchedState(Protocol):
     first_tuned: int
     scale_is_tuned: bool
 
-    def during(self, **flags: bool) -> AbstractContextManager[None]:
+    def during(self, **flags: Any) -> AbstractContextManager[None]:
         """Set flags of the state while the context is open."""
         ...
 

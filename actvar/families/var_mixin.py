@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from actvar.families.layers import linear_called, module_called
+from actvar.families.requests import Request
 from actvar.families.var_scales import logits_by_scale
-from actvar.models.arguments import checked_labels, one_thread
-from actvar.models.token_draw import sample_guided
+from actvar.models.arguments import checked_draw, checked_integer, checked_labels, one_thread
+from actvar.models.token_draw import fast_draw, generators, sample_guided, seed_tensor
 from actvar.models.transformer_block import HeadNorm
 from actvar.models.var import VAR
 from actvar.utils.class_swap import own_class
@@ -58,20 +59,59 @@ class PatchedVAR(_Base):
     def autoregressive_infer_cfg(self, B, label_B, *args, **kwargs):
         """Sample as the model itself does, with the arguments and errors of `VAR.autoregressive_infer_cfg`.
 
-        The K/V caches are empty afterwards, also after an exception.
+        The K/V caches are empty afterwards, also after an exception. By the fast sampler a GPU may replay a CUDA graph
+        of the whole sample, see `actvar.Execution`.
 
         Raises:
-            ValueError: the blocks are not those that were patched.
+            ValueError: the blocks are not those that were patched, or the Execution asks for a graph that is not
+                possible.
         """
-        self.actvar.expect_own_blocks(self)
+        state = self.actvar
+        state.expect_own_blocks(self)
         loop_is_ours = own_class(self).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg
         if not loop_is_ours:
             label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
-        # another sampling loop, or a hook, may need a block's input after the block has run
+        wanted = state.execution.cuda_graph
+        with one_thread(self):
+            request = None
+            if loop_is_ours and state.execution.sampler == "fast":
+                request = self.request(B, label_B, *args, **kwargs)
+            if request is not None:
+                return state.graphs.images(self, request, self.drawn, wanted)
+            state.graphs.refuse(self, wanted, "more_smooth draws from PyTorch's generator")
+            with state.sampling(self, in_place=loop_is_ours and not self._watched()):
+                return super().autoregressive_infer_cfg(B, label_B, *args, **kwargs)
+
+    def request(self, B, label_B, g_seed=None, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False) -> Request | None:
+        """Return what a sample by the fast sampler depends on, or None where its noise is PyTorch's.
+
+        Arguments and errors are those of `VAR.autoregressive_infer_cfg`.
+        """
+        if more_smooth:
+            return None
+        device = self.lvl_1L.device
+        g_seed, cfg, top_k, top_p = checked_draw(g_seed, cfg, top_k, top_p, self.V)
+        B = checked_integer("B", B, 1)
+        checked: Any = checked_labels(B, label_B, self.num_classes, device)
+        if checked is None:
+            labels = self._labels(B, None, generators(g_seed, B, device))
+        elif isinstance(checked, int):
+            labels = torch.full((B,), checked, device=device)
+        else:
+            labels = label_B.long()
+        return Request(labels, seed_tensor(g_seed, B, device), cfg, top_k, top_p)
+
+    def drawn(self, request: Request) -> Tensor:
+        """Return the images of a request, drawn kernel by kernel or recorded by the capture of a graph."""
+        labels, seeds, *draw = request
+        in_place = not self._watched()
+        with self.actvar.during(seed=seeds), self.actvar.sampling(self, in_place=in_place):
+            return super().autoregressive_infer_cfg(len(labels), labels, None, *draw)
+
+    def _watched(self) -> bool:
+        """Return whether a hook may need a block's input after the block has run."""
         layers = (*self.blocks, *map(unwrapped, self.blocks))
-        watched = any(block._forward_hooks or block._forward_pre_hooks for block in layers)
-        with one_thread(self), self.actvar.sampling(self, in_place=loop_is_ours and not watched):
-            return super().autoregressive_infer_cfg(B, label_B, *args, **kwargs)
+        return any(block._forward_hooks or block._forward_pre_hooks for block in layers)
 
     def decode(self, f_hat):
         """Decode features `[B, Cvae, side, side]` as `VAR.decode` does, in the precision of the Execution."""
@@ -151,13 +191,7 @@ class PatchedVAR(_Base):
                 logits, guidance = logits.repeat(2, 1, 1), 0.0
             return super().draw(logits, guidance, top_k, top_p, rng, scale)
 
-        def drawn(logits, seed):
-            return sample_tokens(logits, guidance, top_k, top_p, seed=seed, step=scale)
-
-        if rng is None:
-            seed = self.actvar.seed
-            return drawn(logits, torch.randint(2**62, (1,), device=logits.device) if seed is None else seed)
-        if isinstance(rng, torch.Generator):
-            return drawn(logits, rng.initial_seed())
-        B = len(rng)
-        return torch.cat([drawn(logits[b::B], generator.initial_seed()) for b, generator in enumerate(rng)])
+        seeds = self.actvar.seed
+        if rng is not None or seeds is None:
+            return fast_draw(logits, guidance, top_k, top_p, rng, scale)
+        return sample_tokens(logits, guidance, top_k, top_p, seed=seeds, step=scale)

@@ -31,8 +31,10 @@ from actvar.utils.modes import no_grad
 from actvar.utils.plain_layers import is_plain
 from actvar_kernels import BackendUnavailableError, add_residual, choose_fused, conv3x3, group_norm_silu
 from actvar_kernels.backend import get_backend
+from actvar_kernels.conv3x3 import gpu
+from actvar_kernels.conv3x3.gpu import conv1x1
 from actvar_kernels.cpu_backend.memory import reused_memory
-from actvar_kernels.cpu_backend.packing import drop_changed
+from actvar_kernels.cpu_backend.packing import drop_changed, packed
 from actvar_kernels.situation import wants_gradient
 
 
@@ -185,9 +187,11 @@ class Fused(NamedTuple):
         """Return `block(x)` for `x` `[B, C, H, W]`."""
         if not is_plain(block, AttnBlock):
             return block(x)
-        h = pixel_attention(block.qkv(self.norm_silu(block.norm, x, silu=False)))
+        h = self.norm_silu(block.norm, x, silu=False)
+        qkv = conv1x1(h, block.qkv.weight, block.qkv.bias) if self._reads(block.qkv) else block.qkv(h)
+        h = pixel_attention(qkv)
         if self._reads(block.proj_out):
-            return add_residual(x, F.conv2d(channels_last(h), block.proj_out.weight), block.proj_out.bias)
+            return add_residual(x, conv1x1(channels_last(h), block.proj_out.weight), block.proj_out.bias)
         return x + block.proj_out(h)
 
     def upsample(self, module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -198,7 +202,7 @@ class Fused(NamedTuple):
         if not is_plain(module, Upsample):
             return module(x), None
         if self._reads(module.conv):
-            return conv3x3(twice_as_large(x), module.conv.weight, None), module.conv.bias
+            return conv3x3(x, module.conv.weight, None, enlarge=True), module.conv.bias
         return self.conv(module.conv, x, enlarge=True), None
 
     def conv(
@@ -240,23 +244,11 @@ def _shortcut(conv: Any, x: torch.Tensor, offset: torch.Tensor | None) -> tuple[
         return x, offset
     bias = conv.bias
     if offset is not None:
-        bias = bias + (conv.weight.flatten(1) * offset).sum(dim=1)
-    return F.conv2d(x, conv.weight), bias
 
+        def with_offset() -> torch.Tensor:
+            """Return the bias with what the convolution makes of the offset."""
+            return conv.bias + (conv.weight.flatten(1) * offset).sum(dim=1)
 
-def twice_as_large(x: torch.Tensor) -> torch.Tensor:
-    """Return `F.interpolate(x, scale_factor=2, mode="nearest")` in the memory format `channels_last`.
-
-    It is copied 16 bytes at a time where the number of channels allows it, and in x's dtype even under autocast.
-
-    Args:
-        x: `[B, C, H, W]` in a floating dtype, where C times its bytes is a multiple of 8.
-    """
-    B, C, H, W = x.shape
-    rows = channels_last(x).permute(0, 2, 3, 1)
-    for wide in (torch.complex128, torch.int64):
-        if C * x.element_size() % wide.itemsize == 0:
-            rows = rows.view(wide)
-            break
-    rows = rows[:, :, None, :, None].expand(B, H, 2, W, 2, rows.shape[3]).reshape(B, 2 * H, 2 * W, rows.shape[3])
-    return rows.view(x.dtype).permute(0, 3, 1, 2)
+        on_gpu = gpu.takes(x)  # where copies are kept
+        bias = packed((conv.weight, conv.bias, offset), "bias with offset", with_offset) if on_gpu else with_offset()
+    return conv1x1(x, conv.weight), bias

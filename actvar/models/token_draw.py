@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from actvar_kernels import sample_tokens
 from actvar_kernels.token_draw import cpu_public, public
 
 Randomness = torch.Generator | Sequence[torch.Generator] | None
@@ -27,9 +28,53 @@ def generators(g_seed: int | Sequence[int] | None, B: int, device: torch.device)
         return None
     if not isinstance(g_seed, Sequence):
         return torch.Generator(device).manual_seed(g_seed)
-    if len(g_seed) != B:
-        raise ValueError(f"g_seed: expected an int, or one per image, {B} of them, got {len(g_seed)}")
+    _expect_one_per_image(g_seed, B)
     return [torch.Generator(device).manual_seed(seed) for seed in g_seed]
+
+
+def seed_tensor(g_seed: int | Sequence[int] | None, B: int, device: torch.device) -> torch.Tensor:
+    """Return seeds for `actvar_kernels.sample_tokens`, `[1]` or with one per image `[B]` int64, modulo 2^64.
+
+    Without a seed torch's global generator draws one.
+
+    Args:
+        g_seed, B: as in `generators`.
+        device: device of the tensor.
+
+    Raises:
+        ValueError: a sequence of another length than `B`.
+    """
+    if g_seed is None:
+        return torch.randint(2**62, (1,), device=device)
+    seeds = g_seed if isinstance(g_seed, Sequence) else (g_seed,)
+    if seeds is g_seed:
+        _expect_one_per_image(seeds, B)
+    return torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], dtype=torch.int64, device=device)
+
+
+def seeds_of(rng: Randomness) -> int | tuple[int, ...] | None:
+    """Return the seeds of generators; None for torch's global one."""
+    if rng is None or isinstance(rng, torch.Generator):
+        return None if rng is None else rng.initial_seed()
+    return tuple(generator.initial_seed() for generator in rng)
+
+
+def fast_draw(
+    logits: torch.Tensor, guidance: float | None, top_k: int, top_p: float, rng: Randomness, scale: int
+) -> torch.Tensor:
+    """Draw tokens `[B, L]` int64 in one kernel, by the seeds of `rng`; arguments are those of `VAR.draw`.
+
+    Guidance is None for logits `[B, L, V]` that have it already.
+    """
+    images = len(logits) if guidance is None else len(logits) // 2
+    seeds = seed_tensor(seeds_of(rng), images, logits.device)
+    return sample_tokens(logits, guidance, top_k, top_p, seed=seeds, step=scale)
+
+
+def _expect_one_per_image(seeds: Sequence[int], B: int) -> None:
+    """Raise a ValueError unless there are `B` seeds."""
+    if len(seeds) != B:
+        raise ValueError(f"g_seed: expected an int, or one per image, {B} of them, got {len(seeds)}")
 
 
 def sample_top_k_top_p(logits: torch.Tensor, top_k: int, top_p: float, rng: Randomness = None) -> torch.Tensor:

@@ -161,9 +161,9 @@ def _expect_runs(model: nn.Module, execution: Execution) -> None:
         raise ValueError(f"weights: {family_of(model).name} does not multiply in eight bits; leave it None")
     if family_of(model).has_draw_and_decode(model):
         return
-    for name in ("sampler", "decoder_dtype"):
+    for name in ("sampler", "decoder_dtype", "cuda_graph"):
         value, default = getattr(execution, name), getattr(Execution(), name)
-        if value != default:
+        if value not in (default, False):
             raise ValueError(
                 f"{name}: {value!r} needs actvar.models.VAR, whose sampling loop it is part of, got "
                 f"{type(model).__name__}; load the checkpoint with actvar.load_var, or use "
@@ -224,13 +224,17 @@ def take_off(var: nn.Module) -> None:
 def refresh(module: nn.Module) -> None:
     """Drop the packed copies that kernels keep of the weights in `module`.
 
-    A sample of a patched model, and `fhat_to_img` of an autoencoder, find changed weights themselves. Direct calls of
-    `actvar_kernels.linear`, `expert_ffn` and `conv3x3` find changes that PyTorch counts or that move the weight. Call
-    this before such a direct call after any other change (through `.data`, by fused optimizers, through NumPy).
+    On a CPU a sample of a patched model, and `fhat_to_img` of an autoencoder, find changed weights themselves. On a
+    GPU, and in direct calls of `actvar_kernels.linear`, `expert_ffn` and `conv3x3`, changes are found that PyTorch
+    counts or that move the weight. Call this there after any other change (through `.data`, by fused optimizers,
+    through NumPy), of the autoencoder on a GPU and of the arguments of direct calls. The CUDA graphs of a
+    patched model are dropped as well.
 
     Args:
         module: a model, or any part of one.
     """
+    if is_patched(unwrapped(module)):
+        unwrapped(module).actvar.graphs.release()
     in_place = [parameter for part in module.modules() for parameter in part._parameters.values()]
     drop(parameter for parameter in (*in_place, *own_parameters(module).values()) if parameter is not None)
 
@@ -238,7 +242,8 @@ def refresh(module: nn.Module) -> None:
 def release_cache(var: nn.Module) -> None:
     """Give back the memory that a patched model keeps from one sample for the next.
 
-    It holds the K/V cache, on the CPU packed copies of weights, and up to 1 GiB that the decoder used.
+    It holds the K/V cache, on a GPU the CUDA graphs of samples with their pool of memory, on the CPU packed copies of
+    weights, and up to 1 GiB that the decoder used.
 
     Args:
         var: a patched model.

@@ -20,6 +20,7 @@ from actvar.patching.patch import patched_silently, unpatched
 from actvar.reports.similarity import psnr, ssim
 from actvar.reports.token_overlay import save_token_overlay
 from actvar.sampling.request import Sampling
+from actvar.sampling.samplers import drawn_by
 from actvar.sampling.timing import block_seconds, interleaved_medians, seconds_of
 from actvar.sparse.schedule import build_schedule
 from actvar.sparse.state import patch_state, record
@@ -161,7 +162,7 @@ def all_ways(var: nn.Module, measure: Callable[[], Measured]) -> dict[str, Calla
     """Return `measure` by the name of the way in which it finds the model.
 
     `actvar` is the patched `var`, `dense` the model without its patch, and `accelerated` the dense model on the kernels
-    by the same Execution.
+    by the same Execution. All draw tokens by the sampler of that Execution.
 
     Args:
         var: a patched model.
@@ -169,7 +170,8 @@ def all_ways(var: nn.Module, measure: Callable[[], Measured]) -> dict[str, Calla
     """
 
     def dense() -> Measured:
-        with unpatched(var):
+        sampler = patch_state(var).execution.sampler
+        with unpatched(var), drawn_by(var, sampler):
             return measure()
 
     def accelerated() -> Measured:
@@ -206,10 +208,12 @@ def save_comparison(
     Returns:
         The files.
     """
-    dense = sampling.run(var)
     with patched_silently(var, config, adapter, execution), record(var) as records:
         sparse = sampling.run(var)
-        selects = any(scale.select for scale in patch_state(var).schedule)
+        state = patch_state(var)
+        selects = any(scale.select for scale in state.schedule)
+    with drawn_by(var, state.execution.sampler):
+        dense = sampling.run(var)
     shown = {"dense": dense, "actvar": sparse, "difference": (dense - sparse).abs()}
     written = []
     for name, images in shown.items():

@@ -19,8 +19,8 @@ from actvar_kernels.backend import get_backend
 def summary(var: nn.Module) -> str:
     """Return lines of text that say how a model samples.
 
-    They name what each scale leaves out, dtypes, the sampler, the backend, the FLOPs that are saved, and the parts that
-    are called instead of fused.
+    They name what each scale leaves out, dtypes, the sampler, the backend, the FLOPs that are saved, on a GPU whether
+    samples are CUDA graphs, and the parts that are called instead of fused.
 
     Args:
         var: a VAR, patched or not, which may be inside a wrapper.
@@ -42,6 +42,7 @@ def summary(var: nn.Module) -> str:
         f"weights {dtype}, decoder {execution.decoder_dtype or 'as it is'}, sampler {execution.sampler}, "
         f"backend {get_backend()}",
         *_formats(state),
+        *state.graphs.described(model, execution.cuda_graph),
         f"FLOPs of the transformer: {own / 1e9:.2f} G an image, {1 - own / dense:.1%} saved",
     ]
     not_fused = called_parts(state.called, state.head_called)

@@ -16,6 +16,7 @@ from actvar.families.base import BlockCall, Called, Family
 from actvar.sparse.called_layers import expect_readable, log_called
 from actvar.sparse.passes import Pass, Passes
 from actvar.sparse.record import BlockRecord
+from actvar.sparse.sample_graphs import SampleGraphs
 from actvar.sparse.schedule import Scale, build_schedule
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels.cpu_backend.packing import drop_changed
@@ -33,7 +34,8 @@ class PatchState:
         rows_are_guided: whether conditional rows come first, then as many unconditional ones.
         keeps_kv_buffer: whether the K/V cache may lie in memory that the last sample left.
         writes_in_place: whether a block may write its result into its input.
-        seed: the fast sampler's seed for samples that are given none, `[1]` int64, or None.
+        seed: the fast sampler's seeds while it samples, `[1]` or with one per image `[B]` int64, otherwise None.
+        graphs: CUDA graphs of whole samples.
         records: the list that blocks append their records to, or None.
         passes: the passes whose tensors are alive.
         maps: height and width of the token maps that the schedules are for.
@@ -58,6 +60,7 @@ class PatchState:
     keeps_kv_buffer: bool = False
     writes_in_place: bool = False
     seed: Tensor | None = None
+    graphs: SampleGraphs = field(default_factory=SampleGraphs)
     records: list[BlockRecord] | None = None
     passes: Passes = field(default_factory=Passes)
     traced: Pass | None = None
@@ -92,8 +95,8 @@ class PatchState:
         return [unwrapped(block) for block in self.family.blocks(model)]
 
     @contextmanager
-    def during(self, **flags: bool) -> Iterator[None]:
-        """Set flags such as `rows_are_guided`, `keeps_kv_buffer` or `writes_in_place` while the context is open."""
+    def during(self, **flags: Any) -> Iterator[None]:
+        """Set flags such as `rows_are_guided`, or `seed`, while the context is open."""
         state, previous = vars(self), {name: getattr(self, name) for name in flags}
         try:
             state.update(flags)

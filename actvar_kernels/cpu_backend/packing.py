@@ -2,6 +2,7 @@
 
 PyTorch counts most changes of a tensor (`_version`). It does not count those through `.data`, by fused optimizers, by
 NumPy views or by other processes. `drop_changed` finds these by a checksum of the original, so a sample begins with it.
+Tensors on a GPU have no checksum, since the host would wait for it: there `drop` has to follow such a change.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Packed(NamedTuple):
     Attributes:
         originals: references to the tensors.
         states: their addresses, versions and dtypes.
-        checksums: of their values.
+        checksums: of their values; none on a GPU.
         copy: what `packed` returns.
     """
 
@@ -36,6 +37,7 @@ class Packed(NamedTuple):
 
 _cache: dict[int, dict[Hashable, Packed]] = {}
 """Copies by the id of their first original and by their layout."""
+_drops = 0
 
 
 def packed(tensors: Sequence[torch.Tensor], layout: Hashable, pack: Callable[[], T]) -> T:
@@ -44,7 +46,7 @@ def packed(tensors: Sequence[torch.Tensor], layout: Hashable, pack: Callable[[],
     A change is seen here by a tensor's version, address or dtype. `drop_changed` sees every change.
 
     Args:
-        tensors: plain CPU tensors that `pack` reads, of any shape and dtype; the copy is freed with the first of them.
+        tensors: plain tensors that `pack` reads, of any shape and dtype; the copy is freed with the first of them.
         layout: what else the copy depends on.
         pack: makes the copy.
     """
@@ -59,7 +61,7 @@ def packed(tensors: Sequence[torch.Tensor], layout: Hashable, pack: Callable[[],
         or found.states != states
         or any(r() is not t for r, t in zip(found.originals, tensors, strict=True))
     ):
-        before = tuple(checksums(tensors))  # of what `pack` reads, so that a change on the way is found later
+        before = _sums(tensors)  # of what `pack` reads, so that a change on the way is found later
         found = of_tensor[layout] = Packed(tuple(map(weakref.ref, tensors)), states, before, pack())
     return found.copy
 
@@ -85,8 +87,9 @@ def drop_changed(tensors: Iterable[torch.Tensor | None]) -> None:
             if tuple(map(_state, present)) != found.states:  # fewer states where an original is gone
                 of_tensor.pop(layout, None)
             else:
-                kept.append((of_tensor, layout, found))
-                originals.update((id(original), original) for original in present)
+                if found.checksums:
+                    kept.append((of_tensor, layout, found))
+                    originals.update((id(original), original) for original in present)
     found_sums = dict(zip(originals, checksums(list(originals.values())), strict=True))
     for of_tensor, layout, found in kept:
         if tuple(found_sums[id(reference())] for reference in found.originals) != found.checksums:
@@ -95,8 +98,25 @@ def drop_changed(tensors: Iterable[torch.Tensor | None]) -> None:
 
 def drop(tensors: Iterable[torch.Tensor]) -> None:
     """Drop all copies of `tensors`."""
+    global _drops
+    _drops += 1
     for tensor in tensors:
         _cache.get(id(tensor), {}).clear()
+
+
+def drops() -> int:
+    """Return how often `drop` was called, which says whether copies that were read once are still those of now."""
+    return _drops
+
+
+def copies(tensors: Iterable[torch.Tensor]) -> list[Any]:
+    """Return all copies of `tensors`, which live as long as the list does."""
+    return [found.copy for tensor in tensors for found in _cache.get(id(tensor), {}).values()]
+
+
+def _sums(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Return checksums of tensors on the CPU, and nothing for others."""
+    return tuple(checksums(tensors)) if all(tensor.is_cpu for tensor in tensors) else ()
 
 
 def _state(tensor: torch.Tensor) -> tuple:

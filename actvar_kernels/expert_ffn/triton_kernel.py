@@ -91,7 +91,7 @@ def _launch(
         schedule = "dense" if measured is None else measured.schedule
     aligned = all(_aligned(t) for t in (u, fc1_weight, fc2_weight))
     size = None if measured is None else (measured.rows, measured.columns)
-    tile = tiles.expert_ffn_tiles(arch, u.dtype, T, C, D // N, aligned, size)
+    tile = tiles.expert_ffn_tiles(arch, u.dtype, T, C, D // N, aligned, tiles.multiprocessors(u), size)
     up, down = tile.up, tile.down
     if schedule == "dense":
         order = choice = None
@@ -132,7 +132,7 @@ def _launch(
             num_warps=up.warps,
             enable_fp_fusion=True,
             num_stages=up.stages,
-            maxnreg=up.registers,
+            **tiles.most_registers(up.registers),
         )
     _down[(triton.cdiv(C, down.columns), row_tiles)](
         matrix(hidden, tile.rows, down.depth),

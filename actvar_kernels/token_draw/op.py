@@ -41,8 +41,9 @@ def sample_tokens(
         guidance: strength t of classifier-free guidance; None: logits `[B, L, V]` that are guided already.
         top_k: 0 ... V; 0 keeps all.
         top_p: 0 ... 1; 0 keeps all.
-        seed: int, taken modulo 2^64, or an int64 tensor with one element on the logits' device. A CUDA graph reads such
-            a tensor anew at every replay. The reference has to wait for the device to read it.
+        seed: int, taken modulo 2^64, or an int64 tensor on the logits' device with one element, or with one for each
+            image. With one for each, image b has the tokens of a batch of it alone with its seed. A CUDA graph reads
+            such a tensor anew at every replay. The reference has to wait for the device to read it.
         step: another one gives another stream from the same seed, such as the index of the scale.
         noise: `[B, L, V]`, floating-point, uniform in (0, 1), instead of a seed; numbers that round to 0 or 1 are
             clipped.
@@ -73,7 +74,7 @@ def sample_tokens(
         expect_one_device(logits, noise)
     seed_tensor, seed_number = None, 0
     if isinstance(seed, torch.Tensor):
-        _expect_seed(seed, logits.device)
+        _expect_seed(seed, images, logits.device)
         seed_tensor = seed
     elif seed is not None:
         seed_number = (as_integer("seed", seed) + 2**63) % 2**64 - 2**63
@@ -84,11 +85,12 @@ def sample_tokens(
     return _run(backend, *arguments)
 
 
-def _expect_seed(seed: torch.Tensor, device: torch.device) -> None:
-    """Raise ValueError unless `seed` is one int64 number on `device`."""
-    if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != device:
+def _expect_seed(seed: torch.Tensor, images: int, device: torch.device) -> None:
+    """Raise ValueError unless `seed` is one int64 number on `device`, or one per image."""
+    if seed.numel() not in (1, images) or seed.dtype != torch.int64 or seed.device != device:
         raise ValueError(
-            f"seed: expected one int64 number on {device}, got {seed.numel()} of {seed.dtype} on {seed.device}"
+            f"seed: expected one int64 number on {device}, or one for each of {images} images, got {seed.numel()} of "
+            f"{seed.dtype} on {seed.device}"
         )
 
 
@@ -109,8 +111,13 @@ def _run(backend: Backend, logits, guidance, top_k, top_p, seed_tensor, seed_num
     if backend.name == "triton":
         from actvar_kernels.token_draw import triton_kernel
 
-        seed = seed_number if seed_tensor is None else seed_tensor
+        seed = seed_number if seed_tensor is None else seed_tensor.contiguous()
         return triton_kernel.sample_tokens(logits, guidance, top_k, top_p, seed, step, noise)
+    if seed_tensor is not None and seed_tensor.numel() > 1:
+        images = seed_tensor.numel()
+        alone = (logits[image::images] for image in range(images))
+        drawn = zip(alone, seed_tensor.tolist(), strict=True)
+        return torch.cat([_run(backend, x, guidance, top_k, top_p, None, seed, step, None) for x, seed in drawn])
     seed = seed_number if seed_tensor is None else int(seed_tensor)
     if backend.name == "cpu":
         return cpu_kernel.sample_tokens(logits, guidance, top_k, top_p, seed, step, noise)

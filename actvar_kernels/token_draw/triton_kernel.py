@@ -35,7 +35,7 @@ def sample_tokens(
         guidance: strength of classifier-free guidance, or None.
         top_k: 0 ... V; 0 keeps all.
         top_p: 0 ... 1; 0 keeps all.
-        seed: number, or an int64 tensor with one element.
+        seed: number, or an int64 tensor with one element, or with one per image.
         step: number of the stream.
         noise: `[B, L, V]`, floating-point, any strides, instead of a seed; or None.
     """
@@ -62,6 +62,7 @@ def sample_tokens(
         1 / (V * NormalDist().pdf(quantile)),
         1 - top_p,
         step,
+        BY_IMAGE=isinstance(seed, torch.Tensor) and seed.numel() > 1,
         GUIDED=guidance is not None,
         TOP_K=top_k > 0,
         TOP_P=top_p > 0,
@@ -108,6 +109,7 @@ def _sample(
     slope,
     tail,
     step,
+    BY_IMAGE: tl.constexpr,
     GUIDED: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
@@ -117,9 +119,9 @@ def _sample(
 ):
     """Draw the token of one position.
 
-    `tail` is 1 - top_p, and `seed` a number or a pointer to one. `quantile` and `slope` say where normally distributed
-    logits have their `top_k`-th highest: `quantile` deviations above the mean. One rank more or less is `slope`
-    deviations.
+    `tail` is 1 - top_p. `seed` is a number or a pointer to one, with `BY_IMAGE` to one per image. `quantile` and
+    `slope` say where normally distributed logits have their `top_k`-th highest: `quantile` deviations above the mean.
+    One rank more or less is `slope` deviations.
     """
     row = tl.program_id(0)
     image, position = (row // positions).to(tl.int64), row % positions
@@ -143,9 +145,12 @@ def _sample(
         threshold = _top_p_threshold(guided, highest, threshold, tail)
 
     if noise_ptr is None:
-        if seed.dtype.is_ptr():
-            seed = tl.load(seed)
-        uniform = tl.maximum(_uniform(seed, row, step, BLOCK), SMALLEST)
+        if BY_IMAGE:
+            uniform = tl.maximum(_uniform(tl.load(seed + image), position, step, BLOCK), SMALLEST)
+        else:
+            if seed.dtype.is_ptr():
+                seed = tl.load(seed)
+            uniform = tl.maximum(_uniform(seed, row, step, BLOCK), SMALLEST)
     else:
         noise_ptr += image * noise_strides[0] + position * noise_strides[1]
         uniform = tl.load(noise_ptr + token * noise_strides[2], mask=real, other=0.5).to(tl.float32)

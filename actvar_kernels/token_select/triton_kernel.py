@@ -13,7 +13,14 @@ import triton.language as tl
 
 from actvar_kernels.constants import NORM_EPS
 from actvar_kernels.triton_backend.rows import channels_last, descending_key, load_rows, load_vector, normalized
-from actvar_kernels.triton_backend.tiles import SCORE_CHUNK, SCORE_ROWS, architecture, row_tiles, select_tiles
+from actvar_kernels.triton_backend.tiles import (
+    SCORE_CHUNK,
+    SCORE_ROWS,
+    architecture,
+    most_registers,
+    row_tiles,
+    select_tiles,
+)
 
 _EPS = tl.constexpr(NORM_EPS)
 _LOWEST = tl.constexpr(-(2**31))
@@ -93,7 +100,7 @@ def select_tokens(
         CHUNK=SCORE_CHUNK,
         num_warps=tiles.warps,
         enable_fp_fusion=True,
-        maxnreg=tiles.registers,
+        **most_registers(tiles.registers),
     )
     return index, modulated, scores, x if base is None else base
 

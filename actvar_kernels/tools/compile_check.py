@@ -3,7 +3,8 @@
     python -m actvar_kernels.compile_check --arch 90 --models d16
 
 needs no GPU: the operations are called on a virtual one. A kernel passes if nothing is spilled, its shared memory fits,
-and its matrix products run on tensor cores with asynchronous copies in their loop.
+and its matrix products run on tensor cores with asynchronous copies in their loop. AMD's cores have no such copies, and
+`--arch gfx942` asks for none.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ from tqdm import tqdm
 from actvar_kernels.operations.shapes import DTYPES, INFINITY, MODELS
 from actvar_kernels.tools.compile_cases import cases
 from actvar_kernels.tools.virtual import CompiledKernel, virtual_gpu, why_unavailable
-from actvar_kernels.tools.virtual.driver import SHARED_MEMORY_KIB
+from actvar_kernels.tools.virtual.driver import SHARED_MEMORY_KIB, Architecture
 from actvar_kernels.tools.virtual.resources import Resources, resources
 from actvar_kernels.triton_backend.tiles import ARCHITECTURES
 
 CHECKED = (*MODELS, *INFINITY)
-TENSOR_CORES = {90: "HGMMA", 100: "UTC.*MMA"}  # others: HMMA
+TENSOR_CORES: dict[Architecture, str] = {90: "HGMMA", 100: "UTC.*MMA"}  # others: HMMA
 # A product with fewer rows than a warp group's 64 runs on the older instruction, which these architectures have too.
 WARP_GROUP_ROWS = 64
+AMD_ARCHITECTURES = ("gfx942", "gfx1100")
+AMD_PRODUCTS = ("v_mfma", "v_wmma")
 ASYNCHRONOUS_COPIES = ("LDGSTS", "UTMALDG")
 _PRODUCT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \*")
 
@@ -42,7 +45,7 @@ _PRODUCT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \*")
 class Job:
     """Name what one process compiles: all cases of a model, batch and type for one architecture."""
 
-    arch: int
+    arch: Architecture
     model: str
     batch: int
     dtype: str
@@ -54,7 +57,7 @@ class Row:
 
     Attributes:
         kernel: name of the kernel, or of the case.
-        arch: compute capability.
+        arch: compute capability, or AMD's name of an architecture.
         case: operation, model, batch and type.
         configuration: constants, warps and stages.
         registers: registers of a thread.
@@ -65,7 +68,7 @@ class Row:
     """
 
     kernel: str
-    arch: int
+    arch: Architecture
     case: str
     configuration: str
     registers: int
@@ -89,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = check(todo, options.processes)
     print(table(rows))
     failures = sum(bool(row.faults) for row in rows)
-    architectures = ", ".join(f"sm_{arch}" for arch in sorted({row.arch for row in rows}))
+    architectures = ", ".join(dict.fromkeys(named(row.arch) for row in rows))
     print(f"{len(rows)} kernels on {architectures}: {failures} failures")
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -107,7 +110,8 @@ class LineParser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = LineParser("python -m actvar_kernels.compile_check", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--arch", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES, metavar="ARCH")
+    known = (*ARCHITECTURES, *AMD_ARCHITECTURES)
+    parser.add_argument("--arch", nargs="+", type=_architecture, choices=known, default=known, metavar="ARCH")
     parser.add_argument("--models", nargs="+", choices=CHECKED, default=CHECKED, metavar="MODEL")
     parser.add_argument("--quick", action="store_true", help="sm_80 and sm_90, d16, d30 and infinity-2b, one case each")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(default: one per core)")
@@ -115,7 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def jobs(architectures: Iterable[int], models: Iterable[str], quick: bool) -> list[Job]:
+def _architecture(value: str) -> Architecture:
+    return int(value) if value.isdecimal() else value
+
+
+def named(arch: Architecture) -> str:
+    """Return the name of an architecture, such as sm_90 or gfx942."""
+    return f"sm_{arch}" if isinstance(arch, int) else arch
+
+
+def jobs(architectures: Iterable[Architecture], models: Iterable[str], quick: bool) -> list[Job]:
     """Return jobs for batches 1 and 64 in bfloat16, where tiles may differ, and for one case in float32."""
     if quick:
         return [
@@ -137,7 +150,8 @@ def check(todo: list[Job], processes: int) -> list[Row]:
         results = map(compiled, todo) if pool is None else pool.map(compiled, todo)
         for found in tqdm(results, total=len(todo), desc="compile", leave=False):
             rows = found | rows
-    return sorted(rows.values(), key=lambda row: (row.arch, row.kernel, row.configuration, row.case))
+    order = list(SHARED_MEMORY_KIB)
+    return sorted(rows.values(), key=lambda row: (order.index(row.arch), row.kernel, row.configuration, row.case))
 
 
 def compiled(job: Job) -> dict[object, Row]:
@@ -161,16 +175,21 @@ def compiled(job: Job) -> dict[object, Row]:
             if not kernels:
                 rows[job, name] = Row(name, job.arch, case, "", 0, 0, 0, {}, ("launched no Triton kernel",))
             for kernel in kernels:
-                rows.setdefault((job.arch, kernel.cubin), row_of(kernel, case))
+                rows.setdefault((job.arch, kernel.binary), row_of(kernel, case))
     return rows
 
 
 def row_of(kernel: CompiledKernel, case: str) -> Row:
     """Measure and judge a kernel."""
-    found = resources(kernel.cubin)
+    found = resources(kernel)
     configuration = " ".join(f"{name}={value}" for name, value in kernel.constants.items())
     loop = main_loop(found)
-    shown = {name: count for name, count in loop.items() if "MMA" in name or name in (*ASYNCHRONOUS_COPIES, "LDG")}
+    kinds = ("MMA", *AMD_PRODUCTS)
+    shown = {
+        name: count
+        for name, count in loop.items()
+        if any(kind in name for kind in kinds) or name in (*ASYNCHRONOUS_COPIES, "LDG")
+    }
     return Row(
         kernel=kernel.name,
         arch=kernel.arch,
@@ -188,9 +207,9 @@ def main_loop(found: Resources) -> collections.Counter:
     """Return the counts of instructions in the main loop; nothing without matrix products on tensor cores.
 
     This is the shortest of the innermost loops with a matrix product that copy asynchronously, otherwise the shortest
-    of all. Where the loop was unrolled, all of the kernel counts.
+    of all. Where the loop was unrolled, and on GPUs of AMD, all of the kernel counts.
     """
-    if not any("MMA" in name for name in found.instructions):
+    if not any(kind in name for name in found.instructions for kind in ("MMA", *AMD_PRODUCTS)):
         return collections.Counter()
     loops = found.loops or (found.instructions,)
     copying = [loop for loop in loops if any(loop[name] for name in ASYNCHRONOUS_COPIES)]
@@ -199,13 +218,16 @@ def main_loop(found: Resources) -> collections.Counter:
 
 def faults(kernel: CompiledKernel) -> Iterator[str]:
     """Yield what is wrong with a kernel."""
-    found, limit = resources(kernel.cubin), SHARED_MEMORY_KIB[kernel.arch] * 1024
+    found, limit = resources(kernel), SHARED_MEMORY_KIB[kernel.arch] * 1024
     if found.stack or found.local:
         yield f"spills {found.stack + found.local} bytes per thread"
     if kernel.shared > limit:
         yield f"{kernel.shared} bytes of shared memory, of {limit}"
     rows = [int(rows) for rows, dtype in _PRODUCT.findall(kernel.ttir) if dtype in ("f16", "bf16")]
-    if rows:
+    if rows and kernel.assembly is not None:
+        if not any(name.startswith(AMD_PRODUCTS) for name in found.instructions):
+            yield f"none of {', '.join(AMD_PRODUCTS)}"
+    elif rows:
         loop = main_loop(found)
         wanted = TENSOR_CORES.get(kernel.arch, "HMMA") if min(rows) >= WARP_GROUP_ROWS else ".*MMA"
         if not any(re.fullmatch(wanted, name) for name in loop):
@@ -221,5 +243,5 @@ def table(rows: list[Row]) -> str:
         loop = " ".join(f"{name} {count}" for name, count in sorted(row.loop.items()))
         numbers = f"{row.registers:3d} regs {row.spilled:4d} spilled {row.shared / 1024:6.1f} K  {loop:34s}"
         verdict = "; ".join(row.faults) or "ok"
-        lines.append(f"{row.kernel:24s} sm_{row.arch:<3d} {numbers} {verdict:4s} {row.configuration}  ({row.case})")
+        lines.append(f"{row.kernel:24s} {named(row.arch):7s} {numbers} {verdict:4s} {row.configuration}  ({row.case})")
     return "\n".join(lines)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+RDNA = 0
+"""What `architecture` gives for a GPU of AMD with waves of 32 threads, in place of a compute capability."""
 
 # Triton's annotations do not say that they give numbers for numbers.
 cdiv = cast(Callable[[int, int], int], triton.cdiv)
@@ -19,13 +22,36 @@ next_power_of_2 = cast(Callable[[int], int], triton.next_power_of_2)
 def architecture(tensor: torch.Tensor) -> int:
     """Return the compute capability that the kernels are tuned for.
 
-    This is the highest of `ARCHITECTURES` that the GPU reaches, otherwise 80. In Triton's interpreter it is 80.
+    This is the highest of `ARCHITECTURES` that the GPU reaches, otherwise 80. It is 80 in Triton's interpreter and on
+    GPUs of AMD with waves of 64 threads, and `RDNA` on those with 32.
     """
     if not tensor.is_cuda:
         return 80
-    target = triton.runtime.driver.active.get_current_target()
-    capability = target.arch  # pyright: ignore[reportAttributeAccessIssue] drivers give a target, their base does not
-    return max((known for known in ARCHITECTURES if known <= capability), default=80)
+    target: Any = triton.runtime.driver.active.get_current_target()  # whose type does not tell what drivers give
+    if target.backend == "hip":
+        return RDNA if target.warp_size == 32 else 80
+    return max((known for known in ARCHITECTURES if known <= target.arch), default=80)
+
+
+def multiprocessors(tensor: torch.Tensor) -> int:
+    """Return the number of multiprocessors of the GPU that `tensor` is on; in Triton's interpreter that of an A100."""
+    if not tensor.is_cuda:
+        return 108
+    driver: Any = triton.runtime.driver.active  # whose type does not tell what drivers have
+    return _multiprocessors(driver, driver.get_current_device())
+
+
+@functools.cache
+def _multiprocessors(driver: Any, device: int) -> int:
+    return driver.utils.get_device_properties(device)["multiprocessor_count"]
+
+
+def most_registers(count: int | None) -> dict[str, int]:
+    """Return the option of a launch that bounds the registers of a thread; None bounds nothing.
+
+    Triton knows the option for GPUs of NVIDIA alone, where alone `count` is a number.
+    """
+    return {} if count is None else {"maxnreg": count}
 
 
 class RowTiles(NamedTuple):
@@ -188,9 +214,11 @@ def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int, masked: bool) 
     """
     wide = head_dim > 64
     if dtype == torch.float32:
-        queries, keys, own_keys = (16, 16, 16) if wide else (32, 16, 16)
+        queries, keys, own_keys = (16, 16, 16) if wide or arch == RDNA else (32, 16, 16)
         return AttentionTiles(queries, keys, own_keys, warps=8, stages=2, own_stages=1)
     if wide:
+        return AttentionTiles(queries=64, keys=32, own_keys=32, warps=8, stages=2, own_stages=1)
+    if arch == RDNA:
         return AttentionTiles(queries=64, keys=32, own_keys=32, warps=8, stages=2, own_stages=1)
     if arch == 90:
         return AttentionTiles(queries=64, keys=64, own_keys=64, warps=4, stages=3, own_stages=2)
@@ -252,9 +280,6 @@ class ExpertTiles(NamedTuple):
     descriptors: bool
 
 
-MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
-
-
 def expert_ffn_tiles(
     arch: int,
     dtype: torch.dtype,
@@ -262,6 +287,7 @@ def expert_ffn_tiles(
     channels: int,
     width: int,
     aligned: bool,
+    multiprocessors: int,
     measured: tuple[int, int] | None = None,
 ) -> ExpertTiles:
     """Return the tiles that give the busiest multiprocessor the least work in the down projection.
@@ -275,6 +301,7 @@ def expert_ffn_tiles(
         tokens, channels: rows and columns of the input.
         width: hidden units of an expert.
         aligned: whether tensor descriptors can be made of the matrices.
+        multiprocessors: number of them on the GPU.
         measured: rows and columns of the tiles that were measured to be fastest, or None. They need not be among the
             masked ones for matrices that are not aligned.
     """
@@ -288,7 +315,7 @@ def expert_ffn_tiles(
     def work(size: ExpertTiles) -> float:
         programs = cdiv(tokens, size.rows) * cdiv(channels, size.down.columns)
         elements = size.rows * size.down.columns
-        return cdiv(programs, MULTIPROCESSORS[arch]) * elements / (1 if elements >= 128 * 128 else 0.6)
+        return cdiv(programs, multiprocessors) * elements / (1 if elements >= 128 * 128 else 0.6)
 
     return min(sizes, key=work)
 
@@ -332,9 +359,11 @@ def expert_ffn_candidates(arch: int, dtype: torch.dtype, width: int, aligned: bo
     wide = _columns(width, (128, 0), (128, 64), (128, 32), (64, 32), (64, 0))
     narrow = _columns(width, (64, 0), (64, 32))
     up = ProductTiles(*wide, depth=32, warps=8 if wide[1] else 4, stages=4)
+    if arch == RDNA:
+        up = up._replace(warps=16 if wide[1] else 8)
     if arch == 120 and wide[1]:
         up = up._replace(registers=255)  # the compiler would spill to let two programs share a multiprocessor
-    down = ProductTiles(128, 0, depth=32, warps=4, stages=4)
+    down = ProductTiles(128, 0, depth=32, warps=8 if arch == RDNA else 4, stages=4)
     small_up = ProductTiles(*narrow, depth=32, warps=4, stages=4)
     small_down = ProductTiles(64, 0, depth=64 if deep else 32, warps=4, stages=3 if deep else 4)
     return [

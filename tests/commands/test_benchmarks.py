@@ -91,6 +91,22 @@ def test_what_make_gpu_writes_becomes_rows_with_its_percentiles_and_origin():
     assert {(row.commit, row.time, row.batch, row.side) for row in rows} == {("abc", "2030-01-01T00:00:00", 8, 16)}
 
 
+def test_every_kernel_of_a_graph_has_a_row_of_its_time_and_of_its_launches():
+    report = gpu_report(passed=True)
+    report["models"][0]["kernels"] = {"sm90_gemm<128, 256>": [48, 12.5], "_attention": [16, 3.25]}
+    found = {
+        (row.operation, row.metric): row.p50
+        for row in results.gpu_rows(report)
+        if row.provider == "dense, graph" and row.operation.startswith("kernel ")
+    }
+    assert found == {
+        ("kernel sm90_gemm<128, 256>", "ms"): 12.5,
+        ("kernel sm90_gemm<128, 256>", "launches"): 48,
+        ("kernel _attention", "ms"): 3.25,
+        ("kernel _attention", "launches"): 16,
+    }
+
+
 def test_a_gpu_report_with_wrong_numerics_gives_no_rows():
     with pytest.raises(ValueError, match="got failures of scatter_rows; not reported"):
         results.gpu_rows(gpu_report(passed=False))

@@ -59,8 +59,6 @@ def sampled_with(tmp_path, monkeypatch) -> list[ActVARConfig]:
 
 
 def expect_to_run(page: Path, code: str, sampled_with: list[ActVARConfig]) -> None:
-    if "GraphedSampling" in code and DEVICE == "cpu":
-        pytest.skip("a CUDA graph needs a GPU")
     if "infinity_2b_reg.pth" in code:
         tokenizer, infinity = tiny_infinity()
         torch.save(infinity.state_dict(), "infinity_2b_reg.pth")

@@ -366,18 +366,18 @@ def test_flops_of_the_scattering_operator_are_those_of_its_ffn():
     assert expert_ffn_scatter_flops(*scatter, out_shape=None) == expert_ffn_flops(*ffn) == 2 * 2 * 6 * 16 * 16
 
 
-@pytest.mark.parametrize("arch", tiles.ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*tiles.ARCHITECTURES, tiles.RDNA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tables_give_tiles_that_fit_any_model(arch, dtype):
     for C in (64, 192, 1024, 1280, 1536, 1920, 2304):
         for experts in (1, 4, 16, 32):
             width = 4 * C // experts
             for tokens in (1, 384, 3072, 24576):
-                tile = tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, True)
+                tile = tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, True, 132)
                 columns = tile.up.columns + tile.up.tail
                 if tile.descriptors:
                     assert arch in (90, 100)
                     assert width % columns == width % tile.down.depth == 0
                 elif width % 32 == 0:
                     assert columns <= width or columns == 16
-                assert not tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, False).descriptors
+                assert not tiles.expert_ffn_tiles(arch, dtype, tokens, C, width, False, 132).descriptors

@@ -157,6 +157,17 @@ def test_the_noise_is_the_documented_stream(seed: int, step: int, grid_order: st
     assert torch.equal(sample_tokens(logits, 1.0, 0, 0.0, seed=torch.tensor([seed]), step=step), expected)
 
 
+def test_with_a_seed_per_image_each_has_the_tokens_of_a_batch_of_it_alone(grid_order: str) -> None:
+    logits, seeds = logits_of(3, 2, 50), [5, -7, 2**62]
+    together = sample_tokens(logits, 1.0, 20, 0.9, seed=torch.tensor(seeds), step=3)
+    alone = [sample_tokens(logits[image::3], 1.0, 20, 0.9, seed=seed, step=3) for image, seed in enumerate(seeds)]
+    assert torch.equal(together, torch.cat(alone))
+    guided = logits[:3]
+    together = sample_tokens(guided, None, 0, 0.0, seed=torch.tensor(seeds), step=3)
+    alone = [sample_tokens(guided[image : image + 1], None, 0, 0.0, seed=s, step=3) for image, s in enumerate(seeds)]
+    assert torch.equal(together, torch.cat(alone))
+
+
 def test_the_draws_have_the_probabilities_of_the_logits() -> None:
     probabilities = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1, 0.0])
     draws = 250

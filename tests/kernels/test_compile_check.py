@@ -61,6 +61,27 @@ def test_a_good_kernel_passes_on_every_kind_of_tensor_core(monkeypatch, arch, in
     assert "M=64 N=64 BLOCK=64" in row.configuration
 
 
+@pytest.mark.parametrize(("arch", "instruction"), [("gfx942", "v_mfma"), ("gfx1100", "v_wmma")])
+def test_a_good_kernel_passes_on_the_matrix_cores_of_amd(monkeypatch, arch, instruction):
+    (row,) = checked(monkeypatch, arch, lambda: product(64, 64, 64, stages=2, warps=4))
+    assert row.faults == ()
+    assert sum(count for name, count in row.loop.items() if name.startswith(instruction)) > 0
+    assert (row.kernel, row.arch, row.spilled) == ("product_kernel", arch, 0)
+
+
+@pytest.mark.parametrize(
+    ("run", "fault"),
+    [
+        (lambda: product(256, 256, 16, stages=2, warps=2), r"spills \d+ bytes per thread"),
+        (lambda: product(128, 128, 256, stages=2, warps=8), r"\d+ bytes of shared memory, of 65536"),
+    ],
+    ids=["spills", "too much shared memory"],
+)
+def test_a_bad_kernel_for_amd_is_a_failure(monkeypatch, run, fault):
+    (row,) = checked(monkeypatch, "gfx942", run)
+    assert any(re.fullmatch(fault, found) for found in row.faults), row.faults
+
+
 @pytest.mark.parametrize(
     ("run", "fault"),
     [

@@ -8,8 +8,17 @@ import sys
 import pytest
 import torch
 
-from actvar import ActVARConfig, Execution, GraphedSampling, apply_patch, load_adapter, load_pretrained
+from actvar import (
+    ActVARConfig,
+    Execution,
+    GraphedSampling,
+    apply_patch,
+    load_adapter,
+    load_pretrained,
+    release_cache,
+)
 from actvar.models.quantizer import upsampled_by_axis
+from actvar.patching.patch import reconfigure
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels.backend import using_backend
 from actvar_kernels.token_draw import public
@@ -79,12 +88,22 @@ def test_a_graph_of_a_whole_sample_gives_the_images_of_eager_sampling():
     _, var = load_pretrained("fashion-mnist", device="cuda")
     apply_patch(var, ActVARConfig(), Execution(sampler="fast"))
     load_adapter(var, adapter_path("fashion-mnist", "paper"))
-    sampled = GraphedSampling(var, top_k=100, top_p=0.95)
-    for labels, seed in ((torch.arange(10), 0), (torch.arange(10).flip(0), 1), (torch.arange(4), 2)):
-        labels = labels.cuda()
-        eager = var.autoregressive_infer_cfg(len(labels), labels, g_seed=seed, top_k=100, top_p=0.95)
-        assert torch.equal(sampled(labels, seed), eager)
-        assert torch.equal(sampled(labels, seed), eager), "a replay leaves nothing behind"
+    draw = dict(top_k=100, top_p=0.95)
+    for wanted in ("auto", True):
+        for labels, seed in ((torch.arange(10), 0), (torch.arange(10).flip(0), [*range(10)]), (torch.arange(4), 2)):
+            labels = labels.cuda()
+            images = {}
+            for graph in (False, wanted):
+                reconfigure(var, ActVARConfig(), Execution(sampler="fast", cuda_graph=graph))
+                images[graph] = [
+                    var.autoregressive_infer_cfg(len(labels), labels, g_seed=seed, **draw) for _ in range(3)
+                ]
+                assert len(var.actvar.graphs.graphs) == (1 if graph else 0)
+            assert all(torch.equal(image, images[False][0]) for image in images[wanted])
+            if isinstance(seed, int):
+                assert torch.equal(GraphedSampling(var, **draw)(labels, seed), images[False][0])
+    release_cache(var)
+    assert var.actvar.graphs.pool is None
 
 
 def test_images_drawn_together_are_those_drawn_alone():

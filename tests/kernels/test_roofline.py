@@ -40,6 +40,7 @@ def a_launch(name: str = "aten.add", **fields) -> Launch:
     return Launch(**{"name": name, "region": "", "bytes": 0, "flops": 0, "dtype": None} | fields)
 
 
+LAUNCH = roofline.LAUNCH_SECONDS
 CARD = roofline.Card(80, 100.0, 10.0, 1000.0, multiprocessors=10, gigahertz=1.0, cache_megabytes=1, cublas=0.5)
 
 
@@ -49,7 +50,7 @@ def full(_tokens: int, _rows: int) -> float:
 
 def test_memory_bound_time_is_bytes_by_bandwidth_and_the_cost_of_each_launch():
     launch = a_launch(bytes=800_000, launches=3)
-    assert roofline.seconds(launch, CARD, full) == pytest.approx(3 * 1.2e-6 + 1e-6)
+    assert roofline.seconds(launch, CARD, full) == pytest.approx(3 * LAUNCH + 1e-6)
 
 
 def test_time_of_a_cublas_product_counts_whole_tiles_in_whole_waves():
@@ -58,35 +59,55 @@ def test_time_of_a_cublas_product_counts_whole_tiles_in_whole_waves():
     even = a_launch(
         "aten.mm", flops=flops, dtype=torch.bfloat16, result=TensorInfo((128, 1280), (1280, 1), torch.bfloat16)
     )
-    assert roofline.seconds(even, CARD, full) == pytest.approx(1.2e-6 + flops / 50e12)
+    assert roofline.seconds(even, CARD, full) == pytest.approx(LAUNCH + flops / 50e12)
     flops = 2 * 129 * 1280 * 1000
     odd = a_launch(
         "aten.mm", flops=flops, dtype=torch.bfloat16, result=TensorInfo((129, 1280), (1280, 1), torch.bfloat16)
     )
-    # 30 tiles of 64 x 128 at 0.8 of the rate come first: 3 waves of half the time each
-    assert roofline.seconds(odd, CARD, full) == pytest.approx(1.2e-6 + 3 / 2 / 0.8 * 2 * 128 * 1280 * 1000 / 50e12)
+    # 30 tiles of 64 x 128 at 0.85 of the rate come first: 3 waves of half the time each
+    assert roofline.seconds(odd, CARD, full) == pytest.approx(LAUNCH + 3 / 2 / 0.85 * 2 * 128 * 1280 * 1000 / 50e12)
 
 
 def test_time_of_a_triton_product_counts_its_programs(monkeypatch):
     cost = Cost(bytes=0, flops=10**9, dtype=torch.bfloat16, running=0.5, tile=(64, 64), instructions=1)
     monkeypatch.setitem(COSTS, "toy", lambda arguments, share: cost)
-    kernel = CompiledKernel("toy", 80, 4, 3, 0, b"", "", {})
+    kernel = CompiledKernel("toy", 80, 4, 3, 0, b"", None, "", {})
     launch = a_launch("toy", kernel=kernel, grid=(11, 2, 1), arguments={})
-    # 11 of 22 programs run, on 10 multiprocessors; Triton at 0.88 of cuBLAS, tiles of 64 x 64 at 0.6
-    assert roofline.seconds(launch, CARD, full) == pytest.approx(1.2e-6 + 1e9 * 20 / 11 / (50e12 * 0.88 * 0.6))
+    # 11 of 22 programs run, on 10 multiprocessors; Triton at 0.88 of cuBLAS, tiles of 64 x 64 at 0.7
+    assert roofline.seconds(launch, CARD, full) == pytest.approx(LAUNCH + 1e9 * 20 / 11 / (50e12 * 0.88 * 0.7))
 
 
 def test_time_of_a_kernel_without_products_is_that_of_its_instructions():
     (launch,) = recorded(80, lambda gpu: launch_scale(cuda(256 * 30)))
-    count = resources(launch.kernel.cubin).instructions.total()
+    count = resources(launch.kernel).instructions.total()
     # 30 programs of 64 threads, 128 threads' instructions per cycle of 1 ns on each of 10 multiprocessors
     expected = 30 * 64 * count / (10 * 128 * 0.7) * 1e-9
-    assert roofline.seconds(launch, CARD._replace(gigabytes_per_second=1e6), full) == pytest.approx(1.2e-6 + expected)
+    assert roofline.seconds(launch, CARD._replace(gigabytes_per_second=1e6), full) == pytest.approx(LAUNCH + expected)
 
 
 def test_single_precision_does_not_run_at_the_speed_of_tensor_cores():
     launch = a_launch("aten.sum", flops=7 * 10**6, dtype=torch.float32)
-    assert roofline.seconds(launch, CARD, full) == pytest.approx(1.2e-6 + 1e-6)
+    assert roofline.seconds(launch, CARD, full) == pytest.approx(LAUNCH + 1e-6)
+
+
+def test_time_of_a_convolution_counts_whole_tiles_and_reads_from_the_cache():
+    # 2 images of 16 x 40 are 1280 rows: 10 tiles of 128 x 128, one wave at half of 100 TFLOP/s
+    flops = 2 * 1280 * 128 * 9 * 128
+    launch = a_launch(
+        "aten.convolution",
+        flops=flops,
+        dtype=torch.bfloat16,
+        result=TensorInfo((2, 128, 16, 40), (1, 1, 1, 1), torch.bfloat16),
+    )
+    expected = LAUNCH + flops / (50e12 * roofline.CONVOLUTION)
+    assert roofline.seconds(launch, CARD, full) == pytest.approx(expected)
+
+
+def test_a_convolution_with_few_outputs_runs_without_tensor_cores():
+    flops = 37 * 10**9
+    result = TensorInfo((2, 8, 16, 40), (1, 1, 1, 1), torch.bfloat16)
+    launch = a_launch("aten.convolution", flops=flops, dtype=torch.bfloat16, result=result)
+    assert roofline.seconds(launch, CARD, full) == pytest.approx(LAUNCH + 10e-3)
 
 
 def test_the_share_of_blocks_of_a_hand_made_routing():

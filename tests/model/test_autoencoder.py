@@ -7,12 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from actvar.models.basic_vae import AttnBlock, ResnetBlock, Upsample
-from actvar.models.fused_vae import Fused, decoded, encoded, twice_as_large
+from actvar.models.fused_vae import Fused, decoded, encoded
 from actvar.models.quantizer import upsampled_by_axis
 from actvar.models.vqvae import VQVAE
 from actvar_kernels import BackendUnavailableError, cpp_runs
 from actvar_kernels.backend import using_backend
-from actvar_kernels.conv3x3.op import filled_up
 from actvar_kernels.cpu_backend import cpu
 
 
@@ -31,16 +30,6 @@ def test_bicubic_by_axis_gives_the_same_numbers(side: int, larger: int, dtype: t
     exact = F.interpolate(maps.double(), size=(larger, larger), mode="bicubic")
     error = (expected.double() - exact).abs().max()
     assert (found.double() - exact).abs().max() <= 1.01 * error
-
-
-@pytest.mark.parametrize("channels", [16, 12, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_twice_as_large_is_the_nearest_neighbour(channels: int, dtype: torch.dtype) -> None:
-    x = normal(2, channels, 3, 5, dtype=dtype)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        found = twice_as_large(x.contiguous(memory_format=layout))
-        assert torch.equal(found, F.interpolate(x, scale_factor=2, mode="nearest"))
-        assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def blocks_in_turn(x, resnet, attention, upsample) -> list[torch.Tensor]:
@@ -159,17 +148,3 @@ def test_every_module_with_a_hook_is_called(vae: VQVAE, name: str) -> None:
     for of_kernels, of_torch in zip(found, flipped, strict=True):
         torch.testing.assert_close(of_kernels, of_torch, rtol=1e-4, atol=1e-4)
     assert all(map(torch.equal, again, due))
-
-
-@pytest.mark.parametrize(
-    ("outputs", "with_bias"), [(3, True), (3, False), (8, True), (64, True), (70, True), (72, False)]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_outputs_that_are_filled_up_change_no_other(outputs, with_bias, dtype):
-    x, weight = normal(2, 16, 5, 7, dtype=dtype), normal(outputs, 16, 3, 3, dtype=dtype)
-    bias = normal(outputs, dtype=dtype) if with_bias else None
-    exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
-    found = filled_up(x, weight, bias)
-    assert found.shape == exact.shape
-    plain = (F.conv2d(x, weight, bias, padding=1) - exact).abs().max()
-    assert (found - exact).abs().max() <= 4 * plain

@@ -72,6 +72,9 @@ def test_json_gives_it_back(execution):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
+        (dict(cuda_graph="always"), ValueError, "cuda_graph: expected one of .*'auto', True, False"),
+        (dict(cuda_graph=None), ValueError, "cuda_graph: expected"),
+        (dict(cuda_graph=1), TypeError, "cuda_graph: expected"),
         (dict(sampler="slow"), ValueError, r"sampler: expected one of \('torch', 'fast'\), got 'slow'"),
         (dict(sampler=None), ValueError, "sampler: expected"),
         (dict(sampler=3), TypeError, "sampler: expected"),

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from actvar_kernels.tools.virtual.aten import Recorder
 from actvar_kernels.tools.virtual.cost import triton_cost
 from actvar_kernels.tools.virtual.device import VirtualGPUUnavailableError, fake_cuda_tensors, why_unavailable
-from actvar_kernels.tools.virtual.driver import SHARED_MEMORY_KIB, VirtualDriver, active_driver
+from actvar_kernels.tools.virtual.driver import SHARED_MEMORY_KIB, Architecture, VirtualDriver, active_driver
 from actvar_kernels.tools.virtual.records import CompiledKernel, Launch, TensorInfo
 
 
@@ -19,12 +19,12 @@ class VirtualGPU:
     """Note down what a GPU would run.
 
     Attributes:
-        arch: compute capability.
+        arch: compute capability, or AMD's name of an architecture.
         launches: every kernel launch so far, in order.
         region: a name that the launches that follow are marked by, for the caller to set.
     """
 
-    def __init__(self, arch: int):
+    def __init__(self, arch: Architecture):
         self.arch = arch
         self.launches: list[Launch] = []
         self.region = ""
@@ -49,7 +49,7 @@ class VirtualGPU:
 
 
 @contextmanager
-def virtual_gpu(arch: int, *, limit_shared_memory: bool = True) -> Iterator[VirtualGPU]:
+def virtual_gpu(arch: Architecture, *, limit_shared_memory: bool = True) -> Iterator[VirtualGPU]:
     """Make `device="cuda"` a GPU of this architecture in the context, which computes nothing.
 
     Tensors made inside are fake: they have shapes, dtypes and strides but no values. A Triton `kernel[grid](...)` is
@@ -57,7 +57,7 @@ def virtual_gpu(arch: int, *, limit_shared_memory: bool = True) -> Iterator[Virt
     outside cannot take part, except numbers on the CPU. Triton's driver is put back at the end.
 
     Args:
-        arch: compute capability: 80, 86, 89, 90, 100 or 120.
+        arch: compute capability, 80, 86, 89, 90, 100 or 120, or AMD's "gfx942" or "gfx1100".
         limit_shared_memory: whether to raise Triton's OutOfResources at the launch of a kernel that the GPU could not
             hold.
 
@@ -67,7 +67,7 @@ def virtual_gpu(arch: int, *, limit_shared_memory: bool = True) -> Iterator[Virt
         HostSyncError: inside, from an operation that makes the host wait for the GPU.
     """
     if arch not in SHARED_MEMORY_KIB:
-        raise ValueError(f"arch: expected one of {sorted(SHARED_MEMORY_KIB)}, got {arch!r}")
+        raise ValueError(f"arch: expected one of {list(SHARED_MEMORY_KIB)}, got {arch!r}")
     reason = why_unavailable()
     if reason is not None:
         raise VirtualGPUUnavailableError(f"virtual GPU: {reason}")

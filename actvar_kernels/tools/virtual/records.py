@@ -34,20 +34,22 @@ class CompiledKernel:
 
     Attributes:
         name: of the kernel.
-        arch: compute capability.
+        arch: compute capability, or AMD's name of an architecture.
         num_warps, num_stages: warps and pipeline stages.
         shared: bytes of shared memory that a launch asks for.
-        cubin: the machine code.
+        binary: the machine code.
+        assembly: its text for a GPU of AMD, otherwise None.
         ttir: Triton's first intermediate code, in which matrix products are still `tt.dot`.
         constants: `tl.constexpr` arguments by name.
     """
 
     name: str
-    arch: int
+    arch: int | str
     num_warps: int
     num_stages: int
     shared: int
-    cubin: bytes
+    binary: bytes
+    assembly: str | None
     ttir: str
     constants: dict[str, object]
 

@@ -9,8 +9,11 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
+from actvar_kernels.tools.virtual.records import CompiledKernel
+
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+_AMD_INSTRUCTION = re.compile(r"^\s+([a-z]+_[a-z0-9_]+)\b", re.MULTILINE)
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*)")
 
 
@@ -21,7 +24,7 @@ class Resources(NamedTuple):
         registers: registers of a thread.
         stack, local: bytes of memory of a thread, which hold what was spilled.
         instructions: counts of all instructions by name.
-        loops: such counts for each innermost loop that has a matrix product, `MMA`.
+        loops: such counts for each innermost loop that has a matrix product, `MMA`; none for GPUs of AMD.
     """
 
     registers: int
@@ -31,9 +34,17 @@ class Resources(NamedTuple):
     loops: tuple[collections.Counter, ...]
 
 
+def resources(kernel: CompiledKernel) -> Resources:
+    """Return what a kernel takes.
+
+    For GPUs of NVIDIA `cuobjdump` and `nvdisasm`, which come with Triton, say so, and for those of AMD the assembly.
+    """
+    return _of_nvidia(kernel.binary) if kernel.assembly is None else _of_amd(kernel.assembly)
+
+
 @functools.cache
-def resources(cubin: bytes) -> Resources:
-    """Return what `cuobjdump` and `nvdisasm`, which come with Triton, say about a kernel's machine code."""
+def _of_nvidia(cubin: bytes) -> Resources:
+    """Return what a kernel takes by its machine code."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -44,6 +55,15 @@ def resources(cubin: bytes) -> Resources:
     registers, stack, local = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL"))
     loops = tuple(_count(lines[start:end]) for start, end in _product_loops(lines))
     return Resources(registers, stack, local, _count(lines), loops)
+
+
+@functools.cache
+def _of_amd(assembly: str) -> Resources:
+    """Return what a kernel takes by its assembly; scratch memory of a thread holds what was spilled."""
+    registers, scratch = (
+        int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0]) for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return Resources(registers, scratch, 0, collections.Counter(_AMD_INSTRUCTION.findall(assembly)), ())
 
 
 def _output(*command: str) -> str:
