@@ -22,11 +22,10 @@ class ShapeCase(NamedTuple):
 
 
 class Model(NamedTuple):
-    """Give width, token map sides and size of a head of a model."""
+    """Give width and token map sides of a model."""
 
     width: int
     sides: tuple[int, ...]
-    head_dim: int = HEAD_DIM
 
     def active_scales(self, rate: float = 0.75) -> tuple[ShapeCase, ShapeCase]:
         """Return the last two scales, of which `rate` of the tokens is kept."""
@@ -50,7 +49,7 @@ MODELS = {
     "d36": Model(2304, _SIDES_512),
 }
 _SIDES_1024 = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
-INFINITY = {"infinity-2b": Model(2048, _SIDES_1024, 128), "infinity-8b": Model(3584, _SIDES_1024, 128)}
+INFINITY, INFINITY_HEAD_DIM = {"infinity-2b": Model(2048, _SIDES_1024), "infinity-8b": Model(3584, _SIDES_1024)}, 128
 """The published Infinity models at 1024x1024 pixels, whose residual stream is float32."""
 SIZES = MODELS | {"fashion-mnist": Model(192, (1, 2, 3, 4, 6, 8))}
 """The official models and the bundled one."""

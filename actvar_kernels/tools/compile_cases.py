@@ -11,7 +11,7 @@ import torch
 
 from actvar_kernels.operations import table
 from actvar_kernels.operations.inputs import BlockInputs, empty_inputs
-from actvar_kernels.operations.shapes import INFINITY, MODELS, VOCABULARY, BlockShape
+from actvar_kernels.operations.shapes import INFINITY, INFINITY_HEAD_DIM, MODELS, VOCABULARY, BlockShape
 from actvar_kernels.operations.table import Call, Operation, expert_ffn_scatter_arguments
 from actvar_kernels.rotary.op import rotate_heads
 from actvar_kernels.triton_backend.tiles import ExpertTiles, architecture, expert_ffn_candidates, using_expert_tiles
@@ -40,7 +40,7 @@ def _infinity_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
     Queries and keys are normalised before attention, and cross-attention reads every sum before the FFN does.
     """
     sizes = INFINITY[model]
-    shape = BlockShape(2 * batch, *sizes.active_scales()[1], sizes.width, head_dim=sizes.head_dim)
+    shape = BlockShape(2 * batch, *sizes.active_scales()[1], sizes.width, head_dim=INFINITY_HEAD_DIM)
     inputs = empty_inputs(shape, dtype, "cuda", stream=torch.float32)
     for operation in table.BLOCK:
         without: Any = {} if operation.call is rotate_heads else {"head_scale": None}
