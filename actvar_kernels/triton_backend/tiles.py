@@ -217,7 +217,8 @@ def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int, masked: bool) 
         queries, keys, own_keys = (16, 16, 16) if wide or arch == RDNA else (32, 16, 16)
         return AttentionTiles(queries, keys, own_keys, warps=8, stages=2, own_stages=1)
     if wide:
-        return AttentionTiles(queries=64, keys=16 if masked else 32, own_keys=32, warps=8, stages=2, own_stages=1)
+        keys = 16 if masked else 32
+        return AttentionTiles(queries=64, keys=keys, own_keys=keys, warps=8, stages=2, own_stages=1)
     if arch == RDNA:
         return AttentionTiles(queries=64, keys=32, own_keys=32, warps=8, stages=2, own_stages=1)
     if arch == 90:
