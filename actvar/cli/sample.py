@@ -161,7 +161,8 @@ def _compare(
     )
     _say_written(files)
     result = compare(var, config, adapter, sampling, options.repeats, execution)
-    threads, described = torch.get_num_threads(), describe(config)
+    threads = torch.get_num_threads()
+    described = "no adapter" if config is DENSE else describe(config)
     print(f"{len(labels)} images, cfg {options.cfg}, {options.dtype}, {threads} threads,", end=" ")
     print(f"median of {options.repeats}; {described}")
     print(result.table())
@@ -246,8 +247,9 @@ def _check_way(options: argparse.Namespace) -> None:
         raise ValueError(
             "--dense samples by PyTorch; for --sampler, --decoder-dtype and --weights give --accelerate instead"
         )
-    if options.accelerate and options.adapter:
-        raise ValueError("--accelerate draws the dense model's images; leave it out for --adapter")
+    for way in ("accelerate", "dense"):
+        if options.adapter and getattr(options, way):
+            raise ValueError(f"--{way} draws the dense model's images; leave it out for --adapter")
     if options.rates and (options.dense or options.accelerate):
         raise ValueError("--rates: expected neither --dense nor --accelerate, which compute all tokens and experts")
     if options.rates and adapter_of(options, "best") is None:
