@@ -37,7 +37,7 @@ if __name__ == "__main__":
     setup(
         name="actvar",
         version=VERSION,
-        description="Faster sampling for pretrained VAR image generators: token selection and FFN experts, in Triton and C++",
+        description="Faster sampling for pretrained VAR image generators, by Triton and C++ kernels and sparse blocks",
         long_description=description((ROOT / "README.md").read_text("utf-8"), URL),
         long_description_content_type="text/markdown",
         author="ActVAR contributors",

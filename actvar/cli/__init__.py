@@ -53,7 +53,10 @@ class _CommandParser(_Parser):
         command.add_options(self)
         self.add_argument("--quiet", action="store_true", help="no progress bars, and no line about the device")
         self.set_defaults(run=command.run)
-        return super().parse_known_args(args, namespace)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -36,9 +36,9 @@ SMALLER = {
     "actvar distill --model fashion-mnist --stage 1 --out adapter.safetensors": (
         "actvar distill --model fashion-mnist --stage 1 --out adapter.safetensors --epochs 0.01"
     ),
-    "actvar evaluate --model fashion-mnist --methods all --num 5000 --repeats 3 --json evaluation.json"
+    "actvar evaluate --model fashion-mnist --methods all --num 5000 --seeds 3 --json evaluation.json"
     " --plot evaluation.png": (
-        "actvar evaluate --model fashion-mnist --methods dense,best --num 50 --repeats 1 --json evaluation.json"
+        "actvar evaluate --model fashion-mnist --methods dense,best --num 50 --seeds 1 --json evaluation.json"
         " --plot evaluation.png"
     ),
 }

@@ -143,7 +143,7 @@ def test_folders_above_outputs_are_made(tmp_path):
 @pytest.mark.slow
 def test_folders_above_adapters_are_made(tmp_path):
     calibrated, distilled = (tmp_path / name / "adapter.safetensors" for name in ("calibrated", "distilled"))
-    main(["calibrate", *SMALL, "--images", "4", "--uniform", "--out", str(calibrated)])
+    main(["calibrate", *SMALL, "--samples", "4", "--uniform", "--out", str(calibrated)])
     how = ["--stage", "1", "--data", "none", "--samples", "10", "--batch", "10", "--epochs", "1"]
     main(["distill", *SMALL, *how, "--out", str(distilled)])
     for file in (calibrated, distilled):

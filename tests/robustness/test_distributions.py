@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from setup import description
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +21,12 @@ LEFT_OUT = (".ci/", ".git", ".github/", ".pre-commit-config.yaml")
 READ_BY_SETUP = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "actvar/__init__.py")
 STRAY = (
     *("actvar-0.1.0-py3-none-any.whl", "demo/dense.png", "samples/0.png", "site/index.html", "build/docs/README.md"),
-    *("tests/__pycache__/a.cpython-311.pyc", "actvar/__pycache__/a.cpython-311.pyc", ".venv/bin/python", "paper-work/a"),
+    *(
+        "tests/__pycache__/a.cpython-311.pyc",
+        "actvar/__pycache__/a.cpython-311.pyc",
+        ".venv/bin/python",
+        "paper-work",
+    ),
     *("tests/.hypothesis/examples/a", "benchmarks/.ipynb_checkpoints/a.ipynb", "docs/.DS_Store", "examples/a.py~"),
 )
 
