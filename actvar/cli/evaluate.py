@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
         from actvar.families import family_of
         from actvar.utils.devices import device_of
     except ImportError as error:
-        raise ImportError(f"{error}; install the packages of evaluation: pip install actvar[eval]") from error
+        raise ImportError(f"{error}; install the packages of evaluation: pip install 'actvar[eval]'") from error
     names = ("num", "seed", "batch", "cfg", "rounds")
     how = Evaluation(
         repeats=options.seeds,
