@@ -56,7 +56,7 @@ def commands() -> list[str]:
         block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     )
     lines = blocks.replace("\\\n", " ").splitlines()
-    found = (" ".join(line.split("  #")[0].split(" # ")[0].split()) for line in lines)
+    found = (" ".join(re.sub(r"(^|\s)#\s.*", "", line).split()) for line in lines)
     return list(dict.fromkeys(filter(None, found)))
 
 

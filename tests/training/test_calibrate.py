@@ -322,7 +322,7 @@ def test_command_line_writes_adapter_and_report(tmp_path, capsys):
         (["--out", "adapter.json"], "--out"),
         (["--out", "adapter.safetensors", "--rates", "0.5"], "--rates"),
         (["--out", "adapter.safetensors", "--rates", "1", "1", "1"], "no selector or router to fit"),
-        (["--out", "adapter.safetensors", "--samples", "3"], "--images: expected an integer of at least 4, got 3"),
+        (["--out", "adapter.safetensors", "--samples", "3"], "--samples: expected an integer of at least 4, got 3"),
         (["--out", "adapter.safetensors", "--cfg", "nan"], "--cfg: expected a finite number"),
         (["--out", "adapter.safetensors", "--experts", "7"], "--experts"),
     ],
