@@ -33,58 +33,57 @@ def description(readme: str, url: str) -> str:
     return text
 
 
-if __name__ == "__main__":
-    setup(
-        name="actvar",
-        version=VERSION,
-        description="Faster sampling for pretrained VAR image generators, by Triton and C++ kernels and sparse blocks",
-        long_description=description((ROOT / "README.md").read_text("utf-8"), URL),
-        long_description_content_type="text/markdown",
-        author="ActVAR contributors",
-        license_expression="MIT",
-        url=URL or None,
-        python_requires=">=3.10",
-        # With a folder named, an editable install adds that folder to sys.path, where the package is found also from
-        # the folder above a clone named "actvar". Without one it adds an import hook, which comes after every folder.
-        package_dir={"": "."},
-        packages=find_packages(include=["actvar", "actvar.*", "actvar_kernels", "actvar_kernels.*"]),
-        package_data={
-            "actvar": [
-                "py.typed",
-                *(f"zoo/**/*.{suffix}" for suffix in ("safetensors", "json", "md", "csv")),
-                *(f"reports/inspection/page.{suffix}" for suffix in ("html", "css", "js")),
-            ],
-            "actvar_kernels": ["py.typed", "**/*.cpp", "**/*.h"],
-        },
-        install_requires=[
-            "torch>=2.6",
-            'triton>=3.0; platform_system == "Linux"',
-            "numpy>=1.26",
-            "einops>=0.7",
-            "safetensors>=0.4",
-            "tqdm>=4.64",
-            "matplotlib>=3.7",
-            "pillow>=10.0",
+setup(
+    name="actvar",
+    version=VERSION,
+    description="Faster sampling for pretrained VAR image generators, by Triton and C++ kernels and sparse blocks",
+    long_description=description((ROOT / "README.md").read_text("utf-8"), URL),
+    long_description_content_type="text/markdown",
+    author="ActVAR contributors",
+    license_expression="MIT",
+    url=URL or None,
+    python_requires=">=3.10",
+    # With a folder named, an editable install adds that folder to sys.path, where the package is found also from
+    # the folder above a clone named "actvar". Without one it adds an import hook, which comes after every folder.
+    package_dir={"": "."},
+    packages=find_packages(include=["actvar", "actvar.*", "actvar_kernels", "actvar_kernels.*"]),
+    package_data={
+        "actvar": [
+            "py.typed",
+            *(f"zoo/**/*.{suffix}" for suffix in ("safetensors", "json", "md", "csv")),
+            *(f"reports/inspection/page.{suffix}" for suffix in ("html", "css", "js")),
         ],
-        extras_require={
-            "dev": DEV,
-            "bench": BENCH,
-            "eval": EVAL,
-            "hub": HUB,
-            "notebook": NOTEBOOK,
-            "docs": DOCS,
-            "demo": DEMO,
-        },
-        entry_points={"console_scripts": ["actvar=actvar.cli:main"]},
-        classifiers=[
-            "Development Status :: 3 - Alpha",
-            "Environment :: GPU :: NVIDIA CUDA",
-            "Intended Audience :: Science/Research",
-            "Operating System :: POSIX :: Linux",
-            "Programming Language :: Python :: 3 :: Only",
-            "Programming Language :: Python :: 3.10",
-            "Programming Language :: Python :: 3.11",
-            "Programming Language :: Python :: 3.12",
-            "Topic :: Scientific/Engineering :: Artificial Intelligence",
-        ],
-    )
+        "actvar_kernels": ["py.typed", "**/*.cpp", "**/*.h"],
+    },
+    install_requires=[
+        "torch>=2.6",
+        'triton>=3.0; platform_system == "Linux"',
+        "numpy>=1.26",
+        "einops>=0.7",
+        "safetensors>=0.4",
+        "tqdm>=4.64",
+        "matplotlib>=3.7",
+        "pillow>=10.0",
+    ],
+    extras_require={
+        "dev": DEV,
+        "bench": BENCH,
+        "eval": EVAL,
+        "hub": HUB,
+        "notebook": NOTEBOOK,
+        "docs": DOCS,
+        "demo": DEMO,
+    },
+    entry_points={"console_scripts": ["actvar=actvar.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

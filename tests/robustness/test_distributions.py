@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from setup import description
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("actvar/", "actvar_kernels/")
+with mock.patch("setuptools.setup"):
+    description = runpy.run_path(str(ROOT / "setup.py"))["description"]
 LEFT_OUT = (".ci/", ".git", ".github/", ".pre-commit-config.yaml")
 """What the source distribution leaves out: settings of git and of the server that runs the tests."""
 READ_BY_SETUP = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "actvar/__init__.py")
