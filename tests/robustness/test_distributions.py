@@ -14,7 +14,6 @@ from unittest import mock
 
 import pytest
 
-
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("actvar/", "actvar_kernels/")
 with mock.patch("setuptools.setup"):
