@@ -41,6 +41,13 @@ MODULES = {
 }
 """Names that the pages use beside those of `actvar` itself, by heading."""
 
+EXIT_CODES = """| exit code | meaning |
+|---|---|
+| 0 | the work was done |
+| 1 | a check found a difference, or no plan meets the goal |
+| 2 | the work was not done; one line on standard error says why, and what to do |
+| 130 | Ctrl-C |"""
+
 
 def stage(folder: Path) -> None:
     """Fill `folder` with the pages, laid out as in the repository."""
@@ -64,7 +71,7 @@ def stage(folder: Path) -> None:
 
 def cli_page() -> str:
     """Return the page of the commands, from their parsers."""
-    parts = ["# Command line", "`actvar COMMAND --help` prints the same. Exit codes are in [README](../README.md)."]
+    parts = ["# Command line", "`actvar COMMAND --help` prints the same.", EXIT_CODES]
     for name, purpose in COMMANDS.items():
         parser = argparse.ArgumentParser(prog=f"actvar {name}", add_help=False)
         import_module(f"actvar.cli.{name}").add_options(parser)
@@ -78,8 +85,8 @@ def _tables(parser: argparse.ArgumentParser) -> Iterator[str]:
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.help is not argparse.SUPPRESS]
         if actions:
-            title = {"options": "Options", "positional arguments": "Arguments"}.get(group.title or "", group.title)
-            yield f"**{title}**"
+            title = (group.title or "").replace("positional arguments", "arguments")
+            yield f"**{title[:1].upper()}{title[1:]}**"
             lines = [f"| {_call(action)} | {_cell(action.help or '')} |" for action in actions]
             yield "\n".join(["| option | meaning |", "|---|---|", *lines])
 

@@ -31,7 +31,13 @@ COMMANDS = {
     "info": "describe a checkpoint or adapter, or, without a file, this installation",
 }
 """Purpose of each command, by its name."""
-OPTION_OF = {"g_seed": "seed", "num_experts": "experts", "token_rates": "rates", "ffn_rate": "rates"}
+OPTION_OF = {
+    "g_seed": "seed",
+    "images": "samples",
+    "num_experts": "experts",
+    "token_rates": "rates",
+    "ffn_rate": "rates",
+}
 """Names of options, without the dashes, for arguments of functions that have another name."""
 OUT_OF_MEMORY = "expected less at a time than the memory has room for; give smaller numbers"
 
@@ -53,7 +59,10 @@ class _CommandParser(_Parser):
         command.add_options(self)
         self.add_argument("--quiet", action="store_true", help="no progress bars, and no line about the device")
         self.set_defaults(run=command.run)
-        return super().parse_known_args(args, namespace)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from actvar.calibrate.plan import LEVERS, plan
 from actvar.cli.options import (
     DTYPES,
     adapter_of,
-    add_dtype,
+    add_rates,
     add_source,
     at_once,
     check_source,
@@ -34,16 +34,10 @@ from actvar_kernels.cpu_backend.choices import processor
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `calibrate` to its parser."""
     add_source(command, adapter="none, which fits one; with an adapter, a goal plans again for its gates and weights")
-    add_dtype(command)
     command.add_argument(
         "--out", type=Path, required=True, help="adapter file to write; the report goes beside it as .json"
     )
-    command.add_argument(
-        "--rates",
-        nargs="+",
-        type=number,
-        help="token rates of the last scales, then the FFN's (default 0.75 0.75 0.75)",
-    )
+    add_rates(command, "0.75 0.75 0.75")
     goal = command.add_argument_group("a plan by measured time (instead of --rates)")
     goal.add_argument("--speedup", type=number, help="of a whole sample with decoder, over the accelerated dense model")
     goal.add_argument("--budget-ms", type=number, help="milliseconds that a batch may take on this machine")
@@ -54,8 +48,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--uniform", action="store_true", help="these rates in every block, not the best at their FLOPs"
     )
-    command.add_argument("--experts", type=positive, default=16, help="groups of hidden units (default 16)")
-    command.add_argument("--images", type=at_once, default=16, help="samples to fit to (default 16)")
+    command.add_argument("--experts", type=positive, default=16, help="experts the FFN is cut into (default 16)")
+    command.add_argument("--samples", type=at_once, default=16, help="samples of the model to fit to (default 16)")
     command.add_argument("--cfg", type=number, default=1.5, help="guidance strength of the samples (default 1.5)")
     command.add_argument("--seed", type=integer, default=0, help="of the samples (default 0)")
 
@@ -76,14 +70,14 @@ def run(options: argparse.Namespace) -> None:
     say_device(options)
     _, var = load(options, DTYPES[options.dtype])
     begin = time.perf_counter()
-    report = calibrate(var, config, images=options.images, seed=options.seed, cfg=options.cfg, uniform=options.uniform)
+    report = calibrate(var, config, images=options.samples, seed=options.seed, cfg=options.cfg, uniform=options.uniform)
     seconds = time.perf_counter() - begin
     actvar.save_adapter(var, options.out)
-    facts = {"device": options.device, "images": options.images, "cfg": options.cfg, "seed": options.seed}
+    facts = {"device": options.device, "images": options.samples, "cfg": options.cfg, "seed": options.seed}
     written = options.out.with_suffix(".json")
     write_json(written, facts | {"seconds": round(seconds, 1)} | report.as_dict())
     print(report.table())
-    print(f"wrote {options.out}, {written}; {options.images} samples, {seconds:.0f} s")
+    print(f"wrote {options.out}, {written}; {options.samples} samples, {seconds:.0f} s")
 
 
 def _run_plan(options: argparse.Namespace, goal: Goal) -> None:
@@ -101,7 +95,7 @@ def _run_plan(options: argparse.Namespace, goal: Goal) -> None:
         adapter=adapter,
         num_experts=options.experts,
         batch=options.batch,
-        images=options.images,
+        images=options.samples,
         seed=options.seed,
         cfg=options.cfg,
         repeats=options.repeats,

@@ -8,7 +8,6 @@ from pathlib import Path
 from actvar.cli.options import (
     DTYPES,
     adapter_of,
-    add_dtype,
     add_source,
     check_source,
     class_name,
@@ -24,7 +23,6 @@ from actvar.zoo.pretrained import LOSSLESS, adapter_path, bundled_adapters, bund
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `demo` to its parser."""
     add_source(command, "all that come with it")
-    add_dtype(command)
     command.add_argument("--host", default=HOST, help=f"address to listen on (default {HOST}: this machine alone)")
     command.add_argument("--port", type=positive, default=PORT, help=f"port to listen on (default {PORT})")
 

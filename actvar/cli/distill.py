@@ -10,7 +10,9 @@ import torch
 
 import actvar
 from actvar.cli.options import (
+    DTYPES,
     adapter_of,
+    add_rates,
     add_source,
     check_source,
     describe,
@@ -34,8 +36,9 @@ from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER, WHERE_FROM
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `distill` to its parser."""
-    add_source(command)
-    command.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is autocast (default fp32)")
+    source = add_source(command, "paper-stage1, for --stage 2", dtype=False)
+    dtypes = [name for name, dtype in DTYPES.items() if dtype != torch.float16]
+    source.add_argument("--dtype", choices=dtypes, default="fp32", help="bf16 is autocast (default fp32)")
     command.add_argument(
         "--stage", type=integer, choices=[1, 2], required=True, help="1: selectors, routers; 2: weights"
     )
@@ -48,16 +51,20 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="adapter file; checkpoints and losses go beside it")
     command.add_argument("--data", help="folder of images in a subfolder per class, of Fashion-MNIST's files, or none")
     command.add_argument(
-        "--classes",
+        "--class-numbers",
         type=Path,
         help="JSON file with the class number of each folder of --data by its name, for folders that are not as many "
         "as the model's classes and have no class numbers for names",
     )
     command.add_argument("--skip-bad", action="store_true", help="leave out images of --data that cannot be read")
-    command.add_argument("--samples", type=positive, default=10_000, help="token maps for --data none (default 10000)")
+    command.add_argument(
+        "--samples", type=positive, default=10_000, help="of the model, for --data none (default 10000)"
+    )
     what = command.add_argument_group("what is sparse (default: as in --adapter, else the paper's)")
-    what.add_argument("--scales", nargs="+", type=integer, help="e.g. -2 -1 for the last two")
-    what.add_argument("--rates", nargs="+", type=number, help="token rate of each scale, then the FFN's")
+    what.add_argument(
+        "--scales", nargs="+", type=integer, help="of the token rates, e.g. -3 -1 (default: the last ones)"
+    )
+    add_rates(what, "the adapter's, else 0.75 0.75 0.75")
     what.add_argument("--experts", type=positive, help="experts the FFN is cut into")
     what.add_argument(
         "--guidance-until",
@@ -94,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
     if until is not None and (options.stage, options.recipe) != (2, "guided"):
         raise ValueError("--guidance-until: expected it with --stage 2 --recipe guided")
     needs_adapter = options.stage == 2 and until is None
-    adapter = adapter_of(options) if needs_adapter or options.adapter else None
+    adapter = adapter_of(options, "paper-stage1") if needs_adapter or options.adapter else None
     if adapter is not None:
         config = read_adapter_config(adapter)
     else:
@@ -110,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
     names = ("stage", "epochs", "batch", "lr", "accumulate", "ema", "clip", "seed", "cfg")
     given = {name: getattr(options, name) for name in names}
     recipe = RECIPES[options.recipe] if until is None else CONDITIONAL
-    how = Distillation(**given, recipe=recipe, bf16=options.dtype == "bf16")
+    how = Distillation(**given, recipe=recipe, bf16=DTYPES[options.dtype] == torch.bfloat16)
     with launched_processes(usable_device(options.device)) as device:
         options.device = str(device)
         say_device(options)
@@ -121,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
             var,
             options.samples,
             options.seed,
-            mapping=options.classes,
+            mapping=options.class_numbers,
             skip_bad=options.skip_bad,
             cache=options.out.parent,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,12 +12,12 @@ import torch
 from actvar.cli.options import (
     DTYPES,
     add_draw,
-    add_dtype,
     add_source,
     at_once,
     check_source,
     expect_file,
     expect_folder,
+    filters_of,
     load,
     positive,
     sampler_of,
@@ -33,16 +34,15 @@ logger = logging.getLogger(__name__)
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `evaluate` to its parser."""
     add_source(command, adapter=None)
-    add_dtype(command)
     command.add_argument(
         "--methods",
         default="all",
         help="comma-separated names, or files of adapters (default all); unknown: lists them",
     )
     command.add_argument("--num", type=positive, default=5000, help="images per method and seed (default 5000)")
-    command.add_argument("--repeats", type=positive, default=1, help="seeds, from --seed on (default 1)")
+    command.add_argument("--seeds", type=positive, default=1, help="how many seeds, from --seed on (default 1)")
     command.add_argument("--batch", type=at_once, default=50, help="images per batch (default 50)")
-    command.add_argument("--rounds", type=positive, default=5, help="timed batches per method (default 5)")
+    command.add_argument("--rounds", type=positive, default=5, help="timed batches of each method, in turn (default 5)")
     add_draw(command)
     command.add_argument(
         "--data", type=Path, default=DEBIAN_FOLDER, help="folder of Fashion-MNIST's files, for --model"
@@ -62,7 +62,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="how all methods draw tokens (default fast on a GPU, otherwise as an adapter recommends, or as the public "
         "code)",
     )
-    command.add_argument("--npz", type=Path, help="folder for the images of each method, for OpenAI's evaluator")
+    command.add_argument("--npz-dir", type=Path, help="folder for the images of each method, for OpenAI's evaluator")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -70,11 +70,11 @@ def run(options: argparse.Namespace) -> None:
     check_source(options)
     expect_file("--json", options.json)
     expect_file("--plot", options.plot)
-    expect_folder("--npz", options.npz)
+    expect_folder("--npz-dir", options.npz_dir)
     if options.plot and not options.model:
-        raise ValueError("--plot: quality is measured of the bundled model; of others --npz writes the images")
+        raise ValueError("--plot: quality is measured of the bundled model; of others --npz-dir writes the images")
     if options.lite0 and not options.model:
-        raise ValueError("--lite0: quality is measured of the bundled model; of others --npz writes the images")
+        raise ValueError("--lite0: quality is measured of the bundled model; of others --npz-dir writes the images")
     try:
         from actvar.evaluate.bundled import dense_predictions, training_image_quality, training_lite0_quality
         from actvar.evaluate.methods import chosen_methods, methods_of
@@ -83,11 +83,18 @@ def run(options: argparse.Namespace) -> None:
         from actvar.families import family_of
         from actvar.utils.devices import device_of
     except ImportError as error:
-        raise ImportError(f"{error}; install the packages of evaluation: pip install actvar[eval]") from error
-    names = ("num", "seed", "repeats", "batch", "cfg", "top_k", "top_p", "rounds")
-    how = Evaluation(**{name: getattr(options, name) for name in names}, sampler=sampler_of(options))
+        raise ImportError(f"{error}; install the packages of evaluation: pip install 'actvar[eval]'") from error
+    names = ("num", "seed", "batch", "cfg", "rounds")
+    how = Evaluation(
+        repeats=options.seeds,
+        top_k=options.top_k or 0,
+        top_p=options.top_p or 0.0,
+        sampler=sampler_of(options),
+        **{name: getattr(options, name) for name in names},
+    )
     say_device(options)
     vae, var = load(options, DTYPES[options.dtype])
+    how = replace(how, **filters_of(options, var))
     placement = dict(device=usable_device(options.device), dtype=DTYPES[options.dtype])
     methods = chosen_methods(options.methods, methods_of(options.model, **placement))
     quality = dense = lite0 = None
@@ -109,6 +116,6 @@ def run(options: argparse.Namespace) -> None:
     written = [options.json]
     if options.plot:
         written.append(save_quality_plot(report, options.plot))
-    if options.npz:
-        written += write_samples(var, methods, how, options.npz)
+    if options.npz_dir:
+        written += write_samples(var, methods, how, options.npz_dir)
     print("wrote " + ", ".join(map(str, written)))

@@ -11,7 +11,6 @@ import actvar
 from actvar.cli.options import (
     adapter_of,
     add_draw,
-    add_dtype,
     add_source,
     check_source,
     class_name,
@@ -30,10 +29,9 @@ from actvar.reports.inspection import inspect_sample, save_page
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `inspect` to its parser."""
-    add_source(command, "best")
-    add_dtype(command)
+    add_source(command)
     command.add_argument("--label", "--class", type=label_of, required=True, help="the image's class, e.g. 7")
-    add_draw(command, like_demo=True)
+    add_draw(command)
     command.add_argument("--repeats", type=positive, default=5, help="timed runs of each way (default 5)")
     command.add_argument("--out", type=Path, default=Path("inspect.html"), help="the page (default inspect.html)")
 
@@ -44,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     expect_file("--out", options.out)
     sampling = request(options, numbered(options, (options.label,), "--label"))
     var, sampling = load_to_sample(options, sampling, "--label")
-    adapter = adapter_of(options, "best")
+    adapter = adapter_of(options)
     config = config_of(adapter)
     if adapter is None:
         warn_untrained(config, "run actvar calibrate first, then give its file as --adapter")

@@ -33,12 +33,16 @@ _SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES = _SHORT | {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def add_source(command: argparse.ArgumentParser, adapter: str | None = "paper") -> None:
-    """Add the options that choose a model, an adapter and a device.
+def add_source(
+    command: argparse.ArgumentParser, adapter: str | None = "best", dtype: bool = True
+) -> argparse._ArgumentGroup:
+    """Add the options that choose a model, an adapter, a device and a dtype, and return their group.
 
     Args:
         command: the command's parser.
         adapter: the bundled adapter that --model takes by default; None for a command that reads no adapter.
+        dtype: whether --dtype is the dtype of the transformer's weights; otherwise the command adds an option of its
+            own.
     """
     source = command.add_argument_group("model")
     source.add_argument("--model", choices=sorted(WEIGHTS), help="a model that comes with the package")
@@ -63,26 +67,23 @@ def add_source(command: argparse.ArgumentParser, adapter: str | None = "paper") 
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, cuda:1, ... (default cuda where there is one, otherwise cpu)",
     )
+    if dtype:
+        source.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
+    return source
 
 
-def add_dtype(command: argparse.ArgumentParser) -> None:
-    """Add the option for the dtype of the transformer's weights."""
-    command.add_argument("--dtype", choices=DTYPES, default="fp32", help="transformer weights (default fp32)")
-
-
-def add_draw(command: argparse._ActionsContainer, like_demo: bool = False) -> None:
+def add_draw(command: argparse._ActionsContainer, filters: bool = True) -> None:
     """Add the options that say how tokens are drawn.
 
     Args:
-        command: the command's parser.
-        like_demo: whether the filters of the public demo are the defaults for --var, see `load_to_sample`.
+        command: the command's parser, or a group of it.
+        filters: whether there are --top-k and --top-p, which `filters_of` reads.
     """
-    demo = f"; with --var {DEMO_TOP_K}", f"; with --var {DEMO_TOP_P}"
-    top_k, top_p = (f"(default 0: all{text if like_demo else ''})" for text in demo)
-    none = None if like_demo else 0
+    top_k, top_p = f"(default 0: all; with --var {DEMO_TOP_K})", f"(default 0: all; with --var {DEMO_TOP_P})"
     command.add_argument("--cfg", type=number, default=1.5, help="guidance strength (default 1.5)")
-    command.add_argument("--top-k", type=integer, default=none, help=f"draw from the k likeliest tokens {top_k}")
-    command.add_argument("--top-p", type=number, default=none, help=f"from the likeliest that reach p {top_p}")
+    if filters:
+        command.add_argument("--top-k", type=integer, help=f"draw from the k likeliest tokens {top_k}")
+        command.add_argument("--top-p", type=number, help=f"from the likeliest that reach p {top_p}")
     command.add_argument("--seed", type=integer, default=0, help="of the sampling noise (default 0)")
 
 
@@ -91,10 +92,13 @@ def sampler_of(options: argparse.Namespace) -> str | None:
     return options.sampler or ("fast" if options.device.startswith("cuda") else None)
 
 
-def add_rates(command: argparse.ArgumentParser) -> None:
-    """Add the option for the rates of tokens and experts."""
+def add_rates(command: argparse._ActionsContainer, default: str = "the adapter's") -> None:
+    """Add the option for the rates of tokens and experts, whose default the help names."""
     command.add_argument(
-        "--rates", nargs="+", type=number, help="token rates of the last scales, then the FFN's, e.g. 0.75 0.75 0.75"
+        "--rates",
+        nargs="+",
+        type=number,
+        help=f"token rates of the last scales, then the FFN's, e.g. 0.75 0.75 0.75 (default {default})",
     )
 
 
@@ -129,6 +133,15 @@ def request(options: argparse.Namespace, labels: tuple[int, ...]) -> Sampling:
     return Sampling(labels, options.cfg, options.top_k or 0, options.top_p or 0.0, options.seed)
 
 
+def filters_of(options: argparse.Namespace, var: VAR) -> dict[str, int | float]:
+    """Return `top_k` and `top_p` of the options, whose defaults are those of the public demo for --var, otherwise 0."""
+    demo = (min(DEMO_TOP_K, var.V), DEMO_TOP_P) if options.var else (0, 0.0)
+    return {
+        "top_k": demo[0] if options.top_k is None else options.top_k,
+        "top_p": demo[1] if options.top_p is None else options.top_p,
+    }
+
+
 def load_to_sample(options: argparse.Namespace, sampling: Sampling, option: str) -> tuple[VAR, Sampling]:
     """Load the model, and check that it has what is to be sampled.
 
@@ -138,7 +151,7 @@ def load_to_sample(options: argparse.Namespace, sampling: Sampling, option: str)
         option: the option that gave the classes, for the message.
 
     Returns:
-        the model, and the request with the default filters: for --var those of the public demo.
+        the model, and the request with the filters of `filters_of`.
 
     Raises:
         ValueError: the model does not have such a class, or so many tokens.
@@ -150,11 +163,7 @@ def load_to_sample(options: argparse.Namespace, sampling: Sampling, option: str)
     bad = [label for label in sampling.labels if not 0 <= label < var.num_classes]
     if bad:
         raise ValueError(f"{option}: the model has classes 0-{var.num_classes - 1}, got {bad[0]}")
-    if options.var and options.top_k is None:
-        sampling = replace(sampling, top_k=min(DEMO_TOP_K, var.V))
-    if options.var and options.top_p is None:
-        sampling = replace(sampling, top_p=DEMO_TOP_P)
-    return var, sampling
+    return var, replace(sampling, **filters_of(options, var))
 
 
 def class_name(options: argparse.Namespace, label: int) -> str:
@@ -167,7 +176,7 @@ def of_process(variable: str, default: int) -> int:
     return int(os.environ.get(variable, default))
 
 
-def adapter_of(options: argparse.Namespace, bundled: str | None = "paper") -> Path | None:
+def adapter_of(options: argparse.Namespace, bundled: str | None = "best") -> Path | None:
     """Return the adapter's file, or None without an adapter.
 
     With --model, a name without a suffix is that of a bundled adapter, and `bundled` is the default.

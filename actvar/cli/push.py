@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from actvar.cli.options import add_draw, add_dtype, add_source, at_once, check_source, load_to_sample, request
+from actvar.cli.options import add_draw, add_source, at_once, check_source, load_to_sample, request
 from actvar.evaluate.divergence import divergence_by_scale
 from actvar.families import family_of
 from actvar.patching.adapter import read_adapter
@@ -24,8 +24,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", help="adapter file")
     command.add_argument("repository", help="owner/repo on the hub, made if it does not exist; its card is replaced")
     add_source(command, adapter=None)
-    add_dtype(command)
-    add_draw(command, like_demo=True)
+    add_draw(command)
     command.add_argument("--batch", type=at_once, default=8, help="images that are measured for the card (default 8)")
     command.add_argument("--private", action="store_true", help="make a new repository private")
 

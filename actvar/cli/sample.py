@@ -17,7 +17,6 @@ from actvar.cli.options import (
     MOST_AT_ONCE,
     adapter_of,
     add_draw,
-    add_dtype,
     add_rates,
     add_source,
     at_once,
@@ -54,37 +53,35 @@ from actvar.zoo.pretrained import LOSSLESS, bundled_presets, preset_path
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `sample` to its parser."""
     add_source(command, "the preset near")
-    add_dtype(command)
     what = command.add_argument_group("images")
     what.add_argument(
         "--labels", "--classes", type=labels_of, help="e.g. 0-9 or 207,980, or names (default for --num, --model: all)"
     )
     what.add_argument("--per-class", type=at_once, help="images per class (default 1)")
-    add_draw(what, like_demo=True)
+    add_draw(what)
     what.add_argument(
         "--format", choices=["png"], help="a PNG per image in its own size, in place of one grid or of --num's shards"
     )
-    way = command.add_argument_group(
-        "way of sampling (default: --preset near, or --accelerate without presets)"
-    ).add_mutually_exclusive_group()
+    ways = command.add_argument_group("way of sampling (default: --preset near, or --accelerate without presets)")
+    way = ways.add_mutually_exclusive_group()
     way.add_argument("--dense", action="store_true", help="sample without ActVAR, by PyTorch")
     way.add_argument("--accelerate", action="store_true", help="the dense model's images, on the kernels; no adapter")
     way.add_argument(
         "--compare", action="store_true", help="dense and ActVAR with the same seed: pictures, then a table of times"
     )
-    command.add_argument(
+    ways.add_argument(
         "--repeats",
         type=positive,
         default=1,
         help="timed runs of each way for --compare, after one to warm up; their median is shown (default 1, the "
         "soonest to end; 5 for steadier times)",
     )
-    command.add_argument(
+    ways.add_argument(
         "--preset",
         help="a quality of --model in place of an adapter: lossless draws the dense images on the kernels; unknown: "
         "lists them",
     )
-    add_rates(command)
+    add_rates(ways)
     how = command.add_argument_group("execution, for ActVAR and --accelerate (default: what the adapter recommends)")
     how.add_argument(
         "--sampler",
@@ -167,7 +164,8 @@ def _compare(
     )
     _say_written(files)
     result = compare(var, config, adapter, sampling, options.repeats, execution)
-    threads, described = torch.get_num_threads(), describe(config)
+    threads = torch.get_num_threads()
+    described = "no adapter" if config is DENSE else describe(config)
     print(f"{len(labels)} images, cfg {options.cfg}, {options.dtype}, {threads} threads,", end=" ")
     print(f"median of {options.repeats}; {described}")
     print(result.table())
@@ -253,8 +251,9 @@ def _check_way(options: argparse.Namespace) -> None:
         raise ValueError(
             "--dense samples by PyTorch; for --sampler, --decoder-dtype and --weights give --accelerate instead"
         )
-    if options.accelerate and options.adapter:
-        raise ValueError("--accelerate draws the dense model's images; leave it out for --adapter")
+    for way in ("accelerate", "dense"):
+        if options.adapter and getattr(options, way):
+            raise ValueError(f"--{way} draws the dense model's images; leave it out for --adapter")
     if options.rates and (options.dense or options.accelerate):
         raise ValueError("--rates: expected neither --dense nor --accelerate, which compute all tokens and experts")
     if options.rates and adapter_of(options, "best") is None:

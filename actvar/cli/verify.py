@@ -9,6 +9,7 @@ from pathlib import Path
 from actvar.cli.options import (
     DTYPES,
     adapter_of,
+    add_draw,
     add_rates,
     add_source,
     at_once,
@@ -27,12 +28,13 @@ from actvar_kernels.backend import BACKENDS
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `verify` to its parser."""
-    add_source(command)
-    command.add_argument("--dtype", nargs="+", choices=DTYPES, default=[], help="besides fp32, which is always checked")
+    source = add_source(command, dtype=False)
+    source.add_argument("--dtype", nargs="+", choices=DTYPES, default=[], help="besides fp32, which is always checked")
     command.add_argument(
         "--backend", nargs="+", choices=sorted(set(BACKENDS) - {"auto"}), help="default: those that run on the device"
     )
     add_rates(command)
+    add_draw(command, filters=False)
     command.add_argument("--batch", type=at_once, default=1, help="images per sample (default 1)")
     command.add_argument("--weights", choices=["int8"], help="also check the products of the blocks in eight bits")
     command.add_argument("--public-var", type=Path, help="clone of the public VAR code: its class must agree as well")
@@ -45,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     expect_file("--json", options.json)
     adapter = adapter_of(options)
     config = with_rates(config_of(adapter), options.rates)
-    sampling = Sampling((0,) * options.batch)
+    sampling = Sampling((0,) * options.batch, options.cfg, seed=options.seed)
     dtypes = [DTYPES[name] for name in options.dtype]
     report = verify(
         lambda dtype: load(options, dtype)[1],

@@ -81,7 +81,7 @@ def source_of(
     folder = Path(data)
     is_folder_of_images = data != "none" and not any(folder.glob("train-images-idx3-ubyte*"))
     if (mapping or skip_bad) and not is_folder_of_images:
-        raise ValueError(f"expected a folder of images for --classes and --skip-bad, got {data}")
+        raise ValueError(f"expected a folder of images for --class-numbers and --skip-bad, got {data}")
     if data == "none":
         return sampled_source(var, samples, seed)
     if not folder.is_dir():

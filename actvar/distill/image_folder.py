@@ -162,7 +162,7 @@ def _files_in(folder: Path) -> Iterator[Path]:
 
 def _classes_of(root: Path, names: Sequence[str], num_classes: int) -> dict[str, int]:
     """Return classes by folder without a mapping, see `find_images`."""
-    todo = "name the folders by class numbers, or give --classes FILE, a JSON object such as " + '{"cats": 281}'
+    todo = "name the folders by class numbers, or give --class-numbers FILE, a JSON object such as " + '{"cats": 281}'
     are_numbers = bool(names) and all(name.isdecimal() and name.isascii() for name in names)
     if len(names) == num_classes:
         if are_numbers and sorted(names, key=int) != list(names):
@@ -170,7 +170,7 @@ def _classes_of(root: Path, names: Sequence[str], num_classes: int) -> dict[str,
             raise ValueError(
                 f"{root}: expected folders whose names say their classes, got numbers that are not in the order of the "
                 f"names, by which {first!r} would be class {names.index(first)}; pad the numbers with zeros (007), or "
-                "give --classes FILE, a JSON object such as " + '{"10": 10}'
+                "give --class-numbers FILE, a JSON object such as " + '{"10": 10}'
             )
         return {name: index for index, name in enumerate(names)}
     if not are_numbers:

@@ -54,7 +54,7 @@ def push_adapter(path: Path, repository: str, card: str, private: bool = False) 
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
-        raise ImportError("to upload to the hub, run `pip install actvar[hub]`") from error
+        raise ImportError("to upload to the hub, run `pip install 'actvar[hub]'`") from error
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(path, Path(folder) / FILE_NAME)
         (Path(folder) / "README.md").write_text(card, "utf-8")

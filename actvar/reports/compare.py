@@ -35,7 +35,7 @@ class Comparison:
     """Times and FLOPs of the same sample drawn in several ways.
 
     Seconds are by the names `dense`, `actvar` and `accelerated`, the dense model on the kernels (`actvar.accelerate`).
-    FLOPs are by `dense` and `actvar`.
+    FLOPs are by `dense` and `actvar`. Nothing is called `actvar` where the dense model alone was drawn.
 
     Args:
         images: of the sample.
@@ -57,26 +57,28 @@ class Comparison:
 
     def table(self) -> str:
         """Return the comparison as aligned text."""
+        names = list(self.seconds)
 
         def row(label: str, values: Mapping[str, float], unit: float, digits: int, gain: Sequence[str] = ()) -> str:
-            columns = (values.get(name, values["dense"]) / unit for name in ("dense", "accelerated", "actvar"))
+            columns = (values.get(name, values["dense"]) / unit for name in names)
             return f"{label:<34}" + "".join(f"{value:>13.{digits}f}" for value in columns) + "".join(gain)
 
         def speedup(values: dict[str, float]) -> list[str]:
-            return [f"{values[name] / values['actvar']:>12.2f}x" for name in ("dense", "accelerated")]
+            return [f"{values[name] / values[names[-1]]:>12.2f}x" for name in names[:-1]]
 
         def saving(values: dict[str, int]) -> list[str]:
-            return [f"{1 - values['actvar'] / values['dense']:>12.1%} saved"]
+            return [f"{1 - values[name] / values['dense']:>12.1%} saved" for name in names if name == "actvar"]
 
         def to_dense(label: str, values: dict[str, float], digits: int) -> str:
-            columns = (f"{values[name]:>13.{digits}f}" for name in ("accelerated", "actvar"))
+            columns = (f"{values[name]:>13.{digits}f}" for name in names[1:])
             return f"{label:<34}{'':>13}" + "".join(columns)
 
         blocks = []
         if self.block_seconds:
             blocks = [row("blocks of the active scales, ms", self.block_seconds, 1e-3, 1, speedup(self.block_seconds))]
         rate = {name: self.images / seconds for name, seconds in self.seconds.items()}
-        titles = ("dense", "accelerated", "ActVAR", "vs dense", "vs accel.")
+        titles = [name.replace("actvar", "ActVAR") for name in names]
+        titles += [f"vs {name.replace('accelerated', 'accel.')}" for name in names[:-1]]
         return "\n".join(
             [
                 f"{'':<34}" + "".join(f"{title:>13}" for title in titles),
@@ -106,6 +108,8 @@ def compare(
     execution: Execution | None = None,
 ) -> Comparison:
     """Measure the dense model, the same on the kernels, and with ActVAR, in turn.
+
+    ActVAR is left out where `config` is `DENSE`, by which it is the dense model on the kernels.
 
     Args:
         var: an unpatched model.
@@ -148,13 +152,15 @@ def compare(
     counted = {"dense": total_flops(counted_flops(var, batch))}
     with patched_silently(var, config, adapter, execution):  # patched once, so that packed weights of the adapter stay
         ways = {name: whole(name, way) for name, way in all_ways(var, draw).items()}
+        if config == DENSE:
+            del ways["actvar"]
         seconds = interleaved_medians(ways, repeats, "whole samples")
         block_times = interleaved_medians(all_ways(var, blocks), repeats, "blocks") if active_tokens else {}
-        formula["actvar"] = total_flops(model_flops(var, batch))
-        counted["actvar"] = total_flops(counted_flops(var, batch))
-    near, alike = (
-        {name: measure(drawn[name], drawn["dense"]) for name in ("accelerated", "actvar")} for measure in (psnr, ssim)
-    )
+        if config != DENSE:
+            formula["actvar"] = total_flops(model_flops(var, batch))
+            counted["actvar"] = total_flops(counted_flops(var, batch))
+    others = [name for name in ways if name != "dense"]
+    near, alike = ({name: measure(drawn[name], drawn["dense"]) for name in others} for measure in (psnr, ssim))
     return Comparison(batch, seconds, block_times, formula, counted, near, alike)
 
 
@@ -194,6 +200,8 @@ def save_comparison(
 ) -> list[Path]:
     """Write `dense.png`, `actvar.png`, `difference.png` and, where tokens are selected, `tokens.png`.
 
+    `accelerated.png` takes the place of `actvar.png` where `config` is `DENSE`.
+
     Args:
         var: an unpatched model.
         config: of ActVAR.
@@ -214,7 +222,8 @@ def save_comparison(
         selects = any(scale.select for scale in state.schedule)
     with drawn_by(var, state.execution.sampler):
         dense = sampling.run(var)
-    shown = {"dense": dense, "actvar": sparse, "difference": (dense - sparse).abs()}
+    name = "accelerated" if config == DENSE else "actvar"
+    shown = {"dense": dense, name: sparse, "difference": (dense - sparse).abs()}
     written = []
     for name, images in shown.items():
         written += save_images(images, folder, name, columns, single)

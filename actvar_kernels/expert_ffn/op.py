@@ -48,7 +48,7 @@ def expert_ffn(
         mask: `[..., N]`: bool, or floating-point gates that multiply the experts' outputs (training).
         active: number of experts that are on for a token, 1 ... N; the FLOP count of a call is based on it.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`, in u's dtype, or in any under
-            autocast.
+            autocast; zeros for a bias that the layer does not have.
         int8: whether both products are ones of bytes, as `reference.int8_expert_ffn` defines them, for a bool mask and
             on the CPU.
 
@@ -57,7 +57,7 @@ def expert_ffn(
 
     Raises:
         ValueError: shapes or devices that do not fit, or N that does not divide D.
-        TypeError: a mask in eight bits that is not bool.
+        TypeError: another dtype than that of the weights without autocast, a mask in eight bits that is not bool.
         BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_int8` for `int8`.
     """
     weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -107,7 +107,8 @@ def expert_ffn_scatter(
         `[R, L, C]` in the dtype of `rest`; without an index `[R, K, C]`.
 
     Raises:
-        TypeError: an index that is not int64, a mask in eight bits that is not bool.
+        TypeError: an index that is not int64, another dtype of `u` than that of the weights without autocast, a mask in
+            eight bits that is not bool.
         ValueError: shapes or devices that do not fit, N that does not divide D, an unknown schedule.
         BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_int8` for `int8`.
     """
@@ -152,6 +153,9 @@ def _expect_ffn(u: torch.Tensor, mask: torch.Tensor, active: int, weights: FFNWe
     if D % mask.shape[-1]:
         raise ValueError(f"mask: expected a number of experts that divides the hidden size {D}, got {mask.shape[-1]}")
     expect_one_device(u, mask, *weights)
+    dtype = weights.fc1_weight.dtype
+    if u.dtype != dtype and not torch.is_autocast_enabled(u.device.type):
+        raise TypeError(f"u: expected the dtype of the weights, {dtype}, or autocast, got {u.dtype}")
     return expect_count("active", active, mask.shape[-1])
 
 

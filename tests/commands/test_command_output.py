@@ -149,7 +149,7 @@ def test_the_streams_are_put_back(monkeypatch):
         (["sample", "--model", "fashion-mnist", "--num"], "expected a whole number of at least 1"),
         (["inspect", "--model", "fashion-mnist", "--label"], "expected a whole number, got"),
         (["evaluate", "--model", "fashion-mnist", "--rounds"], "expected a whole number of at least 1"),
-        (["calibrate", "--model", "fashion-mnist", "--out", "a", "--images"], "expected a whole number from 1 to"),
+        (["calibrate", "--model", "fashion-mnist", "--out", "a", "--samples"], "expected a whole number from 1 to"),
         (["verify", "--model", "fashion-mnist", "--batch"], "expected a whole number from 1 to"),
         (["flops", "--model", "d16", "--batch"], "expected a whole number"),
         (["distill", "--model", "fashion-mnist", "--stage"], "expected a whole number, got"),

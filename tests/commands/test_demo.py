@@ -138,7 +138,7 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--model", "fashion-mnist-small"])
     assert stopped.value.code == 2
-    assert "pip install actvar[demo]" in capsys.readouterr().err
+    assert "pip install 'actvar[demo]'" in capsys.readouterr().err
     assert top_parser()
 
 

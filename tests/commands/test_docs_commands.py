@@ -36,9 +36,9 @@ SMALLER = {
     "actvar distill --model fashion-mnist --stage 1 --out adapter.safetensors": (
         "actvar distill --model fashion-mnist --stage 1 --out adapter.safetensors --epochs 0.01"
     ),
-    "actvar evaluate --model fashion-mnist --methods all --num 5000 --repeats 3 --json evaluation.json"
+    "actvar evaluate --model fashion-mnist --methods all --num 5000 --seeds 3 --json evaluation.json"
     " --plot evaluation.png": (
-        "actvar evaluate --model fashion-mnist --methods dense,best --num 50 --repeats 1 --json evaluation.json"
+        "actvar evaluate --model fashion-mnist --methods dense,best --num 50 --seeds 1 --json evaluation.json"
         " --plot evaluation.png"
     ),
 }
@@ -56,7 +56,7 @@ def commands() -> list[str]:
         block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     )
     lines = blocks.replace("\\\n", " ").splitlines()
-    found = (" ".join(line.split("  #")[0].split(" # ")[0].split()) for line in lines)
+    found = (" ".join(re.sub(r"(^|\s)#\s.*", "", line).split()) for line in lines)
     return list(dict.fromkeys(filter(None, found)))
 
 

@@ -50,6 +50,17 @@ def test_the_pages_keep_what_they_link_to(tmp_path):
     assert not (tmp_path / "setup.py").exists()
 
 
+def test_every_page_is_in_the_list_of_the_site(tmp_path):
+    stage(tmp_path)
+    pages = {str(page.relative_to(tmp_path)) for page in tmp_path.rglob("*.md")}
+    assert pages == set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE))
+
+
+def test_no_page_has_a_diagram_that_a_script_of_another_host_would_draw(tmp_path):
+    stage(tmp_path)
+    assert [str(page) for page in tmp_path.rglob("*.md") if "```mermaid" in page.read_text("utf-8")] == []
+
+
 def missing_tests(page: str) -> list[str]:
     """Return the tests that a page lists and that do not exist."""
     found = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,7 @@ def test_an_option_of_execution_keeps_what_the_adapter_recommends_else(tmp_path,
         (["--accelerate", "--dense"], "argument --dense: not allowed with argument --accelerate"),
         (["--accelerate", "--compare"], "argument --compare: not allowed with argument --accelerate"),
         (["--accelerate", "--adapter", "best"], "leave it out for --adapter"),
+        (["--dense", "--adapter", "best"], "leave it out for --adapter"),
         (["--accelerate", "--rates", "0.5", "0.5"], "--rates: expected neither --dense nor --accelerate"),
         (["--dense", "--rates", "0.5", "0.5"], "--rates: expected neither --dense nor --accelerate"),
         (["--dense", "--sampler", "fast"], "give --accelerate instead"),
@@ -117,13 +120,15 @@ def test_what_does_not_go_together_is_refused_before_anything_is_read(
 def test_pictures_are_there_and_named_before_anything_is_timed(checkpoint, tmp_path, capsys, monkeypatch):
     def checked(var, config, adapter, sampling, repeats, execution):
         assert "wrote " in capsys.readouterr().out
-        assert {path.name for path in tmp_path.iterdir()} >= {"dense.png", "actvar.png", "difference.png"}
+        assert {path.name for path in tmp_path.iterdir()} == {"dense.png", "accelerated.png", "difference.png"}
         assert repeats == 1, "the default, so that the command ends soon"
         return compare(var, config, adapter, sampling, repeats, execution)
 
     monkeypatch.setattr("actvar.cli.sample.compare", checked)
     main(["sample", *checkpoint, "--labels", "0", "--compare", "--out", str(tmp_path)])
-    assert "whole sample, ms" in capsys.readouterr().out
+    titles, seconds = capsys.readouterr().out.splitlines()[-7:-5]
+    assert titles.split() == ["dense", "accelerated", "vs", "dense"], "no third column without an adapter"
+    assert re.fullmatch(r"whole sample, ms +[\d.]+ +[\d.]+ +[\d.]+x", seconds)
 
 
 def test_folders_above_outputs_are_made(tmp_path):
@@ -138,7 +143,7 @@ def test_folders_above_outputs_are_made(tmp_path):
 @pytest.mark.slow
 def test_folders_above_adapters_are_made(tmp_path):
     calibrated, distilled = (tmp_path / name / "adapter.safetensors" for name in ("calibrated", "distilled"))
-    main(["calibrate", *SMALL, "--images", "4", "--uniform", "--out", str(calibrated)])
+    main(["calibrate", *SMALL, "--samples", "4", "--uniform", "--out", str(calibrated)])
     how = ["--stage", "1", "--data", "none", "--samples", "10", "--batch", "10", "--epochs", "1"]
     main(["distill", *SMALL, *how, "--out", str(distilled)])
     for file in (calibrated, distilled):

@@ -48,7 +48,7 @@ def test_both_ways_of_a_comparison_have_pictures(tmp_path):
     command = ["sample", "--model", "fashion-mnist-small", "--labels", "1,2", "--preset", "lossless", "--compare"]
     main([*command, "--format", "png", "--out", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"{name}-{number:05d}.png" for name in ("actvar", "dense", "difference") for number in range(2)
+        f"{name}-{number:05d}.png" for name in ("accelerated", "dense", "difference") for number in range(2)
     ]
 
 

@@ -52,6 +52,13 @@ def test_every_command_has_options_and_a_help(command, capsys):
     assert capsys.readouterr().out.startswith(f"usage: actvar {command} ")
 
 
+def test_an_unknown_option_is_an_error_of_its_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "--model", "fashion-mnist", "--stage", "1", "--out", "a.safetensors", "--no", "1"])
+    expected = "actvar distill: unrecognized arguments: --no 1 (try actvar distill --help)\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
 def test_every_module_of_a_command_is_a_command():
     files = (ROOT / "actvar" / "cli").glob("*.py")
     assert {file.stem for file in files if "\ndef run(" in file.read_text("utf-8")} == set(COMMANDS)

@@ -201,6 +201,14 @@ def test_a_backend_asked_for_by_name_raises_at_the_call_where_it_cannot_run(name
         operation(**arguments)
 
 
+@pytest.mark.parametrize("name", ["expert_ffn", "expert_ffn_scatter"])
+def test_experts_of_another_dtype_than_their_input_are_a_type_error_that_names_both(name: str) -> None:
+    operation, arguments = OPERATIONS[name]
+    arguments = {**arguments, "u": arguments["u"].double()}
+    with pytest.raises(TypeError, match=r"^u: expected the dtype of the weights, torch\.float32, .*got torch\.float64"):
+        operation(**arguments)
+
+
 def test_a_backend_asked_for_by_name_raises_also_where_gradients_are_wanted() -> None:
     _, arguments = OPERATIONS["expert_ffn"]
     arguments = {**arguments, "u": arguments["u"].clone().requires_grad_(True)}

@@ -110,7 +110,7 @@ def test_a_refused_upload_is_one_line(hub, saved):
 def test_without_the_hubs_package_the_errors_say_what_to_install(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for call in (lambda: push_adapter(saved, "owner/repo", ""), lambda: read_adapter_config("owner/repo")):
-        with pytest.raises(ImportError, match=r"pip install actvar\[hub\]"):
+        with pytest.raises(ImportError, match=r"pip install 'actvar\[hub\]'"):
             call()
 
 

@@ -132,7 +132,7 @@ def test_the_hubs_own_package_gives_up_at_once_and_in_one_line(tmp_path: Path) -
 
 def test_a_hub_id_without_the_hub_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"pip install actvar\[hub\]"):
+    with pytest.raises(ImportError, match=r"pip install 'actvar\[hub\]'"):
         describe_checkpoint("owner/repo:var.pth")
 
 

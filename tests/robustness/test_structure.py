@@ -48,6 +48,17 @@ def test_no_two_folders_import_each_other_in_a_circle(package):
         edges = {name: others for name, others in edges.items() if name not in leaves}
 
 
+def test_folders_import_only_from_lines_below_theirs_in_the_page_on_architecture():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    picture = page.partition("```text\n")[2].partition("\n\n")[0]
+    line_of = {name: i for i, line in enumerate(picture.splitlines()) for name in line[:20].split()}
+    known = modules("actvar")
+    assert line_of.keys() == {box(name) for name in known} - {"", "__main__"}
+    for name, path in known.items():
+        for other in {box(module) for module in imported(path, known) if module in known} - {box(name), ""}:
+            assert name.endswith("__main__") or line_of.get(box(name), -1) < line_of[other], (name, other)
+
+
 @pytest.mark.parametrize(("package", "most"), [("actvar", 21), ("actvar_kernels", 21)])
 def test_the_root_of_a_package_can_be_taken_in_at_a_glance(package, most):
     boxes = {box(name) for name in modules(package)} - {""}

@@ -271,9 +271,11 @@ def test_the_command_takes_a_mapping_for_fewer_folders_than_classes(image_folder
         shutil.rmtree(image_folder / f"class{number}")
     with pytest.raises(SystemExit):
         distilled(files, tmp_path / "a.safetensors", data=image_folder, batch=4)
-    assert "give --classes FILE" in capsys.readouterr().err
+    assert "give --class-numbers FILE" in capsys.readouterr().err
     (tmp_path / "classes.json").write_text('{"class0": 9, "class1": 3}')
-    distilled(files, tmp_path / "a.safetensors", data=image_folder, batch=4, classes=tmp_path / "classes.json")
+    distilled(
+        files, tmp_path / "a.safetensors", data=image_folder, batch=4, **{"class-numbers": tmp_path / "classes.json"}
+    )
     assert "4 images in 2 classes, 1 skipped (.txt)" in capsys.readouterr().out
 
 
@@ -316,7 +318,7 @@ def test_folders_that_cannot_be_used_are_named(image_folder, tmp_path):
         ({"stage": 1, "rates": "1 1 1"}, "no selector or router to train"),
         ({"data": "nowhere"}, "no such folder"),
         ({"seed": 2**40}, "--seed: expected"),
-        ({"data": "none", "skip-bad": ""}, "a folder of images for --classes and --skip-bad"),
+        ({"data": "none", "skip-bad": ""}, "a folder of images for --class-numbers and --skip-bad"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(files, tmp_path, capsys, changes, message):

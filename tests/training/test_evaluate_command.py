@@ -39,7 +39,7 @@ def images_folder(tmp_path, monkeypatch):
 def test_the_command_measures_the_bundled_model(images_folder, tmp_path, capsys):
     file, plot = tmp_path / "found.json", tmp_path / "plot.png"
     arguments = ["evaluate", "--model", "fashion-mnist", "--methods", "dense,best,skip@1"]
-    arguments += ["--num", "20", "--batch", "10", "--rounds", "1", "--repeats", "2", "--data", str(images_folder)]
+    arguments += ["--num", "20", "--batch", "10", "--rounds", "1", "--seeds", "2", "--data", str(images_folder)]
     arguments += ["--json", str(file), "--plot", str(plot)]
     main(arguments)
     found = json.loads(file.read_text())
@@ -80,7 +80,7 @@ main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_figures(images_folder, tmp_path, monkeypatch):
-    arguments = ["evaluate", "--model", "fashion-mnist", "--methods", "skip@2", "--num", "20", "--repeats", "2"]
+    arguments = ["evaluate", "--model", "fashion-mnist", "--methods", "skip@2", "--num", "20", "--seeds", "2"]
     arguments += ["--batch", "5", "--rounds", "1", "--no-lite0", "--data", str(images_folder), "--json"]
     killed, whole = tmp_path / "killed.json", tmp_path / "whole.json"
     done = subprocess.run(
@@ -110,7 +110,7 @@ def test_the_command_writes_images_of_other_models_for_openais_evaluator(tmp_pat
     save_file(var.vae_proxy[0].state_dict(), tmp_path / "vae.safetensors")
     source = ["--var", str(tmp_path / "var.safetensors"), "--vae", str(tmp_path / "vae.safetensors")]
     rest = ["--num", "20", "--batch", "10", "--rounds", "1", "--json", str(tmp_path / "found.json")]
-    main(["evaluate", *source, "--methods", "dense,unguided@1", *rest, "--npz", str(tmp_path / "images")])
+    main(["evaluate", *source, "--methods", "dense,unguided@1", *rest, "--npz-dir", str(tmp_path / "images")])
     for name in ("dense-seed0", "unguided@1-seed0"):
         with np.load(tmp_path / "images" / f"{name}.npz") as file:
             assert file["arr_0"].shape == (20, 10, 10, 3)

@@ -89,9 +89,9 @@ FOLDERS = [f"class{number:04d}" for number in range(300)]
             [],
             3,
             None,
-            "each of the model's 3 classes, got 0 folders; name the folders by class numbers, or give --classes",
+            "each of the model's 3 classes, got 0 folders; name the folders by class numbers, or give --class-numbers",
         ),
-        (["a", "b"], 3, None, r"each of the model's 3 classes, got 2 folders \(a, b\); .*--classes FILE"),
+        (["a", "b"], 3, None, r"each of the model's 3 classes, got 2 folders \(a, b\); .*--class-numbers FILE"),
         (["0", "b"], 3, None, r"got 2 folders \(0, b\)"),
         (FOLDERS, 1000, None, r"got 300 folders \(class0000, .*, class0009, \.\.\.\); name"),
         (
@@ -245,5 +245,5 @@ def test_a_source_of_images_describes_itself_and_gives_the_classes_of_the_mappin
     assert NUM_CLASSES == 10
     for other in ("none", str(tmp_path)):
         (tmp_path / "train-images-idx3-ubyte").touch()
-        with pytest.raises(ValueError, match="expected a folder of images for --classes and --skip-bad"):
+        with pytest.raises(ValueError, match="expected a folder of images for --class-numbers and --skip-bad"):
             data.source_of(other, var.vae_proxy[0], var, 1, 0, skip_bad=True)

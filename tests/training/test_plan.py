@@ -200,7 +200,7 @@ def test_an_adapter_with_an_end_of_guidance_keeps_it(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_writes_adapter_report_and_curve_or_the_nearest_plan(tmp_path, capsys):
-    common = ["calibrate", "--model", "fashion-mnist", "--images", "4", "--batch", "2", "--repeats", "1"]
+    common = ["calibrate", "--model", "fashion-mnist", "--samples", "4", "--batch", "2", "--repeats", "1"]
     main([*common, "--kl", "0.5", "--out", str(tmp_path / "a.safetensors")])
     assert "over accelerated" in capsys.readouterr().out
     report = json.loads((tmp_path / "a.json").read_text())

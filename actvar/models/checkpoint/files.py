@@ -100,7 +100,7 @@ def _downloaded(path: str, place: dict[str, Any]) -> Path:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
         from huggingface_hub.utils import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
     except ImportError as error:
-        raise ImportError(f"{path} is on the hub; to download it, run `pip install actvar[hub]`") from error
+        raise ImportError(f"{path} is on the hub; to download it, run `pip install 'actvar[hub]'`") from error
     not_there = EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
     unreachable = None
     try:

@@ -111,4 +111,4 @@ def _gradio() -> Any:
     try:
         return import_module("gradio")
     except ImportError as error:
-        raise ImportError(f"{error}; install what the page needs: pip install actvar[demo]") from error
+        raise ImportError(f"{error}; install what the page needs: pip install 'actvar[demo]'") from error
