@@ -30,9 +30,9 @@ class Execution:
 
     Args:
         sampler: `"torch"` draws tokens as the public code does. `"fast"` draws them in one kernel and from another
-            random stream (`actvar_kernels.sample_tokens`). For `actvar.models.VAR` only.
+            random stream (`actvar_kernels.sample_tokens`). For our `VAR` and `Infinity` only.
         decoder_dtype: `"bfloat16"` or `"float16"` decodes images under autocast to that dtype, which changes them
-            slightly. None leaves the autoencoder as it is. For `actvar.models.VAR` only.
+            slightly. None leaves the autoencoder as it is. For our `VAR` and `Infinity` only.
         expert_execution: how the Triton backend runs the experts; results are equal to rounding. `"dense"` computes all
             experts and writes zeros for those that are off. `"tile_list"` sorts tokens by their experts, and a tile of
             tokens skips the experts that none of them wants. `"auto"` takes the one that was measured to be faster on

@@ -12,7 +12,7 @@ attributes that a family reads; `Family.mismatch` checks these attributes at run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -148,8 +148,8 @@ class Family(Protocol):
         """
         ...
 
-    def has_draw_and_decode(self, model: Any) -> bool:
-        """Return whether a patch can replace how tokens are drawn and images decoded."""
+    def loop_fields(self, model: Any) -> Collection[str]:
+        """Return the fields of `Execution` that change the sampling loop and that the mixin follows."""
         ...
 
     def loop_is_ours(self, model: Any) -> bool:

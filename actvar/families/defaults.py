@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,9 +24,9 @@ class BaseFamily:
     hidden_axes: Mapping[str, int]
     name: str
 
-    def has_draw_and_decode(self, model: Any) -> bool:
-        """Return False: a patch leaves the drawing and the decoding to the model."""
-        return False
+    def loop_fields(self, model: Any) -> Collection[str]:
+        """Return none: a patch leaves the drawing and the decoding to the model."""
+        return ()
 
     def loop_is_ours(self, model: Any) -> bool:
         """Return False: the sampling loop may read a block's input again."""

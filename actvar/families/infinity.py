@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,9 @@ class InfinityFamily(NamedLayersFamily):
             if block.ca_norm.eps != NORM_EPS:
                 return f"expected unregistered_blocks[{index}].ca_norm.eps of {NORM_EPS}, got {block.ca_norm.eps}"
         return None
+
+    def loop_fields(self, model: Any) -> Collection[str]:
+        return ("sampler", "decoder_dtype")
 
     def loop_is_ours(self, model: Any) -> bool:
         return own_class(model).sample is Infinity.sample

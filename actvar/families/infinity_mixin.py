@@ -13,6 +13,7 @@ from actvar.models.infinity import Infinity
 from actvar.models.infinity.arguments import Draw, checked_draw
 from actvar.models.infinity.schedules import Schedule, checked_schedule, tokens_of
 from actvar.models.infinity.transformer import MOST_SCALES, TextCondition
+from actvar.models.token_draw import fast_draw
 from actvar.utils.weight_override import own_weights
 from actvar.utils.wrappers import unwrapped
 
@@ -91,6 +92,19 @@ class PatchedInfinity(_Base):
         if self._is_guided(scale):
             return super().guided_logits(scale, x, condition, draw)
         return self.get_logits(x, condition.pooled[: len(x)]).mul(1 / draw.tau[scale])
+
+    def draw_bits(self, scale, logits, draw, rng):
+        """Return bits `[B, N]` int64 of logits `[B, N, 2]` as `Infinity.draw_bits`, by the sampler of the Execution."""
+        if self.actvar.execution.sampler == "fast":
+            return fast_draw(logits, None, draw.top_k, draw.top_p, rng, scale)
+        return super().draw_bits(scale, logits, draw, rng)
+
+    def decode(self, features):
+        """Decode features `[B, bits, h, w]` as `Infinity.decode` does, in the precision of the Execution."""
+        dtype = self.actvar.execution.decoder_dtype
+        with torch.autocast(features.device.type, getattr(torch, dtype)) if dtype else nullcontext():
+            images = super().decode(features)
+        return images.float() if dtype else images
 
     def get_logits(self, x, pooled):
         """Return the logits of `x` `[R, L, C]` as the model's own method does, by the weights of the scale."""

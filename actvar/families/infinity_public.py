@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -116,6 +117,9 @@ class PublicInfinityFamily(InfinityFamily):
                     "the public code rotates queries and keys of every scale as those of the first"
                 )
         return None
+
+    def loop_fields(self, model: Any) -> Collection[str]:
+        return ()
 
     def loop_is_ours(self, model: Any) -> bool:
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,8 +74,8 @@ class VARFamily(NamedLayersFamily):
                 return f"expected blocks[{index}].ln_wo_grad.eps of {NORM_EPS}, got {block.ln_wo_grad.eps}"
         return None
 
-    def has_draw_and_decode(self, model: Any) -> bool:
-        return isinstance(model, VAR)
+    def loop_fields(self, model: Any) -> Collection[str]:
+        return ("sampler", "decoder_dtype", "cuda_graph") if isinstance(model, VAR) else ()
 
     def loop_is_ours(self, model: Any) -> bool:
         return own_class(model).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg

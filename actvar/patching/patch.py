@@ -159,14 +159,14 @@ def _expect_runs(model: nn.Module, execution: Execution) -> None:
     checked_execution(execution)
     if any(execution.in_int8(len(family_of(model).blocks(model)))) and not family_of(model).takes_int8:
         raise ValueError(f"weights: {family_of(model).name} does not multiply in eight bits; leave it None")
-    if family_of(model).has_draw_and_decode(model):
-        return
+    follows = family_of(model).loop_fields(model)
     for name in ("sampler", "decoder_dtype", "cuda_graph"):
         value, default = getattr(execution, name), getattr(Execution(), name)
-        if value not in (default, False):
+        if name not in follows and value not in (default, False):
+            models = "actvar.models.VAR" if name == "cuda_graph" else "actvar.models.VAR or Infinity"
             raise ValueError(
-                f"{name}: {value!r} needs actvar.models.VAR, whose sampling loop it is part of, got "
-                f"{type(model).__name__}; load the checkpoint with actvar.load_var, or use "
+                f"{name}: {value!r} needs {models}, whose sampling loop it is part of, got {type(model).__name__}; "
+                "load the checkpoint with actvar.load_var or actvar.load_infinity, or use "
                 f"actvar.Execution({name}={default!r})"
             )
 

@@ -238,10 +238,34 @@ def test_eight_bits_change_logits_by_their_rounding(plain: Infinity, config: Act
     assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.1
 
 
-@pytest.mark.parametrize("field", [dict(sampler="fast"), dict(decoder_dtype="bfloat16")], ids=str)
-def test_what_is_part_of_the_loop_of_var_is_refused(plain: Infinity, field: dict) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(field))}: .* needs actvar.models.VAR"):
-        accelerate(plain, Execution(**field))
+def test_a_graph_needs_the_loop_of_var(plain: Infinity) -> None:
+    with pytest.raises(ValueError, match=r"cuda_graph: True needs actvar\.models\.VAR"):
+        accelerate(plain, Execution(cuda_graph=True))
+
+
+def test_the_fast_sampler_draws_by_seeds_of_images_and_by_the_logits(plain: Infinity) -> None:
+    accelerate(plain, Execution(sampler="fast"))
+    seeds = [(1 << 62) + 5, 7]
+    together = drawn(plain, g_seed=seeds)
+    text, lengths = tiny_text(LENGTHS)
+    for image, alone in enumerate(text.split(lengths)):
+        bits = plain.sample(alone, [len(alone)], TINY_SCHEDULE, g_seed=seeds[image], tau=1.0, return_bits=True)[1]
+        assert all(equal([b[image : image + 1] for b in together], bits))
+    assert not all(equal(drawn(plain), drawn(plain, g_seed=2)))
+    likely = [drawn(plain, g_seed=seed, top_p=1e-6) for seed in (1, 2)]  # the likelier value of each bit
+    assert all(equal(*likely))
+    remove_patch(plain)
+    assert all(equal(likely[0], drawn(plain, top_p=1e-6)))
+
+
+def test_the_decoder_runs_in_the_precision_that_is_asked_for() -> None:
+    infinity = tiny_infinity()[1]
+    arguments = (*tiny_text(LENGTHS), TINY_SCHEDULE)
+    images = infinity.sample(*arguments, g_seed=1)
+    accelerate(infinity, Execution(decoder_dtype="bfloat16"))
+    rounded = infinity.sample(*arguments, g_seed=1)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - images).abs().mean() < 0.01
 
 
 def test_keys_and_values_are_kept_without_those_of_the_last_scale(plain: Infinity) -> None:

@@ -21,7 +21,7 @@ from actvar.models.infinity.rotary import rotation
 from actvar.models.infinity.schedules import Schedule, checked_schedule, tokens_of
 from actvar.models.infinity.tokenizer import InfinityTokenizer, resized
 from actvar.models.quantizer import uninitialised_embedding
-from actvar.models.token_draw import generators, sample_top_k_top_p
+from actvar.models.token_draw import Randomness, generators, sample_top_k_top_p
 from actvar.models.transformer_block import HeadNorm, SharedAdaLin
 from actvar.utils.modes import no_grad
 from actvar_kernels.checks import expect_shape
@@ -173,7 +173,7 @@ class Infinity(nn.Module):
             for scale in range(len(schedule)):
                 x = self.run_blocks(schedule, scale, self.embedded(scale, inputs, condition), condition, draw)
                 logits = self.guided_logits(scale, x, condition, draw)
-                drawn = sample_top_k_top_p(logits.view(B, -1, 2), draw.top_k, draw.top_p, rng)
+                drawn = self.draw_bits(scale, logits.view(B, -1, 2), draw, rng)
                 bits.append(self.as_bits(drawn.view(B, *schedule[scale][1:], -1)))
                 features += resized(self.vae_proxy[0].quantizer.lfq.to_codes(bits[-1]), sizes[-1])
                 if scale + 1 < len(schedule):
@@ -259,6 +259,17 @@ class Infinity(nn.Module):
         if draw.cfg[scale] != 1 and 0 in draw.insertion:
             return guided(self.get_logits(x, condition.pooled).mul(factor), draw.cfg[scale])
         return self.get_logits(x[:rows], condition.pooled[:rows]).mul(factor)
+
+    def draw_bits(self, scale: int, logits: torch.Tensor, draw: Draw, rng: Randomness) -> torch.Tensor:
+        """Return bits `[B, N]` int64 of logits `[B, N, 2]`.
+
+        Args:
+            scale: number of the scale.
+            logits: of the values 0 and 1 of every bit; they may change.
+            draw: has the filters.
+            rng: as in `sample_top_k_top_p`.
+        """
+        return sample_top_k_top_p(logits, draw.top_k, draw.top_p, rng)
 
     def get_logits(self, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """Return the logits `[R, L, 2 * token_bits]` float32 or wider of the last block's output.
