@@ -161,7 +161,7 @@ def _expect_runs(model: nn.Module, execution: Execution) -> None:
         raise ValueError(f"weights: {family_of(model).name} does not multiply in eight bits; leave it None")
     if family_of(model).has_draw_and_decode(model):
         return
-    for name in ("sampler", "decoder_dtype", "cuda_graph"):
+    for name in ("sampler", "decoder_dtype", "cuda_graph", "cudnn_benchmark"):
         value, default = getattr(execution, name), getattr(Execution(), name)
         if value not in (default, False):
             raise ValueError(
