@@ -32,6 +32,7 @@ from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, expert_ffn, gelu_linear, linear, linear_once
 from actvar_kernels.constants import NORM_EPS
+from actvar_kernels.cpu_backend.packing import once_on_gpu
 
 SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 REQUIRED_OF_MODEL = ("blocks", "patch_nums", "autoregressive_infer_cfg", "head", "head_nm")
@@ -55,6 +56,7 @@ class VARFamily(BaseFamily):
     name = "VAR (actvar.models.VAR or the class of the public VAR code)"
     model_mixin: type = PatchedVAR
     leaves_out_guidance = True
+    hands_on = True
     takes_int8 = True
     hidden_axes: Mapping[str, int] = {"ffn.fc1.weight": 0, "ffn.fc1.bias": 0, "ffn.fc2.weight": 1}
     weight_kinds: Sequence[tuple[str, str]] = (
@@ -207,7 +209,8 @@ class VARFamily(BaseFamily):
 
     def qkv_bias(self, block: Any) -> Tensor:
         attn = block.attn
-        return torch.cat((attn.q_bias, attn.zero_k_bias, attn.v_bias))
+        biases = attn.q_bias, attn.zero_k_bias, attn.v_bias
+        return once_on_gpu(biases, "joined", lambda: torch.cat(biases))
 
     def project(
         self, block: Any, queries_from: Tensor, keys_from: Tensor, bias: Tensor, queries_at: Rows, keys_at: Rows
@@ -230,7 +233,8 @@ class VARFamily(BaseFamily):
     def head_scale(self, block: Any) -> Tensor | None:
         if not block.attn.attn_l2_norm:
             return None
-        return block.attn.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().flatten()
+        scale = block.attn.scale_mul_1H11
+        return once_on_gpu((scale,), "of heads", lambda: scale.clamp_max(MAX_LOG_SCALE).exp().flatten())
 
     def attention_scale(self, block: Any) -> float:
         return block.attn.scale
