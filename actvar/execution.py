@@ -46,10 +46,13 @@ class Execution:
             samples eagerly, which `actvar.summary` says. It gives up a graph whose first images differ from those of
             eager sampling, with a logged warning. True raises where a graph is not possible. Hooks, replaced methods
             and recorded choices always run eagerly. `actvar.release_cache` frees the graphs.
+        cudnn_benchmark: whether cuDNN times its algorithms for the shapes of the decoder and takes the fastest, instead
+            of choosing by its heuristics. It takes seconds at the first sample of a shape, and two runs may choose
+            otherwise and round otherwise. For `actvar.models.VAR` only.
 
     Raises:
-        TypeError: a field is neither a string nor None, `weights` is no sequence of them either, or `cuda_graph` is
-            neither "auto" nor a bool.
+        TypeError: a field is neither a string nor None, `weights` is no sequence of them either, `cuda_graph` is
+            neither a string nor a bool, or `cudnn_benchmark` is no bool.
         ValueError: a field is none of its choices.
     """
 
@@ -58,6 +61,7 @@ class Execution:
     expert_execution: str = "auto"
     weights: str | Sequence[str | None] | None = None
     cuda_graph: str | bool = "auto"
+    cudnn_benchmark: bool = False
 
     def __post_init__(self):
         if self.expert_execution == "snap":
@@ -67,6 +71,8 @@ class Execution:
         check_choice("expert_execution", self.expert_execution, EXPERT_EXECUTIONS)
         if not isinstance(self.cuda_graph, bool):
             check_choice("cuda_graph", self.cuda_graph, CUDA_GRAPHS)
+        if not isinstance(self.cudnn_benchmark, bool):
+            raise TypeError(f"cudnn_benchmark: expected a bool, got {self.cudnn_benchmark!r}")
         if isinstance(self.weights, (list, tuple)):
             for index, weights in enumerate(self.weights):
                 check_choice(f"weights[{index}]", weights, WEIGHTS)

@@ -1,7 +1,9 @@
 """Measure everything that needs a GPU, in one command and one file: `python -m benchmarks.gpu --json gpu.json`.
 
-Numerics of every operation against a float64 run, in three types; CUDA graphs against eager; times of the operations
-and of whole models. Operations need only torch and Triton; models also what the package depends on.
+Numerics of every operation against a float64 run, in three types; CUDA graphs against eager; whole models with the
+table of their kernels; the decoder's convolutions by shape; times of the operations. Operations need only torch and
+Triton; the others also what the package depends on. The file is written after every row. What does not begin within
+`--seconds` is left out, from the end.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +27,7 @@ from actvar_kernels.operations.inputs import random_inputs
 from actvar_kernels.operations.shapes import BlockShape, last_scale
 from benchmarks.operations import allowed_error, operations
 
-SECTIONS = ("numerics", "graphs", "times", "models")
+SECTIONS = ("numerics", "graphs", "models", "convolutions", "times")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ODD = BlockShape(rows=2, tokens=77, keep=53, cached=19, width=192, num_experts=8, active=5)
 
@@ -35,24 +39,47 @@ def main() -> int:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--public-var", type=Path, help="clone of the public VAR code, to be sampled as well")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="parts (default all)")
+    parser.add_argument("--seconds", type=float, default=480, help="after which nothing more begins (default 480)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected a CUDA device, found none; without one use make test and make compile-check")
 
-    report: dict[str, object] = {"machine": machine(), **{name: [] for name in SECTIONS}}
-    sections: dict[str, Callable[[], list]] = {
+    sections: dict[str, Callable[[], Iterable[dict]]] = {
         "numerics": numerics,
         "graphs": graphs,
-        "times": lambda: times(options.models, options.batches),
         "models": lambda: models(options.models, options.batches, options.public_var),
+        "convolutions": lambda: decoder_convolutions(options.batches),
+        "times": lambda: times(options.models, options.batches),
     }
-    for name in options.only:
-        print(f"== {name}", flush=True)
-        report[name] = sections[name]()
-        save(report, options.json)
+    report: dict[str, Any] = {"machine": machine(), **{name: [] for name in SECTIONS}}
+    measure({name: sections[name] for name in SECTIONS if name in options.only}, report, options.json, options.seconds)
     failures = [row for name in ("numerics", "graphs") for row in report[name] if not row["passed"]]
     print(f"{len(failures)} failures; everything is in {options.json}")
     return 1 if failures else 0
+
+
+def measure(
+    sections: Mapping[str, Callable[[], Iterable[dict]]], report: dict[str, Any], path: Path, seconds: float
+) -> None:
+    """Add the rows of `sections` to `report`, print them, and write the report to `path` after each.
+
+    After `seconds` no row begins any more; the report then says under "left_out" where it ended.
+    """
+    end = time.monotonic() + seconds
+    for name, rows in sections.items():
+        print(f"== {name}", flush=True)
+        remaining = iter(rows())
+        while True:
+            if time.monotonic() > end:
+                report["left_out"] = f"from {name} on, after {len(report[name])} rows of it"
+                print(f"{report['left_out']}: no time was left", flush=True)
+                save(report, path)
+                return
+            row = next(remaining, None)
+            if row is None:
+                break
+            report[name].append(show(row))
+            save(report, path)
 
 
 def machine() -> dict[str, object]:
@@ -83,9 +110,8 @@ def on(backend: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def numerics() -> list[dict]:
-    """Return the largest error of each operation against the reference in float64, beside the reference's own."""
-    rows = []
+def numerics() -> Iterator[dict]:
+    """Yield the largest error of each operation against the reference in float64, beside the reference's own."""
     for label, shape in {"odd": ODD, "d16": last_scale("d16", 2)}.items():
         for dtype in DTYPES:
             inputs = random_inputs(shape, dtype, "cuda")
@@ -104,21 +130,18 @@ def numerics() -> list[dict]:
                     "reference_error": allowed,
                     "passed": error <= limit,
                 }
-                rows.append(show(row))
-    return rows
+                yield row
 
 
 @torch.no_grad()
-def graphs() -> list[dict]:
+def graphs() -> Iterator[dict]:
     """Capture every operation in a CUDA graph and replay it: bit for bit what the eager call gives."""
-    rows = []
     shape = last_scale("d16", 2)
     for name, run in operations(random_inputs(shape, torch.bfloat16, "cuda")).items():
         expected = on("triton", run)
         replay, captured = captured_call(run)
         replay()
-        rows.append(show({"operation": name, "passed": torch.equal(captured, expected)}))
-    return rows
+        yield {"operation": name, "passed": torch.equal(captured, expected)}
 
 
 def captured_call(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
@@ -139,9 +162,8 @@ def captured_call(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], 
 
 
 @torch.no_grad()
-def times(names: list[str], batches: list[int]) -> list[dict]:
-    """Return milliseconds of each operation in bfloat16, as replayed CUDA graphs: percentiles 20, 50 and 80."""
-    rows = []
+def times(names: list[str], batches: list[int]) -> Iterator[dict]:
+    """Yield milliseconds of each operation in bfloat16, as replayed CUDA graphs: percentiles 20, 50 and 80."""
     for model in names:
         for batch in batches:
             shape = last_scale(model, batch)
@@ -149,8 +171,7 @@ def times(names: list[str], batches: list[int]) -> list[dict]:
                 row = {"model": model, "batch": batch, "operation": name}
                 for backend in ("triton", "reference"):
                     row[f"{backend}_ms"] = milliseconds(backend, run)
-                rows.append(show(row))
-    return rows
+                yield row
 
 
 def milliseconds(backend: str, run: Callable[[], torch.Tensor]) -> list[float]:
@@ -166,13 +187,26 @@ def milliseconds(backend: str, run: Callable[[], torch.Tensor]) -> list[float]:
 
 
 @torch.no_grad()
-def models(names: list[str], batches: list[int], public: Path | None) -> list[dict]:
+def models(names: list[str], batches: list[int], public: Path | None) -> Iterator[dict]:
     """Time samples of models with random weights: the public code, dense and ActVAR, these on the kernels."""
     try:
         from benchmarks.gpu_models import model_times
     except ImportError as error:
-        return [show({"skipped": f"{type(error).__name__}: {error}"})]
-    return [show(row) for model in names for batch in batches for row in model_times(model, batch, public)]
+        yield {"skipped": f"{type(error).__name__}: {error}"}
+        return
+    for model in names:
+        for batch in reversed(batches):
+            yield from model_times(model, batch, public)
+
+
+def decoder_convolutions(batches: list[int]) -> Iterator[dict]:
+    """Time the convolutions of the official decoder, each by itself."""
+    try:
+        from benchmarks.gpu_convolutions import convolutions
+    except ImportError as error:
+        yield {"skipped": f"{type(error).__name__}: {error}"}
+        return
+    yield from convolutions(batches)
 
 
 def show(row: dict) -> dict:

@@ -21,34 +21,36 @@ EXECUTION = Execution(sampler="fast", decoder_dtype="bfloat16", cuda_graph=False
 PATCHES = {
     "dense": (DENSE, EXECUTION),
     "ActVAR": (ActVARConfig(), EXECUTION),
-    "ActVAR dense schedule": (ActVARConfig(), replace(EXECUTION, expert_execution="dense")),
+    "dense, cuDNN benchmark": (DENSE, replace(EXECUTION, cudnn_benchmark=True)),
+    "ActVAR, cuDNN benchmark": (ActVARConfig(), replace(EXECUTION, cudnn_benchmark=True)),
 }
 SAMPLING = dict(cfg=1.5, top_k=900, top_p=0.96)
 QUANTILES = [0.2, 0.5, 0.8]
 
 
-def model_times(name: str, batch: int, public_folder: Path | None) -> list[dict]:
-    """Return one row per way to sample: milliseconds (20th, 50th, 80th percentile), weights in bfloat16, with decoder.
+def model_times(name: str, batch: int, public_folder: Path | None) -> Iterator[dict]:
+    """Yield one row per way to sample: milliseconds (20th, 50th, 80th percentile), weights in bfloat16, with decoder.
 
-    The public code keeps its weights in float32 and runs under autocast to bfloat16, as its demo does to float16.
+    `graph_is_eager` says whether a graph gives the images of eager sampling, bit for bit. The public code keeps its
+    weights in float32 and runs under autocast to bfloat16, as its demo does to float16.
     """
     from triton.testing import do_bench
 
     var, _ = model(name, device="cuda")
     labels = torch.arange(batch, device="cuda")
-    rows = []
 
-    def row(way: str, **measured: object) -> None:
-        rows.append({"model": name, "batch": batch, "way": way, **measured})
+    def row(way: str, **measured: object) -> dict:
+        return {"model": name, "batch": batch, "way": way, **measured}
+
+    def drawn(var: nn.Module) -> torch.Tensor:
+        return var.autoregressive_infer_cfg(batch, labels, g_seed=0, **SAMPLING)
 
     def eager(var: nn.Module) -> list[float]:
-        return do_bench(
-            lambda: var.autoregressive_infer_cfg(batch, labels, g_seed=0, **SAMPLING), quantiles=QUANTILES, rep=1000
-        )
+        return do_bench(lambda: drawn(var), quantiles=QUANTILES, rep=1000)
 
     if public_folder is not None:
         with autocast(public_twin(var, public_classes(public_folder)), torch.bfloat16) as public:
-            row("public code", sample_eager_ms=eager(public))
+            yield row("public code", sample_eager_ms=eager(public))
         del public
     var.to(torch.bfloat16)
     for way, (config, execution) in PATCHES.items():
@@ -61,9 +63,10 @@ def model_times(name: str, batch: int, public_folder: Path | None) -> list[dict]
                     block_times(lambda sample=sample: sample(labels, 0), events, var.patch_nums) for _ in range(7)
                 ]
                 kernels = kernel_times(lambda sample=sample: sample(labels, 0))
+                is_eager = torch.equal(sample(labels, 0), drawn(var))
                 del sample
-            row(way, sample_eager_ms=of_eager, sample_graph_ms=of_graph, blocks_graph_ms=blocks, kernels=kernels)
-    return rows
+            times = dict(sample_eager_ms=of_eager, sample_graph_ms=of_graph, blocks_graph_ms=blocks, kernels=kernels)
+            yield row(way, graph_is_eager=is_eager, **times)
 
 
 @contextmanager

@@ -134,6 +134,8 @@ class Family(Protocol):
     """True where the mixin can sample on with the conditional rows alone, once the blocks return no others."""
     takes_int8: bool
     """True where `project` and `attention_output` multiply in eight bits if `block.actvar.int8` says so."""
+    hands_on: bool
+    """True where the model's own loop gives a block what the block before returned, and looks at it in no other way."""
     has_between: bool
     """True where a layer, such as cross-attention, stands between attention and FFN."""
     weight_kinds: Sequence[tuple[str, str]]

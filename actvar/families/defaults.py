@@ -19,6 +19,7 @@ class BaseFamily:
     """Answer what is the same for most families; `actvar.families.base.Family` describes the methods."""
 
     leaves_out_guidance = False
+    hands_on = False
     takes_int8 = False
     has_between = False
     hidden_axes: Mapping[str, int]

@@ -20,6 +20,7 @@ from actvar.families.kv_cache import AttentionCache
 from actvar.families.layers import class_with_forward, is_known
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, expert_ffn, gelu_linear, linear
+from actvar_kernels.cpu_backend.packing import once_on_gpu
 
 SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
@@ -53,7 +54,8 @@ class NamedLayersFamily(BaseFamily):
 
     def qkv_bias(self, block: Any) -> Tensor:
         attention = self.attention(block)
-        return torch.cat((attention.q_bias, attention.zero_k_bias, attention.v_bias))
+        biases = attention.q_bias, attention.zero_k_bias, attention.v_bias
+        return once_on_gpu(biases, "joined", lambda: torch.cat(biases))
 
     def projected(
         self, block: Any, queries_from: Tensor, keys_from: Tensor, bias: Tensor

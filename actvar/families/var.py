@@ -29,6 +29,7 @@ from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import linear_once
 from actvar_kernels.constants import NORM_EPS
+from actvar_kernels.cpu_backend.packing import once_on_gpu
 
 REQUIRED_OF_MODEL = ("blocks", "patch_nums", "autoregressive_infer_cfg", "head", "head_nm")
 REQUIRED_OF_BLOCK = (
@@ -51,6 +52,7 @@ class VARFamily(NamedLayersFamily):
     name = "VAR (actvar.models.VAR or the class of the public VAR code)"
     model_mixin: type = PatchedVAR
     leaves_out_guidance = True
+    hands_on = True
     weight_kinds: Sequence[tuple[str, str]] = (
         (".attn.mat_qkv.", "qkv"),
         (".attn.proj.", "proj"),
@@ -75,7 +77,7 @@ class VARFamily(NamedLayersFamily):
         return None
 
     def loop_fields(self, model: Any) -> Collection[str]:
-        return ("sampler", "decoder_dtype", "cuda_graph") if isinstance(model, VAR) else ()
+        return ("sampler", "decoder_dtype", "cuda_graph", "cudnn_benchmark") if isinstance(model, VAR) else ()
 
     def loop_is_ours(self, model: Any) -> bool:
         return own_class(model).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg
@@ -201,7 +203,8 @@ class VARFamily(NamedLayersFamily):
     def head_scale(self, block: Any) -> Tensor | None:
         if not block.attn.attn_l2_norm:
             return None
-        return block.attn.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp().flatten()
+        scale = block.attn.scale_mul_1H11
+        return once_on_gpu((scale,), "of heads", lambda: scale.clamp_max(MAX_LOG_SCALE).exp().flatten())
 
     def called_attention(self, block: Any, u: Tensor, mask: Tensor | None, at: Rows, call: BlockCall) -> Tensor:
         return block.attn(u, attn_bias=mask)

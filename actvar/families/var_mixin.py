@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,9 +115,12 @@ class PatchedVAR(_Base):
         return any(block._forward_hooks or block._forward_pre_hooks for block in layers)
 
     def decode(self, f_hat):
-        """Decode features `[B, Cvae, side, side]` as `VAR.decode` does, in the precision of the Execution."""
+        """Decode features `[B, Cvae, side, side]` as `VAR.decode` does, as the Execution says."""
         dtype = self.actvar.execution.decoder_dtype
-        with torch.autocast(f_hat.device.type, getattr(torch, dtype)) if dtype else nullcontext():
+        with (
+            _cudnn_benchmark() if self.actvar.execution.cudnn_benchmark else nullcontext(),
+            torch.autocast(f_hat.device.type, getattr(torch, dtype)) if dtype else nullcontext(),
+        ):
             images = super().decode(f_hat)
         return images.float() if dtype else images
 
@@ -195,3 +199,14 @@ class PatchedVAR(_Base):
         if rng is not None or seeds is None:
             return fast_draw(logits, guidance, top_k, top_p, rng, scale)
         return sample_tokens(logits, guidance, top_k, top_p, seed=seeds, step=scale)
+
+
+@contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    """Let cuDNN time its algorithms while the context is open."""
+    before = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = True
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

@@ -29,7 +29,14 @@ from actvar.models.basic_vae import (
 )
 from actvar.utils.modes import no_grad
 from actvar.utils.plain_layers import is_plain
-from actvar_kernels import BackendUnavailableError, add_residual, choose_fused, conv3x3, group_norm_silu
+from actvar_kernels import (
+    BackendUnavailableError,
+    add_residual,
+    add_residual_moments,
+    choose_fused,
+    conv3x3,
+    group_norm_silu,
+)
 from actvar_kernels.backend import get_backend
 from actvar_kernels.conv3x3 import gpu
 from actvar_kernels.conv3x3.gpu import conv1x1
@@ -116,12 +123,30 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+class Map(NamedTuple):
+    """Hold a feature map and what is known of it.
+
+    Attributes:
+        x: `[B, C, H, W]`.
+        offset: `[C]`, a bias that is still to be added, or None.
+        moments: those of x that `add_residual_moments` gave, or None.
+    """
+
+    x: torch.Tensor
+    offset: torch.Tensor | None = None
+    moments: torch.Tensor | None = None
+
+    def sum(self) -> torch.Tensor:
+        """Return the map with its offset, `[B, C, H, W]`."""
+        return self.x if self.offset is None else self.x + self.offset.view(-1, 1, 1)
+
+
 class Fused(NamedTuple):
     """Compute modules of `actvar.models.basic_vae` by kernels; every method takes the module and its input.
 
     On Triton the convolutions are PyTorch's, and the operations between them are fused. The operation after a
-    convolution adds the convolution's bias, which would otherwise need a pass of its own. Such a bias `[C]` is called
-    `offset`.
+    convolution adds the convolution's bias, which would otherwise need a pass of its own. The launch that adds a
+    residual also measures the sum for the norm that follows.
 
     Args:
         on_triton: whether kernels run on Triton.
@@ -135,75 +160,79 @@ class Fused(NamedTuple):
         """Return the image `[B, in_channels, H, W]` of features `z` `[B, z_channels, h, w]`."""
         if not is_plain(decoder, Decoder):
             return decoder(z)
-        h, offset = self.middle(decoder.mid, self.conv(decoder.conv_in, z)), None
+        h = self.middle(decoder.mid, Map(self.conv(decoder.conv_in, z)))
         for level in reversed(decoder.up):
-            h = self.level(level, h, offset)
-            if hasattr(level, "upsample"):
-                h, offset = self.upsample(level.upsample, h)
+            enlarges = hasattr(level, "upsample")
+            h = self.level(level, h, norm_follows=not enlarges)
+            if enlarges:
+                h = self.upsample(level.upsample, h.x)
         return self.conv(decoder.conv_out, self.norm_silu(decoder.norm_out, h, overwrite=True))
 
     def encoder(self, encoder: Any, x: torch.Tensor) -> torch.Tensor:
         """Return the features `[B, z_channels, h, w]` of an image `x` `[B, in_channels, H, W]`."""
         if not is_plain(encoder, Encoder):
             return encoder(x)
-        h = self.conv(encoder.conv_in, x)
+        h = Map(self.conv(encoder.conv_in, x))
         for level in encoder.down:
-            h = self.level(level, h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
+            shrinks = hasattr(level, "downsample")
+            h = self.level(level, h, norm_follows=not shrinks)
+            if shrinks:
+                h = Map(level.downsample(h.x))
         h = self.middle(encoder.mid, h)
         return self.conv(encoder.conv_out, self.norm_silu(encoder.norm_out, h, overwrite=True))
 
-    def level(self, level: Any, x: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
-        """Return `level(x + offset)` for `x` `[B, C, H, W]` and `offset` `[C]` or None."""
+    def level(self, level: Any, h: Map, norm_follows: bool) -> Map:
+        """Return `level` of a feature map `[B, C, H, W]`; `norm_follows` says whether a norm reads the result."""
         if not is_plain(level, Level):
-            return level(_sum(x, offset))
+            return Map(level(h.sum()))
         for i, block in enumerate(level.block):
-            x = self.resnet(block, x, offset if i == 0 else None)
+            is_last = i == len(level.block) - 1
+            h = self.resnet(block, h, norm_follows or len(level.attn) > 0 or not is_last)
             if len(level.attn):
-                x = self.attention(level.attn[i], x)
-        return x
+                h = self.attention(level.attn[i], h, norm_follows or not is_last)
+        return h
 
-    def middle(self, middle: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return `middle(x)` for `x` `[B, C, H, W]`."""
+    def middle(self, middle: Any, h: Map) -> Map:
+        """Return `middle` of a feature map `[B, C, H, W]`."""
         if not is_plain(middle, Middle):
-            return middle(x)
-        return self.resnet(middle.block_2, self.attention(middle.attn_1, self.resnet(middle.block_1, x)))
+            return Map(middle(h.sum()))
+        return self.resnet(middle.block_2, self.attention(middle.attn_1, self.resnet(middle.block_1, h)))
 
-    def resnet(self, block: Any, x: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
-        """Return `block(x + offset)` for `x` `[B, in_channels, H, W]` and `offset` `[in_channels]` or None."""
+    def resnet(self, block: Any, h: Map, norm_follows: bool = True) -> Map:
+        """Return `block` of a feature map `[B, in_channels, H, W]`; `norm_follows` is that of `level`."""
         if not is_plain(block, ResnetBlock):
-            return block(_sum(x, offset))
+            return Map(block(h.sum()))
         if self._reads(block.norm1, block.conv1, block.norm2, block.conv2, block.nin_shortcut):
-            h = conv3x3(self.norm_silu(block.norm1, x, offset=offset), block.conv1.weight, None)
-            h = conv3x3(self.norm_silu(block.norm2, h, offset=block.conv1.bias), block.conv2.weight, None)
-            shortcut, bias = _shortcut(block.nin_shortcut, x, offset)
-            return add_residual(shortcut, h, block.conv2.bias if bias is None else block.conv2.bias + bias)
-        x = _sum(x, offset)
-        h = self.conv(block.conv1, self.norm_silu(block.norm1, x))
-        return self.conv(block.conv2, self.norm_silu(block.norm2, h, overwrite=True), residual=block.nin_shortcut(x))
+            update = conv3x3(self.norm_silu(block.norm1, h), block.conv1.weight, None)
+            update = self.norm_silu(block.norm2, Map(update, block.conv1.bias))
+            update = conv3x3(update, block.conv2.weight, None)
+            shortcut, bias = _shortcut(block.nin_shortcut, h.x, h.offset)
+            bias = block.conv2.bias if bias is None else _sum_of_biases(h.x, block.conv2.bias, bias)
+            return _added(shortcut, update, bias, norm_follows)
+        x = h.sum()
+        update = self.conv(block.conv1, self.norm_silu(block.norm1, Map(x)))
+        update = self.norm_silu(block.norm2, Map(update), overwrite=True)
+        return Map(self.conv(block.conv2, update, residual=block.nin_shortcut(x)))
 
-    def attention(self, block: Any, x: torch.Tensor) -> torch.Tensor:
-        """Return `block(x)` for `x` `[B, C, H, W]`."""
+    def attention(self, block: Any, h: Map, norm_follows: bool = True) -> Map:
+        """Return `block` of a feature map `[B, C, H, W]` without an offset; `norm_follows` is that of `level`."""
         if not is_plain(block, AttnBlock):
-            return block(x)
-        h = self.norm_silu(block.norm, x, silu=False)
-        qkv = conv1x1(h, block.qkv.weight, block.qkv.bias) if self._reads(block.qkv) else block.qkv(h)
-        h = pixel_attention(qkv)
+            return Map(block(h.x))
+        u = self.norm_silu(block.norm, h, silu=False)
+        qkv = conv1x1(u, block.qkv.weight, block.qkv.bias) if self._reads(block.qkv) else block.qkv(u)
+        update = pixel_attention(qkv)
         if self._reads(block.proj_out):
-            return add_residual(x, conv1x1(channels_last(h), block.proj_out.weight), block.proj_out.bias)
-        return x + block.proj_out(h)
+            update = conv1x1(channels_last(update), block.proj_out.weight)
+            return _added(h.x, update, block.proj_out.bias, norm_follows)
+        return Map(h.x + block.proj_out(update))
 
-    def upsample(self, module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return a feature map `[B, C, 2H, 2W]` and a bias `[C]`, whose sum is `module(x)`.
-
-        The bias is None except on Triton.
-        """
+    def upsample(self, module: Any, x: torch.Tensor) -> Map:
+        """Return `module(x)` `[B, C, 2H, 2W]`, on Triton with the bias as offset."""
         if not is_plain(module, Upsample):
-            return module(x), None
+            return Map(module(x))
         if self._reads(module.conv):
-            return conv3x3(x, module.conv.weight, None, enlarge=True), module.conv.bias
-        return self.conv(module.conv, x, enlarge=True), None
+            return Map(conv3x3(x, module.conv.weight, None, enlarge=True), module.conv.bias)
+        return Map(self.conv(module.conv, x, enlarge=True))
 
     def conv(
         self, conv: Any, x: torch.Tensor, residual: torch.Tensor | None = None, enlarge: bool = False
@@ -221,10 +250,19 @@ class Fused(NamedTuple):
         out = conv(F.interpolate(x, scale_factor=2, mode="nearest") if enlarge else x)
         return out if residual is None else residual + out
 
-    def norm_silu(self, norm: Any, x: torch.Tensor, silu: bool = True, **options) -> torch.Tensor:
-        """Return `silu(norm(x))`, or `norm(x)` if `silu` is False; `options` are those of `group_norm_silu`."""
+    def norm_silu(self, norm: Any, h: Map, silu: bool = True, overwrite: bool = False) -> torch.Tensor:
+        """Return `silu(norm(h))` `[B, C, H, W]`, or `norm(h)` if `silu` is False.
+
+        Args:
+            norm: a norm of channels.
+            h: a feature map; one with an offset on Triton alone.
+            silu: whether SiLU follows.
+            overwrite: as in `group_norm_silu`.
+        """
         if (self.on_triton or self.in_cpp) and is_plain(norm, nn.GroupNorm):
-            return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, **options)
+            layer = norm.weight, norm.bias, norm.num_groups, norm.eps
+            return group_norm_silu(h.x, *layer, silu=silu, offset=h.offset, moments=h.moments, overwrite=overwrite)
+        x = h.sum()
         return F.silu(norm(x)) if silu else norm(x)
 
     def _reads(self, *layers: nn.Module) -> bool:
@@ -233,9 +271,17 @@ class Fused(NamedTuple):
         return self.on_triton and all(is_plain(layer, *known) for layer in layers)
 
 
-def _sum(x: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
-    """Return `x` `[B, C, H, W]` with the bias `offset` `[C]` added, if there is one."""
-    return x if offset is None else x + offset.view(-1, 1, 1)
+def _added(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor, norm_follows: bool) -> Map:
+    """Return `x + update + bias`, measured for the norm that follows; both maps are `[B, C, H, W]`, the bias `[C]`."""
+    if not norm_follows:
+        return Map(add_residual(x, update, bias))
+    out, moments = add_residual_moments(x, update, bias)
+    return Map(out, moments=moments)
+
+
+def _sum_of_biases(x: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the sum of two biases `[C]`, on a GPU one that is kept."""
+    return packed((one, other), "sum", lambda: one + other) if gpu.takes(x) else one + other
 
 
 def _shortcut(conv: Any, x: torch.Tensor, offset: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from actvar.models.arguments import by_one_thread, checked_draw, checked_integer, checked_labels, expect_own_blocks
+from actvar.models.initial_weights import init_products
 from actvar.models.quantizer import uninitialised_embedding
 from actvar.models.token_draw import Randomness, by_image, generators, guided, gumbel_softmax, sample_top_k_top_p
 from actvar.models.transformer_block import HeadNorm, SharedAdaLin, TransformerBlock
@@ -277,12 +278,7 @@ class VAR(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise every parameter and buffer as the public code does, from `generator` alone."""
         std = math.sqrt(1 / self.C / 3)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=std, generator=generator)
-                bias = getattr(module, "bias", None)
-                if bias is not None:
-                    bias.zero_()
+        init_products(self, std, generator)
         for position in (self.pos_start, self.pos_1LC):
             nn.init.trunc_normal_(position, std=std, generator=generator)
         self.head.weight.mul_(0.02)

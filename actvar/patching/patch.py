@@ -160,10 +160,10 @@ def _expect_runs(model: nn.Module, execution: Execution) -> None:
     if any(execution.in_int8(len(family_of(model).blocks(model)))) and not family_of(model).takes_int8:
         raise ValueError(f"weights: {family_of(model).name} does not multiply in eight bits; leave it None")
     follows = family_of(model).loop_fields(model)
-    for name in ("sampler", "decoder_dtype", "cuda_graph"):
+    for name in ("sampler", "decoder_dtype", "cuda_graph", "cudnn_benchmark"):
         value, default = getattr(execution, name), getattr(Execution(), name)
         if name not in follows and value not in (default, False):
-            models = "actvar.models.VAR" if name == "cuda_graph" else "actvar.models.VAR or Infinity"
+            models = "actvar.models.VAR" + (" or Infinity" if name in ("sampler", "decoder_dtype") else "")
             raise ValueError(
                 f"{name}: {value!r} needs {models}, whose sampling loop it is part of, got {type(model).__name__}; "
                 "load the checkpoint with actvar.load_var or actvar.load_infinity, or use "

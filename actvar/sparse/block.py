@@ -20,6 +20,7 @@ from actvar.sparse.selection import selected
 from actvar.sparse.teacher_forcing import teacher_forced_block
 from actvar.utils.weight_override import own_weights
 from actvar_kernels import (
+    Residual,
     add_normalize,
     add_normalize_route,
     choose_fused,
@@ -139,11 +140,14 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
         sample.keep_rows(len(call.x))
         keep_rows(family.cache(block), len(call.x))
     x, dtype = call.x, family.layer_dtype(block)
+    deferred = shared.take_deferred(x)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = sample.modulation
     index = scores = base = mask = logits = None
 
     # 1. Select the tokens to update; 2. gather, normalise and modulate their rows
-    if scale.select:
+    if deferred is not None:
+        x, u = add_normalize(deferred.x, None, deferred.update, deferred.gamma, scale1, shift1)
+    elif scale.select:
         index, u, scores, base = selected(block, x, scale1, shift1, scale, current, shared.writes_in_place and fused)
     else:
         u = normalize_modulate(x, scale1, shift1)
@@ -175,7 +179,10 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
         rows, u = add_normalize(x, kept, update, gamma1, scale2, shift2)
         u = in_dtype(u, dtype)
         update = int8_ffn(block, u) if state.int8 else family.dense_ffn(block, u, shared.config.num_experts)
-        x = scatter_rows(base, index, rows, update, gamma2)
+        if index is None and backend.fuses_residual and shared.defers(state.block_index, scale):
+            shared.deferred, x = Residual(rows, update, gamma2), rows  # the next block's norm adds it in its launch
+        else:
+            x = scatter_rows(base, index, rows, update, gamma2)
 
     if shared.records is not None and scale.active:
         shared.records.append(BlockRecord(state.block_index, scale, index, scores, u, mask, logits))

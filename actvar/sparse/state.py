@@ -12,13 +12,14 @@ from torch import Tensor
 
 from actvar.config import ActVARConfig
 from actvar.execution import Execution
-from actvar.families.base import BlockCall, Called, Family
+from actvar.families.base import NORM, BlockCall, Called, Family
 from actvar.sparse.called_layers import expect_readable, log_called
 from actvar.sparse.passes import Pass, Passes
 from actvar.sparse.record import BlockRecord
 from actvar.sparse.sample_graphs import SampleGraphs
 from actvar.sparse.schedule import Scale, build_schedule
 from actvar.utils.wrappers import unwrapped
+from actvar_kernels import Residual
 from actvar_kernels.cpu_backend.packing import drop_changed
 
 
@@ -34,6 +35,8 @@ class PatchState:
         rows_are_guided: whether conditional rows come first, then as many unconditional ones.
         keeps_kv_buffer: whether the K/V cache may lie in memory that the last sample left.
         writes_in_place: whether a block may write its result into its input.
+        defers_residuals: whether nothing but the next block sees what a block returns.
+        deferred: the residual that the last block left to the next one, or None.
         seed: the fast sampler's seeds while it samples, `[1]` or with one per image `[B]` int64, otherwise None.
         graphs: CUDA graphs of whole samples.
         records: the list that blocks append their records to, or None.
@@ -59,6 +62,8 @@ class PatchState:
     rows_are_guided: bool = False
     keeps_kv_buffer: bool = False
     writes_in_place: bool = False
+    defers_residuals: bool = False
+    deferred: Residual | None = None
     seed: Tensor | None = None
     graphs: SampleGraphs = field(default_factory=SampleGraphs)
     records: list[BlockRecord] | None = None
@@ -130,8 +135,10 @@ class PatchState:
             in_place: whether a block may write into its input, which nothing may need after the block has run.
             guided: whether conditional rows come first, then as many unconditional ones; otherwise all stand alone.
         """
-        rows = {"rows_are_guided": guided, "rows_stand_alone": not guided}
-        with self.during(**rows, keeps_kv_buffer=True, writes_in_place=in_place):
+        alone = all(block is unwrapped(block) and "forward" not in vars(block) for block in self.family.blocks(model))
+        flags = dict(keeps_kv_buffer=True, writes_in_place=in_place)
+        flags |= dict(rows_are_guided=guided, rows_stand_alone=not guided)
+        with self.during(**flags, deferred=None, defers_residuals=in_place and alone and self.family.hands_on):
             try:
                 yield
             finally:
@@ -180,6 +187,25 @@ class PatchState:
     def _needs_passes(self) -> bool:
         """Return whether blocks share anything in a pass."""
         return self.config.fixed_tokens or self.config.share_cfg_selection
+
+    def defers(self, block: int, scale: Scale) -> bool:
+        """Return whether block number `block` leaves its last residual at `scale` to the norm of the next block."""
+        following = block + 1
+        if not self.defers_residuals or following == len(self.schedules) or torch.compiler.is_compiling():
+            return False
+        # that norm has to read all rows, of as many sequences, by the kernel
+        return scale.guided and not self.schedules[following][scale.index].select and NORM not in self.called[following]
+
+    def take_deferred(self, x: Tensor) -> Residual | None:
+        """Return the residual that gives the input of a block, or None if its input `x` `[R, L, C]` is whole.
+
+        Raises:
+            RuntimeError: `x` is not what the block before returned.
+        """
+        deferred, self.deferred = self.deferred, None
+        if deferred is not None and deferred.x is not x:
+            raise RuntimeError("expected the input of a block to be what the block before returned, got another tensor")
+        return deferred
 
     def begin_block(self, index: int, block: Any) -> None:
         """Look at the layers of block number `index` when a sample or a teacher-forced pass begins.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn import functional as F
 
@@ -52,7 +54,8 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, en
         """Return the weight with outputs of zeros behind its own."""
         return _fastest(F.pad(weight.detach().to(dtype), (0, 0, 0, 0, 0, 0, 0, missing)))
 
-    bias = None if bias is None else packed((bias,), ("filled up", missing), lambda: F.pad(bias, (0, missing)))
+    if bias is not None:
+        bias = packed((bias,), ("filled up", missing), functools.partial(F.pad, bias, (0, missing)))
     return F.conv2d(x, packed((weight,), ("filled up", dtype), filled_up), bias, padding=1)[:, :D]
 
 

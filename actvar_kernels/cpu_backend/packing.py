@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from actvar_kernels.cpu_backend.checksums import checksums
-from actvar_kernels.situation import DIRECT, situation
+from actvar_kernels.situation import DIRECT, TORCH, situation
 
 T = TypeVar("T")
 
@@ -64,6 +64,16 @@ def packed(tensors: Sequence[torch.Tensor], layout: Hashable, pack: Callable[[],
         before = _sums(tensors)  # of what `pack` reads, so that a change on the way is found later
         found = of_tensor[layout] = Packed(tuple(map(weakref.ref, tensors)), states, before, pack())
     return found.copy
+
+
+def once_on_gpu(tensors: Sequence[torch.Tensor], layout: Hashable, compute: Callable[[], T]) -> T:
+    """Return `compute()`, on a GPU what it returned before for the same layout if the tensors are the same.
+
+    Arguments are those of `packed`. Elsewhere, with gradients, and where PyTorch traces or transforms what runs, it is
+    computed anew.
+    """
+    keeps = tensors[0].is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return packed(tensors, layout, compute) if keeps and situation(*tensors) != TORCH else compute()
 
 
 def drop_changed(tensors: Iterable[torch.Tensor | None]) -> None:

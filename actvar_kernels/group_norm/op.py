@@ -9,6 +9,7 @@ from actvar_kernels.checks import as_integer, as_number, expect_one_device, expe
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.group_norm import cpu_kernel, reference
+from actvar_kernels.group_norm.tiles import group_norm_tiles
 
 LIMITS = f"float32, float16 and bfloat16, up to {MOST_SEQUENCES} images"
 
@@ -23,11 +24,13 @@ def group_norm_silu(
     silu: bool = True,
     offset: torch.Tensor | None = None,
     overwrite: bool = False,
+    moments: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return `F.silu(F.group_norm(x + offset, groups, weight, bias, eps))`, computed in float32.
 
-    Triton takes three launches that read x twice. C++ takes channels in multiples of 16, without an offset. In both the
-    result is in the memory format `channels_last`, in which x is fastest.
+    Triton takes three launches that read x twice, or with `moments` two that read it once. C++ takes channels in
+    multiples of 16, without an offset. In both the result is in the memory format `channels_last`, in which x is
+    fastest.
 
     Args:
         x: `[B, C, H, W]`, floating-point.
@@ -37,6 +40,7 @@ def group_norm_silu(
         silu: False leaves SiLU out.
         offset: `[C]`, floating-point, the bias of the convolution that x comes from; None: nothing is added.
         overwrite: whether x is not needed any more; in C++ the result takes its place.
+        moments: those of x that `add_residual_moments` gave, or None. Only Triton reads them.
 
     Returns:
         `[B, C, H, W]` in x's dtype.
@@ -53,8 +57,10 @@ def group_norm_silu(
     groups, eps = as_integer("groups", groups), as_number("eps", eps)
     if groups < 1 or C % groups:
         raise ValueError(f"groups: expected a divisor of {C} channels, got {groups}")
-    expect_one_device(x, weight, bias, offset)
-    arguments = (x, weight, bias, groups, eps, silu, offset)
+    if moments is not None:
+        expect_shape("moments", moments, (x.shape[0], 2, None, C))
+    expect_one_device(x, weight, bias, offset, moments)
+    arguments = (x, weight, bias, groups, eps, silu, offset, moments)
     backend = _choose_norm(x, weight, bias, offset)
     if backend.calls_operator:
         return torch.ops.actvar_kernels.group_norm_silu(*arguments)
@@ -74,15 +80,45 @@ def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> t
         ValueError: shapes or devices that do not fit.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
-    expect_shape("x", x, (None, None, None, None))
-    expect_shape("update", update, tuple(x.shape))
-    expect_shape("bias", bias, (x.shape[1],))
-    expect_one_device(x, update, bias)
+    _expect_residual(x, update, bias)
     tensors = (x, update, bias)
     backend = _choose_residual(*tensors)
     if backend.calls_operator:
         return torch.ops.actvar_kernels.add_residual(*tensors)
     return _add(backend, *tensors)
+
+
+def add_residual_moments(
+    x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `add_residual` does, and the moments of the result, which `group_norm_silu` takes.
+
+    Triton takes one launch for both.
+
+    Args:
+        x, update, bias: as in `add_residual`.
+
+    Returns:
+        the sum, and `[B, 2, parts, C]` float32: mean and sum of squared deviations of every channel in every part of an
+        image, in the parts of `actvar_kernels.group_norm.tiles`.
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+        BackendUnavailableError: see `actvar_kernels.set_backend`.
+    """
+    _expect_residual(x, update, bias)
+    backend = _choose_residual(x, update, bias, "add_residual_moments")
+    if backend.calls_operator:
+        return torch.ops.actvar_kernels.add_residual_moments(x, update, bias)
+    return _add_with_moments(backend, x, update, bias)
+
+
+def _expect_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> None:
+    """Raise unless the tensors fit each other."""
+    expect_shape("x", x, (None, None, None, None))
+    expect_shape("update", update, tuple(x.shape))
+    expect_shape("bias", bias, (x.shape[1],))
+    expect_one_device(x, update, bias)
 
 
 def _choose_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, offset: torch.Tensor | None) -> Backend:
@@ -109,23 +145,25 @@ def _choose_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, offs
     )
 
 
-def _choose_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> Backend:
-    """Return the backend of a call of `add_residual` with these arguments."""
+def _choose_residual(
+    x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor, operation: str = "add_residual"
+) -> Backend:
+    """Return the backend of a call of an operation with these arguments."""
 
     def takes_triton() -> bool:
         return x.shape[0] <= MOST_SEQUENCES and in_kernel_dtypes(x, update, bias)
 
-    return choose("add_residual", x, update, bias, takes_triton=takes_triton, limits=LIMITS)
+    return choose(operation, x, update, bias, takes_triton=takes_triton, limits=LIMITS)
 
 
-def _normalize(backend, x, weight, bias, groups, eps, silu, offset, overwrite=False) -> torch.Tensor:
+def _normalize(backend, x, weight, bias, groups, eps, silu, offset, moments, overwrite=False) -> torch.Tensor:
     if backend.name == "cpu":
         return cpu_kernel.group_norm_silu(x, weight, bias, groups, eps, silu, overwrite)
     if backend.name == "reference":
         return reference.group_norm_silu(x, weight, bias, groups, eps, silu, offset)
     from actvar_kernels.group_norm import triton_kernel
 
-    return triton_kernel.group_norm_silu(x, weight, bias, groups, eps, silu, offset)
+    return triton_kernel.group_norm_silu(x, weight, bias, groups, eps, silu, offset, moments)
 
 
 def _add(backend, x, update, bias) -> torch.Tensor:
@@ -134,6 +172,14 @@ def _add(backend, x, update, bias) -> torch.Tensor:
     from actvar_kernels.group_norm import triton_kernel
 
     return triton_kernel.add_residual(x, update, bias)
+
+
+def _add_with_moments(backend, x, update, bias) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend.name != "triton":
+        return reference.add_residual_moments(x, update, bias)
+    from actvar_kernels.group_norm import triton_kernel
+
+    return triton_kernel.add_residual_moments(x, update, bias)
 
 
 @torch.library.custom_op("actvar_kernels::group_norm_silu", mutates_args=())
@@ -145,12 +191,13 @@ def _group_norm_silu(
     eps: float,
     silu: bool,
     offset: torch.Tensor | None,
+    moments: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _normalize(_choose_norm(x, weight, bias, offset), x, weight, bias, groups, eps, silu, offset)
+    return _normalize(_choose_norm(x, weight, bias, offset), x, weight, bias, groups, eps, silu, offset, moments)
 
 
 @_group_norm_silu.register_fake
-def _(x, weight, bias, groups, eps, silu, offset):
+def _(x, weight, bias, groups, eps, silu, offset, moments):
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
@@ -169,3 +216,22 @@ def _(x, update, bias):
 
 
 register_reference_gradient(_add_residual, reference.add_residual)
+
+
+@torch.library.custom_op("actvar_kernels::add_residual_moments", mutates_args=())
+def _add_residual_moments(
+    x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _add_with_moments(_choose_residual(x, update, bias, "add_residual_moments"), x, update, bias)
+
+
+@_add_residual_moments.register_fake
+def _(x, update, bias):
+    B, C, H, W = x.shape
+    dtype = torch.promote_types(x.dtype, update.dtype)
+    parts = group_norm_tiles(B, H * W, C).parts if x.numel() else 1
+    moments = torch.empty(B, 2, parts, C, dtype=torch.float32, device=x.device)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last), moments
+
+
+register_reference_gradient(_add_residual_moments, reference.add_residual_moments)

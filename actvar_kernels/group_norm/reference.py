@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from actvar_kernels.group_norm.tiles import group_norm_tiles
+
 
 def group_norm_silu(
     x: torch.Tensor,
@@ -14,8 +16,9 @@ def group_norm_silu(
     eps: float,
     silu: bool,
     offset: torch.Tensor | None,
+    moments: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return what `op.group_norm_silu` does."""
+    """Return what `op.group_norm_silu` does; the moments follow from x."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype)
     if offset is not None:
@@ -29,3 +32,17 @@ def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> t
     stored = torch.promote_types(x.dtype, update.dtype)
     dtype = torch.promote_types(stored, torch.float32)
     return (x.to(dtype) + (update.to(dtype) + bias.to(dtype)[:, None, None])).to(stored)
+
+
+def add_residual_moments(
+    x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `op.add_residual_moments` does."""
+    out = add_residual(x, update, bias)
+    B, C, H, W = x.shape
+    if not x.numel():
+        return out, torch.zeros(B, 2, 1, C, dtype=torch.float32, device=x.device)
+    parts = out.detach().float().flatten(2).split(group_norm_tiles(B, H * W, C).part, dim=2)
+    means = torch.stack([part.mean(dim=2) for part in parts], dim=1)
+    deviations = torch.stack([(part - part.mean(dim=2, keepdim=True)).square().sum(dim=2) for part in parts], dim=1)
+    return out, torch.stack((means, deviations), dim=1)

@@ -1,4 +1,4 @@
-"""Run GroupNorm with SiLU in three Triton launches, and a residual in one, on images `[positions, C]`."""
+"""Run GroupNorm with SiLU in two or three Triton launches, and a residual in one, on images `[positions, C]`."""
 
 # A launch takes options that the kernel does not name; Triton's own functions have no results outside a kernel.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.triton_backend.tiles import group_norm_tiles
+from actvar_kernels.group_norm.tiles import group_norm_tiles
+from actvar_kernels.triton_backend.tiles import architecture, most_registers
 
 
 def group_norm_silu(
@@ -19,11 +20,12 @@ def group_norm_silu(
     eps: float,
     silu: bool,
     offset: torch.Tensor | None,
+    moments: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what `reference.group_norm_silu` does, in the memory format `channels_last`.
 
-    The first launch reads x for mean and sum of squared deviations of every channel in every part of an image. The
-    second joins these in a fixed order. The third reads x again.
+    The first launch reads x for mean and sum of squared deviations of every channel in every part of an image, except
+    where `moments` are these already. The second joins them in a fixed order. The third reads x again.
     """
     B, C, H, W = x.shape
     rows = _rows(x)
@@ -31,23 +33,24 @@ def group_norm_silu(
     if not x.numel():
         return out
     positions, tiles = H * W, group_norm_tiles(B, H * W, C)
-    moments = torch.empty(B, 2, tiles.parts, C, dtype=torch.float32, device=x.device)
     affine = torch.empty(B, 2, C, dtype=torch.float32, device=x.device)
     blocks = triton.cdiv(C, tiles.channels)
-    _channel_moments[(tiles.parts * blocks, B)](
-        rows,
-        moments,
-        rows.stride(0),
-        positions,
-        tiles.part,
-        tiles.parts,
-        C=C,
-        BLOCK_C=tiles.channels,
-        ROWS=tiles.rows // tiles.loads,
-        LOADS=tiles.loads,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    if moments is None:
+        moments = torch.empty(B, 2, tiles.parts, C, dtype=torch.float32, device=x.device)
+        _channel_moments[(tiles.parts * blocks, B)](
+            rows,
+            moments,
+            rows.stride(0),
+            positions,
+            tiles.part,
+            tiles.parts,
+            C=C,
+            BLOCK_C=tiles.channels,
+            ROWS=tiles.rows // tiles.loads,
+            LOADS=tiles.loads,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     _join_groups[(groups, B)](
         moments,
         None if offset is None else offset.contiguous(),
@@ -106,6 +109,42 @@ def add_residual(x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor) -> t
         enable_fp_fusion=True,
     )
     return out
+
+
+def add_residual_moments(
+    x: torch.Tensor, update: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `reference.add_residual_moments` does, the sum in the memory format `channels_last`."""
+    B, C, H, W = x.shape
+    dtype = torch.promote_types(x.dtype, update.dtype)
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+    if not x.numel():
+        return out, torch.zeros(B, 2, 1, C, dtype=torch.float32, device=x.device)
+    tiles = group_norm_tiles(B, H * W, C)
+    moments = torch.empty(B, 2, tiles.parts, C, dtype=torch.float32, device=x.device)
+    x, update = _rows(x), _rows(update)
+    # the compiler would spill to let one more program share a multiprocessor
+    registers = most_registers(128 if architecture(x) in (86, 89) else None)
+    _add_and_measure[(tiles.parts * triton.cdiv(C, tiles.channels), B)](
+        x,
+        update,
+        bias.contiguous(),
+        out,
+        moments,
+        x.stride(0),
+        update.stride(0),
+        H * W,
+        tiles.part,
+        tiles.parts,
+        C=C,
+        BLOCK_C=tiles.channels,
+        ROWS=tiles.rows // tiles.loads,
+        LOADS=tiles.loads,
+        num_warps=4,
+        enable_fp_fusion=True,
+        **registers,
+    )
+    return out, moments
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -260,3 +299,56 @@ def _add_residual(
     update = tl.load(update_ptr + image * update_stride + place, mask=present, other=0.0).to(tl.float32)
     out = x + (update + bias[None, :])
     tl.store(out_ptr + image * positions * C + place, out.to(out_ptr.dtype.element_ty), mask=present)
+
+
+@triton.jit(do_not_specialize=["positions", "part_length", "parts"])
+def _add_and_measure(
+    x_ptr,
+    update_ptr,
+    bias_ptr,
+    out_ptr,
+    moments_ptr,
+    x_stride,
+    update_stride,
+    positions,
+    part_length,
+    parts,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    LOADS: tl.constexpr,
+):
+    """Add some channels in a part of an image, and store their moments as `_channel_moments` does, of stored sums."""
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    image, part = tl.program_id(1).to(tl.int64), tl.program_id(0) // BLOCKS
+    channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = channel < C
+    start = part * part_length
+    count = tl.minimum(part_length, positions - start)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    place = start.to(tl.int64) * C + channel
+    x_ptr += image * x_stride + place
+    update_ptr += image * update_stride + place
+    out_ptr += image * positions * C + place
+    bias = tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(update_ptr, mask=inside, other=0.0).to(tl.float32) + bias
+    first = (tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32) + first).to(dtype).to(tl.float32)
+    sums = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    squares = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for begin in range(0, count, LOADS * ROWS):
+        for load in tl.static_range(LOADS):
+            row = begin + load * ROWS + tl.arange(0, ROWS)
+            present = (row < count)[:, None] & inside[None, :]
+            step = row.to(tl.int64)[:, None] * C
+            x = tl.load(x_ptr[None, :] + step, mask=present, other=0.0).to(tl.float32)
+            update = tl.load(update_ptr[None, :] + step, mask=present, other=0.0).to(tl.float32)
+            out = (x + (update + bias[None, :])).to(dtype)
+            tl.store(out_ptr[None, :] + step, out, mask=present)
+            distance = tl.where(present, out.to(tl.float32) - first[None, :], 0.0)
+            sums += distance
+            squares += distance * distance
+    total = tl.sum(sums, axis=0)
+    distance = total / count
+    target = moments_ptr + (image * 2 * parts + part) * C + channel
+    tl.store(target, first + distance, mask=inside)
+    tl.store(target + parts * C, tl.maximum(tl.sum(squares, axis=0) - distance * total, 0.0), mask=inside)

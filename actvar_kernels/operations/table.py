@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from actvar_kernels.expert_ffn.op import SCHEDULES, expert_ffn, expert_ffn_scatter
-from actvar_kernels.group_norm.op import add_residual, group_norm_silu
+from actvar_kernels.group_norm.op import add_residual, add_residual_moments, group_norm_silu
 from actvar_kernels.operations import exact
 from actvar_kernels.operations.inputs import BlockInputs
 from actvar_kernels.operations.shapes import GUIDANCE, NORM_GROUPS, TOP_K, TOP_P
@@ -192,5 +192,9 @@ BLOCK = (
 """Operations of a block, in its order; they take `BlockInputs`."""
 SAMPLING = (Operation(sample_tokens, _sample_tokens),)
 """They take logits `[2B, L, V]`, a seed `[1]` and noise `[B, L, V]`."""
-DECODER = (Operation(group_norm_silu, _group_norm_silu), Operation(add_residual, _add_residual))
+DECODER = (
+    Operation(group_norm_silu, _group_norm_silu),
+    Operation(add_residual, _add_residual),
+    Operation(add_residual_moments, _add_residual, lambda result: result[0]),
+)
 """They take images `[B, C, H, W]` and a vector `[C]`."""

@@ -148,42 +148,6 @@ def _row_tiles(tokens: int, width: int, numbers: int, programs: int) -> RowTiles
     return RowTiles(rows, warps if rows > 1 or block <= 1024 else 8)
 
 
-class GroupNormTiles(NamedTuple):
-    """Describe GroupNorm of images.
-
-    Attributes:
-        channels: channels of a program.
-        rows: positions at a time.
-        loads: turns in which sums take these positions.
-        parts: parts of an image for sums.
-        part: positions of a part.
-    """
-
-    channels: int
-    rows: int
-    loads: int
-    parts: int
-    part: int
-
-
-def group_norm_tiles(images: int, positions: int, width: int) -> GroupNormTiles:
-    """Return tiles of GroupNorm with 32 numbers a thread, in as many turns as there are loads of 16 bytes.
-
-    There is no padding where a power of two from 16 on divides the width.
-
-    Args:
-        images: number of images.
-        positions: pixels of an image.
-        width: channels of a pixel.
-    """
-    channels = width & -width
-    channels = min(128, channels if channels >= 16 else next_power_of_2(width))
-    rows = 4096 // channels
-    parts = min(256, max(1, 8192 * channels // (images * width)), cdiv(positions, rows))
-    part = cdiv(cdiv(positions, parts), rows) * rows
-    return GroupNormTiles(channels, rows, 4, cdiv(positions, part), part)
-
-
 class AttentionTiles(NamedTuple):
     """Describe attention.
 

@@ -9,6 +9,7 @@ import torch
 from support.helpers import sample
 
 from actvar import ActVARConfig, Execution, accelerate, apply_patch
+from actvar.cli import sample as sample_command
 from actvar.cli.options import sampler_of
 from actvar.cli.sample import _execution
 from actvar.config import DENSE
@@ -107,3 +108,14 @@ def test_a_sampler_is_among_the_settings_that_images_follow_from():
         Evaluation(sampler="slow")
     assert "sampler" not in Evaluation().draw(0)
     assert Evaluation(sampler="fast").draw(0)["sampler"] == "fast"
+
+
+@pytest.mark.parametrize(("images", "says"), [(1, True), (60, False)])
+def test_the_command_says_where_the_dense_model_is_faster_on_a_gpu(tiny_var, monkeypatch, images, says):
+    apply_patch(tiny_var, CONFIG)
+    assert not list(sample_command._faster_dense(tiny_var, images)), "nothing on a CPU"
+    monkeypatch.setattr(sample_command, "is_on_gpu", lambda var: True)
+    lines = list(sample_command._faster_dense(tiny_var, images))
+    assert [line.endswith("takes less time here (--accelerate)") for line in lines] == [True] * says
+    accelerate(tiny_var)
+    assert not list(sample_command._faster_dense(tiny_var, images)), "it is the dense one"

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actvar.models.vqvae import VQVAE
-from actvar_kernels import BackendUnavailableError, add_residual, group_norm_silu
+from actvar_kernels import BackendUnavailableError, add_residual, add_residual_moments, group_norm_silu
 from actvar_kernels.backend import using_backend
 from actvar_kernels.group_norm import reference, triton_kernel
-from actvar_kernels.triton_backend.tiles import GroupNormTiles, group_norm_tiles
+from actvar_kernels.group_norm.tiles import GroupNormTiles, group_norm_tiles
 
 DTYPES = [torch.float32, torch.float16]
 SHAPES = [(1, 160, 9, 7, 32), (2, 20, 5, 3, 4), (3, 7, 1, 1, 7), (2, 12, 4, 6, 1), (1, 320, 3, 3, 32)]
@@ -113,6 +113,48 @@ def test_add_residual_in_any_grid_order(
     assert torch.equal(out, (x.float() + (update.float() + bias.float()[:, None, None])).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("B", "C", "H", "W", "groups"), SHAPES)
+def test_a_residual_with_moments_is_the_residual_and_spares_the_norm_a_launch(
+    B: int, C: int, H: int, W: int, groups: int, dtype: torch.dtype, grid_order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias, _ = inputs(B, C, H, W, dtype)
+    update = normal(B, C, H, W, seed=5, dtype=dtype)
+    out, moments = add_residual_moments(x, update, bias)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, add_residual(x, update, bias))
+    parts = out.double().flatten(2).split(16, dim=2)
+    means = torch.stack([part.mean(dim=2) for part in parts], dim=1)
+    deviations = torch.stack([part.var(dim=2, correction=0) * part.shape[2] for part in parts], dim=1)
+    torch.testing.assert_close(moments, torch.stack((means, deviations), dim=1).float(), rtol=1e-5, atol=1e-4)
+    expected = group_norm_silu(out, weight, bias, groups, EPS)
+    monkeypatch.setattr(triton_kernel, "_channel_moments", None)  # which is not launched
+    exact, tolerance = exact_and_tolerance(of_reference(groups), out, weight, bias)
+    assert_close(group_norm_silu(out, weight, bias, groups, EPS, moments=moments), exact, tolerance)
+    assert expected.shape == exact.shape
+
+
+def test_moments_of_a_large_mean_keep_their_digits() -> None:
+    x, weight, bias, _ = inputs(2, 20, 9, 7)
+    x, update = x * 0.1 - 3000, torch.zeros(2, 20, 9, 7)
+    out, moments = add_residual_moments(x, update, torch.zeros(20))
+    exact = of_reference(4)(*(t.double() for t in (out, weight, bias)))
+    rounding = 3000 * torch.finfo(torch.float32).eps / 0.1
+    found = group_norm_silu(out, weight, bias, 4, EPS, moments=moments)
+    assert_close(found, exact, 4 * rounding * weight.abs().max().item())
+
+
+@pytest.mark.parametrize(("B", "C", "positions"), [(1, 160, 576), (3, 640, 25), (2, 20, 1)])
+def test_the_reference_measures_the_same_parts(B: int, C: int, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernel, "group_norm_tiles", group_norm_tiles)
+    x, _, bias, _ = inputs(B, C, positions, 1)
+    (out, moments), (plain, of_reference_) = (
+        run(x, x, bias) for run in (add_residual_moments, reference.add_residual_moments)
+    )
+    assert torch.equal(out, plain)
+    torch.testing.assert_close(moments, of_reference_, rtol=1e-5, atol=1e-3)
+
+
 def test_a_residual_is_in_the_wider_dtype() -> None:
     x, bias, _, _ = inputs(1, 20, 3, 3)
     for one, other in ((x, x.half()), (x.half(), x)):
@@ -163,9 +205,12 @@ def test_no_images_give_none() -> None:
 def test_the_operators_pass_the_checks_of_torch() -> None:
     x, *vectors = (t.detach().requires_grad_() for t in inputs(2, 8, 3, 2))
     operators = torch.ops.actvar_kernels
-    torch.library.opcheck(operators.group_norm_silu.default, (x, *vectors[:2], 4, EPS, True, vectors[2]))
-    torch.library.opcheck(operators.group_norm_silu.default, (x.contiguous(), *vectors[:2], 4, EPS, False, None))
+    torch.library.opcheck(operators.group_norm_silu.default, (x, *vectors[:2], 4, EPS, True, vectors[2], None))
+    torch.library.opcheck(operators.group_norm_silu.default, (x.contiguous(), *vectors[:2], 4, EPS, False, None, None))
     torch.library.opcheck(operators.add_residual.default, (x, x.detach().half(), vectors[0]))
+    torch.library.opcheck(operators.add_residual_moments.default, (x, x.detach().half(), vectors[0]))
+    moments = add_residual_moments(x.detach(), x.detach(), vectors[0].detach())[1]
+    torch.library.opcheck(operators.group_norm_silu.default, (x, *vectors[:2], 4, EPS, True, None, moments))
 
 
 def test_the_gradients_are_those_of_the_reference() -> None:
@@ -201,6 +246,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         (r"weight: expected shape \[8\], got \[7\]", lambda: group_norm_silu(x, weight[:7], bias, 4, EPS)),
         (r"offset: expected shape \[8\]", lambda: group_norm_silu(x, weight, bias, 4, EPS, offset=offset[:7])),
         (r"x: expected shape \[any, any, any, any\]", lambda: group_norm_silu(x[0], weight, bias, 4, EPS)),
+        (r"moments: expected shape \[2, 2, any, 8\]", lambda: group_norm_silu(x, weight, bias, 4, EPS, moments=x)),
         (r"update: expected shape \[2, 8, 3, 2\]", lambda: add_residual(x, x[:1], bias)),
         (r"bias: expected shape \[8\]", lambda: add_residual(x, x, bias[:1])),
     ):

@@ -15,6 +15,7 @@ from actvar_kernels import (
     add_normalize,
     add_normalize_route,
     add_residual,
+    add_residual_moments,
     backend,
     conv3x3,
     expert_ffn,
@@ -90,6 +91,7 @@ NOT_IN_CPP: dict[str, Call] = {
         to(MAPS), to(BIAS[:32]), to(BIAS[32:]), 8, 1e-6, offset=to(BIAS[:32])
     ),
     "add_residual": lambda to: add_residual(to(MAPS), to(MAPS), to(BIAS[:32])),
+    "add_residual_moments": lambda to: add_residual_moments(to(MAPS), to(MAPS), to(BIAS[:32]))[1],
 }
 OF_LIBRARIES = {"linear", "linear_once", "conv3x3", "scatter_rows of all"}
 """On the Triton backend these are products and sums of cuBLAS, cuDNN and PyTorch, as their documentation says."""

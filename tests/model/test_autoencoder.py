@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from actvar.models.basic_vae import AttnBlock, ResnetBlock, Upsample
-from actvar.models.fused_vae import Fused, decoded, encoded
+from actvar.models.fused_vae import Fused, Map, decoded, encoded
 from actvar.models.quantizer import upsampled_by_axis
 from actvar.models.vqvae import VQVAE
 from actvar_kernels import BackendUnavailableError, cpp_runs
@@ -61,9 +61,9 @@ def test_blocks_on_the_cpu_are_the_modules_in_turn(width: int) -> None:
 
     def fused(in_cpp: bool) -> list[torch.Tensor]:
         kernels = Fused(on_triton=False, in_cpp=in_cpp)
-        enlarged, offset = kernels.upsample(upsample, x)
-        assert offset is None
-        return [kernels.resnet(resnet, x), kernels.attention(attention, x), enlarged]
+        maps = kernels.resnet(resnet, Map(x)), kernels.attention(attention, Map(x)), kernels.upsample(upsample, x)
+        assert all(found.offset is found.moments is None for found in maps)
+        return [found.x for found in maps]
 
     with using_backend("reference"):
         assert all(map(torch.equal, fused(False), wanted))

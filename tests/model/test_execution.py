@@ -72,6 +72,7 @@ def test_json_gives_it_back(execution):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
+        (dict(cudnn_benchmark="yes"), TypeError, "cudnn_benchmark: expected a bool, got 'yes'"),
         (dict(cuda_graph="always"), ValueError, "cuda_graph: expected one of .*'auto', True, False"),
         (dict(cuda_graph=None), ValueError, "cuda_graph: expected"),
         (dict(cuda_graph=1), TypeError, "cuda_graph: expected"),
@@ -229,3 +230,29 @@ def test_an_old_adapter_with_snap_is_refused_unless_an_execution_is_given(plain,
 def test_an_old_adapter_with_another_value_is_damaged(plain, tiny_var, fields):
     with pytest.raises(AdapterError, match=r"its metadata is damaged: .*expected one of"):
         load_adapter(tiny_var, old(plain, **fields))
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_the_decoder_runs_under_the_flag_of_cudnn_which_is_put_back(tiny_var, monkeypatch, timed):
+    vae, seen = tiny_var.vae_proxy[0], []
+    decode = type(vae).fhat_to_img
+
+    def noted(self, f_hat):
+        seen.append(torch.backends.cudnn.benchmark)
+        return decode(self, f_hat)
+
+    monkeypatch.setattr(type(vae), "fhat_to_img", noted)
+    apply_patch(tiny_var, CONFIG, Execution(cudnn_benchmark=timed))
+    for before in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+        sample(tiny_var)
+        assert torch.backends.cudnn.benchmark == before
+    assert seen == ([True, True] if timed else [False, True])
+
+    def fails(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(type(vae), "fhat_to_img", fails)
+    with pytest.raises(ZeroDivisionError):
+        sample(tiny_var)
+    assert torch.backends.cudnn.benchmark

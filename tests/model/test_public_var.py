@@ -117,10 +117,10 @@ def test_flops_of_both_are_the_same(pair):
     assert total_flops(model_flops(public, 2)) == pytest.approx(total_flops(counted), rel=0.01)
 
 
-@pytest.mark.parametrize("field", ["sampler", "decoder_dtype", "cuda_graph"])
+@pytest.mark.parametrize("field", ["sampler", "decoder_dtype", "cuda_graph", "cudnn_benchmark"])
 def test_what_needs_our_sampling_loop_is_refused(pair, field):
     public, _ = pair
-    value = {"sampler": "fast", "decoder_dtype": "bfloat16", "cuda_graph": True}[field]
+    value = {"sampler": "fast", "decoder_dtype": "bfloat16", "cuda_graph": True, "cudnn_benchmark": True}[field]
     with pytest.raises(ValueError, match=rf"^{field}: {value!r} needs actvar\.models\.VAR"):
         apply_patch(public, execution=Execution(**{field: value}))
     assert type(public).__name__ == "VAR"

@@ -91,6 +91,12 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype.itemsize == 2 else x.to(torch.bfloat16).to(x.dtype)
 
 
+def guided(x: torch.Tensor, strength: float) -> torch.Tensor:
+    """Return `strength * text + (1 - strength) * other` `[B, ...]` of rows `[2B, ...]`, those of the texts first."""
+    text, other = x.chunk(2)
+    return strength * text + (1 - strength) * other
+
+
 class RMSNorm(nn.Module):
     """Divide features `[..., channels]` by their root mean square, and multiply them by weights."""
 

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from actvar.models.arguments import by_one_thread
 from actvar.models.infinity.arguments import Draw, TextArgument, checked_draw, checked_negative, checked_text
-from actvar.models.infinity.layers import BlockContext, InfinityBlock, RMSNorm, Text, TextPool, widened
+from actvar.models.infinity.layers import BlockContext, InfinityBlock, RMSNorm, Text, TextPool, guided, widened
 from actvar.models.infinity.rotary import rotation
 from actvar.models.infinity.schedules import Schedule, checked_schedule, tokens_of
 from actvar.models.infinity.tokenizer import InfinityTokenizer, resized
+from actvar.models.initial_weights import init_products
 from actvar.models.quantizer import uninitialised_embedding
 from actvar.models.token_draw import Randomness, generators, sample_top_k_top_p
 from actvar.models.transformer_block import HeadNorm, SharedAdaLin
@@ -370,15 +371,12 @@ class Infinity(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialise every parameter and buffer from `generator` alone, so that blocks start close to the identity."""
         std = math.sqrt(1 / self.C / 3)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=std, generator=generator)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, nn.LayerNorm | RMSNorm) and module.weight is not None:
-                module.weight.fill_(1)
-                if isinstance(module, nn.LayerNorm):
-                    module.bias.zero_()
+        init_products(self, std, generator)
+        for norm in self.modules():
+            if isinstance(norm, nn.LayerNorm | RMSNorm) and norm.weight is not None:
+                norm.weight.fill_(1)
+                if isinstance(norm, nn.LayerNorm):
+                    norm.bias.zero_()
         nn.init.trunc_normal_(self.cfg_uncond, std=1.2, generator=generator).div_(math.sqrt(self.text_channels))
         pool: Any = self.text_proj_for_sos.ca
         modulation: Any = self.head_nm.ada_lin[-1]
@@ -397,9 +395,3 @@ class Infinity(nn.Module):
             block.ada_gss.normal_(std=self.C**-0.5, generator=generator)
             block.ada_gss[:, :, :2].mul_(1e-5)
             block.ada_gss[:, :, 2:].mul_(0.5)
-
-
-def guided(x: torch.Tensor, strength: float) -> torch.Tensor:
-    """Return `strength * text + (1 - strength) * other` `[B, ...]` of rows `[2B, ...]`, those of the texts first."""
-    text, other = x.chunk(2)
-    return strength * text + (1 - strength) * other

@@ -27,6 +27,7 @@ SORT_INSTRUCTIONS = 160
 SCORE_INSTRUCTIONS, GATHER_INSTRUCTIONS = 10.3, 11.9
 SAMPLE_INSTRUCTIONS, GUIDE_INSTRUCTIONS = 171, 6
 MOMENTS_INSTRUCTIONS = 6
+RESIDUAL_INSTRUCTIONS = 6  # of `_add_and_measure`, beside those of the moments; assumed
 
 
 class Cost(NamedTuple):
@@ -128,6 +129,11 @@ def _channel_moments(a: Arguments, _share: Share) -> Cost:
     return Cost(_bytes(a), instructions=MOMENTS_INSTRUCTIONS * math.prod(a["x_ptr"].shape))
 
 
+def _add_and_measure(a: Arguments, _share: Share) -> Cost:
+    each = MOMENTS_INSTRUCTIONS + RESIDUAL_INSTRUCTIONS
+    return Cost(_bytes(a), instructions=each * math.prod(a["x_ptr"].shape))
+
+
 def _up(a: Arguments, share: Share) -> Cost:
     run, rows = _run(a, share)
     hidden, weight = a["h_ptr"], a["w1_ptr"]
@@ -165,6 +171,7 @@ COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
     "_sample": _sample,
     "_zero_unchosen": _zero_unchosen,
     "_channel_moments": _channel_moments,
+    "_add_and_measure": _add_and_measure,
     "_up": _up,
     "_down": _down,
 }
