@@ -104,18 +104,6 @@ def test_the_fast_sampler_is_reproducible_and_stays_in_the_vocabulary(monkeypatc
     assert all(int(tokens.min()) >= 0 and int(tokens.max()) < var.V for tokens in first)
 
 
-@SLOW
-def test_a_seed_in_a_tensor_draws_as_the_number_does(monkeypatch):
-    var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8), Execution(sampler="fast"))
-    labels = torch.tensor([1, 2])
-    with using_backend("triton"):
-        expected = var.autoregressive_infer_cfg(2, labels, g_seed=5)
-        var.actvar.seed = torch.tensor([5])
-        assert torch.equal(var.autoregressive_infer_cfg(2, labels), expected)
-        var.actvar.seed = torch.tensor([6])
-        assert not torch.equal(var.autoregressive_infer_cfg(2, labels), expected)
-
-
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_a_patched_block_compiles_without_a_graph_break(backend):
     var = apply_patch(make_tiny_var(depth=1), ActVARConfig(num_experts=8))

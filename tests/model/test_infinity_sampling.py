@@ -8,11 +8,13 @@ import pytest
 import torch
 from support.infinity import TINY_SCHEDULE, tiny_infinity, tiny_text
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from actvar.models import Infinity, build_infinity
 from actvar.models.infinity import layers
 
 LENGTHS = [3, 5]
+TALL = [(1, 1, 1), (1, 3, 2)]
 
 
 @pytest.fixture(params=[False, True], ids=["one place a token", "patchified"])
@@ -257,3 +259,15 @@ def test_wrong_inputs_of_teacher_forcing_are_named(shared: Infinity) -> None:
 def test_sizes_that_do_not_fit_are_refused(changes: dict) -> None:
     with pytest.raises(ValueError, match="expected"):
         tiny_infinity(**changes)
+
+
+def test_a_sample_in_inference_mode_leaves_training_and_fake_tensors_alone(plain: Infinity) -> None:
+    with torch.inference_mode():
+        drawn(plain)
+    inputs = torch.randn(2, 16, plain.token_bits)
+    plain(*tiny_text(LENGTHS), inputs, TINY_SCHEDULE).sum().backward()
+    assert plain.unregistered_blocks[0].sa.mat_qkv.weight.grad.isfinite().all()
+    with FakeTensorMode():
+        assert isinstance(plain.angles(TALL), FakeTensor)
+    assert type(plain.angles(TALL)) is Tensor
+    assert all(torch.equal(a, b) for a, b in zip(drawn(plain)[1:], drawn(plain)[1:], strict=True))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 
 from actvar.models.infinity.schedules import largest_map
+from actvar.utils.modes import inference_mode
 
 BASE = 10000.0
+MOST_KEPT = 16
+
+_kept: dict[tuple, torch.Tensor] = {}
+"""Angles by schedule, size of a head and device."""
 
 
-@lru_cache(maxsize=16)
+@inference_mode(False)  # angles of a sample may serve a later training
 def rotation(schedule: Sequence[tuple[int, int, int]], head_dim: int, device: torch.device) -> torch.Tensor:
     """Return cosine and sine of the angles of all scales' tokens, `[2, L, head_dim / 2]` float32.
 
@@ -20,10 +24,22 @@ def rotation(schedule: Sequence[tuple[int, int, int]], head_dim: int, device: to
     one angle at all scales. The first half of the angles follows the row, the second the column.
 
     Args:
-        schedule: a tuple of `(1, h, w)`.
+        schedule: `(1, h, w)` of every scale.
         head_dim: size of an attention head, a multiple of 4.
         device: device of the result.
     """
+    if torch._C._len_torch_dispatch_stack() > 0:  # of fake tensors, for example, which must not be kept
+        return _rotation(schedule, head_dim, device)
+    key = tuple(schedule), head_dim, device
+    if key not in _kept:
+        if len(_kept) == MOST_KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[key] = _rotation(schedule, head_dim, device)
+    return _kept[key]
+
+
+def _rotation(schedule: Sequence[tuple[int, int, int]], head_dim: int, device: torch.device) -> torch.Tensor:
+    """Return what `rotation` does."""
     frequencies = 1 / BASE ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
     height, width = largest_map(schedule)
     angles = []
