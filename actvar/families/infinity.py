@@ -18,6 +18,7 @@ from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import rotate_heads
 from actvar_kernels.constants import NORM_EPS
+from actvar_kernels.cpu_backend.packing import once_on_gpu
 from actvar_kernels.residual_norm.reference import AdaLN
 
 REQUIRED_OF_BLOCK = (
@@ -145,7 +146,8 @@ class InfinityFamily(NamedLayersFamily):
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.projected(block, queries_from, keys_from, bias)
         rotation = self.rotation(call)
-        q = rotate_heads(q, rotation, queries_at.index, query_scale(block.sa))
+        scale = once_on_gpu((block.sa.scale_mul_1H11,), "of queries", lambda: query_scale(block.sa))
+        q = rotate_heads(q, rotation, queries_at.index, scale)
         return q, rotate_heads(k, rotation, keys_at.index), v
 
     def rotation(self, call: BlockCall) -> Tensor:
@@ -156,8 +158,10 @@ class InfinityFamily(NamedLayersFamily):
         return block.sa(u, call.context._replace(mask=mask), at.index)
 
     def between_norm(self, block: Any, rows: int) -> AdaLN:
-        norm = block.ca_norm
-        parts = (torch.ones_like(norm.weight), norm.weight - 1, norm.bias)
+        weight, bias = block.ca_norm.weight, block.ca_norm.bias
+        parts = once_on_gpu(
+            (weight, bias), "as AdaLN", lambda: torch.stack((torch.ones_like(weight), weight - 1, bias)).float()
+        )
         return AdaLN(*(part.expand(rows, 1, -1) for part in parts))
 
     def between(self, block: Any, u: Tensor, at: Rows, call: BlockCall) -> Tensor:

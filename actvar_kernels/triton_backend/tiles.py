@@ -181,8 +181,10 @@ def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int, masked: bool) 
         queries, keys, own_keys = (16, 16, 16) if wide or arch == RDNA else (32, 16, 16)
         return AttentionTiles(queries, keys, own_keys, warps=8, stages=2, own_stages=1)
     if wide:
-        keys = 16 if masked else 32
-        return AttentionTiles(queries=64, keys=keys, own_keys=keys, warps=8, stages=2, own_stages=1)
+        if arch in (90, 100) and not masked:
+            return AttentionTiles(queries=128, keys=64, own_keys=64, warps=8, stages=2, own_stages=1)
+        queries = 32 if masked else 64
+        return AttentionTiles(queries, keys=32, own_keys=32, warps=queries // 8, stages=2, own_stages=1)
     if arch == RDNA:
         return AttentionTiles(queries=64, keys=32, own_keys=32, warps=8, stages=2, own_stages=1)
     if arch == 90:
