@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from actvar.utils.plain_layers import is_plain
+from actvar_kernels.cpu_backend.packing import once_on_gpu
+
 
 class ResidualConv(nn.Conv2d):
     """Compute `phi(h) = (1 - ratio) * h + ratio * conv3x3(h)` for an upsampled token map `h` `[B, Cvae, P, P]`."""
@@ -91,6 +94,37 @@ def upsampled_by_axis(maps: torch.Tensor, side: int) -> torch.Tensor:
     columns = rows.view(B * C, p, side).transpose(1, 2).reshape(1, 1, B * C * side, p)
     columns = F.interpolate(columns, size=(B * C * side, side), mode="bicubic")  # [maps, new column, new row]
     return columns.view(B, C, side, side).transpose(2, 3).to(maps.dtype).contiguous()
+
+
+def upsampled_by_products(codes: torch.Tensor, side: int, conv: ResidualConv, owner: torch.Tensor) -> torch.Tensor:
+    """Return `conv` of the codes in a larger grid.
+
+    It is a product with the weights of bicubic interpolation, and one convolution.
+
+    Args:
+        codes: `[B, C, p, p]` float32.
+        side: side of the grid, p or more.
+        conv: the convolution, which runs with its ratio in its weight.
+        owner: any tensor of the quantizer, by which the weights of the interpolation are kept on a GPU.
+    """
+    B, C, p, _ = codes.shape
+
+    def interpolation() -> torch.Tensor:
+        """Return the share of every code in every cell of the grid, `[p * p, side * side]`."""
+        each = torch.eye(p * p, dtype=codes.dtype, device=codes.device).view(p * p, 1, p, p)
+        return F.interpolate(each, size=(side, side), mode="bicubic").flatten(1)
+
+    def with_ratio() -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the weight and the bias of `(1 - ratio) * h + ratio * conv3x3(h)`."""
+        weight = conv.weight.detach() * conv.ratio
+        weight[:, :, 1, 1] += (1 - conv.ratio) * torch.eye(C, dtype=weight.dtype, device=weight.device)
+        return weight, None if conv.bias is None else conv.bias.detach() * conv.ratio
+
+    if p != side:
+        codes = codes.reshape(B * C, p * p) @ once_on_gpu((owner,), ("bicubic", p, side), interpolation)
+    tensors = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
+    weight, bias = once_on_gpu(tensors, ("with ratio", conv.ratio), with_ratio)
+    return F.conv2d(codes.reshape(B, C, side, side), weight, bias, padding=1)
 
 
 class VectorQuantizer(nn.Module):
@@ -201,11 +235,20 @@ class VectorQuantizer(nn.Module):
         Returns:
             the partial sum, and its average on the next scale's grid, which is the sum itself at the last scale.
         """
-        partial.add_(self.upsampled(codes, scale))
+        partial.add_(self._added(codes, scale))
         if scale == len(self.v_patch_nums) - 1:
             return partial, partial
         side = self.v_patch_nums[scale + 1]
         return partial, F.interpolate(partial, size=(side, side), mode="area")
+
+    def _added(self, codes: torch.Tensor, scale: int) -> torch.Tensor:
+        """Return `upsampled(codes, scale)`, on a GPU by two products in place of a dozen launches, to rounding."""
+        conv = self.quant_resi.at(scale / (len(self.v_patch_nums) - 1))
+        takes = codes.is_cuda and not torch.is_grad_enabled() and codes.dtype == conv.weight.dtype == torch.float32
+        exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cuda")
+        if takes and exact and not torch.compiler.is_compiling() and is_plain(conv, ResidualConv):
+            return upsampled_by_products(codes, self.v_patch_nums[-1], conv, self.embedding.weight)
+        return self.upsampled(codes, scale)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Quantize features for training, in float32.

@@ -213,8 +213,8 @@ def why_no_graph(model: Any) -> str | None:
 
 def why_eager(model: Any) -> str | None:
     """Return why no graph may be replayed now, even one that is there, or None."""
-    state = model.actvar
-    if not state.family.loop_is_ours(model):
+    state, family = model.actvar, model.actvar.family
+    if "cuda_graph" not in family.loop_fields(model) or not family.loop_is_ours(model):
         return f"var: expected an actvar.models.VAR, got {type(model).__name__}; use actvar.load_var"
     if state.execution.sampler != "fast":
         return f"sampler: expected 'fast' in the patch's Execution, got {state.execution.sampler!r}"
@@ -228,7 +228,7 @@ def why_eager(model: Any) -> str | None:
         return "another graph is captured"
     if state.records is not None:
         return "the choices of blocks are recorded"
-    return next(watched(model, state.family.autoencoder(model)), None)
+    return next(watched(model, family.autoencoder(model)), None)
 
 
 def _why_called(model: Any) -> str | None:

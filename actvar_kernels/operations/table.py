@@ -160,6 +160,7 @@ def _sample_tokens(logits: torch.Tensor, seed: torch.Tensor, noise: torch.Tensor
         "of guided logits": plain | dict(guidance=None),
         "with a number as seed": plain | dict(top_p=0.0, seed=0),
         "with noise": plain | dict(top_k=0, top_p=0.0, seed=None, noise=noise),
+        "with a seed for each image": plain | dict(seed=seed.repeat(len(noise))),
     }
 
 

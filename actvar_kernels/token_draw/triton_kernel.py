@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.token_draw.reference import LARGEST, SMALLEST
-from actvar_kernels.triton_backend.tiles import next_power_of_2, sampling_warps
+from actvar_kernels.triton_backend.tiles import architecture, most_registers, next_power_of_2, sampling_warps
 
 
 def sample_tokens(
@@ -45,6 +45,9 @@ def sample_tokens(
     block = max(4, next_power_of_2(V))
     share = min(max(top_k / V, 0.5 / V), 1 - 0.5 / V)
     quantile = NormalDist().inv_cdf(1 - share)
+    by_image = isinstance(seed, torch.Tensor) and seed.numel() > 1
+    # the compiler would spill to let one more program share a multiprocessor
+    registers = most_registers(168 if by_image and architecture(logits) in (100, 120) else None)
     _sample[(tokens.numel(),)](
         logits,
         noise,
@@ -62,7 +65,7 @@ def sample_tokens(
         1 / (V * NormalDist().pdf(quantile)),
         1 - top_p,
         step,
-        BY_IMAGE=isinstance(seed, torch.Tensor) and seed.numel() > 1,
+        BY_IMAGE=by_image,
         GUIDED=guidance is not None,
         TOP_K=top_k > 0,
         TOP_P=top_p > 0,
@@ -71,6 +74,7 @@ def sample_tokens(
         BLOCK=block,
         num_warps=sampling_warps(block),
         enable_fp_fusion=True,
+        **registers,
     )
     return tokens
 

@@ -167,6 +167,7 @@ def test_the_table_is_described_in_one_line(in_force, monkeypatch):
     assert choices.description() == f"{expected}, by {path}"
 
 
-def test_every_operation_with_a_kernel_may_be_chosen():
+def test_every_operation_with_a_cpp_kernel_may_be_chosen():
     names = [operation.name for operation in (*BLOCK, *SAMPLING, *DECODER)]
-    assert [name for name in names if not name.startswith("add_residual")] == list(choices.OPERATIONS)
+    on_triton_alone = {"rotate_heads", "add_residual", "add_residual_moments"}
+    assert [name for name in names if name not in on_triton_alone] == list(choices.OPERATIONS)

@@ -17,7 +17,7 @@ from actvar import (
     load_pretrained,
     release_cache,
 )
-from actvar.models.quantizer import upsampled_by_axis
+from actvar.models.quantizer import VectorQuantizer, upsampled_by_axis
 from actvar.patching.patch import reconfigure
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels.backend import using_backend
@@ -82,6 +82,16 @@ def test_bicubic_by_axis_gives_the_same_bits_on_the_gpu(side, larger):
     maps = torch.randn(64, 32, side, side, device="cuda", generator=torch.Generator("cuda"))
     expected = torch.nn.functional.interpolate(maps, size=(larger, larger), mode="bicubic")
     assert torch.equal(upsampled_by_axis(maps, larger), expected)
+
+
+@torch.no_grad()
+def test_a_scale_is_added_on_the_gpu_as_on_the_cpu():
+    quantizer = VectorQuantizer(64, 32, (1, 2, 5, 13, 16))
+    codes, partial = torch.randn(8, 32, 5, 5), torch.randn(8, 32, 16, 16)
+    expected = quantizer.add_scale(2, partial.clone(), codes)
+    found = quantizer.cuda().add_scale(2, partial.cuda(), codes.cuda())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_graph_of_a_whole_sample_gives_the_images_of_eager_sampling():

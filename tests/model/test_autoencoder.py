@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from actvar.models.basic_vae import AttnBlock, ResnetBlock, Upsample
 from actvar.models.fused_vae import Fused, Map, decoded, encoded
-from actvar.models.quantizer import upsampled_by_axis
+from actvar.models.quantizer import VectorQuantizer, upsampled_by_axis, upsampled_by_products
 from actvar.models.vqvae import VQVAE
 from actvar_kernels import BackendUnavailableError, cpp_runs
 from actvar_kernels.backend import using_backend
@@ -30,6 +30,25 @@ def test_bicubic_by_axis_gives_the_same_numbers(side: int, larger: int, dtype: t
     exact = F.interpolate(maps.double(), size=(larger, larger), mode="bicubic")
     error = (expected.double() - exact).abs().max()
     assert (found.double() - exact).abs().max() <= 1.01 * error
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 13, 16])
+def test_codes_are_enlarged_and_convolved_by_two_products(side: int) -> None:
+    quantizer = VectorQuantizer(16, 8, (1, 2, 5, 13, 16))
+    quantizer.double()
+    conv, codes = quantizer.quant_resi.at(0.3), normal(3, 8, side, side, dtype=torch.float64)
+    with torch.no_grad():
+        expected = conv(codes if side == 16 else F.interpolate(codes, size=(16, 16), mode="bicubic"))
+        found = upsampled_by_products(codes, 16, conv, quantizer.embedding.weight)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_on_the_cpu_codes_are_added_as_the_public_code_does() -> None:
+    quantizer = VectorQuantizer(16, 8, (1, 2, 4))
+    codes, partial = normal(3, 8, 2, 2), normal(3, 8, 4, 4)
+    with torch.no_grad():
+        expected = partial + quantizer.upsampled(codes, 1)
+        assert torch.equal(quantizer.add_scale(1, partial, codes)[0], expected)
 
 
 def blocks_in_turn(x, resnet, attention, upsample) -> list[torch.Tensor]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from support.helpers import sample
+from support.infinity import tiny_infinity
 
-from actvar import ActVARConfig, Execution, GraphedSampling, apply_patch, refresh, release_cache, summary
+from actvar import ActVARConfig, Execution, GraphedSampling, accelerate, apply_patch, refresh, release_cache, summary
 from actvar.patching.patch import patched_silently, reconfigure
 from actvar.sampling.timing import block_seconds
 from actvar.sparse import sample_graphs
@@ -230,6 +231,12 @@ def test_what_watches_a_sample_runs_eagerly_and_the_summary_says_so(var, card, r
     drawn(var)
     assert card.captures == 1
     assert "a sample is one CUDA graph" in summary(var)
+
+
+def test_the_summary_of_another_family_promises_no_graph(card):
+    _, infinity = tiny_infinity()
+    accelerate(infinity, FAST)
+    assert "no CUDA graph: var: expected an actvar.models.VAR" in summary(infinity)
 
 
 def test_records_and_timed_blocks_run_eagerly(var, card):
