@@ -14,6 +14,7 @@ DEMO = ["gradio>=6.0"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings-python>=1.10"]
 NOTEBOOK = ["nbclient>=0.9", "ipykernel>=6.0"]
 HUB = ["huggingface_hub>=0.23"]
+TEXT = ["transformers>=4.56"]
 DEV = ["pytest>=8.0", "pytest-xdist>=3.5", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6"]
 DEV += ["basedpyright>=1.31", *BENCH, *EVAL]
 
@@ -70,6 +71,7 @@ setup(
         "bench": BENCH,
         "eval": EVAL,
         "hub": HUB,
+        "text": TEXT,
         "notebook": NOTEBOOK,
         "docs": DOCS,
         "demo": DEMO,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from actvar.sampling.sampler import Sampler
     from actvar.sampling.summary import summary
     from actvar.sparse.state import guided_rows, record
+    from actvar.text import TextEncoder
     from actvar.zoo import load_pretrained
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "Execution",
     "GraphedSampling",
     "Sampler",
+    "TextEncoder",
     "accelerate",
     "apply_patch",
     "guided_rows",
@@ -71,6 +73,7 @@ _MODULES = {
     "sampling.cuda_graph": ["GraphedSampling"],
     "sampling.sampler": ["Sampler"],
     "sparse.state": ["guided_rows", "record"],
+    "text": ["TextEncoder"],
     "zoo": ["load_pretrained"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,7 +33,8 @@ from actvar_kernels.backend import using_backend
 class StepFlops:
     """Hold the FLOPs of one scale by module, over all rows and blocks.
 
-    `head` includes the embedding of the tokens that the scale begins with.
+    `head` includes the embedding of the tokens that the scale begins with. `cross` is attention to a text with all its
+    projections, and `text` what is computed from the text before the blocks.
     """
 
     qkv: int
@@ -44,6 +45,8 @@ class StepFlops:
     router: int
     adaln: int
     head: int
+    cross: int = 0
+    text: int = 0
 
     @property
     def total(self) -> int:
@@ -52,6 +55,18 @@ class StepFlops:
 
 
 MODULES = tuple(field.name for field in fields(StepFlops))
+BY_LAST_WEIGHT = ("cross", "text")
+"""Modules whose attention follows a product with their own weight, by which it is told from self-attention."""
+
+
+class TextSize(NamedTuple):
+    """Hold the number of tokens of a row's text, and their channels."""
+
+    tokens: int
+    channels: int
+
+
+NO_TEXT = TextSize(0, 0)
 
 
 def total_flops(steps: Sequence[StepFlops]) -> int:
@@ -70,11 +85,13 @@ def formula_flops(
     adaln: Adaln,
     batch: int,
     config: ActVARConfig = DENSE,
+    text: TextSize = NO_TEXT,
 ) -> list[StepFlops]:
     """Return the FLOPs of each scale for `batch` images, with 2 rows an image where there is guidance, otherwise 1.
 
     Selectors and routers count. LayerNorm, softmax and other element-wise work does not. A block's own AdaLN counts at
-    every scale and a shared one at the first, as the models compute them. Kernels compute both once a sample.
+    every scale and a shared one at the first, as the models compute them. Kernels compute both once a sample. What is
+    projected from a text counts at the first scale.
 
     Args:
         width, hidden, depth, vocab_size, code_size: sizes C, D, blocks, V, Cvae.
@@ -82,6 +99,7 @@ def formula_flops(
         adaln: "per block", "shared" where one AdaLN projection serves all blocks, or "none".
         batch: number of images.
         config: rates and variants.
+        text: of each row, for models whose blocks attend to one.
 
     Raises:
         TypeError: a batch that is no integer.
@@ -92,7 +110,7 @@ def formula_flops(
     for block_scales in zip(*(build_schedule(config, maps, block) for block in range(depth)), strict=True):
         tokens, index = block_scales[0].tokens, block_scales[0].index
         rows = 2 * batch if block_scales[0].guided else batch
-        blocks = [block_flops(scale, config, C, hidden) for scale in block_scales]
+        blocks = [block_flops(scale, config, C, hidden, text.tokens) for scale in block_scales]
         adaln_layers = {"per block": depth, "shared": index == 0, "none": 0}[adaln]
         head_adaln = adaln != "none"
         embedded = 0 if index == 0 else batch * tokens
@@ -101,20 +119,34 @@ def formula_flops(
                 **{module: rows * sum(block[module] for block in blocks) for module in blocks[0]},
                 adaln=rows * 2 * C * (6 * C * adaln_layers + 2 * C * head_adaln),
                 head=rows * 2 * C * vocab_size * tokens + 2 * C * code_size * embedded,
+                text=0 if index else rows * text_flops(text, C),
             )
         )
     return steps
 
 
-def block_flops(scale: Scale, config: ActVARConfig, width: int, hidden: int) -> dict[str, int]:
+def text_flops(text: TextSize, width: int) -> int:
+    """Return the FLOPs of a row before the blocks: its text's projection by two layers, and its pooling to one vector.
+
+    No text has none.
+    """
+    T, Ct, C = *text, width
+    projection = 2 * T * Ct * C + 2 * T * C * C
+    pooling = 2 * T * Ct * 2 * C + 4 * T * C + 2 * C * C
+    return projection + pooling if T else 0
+
+
+def block_flops(scale: Scale, config: ActVARConfig, width: int, hidden: int, text_tokens: int = 0) -> dict[str, int]:
     """Return the FLOPs of one row in one block at `scale`, by module.
 
-    The modules are `qkv`, `attention`, `proj`, `ffn`, `selector` and `router` of `StepFlops`.
+    The modules are those of `StepFlops` but `adaln`, `head` and `text`. Keys and values of the text are projected at
+    the first scale.
     """
     C = width
     kept = scale.keep if scale.select else scale.tokens
     projected = kept if config.kv == "compact" else scale.tokens
     share = scale.experts / config.num_experts if scale.route else 1.0
+    cross = (4 * C * C + 4 * C * text_tokens) * kept if text_tokens else 0
     return {
         "qkv": 2 * C * C * (kept + 2 * projected),
         "attention": 4 * C * kept * (scale.cached_before + projected),
@@ -122,16 +154,20 @@ def block_flops(scale: Scale, config: ActVARConfig, width: int, hidden: int) -> 
         "ffn": round(4 * C * hidden * kept * share),
         "selector": 2 * C * scale.tokens * scale.select,
         "router": 2 * C * config.num_experts * kept * scale.route,
+        "cross": cross + (0 if scale.index else 4 * C * C * text_tokens),
     }
 
 
-def model_flops(var: Any, batch: int, config: ActVARConfig | None = None) -> list[StepFlops]:
-    """Return the `formula_flops` of a model, of which only shapes are read.
+def model_flops(
+    var: Any, batch: int, config: ActVARConfig | None = None, maps: Sequence[tuple[int, int]] | None = None
+) -> list[StepFlops]:
+    """Return the `formula_flops` of a model without a text, of which only shapes are read.
 
     Args:
         var: a model of any family, patched or not, with or without weights.
         batch: number of images.
         config: rates and variants; None for those of the patch, or of the dense model without one.
+        maps: height and width of the token map of every scale; None for those of the family.
     """
     var = unwrapped(var)
     family = family_of(var)
@@ -143,7 +179,7 @@ def model_flops(var: Any, batch: int, config: ActVARConfig | None = None) -> lis
         depth=len(family.blocks(var)),
         vocab_size=sizes.vocabulary,
         code_size=sizes.code_size,
-        maps=family.maps(var),
+        maps=family.maps(var) if maps is None else maps,
         adaln=sizes.adaln,
         batch=batch,
         config=own if config is None else config,
@@ -201,8 +237,9 @@ def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
     """
     batch = checked_integer("batch", batch, 1)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    var = without_weights(unwrapped(var), mode)
-    counts = _CountByModule(var)
+    var = unwrapped(var)
+    var = without_weights(var, mode, family_of(var).autoencoder(var))
+    counts = CountByModule(var, family_of(var).weight_kinds)
     counter = FlopCounterMode(display=False, custom_mapping=counts.formulas())
     steps = []
     family = family_of(var)
@@ -226,7 +263,7 @@ def sampling_flops(var: Any) -> int:
     Args:
         var: a model with weights, patched or not.
     """
-    counts, aten = _CountByModule(unwrapped(var)), torch.ops.aten
+    counts, aten = CountByModule(unwrapped(var), family_of(unwrapped(var)).weight_kinds), torch.ops.aten
     formulas = counts.formulas() | {aten.convolution: lambda *_, **__: 0}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with using_backend("reference"), without_decoder(family_of(unwrapped(var)).autoencoder(unwrapped(var))), counter:
@@ -234,13 +271,15 @@ def sampling_flops(var: Any) -> int:
     return counts.take().total
 
 
-def without_weights(var: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Return a copy of `var` on the CPU whose parameters and buffers are fake tensors of `mode`."""
+def without_weights(var: Any, mode: FakeTensorMode, autoencoder: nn.Module) -> Any:
+    """Return a copy of `var` on the CPU whose parameters and buffers are fake tensors of `mode`.
+
+    The copy has the same `autoencoder`.
+    """
     with mode:
         parameters = (*var.parameters(), *own_parameters(var).values())
         copies = {id(p): nn.Parameter(_on_cpu(p), p.requires_grad) for p in parameters}
         copies |= {id(b): _on_cpu(b) for b in var.buffers()}
-    autoencoder = family_of(var).autoencoder(var)
     return copy.deepcopy(var, copies | {id(autoencoder): autoencoder})
 
 
@@ -249,13 +288,19 @@ def _on_cpu(like: torch.Tensor) -> torch.Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device="cpu")
 
 
-class _CountByModule:
-    """Sum the FLOPs that a counter finds by the module of `StepFlops`."""
+class CountByModule:
+    """Sum the FLOPs that a counter finds by the module of `StepFlops`.
 
-    def __init__(self, var: nn.Module):
+    Args:
+        var: the model.
+        weight_kinds: parts of parameter names with their modules, as in `Family.weight_kinds`.
+    """
+
+    def __init__(self, var: nn.Module, weight_kinds: Sequence[tuple[str, str]]):
         self.flops: Counter[str] = Counter()
         self.module_of: dict[StorageWeakRef, str] = {}
-        kinds = (*family_of(var).weight_kinds, (".selector.", "selector"), (".router.", "router"))
+        self.last: str | None = None
+        kinds = (*weight_kinds, (".selector.", "selector"), (".router.", "router"))
         weights = [*var.named_parameters(), *own_parameters(var).items()]
         for name, parameter in weights:
             module = next((module for place, module in kinds if place in name), None)
@@ -286,7 +331,9 @@ class _CountByModule:
 
         def count(*args, **kwargs) -> int:
             flops = formula(*args, **kwargs)
-            self.flops[self._module(args) or "attention"] += flops
+            own = self._module(args)
+            self.last = (own if flops else None) or self.last
+            self.flops[own or (self.last if self.last in BY_LAST_WEIGHT else "attention")] += flops
             return flops
 
         count._get_raw = True  # the counter then passes tensors, not their shapes

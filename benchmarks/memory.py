@@ -11,7 +11,6 @@ import gc
 import json
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +18,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from actvar.config import DENSE, ActVARConfig
 from actvar.families import family_of
 from actvar.flops import without_weights
 from actvar.models.basic_vae import Conv3x3, Upsample
 from actvar.sparse.schedule import build_schedule
+from actvar.utils.live_memory import peak_live_bytes
 from actvar_kernels import cpp_runs
 from actvar_kernels.conv3x3.cpu_kernel import packed_numbers
 
@@ -103,7 +101,7 @@ def _block_bytes(var: nn.Module, rows: int, tokens: int) -> int:
     The tensors are fake ones, whose attention is the CPU's fused one.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    block = without_weights(var, mode).blocks[-1]
+    block = without_weights(var, mode, var.vae_proxy[0]).blocks[-1]
     with mode:
         x = torch.empty(rows, tokens, var.C, dtype=var.head.weight.dtype)
         cond = x.new_empty(rows, 1, 6, var.C) if block.shared_aln else x.new_empty(rows, var.C)
@@ -118,39 +116,6 @@ def kernels_run(dtype: torch.dtype) -> bool:
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-@torch.no_grad()
-def peak_live_bytes(run: Callable[[], object]) -> int:
-    """Return the most bytes of tensors made by `run` that are alive at once; meta tensors count as real ones."""
-    with _LiveBytes() as live:
-        run()
-    return live.peak
-
-
-class _LiveBytes(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                self.known.add(leaf.untyped_storage()._cdata)
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.known:
-                storage = leaf.untyped_storage()
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _freed(self, storage: int, size: int) -> None:
-        self.known.discard(storage)
-        self.now -= size
 
 
 def peak_of_process(run: Callable[[], object]) -> int:

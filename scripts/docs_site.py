@@ -31,8 +31,10 @@ MODULES = {
         "actvar.reports.similarity.psnr",
         "actvar.reports.similarity.ssim",
     ],
+    "Prompts": ["actvar.text.FeatureCache"],
     "Many images": [
         "actvar.sampling.request.Sampling",
+        "actvar.sampling.text_request.TextSampling",
         "actvar.sampling.shards.Bulk",
         "actvar.sampling.shards.sample_many",
         "actvar.sampling.shards.read_images",

@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import actvar
 from actvar.models.checkpoint import describe_checkpoint
 from actvar.patching.adapter import describe_adapter
+from actvar.text.encoder import HOW_TO_INSTALL, is_installed
 from actvar_kernels import get_backend
 from actvar_kernels.cpu_backend import brgemm, choices, cpu
 from actvar_kernels.token_draw import cpu_kernel
@@ -22,9 +24,7 @@ from actvar_kernels.token_draw import cpu_kernel
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `info` to its parser."""
-    command.add_argument(
-        "file", nargs="?", help="a file, a folder of safetensors shards, or owner/repo[@revision]:file on the hub"
-    )
+    command.add_argument("file", nargs="?", help="a file, a folder of shards, or owner/repo[@revision]:file on the hub")
     command.add_argument("--key", help="which state dict of a checkpoint that has several, e.g. trainer.var_wo_ddp")
     command.add_argument("--json", action="store_true", help="print JSON")
 
@@ -41,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
             "C++ kernels": cpu.why_unavailable() or f"{cpu.isa_name(cpu.best_isa())}, from {cpu.library()._name}",
             "kernels chosen": choices.description(),
             "products": brgemm.description(),
+            "prompts": f"by transformers {version('transformers')}" if is_installed() else f"no, {HOW_TO_INSTALL}",
             "C++ samplers": cpu_kernel.why_unavailable() or f"from {cpu_kernel.library()._name}",
         }
     else:

@@ -17,6 +17,7 @@ from actvar.models import VAR, VQVAE
 from actvar.models.checkpoint import usable_device
 from actvar.patching.adapter import read_adapter_config
 from actvar.sampling.request import Sampling
+from actvar.sampling.text_request import TextSampling
 from actvar.utils.files import replacing
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import WEIGHTS, adapter_path, bundled_adapters
@@ -27,6 +28,7 @@ MOST_AT_ONCE = 1_000_000
 """The most images of one sample or one batch; more would fit into no memory."""
 DEMO_TOP_K, DEMO_TOP_P = 900, 0.95
 """The filters of the public code's demo."""
+GUIDANCE = 1.5
 FILE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".html", ".json", ".csv", ".npz", ".npy", ".safetensors"}
 _NAMED = {name.lower(): number for number, name in enumerate(CLASSES)}
 _SHORT = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,15 +74,20 @@ def add_source(
     return source
 
 
-def add_draw(command: argparse._ActionsContainer, filters: bool = True) -> None:
+def add_draw(command: argparse._ActionsContainer, filters: bool = True, texts: bool = False) -> None:
     """Add the options that say how tokens are drawn.
 
     Args:
         command: the command's parser, or a group of it.
         filters: whether there are --top-k and --top-p, which `filters_of` reads.
+        texts: whether the command also draws images of texts. --cfg is then None unless it is given.
     """
-    top_k, top_p = f"(default 0: all; with --var {DEMO_TOP_K})", f"(default 0: all; with --var {DEMO_TOP_P})"
-    command.add_argument("--cfg", type=number, default=1.5, help="guidance strength (default 1.5)")
+    of_texts = "; with --infinity {}" if texts else ""
+    cfg, top_k, top_p = (of_texts.format(getattr(TextSampling, name)) for name in ("cfg", "top_k", "top_p"))
+    top_k = f"(default 0: all; with --var {DEMO_TOP_K}{top_k})"
+    top_p = f"(default 0: all; with --var {DEMO_TOP_P}{top_p})"
+    default = None if texts else GUIDANCE
+    command.add_argument("--cfg", type=number, default=default, help=f"guidance strength (default {GUIDANCE}{cfg})")
     if filters:
         command.add_argument("--top-k", type=integer, help=f"draw from the k likeliest tokens {top_k}")
         command.add_argument("--top-p", type=number, help=f"from the likeliest that reach p {top_p}")
@@ -105,7 +112,8 @@ def add_rates(command: argparse._ActionsContainer, default: str = "the adapter's
 def check_source(options: argparse.Namespace) -> None:
     """Raise a ValueError unless one model is named: a bundled one, or both checkpoints."""
     if (options.model is None) == (options.var is None):
-        raise ValueError("give either --model, or --var with --vae")
+        more = ", or --infinity with --tokenizer" if hasattr(options, "infinity") else ""
+        raise ValueError(f"give either --model, or --var with --vae{more}")
     if (options.var is None) != (options.vae is None):
         raise ValueError("--var needs --vae, the checkpoint of its autoencoder, and the other way round")
     if options.model and options.key:
@@ -118,11 +126,16 @@ def say_device(options: argparse.Namespace) -> None:
         print(f"device {options.device}", flush=True)
 
 
-def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[VQVAE, VAR]:
-    """Load autoencoder and transformer in `dtype`, on the device of --device or the one that torchrun gives."""
+def device_of_process(options: argparse.Namespace) -> torch.device:
+    """Return the device of --device, where `cuda` is the one that torchrun gives this process."""
     if torch.cuda.is_available():
         torch.cuda.set_device(of_process("LOCAL_RANK", 0) % torch.cuda.device_count())
-    device = usable_device(options.device)
+    return usable_device(options.device)
+
+
+def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[VQVAE, VAR]:
+    """Load autoencoder and transformer in `dtype`, on the device of --device or the one that torchrun gives."""
+    device = device_of_process(options)
     if options.model:
         return actvar.load_pretrained(options.model, device=device, dtype=dtype)
     return actvar.load_var(options.var, options.vae, device, dtype, options.key)
@@ -130,7 +143,12 @@ def load(options: argparse.Namespace, dtype: torch.dtype) -> tuple[VQVAE, VAR]:
 
 def request(options: argparse.Namespace, labels: tuple[int, ...]) -> Sampling:
     """Return the request of the options, in which a filter that is not given is off."""
-    return Sampling(labels, options.cfg, options.top_k or 0, options.top_p or 0.0, options.seed)
+    return Sampling(labels, strength_of(options), options.top_k or 0, options.top_p or 0.0, options.seed)
+
+
+def strength_of(options: argparse.Namespace) -> float:
+    """Return the guidance strength of --cfg, or its default for classes."""
+    return GUIDANCE if options.cfg is None else options.cfg
 
 
 def filters_of(options: argparse.Namespace, var: VAR) -> dict[str, int | float]:

@@ -1,4 +1,4 @@
-"""Sample images, few of given classes or many of all, by `actvar sample`."""
+"""Sample images, few of given classes or texts or many of all, by `actvar sample`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,21 +38,29 @@ from actvar.cli.options import (
     with_rates,
     write_json,
 )
+from actvar.cli.sample_infinity import (
+    add_infinity,
+    is_of_texts,
+    load_to_sample_texts,
+    request_of_texts,
+    title_of,
+)
 from actvar.config import DENSE, ActVARConfig
 from actvar.execution import SAMPLERS, Execution
-from actvar.models import VAR
 from actvar.patching.adapter import describe_adapter
 from actvar.patching.patch import patched_silently
 from actvar.reports.compare import compare, save_comparison
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many, write_npz
 from actvar.sampling.summary import summary
+from actvar.sampling.text_request import TextSampling
 from actvar.sparse.sample_graphs import is_on_gpu
 from actvar.sparse.state import is_patched, patch_state
 from actvar.utils.pictures import save_images
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import LOSSLESS, bundled_presets, preset_path
 
+AnySampling = Sampling | TextSampling
 FEWEST_ROWS = 1024
 """Kept rows of a scale from which on sparsity pays on a GPU: on an H100 384 rows lost time, and 2,032 gained some."""
 
@@ -59,12 +68,13 @@ FEWEST_ROWS = 1024
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `sample` to its parser."""
     add_source(command, "the preset near")
+    add_infinity(command)
     what = command.add_argument_group("images")
     what.add_argument(
         "--labels", "--classes", type=labels_of, help="e.g. 0-9 or 207,980, or names (default for --num, --model: all)"
     )
     what.add_argument("--per-class", type=at_once, help="images per class (default 1)")
-    add_draw(what)
+    add_draw(what, texts=True)
     what.add_argument(
         "--format", choices=["png"], help="a PNG per image in its own size, in place of one grid or of --num's shards"
     )
@@ -110,19 +120,24 @@ def add_options(command: argparse.ArgumentParser) -> None:
     many = command.add_argument_group(
         "many images; by 2 processes: torchrun --nproc-per-node 2 -m -- actvar sample ..."
     )
-    many.add_argument("--num", type=positive, help="so many images of all classes together; resumes")
-    many.add_argument("--batch", type=at_once, help="images per batch and shard (default 50)")
+    many.add_argument("--num", type=positive, help="so many images of all classes or prompts together; resumes")
+    many.add_argument("--batch", type=at_once, help="images per batch and shard (default 50; with --infinity 1)")
     many.add_argument("--npz", type=Path, help="file to write all of them to, shuffled, for OpenAI's evaluator")
 
 
 def run(options: argparse.Namespace) -> None:
     """Sample images, and write them."""
-    check_source(options)
+    of_texts = is_of_texts(options)
+    if not of_texts:
+        check_source(options)
     _check_images(options)
-    sampling = request(options, _labels(options))
+    sampling = request_of_texts(options) if of_texts else request(options, _labels(options))
     config, adapter = _patch(options)
     execution = _execution(options, adapter)
-    var, sampling = load_to_sample(options, sampling, "--labels")
+    if isinstance(sampling, TextSampling):
+        var, sampling = load_to_sample_texts(options, sampling)
+    else:
+        var, sampling = load_to_sample(options, sampling, "--labels")
     if options.num:
         with _sampled_as_asked(options, var, config, adapter, execution):
             _sample_many(var, sampling, options)
@@ -139,13 +154,15 @@ def run(options: argparse.Namespace) -> None:
         write_json(options.json, facts)
 
 
-def _sample(var: VAR, config: ActVARConfig, sampling: Sampling, options: argparse.Namespace) -> dict[str, object]:
+def _sample(
+    var: nn.Module, config: ActVARConfig, sampling: AnySampling, options: argparse.Namespace
+) -> dict[str, object]:
     """Sample `var` as it is, write the images, say how they were sampled, and return what is said."""
     begin = time.perf_counter()
     images = sampling.run(var)
     seconds = time.perf_counter() - begin
     name = "dense" if options.dense else "accelerated" if config is DENSE else "actvar"
-    files = save_images(images, options.out, name, options.per_class or 1, options.format is not None)
+    files = save_images(images, options.out, name, options.per_class or 1, _are_single(options))
     _say_written(files)
     text = summary(var)
     if not options.quiet:
@@ -156,7 +173,7 @@ def _sample(var: VAR, config: ActVARConfig, sampling: Sampling, options: argpars
     return {"images": len(images), "seconds": seconds, "summary": text.splitlines(), "files": list(map(str, files))}
 
 
-def _faster_dense(var: VAR, images: int) -> Iterator[str]:
+def _faster_dense(var: nn.Module, images: int) -> Iterator[str]:
     """Yield a line where the dense model draws as many images in less time: with few rows on a GPU."""
     if not is_patched(var) or not is_on_gpu(var):
         return
@@ -166,16 +183,19 @@ def _faster_dense(var: VAR, images: int) -> Iterator[str]:
 
 
 def _compare(
-    var: VAR,
+    var: nn.Module,
     config: ActVARConfig,
     adapter: Path | None,
-    sampling: Sampling,
+    sampling: AnySampling,
     execution: Execution | None,
     options: argparse.Namespace,
 ) -> dict[str, object]:
     """Draw the images dense and with ActVAR, write them, print a table of times, and return what is printed."""
-    labels, single = sampling.labels, options.format is not None
-    titles = [class_name(options, label) for label in labels]
+    labels, single = sampling.labels, _are_single(options)
+    if isinstance(sampling, TextSampling):
+        titles = [title_of(sampling, label) for label in labels]
+    else:
+        titles = [class_name(options, label) for label in labels]
     files = save_comparison(
         var, config, adapter, sampling, options.out, options.per_class or 1, titles, execution, single
     )
@@ -183,11 +203,16 @@ def _compare(
     result = compare(var, config, adapter, sampling, options.repeats, execution)
     threads = torch.get_num_threads()
     described = "no adapter" if config is DENSE else describe(config)
-    print(f"{len(labels)} images, cfg {options.cfg}, {options.dtype}, {threads} threads,", end=" ")
+    print(f"{len(labels)} images, cfg {sampling.cfg}, {options.dtype}, {threads} threads,", end=" ")
     print(f"median of {options.repeats}; {described}")
     print(result.table())
-    facts = {"cfg": options.cfg, "dtype": options.dtype, "threads": threads, "repeats": options.repeats}
+    facts = {"cfg": sampling.cfg, "dtype": options.dtype, "threads": threads, "repeats": options.repeats}
     return facts | {"config": described} | result.as_dict() | {"files": list(map(str, files))}
+
+
+def _are_single(options: argparse.Namespace) -> bool:
+    """Return whether each image is a file of its own, as those of texts are."""
+    return options.format is not None or options.infinity is not None
 
 
 def _labels(options: argparse.Namespace) -> tuple[int, ...]:
@@ -203,7 +228,7 @@ def _say_written(files: list[Path]) -> None:
 
 
 def _sampled_as_asked(
-    options: argparse.Namespace, var: VAR, config: ActVARConfig, adapter: Path | None, execution: Execution | None
+    options: argparse.Namespace, var: nn.Module, config: ActVARConfig, adapter: Path | None, execution: Execution | None
 ) -> AbstractContextManager[nn.Module | None]:
     """Return a context in which `var` samples without a patch for --dense, otherwise with `config` and `adapter`."""
     if options.dense:
@@ -254,6 +279,8 @@ def _check_images(options: argparse.Namespace) -> None:
         expect_file("--npz", options.npz)
     elif options.batch or options.npz:
         raise ValueError("--batch and --npz belong to --num, which draws many images")
+    elif options.infinity:
+        return
     elif options.labels is None and not options.model:
         raise ValueError("--labels: say which classes to draw, e.g. 0-9, or how many images of all of them with --num")
     elif len(_labels(options)) * (options.per_class or 1) > MOST_AT_ONCE:
@@ -292,11 +319,12 @@ def _check_preset(options: argparse.Namespace) -> None:
             raise ValueError(f"--preset fixes what is computed; leave out --{name}, or leave out --preset")
 
 
-def _sample_many(var: VAR, sampling: Sampling, options: argparse.Namespace) -> None:
+def _sample_many(var: Any, sampling: AnySampling, options: argparse.Namespace) -> None:
     """Draw the `--num` images as one of torchrun's processes, and write the file of `--npz`."""
     rank, processes = of_process("RANK", 0), of_process("WORLD_SIZE", 1)
     sampling = replace(sampling, labels=sampling.labels or tuple(range(var.num_classes)))
-    bulk = Bulk(sampling, options.num, options.batch or 50, options.format or "safetensors")
+    batch = options.batch or (1 if options.infinity else 50)
+    bulk = Bulk(sampling, options.num, batch, options.format or "safetensors")
     sample_many(var, bulk, options.out, rank, processes)
     if rank == 0:
         print(f"{options.num} images in {options.out}")

@@ -6,6 +6,16 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
+from actvar.cli.infinity_options import (
+    add_checkpoints,
+    add_size,
+    describe_size,
+    expect_both,
+    first_given,
+    schedule_of,
+)
 from actvar.cli.options import (
     DTYPES,
     adapter_of,
@@ -16,25 +26,38 @@ from actvar.cli.options import (
     check_source,
     config_of,
     describe,
+    device_of_process,
     expect_file,
     load,
+    strength_of,
     with_rates,
     write_json,
 )
+from actvar.config import ActVARConfig
+from actvar.models.checkpoint import load_infinity, sizes_of_files
 from actvar.sampling.request import Sampling
+from actvar.sampling.text_request import TextSampling
+from actvar.verify.infinity import verify_infinity
+from actvar.verify.report import Report
 from actvar.verify.run import verify
 from actvar_kernels.backend import BACKENDS
+
+VERIFIED_SIZE = "0.06M"
+TEXT_TOKENS = 16
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `verify` to its parser."""
     source = add_source(command, dtype=False)
     source.add_argument("--dtype", nargs="+", choices=DTYPES, default=[], help="besides fp32, which is always checked")
+    infinity = command.add_argument_group("Infinity, with texts of random features")
+    add_checkpoints(infinity)
+    add_size(infinity, VERIFIED_SIZE)
     command.add_argument(
         "--backend", nargs="+", choices=sorted(set(BACKENDS) - {"auto"}), help="default: those that run on the device"
     )
     add_rates(command)
-    add_draw(command, filters=False)
+    add_draw(command, filters=False, texts=True)
     command.add_argument("--batch", type=at_once, default=1, help="images per sample (default 1)")
     command.add_argument("--weights", choices=["int8"], help="also check the products of the blocks in eight bits")
     command.add_argument("--public-var", type=Path, help="clone of the public VAR code: its class must agree as well")
@@ -43,23 +66,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Check the model on every backend, and exit with code 1 where anything differs."""
-    check_source(options)
+    _check_model(options)
     expect_file("--json", options.json)
     adapter = adapter_of(options)
     config = with_rates(config_of(adapter), options.rates)
-    sampling = Sampling((0,) * options.batch, options.cfg, seed=options.seed)
     dtypes = [DTYPES[name] for name in options.dtype]
-    report = verify(
-        lambda dtype: load(options, dtype)[1],
-        config,
-        adapter,
-        sampling,
-        dtypes,
-        options.backend,
-        options.public_var,
-        int8=options.weights == "int8",
-    )
+    report = (_verify_var if options.infinity is None else _verify_infinity)(options, config, adapter, dtypes)
     print(f"batch {options.batch} on {options.device}; {describe(config)}")
+    if options.infinity is not None:
+        print(describe_size(options, VERIFIED_SIZE))
     print(report.table())
     print(report.summary())
     if options.json:
@@ -67,3 +82,54 @@ def run(options: argparse.Namespace) -> None:
         write_json(options.json, facts | report.as_dict())
     if report.failures:
         raise SystemExit(1)
+
+
+def _check_model(options: argparse.Namespace) -> None:
+    """Raise a ValueError unless one model is named, with options that it has."""
+    of_var, of_infinity = ("model", "var", "vae", "weights", "public_var"), ("tokenizer", "pn", "aspect")
+    given = first_given(options, of_infinity if options.infinity is None else of_var)
+    if given:
+        is_or_not = "needs" if options.infinity is None else "is not for"
+        raise ValueError(f"{given} {is_or_not} --infinity, the checkpoint of a model of texts")
+    if options.infinity is None:
+        check_source(options)
+    else:
+        expect_both(options)
+
+
+def _verify_var(
+    options: argparse.Namespace, config: ActVARConfig, adapter: Path | None, dtypes: list[torch.dtype]
+) -> Report:
+    """Return the checks of a VAR."""
+    return verify(
+        lambda dtype: load(options, dtype)[1],
+        config,
+        adapter,
+        Sampling((0,) * options.batch, strength_of(options), seed=options.seed),
+        dtypes,
+        options.backend,
+        options.public_var,
+        int8=options.weights == "int8",
+    )
+
+
+def _verify_infinity(
+    options: argparse.Namespace, config: ActVARConfig, adapter: Path | None, dtypes: list[torch.dtype]
+) -> Report:
+    """Return the checks of an Infinity."""
+    files, device = (options.infinity, options.tokenizer), device_of_process(options)
+    sizes = sizes_of_files(*files, options.key)
+    tokens = min(TEXT_TOKENS, sizes.text_maxlen)
+    features = torch.randn(tokens, sizes.text_channels, generator=torch.Generator().manual_seed(0))
+    labels = (0,) * options.batch
+    cfg = TextSampling.cfg if options.cfg is None else options.cfg
+    schedule = schedule_of(options, VERIFIED_SIZE)
+    sampling = TextSampling(("random",), labels, schedule, cfg, seed=options.seed, features=(features,))
+    return verify_infinity(
+        lambda dtype: load_infinity(*files, device, dtype, options.key)[1],
+        config,
+        adapter,
+        sampling,
+        dtypes,
+        options.backend,
+    )

@@ -21,6 +21,7 @@ from actvar.distill.images import load_image
 from actvar.families import family_of
 from actvar.models import VAR, VQVAE
 from actvar.models.arguments import checked_integer
+from actvar.sampling.request import number_of_classes
 from actvar.sampling.token_maps import drawn_token_maps
 from actvar.training.plan import SEEDS
 from actvar.training.processes import barrier, rank, world_size
@@ -101,11 +102,11 @@ def sampled_source(var: VAR, samples: int, seed: int) -> Source:
 
     Raises:
         TypeError, ValueError: samples that are no integer of at least 1, a seed that is none of
-            `actvar.training.plan.SEEDS`.
+            `actvar.training.plan.SEEDS`, a model that draws from texts.
     """
     samples = checked_integer("samples", samples, 1)
     seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1])
-    labels = torch.arange(samples, device="cpu") % var.num_classes
+    labels = torch.arange(samples, device="cpu") % number_of_classes(var)
 
     def tokens_of(start: int, stop: int) -> torch.Tensor:
         return drawn_token_maps(var, labels[start:stop].to(device_of(var)), seed * 1_000_003 + start, GUIDANCE)

@@ -17,10 +17,12 @@ from actvar.families import family_of
 from actvar.flops import counted_flops, model_flops, total_flops
 from actvar.models.arguments import checked_integer
 from actvar.patching.patch import patched_silently, unpatched
+from actvar.reports.infinity.flops import counted_infinity_flops, infinity_flops
 from actvar.reports.similarity import psnr, ssim
 from actvar.reports.token_overlay import save_token_overlay
 from actvar.sampling.request import Sampling
 from actvar.sampling.samplers import drawn_by
+from actvar.sampling.text_request import TextSampling
 from actvar.sampling.timing import block_seconds, interleaved_medians, seconds_of
 from actvar.sparse.schedule import build_schedule
 from actvar.sparse.state import patch_state, record
@@ -103,7 +105,7 @@ def compare(
     var: nn.Module,
     config: ActVARConfig,
     adapter: str | Path | None,
-    sampling: Sampling,
+    sampling: Sampling | TextSampling,
     repeats: int,
     execution: Execution | None = None,
 ) -> Comparison:
@@ -125,8 +127,8 @@ def compare(
     """
     repeats = checked_integer("repeats", repeats, 1)
     device = device_of(var)
-    family = family_of(var)
-    schedules = [build_schedule(config, family.maps(var), block) for block in range(len(family.blocks(var)))]
+    maps, blocks_of_model = sampling.maps(var), family_of(var).blocks(var)
+    schedules = [build_schedule(config, maps, block) for block in range(len(blocks_of_model))]
     active_tokens = {scale.tokens for schedule in schedules for scale in schedule if scale.active}
 
     def blocks() -> float:
@@ -147,9 +149,8 @@ def compare(
     def draw() -> float:
         return seconds_of(lambda: drawn.update(last=sampling.run(var)), device)
 
-    batch = len(sampling.labels)
-    formula = {"dense": total_flops(model_flops(var, batch))}
-    counted = {"dense": total_flops(counted_flops(var, batch))}
+    formula, counted = {}, {}
+    formula["dense"], counted["dense"] = transformer_flops(var, sampling)
     with patched_silently(var, config, adapter, execution):  # patched once, so that packed weights of the adapter stay
         ways = {name: whole(name, way) for name, way in all_ways(var, draw).items()}
         if config == DENSE:
@@ -157,11 +158,24 @@ def compare(
         seconds = interleaved_medians(ways, repeats, "whole samples")
         block_times = interleaved_medians(all_ways(var, blocks), repeats, "blocks") if active_tokens else {}
         if config != DENSE:
-            formula["actvar"] = total_flops(model_flops(var, batch))
-            counted["actvar"] = total_flops(counted_flops(var, batch))
+            formula["actvar"], counted["actvar"] = transformer_flops(var, sampling)
     others = [name for name in ways if name != "dense"]
     near, alike = ({name: measure(drawn[name], drawn["dense"]) for name in others} for measure in (psnr, ssim))
-    return Comparison(batch, seconds, block_times, formula, counted, near, alike)
+    return Comparison(len(sampling.labels), seconds, block_times, formula, counted, near, alike)
+
+
+def transformer_flops(var: nn.Module, sampling: Sampling | TextSampling) -> tuple[int, int]:
+    """Return the FLOPs of a model's transformer for the images of a request, by formula and by torch's counter.
+
+    Args:
+        var: a model, patched or not.
+        sampling: the images.
+    """
+    images = len(sampling.labels)
+    if isinstance(sampling, TextSampling):
+        sizes = sampling.schedule, images, sampling.text_tokens
+        return total_flops(infinity_flops(var, *sizes)), total_flops(counted_infinity_flops(var, *sizes))
+    return total_flops(model_flops(var, images)), total_flops(counted_flops(var, images))
 
 
 def all_ways(var: nn.Module, measure: Callable[[], Measured]) -> dict[str, Callable[[], Measured]]:
@@ -191,7 +205,7 @@ def save_comparison(
     var: nn.Module,
     config: ActVARConfig,
     adapter: str | Path | None,
-    sampling: Sampling,
+    sampling: Sampling | TextSampling,
     folder: Path,
     columns: int,
     titles: Sequence[str],

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from actvar.config import DENSE, ActVARConfig
 from actvar.families import family_of
-from actvar.flops import MODULES, StepFlops, counted_flops, model_flops, total_flops
+from actvar.flops import BY_LAST_WEIGHT, MODULES, StepFlops, counted_flops, model_flops, total_flops
 from actvar.models import VAR, VQVAE, build_vae_var
 from actvar.patching.patch import patch_silently
 from actvar.reports.paper_tables import FIXED_FLOPS_PER_ROW, ROWS, Reproduced, reproduce
@@ -24,6 +24,7 @@ from actvar_kernels.operations.shapes import HEAD_DIM, MODELS
 
 MODEL_NAMES = (*MODELS, "fashion-mnist")
 AGREEMENT = 0.01
+PREFIXES = {"G": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class FlopsReport:
         model: name of the model.
         batch: number of images.
         config: of ActVAR.
-        sides: of the token maps, by scale.
+        maps: height and width of the token map of every scale.
         formula: by formula, scale by scale, of `dense` and `actvar`.
         counted: by torch's counter, scale by scale, of `dense` and `actvar`.
         decoder: of the autoencoder's decoder for one image.
@@ -44,11 +45,17 @@ class FlopsReport:
     model: str
     batch: int
     config: ActVARConfig
-    sides: tuple[int, ...]
+    maps: tuple[tuple[int, int], ...]
     formula: dict[str, list[StepFlops]]
     counted: dict[str, list[StepFlops]]
     decoder: int
     paper: list[Reproduced]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Return the modules that the model has, which are those of `MODULES`, without a text's where there is none."""
+        has_text = any(step.cross for step in self.formula["dense"])
+        return tuple(module for module in MODULES if has_text or module not in BY_LAST_WEIGHT)
 
     @property
     def worst_difference(self) -> float:
@@ -66,20 +73,45 @@ class FlopsReport:
         ways = {"formula": self.formula, "counted": self.counted}
         return {way: 1 - total_flops(flops["actvar"]) / total_flops(flops["dense"]) for way, flops in ways.items()}
 
-    def text(self) -> str:
-        """Return the tables, in GFLOP and percent."""
+    def tables(self, prefix: str) -> list[str]:
+        """Return the lines of both tables, in FLOP with a prefix of `PREFIXES`, and what ActVAR saves."""
         lines = []
         for name, title in (("dense", "dense"), ("actvar", "ActVAR")):
-            lines += _steps_table(title, self.sides, self.formula[name], self.counted[name])
+            lines += self._steps_table(title, prefix, self.formula[name], self.counted[name])
         saving = self.saving
-        lines += [
+        return [
+            *lines,
             f"saved by ActVAR: {saving['formula']:.2%} by formula, {saving['counted']:.2%} by counter; "
             f"formula and counter differ by at most {self.worst_difference:.2%} in any module of any step",
-            f"decoder of the autoencoder, counted, in none of the tables: {self.decoder / 1e9:.1f} GFLOP an image",
+            "decoder of the autoencoder, counted, in none of the tables: "
+            f"{self.decoder / PREFIXES[prefix]:.1f} {prefix}FLOP an image",
         ]
+
+    def text(self) -> str:
+        """Return the tables, in GFLOP and percent."""
+        lines = self.tables("G")
         for table, rows in groupby(self.paper, key=lambda reproduced: reproduced.row.table):
             lines += ["", *_paper_table(table, list(rows))]
         return "\n".join(lines)
+
+    def _steps_table(
+        self, title: str, prefix: str, formula: Sequence[StepFlops], counted: Sequence[StepFlops]
+    ) -> list[str]:
+        """Return the lines of a table: each step by formula, their sums, and the sums by the counter."""
+
+        def line(label: str, values: Sequence[int]) -> str:
+            return f"{label:<20}" + "".join(f"{value / PREFIXES[prefix]:>10.3f}" for value in values)
+
+        def values(steps: Sequence[StepFlops]) -> list[int]:
+            return [sum(getattr(step, module) for step in steps) for module in self.modules] + [total_flops(steps)]
+
+        names = (*self.modules, "total", "counted")
+        lines = [f"{f'{title}, {prefix}FLOP':<20}" + "".join(f"{name:>10}" for name in names)]
+        for number, ((height, width), step, other) in enumerate(zip(self.maps, formula, counted, strict=True), 1):
+            lines.append(line(f"step {number:>2}, {height}x{width}", [*values([step]), other.total]))
+        lines.append(line("all steps", [*values(formula), total_flops(counted)]))
+        lines.append(line("by torch's counter", values(counted)))
+        return [*lines, ""]
 
     def as_dict(self) -> dict[str, object]:
         """Return the report JSON-compatible; FLOPs are integers, percentages those of `Reproduced.as_dict`."""
@@ -87,7 +119,7 @@ class FlopsReport:
             "model": self.model,
             "batch": self.batch,
             "config": asdict(self.config),
-            "sides": self.sides,
+            "maps": self.maps,
             "formula": {name: [asdict(step) for step in steps] for name, steps in self.formula.items()},
             "counted": {name: [asdict(step) for step in steps] for name, steps in self.counted.items()},
             "saving": self.saving,
@@ -120,7 +152,7 @@ def flops_report(model: str, config: ActVARConfig, batch: int, paper: bool) -> F
         model,
         batch,
         config,
-        tuple(height for height, _ in family_of(var).maps(var)),
+        family_of(var).maps(var),
         formula,
         counted,
         decoder_flops(vae),
@@ -145,25 +177,6 @@ def decoder_flops(vae: VQVAE) -> int:
     return counter.get_total_flops()
 
 
-def _steps_table(
-    title: str, sides: Sequence[int], formula: Sequence[StepFlops], counted: Sequence[StepFlops]
-) -> list[str]:
-    """Return the lines of a table: each step by formula, their sums, and the sums by the counter."""
-
-    def line(label: str, values: Sequence[int]) -> str:
-        return f"{label:<20}" + "".join(f"{value / 1e9:>10.3f}" for value in values)
-
-    def values(steps: Sequence[StepFlops]) -> list[int]:
-        return [sum(getattr(step, module) for step in steps) for module in MODULES] + [total_flops(steps)]
-
-    lines = [f"{title + ', GFLOP':<20}" + "".join(f"{name:>10}" for name in (*MODULES, "total", "counted"))]
-    for number, (side, step, other) in enumerate(zip(sides, formula, counted, strict=True), 1):
-        lines.append(line(f"step {number:>2}, {side}x{side}", [*values([step]), other.total]))
-    lines.append(line("all steps", [*values(formula), total_flops(counted)]))
-    lines.append(line("by torch's counter", values(counted)))
-    return [*lines, ""]
-
-
 def _paper_table(table: int, rows: Sequence[Reproduced]) -> list[str]:
     fixed = f"+{FIXED_FLOPS_PER_ROW // 10**9} GFLOP a row"
     head = f"Table {table}, % saved"
@@ -183,28 +196,28 @@ def save_plot(report: FlopsReport, path: Path) -> Path:
     """Write a PNG with the FLOPs by module over all steps, and by step, of the dense model beside ActVAR."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_module, by_step = figure.subplots(1, 2, width_ratios=(1, 2))
-    steps = range(1, len(report.sides) + 1)
+    steps = range(1, len(report.maps) + 1)
+    modules = report.modules
+    labels = [f"{step}\n{height}x{width}" for step, (height, width) in zip(steps, report.maps, strict=True)]
     for name, offset, hatch in (("dense", -0.2, ""), ("actvar", 0.2, "///")):
         formula = report.formula[name]
-        sums = [sum(getattr(step, module) for step in formula) / 1e9 for module in MODULES]
+        sums = [sum(getattr(step, module) for step in formula) / 1e9 for module in modules]
         bottom = [0.0] * len(formula)
-        for place, module in enumerate(MODULES):
-            style = dict(color=COLOURS[place], hatch=hatch, edgecolor="white", linewidth=0.3)
+        for place, module in enumerate(modules):
+            style = dict(color=COLOURS[place % len(COLOURS)], hatch=hatch, edgecolor="white", linewidth=0.3)
             bar = by_module.bar(place + offset, sums[place], 0.4, **style)
             by_module.bar_label(bar, [f"{sums[place] / sum(sums):.1%}"], fontsize=6, rotation=90, padding=2)
             heights = [getattr(step, module) / 1e9 for step in formula]
             label = module if name == "dense" else None
             by_step.bar([step + offset for step in steps], heights, 0.4, bottom=bottom, label=label, **style)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    by_module.set_xticks(range(len(MODULES)), MODULES, rotation=45, ha="right")
+    by_module.set_xticks(range(len(modules)), modules, rotation=45, ha="right")
     by_module.set_ylabel("GFLOP")
     by_module.margins(y=0.15)
     by_module.set_title("all steps, and share of the run", fontsize=9)
-    by_step.set_xticks(steps, [f"{step}\n{side}x{side}" for step, side in zip(steps, report.sides, strict=True)])
+    by_step.set_xticks(steps, labels)
     by_step.set_xlabel("step, token map")
     by_step.legend(fontsize=8)
     by_step.set_title("by step: dense, and ActVAR hatched", fontsize=9)
-    figure.suptitle(
-        f"VAR {report.model}: FLOPs of {report.batch} image{'s' * (report.batch > 1)} by module", fontsize=10
-    )
+    figure.suptitle(f"{report.model}: FLOPs of {report.batch} image{'s' * (report.batch > 1)} by module", fontsize=10)
     return save_figure(figure, path)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from actvar.families import family_of
 from actvar.models.arguments import checked_draw
 from actvar.utils.devices import device_of
+from actvar.utils.wrappers import unwrapped
 from actvar_kernels.checks import as_integer, as_items
 
 
@@ -45,9 +47,30 @@ class Sampling:
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
 
+    def maps(self, model: Any) -> tuple[tuple[int, int], ...]:
+        """Return height and width of the token map of every scale, which are those of the model."""
+        return family_of(unwrapped(model)).maps(unwrapped(model))
+
+    def settings(self) -> dict[str, object]:
+        """Return everything that the images depend on beside the model, as JSON values."""
+        return asdict(self)
+
     def run(self, var: Any) -> torch.Tensor:
         """Sample `var`, dense or patched, and return images `[B, C, H, W]` in [0, 1]."""
         labels = torch.tensor(self.labels, device=device_of(var))
         return var.autoregressive_infer_cfg(
             len(labels), labels, g_seed=self.seed, cfg=self.cfg, top_k=self.top_k, top_p=self.top_p
         )
+
+
+def number_of_classes(model: Any) -> int:
+    """Return the number of classes that a model, which may be inside a wrapper, draws images of.
+
+    Raises:
+        TypeError: a model that draws images of texts.
+    """
+    classes = getattr(unwrapped(model), "num_classes", None)
+    if classes is None:
+        kind = type(unwrapped(model)).__name__
+        raise TypeError(f"expected a model that draws from classes, such as VAR, got {kind}; it draws from texts")
+    return classes

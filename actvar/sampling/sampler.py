@@ -9,7 +9,7 @@ from PIL import Image
 
 from actvar.families import family_of
 from actvar.models.arguments import checked_integer
-from actvar.sampling.request import Sampling
+from actvar.sampling.request import Sampling, number_of_classes
 from actvar.sampling.summary import summary
 from actvar.utils.pictures import as_picture, pixel_values
 from actvar.utils.progress import progress
@@ -28,13 +28,14 @@ class Sampler:
         batch: images that are drawn at once.
 
     Raises:
-        TypeError: a model of an unsupported kind, or a batch that is no integer.
+        TypeError: a model of an unsupported kind or of texts, or a batch that is no integer.
         ValueError: the autoencoder is not that of `var`, or a batch below 1.
     """
 
     def __init__(self, vae: Any, var: Any, batch: int = 8):
         self.var, self.batch = var, checked_integer("batch", batch, 1)
         model = unwrapped(var)
+        number_of_classes(model)
         if family_of(model).autoencoder(model) is not vae:
             raise ValueError("vae: expected the autoencoder that var decodes by, got another one")
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from actvar.models import Infinity
 from actvar.models.token_draw import fast_draw
 from actvar.patching.patch import reconfigure
 from actvar.sparse.state import is_patched, patch_state
@@ -18,7 +19,8 @@ def drawn_by(var: Any, sampler: str | None) -> Iterator[None]:
     """Let `var` draw its tokens by `sampler` while the context is open, so that several ways can be compared.
 
     Args:
-        var: an `actvar.models.VAR`, dense or patched. A patch must not be changed while the context is open.
+        var: an `actvar.models.VAR` or `Infinity`, dense or patched. A patch must not be changed while the context is
+            open.
         sampler: one of `actvar.execution.SAMPLERS`; None leaves the model as it is.
     """
     model = unwrapped(var)
@@ -32,13 +34,19 @@ def drawn_by(var: Any, sampler: str | None) -> Iterator[None]:
                 reconfigure(model, state.config, state.execution)
             return
     elif sampler == "fast":
-        before = vars(model).get("draw")
-        model.draw = fast_draw
+        method, draw = ("draw_bits", _fast_bits) if isinstance(model, Infinity) else ("draw", fast_draw)
+        before = vars(model).get(method)
+        setattr(model, method, draw)
         try:
             yield
         finally:
-            del model.draw
+            delattr(model, method)
             if before is not None:
-                model.draw = before
+                setattr(model, method, before)
         return
     yield
+
+
+def _fast_bits(scale: int, logits: Any, draw: Any, rng: Any) -> Any:
+    """Return bits as `Infinity.draw_bits` does, by the fast sampler."""
+    return fast_draw(logits, None, draw.top_k, draw.top_p, rng, scale)

@@ -19,10 +19,11 @@ import numpy as np
 from torch import nn
 
 from actvar.families import family_of
-from actvar.models import VAR
+from actvar.models import VAR, Infinity
 from actvar.models.arguments import checked_integer
 from actvar.sampling.image_files import IMAGE_FILES, Batch, ImageFiles
 from actvar.sampling.request import Sampling
+from actvar.sampling.text_request import TextSampling
 from actvar.utils.files import replacing
 from actvar.utils.fingerprint import model_fingerprint
 from actvar.utils.pictures import pixel_values
@@ -38,21 +39,21 @@ SEEDS = 2**32
 
 @dataclass(frozen=True)
 class Bulk:
-    """Hold a request for `num` images; image `i` is of class `sampling.labels[i % len(sampling.labels)]`.
+    """Hold a request for `num` images; image `i` is of class or text `sampling.labels[i % len(sampling.labels)]`.
 
     Args:
-        sampling: classes, guidance, filters and the one seed from which those of all images follow.
+        sampling: classes or texts, guidance, filters and the one seed from which those of all images follow.
         num: number of images.
         batch: images per batch and shard.
         format: of the files, `"safetensors"` for a shard per batch or `"png"` for a PNG per image.
 
     Raises:
         TypeError: a seed that is not one int, a number of images or a batch that is no integer.
-        ValueError: a number of images or a batch that is not in 1 ... `MOST_IMAGES`, images that the classes cannot
-            share equally, or an unknown format.
+        ValueError: a number of images or a batch that is not in 1 ... `MOST_IMAGES`, images that the classes or
+            texts cannot share equally, or an unknown format.
     """
 
-    sampling: Sampling
+    sampling: Sampling | TextSampling
     num: int
     batch: int = 50
     format: str = "safetensors"
@@ -66,8 +67,9 @@ class Bulk:
             raise ValueError(f"format: expected one of {list(IMAGE_FILES)}, got {self.format!r:.100}")
         classes = len(self.sampling.labels)
         if not classes or self.num % classes:
+            what = "classes" if isinstance(self.sampling, Sampling) else "prompts"
             raise ValueError(
-                f"num: expected a multiple of the {classes} classes, so that each has as many images, got {self.num}"
+                f"num: expected a multiple of the {classes} {what}, so that each has as many images, got {self.num}"
             )
 
     @property
@@ -124,18 +126,20 @@ def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, process
     file is complete or not there, and the batch of a damaged one is drawn again.
 
     Args:
-        var: a dense or patched `actvar.models.VAR`.
+        var: a dense or patched `actvar.models.VAR`, or for texts `actvar.models.Infinity`.
         bulk: the images to draw.
         folder: the folder to write to, made if it is missing.
         rank, processes: this process's number, and how many share the work. They need no connection but the folder.
             Process 0 returns when all shards are there, another one when its own are.
 
     Raises:
-        TypeError: a model that takes no seed per image.
+        TypeError: a model that does not draw such images, or takes no seed per image.
         ValueError: `folder` holds images of other settings or another model; the message names what differs.
     """
-    if not isinstance(unwrapped(var), VAR):
-        raise TypeError(f"var: expected actvar.models.VAR (actvar.load_var makes one), got {type(var).__name__}")
+    kind, loader = (VAR, "load_var") if isinstance(bulk.sampling, Sampling) else (Infinity, "load_infinity")
+    if not isinstance(unwrapped(var), kind):
+        name = f"actvar.models.{kind.__name__} (actvar.{loader} makes one)"
+        raise TypeError(f"var: expected {name}, got {type(var).__name__}")
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, _settings(var, bulk), bulk.files.pattern)
     mine = range(rank, bulk.shards, processes)
@@ -223,7 +227,7 @@ def _settings(var: nn.Module, bulk: Bulk) -> dict[str, object]:
     """Return everything that the images depend on, as JSON values."""
     model = unwrapped(var)
     weight = model.head.weight
-    settings = asdict(bulk.sampling) | {
+    settings = bulk.sampling.settings() | {
         "num": bulk.num,
         "batch": bulk.batch,
         "format": bulk.format,

@@ -35,7 +35,10 @@ def summary(var: nn.Module) -> str:
     if not is_patched(model):
         return f"dense, by PyTorch; weights {dtype}"
     state = patch_state(model)
-    dense, own = (total_flops(model_flops(model, 1, config)) for config in (state.config.without_savings(), None))
+    maps = [(scale.height, scale.width) for scale in state.schedule]  # of the last sample, where each has its own
+    configs = (state.config.without_savings(), None)
+    dense, own = (total_flops(model_flops(model, 1, config, maps)) for config in configs)
+    left_out = ", without attention to the text" if state.family.has_between else ""
     execution = state.execution
     lines = [
         *_by_scale(state),
@@ -43,7 +46,7 @@ def summary(var: nn.Module) -> str:
         f"backend {get_backend()}",
         *_formats(state),
         *state.graphs.described(model, execution.cuda_graph),
-        f"FLOPs of the transformer: {own / 1e9:.2f} G an image, {1 - own / dense:.1%} saved",
+        f"FLOPs of the transformer: {own / 1e9:.2f} G an image, {1 - own / dense:.1%} saved{left_out}",
     ]
     not_fused = called_parts(state.called, state.head_called)
     if not_fused:

@@ -10,6 +10,7 @@ from actvar.config import DENSE
 from actvar.families import family_of
 from actvar.models.vqvae import without_decoder
 from actvar.patching.patch import patched_silently
+from actvar.sampling.request import number_of_classes
 from actvar.utils.devices import device_of
 from actvar.utils.progress import progress
 
@@ -29,10 +30,13 @@ def sampled_inputs(
         batch: samples per batch, B; the last batch may have fewer.
         seed: seed of the order of the classes; batch number b is drawn with `seed + b`.
         cfg: guidance strength.
+
+    Raises:
+        TypeError: a model that draws from texts.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(images, generator=generator, device="cpu")
-    labels = (torch.arange(images, device="cpu") * var.num_classes // images)[order]
+    labels = (torch.arange(images, device="cpu") * number_of_classes(var) // images)[order]
     batches = []
     for index, batch_labels in enumerate(progress(labels.to(device_of(var)).split(batch), desc="sampling")):
         token_maps = drawn_token_maps(var, batch_labels, seed + index, cfg)

@@ -51,3 +51,8 @@ def read_mapped(tensor: torch.Tensor, device: str | torch.device, dtype: torch.d
         dtype: dtype of the copy.
     """
     return torch.empty(tensor.shape, device=device, dtype=dtype).copy_(tensor)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,20 +14,25 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+import actvar.families.infinity
 import actvar.sparse.block
 import actvar.sparse.selection
 from actvar.families import blocks_of, family_of
 from actvar.families.base import BlockCall
+from actvar.sparse.state import patch_state
 from actvar.verify.operations import OPERATIONS, WRITABLE
 from actvar.verify.report import Check
 from actvar.verify.rounding import difference, measured, moved, unmoved
 from actvar_kernels.backend import BackendUnavailableError, get_backend, using_backend
 from actvar_kernels.operations.exact import Widen, wide
 
+CALLERS = (actvar.sparse.selection, actvar.sparse.block, actvar.families.infinity)
+"""Modules by whose names blocks call the operations."""
+
 
 def dtype_of(var: Any) -> str:
-    """Return the name of the dtype of the model's weights."""
-    return str(var.head.weight.dtype).removeprefix("torch.")
+    """Return the name of the dtype of the weights of the model's blocks."""
+    return str(next(blocks_of(var)[0].parameters()).dtype).removeprefix("torch.")
 
 
 @contextmanager
@@ -53,7 +58,7 @@ def compared_blocks(var: nn.Module, name: str) -> Iterator[list[Check]]:
         past, grown = caches_before.pop(), _cached(block)
         call = family.block_call(*args, **kwargs)
         scale = _scale_of(var, output)
-        parts = ("output",) if scale == len(family.maps(var)) - 1 else ("output", "keys", "values")
+        parts = ("output",) if scale == len(patch_state(var).schedule) - 1 else ("output", "keys", "values")
         got, dense = (output, *grown)[: len(parts)], _dense(block, past, call)[: len(parts)]
         cache = family.cache(block)
         cache.start()  # the copies of the block need no cache
@@ -125,16 +130,17 @@ def compared_operations(var: nn.Module) -> Iterator[list[Check]]:
 
         return call
 
-    callers = {name: actvar.sparse.selection if name == "select_tokens" else actvar.sparse.block for name in OPERATIONS}
-    originals = {name: getattr(caller, name) for name, caller in callers.items()}
+    originals = {
+        (caller, name): getattr(caller, name) for caller in CALLERS for name in OPERATIONS if hasattr(caller, name)
+    }
     with _removing([block.register_forward_pre_hook(note_place, with_kwargs=True) for block in blocks_of(var)]):
         try:
-            for name, operation in originals.items():
-                setattr(callers[name], name, compared(name, operation))
+            for (caller, name), operation in originals.items():
+                setattr(caller, name, compared(name, operation))
             yield checks
         finally:
-            for name, operation in originals.items():
-                setattr(callers[name], name, operation)
+            for (caller, name), operation in originals.items():
+                setattr(caller, name, operation)
 
 
 @contextmanager
@@ -148,7 +154,7 @@ def _removing(handles: list[RemovableHandle]) -> Iterator[None]:
 
 def _scale_of(var: nn.Module, x: torch.Tensor) -> int:
     """Return the number of the scale that has as many tokens as `x` `[R, L, C]`."""
-    return [height * width for height, width in family_of(var).maps(var)].index(x.shape[1])
+    return [scale.tokens for scale in patch_state(var).schedule].index(x.shape[1])
 
 
 def _cached(block: Any) -> tuple[torch.Tensor, torch.Tensor]:

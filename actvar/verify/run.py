@@ -75,7 +75,7 @@ def verify(
         var = load(dtype)
         backends = backends or available_backends(device_of(var), dtypes)
         for backend in backends:
-            _expect_backend(backend, device_of(var), dtypes)
+            expect_backend(backend, device_of(var), dtypes)
         if dtype == torch.float32:
             checks += _all_checks(var, patched, config, adapter, sampling, backends, classes)
         else:
@@ -97,12 +97,17 @@ def available_backends(device: torch.device, dtypes: Sequence[torch.dtype] = ())
     found = ["reference"]
     for name in ("cpu", "triton"):
         with contextlib.suppress(BackendUnavailableError):
-            _expect_backend(name, device, dtypes)
+            expect_backend(name, device, dtypes)
             found.append(name)
     return tuple(found)
 
 
-def _expect_backend(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
+def expect_backend(name: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
+    """Raise an error if a backend does not run on a device with dtypes.
+
+    Raises:
+        BackendUnavailableError, ValueError: as in `verify`.
+    """
     if name == "triton":
         with using_backend(name):
             choose_fused(torch.empty(0, device=device))
@@ -126,16 +131,15 @@ def _all_checks(var, patched, config, adapter, sampling, backends, classes) -> I
         backends: to check.
         classes: of the public code, or None.
     """
-    before = _facts(var)
+    before = facts_of(var)
     with using_backend("reference"):
         dense = _sampled(var, sampling, "dense")
     with patched(var, config, adapter):
         yield from _checks_of_backends(var, patched, config, sampling, backends, dense)
     with using_backend("reference"):
-        after, again = _facts(var), _sampled(var, sampling, "patch removed")
-        for what, due in before.items():
-            differing = sum(due.get(name) != after[what].get(name) for name in due.keys() | after[what].keys())
-            yield Check("removal", "float32", "reference", what, float(differing))
+        after, again = facts_of(var), _sampled(var, sampling, "patch removed")
+        for what, count in differing_facts(before, after).items():
+            yield Check("removal", "float32", "reference", what, float(count))
         yield Check("removal", "float32", "reference", "images", difference(again.images, dense.images))
         yield from _same_tokens("removal", var, again, dense)
         if classes is not None:
@@ -203,11 +207,19 @@ def _same_tokens(name: str, var: nn.Module, sampled: _Sampled, due: _Sampled) ->
         yield Check(name, dtype_of(var), get_backend(), "tokens", difference(got, wanted), scale=scale)
 
 
-def _facts(var: nn.Module) -> dict[str, dict]:
+def facts_of(var: nn.Module) -> dict[str, dict]:
     """Return everything that removal must leave unchanged, each by name."""
     state = var.state_dict()
     return {
         "classes and attributes": {n: (type(m), sorted(vars(m)), list(m._modules)) for n, m in var.named_modules()},
         "state_dict keys": dict(enumerate(state)),
         "state_dict tensors": {name: (t.device, fingerprint([(name, t)])) for name, t in state.items()},
+    }
+
+
+def differing_facts(before: dict[str, dict], after: dict[str, dict]) -> dict[str, int]:
+    """Return how many of the results of `facts_of` differ, by kind."""
+    return {
+        what: sum(due.get(name) != after[what].get(name) for name in due.keys() | after[what].keys())
+        for what, due in before.items()
     }

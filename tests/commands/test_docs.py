@@ -11,7 +11,9 @@ import pytest
 import torch
 from support.helpers import PAGES, ROOT
 from support.infinity import tiny_infinity
+from support.tiny_t5 import StandIn
 
+import actvar.text.encoder
 from actvar import ActVARConfig, apply_patch, read_adapter_config, save_adapter
 from actvar.families.var_mixin import PatchedVAR
 from actvar.models import build_vae_var
@@ -58,11 +60,13 @@ def sampled_with(tmp_path, monkeypatch) -> list[ActVARConfig]:
     return found
 
 
-def expect_to_run(page: Path, code: str, sampled_with: list[ActVARConfig]) -> None:
+def expect_to_run(page: Path, code: str, sampled_with: list[ActVARConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     if "infinity_2b_reg.pth" in code:
         tokenizer, infinity = tiny_infinity()
         torch.save(infinity.state_dict(), "infinity_2b_reg.pth")
         torch.save({"vae": tokenizer.state_dict()}, "infinity_vae_d32reg.pth")
+    if "TextEncoder" in code:
+        monkeypatch.setattr(actvar.text.encoder, "load_t5", lambda name, dtype: StandIn().loaded)
     names: dict = {}
     exec(compile(code.replace('"cuda"', f'"{DEVICE}"'), str(page), "exec"), names)
     for result in ("images", "picture"):
@@ -78,8 +82,8 @@ def expect_to_run(page: Path, code: str, sampled_with: list[ActVARConfig]) -> No
 
 
 @pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=NAMED)
-def test_a_snippet_runs_and_samples_with_the_adapters_own_rates(page, code, sampled_with) -> None:
-    expect_to_run(page, code, sampled_with)
+def test_a_snippet_runs_and_samples_with_the_adapters_own_rates(page, code, sampled_with, monkeypatch) -> None:
+    expect_to_run(page, code, sampled_with, monkeypatch)
 
 
 def test_the_snippets_are_found() -> None:
@@ -92,7 +96,7 @@ def test_the_snippets_are_found() -> None:
 @pytest.mark.parametrize(("page", "code"), [each for each in SNIPPETS if "from models import" in each[1]])
 def test_a_snippet_runs_with_the_public_code(page, code, build_public, sampled_with, monkeypatch) -> None:
     monkeypatch.setattr(sys.modules["models"], "build_vae_var", lambda **sizes: build_public(**(sizes | SMALL)))
-    expect_to_run(page, code, sampled_with)
+    expect_to_run(page, code, sampled_with, monkeypatch)
     assert len(sampled_with) == 1
 
 

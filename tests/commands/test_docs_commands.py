@@ -20,7 +20,7 @@ from actvar_kernels import backend
 # Why a command does not run here, by what it contains.
 NOT_RUN = {
     r"^make |^pip |^python3 |^git |^pre-commit ": "it downloads, or changes an environment or a clone",
-    r"var_d16\.pth|^source=|\$source": "it needs an official checkpoint, which is a download",
+    r"var_d16\.pth|infinity_2b_reg\.pth|^source=|\$source": "it needs an official checkpoint, which is a download",
     r"--num 50000": "it draws for an hour",
     r"mine\.safetensors|gpu\.json": "it reads a file that the reader made",
     r"ACTVAR_PUBLIC_VAR": "it needs the public code, which is a download",

@@ -1,8 +1,9 @@
-"""Sharded safetensors: by their index or folder the same weights as from one file, or an error that names the shard."""
+"""Sharded checkpoints: by their index or folder the same weights as from one file, or an error that names the shard."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from support.checkpoint_files import Tensors, tiny_pair, write, write_shards
 from actvar.models.checkpoint import CheckpointError, describe_checkpoint, load_var, read_tensors
 
 SHARD = "model-00002-of-00003.safetensors"
+PICKLED = dict(stem="pytorch_model", suffix=".bin")
+PICKLED_SHARD = "pytorch_model-00002-of-00003.bin"
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +131,66 @@ def test_an_index_of_something_else_is_refused(content: bytes, tmp_path: Path) -
     for path in (index, tmp_path):
         with pytest.raises(CheckpointError, match=r"expected (an index of shards|a checkpoint)"):
             describe_checkpoint(path)
+
+
+@pytest.mark.parametrize("form", ["index", "folder"])
+def test_pickled_shards_with_an_index_give_what_one_file_gives(form: str, state: Tensors, tmp_path: Path) -> None:
+    index = write_shards(state, tmp_path / "shards", 3, **PICKLED)
+    torch.save({"epoch": 3}, tmp_path / "shards" / "training_args.bin")
+    found = read_tensors(index if form == "index" else index.parent)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_safetensors_are_preferred_to_pickled_shards(state: Tensors, tmp_path: Path) -> None:
+    write_shards({name: tensor.double() for name, tensor in state.items()}, tmp_path, 2, **PICKLED)
+    write_shards(state, tmp_path, 3)
+    assert read_tensors(tmp_path)["head.weight"].dtype == torch.float32
+
+
+def test_pickled_shards_are_mapped(state: Tensors, tmp_path: Path) -> None:
+    index = write_shards(state, tmp_path, 1, **PICKLED)
+    weight = read_tensors(index)["head.weight"]
+    with (tmp_path / "pytorch_model-00001-of-00001.bin").open("r+b") as file:  # a mapped tensor changes with its file
+        place = file.read().index(weight.numpy().tobytes())
+        file.seek(place)
+        file.write(bytes(8))
+    assert weight.flatten()[:2].tolist() == [0, 0]
+
+
+class Runs:
+    """Make a pickle that would make a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "without a tensor", "code"])
+def test_a_damaged_pickled_shard_is_named(damage: str, state: Tensors, tmp_path: Path) -> None:
+    index = write_shards(state, tmp_path, 3, **PICKLED)
+    shard = tmp_path / PICKLED_SHARD
+    content = torch.load(shard, weights_only=True)
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "without a tensor":
+        content.popitem()
+        torch.save(content, shard)
+    else:
+        torch.save(content | {"more": Runs(tmp_path / "ran")}, shard)
+    for path in (index, tmp_path):
+        refused(path, PICKLED_SHARD)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("shard", ["../outside.bin", "model.safetensors", "model.pth", "a:b.bin", 3], ids=repr)
+def test_an_index_of_pickled_shards_names_only_such_files_beside_it(
+    shard: object, state: Tensors, tmp_path: Path
+) -> None:
+    index = write_shards(state, tmp_path, 1, **PICKLED)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state, shard)}))
+    refused(index, ".bin shards beside the index", repr(shard))

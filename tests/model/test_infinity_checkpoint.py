@@ -73,9 +73,10 @@ def test_official_formats_are_read(files: Files, saved: tuple[nn.Module, nn.Modu
     tokenizer, infinity = saved
     state = {**infinity.state_dict(), "lvl_1L": torch.zeros(1, 3), "attn_bias_for_masking": torch.zeros(1)}
     shards = write_shards(state, tmp_path / "infinity_8b_weights", 3).parent
+    pickled = write_shards(state, tmp_path / "pickled", 3, stem="pytorch_model", suffix=".bin").parent
     trainer = {f"module.{name}": tensor for name, tensor in infinity.state_dict().items()}
     nested = write({"trainer": {"gpt_fsdp": trainer, "epoch": 3}}, tmp_path / "ar-ckpt.pth")
-    for model in (files[0], shards, str(shards / "model.safetensors.index.json"), nested):
+    for model in (files[0], shards, str(shards / "model.safetensors.index.json"), pickled, nested):
         loaded_tokenizer, loaded = load_infinity(model, files[1])
         assert_same_state(loaded, infinity)
         assert_same_state(loaded_tokenizer, tokenizer)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.helpers import make_tiny_var
 from torch.nn import functional as F
 
-import actvar.families.var
+import actvar.families.named_layers
 from actvar import ActVARConfig, load_pretrained
 from actvar.sampling.request import Sampling
 from actvar.verify.rounding import FACTOR, MOVES, UNIT, measured, moved, unmoved
@@ -190,7 +190,7 @@ def test_a_fault_of_a_linear_layer_is_found_in_every_block(fault, load, monkeypa
     def only_float32(x, weight, bias, _int8):
         return fault(x, weight, bias) if x.dtype == torch.float32 and x.shape[-2] > 1 else F.linear(x, weight, bias)
 
-    monkeypatch.setattr(actvar.families.var, "linear", only_float32)
+    monkeypatch.setattr(actvar.families.named_layers, "linear", only_float32)
     found = failures(load, "reference")
     assert {check.check for check in found} <= {"rates 1, forced", "rates 1, forced, tokens"}
     places = {(check.block, check.what) for check in found if check.what == "output"}

@@ -33,17 +33,19 @@ def write(state: object, path: Path) -> Path:
     return path
 
 
-def write_shards(state: Tensors, folder: Path, count: int, index: bool = True) -> Path:
-    """Write safetensors shards as other libraries do; return the path of the index, or the folder without one."""
+def write_shards(
+    state: Tensors, folder: Path, count: int, index: bool = True, stem: str = "model", suffix: str = ".safetensors"
+) -> Path:
+    """Write shards as other libraries do; return the path of the index, or the folder without one."""
     folder.mkdir(exist_ok=True)
     names = sorted(state)
     weight_map = {}
     for shard in range(count):
-        file = f"model-{shard + 1:05}-of-{count:05}.safetensors"
+        file = f"{stem}-{shard + 1:05}-of-{count:05}{suffix}"
         write({name: state[name] for name in names[shard::count]}, folder / file)
         weight_map |= dict.fromkeys(names[shard::count], file)
     if not index:
         return folder
-    path = folder / "model.safetensors.index.json"
+    path = folder / f"{stem}{suffix}.index.json"
     path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     return path

@@ -14,8 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from actvar.utils.files import first_line
+
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_END = ".index.json"
+SHARD_SUFFIXES = (".safetensors", ".bin")
+"""Ends of the names of shards that an index may name; the end of the index's own name says which."""
 SHARD_NAME = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?:(.+)")
 REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
@@ -40,8 +44,8 @@ def read_file(path: PathLike) -> Mapping[Any, Any]:
 
     Args:
         path: `.pth`, `.pt`, `.bin` or `.ckpt` from `torch.save`, read as weights only; `.safetensors`; a folder of
-            safetensors shards, or their `.safetensors.index.json`; or `owner/repo:file` or `owner/repo@revision:file`
-            on the hub. A leading `~` is the home folder.
+            safetensors shards, or of `.bin` shards with an index; their `.safetensors.index.json` or `.bin.index.json`;
+            or `owner/repo:file` or `owner/repo@revision:file` on the hub. A leading `~` is the home folder.
 
     Raises:
         CheckpointError: an empty, truncated or otherwise unreadable file; shards that are missing or hold the same
@@ -53,17 +57,17 @@ def read_file(path: PathLike) -> Mapping[Any, Any]:
     if file.is_dir():
         return _read_folder(path, file)
     if not file.is_file():
-        fail(path, "a checkpoint file, or a folder of safetensors shards", "neither a file nor a folder")
+        fail(path, "a checkpoint file, or a folder of shards", "neither a file nor a folder")
     if file.stat().st_size == 0:
         fail(path, "a checkpoint", "an empty file")
     suffix = file.suffix.lower()
-    if file.name.endswith(INDEX_SUFFIX):
+    if _shards_of_index(file.name) is not None:
         return _read_index(path, file)
     if suffix == ".safetensors":
         return _read_safetensors(path, file)
     if suffix in PICKLE_SUFFIXES:
         return _read_pickle(path, file)
-    fail(path, f"a file name that ends in {', '.join(PICKLE_SUFFIXES)}, .safetensors or {INDEX_SUFFIX}", f"`{suffix}`")
+    fail(path, f"a file name that ends in {', '.join(PICKLE_SUFFIXES)}, .safetensors or {INDEX_END}", f"`{suffix}`")
 
 
 def locate(path: PathLike) -> Path:
@@ -106,19 +110,14 @@ def _downloaded(path: str, place: dict[str, Any]) -> Path:
     try:
         get_hf_file_metadata(hf_hub_url(**place))
     except not_there as error:
-        raise FileNotFoundError(f"{path}: not found on the hub: {_first_line(error)}") from error
+        raise FileNotFoundError(f"{path}: not found on the hub: {first_line(error)}") from error
     except Exception as error:  # the network library, and so its errors, depends on the hub package's version
         unreachable = error
     try:
         return Path(hf_hub_download(**place, local_files_only=unreachable is not None))
     except (*not_there, OSError, ValueError) as error:
-        reason = f"the hub cannot be reached ({_first_line(unreachable)})" if unreachable else _first_line(error)
+        reason = f"the hub cannot be reached ({first_line(unreachable)})" if unreachable else first_line(error)
         raise FileNotFoundError(f"{path}: not in the hub's cache on this machine, and {reason}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where there is none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Safetensors
@@ -128,20 +127,24 @@ def _read_safetensors(path: PathLike, file: Path, names: Iterable[str] | None = 
     """Map the tensors `names` of a safetensors file, or all of them if None."""
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            stored = list(opened.keys())
-            missing = [] if names is None else sorted(set(names).difference(stored))
-            tensors = {name: opened.get_tensor(name) for name in names or stored} if not missing else {}
+            stored = dict.fromkeys(opened.keys())
+            wanted = stored if names is None else [name for name in names if name in stored]
+            tensors = {name: opened.get_tensor(name) for name in wanted}
     except Exception as error:
-        place = path if os.fspath(path).endswith(file.name) else f"{path}: {file.name}"
-        fail(place, "a complete safetensors file", _start_of(file), error)
-    if missing:
-        fail(path, f"{len(missing)} more tensors in {file.name}, as the index says", f"no {missing[:3]} there")
+        fail(_place(path, file), "a complete safetensors file", _start_of(file), error)
+    _expect_named(path, file, names or (), stored)
     return tensors
 
 
+def _place(path: PathLike, file: Path) -> str:
+    """Return the name of one file of a checkpoint for errors."""
+    return os.fspath(path) if os.fspath(path).endswith(file.name) else f"{path}: {file.name}"
+
+
 def _read_folder(path: PathLike, folder: Path) -> dict[str, Tensor]:
-    """Map the tensors of all shards in a folder, with or without an index."""
-    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    """Map the tensors of all shards in a folder; `.bin` shards need an index, and safetensors are preferred to them."""
+    by_suffix = (sorted(folder.glob(f"*{suffix}{INDEX_END}")) for suffix in SHARD_SUFFIXES)
+    indices = next(filter(None, by_suffix), [])
     if len(indices) > 1:
         names = ", ".join(index.name for index in indices)
         fail(path, "a folder with one index; name the one to load", f"the indices {names}")
@@ -149,7 +152,8 @@ def _read_folder(path: PathLike, folder: Path) -> dict[str, Tensor]:
         return _read_index(path, indices[0])
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        fail(path, "a checkpoint file, or a folder of safetensors shards", "a folder without any .safetensors file")
+        found = "a folder without any .safetensors file and without an index of .bin shards"
+        fail(path, "a checkpoint file, or a folder of shards", found)
     _expect_all_parts(path, [shard.name for shard in shards])
     tensors: dict[str, Tensor] = {}
     shard_of: dict[str, str] = {}
@@ -179,9 +183,15 @@ def _expect_all_parts(path: PathLike, names: list[str]) -> None:
             fail(path, f"{count} shards of {stem}", f"{len(found)}: missing are those with the numbers {missing[:8]}")
 
 
+def _shards_of_index(name: str) -> str | None:
+    """Return the suffix of the shards that an index of this name lists, or None if the name is not that of an index."""
+    return next((suffix for suffix in SHARD_SUFFIXES if name.endswith(suffix + INDEX_END)), None)
+
+
 def _read_index(path: PathLike, index: Path) -> dict[str, Tensor]:
     """Map the tensors that an index of shards names."""
-    expected = 'an index of shards: {"weight_map": {"name": "file.safetensors", ...}}'
+    suffix = _shards_of_index(index.name) or SHARD_SUFFIXES[0]
+    expected = f'an index of shards: {{"weight_map": {{"name": "file{suffix}", ...}}}}'
     try:
         parsed = json.loads(index.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -191,8 +201,8 @@ def _read_index(path: PathLike, index: Path) -> dict[str, Tensor]:
         fail(path, expected, f"no `weight_map` in {index.name}")
     names_of: dict[str, list[str]] = {}
     for name, shard in shard_of.items():
-        if not _is_shard_name(shard):
-            fail(path, "file names of .safetensors shards beside the index", f"{shard!r} for `{name}`")
+        if not _is_shard_name(shard, suffix):
+            fail(path, f"file names of {suffix} shards beside the index", f"{shard!r} for `{name}`")
         names_of.setdefault(shard, []).append(name)
     files = {shard: index.with_name(shard) for shard in names_of}
     missing = [shard for shard, file in files.items() if not file.is_file()]
@@ -201,23 +211,39 @@ def _read_index(path: PathLike, index: Path) -> dict[str, Tensor]:
         files |= {shard: locate(folder + shard) for shard in missing}
     elif missing:
         fail(path, f"{len(files)} shards beside {index.name}", f"{len(missing)} of them missing: {missing[:8]}")
+    read = _read_safetensors if suffix == ".safetensors" else _read_pickled_shard
     tensors: dict[str, Tensor] = {}
     for shard, names in names_of.items():
-        tensors |= _read_safetensors(path, files[shard], names)
+        tensors |= read(path, files[shard], names)
     return tensors
 
 
-def _is_shard_name(shard: object) -> bool:
+def _is_shard_name(shard: object, suffix: str) -> bool:
     """Return whether an index may name `shard`, which must be a file in the index's own folder."""
     return (
         isinstance(shard, str)
-        and shard.endswith(".safetensors")
+        and shard.endswith(suffix)
         and PurePosixPath(shard).name == shard
         and not set(shard) & {"\\", ":", "\0"}
     )
 
 
+def _expect_named(path: PathLike, file: Path, names: Iterable[str], stored: Iterable[str]) -> None:
+    """Raise CheckpointError unless a shard has all tensors that the index names."""
+    missing = sorted(set(names).difference(stored))
+    if missing:
+        fail(path, f"{len(missing)} more tensors in {file.name}, as the index says", f"no {missing[:3]} there")
+
+
 # Pickles
+
+
+def _read_pickled_shard(path: PathLike, file: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Map the tensors `names` of a shard from `torch.save`."""
+    content = _read_pickle(_place(path, file), file)
+    stored = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    _expect_named(path, file, names, stored)
+    return {name: stored[name] for name in names}
 
 
 def _read_pickle(path: PathLike, file: Path) -> Mapping[Any, Any]:

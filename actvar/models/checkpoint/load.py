@@ -58,9 +58,9 @@ def load_var(
     `lvl_1L`, `attn_bias_for_masking`, `zero_k_bias` and `ema_vocab_hit_SV` may be missing.
 
     Args:
-        var_checkpoint: transformer as `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors`; sharded safetensors as their
-            folder or their `.safetensors.index.json`; or a file on the hub as `owner/repo:file.pth` or
-            `owner/repo@revision:file.pth`. A leading `~` is the home folder.
+        var_checkpoint: transformer as `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors`; shards as their
+            folder or their `.safetensors.index.json` or `.bin.index.json`; or a file on the hub as
+            `owner/repo:file.pth` or `owner/repo@revision:file.pth`. A leading `~` is the home folder.
         vae_checkpoint: autoencoder, in the same formats. It may have been trained with other patch_nums than the
             transformer. The transformer's are used, and the codebook's hit counts are then zeros `[S, V]`.
         device: device of both models.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from actvar.models.checkpoint.files import CheckpointError, PathLike
-from actvar.models.checkpoint.infinity_sizes import infinity_pair
+from actvar.models.checkpoint.infinity_sizes import InfinitySizes, TokenizerSizes, infinity_pair
 from actvar.models.checkpoint.load import (
     DTYPES,
     assign,
@@ -18,6 +19,7 @@ from actvar.models.checkpoint.load import (
     usable_device,
 )
 from actvar.models.checkpoint.sizes import INFINITY_KIND, TOKENIZER_KIND
+from actvar.models.checkpoint.states import StateDict
 from actvar.models.infinity import Infinity, InfinityTokenizer
 from actvar.utils.modes import inference_mode
 
@@ -62,19 +64,46 @@ def load_infinity(
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     device = usable_device(device)
-    model_state, tokenizer_state = states_of_pair(model, tokenizer, (INFINITY_KIND, TOKENIZER_KIND), key)
-    for name in NOT_READ:
-        model_state.tensors.pop(name, None)
-    model_sizes, tokenizer_sizes = read_sizes(model, model_state), read_sizes(tokenizer, tokenizer_state)
-    try:
-        decoder, infinity = infinity_pair(model_sizes, tokenizer_sizes)
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{model} with {tokenizer}: {error}") from error
+    read = _read_pair(model, tokenizer, key)
+    (model_state, tokenizer_state), (decoder, infinity) = read.states, read.skeletons
     assign(tokenizer, decoder, tokenizer_state.tensors, device, torch.float32)
     assign(model, infinity, model_state.tensors, device, dtype, torch.promote_types(dtype, torch.float32))
     logger.info(
         "loaded %s%s (%s) and %s%s (%s)",
-        *(model, place_of(model_state), model_sizes),
-        *(tokenizer, place_of(tokenizer_state), tokenizer_sizes),
+        *(model, place_of(model_state), read.sizes[0]),
+        *(tokenizer, place_of(tokenizer_state), read.sizes[1]),
     )
     return decoder, infinity
+
+
+def sizes_of_files(model: PathLike, tokenizer: PathLike, key: str | Sequence[str] | None = None) -> InfinitySizes:
+    """Return the sizes of the transformer in two files, of which no values are read.
+
+    Args:
+        model, tokenizer, key: as in `load_infinity`.
+
+    Raises:
+        CheckpointError, FileNotFoundError, ImportError, TypeError: as in `load_infinity`, but not for the names, shapes
+            and values of other tensors than those that sizes are read from.
+    """
+    return _read_pair(model, tokenizer, key).sizes[0]
+
+
+class _Pair(NamedTuple):
+    """Hold the state dicts of transformer and tokenizer, their sizes, and tokenizer and transformer without weights."""
+
+    states: tuple[StateDict, StateDict]
+    sizes: tuple[InfinitySizes, TokenizerSizes]
+    skeletons: tuple[InfinityTokenizer, Infinity]
+
+
+def _read_pair(model: PathLike, tokenizer: PathLike, key: str | Sequence[str] | None) -> _Pair:
+    """Read the names and shapes of two files' tensors, and check that the files belong together."""
+    states = states_of_pair(model, tokenizer, (INFINITY_KIND, TOKENIZER_KIND), key)
+    for name in NOT_READ:
+        states[0].tensors.pop(name, None)
+    sizes = read_sizes(model, states[0]), read_sizes(tokenizer, states[1])
+    try:
+        return _Pair(states, sizes, infinity_pair(*sizes))
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{model} with {tokenizer}: {error}") from error

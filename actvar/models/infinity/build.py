@@ -13,6 +13,15 @@ from actvar.models.infinity.tokenizer import InfinityTokenizer
 from actvar.models.infinity.transformer import Infinity
 from actvar.utils.modes import inference_mode
 
+OFFICIAL_SIZES: dict[str, dict[str, int]] = {
+    "infinity-2b": dict(
+        bits=32, spatial_patchify=0, depth=32, embed_dim=2048, num_heads=16, block_chunks=8, text_channels=2048
+    ),
+    "infinity-8b": dict(
+        bits=14, spatial_patchify=1, depth=40, embed_dim=3584, num_heads=28, block_chunks=8, text_channels=2048
+    ),
+}
+"""Arguments of `build_infinity` for the published models."""
 OFFICIAL_CH_MULT = (1, 2, 4, 4, 4)
 """Widths of the tokenizer by resolution; with patchify the last one is left out, so that a token has 16x16 pixels."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from actvar.config import ActVARConfig
-from actvar.flops import MODULES, total_flops
+from actvar.flops import total_flops
 from actvar.reports.flops import flops_report, save_plot
 from actvar.utils.pictures import save_table
 
@@ -17,10 +17,10 @@ def figure4(folder: Path) -> list[Path]:
     """
     report = flops_report("fashion-mnist", ActVARConfig(), batch=1, paper=False)
     rows = [
-        (name, step, side, module, getattr(flops, module), f"{getattr(flops, module) / total_flops(steps):.5f}")
+        (name, step, height, module, getattr(flops, module), f"{getattr(flops, module) / total_flops(steps):.5f}")
         for name, steps in report.formula.items()
-        for step, (side, flops) in enumerate(zip(report.sides, steps, strict=True), 1)
-        for module in MODULES
+        for step, ((height, _), flops) in enumerate(zip(report.maps, steps, strict=True), 1)
+        for module in report.modules
     ]
     columns = ("model", "step", "side", "module", "flops", "share")
     return [save_plot(report, folder / "figure4.png"), save_table(folder / "figure4.csv", columns, rows)]

@@ -1,0 +1,124 @@
+"""Read the options of `actvar sample` for Infinity, which draws images of texts."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import actvar
+from actvar.cli.infinity_options import add_checkpoints, add_size, describe_size, expect_both, first_given, schedule_of
+from actvar.cli.options import DTYPES, MOST_AT_ONCE, device_of_process, number, of_process, say_device
+from actvar.models import Infinity
+from actvar.models.checkpoint import sizes_of_files
+from actvar.sampling.text_request import TextSampling
+from actvar.text import DEFAULT_ENCODER, MOST_TOKENS, FeatureCache, default_folder
+
+OF_CLASSES = ("model", "var", "vae", "labels", "per_class", "preset")
+OF_TEXTS = ("tokenizer", "prompt", "prompts", "pn", "aspect", "tau", "text_encoder")
+
+
+def add_infinity(command: argparse.ArgumentParser) -> None:
+    """Add the options for Infinity to the parser of `sample`."""
+    texts = command.add_argument_group("Infinity: images of texts")
+    add_checkpoints(texts)
+    texts.add_argument("--prompt", action="append", help="a text, of which an image is drawn; give it for each image")
+    texts.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with a prompt in each line")
+    add_size(texts)
+    texts.add_argument("--tau", type=number, help=f"temperature (default {TextSampling.tau}; the 8B model wants 1)")
+    texts.add_argument(
+        "--text-encoder",
+        help=f"folder or name on the hub of the T5 that encodes prompts (default {DEFAULT_ENCODER}, a download of GBs)",
+    )
+
+
+def is_of_texts(options: argparse.Namespace) -> bool:
+    """Return whether the options are about Infinity.
+
+    Raises:
+        ValueError: options of Infinity without its checkpoint, or beside options of VAR.
+    """
+    if options.infinity is None:
+        given = first_given(options, OF_TEXTS)
+        if given:
+            raise ValueError(f"{given}: expected --infinity, the checkpoint of a model of texts, got none")
+        return False
+    given = first_given(options, OF_CLASSES)
+    if given:
+        raise ValueError(f"{given} is not for --infinity, which draws images of texts; leave it out")
+    expect_both(options)
+    return True
+
+
+def request_of_texts(options: argparse.Namespace) -> TextSampling:
+    """Return the request of the options, without features.
+
+    With --num it has one seed, from which those of all images follow. Otherwise every image has the seed of --seed, so
+    it is that of a sample of its prompt alone.
+
+    Raises:
+        ValueError: no prompts, a file that has none, or numbers out of their range.
+    """
+    prompts = _prompts(options)
+    if not options.num and len(prompts) > MOST_AT_ONCE:
+        raise ValueError(f"--prompts: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
+    numbers = {name: getattr(options, name) for name in ("cfg", "tau", "top_k", "top_p")}
+    return TextSampling(
+        prompts,
+        tuple(range(len(prompts))),
+        schedule_of(options),
+        seed=options.seed if options.num else (options.seed,) * len(prompts),
+        **{name: value for name, value in numbers.items() if value is not None},
+    )
+
+
+def load_to_sample_texts(options: argparse.Namespace, sampling: TextSampling) -> tuple[Infinity, TextSampling]:
+    """Encode the prompts, then load the model, so that the device never has both.
+
+    Returns:
+        the model, and the request with features.
+
+    Raises:
+        ValueError: a prompt with too many tokens, or an encoder whose features the model does not read.
+    """
+    say_device(options)
+    if not options.quiet and of_process("RANK", 0) == 0:
+        print(describe_size(options), flush=True)
+    device, dtype = device_of_process(options), DTYPES[options.dtype]
+    sizes = sizes_of_files(options.infinity, options.tokenizer, options.key)
+    encoder = actvar.TextEncoder(options.text_encoder or DEFAULT_ENCODER, device, FeatureCache(default_folder()))
+    text, lengths = encoder(sampling.prompts, min(sizes.text_maxlen, MOST_TOKENS))
+    if text.shape[1] != sizes.text_channels:
+        raise ValueError(
+            f"--text-encoder: expected features of {sizes.text_channels} channels, as the model reads them, got "
+            f"{text.shape[1]} by {encoder.name}"
+        )
+    features = text.cpu().split(lengths)
+    del encoder, text
+    _, infinity = actvar.load_infinity(options.infinity, options.tokenizer, device, dtype, options.key)
+    return infinity, replace(sampling, features=features)
+
+
+def title_of(sampling: TextSampling, label: int) -> str:
+    """Return the start of a prompt for the title of a picture."""
+    prompt = sampling.prompts[label]
+    return prompt if len(prompt) <= 20 else f"{prompt[:17]}..."
+
+
+def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the prompts of --prompt, then those of --prompts."""
+    prompts = list(options.prompt or ())
+    if options.prompts is not None:
+        try:
+            lines = options.prompts.read_text("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts: expected a text file in UTF-8, got {options.prompts}: {error}") from error
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ValueError(f"--prompts: expected a prompt in each line of {options.prompts}, got an empty file")
+        prompts += found
+    if not prompts:
+        raise ValueError(
+            "--infinity: say what to draw by --prompt TEXT, or by --prompts FILE with a prompt in each line"
+        )
+    return tuple(prompts)

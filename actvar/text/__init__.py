@@ -1,0 +1,6 @@
+"""Turn prompts into the features that Infinity draws images from, by a T5 encoder of `transformers`."""
+
+from actvar.text.cache import FeatureCache, default_folder
+from actvar.text.encoder import DEFAULT_ENCODER, MOST_TOKENS, TextEncoder
+
+__all__ = ["DEFAULT_ENCODER", "MOST_TOKENS", "FeatureCache", "TextEncoder", "default_folder"]
