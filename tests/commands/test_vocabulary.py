@@ -15,8 +15,19 @@ from actvar.sampling.request import Sampling
 
 OWN_CHOICES = {"--model", "--dtype"}
 """Options whose choices a command narrows."""
-OWN_DEFAULTS = {"--batch", "--repeats", "--out", "--num", "--samples", "--experts", "--json", "--data", "--weights"}
-"""Options whose default fits a command's work."""
+OWN_DEFAULTS = {
+    "--batch",
+    "--cfg",
+    "--repeats",
+    "--out",
+    "--num",
+    "--samples",
+    "--experts",
+    "--json",
+    "--data",
+    "--weights",
+}
+"""Options whose default fits a command's work; that of --cfg is also the model's, 4 for Infinity."""
 PRINTED = {("info", "--json"), ("models", "--json")}
 """Flags to print JSON; elsewhere --json names a file."""
 OTHERWISE = {("verify", "--dtype"), ("info", "--key"), ("distill", "--data")}
