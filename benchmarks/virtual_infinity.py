@@ -1,6 +1,6 @@
 """Predict the sampling time of Infinity on a card that is not there: dense, ActVAR, and a plan with less guidance.
 
-    python -m benchmarks.virtual_infinity --model infinity-2b --batch 1 --gpu h100
+    python -m benchmarks.virtual_infinity --models infinity-2b --batches 1 --gpu h100
 
 runs the real sampling code with one block on a virtual GPU, for square images of 1024x1024 pixels with guidance and
 texts of 64 tokens. All blocks are alike, so its launches and times count once for each. Times are *predicted* by
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +41,30 @@ SCHEDULE = scale_schedule()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return the exit code."""
     parser = LineParser("python -m benchmarks.virtual_infinity", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", choices=SIZES, default="infinity-2b")
-    parser.add_argument("--batch", type=int, default=1, help="images (default 1)")
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=tuple(SIZES), help="(default both)")
+    parser.add_argument("--batches", nargs="+", type=int, default=(1, 4), help="images (default 1 4)")
     parser.add_argument("--gpu", choices=CARDS, default="h100")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     options = parser.parse_args(arguments)
-    if options.batch < 1:
-        parser.error(f"--batch: expected an integer above 0, got {options.batch}")
+    if min(options.batches) < 1:
+        parser.error(f"--batches: expected integers above 0, got {min(options.batches)}")
     if why_unavailable() is not None:
         parser.error(f"virtual GPU: {why_unavailable()}")
-    card = CARDS[options.gpu]
+    card, rows = CARDS[options.gpu], []
     plans = {"dense": DENSE} | {name: PLANS[name] for name in PLAN_NAMES}
-    report: dict[str, Any] = {"predicted": True, "model": options.model, "batch": options.batch, "gpu": options.gpu}
     try:
-        for name, config in plans.items():
-            launches = sampling_launches(options.model, options.batch, card.arch, config)
-            report[name] = summary(launches, SIZES[options.model]["depth"], card)
+        for model, batch in product(options.models, options.batches):
+            found = {
+                name: summary(sampling_launches(model, batch, card.arch, config), SIZES[model]["depth"], card)
+                for name, config in plans.items()
+            }
+            print(text(f"{model}, batch {batch}, {options.gpu}", found))
+            rows += [row(model, batch, options.gpu, name, of_way) for name, of_way in found.items()]
     except HostSyncError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-    print(text(report, plans))
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 
@@ -118,24 +121,31 @@ def summary(launches: list[Launch], depth: int, card: Card) -> dict[str, Any]:
     return parts | {"whole": whole, "block by scale": [of([scale]) for scale in scales]}
 
 
-def text(report: dict[str, Any], plans: dict[str, ActVARConfig]) -> str:
-    """Return the report to read."""
-    title = f"{report['model']}, batch {report['batch']}, {report['gpu']}, bfloat16, 1024x1024 pixels"
+def row(model: str, batch: int, gpu: str, way: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Return launches and predicted milliseconds of one way as a flat row."""
+    parts = ("blocks", "rest", "decoder")
+    counts = {f"launches_{part}": found[part]["launches"] for part in parts}
+    times = {f"predicted_{part}_ms": round(found[part]["ms"], 3) for part in parts}
+    whole = {"predicted_ms": round(found["whole"]["ms"], 3)}
+    return {"model": model, "batch": batch, "gpu": gpu, "way": way} | counts | times | whole
+
+
+def text(title: str, found: dict[str, dict[str, Any]]) -> str:
+    """Return the summaries of all ways to read."""
     lines = [
-        f"{title}: every time is predicted, none is measured",
-        "",
-        f"{'':24s}" + "".join(f"{n:>24s}" for n in plans),
+        f"{title}, bfloat16, 1024x1024 pixels: every time is predicted, none is measured",
+        f"{'':24s}" + "".join(f"{name:>24s}" for name in found),
     ]
     for scale, (_, h, w) in enumerate(SCHEDULE):
-        rows = [report[name]["block by scale"][scale] for name in plans]
-        cells = [f"{row['launches']:4d} launches {row['ms']:7.3f} ms" for row in rows]
+        rows = [of_way["block by scale"][scale] for of_way in found.values()]
+        cells = [f"{part['launches']:4d} launches {part['ms']:7.3f} ms" for part in rows]
         lines.append(f"{f'a block, {h}x{w}':24s}" + "".join(f"{cell:>24s}" for cell in cells))
     for part in ("blocks", "rest", "decoder", "whole"):
-        cells = [f"{report[name][part]['launches']:6d} {report[name][part]['ms']:9.1f} ms" for name in plans]
+        cells = [f"{of_way[part]['launches']:6d} {of_way[part]['ms']:9.1f} ms" for of_way in found.values()]
         lines.append(f"{part:24s}" + "".join(f"{cell:>24s}" for cell in cells))
-    gains = [report["dense"]["whole"]["ms"] / report[name]["whole"]["ms"] for name in plans]
+    gains = [found["dense"]["whole"]["ms"] / of_way["whole"]["ms"] for of_way in found.values()]
     lines.append(f"{'times dense':24s}" + "".join(f"{gain:>23.2f}x" for gain in gains))
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
