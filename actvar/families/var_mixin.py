@@ -114,6 +114,11 @@ class PatchedVAR(_Base):
         layers = (*self.blocks, *map(unwrapped, self.blocks))
         return any(block._forward_hooks or block._forward_pre_hooks for block in layers)
 
+    def scales(self):
+        """Return the numbers of the scales that are sampled; teacher forcing of the whole model runs all of them."""
+        numbers = super().scales()
+        return numbers if self.actvar.rows_stand_alone else numbers[: self.actvar.scales_sampled]
+
     def decode(self, f_hat):
         """Decode features `[B, Cvae, side, side]` as `VAR.decode` does, as the Execution says."""
         dtype = self.actvar.execution.decoder_dtype

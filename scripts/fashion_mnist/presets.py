@@ -14,9 +14,11 @@ from actvar.distill.recipes import CONDITIONAL
 from actvar.distill.run import Distillation, distill
 from actvar.models.checkpoint import load_var
 from actvar.zoo.checksums import checked
+from actvar_kernels.cpu_backend import cpu
 
-SAMPLES = 3072
-HOW = Distillation(2, CONDITIONAL, epochs=3, batch=32, lr=5e-4)
+LONG = Distillation(2, CONDITIONAL, epochs=4, batch=32, lr=5e-4, bf16=cpu.multiplies_bfloat16())
+SAMPLES = {"near": 12288, "fast": 3072}
+HOW = {"near": LONG, "fast": replace(LONG, epochs=3, bf16=False)}
 CONFIGS = {
     "near": replace(DENSE, guidance_until=-2, weights_from=-2),
     "fast": replace(DENSE, guidance_until=1, weights_from=1),
@@ -37,5 +39,6 @@ def train_preset(name: str, folder: Path, work: Path, seed: int) -> Path:
     before = STARTS[name]
     start = None if before is None else train_preset(before, folder, work, seed)
     vae, var = load_var(checked(folder / "var.safetensors"), checked(folder / "vae.safetensors"))
-    source = sampled_source(var, SAMPLES, seed)
-    return distill(vae, var, CONFIGS[name], start, source, replace(HOW, seed=seed), work / f"preset-{name}.safetensors")
+    source = sampled_source(var, SAMPLES[name], seed)
+    how = replace(HOW[name], seed=seed)
+    return distill(vae, var, CONFIGS[name], start, source, how, work / f"preset-{name}.safetensors")
