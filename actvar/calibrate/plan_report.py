@@ -19,10 +19,11 @@ class Candidate:
     """A configuration with what it costs.
 
     Args:
-        config: rates of every block, and the end of guidance.
+        config: rates of every block, and the ends of guidance and of sampling.
         seconds: predicted for a batch.
         divergence: KL to the dense model's guided logits in nats, mean over the tokens of each scale that the plan
-            changes, then over these scales; 0 for the dense model.
+            changes, then over these scales; 0 for the dense model. A scale that is left out counts as the uniform
+            distribution.
         total: the same summed over the scales.
         execution: how the plan is run.
     """
@@ -82,6 +83,8 @@ class PlanReport:
             "kl": candidate.divergence,
             "kl_total": candidate.total,
             "guidance_until": config.guidance_until,
+            "scales_until": config.scales_until,
+            "static_experts": config.static_experts,
             "weights": candidate.execution.weights,
             "token_rates": [_mean(rate) for rate in config.token_rates],
             "ffn_rates": [_mean(rate) for rate in config.ffn_rates],
