@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -116,6 +116,7 @@ def evaluate(
     quality: ImageQuality | None = None,
     dense: DensePredictions | None = None,
     lite0: Lite0Quality | None = None,
+    repeated: Collection[str] | None = None,
 ) -> list[Result]:
     """Sample and measure every method; the parts that are finished are kept in `folder`.
 
@@ -130,6 +131,8 @@ def evaluate(
         quality: compares the images with real ones; None: no images are drawn.
         dense: predictions of the dense model; None: no divergence is measured.
         lite0: compares the images that `quality` compares by another network; None: this is not measured.
+        repeated: names of the methods whose images are drawn with all seeds, those of the others with the first one;
+            None: all methods.
 
     Raises:
         ValueError: a number of images that the model's classes cannot share equally, or of fewer than 20, or with
@@ -159,7 +162,8 @@ def evaluate(
             if dense:
                 dense_facts = facts | {"cfg": how.cfg, "tokens": dense.fingerprint}
                 found = parts.get(f"{method.name}-divergence", dense_facts, lambda _: dense.divergences(var))
-            metrics = _metrics(parts, method, facts, var, how, quality, by_lite0) if quality else []
+            seeds = how.seeds if repeated is None or method.name in repeated else how.seeds[:1]
+            metrics = _metrics(parts, method, facts, var, how, seeds, quality, by_lite0) if quality else []
         results.append(Result(method.name, metrics, [], flops, found))
     for result, seconds in zip(results, image_seconds(var, methods, how), strict=True):
         result.seconds = seconds
@@ -201,6 +205,7 @@ def _metrics(
     facts: Mapping[str, object],
     var: VAR,
     how: Evaluation,
+    seeds: Sequence[int],
     quality: ImageQuality,
     by_lite0: _ByLite0 | None,
 ) -> list[dict[str, float]]:
@@ -212,6 +217,7 @@ def _metrics(
         facts: on which the images depend, besides the settings.
         var: the model.
         how: the settings.
+        seeds: of the images.
         quality: compares the images with real ones.
         by_lite0: compares them by another network; None: it does not.
     """
@@ -230,7 +236,7 @@ def _metrics(
             {**facts, **how.draw(seed), **judge},
             functools.partial(measured, seed=seed),
         )
-        for seed in how.seeds
+        for seed in seeds
     ]
 
 

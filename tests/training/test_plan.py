@@ -154,9 +154,7 @@ def test_levers_that_are_not_named_stay():
     for config, _ in choices.fitted_plans(fitted, sample_times(), ["tokens"]):
         assert (config.guidance_until, config.scales_until, config.static_experts) == (None, None, False)
         assert {rate for rates in config.ffn_rates for rate in rates} == {1.0}
-    with pytest.raises(
-        ValueError, match="levers: expected some of .*, int8, static, scales, got snap"
-    ):
+    with pytest.raises(ValueError, match=r"levers: expected some of .*, int8, static, scales, got snap"):
         planning.plan(make_tiny_var(), Goal(kl=1), ["tokens", "snap"])
 
 
