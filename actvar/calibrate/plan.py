@@ -167,7 +167,8 @@ def plan(
         factor *= slowdown
     chosen = curve[corrected.index(chosen)]
     _configure(model, fits, chosen.config, chosen.execution)
-    milliseconds = (1e3 * seconds for seconds in (accelerated, chosen.seconds, measured))
+    predicted = chosen.seconds / dense_seconds * accelerated  # the machine may be busier or quieter by now
+    milliseconds = (1e3 * seconds for seconds in (accelerated, predicted, measured))
     kept.remove()
     return PlanReport(goal, chosen, is_met, tuple(curve), *milliseconds)
 
@@ -192,10 +193,16 @@ class _Kept:
             return compute()
         return self.parts.get(name, [self.facts, facts], lambda _: compute())
 
-    def sensitivity(self, compute: Callable[[], list[dict[int, tuple[float, float]]]]) -> list[dict]:
+    def sensitivity(
+        self, compute: Callable[[], list[dict[int, tuple[float, float]]]]
+    ) -> list[dict[int, tuple[float, float]]]:
         """Return the result of `divergence_per_block`."""
-        rows = self.part("sensitivity", None, lambda: [[[*each] for each in block.items()] for block in compute()])
-        return [{scale: tuple(divergences) for scale, divergences in block} for block in rows]
+
+        def rows() -> list[list[list]]:
+            return [[[scale, *divergences] for scale, divergences in block.items()] for block in compute()]
+
+        found = self.part("sensitivity", None, rows)
+        return [{scale: (tokens, experts) for scale, tokens, experts in block} for block in found]
 
     def fits(self, compute: Callable[[], list[BlockFit]]) -> list[BlockFit]:
         """Return the fits of all blocks."""

@@ -44,7 +44,8 @@ class PlanReport:
         chosen: the plan that the model is patched with.
         is_met: whether the chosen plan is one that was asked for; otherwise it is the nearest.
         curve: all plans that were measured, the fastest last.
-        accelerated_ms, predicted_ms, measured_ms: of a batch on this machine, the first without a plan.
+        accelerated_ms, measured_ms: of a batch on this machine without the plan and with it, measured in turn.
+        predicted_ms: of a batch with the plan, in proportion to `accelerated_ms`.
     """
 
     goal: Goal

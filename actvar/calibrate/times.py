@@ -48,6 +48,15 @@ class ScaleTimes(NamedTuple):
         return _interpolated(tokens, self.by_tokens) - tokens * saved
 
 
+class _Kind(NamedTuple):
+    """Name a kind of sample that is timed: shares of tokens and of experts, which may be static, and guidance."""
+
+    tokens: float = 1.0
+    experts: float = 1.0
+    static: bool = False
+    guided: bool = True
+
+
 class SampleTimes(NamedTuple):
     """Hold the seconds of a whole sample of the accelerated model, and of its scales.
 
@@ -118,32 +127,42 @@ def measured_times(
     before = state.config
     scales = range(first, len(family_of(model).maps(model)))
 
-    def config_of(tokens: float, experts: float, static: bool, guided: bool) -> ActVARConfig:
-        rates: dict[str, Any] = {"scales": tuple(scales), "token_rates": (tokens,) * len(scales), "ffn_rate": experts}
-        end = None if guided else first
-        return replace(before, **rates, static_experts=static, guidance_until=end, scales_until=None)
+    def config_of(kind: _Kind) -> ActVARConfig:
+        return replace(
+            before,
+            scales=tuple(scales),
+            token_rates=(kind.tokens,) * len(scales),
+            ffn_rate=kind.experts,
+            static_experts=kind.static,
+            guidance_until=None if kind.guided else first,
+            scales_until=None,
+        )
 
-    kinds = {(tokens, 1.0, False, True) for tokens in SHARES}
-    kinds |= {(1.0, experts, static, True) for experts in SHARES[1:] for static in ways}
+    kinds = {_Kind(tokens=share) for share in SHARES}
+    kinds |= {_Kind(experts=share, static=static) for share in SHARES[1:] for static in ways}
     if drops_guidance:
-        kinds |= {(*kind, False) for *kind, _ in kinds}
+        kinds |= {kind._replace(guided=False) for kind in kinds}
     try:
-        setups = {kind: (config_of(*kind), execution) for kind in sorted(kinds, reverse=True)}
+        setups = {kind: (config_of(kind), execution) for kind in sorted(kinds, reverse=True)}
         laps = sample_laps(model, setups, batch, cfg, repeats)
     finally:
         reconfigure(model, before, state.execution)
     medians = {kind: [statistics.median(lap) for lap in zip(*runs, strict=True)] for kind, runs in laps.items()}
 
     def times_of(guided: bool, scale: int) -> ScaleTimes:
-        dense = medians[1.0, 1.0, False, guided]
-        found = [[medians[share, 1.0, False, guided][scale] for share in SHARES]]
-        for static in (False, True):
-            shares = [medians.get((1.0, share, static, guided), dense) for share in SHARES[1:]]
-            found.append([dense[scale], *(seconds[scale] for seconds in shares)])
-        return ScaleTimes(*found)
+        dense = _Kind(guided=guided)
+        by_tokens = [medians[dense._replace(tokens=share)][scale] for share in SHARES]
+        by_experts, by_static = (
+            [
+                medians.get(dense._replace(experts=share, static=share < 1 and static), medians[dense])[scale]
+                for share in SHARES
+            ]
+            for static in (False, True)
+        )
+        return ScaleTimes(by_tokens, by_experts, by_static)
 
     return SampleTimes(
-        statistics.median(sum(run) for run in laps[1.0, 1.0, False, True]),
+        statistics.median(sum(run) for run in laps[_Kind()]),
         {
             (guided, scale): times_of(guided, scale)
             for guided in ((True, False) if drops_guidance else (True,))

@@ -116,8 +116,9 @@ class PatchedVAR(_Base):
 
     def scales(self):
         """Return the numbers of the scales that are sampled; teacher forcing of the whole model runs all of them."""
+        left_out = 0 if self.actvar.rows_stand_alone else sum(scale.left_out for scale in self.actvar.schedule)
         numbers = super().scales()
-        return numbers if self.actvar.rows_stand_alone else numbers[: self.actvar.scales_sampled]
+        return numbers[: len(numbers) - left_out]
 
     def decode(self, f_hat):
         """Decode features `[B, Cvae, side, side]` as `VAR.decode` does, as the Execution says."""

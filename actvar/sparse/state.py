@@ -100,11 +100,6 @@ class PatchState:
         self.first_tuned = next(scale.index for scale in self.schedule if scale.tuned)
         self.by_shape = tuple({(s.tokens, s.cached_before): s for s in schedule} for schedule in self.schedules)
 
-    @property
-    def scales_sampled(self) -> int:
-        """Return how many scales are sampled, counted from the first."""
-        return sum(not scale.left_out for scale in self.schedule)
-
     def blocks(self, model: Any) -> list[Any]:
         """Return the blocks of `model` without wrappers."""
         return [unwrapped(block) for block in self.family.blocks(model)]

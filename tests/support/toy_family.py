@@ -212,8 +212,8 @@ class PatchedToy(nn.Module):
             return super().autoregressive_infer_cfg(*args, **kwargs)
 
     def scales(self):
-        scales = super().scales()
-        return scales if self.actvar.rows_stand_alone else scales[: self.actvar.scales_sampled]
+        left_out = 0 if self.actvar.rows_stand_alone else sum(scale.left_out for scale in self.actvar.schedule)
+        return super().scales()[: len(MAPS) - left_out]
 
     def predict(self, scale, inputs, labels, strength):
         guided = self.actvar.rows_stand_alone or self.actvar.schedule[scale].guided
