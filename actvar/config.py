@@ -48,8 +48,12 @@ class ActVARConfig:
         share_cfg_selection: whether the conditional row chooses the tokens of both rows under guidance.
         fixed_tokens: whether the first block chooses the tokens that all blocks update, as fixed token pruning does
             (the rival in the paper's Table 4). Every token rate then holds for all blocks.
+        static_experts: whether the first experts are on for every token, instead of those that a router chooses: static
+            pruning, of the hidden units that lie last.
         guidance_until: number of the first scale without guidance, negative from the end. From there on the conditional
             rows alone are computed, and tokens are drawn from their logits. None for guidance at every scale.
+        scales_until: number of the first scale that is left out, negative from the end. Sampling ends before it, and
+            the image is decoded from the token maps so far. None for all scales.
         weights_from: number of the first scale at which the weights that an adapter brings are used, negative from the
             end. Earlier scales have the model's own. None for the adapter's weights at every scale.
         always_sparse: whether every sparse operation runs even where a rate is 1 and it changes nothing, for checks.
@@ -66,7 +70,9 @@ class ActVARConfig:
     kv: str = "compact"
     share_cfg_selection: bool = False
     fixed_tokens: bool = False
+    static_experts: bool = False
     guidance_until: int | None = None
+    scales_until: int | None = None
     weights_from: int | None = None
     always_sparse: bool = False
 
@@ -81,11 +87,11 @@ class ActVARConfig:
             "ffn_rate": _rate_or_rates("ffn_rate", self.ffn_rate, _rate_or_rates),
             "num_experts": as_integer("num_experts", self.num_experts),
         }
-        for name in ("share_cfg_selection", "fixed_tokens", "always_sparse"):
+        for name in ("share_cfg_selection", "fixed_tokens", "static_experts", "always_sparse"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise TypeError(f"{name}: expected a bool, got {getattr(self, name)!r}")
             converted[name] = bool(getattr(self, name))
-        for name in ("guidance_until", "weights_from"):
+        for name in ("guidance_until", "scales_until", "weights_from"):
             value = getattr(self, name)
             converted[name] = value if value is None else as_integer(name, value)
         for name, value in converted.items():
@@ -121,9 +127,10 @@ class ActVARConfig:
         return any(min(rate) < 1 if isinstance(rate, tuple) else rate < 1 for rate in rates)
 
     def without_savings(self) -> ActVARConfig:
-        """Return the configuration with all tokens, experts and guidance at every scale; other variants stay."""
+        """Return the configuration with all scales, tokens, experts and guidance; other variants stay."""
         ones = (1.0,) * len(self.scales)
-        return replace(self, token_rates=ones, ffn_rate=1.0, guidance_until=None, always_sparse=False)
+        none = dict.fromkeys(("guidance_until", "scales_until"))
+        return replace(self, token_rates=ones, ffn_rate=1.0, always_sparse=False, **none)
 
     def to_json(self) -> str:
         """Return all fields as the text of a JSON object."""

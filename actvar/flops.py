@@ -89,9 +89,9 @@ def formula_flops(
 ) -> list[StepFlops]:
     """Return the FLOPs of each scale for `batch` images, with 2 rows an image where there is guidance, otherwise 1.
 
-    Selectors and routers count. LayerNorm, softmax and other element-wise work does not. A block's own AdaLN counts at
-    every scale and a shared one at the first, as the models compute them. Kernels compute both once a sample. What is
-    projected from a text counts at the first scale.
+    A scale that is left out has none. Selectors and routers count. LayerNorm, softmax and other element-wise work does
+    not. A block's own AdaLN counts at every scale and a shared one at the first, as the models compute them. Kernels
+    compute both once a sample. What is projected from a text counts at the first scale.
 
     Args:
         width, hidden, depth, vocab_size, code_size: sizes C, D, blocks, V, Cvae.
@@ -109,11 +109,11 @@ def formula_flops(
     steps = []
     for block_scales in zip(*(build_schedule(config, maps, block) for block in range(depth)), strict=True):
         tokens, index = block_scales[0].tokens, block_scales[0].index
-        rows = 2 * batch if block_scales[0].guided else batch
+        rows = 0 if block_scales[0].left_out else 2 * batch if block_scales[0].guided else batch
         blocks = [block_flops(scale, config, C, hidden, text.tokens) for scale in block_scales]
         adaln_layers = {"per block": depth, "shared": index == 0, "none": 0}[adaln]
         head_adaln = adaln != "none"
-        embedded = 0 if index == 0 else batch * tokens
+        embedded = 0 if index == 0 or block_scales[0].left_out else batch * tokens
         steps.append(
             StepFlops(
                 **{module: rows * sum(block[module] for block in blocks) for module in blocks[0]},
@@ -145,7 +145,7 @@ def block_flops(scale: Scale, config: ActVARConfig, width: int, hidden: int, tex
     C = width
     kept = scale.keep if scale.select else scale.tokens
     projected = kept if config.kv == "compact" else scale.tokens
-    share = scale.experts / config.num_experts if scale.route else 1.0
+    share = scale.experts / config.num_experts if scale.route or scale.static else 1.0
     cross = (4 * C * C + 4 * C * text_tokens) * kept if text_tokens else 0
     return {
         "qkv": 2 * C * C * (kept + 2 * projected),
@@ -223,6 +223,8 @@ def equation_12(*, width: int, depth: int, maps: Sequence[tuple[int, int]], conf
 def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
     """Return the FLOPs of each scale of one sampling run, counted by torch on the model's own operations.
 
+    A scale that is left out has none.
+
     A copy of the model with fake tensors for weights runs on the reference backend, so a model on the meta device will
     do. An expert FFN counts the experts that are on, even if the others are computed too. A product belongs to the
     module whose weight it has, and to attention if it has no weight.
@@ -250,7 +252,8 @@ def counted_flops(var: nn.Module, batch: int) -> list[StepFlops]:
         with patch_state(var).during(rows_are_guided=True) if is_patched(var) else nullcontext():
             for _ in family.scale_logits(var, labels, inputs):
                 steps.append(counts.take())
-    return steps
+    nothing = StepFlops(**dict.fromkeys(MODULES, 0))
+    return steps + (1 + len(later) - len(steps)) * [nothing]
 
 
 @torch.no_grad()

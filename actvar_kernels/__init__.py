@@ -14,6 +14,7 @@ from actvar_kernels.backend import (
 )
 from actvar_kernels.conv3x3.op import conv3x3
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter
+from actvar_kernels.expert_ffn.static import static_ffn
 from actvar_kernels.group_norm.op import add_residual, add_residual_moments, group_norm_silu
 from actvar_kernels.linear.op import linear, linear_once
 from actvar_kernels.linear.products import gelu_linear
@@ -52,6 +53,7 @@ __all__ = [
     "scatter_rows",
     "select_tokens",
     "set_backend",
+    "static_ffn",
     "subset_attention",
     "triton_runs",
 ]

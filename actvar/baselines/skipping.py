@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
-from actvar.baselines.replacing_methods import expect_last_scales, expect_var, with_methods
+from actvar.baselines.replacing_methods import expect_last_scales, expect_var
 from actvar.config import DENSE
 from actvar.patching.patch import patched_silently
 
@@ -29,5 +30,5 @@ def skip_last_scales(var: nn.Module, count: int) -> Iterator[nn.Module]:
         ValueError: a count that leaves no scale.
     """
     end = expect_last_scales("count", count, expect_var(var))
-    with patched_silently(var, DENSE, None), with_methods(var, scales=lambda self: range(end)):
+    with patched_silently(var, replace(DENSE, scales_until=end), None):
         yield var

@@ -29,7 +29,6 @@ from actvar.sampling.token_maps import sampled_inputs
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.schedule import build_schedule
 from actvar.sparse.state import patch_state
-from actvar.utils.weight_override import replace_parameters, tuned_parameters
 
 IMAGES, BATCH = 16, 8
 # With more experts the kernel would pad the units of each to the processor's vectors.
@@ -83,15 +82,8 @@ def trained_static_pruning(var: nn.Module, adapter: str | Path) -> Iterator[nn.M
         gates = [block.actvar for block in blocks]
         if any(g.router.weight.any() or (g.router.bias.diff() >= 0).any() for g in gates):
             raise _not_static(adapter, "routers whose choice is not the first experts for every token")
-        orders, weights = [g.hidden_order.clone() for g in gates], tuned_parameters(var)
-    units = share_of(config.ffn_rate, config.num_experts) * (len(orders[0]) // config.num_experts)
-    kept = torch.arange(units, device="cpu")
-    with patched_silently(var, replace(config, ffn_rate=1.0, num_experts=1, always_sparse=False), None):
-        for block, order in zip(blocks_of(var), orders, strict=True):
-            set_order_and_gates(block, order)
-        replace_parameters(var, weights)
-        with _smaller_ffns(var, [kept] * len(orders), config.scales):
-            yield var
+    with patched_silently(var, replace(config, static_experts=True, always_sparse=False), adapter):
+        yield var
 
 
 def _not_static(adapter: str | Path, found: str) -> ValueError:
@@ -144,7 +136,7 @@ def fix_experts(var: nn.Module, units: Sequence[torch.Tensor]) -> None:
     num_experts = patch_state(var).config.num_experts
     blocks: list[Any] = blocks_of(var)
     hidden = family_of(var).sizes(var).hidden
-    most = [max([s.experts for s in block.actvar.schedule if s.route] or [num_experts]) for block in blocks]
+    most = [max([s.experts for s in block.actvar.schedule if s.route or s.static] or [num_experts]) for block in blocks]
     expected, found = [m * (hidden // num_experts) for m in most], [len(block_units.unique()) for block_units in units]
     different = found == [len(block_units) for block_units in units]
     if len(found) != len(expected) or not different or any(map(operator.lt, found, expected)):

@@ -111,6 +111,13 @@ def patch_with_fits(
     model: nn.Module, config: ActVARConfig, execution: Execution | None, batches: list[Batch], cluster: bool = True
 ) -> list[BlockFit]:
     """Fit all blocks of a dense model to `batches`, and patch the model with the results, which are returned."""
+    fits = fits_of(model, config, batches, cluster)
+    patch_with(model, config, execution, fits)
+    return fits
+
+
+def fits_of(model: nn.Module, config: ActVARConfig, batches: list[Batch], cluster: bool = True) -> list[BlockFit]:
+    """Return the fits of all blocks of a dense model to `batches`."""
     family = family_of(model)
     stream = [_embedded(model, *batch) for batch in batches]
     fits: list[BlockFit] = []
@@ -119,6 +126,11 @@ def patch_with_fits(
         fit = fit_block(family, block, stream, scales, config.num_experts, cluster)
         stream = fit.after
         fits.append(fit._replace(after=[]))
+    return fits
+
+
+def patch_with(model: nn.Module, config: ActVARConfig, execution: Execution | None, fits: list[BlockFit]) -> None:
+    """Patch a dense model with selectors, routers and orders of hidden units from `fits_of`."""
     patch_silently(model, config, execution)
     blocks: list[Any] = blocks_of(model)
     for block, fit in zip(blocks, fits, strict=True):
@@ -129,7 +141,6 @@ def patch_with_fits(
             gates.router.bias: fit.router[1],
         }
         set_order_and_gates(block, fit.order, values)
-    return fits
 
 
 def _active_scales(config: ActVARConfig, maps: Sequence[tuple[int, int]]) -> list[Scale]:

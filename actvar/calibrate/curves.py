@@ -22,6 +22,7 @@ class Curves:
         update_lost: energy `|block(x) - x|^2` of the tokens that are not kept, `[L + 1]`.
         update_lost_by_oracle: the same for the best choice of tokens.
         output_lost: energy `|gamma * sum of E_e|^2` of the experts that are off, `[N + 1]`.
+        static_lost: the same if the experts were those of static pruning, of which the last are off for every token.
         norm_kept: sum of `|gamma * E_e|` over the experts that are on, `[N + 1]`.
         norm_kept_by_oracle: the same for the best choice of experts.
     """
@@ -31,6 +32,7 @@ class Curves:
     update_lost: torch.Tensor = field(init=False)
     update_lost_by_oracle: torch.Tensor = field(init=False)
     output_lost: torch.Tensor = field(init=False)
+    static_lost: torch.Tensor = field(init=False)
     norm_kept: torch.Tensor = field(init=False)
     norm_kept_by_oracle: torch.Tensor = field(init=False)
 
@@ -38,8 +40,8 @@ class Curves:
         self.update_lost, self.update_lost_by_oracle = torch.zeros(
             2, self.tokens + 1, dtype=torch.float64, device="cpu"
         )
-        self.output_lost, self.norm_kept, self.norm_kept_by_oracle = torch.zeros(
-            3, self.num_experts + 1, dtype=torch.float64, device="cpu"
+        self.output_lost, self.static_lost, self.norm_kept, self.norm_kept_by_oracle = torch.zeros(
+            4, self.num_experts + 1, dtype=torch.float64, device="cpu"
         )
 
     def add_rows(self, scores: torch.Tensor, change: torch.Tensor) -> None:
@@ -63,12 +65,17 @@ class Curves:
             outputs = torch.stack(list(expert_outputs(h, fc2_weight, gate, self.num_experts)), dim=1)  # [t, N, C]
             order = scores.argsort(dim=1, descending=True, stable=True)
             ranked = outputs.gather(1, order.unsqueeze(-1).expand_as(outputs))
-            lost = ranked.flip(1).cumsum(dim=1).flip(1).square().sum(dim=(0, 2))
-            self.output_lost[:-1] += lost.double().cpu()
+            self.output_lost[:-1] += _lost_outputs(ranked)
             norms = outputs.norm(dim=-1)
             self.norm_kept[1:] += norms.gather(1, order).sum(dim=0).double().cumsum(0).cpu()
             best = norms.sort(dim=1, descending=True).values
             self.norm_kept_by_oracle[1:] += best.sum(dim=0).double().cumsum(0).cpu()
+
+    def add_static(self, hidden: torch.Tensor, fc2_weight: torch.Tensor, gamma: torch.Tensor) -> None:
+        """Count the experts of static pruning for some tokens; arguments are those of `add_routed`."""
+        for h, gate in zip(hidden.split(CHUNK), gamma.split(CHUNK), strict=True):
+            outputs = torch.stack(list(expert_outputs(h, fc2_weight, gate, self.num_experts)), dim=1)
+            self.static_lost[:-1] += _lost_outputs(outputs)
 
 
 def expert_outputs(
@@ -84,6 +91,15 @@ def expert_outputs(
     """
     for h, weight in zip(hidden.chunk(num_experts, dim=1), fc2_weight.chunk(num_experts, dim=1), strict=True):
         yield h @ weight.T * gamma
+
+
+def _lost_outputs(outputs: torch.Tensor) -> torch.Tensor:
+    """Return the energy `[N]` float64 of the sums of all experts from the k-th on, for k in 0 ... N - 1.
+
+    Args:
+        outputs: of the experts in order of preference, `[T, N, C]`.
+    """
+    return outputs.flip(1).cumsum(dim=1).flip(1).square().sum(dim=(0, 2)).double().cpu()
 
 
 def _lost(energy: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ class BlockFit(NamedTuple):
         order: of the hidden units, `[D]` int64; None for their own order.
         curves: losses by scale index.
         after: the residual stream behind the dense block, by batch.
+        static_order: of the hidden units for static pruning, `[D]` int64, the most important ones first.
     """
 
     selector: torch.Tensor
@@ -41,6 +42,7 @@ class BlockFit(NamedTuple):
     order: torch.Tensor | None
     curves: dict[int, Curves]
     after: list[BlockCall]
+    static_order: torch.Tensor | None = None
 
 
 class _Batch(NamedTuple):
@@ -80,18 +82,26 @@ def fit_block(
     ]
     selector = _selector(batches, scales)
     weights = [weight.float() for weight in family.ffn_weights(block)]
+    energy = _unit_energy(family, block, batches, scales, weights)
+    static_order = energy.sum(dim=0).argsort(descending=True, stable=True)
+    static_weights = _in_order(weights, static_order)
     order = None
     if cluster:
-        order = expert_order(_unit_energy(family, block, batches, scales, weights), num_experts, num_experts // 2)
-        weights = [weights[0][order], weights[1][order], weights[2][:, order], weights[3]]
+        order = expert_order(energy, num_experts, num_experts // 2)
+        weights = _in_order(weights, order)
     router = _router(family, block, batches, scales, weights, num_experts)
     curves = {scale.index: Curves(scale.tokens, num_experts) for scale in scales}
     for batch in batches:
         if batch.is_held_out:
             for scale in scales:
-                _measure(curves[scale.index], family, block, batch, scale, selector, router, weights)
+                _measure(curves[scale.index], family, block, batch, scale, selector, router, weights, static_weights)
     after = [batch.call._replace(x=batch.y) for batch in batches]
-    return BlockFit(selector, router, order, curves, after)
+    return BlockFit(selector, router, order, curves, after, static_order)
+
+
+def _in_order(weights: list[torch.Tensor], order: torch.Tensor) -> list[torch.Tensor]:
+    """Return the weights of an FFN with its hidden units in an order `[D]`."""
+    return [weights[0][order], weights[1][order], weights[2][:, order], weights[3]]
 
 
 def _dense_batch(family: Family, block: nn.Module, call: BlockCall, is_held_out: bool) -> _Batch:
@@ -196,14 +206,16 @@ def _measure(
     selector: torch.Tensor,
     router: tuple[torch.Tensor, torch.Tensor],
     weights: list[torch.Tensor],
+    static_weights: list[torch.Tensor],
 ) -> None:
-    """Add a held-out batch to the curves of a scale."""
+    """Add a held-out batch to the curves of a scale; weights are those of the FFN in the order of either experts."""
     x, y = _rows_at(scale, batch.call.x), _rows_at(scale, batch.y)
     curves.add_rows((_normalized(x) * selector[0]).sum(dim=-1), (y - x).norm(dim=-1))
     u, gamma = _ffn_inputs(family, block, batch, scale)
     step = -(-len(u) // MEASURED_TOKENS)
     u, gamma = u[::step], gamma[::step]
     curves.add_routed(F.linear(u, *router), _hidden(u, weights), weights[2], gamma)
+    curves.add_static(_hidden(u, static_weights), static_weights[2], gamma)
 
 
 def _ffn_inputs(family: Family, block: nn.Module, batch: _Batch, scale: Scale) -> tuple[torch.Tensor, torch.Tensor]:

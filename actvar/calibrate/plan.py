@@ -1,54 +1,65 @@
-"""Plan which tokens, experts and scales with guidance to keep: the least divergence for a time, or the least time.
+"""Plan what to leave out and what to multiply in eight bits: the least divergence for a time, or the least time.
 
 Times are measured on this machine, and divergences from the dense model's guided logits on samples that nothing was
-fitted to. A plan is one configuration, with rates for every block and scale.
+fitted to. A plan is one configuration, with rates for every block and scale, and one Execution.
 """
 
 from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from actvar.calibrate.calibration import held_out_samples, patch_with_fits, samples_to_fit
+from actvar.calibrate.calibration import fits_of, held_out_samples, patch_with, samples_to_fit
+from actvar.calibrate.choices import (
+    DEFAULT_LEVERS,
+    GUIDED_SCALES,
+    LEVERS,
+    SAMPLED_SCALES,
+    Fitted,
+    fitted_plans,
+    scaled_plans,
+    ways_of,
+)
 from actvar.calibrate.fit import BlockFit
+from actvar.calibrate.fit_file import load_fits, save_fits
 from actvar.calibrate.goal import Goal
 from actvar.calibrate.plan_report import Candidate, PlanReport
-from actvar.calibrate.rates import block_losses
 from actvar.calibrate.sensitivity import divergence_per_block
 from actvar.calibrate.times import SampleTimes, measured_times, sample_laps
-from actvar.config import DENSE, ActVARConfig, Rate
+from actvar.config import DENSE, ActVARConfig
 from actvar.evaluate.predictions import DensePredictions
 from actvar.execution import Execution
-from actvar.families import family_of
+from actvar.families import blocks_of, family_of
+from actvar.patching.adapter import read_adapter_config
 from actvar.patching.patch import load_silently, reconfigure, remove_patch
+from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.schedule import scales_with_guidance
 from actvar.sparse.state import patch_state
+from actvar.utils.devices import device_of
+from actvar.utils.fingerprint import model_fingerprint
+from actvar.utils.parts import Parts
 from actvar.utils.progress import progress
 from actvar.utils.weight_override import tuned_parameters
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels.backend import BackendUnavailableError, choose_int8
+from actvar_kernels.cpu_backend.choices import processor
 
 logger = logging.getLogger(__name__)
 
-LEVERS = ("tokens", "experts", "guidance", "int8")
-PRICES = 12
-"""Prices of a second, in divergence, that give a plan each."""
+T = TypeVar("T")
+
 MOST_PLANS = 24
 """Plans whose divergence is measured; the others are too near to one of these."""
-FACTORS = (0.0, 0.5, 1.0, 1.5)
-"""Shares of what an adapter's own rates leave out that are tried of an adapter."""
-LEAST_RATE = 0.25
 MOST_TRIALS, TOLERANCE = 3, 0.05
 """Plans that are tried until one is as fast as predicted, and by how much it may be slower."""
-GUIDED_SCALES = 4
-"""Last scales at which an end of guidance is tried."""
 
 
 def plan(
@@ -64,6 +75,7 @@ def plan(
     seed: int = 0,
     cfg: float = 1.5,
     repeats: int = 3,
+    folder: Path | None = None,
 ) -> PlanReport:
     """Patch `var` with the plan that meets a goal best; `save_adapter` writes it.
 
@@ -73,7 +85,7 @@ def plan(
     Args:
         var: a VAR in eval mode; a patch that it has is removed.
         goal: a speedup, a time or a divergence.
-        levers: of `LEVERS`, what a plan may change; None for all that run here.
+        levers: of `LEVERS`, what a plan may change; None for all of `DEFAULT_LEVERS` that run here.
         adapter: file of an adapter to plan again for, or None.
         execution: how the model is run; None for the default, or the adapter's.
         num_experts: experts of the fit.
@@ -82,6 +94,8 @@ def plan(
         seed: of these samples.
         cfg: guidance strength.
         repeats: samples of each kind that are timed.
+        folder: keeps fits, times and divergences, so that the same call goes on after an interruption; None: they are
+            not kept.
 
     Raises:
         TypeError: a model of an unsupported kind.
@@ -89,42 +103,58 @@ def plan(
         BackendUnavailableError: products in eight bits are asked for and do not run here.
     """
     model = unwrapped(var)
-    levers = _checked_levers(model, levers)
+    levers = _checked_levers(model, levers, None if adapter is None else read_adapter_config(adapter))
     remove_patch(model)
+    kept = _Kept(folder, model, images=images, seed=seed, cfg=cfg, num_experts=num_experts)
     dense = DensePredictions(model, samples_to_fit(model, images, seed + images, cfg), cfg)
+    batches, fits = [], []
     if adapter is None:
         batches = samples_to_fit(model, images, seed, cfg)
         base = replace(ActVARConfig(), num_experts=num_experts)
-        fits = patch_with_fits(model, base, execution, batches)
+        fits = kept.fits(lambda: fits_of(model, base, batches))
+        patch_with(model, base, execution, fits)
     else:
         load_silently(model, adapter, execution)
-        base, fits = patch_state(model).config, []
-        if base.guidance_until is not None and "guidance" not in levers:
-            raise ValueError("levers: the adapter has its end of guidance, so expected guidance among them")
-    maps = family_of(model).maps(model)
-    first = min(scale % len(maps) for scale in base.scales)
-    if "guidance" in levers:
-        first = min(first, max(1, len(maps) - GUIDED_SCALES), scales_with_guidance(base, len(maps)))
+        base = patch_state(model).config
+        kept.facts["adapter"] = model_fingerprint(model)
+    count, depth = len(family_of(model).maps(model)), len(blocks_of(model))
     given = patch_state(model).execution
     executions = [given] if "int8" not in levers or given.weights else [given, replace(given, weights="int8")]
-    times = [measured_times(model, each, batch, cfg, first, "guidance" in levers, repeats) for each in executions]
-    sensitivity = [] if adapter is not None else divergence_per_block(model, base, *held_out_samples(batches))
-    unguided = [] if adapter is not None else dense.divergences_without_guidance()
-    depth = len(family_of(model).blocks(model))
+    guides = "guidance" in levers
+    first, ways = _first_scale(base, levers, count), [base.static_experts] if adapter else ways_of(levers)
+    here = {"batch": batch, "repeats": repeats, "first": first, "ways": ways, "guidance": guides}
+    here |= {"dtype": str(next(model.parameters()).dtype), "machine": processor(), "threads": torch.get_num_threads()}
+
+    def times_of(execution: Execution) -> SampleTimes:
+        def measure() -> list:
+            return measured_times(model, execution, batch, cfg, first, guides, ways, repeats).as_lists()
+
+        return SampleTimes.from_lists(kept.part("times", here | asdict(execution), measure))
+
+    times = [times_of(each) for each in executions]
+    if adapter is None:
+        sensitivity = kept.sensitivity(lambda: divergence_per_block(model, base, *held_out_samples(batches)))
+        unguided, unpredicted = dense.divergences_without_guidance(), dense.divergences_from_uniform()
+        fitted = Fitted(base, fits, sensitivity, unguided, unpredicted)
+
+    def divergence_of(config: ActVARConfig, execution: Execution) -> tuple[float, float]:
+        facts = [config.to_json(), execution.to_json()]
+        mean, total = kept.part("plan", facts, lambda: _divergence(model, dense, fits, config, execution))
+        return mean, total
+
     guesses: dict[tuple[ActVARConfig, Execution], Candidate] = {}
     for execution, of_format in zip(executions, times, strict=True):
         if adapter is None:
-            plans = _fitted_plans(base, fits, sensitivity, of_format, levers, unguided)
+            plans = fitted_plans(fitted, of_format, levers)
         else:
-            plans = ((config, 0.0) for config in _scaled_plans(base, levers, len(maps)))
-        least = 0.0 if execution == given else _divergence(model, dense, base.without_savings(), execution)[1]
+            plans = ((config, 0.0) for config in scaled_plans(base, levers, count))
+        least = 0.0 if execution == given else divergence_of(base.without_savings(), execution)[1]
         for config, guess in plans:
-            seconds = of_format.predicted(config, maps, depth)
+            seconds = of_format.predicted(config, family_of(model).maps(model), depth)
             guesses[config, execution] = Candidate(config, seconds, 0, least + guess, execution)
-    kept = progress(_worth_measuring([*guesses.values()]), desc="plans")
     curve = []
-    for guess in kept:
-        divergence, total = _divergence(model, dense, guess.config, guess.execution)
+    for guess in progress(_worth_measuring([*guesses.values()]), desc="plans"):
+        divergence, total = divergence_of(guess.config, guess.execution)
         curve.append(replace(guess, divergence=divergence, total=total))
     factor, dense_seconds = 1.0, times[0].accelerated
     for _ in range(MOST_TRIALS):
@@ -136,33 +166,102 @@ def plan(
             break
         factor *= slowdown
     chosen = curve[corrected.index(chosen)]
-    reconfigure(model, chosen.config, chosen.execution)
-    milliseconds = (1e3 * seconds for seconds in (accelerated, chosen.seconds, measured))
+    _configure(model, fits, chosen.config, chosen.execution)
+    predicted = chosen.seconds / dense_seconds * accelerated  # the machine may be busier or quieter by now
+    milliseconds = (1e3 * seconds for seconds in (accelerated, predicted, measured))
+    kept.remove()
     return PlanReport(goal, chosen, is_met, tuple(curve), *milliseconds)
 
 
-def _checked_levers(model: Any, levers: Sequence[str] | None) -> Sequence[str]:
-    """Return `levers`, or all that run here for None.
+class _Kept:
+    """Keep what a plan follows from in a folder, if there is one, until the plan is made.
+
+    Args:
+        folder: of the files, or None.
+        model: the dense model.
+        facts: settings on which all parts depend.
+    """
+
+    def __init__(self, folder: Path | None, model: nn.Module, **facts: object):
+        self.parts = None if folder is None else Parts(folder)
+        self.device = device_of(model)
+        self.facts = {} if folder is None else {"model": model_fingerprint(model), "device": str(self.device), **facts}
+
+    def part(self, name: str, facts: object, compute: Callable[[], T]) -> T:
+        """Return the JSON-compatible result of `compute()`, from this call or an interrupted one before."""
+        if self.parts is None:
+            return compute()
+        return self.parts.get(name, [self.facts, facts], lambda _: compute())
+
+    def sensitivity(
+        self, compute: Callable[[], list[dict[int, tuple[float, float]]]]
+    ) -> list[dict[int, tuple[float, float]]]:
+        """Return the result of `divergence_per_block`."""
+
+        def rows() -> list[list[list]]:
+            return [[[scale, *divergences] for scale, divergences in block.items()] for block in compute()]
+
+        found = self.part("sensitivity", None, rows)
+        return [{scale: (tokens, experts) for scale, tokens, experts in block} for block in found]
+
+    def fits(self, compute: Callable[[], list[BlockFit]]) -> list[BlockFit]:
+        """Return the fits of all blocks."""
+        if self.parts is None:
+            return compute()
+        path = self.parts.path("fits", self.facts).with_suffix(".safetensors")
+        if not path.exists():
+            save_fits(compute(), path)
+        return load_fits(path, self.device)
+
+    def remove(self) -> None:
+        """Remove the files."""
+        if self.parts is not None:
+            self.parts.remove()
+
+
+def _checked_levers(model: Any, levers: Sequence[str] | None, adapter: ActVARConfig | None) -> Sequence[str]:
+    """Return `levers`, or those of `DEFAULT_LEVERS` that run here for None.
 
     Raises:
-        ValueError: levers that there are not, or none.
+        ValueError: levers that there are not, none, or some that the adapter's configuration does not have.
         BackendUnavailableError: products in eight bits do not run here.
     """
+    other = None if adapter is None else "experts" if adapter.static_experts else "static"
     if levers is None:
+        default = [lever for lever in DEFAULT_LEVERS if lever != other]
         try:
-            return _checked_levers(model, LEVERS)
+            return _checked_levers(model, default, adapter)
         except (BackendUnavailableError, ValueError) as error:
             logger.warning("plans have no products in eight bits: %s", error)
-            return [lever for lever in LEVERS if lever != "int8"]
+            return [lever for lever in default if lever != "int8"]
     wrong = [lever for lever in levers if lever not in LEVERS]
     if wrong or not levers:
         raise ValueError(f"levers: expected some of {', '.join(LEVERS)}, got {', '.join(wrong) or 'none'}")
+    if other in levers:
+        kind = "static" if other == "experts" else "chosen by routers"
+        raise ValueError(
+            f"levers: the adapter's experts are {kind}, got {other}; leave it out, or plan without adapter"
+        )
+    if adapter is not None and adapter.guidance_until is not None and "guidance" not in levers:
+        raise ValueError("levers: the adapter has its end of guidance, so expected guidance among them")
+    if "scales" in levers and not family_of(model).ends_early(model):
+        raise ValueError(f"levers: {type(model).__name__} samples all scales in a loop of its own, got scales")
     if "int8" in levers:
         if not family_of(model).takes_int8:
             raise ValueError(f"levers: {family_of(model).name} does not multiply in eight bits")
         with torch.no_grad():
             choose_int8("levers: a product", next(model.parameters()))
     return levers
+
+
+def _first_scale(base: ActVARConfig, levers: Sequence[str], count: int) -> int:
+    """Return the number of the first of `count` scales at which a plan may change anything."""
+    firsts = [scale % count for scale in base.scales]
+    if "guidance" in levers:
+        firsts += [max(1, count - GUIDED_SCALES), scales_with_guidance(base, count)]
+    if "scales" in levers:
+        firsts.append(max(1, count - SAMPLED_SCALES))
+    return min(firsts)
 
 
 def _worth_measuring(guesses: list[Candidate]) -> list[Candidate]:
@@ -176,111 +275,30 @@ def _worth_measuring(guesses: list[Candidate]) -> list[Candidate]:
     return kept[::-1]
 
 
-def _fitted_plans(
-    base: ActVARConfig,
-    fits: list[BlockFit],
-    sensitivity: list[dict[int, tuple[float, float]]],
-    times: SampleTimes,
-    levers: Sequence[str],
-    unguided: Sequence[float],
-) -> Iterator[tuple[ActVARConfig, float]]:
-    """Yield plans and the total divergence that is expected of each: first the dense model, then every end of guidance.
-
-    At each price of a second, every block and scale has the choice that costs the least.
-
-    Args:
-        base: the active scales.
-        fits: of the blocks.
-        sensitivity: per block, see `divergence_per_block`.
-        times: of the scales.
-        levers: of `LEVERS`.
-        unguided: the divergence of the dense model's conditional logits from its guided ones, by scale.
-    """
-    count = len(unguided)
-    ends: list[int | None] = [None]
-    if "guidance" in levers:
-        ends += [-scales for scales in range(1, min(GUIDED_SCALES, count - 1) + 1)]
-    ones = ((1.0,) * len(fits),) * len(base.scales)
-    yield replace(base, token_rates=ones, ffn_rate=ones), 0.0
-    for end in ends:
-        without = {} if end is None else {scale: unguided[scale] for scale in range(count + end, count)}
-        options = [
-            _options(base, fits, sensitivity, times, levers, scale % count, scale % count not in without)
-            for scale in base.scales
-        ]
-        blocks = [block for scale in options for block in scale]
-        slopes = [loss / saved for block in blocks for loss, saved, _ in block if saved > 0]
-        prices = np.quantile(slopes, np.linspace(0, 1, PRICES)) if slopes else [0.0]
-        for price in dict.fromkeys([0.0, *prices]):
-            chosen = [[min(block, key=lambda o: o[0] - price * o[1]) for block in scale] for scale in options]
-            rates = {
-                "token_rates": tuple(tuple(tokens for _, _, (tokens, _) in scale) for scale in chosen),
-                "ffn_rate": tuple(tuple(experts for _, _, (_, experts) in scale) for scale in chosen),
-            }
-            expected = sum(loss for scale in chosen for loss, _, _ in scale) + sum(without.values())
-            yield replace(base, **rates, guidance_until=end), expected
-
-
-def _options(
-    base: ActVARConfig,
-    fits: list[BlockFit],
-    sensitivity: list[dict[int, tuple[float, float]]],
-    times: SampleTimes,
-    levers: Sequence[str],
-    scale: int,
-    guided: bool,
-) -> list[list[tuple[float, float, tuple[float, float]]]]:
-    """Return for each block at one scale the divergence, the seconds saved, and the rates of every choice."""
-    seconds = times.scales[guided, scale]
-    blocks = []
-    for fit, divergences in zip(fits, sensitivity, strict=True):
-        curves = fit.curves[scale]
-        options = []
-        for (keep, experts), loss in block_losses(curves, *divergences[scale]).items():
-            tokens, share = keep / curves.tokens, experts / curves.num_experts
-            if ("tokens" in levers or tokens == 1) and ("experts" in levers or share == 1) and share >= 0.5:
-                saved = (seconds.at(1, 1) - seconds.at(tokens, share)) / len(fits)
-                options.append((loss, saved, (tokens, share)))
-        blocks.append(options)
-    return blocks
-
-
-def _scaled_plans(base: ActVARConfig, levers: Sequence[str], scales: int) -> Iterator[ActVARConfig]:
-    """Yield an adapter's configuration with more and less left out."""
-    ends: list[int | None] = [base.guidance_until]
-    if base.guidance_until is None and "guidance" in levers:
-        ends += [-count for count in range(1, min(GUIDED_SCALES, scales - 1) + 1)]
-    for end in ends:
-        for tokens in FACTORS if "tokens" in levers else (0.0,):
-            for experts in FACTORS if "experts" in levers else (0.0,):
-                yield replace(
-                    base,
-                    token_rates=tuple(_scaled(rate, tokens) for rate in base.token_rates),
-                    ffn_rate=tuple(_scaled(rate, experts) for rate in base.ffn_rates),
-                    guidance_until=end,
-                )
-
-
-def _scaled(rate: Rate, factor: float) -> Rate:
-    """Return a rate, or those of all blocks, that leave out `factor` times as much."""
-    if isinstance(rate, tuple):
-        return tuple(max(LEAST_RATE, 1 - factor * (1 - each)) for each in rate)
-    return max(LEAST_RATE, 1 - factor * (1 - rate))
-
-
-def _divergence(model: Any, dense: DensePredictions, config: ActVARConfig, execution: Execution) -> tuple[float, float]:
-    """Return `Candidate.divergence` and `Candidate.total` of a configuration."""
+def _configure(model: Any, fits: list[BlockFit], config: ActVARConfig, execution: Execution) -> None:
+    """Give the model a configuration, and its hidden units the order of that configuration's experts."""
+    for block, fit in zip(blocks_of(model), fits or len(blocks_of(model)) * [None], strict=True):
+        if fit is not None:
+            set_order_and_gates(block, fit.static_order if config.static_experts else fit.order)
     reconfigure(model, config, execution)
+
+
+def _divergence(
+    model: Any, dense: DensePredictions, fits: list[BlockFit], config: ActVARConfig, execution: Execution
+) -> tuple[float, float]:
+    """Return `Candidate.divergence` and `Candidate.total` of a configuration."""
+    _configure(model, fits, config, execution)
     state = patch_state(model)
     weights_change = bool(tuned_parameters(model))
     changed = {
         scale.index
         for schedule in state.schedules
         for scale in schedule
-        if any(state.int8) or scale.active or not scale.guided or (weights_change and scale.tuned)
+        if any(state.int8) or scale.active or not scale.guided or (weights_change and scale.tuned) or scale.left_out
     }
-    found = dense.divergences(model)["kl_drawn"]
-    values = [kl for index, kl in enumerate(found) if index in changed and kl is not None]
+    found, uniform = dense.divergences(model)["kl_drawn"], dense.divergences_from_uniform()
+    by_scale = [nothing if kl is None else kl for kl, nothing in zip(found, uniform, strict=True)]
+    values = [by_scale[index] for index in changed]
     return (statistics.fmean(values), sum(values)) if values else (0.0, 0.0)
 
 

@@ -19,10 +19,11 @@ class Candidate:
     """A configuration with what it costs.
 
     Args:
-        config: rates of every block, and the end of guidance.
+        config: rates of every block, and the ends of guidance and of sampling.
         seconds: predicted for a batch.
         divergence: KL to the dense model's guided logits in nats, mean over the tokens of each scale that the plan
-            changes, then over these scales; 0 for the dense model.
+            changes, then over these scales; 0 for the dense model. A scale that is left out counts as the uniform
+            distribution.
         total: the same summed over the scales.
         execution: how the plan is run.
     """
@@ -43,7 +44,8 @@ class PlanReport:
         chosen: the plan that the model is patched with.
         is_met: whether the chosen plan is one that was asked for; otherwise it is the nearest.
         curve: all plans that were measured, the fastest last.
-        accelerated_ms, predicted_ms, measured_ms: of a batch on this machine, the first without a plan.
+        accelerated_ms, measured_ms: of a batch on this machine without the plan and with it, measured in turn.
+        predicted_ms: of a batch with the plan, in proportion to `accelerated_ms`.
     """
 
     goal: Goal
@@ -82,6 +84,8 @@ class PlanReport:
             "kl": candidate.divergence,
             "kl_total": candidate.total,
             "guidance_until": config.guidance_until,
+            "scales_until": config.scales_until,
+            "static_experts": config.static_experts,
             "weights": candidate.execution.weights,
             "token_rates": [_mean(rate) for rate in config.token_rates],
             "ffn_rates": [_mean(rate) for rate in config.ffn_rates],

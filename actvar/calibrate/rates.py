@@ -105,17 +105,21 @@ def blocks_flops(var: nn.Module, config: ActVARConfig) -> int:
     )
 
 
-def block_losses(curves: Curves, token_divergence: float, expert_divergence: float) -> dict[Budget, float]:
+def block_losses(
+    curves: Curves, token_divergence: float, expert_divergence: float, static: bool = False
+) -> dict[Budget, float]:
     """Return the divergence that one block causes, mean over the tokens of a scale, by the block's choice.
 
     Args:
         curves: of the block at the scale.
         token_divergence: at `TOKEN_RATE`.
-        expert_divergence: at `FFN_RATE`.
+        expert_divergence: at `FFN_RATE`, of the experts that a router chooses.
+        static: whether the experts are those of static pruning, with as much divergence for the energy that is lost.
     """
     L, N = curves.tokens, curves.num_experts
     by_tokens = token_divergence * curves.update_lost / curves.update_lost[share_of(TOKEN_RATE, L)]
-    by_experts = expert_divergence * curves.output_lost / curves.output_lost[share_of(FFN_RATE, N)]
+    lost = curves.static_lost if static else curves.output_lost
+    by_experts = expert_divergence * lost / curves.output_lost[share_of(FFN_RATE, N)]
     return {
         (keep, experts): (by_tokens[keep] + keep / L * by_experts[experts]).item()
         for keep in {share_of(rate, L) for rate in TOKEN_RATES}

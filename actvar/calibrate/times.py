@@ -30,19 +30,31 @@ class ScaleTimes(NamedTuple):
 
     Args:
         by_tokens: seconds by `SHARES` of the tokens, with all experts on.
-        by_experts: seconds by `SHARES` of the experts, with all tokens.
+        by_experts: seconds by `SHARES` of the experts that routers choose, with all tokens.
+        by_static: the same of static experts.
     """
 
     by_tokens: Sequence[float]
     by_experts: Sequence[float]
+    by_static: Sequence[float]
 
-    def at(self, tokens: float, experts: float) -> float:
-        """Return the seconds with these shares of the tokens and of the experts.
+    def at(self, tokens: float, experts: float, static: bool = False) -> float:
+        """Return the seconds with these shares of the tokens and of the experts, which may be static.
 
         What experts save is in proportion to the tokens that are kept.
         """
-        saved = self.by_experts[0] - _interpolated(experts, self.by_experts)
+        seconds = self.by_static if static else self.by_experts
+        saved = seconds[0] - _interpolated(experts, seconds)
         return _interpolated(tokens, self.by_tokens) - tokens * saved
+
+
+class _Kind(NamedTuple):
+    """Name a kind of sample that is timed: shares of tokens and of experts, which may be static, and guidance."""
+
+    tokens: float = 1.0
+    experts: float = 1.0
+    static: bool = False
+    guided: bool = True
 
 
 class SampleTimes(NamedTuple):
@@ -67,15 +79,34 @@ class SampleTimes(NamedTuple):
         seconds = self.accelerated
         for block in range(depth):
             for scale in build_schedule(config, maps, block):
-                if scale.active or not scale.guided:
+                if scale.left_out:
+                    seconds -= self.scales[True, scale.index].at(1, 1) / depth
+                elif scale.active or not scale.guided:
                     shares = scale.keep / scale.tokens, scale.experts / config.num_experts
-                    saved = self.scales[True, scale.index].at(1, 1) - self.scales[scale.guided, scale.index].at(*shares)
-                    seconds -= saved / depth
+                    left = self.scales[scale.guided, scale.index].at(*shares, static=scale.static)
+                    seconds -= (self.scales[True, scale.index].at(1, 1) - left) / depth
         return seconds
+
+    def as_lists(self) -> list:
+        """Return the times as lists, JSON-compatible."""
+        return [self.accelerated, [[*key, *times] for key, times in self.scales.items()]]
+
+    @classmethod
+    def from_lists(cls, lists: list) -> SampleTimes:
+        """Return the times of which `as_lists` made `lists`."""
+        accelerated, scales = lists
+        return cls(accelerated, {(guided, scale): ScaleTimes(*times) for guided, scale, *times in scales})
 
 
 def measured_times(
-    var: nn.Module, execution: Execution, batch: int, cfg: float, first: int, drops_guidance: bool, repeats: int
+    var: nn.Module,
+    execution: Execution,
+    batch: int,
+    cfg: float,
+    first: int,
+    drops_guidance: bool,
+    ways: Sequence[bool],
+    repeats: int,
 ) -> SampleTimes:
     """Measure the times of a patched model, whose configuration and Execution are put back.
 
@@ -88,6 +119,7 @@ def measured_times(
         cfg: strength of the guidance.
         first: number of the first scale that may change.
         drops_guidance: whether scales without guidance are timed as well.
+        ways: of experts that are timed: False for those that routers choose, True for static ones.
         repeats: samples of each kind.
     """
     model = unwrapped(var)
@@ -95,27 +127,44 @@ def measured_times(
     before = state.config
     scales = range(first, len(family_of(model).maps(model)))
 
-    def config_of(tokens: float, experts: float, guided: bool) -> ActVARConfig:
-        rates: dict[str, Any] = {"scales": tuple(scales), "token_rates": (tokens,) * len(scales), "ffn_rate": experts}
-        return replace(before, **rates, guidance_until=None if guided else first)
+    def config_of(kind: _Kind) -> ActVARConfig:
+        return replace(
+            before,
+            scales=tuple(scales),
+            token_rates=(kind.tokens,) * len(scales),
+            ffn_rate=kind.experts,
+            static_experts=kind.static,
+            guidance_until=None if kind.guided else first,
+            scales_until=None,
+        )
 
-    kinds = {(tokens, 1.0, True) for tokens in SHARES} | {(1.0, experts, True) for experts in SHARES}
+    kinds = {_Kind(tokens=share) for share in SHARES}
+    kinds |= {_Kind(experts=share, static=static) for share in SHARES[1:] for static in ways}
     if drops_guidance:
-        kinds |= {(tokens, experts, False) for tokens, experts, _ in kinds}
+        kinds |= {kind._replace(guided=False) for kind in kinds}
     try:
-        setups = {kind: (config_of(*kind), execution) for kind in sorted(kinds, reverse=True)}
+        setups = {kind: (config_of(kind), execution) for kind in sorted(kinds, reverse=True)}
         laps = sample_laps(model, setups, batch, cfg, repeats)
     finally:
         reconfigure(model, before, state.execution)
     medians = {kind: [statistics.median(lap) for lap in zip(*runs, strict=True)] for kind, runs in laps.items()}
-    dense = laps[1.0, 1.0, True]
+
+    def times_of(guided: bool, scale: int) -> ScaleTimes:
+        dense = _Kind(guided=guided)
+        by_tokens = [medians[dense._replace(tokens=share)][scale] for share in SHARES]
+        by_experts, by_static = (
+            [
+                medians.get(dense._replace(experts=share, static=share < 1 and static), medians[dense])[scale]
+                for share in SHARES
+            ]
+            for static in (False, True)
+        )
+        return ScaleTimes(by_tokens, by_experts, by_static)
+
     return SampleTimes(
-        statistics.median(sum(run) for run in dense),
+        statistics.median(sum(run) for run in laps[_Kind()]),
         {
-            (guided, scale): ScaleTimes(
-                [medians[share, 1.0, guided][scale] for share in SHARES],
-                [medians[1.0, share, guided][scale] for share in SHARES],
-            )
+            (guided, scale): times_of(guided, scale)
             for guided in ((True, False) if drops_guidance else (True,))
             for scale in scales
         },

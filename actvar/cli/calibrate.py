@@ -8,8 +8,9 @@ from pathlib import Path
 
 import actvar
 from actvar.calibrate import calibrate
+from actvar.calibrate.choices import LEVERS
 from actvar.calibrate.goal import Goal
-from actvar.calibrate.plan import LEVERS, plan
+from actvar.calibrate.plan import plan
 from actvar.cli.options import (
     DTYPES,
     adapter_of,
@@ -42,7 +43,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
     goal.add_argument("--speedup", type=number, help="of a whole sample with decoder, over the accelerated dense model")
     goal.add_argument("--budget-ms", type=number, help="milliseconds that a batch may take on this machine")
     goal.add_argument("--kl", type=number, help="mean KL to the dense guided logits, over the scales that change")
-    goal.add_argument("--levers", help=f"what may change, of {','.join(LEVERS)} (default: all that run here)")
+    goal.add_argument(
+        "--levers",
+        help=f"what may change, of {','.join(LEVERS)} (default: all but scales that run here)",
+    )
     goal.add_argument("--batch", type=at_once, default=8, help="images whose time is measured (default 8)")
     goal.add_argument("--repeats", type=positive, default=3, help="samples of each kind that are timed (default 3)")
     command.add_argument(
@@ -99,6 +103,7 @@ def _run_plan(options: argparse.Namespace, goal: Goal) -> None:
         seed=options.seed,
         cfg=options.cfg,
         repeats=options.repeats,
+        folder=options.out.with_suffix(".parts"),
     )
     seconds = time.perf_counter() - begin
     print(report.describe())

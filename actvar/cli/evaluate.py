@@ -41,6 +41,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--num", type=positive, default=5000, help="images per method and seed (default 5000)")
     command.add_argument("--seeds", type=positive, default=1, help="how many seeds, from --seed on (default 1)")
+    command.add_argument(
+        "--all-seeds",
+        help="methods that are drawn with all --seeds, the others with the first one (default: all methods)",
+    )
     command.add_argument("--batch", type=at_once, default=50, help="images per batch (default 50)")
     command.add_argument("--rounds", type=positive, default=5, help="timed batches of each method, in turn (default 5)")
     add_draw(command)
@@ -55,6 +59,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="FID and distance from the dense images by EfficientNet-Lite0 (default: if its weights are installed)",
     )
+    command.add_argument("--csv", type=Path, help="CSV file to write a row per method to")
     command.add_argument("--plot", type=Path, help="PNG file to draw quality over time to")
     command.add_argument(
         "--sampler",
@@ -69,6 +74,7 @@ def run(options: argparse.Namespace) -> None:
     """Measure the methods, and write and print the results."""
     check_source(options)
     expect_file("--json", options.json)
+    expect_file("--csv", options.csv)
     expect_file("--plot", options.plot)
     expect_folder("--npz-dir", options.npz_dir)
     if options.plot and not options.model:
@@ -96,7 +102,13 @@ def run(options: argparse.Namespace) -> None:
     vae, var = load(options, DTYPES[options.dtype])
     how = replace(how, **filters_of(options, var))
     placement = dict(device=usable_device(options.device), dtype=DTYPES[options.dtype])
-    methods = chosen_methods(options.methods, methods_of(options.model, **placement))
+    known = methods_of(options.model, **placement)
+    methods = chosen_methods(options.methods, known)
+    repeated = None
+    if options.all_seeds:
+        repeated = {method.name for method in chosen_methods(options.all_seeds, known)}
+        if left := sorted(repeated - {method.name for method in methods}):
+            raise ValueError(f"--all-seeds: expected some of --methods, got {', '.join(left)}")
     quality = dense = lite0 = None
     how.bulk(var, options.seed)  # reports wrong numbers before anything is read
     if options.model:
@@ -108,12 +120,14 @@ def run(options: argparse.Namespace) -> None:
             logger.warning("fid_lite0 and distance_lite0 are left out: %s", error)
         quality = training_image_quality(options.data, device_of(var))
         dense = dense_predictions(vae, var, options.data, options.cfg)
-    results = evaluate(var, methods, how, options.json.with_suffix(".parts"), quality, dense, lite0)
+    results = evaluate(var, methods, how, options.json.with_suffix(".parts"), quality, dense, lite0, repeated)
     report = Report(results, how, family_of(var).maps(var))
     facts = {"model": options.model or Path(options.var).name, "device": options.device, "dtype": options.dtype}
     write_json(options.json, facts | {"threads": torch.get_num_threads()} | report.as_dict())
     print(report.table())
     written = [options.json]
+    if options.csv:
+        written.append(report.save_csv(options.csv))
     if options.plot:
         written.append(save_quality_plot(report, options.plot))
     if options.npz_dir:

@@ -221,8 +221,10 @@ def describe(config: actvar.ActVARConfig) -> str:
 
     tokens = "/".join(text(rate) for rate in config.token_rates)
     ffn = "/".join(text(rate) for rate in config.ffn_rates)
+    experts = f"{config.num_experts} {'static ' if config.static_experts else ''}experts"
     guidance = "" if config.guidance_until is None else f", guidance until scale {config.guidance_until}"
-    return f"tokens {tokens}, FFN {ffn} of {config.num_experts} experts at scales {config.scales}{guidance}"
+    sampled = "" if config.scales_until is None else f", sampled until scale {config.scales_until}"
+    return f"tokens {tokens}, FFN {ffn} of {experts} at scales {config.scales}{guidance}{sampled}"
 
 
 def expect_file(option: str, file: Path | None) -> None:

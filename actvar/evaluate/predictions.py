@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -51,14 +51,30 @@ class DensePredictions:
     @torch.no_grad()
     def divergences_without_guidance(self) -> list[float]:
         """Return `KL(guided || conditional)` of the model's own logits in nats, mean over the tokens of each scale."""
+        return self._means(lambda rows, count, strength: (guided(rows, strength), rows[:count]))
+
+    def _means(self, pair_of: Callable[[torch.Tensor, int, float], tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+        """Return the mean divergence of each scale between two logits.
+
+        Args:
+            pair_of: makes both from the logits of all rows, the number of conditional rows, and the guidance strength.
+        """
         last, images = len(self.logits[0]) - 1, sum(len(labels) for labels, _ in self.batches)
         sums = [0.0] * (last + 1)
         for logits in self.logits:
             for scale, rows in enumerate(logits):
                 count = len(rows) // 2
-                pair = guided(rows, self.cfg * scale / last), rows[:count]
+                pair = pair_of(rows, count, self.cfg * scale / last)
                 sums[scale] += token_divergence(*pair).mean().item() * count / images
         return sums
+
+    @torch.no_grad()
+    def divergences_from_uniform(self) -> list[float]:
+        """Return `KL(guided || uniform)` of the model's own logits in nats, mean over the tokens of each scale.
+
+        It is what a scale counts at which nothing is predicted.
+        """
+        return self._means(lambda rows, count, strength: (drawn := guided(rows, strength), torch.zeros_like(drawn)))
 
     @torch.no_grad()
     def divergences(self, var: nn.Module) -> dict[str, list[float | None]]:

@@ -15,7 +15,7 @@ from scipy import stats
 
 from actvar.evaluate.quality import METRICS
 from actvar.evaluate.run import Evaluation, Result
-from actvar.utils.pictures import COLOURS, save_figure
+from actvar.utils.pictures import COLOURS, save_figure, save_table
 
 DENSE = "dense"
 TITLES = {
@@ -95,12 +95,38 @@ class Report:
         return [name for name in METRICS if all(of.quality and name in of.quality[0] for of in self.results)]
 
     def differences(self, result: Result) -> dict[str, Mean]:
-        """Return each metric less that of `dense` with the same seed; without `dense` there is none."""
+        """Return each metric less that of `dense` with the same seed, for the seeds of both; none without `dense`."""
         dense = next((other for other in self.results if other.name == DENSE), None)
         if dense is None or dense is result:
             return {}
-        pairs = list(zip(result.quality, dense.quality, strict=True))
+        pairs = list(zip(result.quality, dense.quality, strict=False))
         return {name: Mean.of([own[name] - base[name] for own, base in pairs]) for name in self.metrics()}
+
+    def save_csv(self, path: Path) -> Path:
+        """Write a row per method: milliseconds and GFLOP per image, metrics, differences to dense, and KL by scale.
+
+        A metric's interval and its difference to `dense` with that interval stand in columns of their own, empty where
+        there is none.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The path.
+        """
+        rows: list[dict[str, object]] = []
+        for result in self.results:
+            row: dict[str, object] = {"method": result.name, "ms": 1e3 * statistics.median(result.seconds)}
+            row |= {"gflop": result.flops / 1e9, "seeds": len(result.quality)}
+            for suffix, means in (("", self.means(result)), ("_minus_dense", self.differences(result))):
+                for name in self.metrics():
+                    mean = means.get(name)
+                    row[name + suffix] = None if mean is None else mean.mean
+                    row[f"{name}{suffix}_interval"] = None if mean is None else mean.interval
+            drawn = result.divergences.get("kl_drawn", ())
+            row |= {f"kl_{h}x{w}": kl for (h, w), kl in zip(self.maps, drawn, strict=False)}
+            rows.append(row)
+        return save_table(path, [*rows[0]], [[*row.values()] for row in rows])
 
     def table(self) -> str:
         """Return aligned text with a row per method."""

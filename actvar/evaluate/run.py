@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import functools
-import glob
-import hashlib
-import json
-import logging
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-import actvar
 from actvar.evaluate.lite0_quality import DenseFeatures, Lite0Quality
 from actvar.evaluate.methods import Method
 from actvar.evaluate.predictions import DensePredictions
@@ -32,13 +25,9 @@ from actvar.sampling.shards import Bulk, read_images, sample_many, write_npz
 from actvar.sampling.timing import seconds_of
 from actvar.utils.devices import device_of
 from actvar.utils.fields import check_choice
-from actvar.utils.files import replacing
 from actvar.utils.fingerprint import model_fingerprint
+from actvar.utils.parts import Parts
 from actvar.utils.progress import progress
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -119,52 +108,6 @@ class Result:
     divergences: dict[str, list[float | None]]
 
 
-class Parts:
-    """Finished parts of an evaluation, a JSON file each; a part that has its file is not computed again.
-
-    A file's name has a hash of all that its contents follow from, so that other settings make other files. An
-    unfinished part has a folder of that name, which is removed in the end.
-
-    Args:
-        folder: of the files.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def get(self, name: str, facts: object, compute: Callable[[Path], T]) -> T:
-        """Return the result of `compute(folder)`, from this call or an earlier one.
-
-        Args:
-            name: of the part, with which the file's name begins.
-            facts: all that the result follows from, JSON-compatible.
-            compute: gets the folder of the unfinished part and returns a JSON-compatible result.
-        """
-        path = self.path(name, facts)
-        unfinished = path.with_suffix("")
-        if path.exists():
-            try:
-                found = json.loads(path.read_text("utf-8"))
-            except ValueError:
-                logger.warning("%s is damaged and is made again", path)
-            else:
-                shutil.rmtree(unfinished, ignore_errors=True)  # a process killed after it wrote the file leaves it
-                return found
-        found = compute(unfinished)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left_by_a_kill in self.folder.glob(f".{glob.escape(path.name)}.*"):
-            left_by_a_kill.unlink(missing_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(found) + "\n", "utf-8")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        return found
-
-    def path(self, name: str, facts: object) -> Path:
-        """Return the file of a part, see `get`; a folder that is kept has the same name without a suffix."""
-        key = hashlib.sha256(json.dumps([actvar.__version__, facts]).encode()).hexdigest()[:12]
-        return self.folder / f"{name}-{key}.json"
-
-
 def evaluate(
     var: VAR,
     methods: Sequence[Method],
@@ -173,6 +116,7 @@ def evaluate(
     quality: ImageQuality | None = None,
     dense: DensePredictions | None = None,
     lite0: Lite0Quality | None = None,
+    repeated: Collection[str] | None = None,
 ) -> list[Result]:
     """Sample and measure every method; the parts that are finished are kept in `folder`.
 
@@ -187,6 +131,8 @@ def evaluate(
         quality: compares the images with real ones; None: no images are drawn.
         dense: predictions of the dense model; None: no divergence is measured.
         lite0: compares the images that `quality` compares by another network; None: this is not measured.
+        repeated: names of the methods whose images are drawn with all seeds, those of the others with the first one;
+            None: all methods.
 
     Raises:
         ValueError: a number of images that the model's classes cannot share equally, or of fewer than 20, or with
@@ -216,7 +162,8 @@ def evaluate(
             if dense:
                 dense_facts = facts | {"cfg": how.cfg, "tokens": dense.fingerprint}
                 found = parts.get(f"{method.name}-divergence", dense_facts, lambda _: dense.divergences(var))
-            metrics = _metrics(parts, method, facts, var, how, quality, by_lite0) if quality else []
+            seeds = how.seeds if repeated is None or method.name in repeated else how.seeds[:1]
+            metrics = _metrics(parts, method, facts, var, how, seeds, quality, by_lite0) if quality else []
         results.append(Result(method.name, metrics, [], flops, found))
     for result, seconds in zip(results, image_seconds(var, methods, how), strict=True):
         result.seconds = seconds
@@ -258,6 +205,7 @@ def _metrics(
     facts: Mapping[str, object],
     var: VAR,
     how: Evaluation,
+    seeds: Sequence[int],
     quality: ImageQuality,
     by_lite0: _ByLite0 | None,
 ) -> list[dict[str, float]]:
@@ -269,6 +217,7 @@ def _metrics(
         facts: on which the images depend, besides the settings.
         var: the model.
         how: the settings.
+        seeds: of the images.
         quality: compares the images with real ones.
         by_lite0: compares them by another network; None: it does not.
     """
@@ -287,7 +236,7 @@ def _metrics(
             {**facts, **how.draw(seed), **judge},
             functools.partial(measured, seed=seed),
         )
-        for seed in how.seeds
+        for seed in seeds
     ]
 
 

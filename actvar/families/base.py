@@ -158,6 +158,10 @@ class Family(Protocol):
         """Return whether the unpatched class samples by `VAR`'s loop, which never reads a block's input again."""
         ...
 
+    def ends_early(self, model: Any) -> bool:
+        """Return whether the mixin can end sampling before the last scale, as `ActVARConfig.scales_until` asks for."""
+        ...
+
     def blocks(self, model: Any) -> Sequence[Any]:
         """Return the transformer blocks in order, each possibly inside a wrapper, such as that of `torch.compile`."""
         ...

@@ -33,6 +33,10 @@ class BaseFamily:
         """Return False: the sampling loop may read a block's input again."""
         return False
 
+    def ends_early(self, model: Any) -> bool:
+        """Return False: the sampling loop runs all scales."""
+        return False
+
     def sizes(self, model: Any) -> Sizes:
         """Return the sizes of the model; every family has its own."""
         raise NotImplementedError

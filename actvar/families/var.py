@@ -82,6 +82,9 @@ class VARFamily(NamedLayersFamily):
     def loop_is_ours(self, model: Any) -> bool:
         return own_class(model).autoregressive_infer_cfg is VAR.autoregressive_infer_cfg
 
+    def ends_early(self, model: Any) -> bool:
+        return self.loop_is_ours(model)
+
     def blocks(self, model: Any) -> Sequence[Any]:
         return model.blocks
 

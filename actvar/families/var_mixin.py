@@ -114,6 +114,12 @@ class PatchedVAR(_Base):
         layers = (*self.blocks, *map(unwrapped, self.blocks))
         return any(block._forward_hooks or block._forward_pre_hooks for block in layers)
 
+    def scales(self):
+        """Return the numbers of the scales that are sampled; teacher forcing of the whole model runs all of them."""
+        left_out = 0 if self.actvar.rows_stand_alone else sum(scale.left_out for scale in self.actvar.schedule)
+        numbers = super().scales()
+        return numbers[: len(numbers) - left_out]
+
     def decode(self, f_hat):
         """Decode features `[B, Cvae, side, side]` as `VAR.decode` does, as the Execution says."""
         dtype = self.actvar.execution.decoder_dtype

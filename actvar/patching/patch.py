@@ -139,6 +139,8 @@ def _checked_state(model: Any, config: ActVARConfig, execution: Execution) -> Pa
     schedules = tuple(build_schedule(config, maps, block) for block in range(len(blocks)))
     if config.guidance_until is not None and not family.leaves_out_guidance:
         raise ValueError(f"guidance_until: {family.name} does not sample without its unconditional rows; leave it None")
+    if config.scales_until is not None and not family.ends_early(model):
+        raise ValueError(f"scales_until: {type(model).__name__} samples all scales in a loop of its own; leave it None")
     _, hidden, *_ = family.sizes(model)
     if hidden % config.num_experts:
         raise ValueError(f"num_experts: expected a divisor of the FFN's hidden size {hidden}, got {config.num_experts}")

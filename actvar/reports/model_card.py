@@ -92,9 +92,13 @@ def model_card(
 def _by_scale(schedules: Sequence[Sequence[Scale]], experts: int, divergence: Sequence[float]) -> Iterator[str]:
     """Yield a row of the table of the plan for each scale."""
     for scales, kl in zip(zip(*schedules, strict=True), divergence, strict=True):
+        size = f"{scales[0].height}x{scales[0].width}"
+        if scales[0].left_out:
+            yield f"| {size} | left out | | | |"
+            continue
         tokens = statistics.fmean(scale.keep / scale.tokens for scale in scales)
         active = statistics.fmean(scale.experts for scale in scales)
-        size, guided = f"{scales[0].height}x{scales[0].width}", "yes" if scales[0].guided else "no"
+        guided = "yes" if scales[0].guided else "no"
         yield f"| {size} | {tokens:.0%} | {active:.3g} of {experts} | {guided} | {kl:.4f} |"
 
 

@@ -75,9 +75,13 @@ def _by_scale(state: PatchState) -> Iterator[str]:
 
 def _left_out(scales: tuple[Scale, ...], num_experts: int) -> Iterator[str]:
     """Yield what one scale leaves out, the mean over the blocks."""
+    if scales[0].left_out:
+        yield "left out"
+        return
     if any(scale.select for scale in scales):
         yield f"{statistics.fmean(scale.keep / scale.tokens for scale in scales):.0%} of the tokens"
-    if any(scale.route for scale in scales):
-        yield f"{statistics.fmean(scale.experts for scale in scales):.3g} of {num_experts} experts"
+    if any(scale.route or scale.static for scale in scales):
+        same = " for every token" if any(scale.static for scale in scales) else ""
+        yield f"{statistics.fmean(scale.experts for scale in scales):.3g} of {num_experts} experts{same}"
     if not scales[0].guided:
         yield "no guidance"

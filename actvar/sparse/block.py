@@ -12,7 +12,7 @@ from actvar.families.base import ATTENTION, NORM, BlockCall, Rows
 from actvar.families.kv_cache import Cache
 from actvar.sparse.block_cache import SampleState
 from actvar.sparse.block_state import BlockState
-from actvar.sparse.layer_calls import in_dtype, int8_ffn
+from actvar.sparse.layer_calls import first_experts, in_dtype, int8_ffn
 from actvar.sparse.passes import Pass, computing_again
 from actvar.sparse.record import BlockRecord
 from actvar.sparse.schedule import Scale
@@ -178,7 +178,7 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
     else:
         rows, u = add_normalize(x, kept, update, gamma1, scale2, shift2)
         u = in_dtype(u, dtype)
-        update = int8_ffn(block, u) if state.int8 else family.dense_ffn(block, u, shared.config.num_experts)
+        update = ffn_without_router(block, u, scale)
         if index is None and backend.fuses_residual and shared.defers(state.block_index, scale):
             shared.deferred, x = Residual(rows, update, gamma2), rows  # the next block's norm adds it in its launch
         else:
@@ -187,6 +187,14 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
     if shared.records is not None and scale.active:
         shared.records.append(BlockRecord(state.block_index, scale, index, scores, u, mask, logits))
     return x
+
+
+def ffn_without_router(block: ActVARBlock, u: Tensor, scale: Scale) -> Tensor:
+    """Return the FFN's output `[R, K, C]` for rows `u` `[R, K, C]` of a scale at which no token chooses its experts."""
+    state = block.actvar
+    if scale.static:
+        return first_experts(block, u, scale)
+    return int8_ffn(block, u) if state.int8 else state.family.dense_ffn(block, u, state.shared.config.num_experts)
 
 
 def sample_state_of(block: ActVARBlock, cond: Any, scale: Scale, fused: bool) -> SampleState:

@@ -25,10 +25,11 @@ def expect_readable(index: int, called: Mapping[str, Called], schedule: Sequence
         TypeError: an operation has to; the message names the layer, the reason, and the ways out.
     """
     selects, routes = any(scale.select for scale in schedule), any(scale.route for scale in schedule)
+    reads_ffn = routes or any(scale.static for scale in schedule)
     readers = {
         NORM: "the selector and the router" if selects or routes else None,
         ATTENTION: "attention with kv='all'" if selects and kv == "all" else None,
-        FFN: "the experts" if routes else None,
+        FFN: "the experts" if reads_ffn else None,
     }
     way_out = "patch with rates of 1 (actvar.accelerate)"
     if int8:

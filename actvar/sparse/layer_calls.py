@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from actvar_kernels import expert_ffn
+from actvar.sparse.schedule import Scale
+from actvar_kernels import expert_ffn, static_ffn
 
 
 def in_dtype(rows: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -19,3 +20,9 @@ def int8_ffn(block: Any, u: torch.Tensor) -> torch.Tensor:
     experts = block.actvar.shared.config.num_experts
     every = u.new_ones(*u.shape[:-1], experts, dtype=torch.bool)
     return expert_ffn(u, every, experts, *block.actvar.family.ffn_weights(block), int8=True)
+
+
+def first_experts(block: Any, u: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """Return the output `[R, K, C]` of the first experts for rows `u` `[R, K, C]` of a scale with static experts."""
+    experts, weights = block.actvar.shared.config.num_experts, block.actvar.family.ffn_weights(block)
+    return static_ffn(u, scale.experts, experts, *weights, int8=block.actvar.int8)

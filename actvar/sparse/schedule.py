@@ -20,10 +20,12 @@ class Scale:
         experts: number of experts that are on per token, M.
         select: whether tokens are selected, i.e. the selector runs.
         route: whether the FFN runs as experts, i.e. the router runs.
+        static: whether the FFN has its first experts alone, for every token.
         cached_before: rows in every block's K/V cache when the scale begins.
         is_last: whether the scale is the model's last, whose keys and values nothing attends to later.
         guided: whether the unconditional rows are computed.
         tuned: whether the weights that an adapter brings are used instead of the model's own.
+        left_out: whether sampling ends before the scale.
     """
 
     index: int
@@ -34,10 +36,12 @@ class Scale:
     experts: int
     select: bool
     route: bool
+    static: bool
     cached_before: int
     is_last: bool
     guided: bool = True
     tuned: bool = True
+    left_out: bool = False
 
     @property
     def tokens(self) -> int:
@@ -46,8 +50,8 @@ class Scale:
 
     @property
     def active(self) -> bool:
-        """Return whether tokens are selected or the FFN runs as experts."""
-        return self.select or self.route
+        """Return whether tokens are selected, or the FFN runs as experts or without some of them."""
+        return self.select or self.route or self.static
 
 
 def build_schedule(config: ActVARConfig, maps: Sequence[tuple[int, int]], block: int = 0) -> tuple[Scale, ...]:
@@ -62,7 +66,7 @@ def build_schedule(config: ActVARConfig, maps: Sequence[tuple[int, int]], block:
         ValueError: the configuration names a scale outside the model, or a scale twice.
     """
     count = len(maps)
-    guided, tuned_from = scales_with_guidance(config, count), 0
+    guided, end, tuned_from = scales_with_guidance(config, count), scales_sampled(config, count), 0
     if config.weights_from is not None:
         tuned_from = _number_of("weights_from", config.weights_from, count)
     rates: dict[int, tuple[float, float]] = {}
@@ -78,6 +82,7 @@ def build_schedule(config: ActVARConfig, maps: Sequence[tuple[int, int]], block:
         token_rate, ffn_rate = rates.get(index, (1.0, 1.0))
         keep, experts = share_of(token_rate, tokens), share_of(ffn_rate, config.num_experts)
         forced = config.always_sparse and index in rates
+        thinned = forced or experts < config.num_experts
         scale = Scale(
             index=index,
             height=height,
@@ -86,11 +91,13 @@ def build_schedule(config: ActVARConfig, maps: Sequence[tuple[int, int]], block:
             keep=keep,
             experts=experts,
             select=forced or keep < tokens,
-            route=forced or experts < config.num_experts,
+            route=thinned and not config.static_experts,
+            static=thinned and config.static_experts,
             cached_before=cached,
             is_last=index == count - 1,
             guided=index < guided,
             tuned=index >= tuned_from,
+            left_out=index >= end,
         )
         schedule.append(scale)
         start += tokens
@@ -109,6 +116,20 @@ def scales_with_guidance(config: ActVARConfig, count: int) -> int:
     number = _number_of("guidance_until", config.guidance_until, count)
     if number == 0:
         raise ValueError("guidance_until: expected at least the first scale with guidance, got 0; sample with cfg=0")
+    return number
+
+
+def scales_sampled(config: ActVARConfig, count: int) -> int:
+    """Return how many of `count` scales, counted from the first, are sampled.
+
+    Raises:
+        ValueError: `scales_until` is outside the model, or leaves no scale.
+    """
+    if config.scales_until is None:
+        return count
+    number = _number_of("scales_until", config.scales_until, count)
+    if number == 0:
+        raise ValueError("scales_until: expected at least the first scale to be sampled, got 0")
     return number
 
 

@@ -47,7 +47,7 @@ class PatchState:
         head_called: why kernels do not read the head, or None.
         called_is_new: whether `called` or `head_called` has changed and is not logged yet.
         int8: by block, whether it multiplies in eight bits.
-        schedule: the first block's, with a scale selected or routed where it is so in any block.
+        schedule: the first block's, with a scale selected, routed or static where it is so in any block.
         first_tuned: number of the first scale with the adapter's weights; 0 where these hold at every scale.
         scale_is_tuned: whether the last call of a block was at a scale with the adapter's weights.
         rows_stand_alone: whether no row is the unconditional one of another, so that all rows are computed at a scale
@@ -89,7 +89,12 @@ class PatchState:
         """Derive what depends on the schedules of the blocks alone."""
         self.maps = tuple((scale.height, scale.width) for scale in self.schedules[0])
         self.schedule = tuple(
-            replace(scales[0], select=any(s.select for s in scales), route=any(s.route for s in scales))
+            replace(
+                scales[0],
+                select=any(s.select for s in scales),
+                route=any(s.route for s in scales),
+                static=any(s.static for s in scales),
+            )
             for scales in zip(*self.schedules, strict=True)
         )
         self.first_tuned = next(scale.index for scale in self.schedule if scale.tuned)

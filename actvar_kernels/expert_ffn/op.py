@@ -125,7 +125,7 @@ def expert_ffn_scatter(
     if backend.name != "triton" or wants_gradient(u, *weights, *parts):  # what writes in place has no gradient
         rows = rows.rows(index) if isinstance(rows, Residual) else rows
         return scatter_checked(rest, index, rows, _ffn(backend, u, mask, active, weights), gamma)
-    u, *weights = _as_autocast(u, *weights)
+    u, *weights = as_autocast(u, *weights)
     x, update, gate = rows if isinstance(rows, Residual) else (rows, None, None)
     if index is not None and rest is not None:
         out = rest if rest.stride(2) == 1 else rest.contiguous()
@@ -188,14 +188,6 @@ def _choose(operation: str, u: torch.Tensor, mask: torch.Tensor, weights: FFNWei
         fits = mask.dtype == torch.bool and experts <= MAX_EXPERTS and mask.numel() <= experts * _MOST_TOKENS
         return fits and in_kernel_dtypes(u, *weights, *parts)
 
-    def why_not_in_cpp() -> str | None:
-        dtype, weights_dtype = cpu.computed_dtype(u), weights.fc1_weight.dtype
-        same = weights_dtype == dtype or torch.is_autocast_enabled("cpu")
-        if dtype not in cpu.DTYPES or not same or mask.dtype != torch.bool or u.shape[-1] % 2:
-            found = f"{dtype}, weights in {weights_dtype}, a mask in {mask.dtype} and width {u.shape[-1]}"
-            return f"it takes float32 and bfloat16, weights alike, a bool mask and an even width, got {found}"
-        return cpu.why_not()
-
     return choose(
         operation,
         u,
@@ -204,21 +196,37 @@ def _choose(operation: str, u: torch.Tensor, mask: torch.Tensor, weights: FFNWei
         *parts,
         takes_triton=takes_triton,
         limits=_LIMITS,
-        why_not_in_cpp=why_not_in_cpp,
+        why_not_in_cpp=lambda: why_not_in_cpp(u, weights, mask.dtype),
     )
+
+
+def why_not_in_cpp(u: torch.Tensor, weights: FFNWeights, mask_dtype: torch.dtype = torch.bool) -> str | None:
+    """Return why the C++ kernel does not take a call, or None.
+
+    Args:
+        u: input of the FFN, `[..., C]`.
+        weights: of the FFN.
+        mask_dtype: dtype of the mask.
+    """
+    dtype, weights_dtype = cpu.computed_dtype(u), weights.fc1_weight.dtype
+    same = weights_dtype == dtype or torch.is_autocast_enabled("cpu")
+    if dtype not in cpu.DTYPES or not same or mask_dtype != torch.bool or u.shape[-1] % 2:
+        found = f"{dtype}, weights in {weights_dtype}, a mask in {mask_dtype} and width {u.shape[-1]}"
+        return f"it takes float32 and bfloat16, weights alike, a bool mask and an even width, got {found}"
+    return cpu.why_not()
 
 
 def _int8_ffn(operation: str, u: torch.Tensor, mask: torch.Tensor, active: int, weights: FFNWeights) -> torch.Tensor:
     """Return the FFN in eight bits."""
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool, which is all that eight bits take, got {mask.dtype}")
-    (u,) = _as_autocast(u)
+    (u,) = as_autocast(u)
     if choose_int8(operation, u, mask, *weights).name == "reference":
         return reference.int8_expert_ffn(u, mask, *weights)
     return cpu_brgemm.expert_ffn(u, mask, weights, int8=True, skips=active < mask.shape[-1])
 
 
-def _as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Return `tensors` in the dtype of autocast, if it is on; neither the compiler nor a kernel sees autocast."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -235,16 +243,16 @@ def _ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, active: int, wei
     if backend.name == "reference" and (not backend.recorded or wants_gradient(u, mask, *weights)):
         return reference.expert_ffn(u, mask, *weights)
     if backend.name == "triton" or torch.compiler.is_compiling():
-        u, *converted = _as_autocast(u, *weights)
+        u, *converted = as_autocast(u, *weights)
         weights = FFNWeights(*converted)
     elif backend.name == "cpu":
-        (u,) = _as_autocast(u)  # the kernel converts weights when it packs them
+        (u,) = as_autocast(u)  # the kernel converts weights when it packs them
     if backend.recorded:
         return torch.ops.actvar_kernels.expert_ffn(u, mask, active, *weights)
-    return _run_ffn(backend, u, mask, weights)
+    return run_ffn(backend, u, mask, weights)
 
 
-def _run_ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, weights: FFNWeights) -> torch.Tensor:
+def run_ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, weights: FFNWeights) -> torch.Tensor:
     """Run the FFN on a backend."""
     if backend.name == "reference":
         return reference.expert_ffn(u, mask, *weights)
@@ -275,7 +283,7 @@ def _expert_ffn(
     fc2_bias: torch.Tensor,
 ) -> torch.Tensor:
     weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    return _run_ffn(_choose("expert_ffn", u, mask, weights), u, mask, weights)
+    return run_ffn(_choose("expert_ffn", u, mask, weights), u, mask, weights)
 
 
 @_expert_ffn.register_fake
@@ -311,7 +319,7 @@ def _expert_ffn_scatter(
         _scatter_on_triton(out, index, source, u, mask, weights, gamma, schedule)
         return
     rows = source.rows(index) if isinstance(source, Residual) else source
-    out.copy_(scatter_checked(out, index, rows, _run_ffn(backend, u, mask, weights), gamma))
+    out.copy_(scatter_checked(out, index, rows, run_ffn(backend, u, mask, weights), gamma))
 
 
 @_expert_ffn_scatter.register_fake

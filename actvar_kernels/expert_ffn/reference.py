@@ -44,6 +44,19 @@ def int8_expert_ffn(
     return quantized_linear(by_expert.flatten(-2), fc2_weight, fc2_bias)
 
 
+def static_ffn(
+    u: torch.Tensor,
+    units: int,
+    fc1_weight: torch.Tensor,
+    fc1_bias: torch.Tensor,
+    fc2_weight: torch.Tensor,
+    fc2_bias: torch.Tensor,
+) -> torch.Tensor:
+    """Return what `static.static_ffn` does, with the first `units` hidden units."""
+    hidden = F.gelu(F.linear(u, fc1_weight[:units], fc1_bias[:units]), approximate="tanh")
+    return F.linear(hidden, fc2_weight[:, :units], fc2_bias)
+
+
 def sort_key(mask: torch.Tensor) -> torch.Tensor:
     """Return keys by which tokens with the same experts come together.
 

@@ -14,3 +14,8 @@ class FFNWeights(NamedTuple):
     fc1_bias: torch.Tensor
     fc2_weight: torch.Tensor
     fc2_bias: torch.Tensor
+
+    def first(self, units: int) -> FFNWeights:
+        """Return views of the first `units` hidden units, which share memory and versions with these tensors."""
+        into, bias, out = self.fc1_weight[:units], self.fc1_bias[:units], self.fc2_weight[:, :units]
+        return FFNWeights(into, bias, out, self.fc2_bias)

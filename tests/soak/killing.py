@@ -23,9 +23,10 @@ from actvar import load_pretrained
 from actvar.evaluate.methods import chosen_methods, methods_of
 from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import ImageQuality, real_images
-from actvar.evaluate.run import Evaluation, Parts, evaluate
+from actvar.evaluate.run import Evaluation, evaluate
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many
+from actvar.utils.parts import Parts
 
 IMPORTED_ONCE = [
     "actvar.sampling.shards",

@@ -162,6 +162,10 @@ class ToyModel(nn.Module):
             x = block(x, condition, text, None, block_causal())
         return self.get_logits(x)
 
+    def scales(self) -> range:
+        """Return the numbers of the scales that are sampled."""
+        return range(len(MAPS))
+
     @torch.no_grad()
     def autoregressive_infer_cfg(self, B: int, label_B: Tensor, g_seed: int = 0, cfg: float = 1.5, **_) -> Tensor:
         """Return images `[B, 1, H, W]`."""
@@ -171,7 +175,7 @@ class ToyModel(nn.Module):
         try:
             for block in self.layers:
                 block.self_attention.caches = True
-            for scale in range(len(MAPS)):
+            for scale in self.scales():
                 inputs = codes.inputs(scale, features) if scale else None
                 logits = self.predict(scale, inputs, labels, cfg * scale / (len(MAPS) - 1))[:B]
                 tokens = logits.softmax(-1).flatten(0, 1).multinomial(1, generator=generator).view(B, -1)
@@ -207,6 +211,10 @@ class PatchedToy(nn.Module):
         with self.actvar.sampling(self, in_place=False):
             return super().autoregressive_infer_cfg(*args, **kwargs)
 
+    def scales(self):
+        left_out = 0 if self.actvar.rows_stand_alone else sum(scale.left_out for scale in self.actvar.schedule)
+        return super().scales()[: len(MAPS) - left_out]
+
     def predict(self, scale, inputs, labels, strength):
         guided = self.actvar.rows_stand_alone or self.actvar.schedule[scale].guided
         return super().predict(scale, inputs, labels, strength if guided else None)
@@ -222,7 +230,7 @@ def logits_by_scale(model: nn.Module, labels: Tensor, inputs: Tensor) -> Iterato
     try:
         for block in model.layers:
             ToyCache(block.self_attention).start()
-        for scale, scale_inputs in enumerate([None, *inputs.split(TOKENS[1:], dim=1)]):
+        for scale, scale_inputs in zip(model.scales(), [None, *inputs.split(TOKENS[1:], dim=1)], strict=False):
             yield scale, model.predict(scale, scale_inputs, labels, None)
     finally:
         for block in model.layers:
@@ -267,6 +275,9 @@ class ToyFamily(BaseFamily):
     has_between = True
     hidden_axes = {"feed_forward.up.weight": 0, "feed_forward.up.bias": 0, "feed_forward.down.weight": 1}
     weight_kinds = (("self_attention.into.", "qkv"), ("self_attention.out.", "proj"), ("feed_forward.", "ffn"))
+
+    def ends_early(self, _model: nn.Module) -> bool:
+        return True
 
     def mismatch(self, model: nn.Module) -> str | None:
         return None if isinstance(model, ToyModel) else "expected a ToyModel"

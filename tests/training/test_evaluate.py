@@ -17,8 +17,9 @@ from actvar.evaluate.precision_recall import precision_recall, radii
 from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import ImageQuality, RealImages, real_images
 from actvar.evaluate.report import Mean, Report, save_quality_plot
-from actvar.evaluate.run import Evaluation, Parts, Result, evaluate, image_seconds
+from actvar.evaluate.run import Evaluation, Result, evaluate, image_seconds
 from actvar.patching.patch import patched_silently, unpatched
+from actvar.utils.parts import Parts
 from actvar.zoo import load_feature_network, pretrained
 
 

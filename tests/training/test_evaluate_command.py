@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -40,14 +41,21 @@ def test_the_command_measures_the_bundled_model(images_folder, tmp_path, capsys)
     file, plot = tmp_path / "found.json", tmp_path / "plot.png"
     arguments = ["evaluate", "--model", "fashion-mnist", "--methods", "dense,best,skip@1"]
     arguments += ["--num", "20", "--batch", "10", "--rounds", "1", "--seeds", "2", "--data", str(images_folder)]
-    arguments += ["--json", str(file), "--plot", str(plot)]
+    arguments += ["--json", str(file), "--plot", str(plot), "--csv", str(tmp_path / "found.csv")]
+    arguments += ["--all-seeds", "dense,best"]
     main(arguments)
     found = json.loads(file.read_text())
     assert list(found["methods"]) == ["dense", "best", "skip@1"]
     for entry in found["methods"].values():
         assert {"fid", "is", "precision", "recall", "seconds", "flops", "kl", "interval"} <= entry.keys()
-        assert len(entry["by_seed"]) == 2
     dense, best, skip = found["methods"].values()
+    assert [len(entry["by_seed"]) for entry in (dense, best, skip)] == [2, 2, 1]
+    assert skip["interval"]["fid"] is None
+    with (tmp_path / "found.csv").open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert [row["method"] for row in rows] == list(found["methods"])
+    assert float(rows[2]["fid_minus_dense"]) == pytest.approx(skip["minus_dense"]["fid"]["mean"])
+    assert (rows[1]["seeds"], rows[2]["seeds"], rows[2]["fid_interval"], rows[2]["kl_8x8"]) == ("2", "1", "", "")
     assert dense["flops"] > best["flops"] > skip["flops"]
     assert dense["kl"]["8x8"] == 0 < best["kl"]["8x8"]
     assert skip["kl"]["8x8"] is None
@@ -131,6 +139,10 @@ def test_the_command_writes_images_of_other_models_for_openais_evaluator(tmp_pat
         (
             ["--var", "a.pth", "--vae", "b.pth", "--plot", "plot.png"],
             "--plot: quality is measured of the bundled model",
+        ),
+        (
+            ["--model", "fashion-mnist", "--methods", "dense", "--all-seeds", "best"],
+            "--all-seeds: expected some of --methods, got best",
         ),
         ([], "give either --model"),
     ],

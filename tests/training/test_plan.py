@@ -11,6 +11,7 @@ import torch
 from support.helpers import assert_same_fingerprint, fingerprint, make_tiny_var
 
 from actvar import ActVARConfig, Execution, apply_patch, load_adapter, remove_patch, save_adapter
+from actvar.calibrate import choices
 from actvar.calibrate import plan as planning
 from actvar.calibrate.curves import Curves
 from actvar.calibrate.fit import BlockFit
@@ -72,9 +73,10 @@ def test_wrong_goals_are_refused(fields, message):
 
 
 def test_times_are_those_that_were_measured_and_straight_lines_between():
-    times = ScaleTimes(by_tokens=[8.0, 7.0, 4.0], by_experts=[8.0, 6.0, 5.0])
+    times = ScaleTimes(by_tokens=[8.0, 7.0, 4.0], by_experts=[8.0, 6.0, 5.0], by_static=[8.0, 5.0, 3.0])
     assert [times.at(share, 1) for share in SHARES] == [8, 7, 4]
     assert [times.at(1, share) for share in SHARES] == [8, 6, 5]
+    assert [times.at(1, share, static=True) for share in SHARES] == [8, 5, 3]
     assert times.at(0.875, 1) == 7.5
     assert times.at(0.25, 1) == 1
     assert times.at(0.5, 0.75) == 3  # half of the tokens save half of what experts save
@@ -83,10 +85,10 @@ def test_times_are_those_that_were_measured_and_straight_lines_between():
 def sample_times(scales=(2, 3)):
     """Return times by which tokens and the end of guidance pay at both scales, and experts at the last one alone."""
     tables = {
-        (True, 2): ScaleTimes([2.0, 1.6, 1.2], [2.0, 2.1, 2.2]),
-        (True, 3): ScaleTimes([6.0, 4.8, 3.5], [6.0, 5.0, 4.1]),
-        (False, 2): ScaleTimes([1.0, 0.9, 0.7], [1.0, 1.1, 1.2]),
-        (False, 3): ScaleTimes([3.0, 2.5, 1.8], [3.0, 2.6, 2.1]),
+        (True, 2): ScaleTimes([2.0, 1.6, 1.2], [2.0, 2.1, 2.2], [2.0, 1.8, 1.7]),
+        (True, 3): ScaleTimes([6.0, 4.8, 3.5], [6.0, 5.0, 4.1], [6.0, 4.7, 3.4]),
+        (False, 2): ScaleTimes([1.0, 0.9, 0.7], [1.0, 1.1, 1.2], [1.0, 0.9, 0.9]),
+        (False, 3): ScaleTimes([3.0, 2.5, 1.8], [3.0, 2.6, 2.1], [3.0, 2.4, 1.7]),
     }
     return SampleTimes(20.0, {key: table for key, table in tables.items() if key[1] in scales})
 
@@ -99,12 +101,16 @@ def test_the_time_of_a_plan_is_what_its_blocks_and_scales_leave_of_the_accelerat
     assert times.predicted(replace(config, guidance_until=-1), MAPS, 2) == pytest.approx(
         20 - (6 - 3) / 2 - (6 - times.scales[False, 3].at(13 / 25, 1)) / 2
     )
+    static = ActVARConfig(token_rates=(1, 1), ffn_rate=(1, (1, 0.5)), num_experts=8, static_experts=True)
+    assert times.predicted(static, MAPS, 2) == pytest.approx(20 - (6 - 3.4) / 2)
+    assert times.predicted(replace(DENSE, scales_until=-1, guidance_until=-1), MAPS, 2) == pytest.approx(20 - 6)
+    assert SampleTimes.from_lists(json.loads(json.dumps(times.as_lists()))) == times
 
 
 def curves_of(tokens, seed):
     """Return losses that fall with every token and expert that is kept."""
     generator, curves = torch.Generator().manual_seed(seed), Curves(tokens, 4)
-    for name, count in (("update_lost", tokens), ("output_lost", 4)):
+    for name, count in (("update_lost", tokens), ("output_lost", 4), ("static_lost", 4)):
         parts = torch.rand(count, generator=generator, dtype=torch.float64) ** 3
         setattr(curves, name, torch.cat((parts.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64))))
     return curves
@@ -119,18 +125,22 @@ def test_plans_are_the_best_of_all_choices_at_their_time():
     ]
     sensitivity = [{2: (0.1, 0.02), 3: (0.3, 0.01)}, {2: (0.05, 0.2), 3: (0.1, 0.05)}]
     times, unguided = sample_times(), [0.0, 0.1, 0.2, 0.4]
-    plans = list(planning._fitted_plans(base, fits, sensitivity, times, planning.LEVERS, unguided))
+    fitted = choices.Fitted(base, fits, sensitivity, unguided, [6.0] * 4)
+    plans = list(choices.fitted_plans(fitted, times, choices.LEVERS))
     assert len({config.guidance_until for config, _ in plans}) == 4
-    for end in (None, -1):
+    assert {config.scales_until for config, _ in plans} == {None, -1, -2}
+    whole = [plan for plan in plans if plan[0].scales_until is None]
+    for end, static in itertools.product((None, -1), (False, True)):
         options = [
-            planning._options(base, fits, sensitivity, times, planning.LEVERS, scale, end is None or scale < 3)
-            for scale in (2, 3)
+            choices._options(fitted, times, choices.LEVERS, scale, end is None or scale < 3, static) for scale in (2, 3)
         ]
         blocks = [block for scale in options for block in scale]
         every = [(sum(o[0] for o in choice), sum(o[1] for o in choice)) for choice in itertools.product(*blocks)]
         lost = torch.tensor([loss for loss, _ in every])
         saved = torch.tensor([saving for _, saving in every])
-        for config, expected in (plan for plan in plans if plan[0].guidance_until == end):
+        meant = [plan for plan in whole if (plan[0].guidance_until, plan[0].static_experts) == (end, static)]
+        assert len(meant) > 3
+        for config, expected in meant:
             own = expected - (0.4 if end else 0.0)
             full = 20.0 - times.predicted(config, MAPS, 2) - (3.0 if end else 0.0)
             assert not ((saved >= full - 1e-6) & (lost < own - 1e-6)).any()
@@ -140,11 +150,11 @@ def test_levers_that_are_not_named_stay():
     base = ActVARConfig(num_experts=4)
     fits = [BlockFit(None, None, None, {2: curves_of(9, 1), 3: curves_of(25, 2)}, [])]
     sensitivity = [{2: (0.1, 0.02), 3: (0.3, 0.01)}]
-    plans = planning._fitted_plans(base, fits, sensitivity, sample_times(), ["tokens"], [0.0, 0.1, 0.2, 0.4])
-    for config, _ in plans:
-        assert config.guidance_until is None
+    fitted = choices.Fitted(base, fits, sensitivity, [0.0, 0.1, 0.2, 0.4], [6.0] * 4)
+    for config, _ in choices.fitted_plans(fitted, sample_times(), ["tokens"]):
+        assert (config.guidance_until, config.scales_until, config.static_experts) == (None, None, False)
         assert {rate for rates in config.ffn_rates for rate in rates} == {1.0}
-    with pytest.raises(ValueError, match="levers: expected some of tokens, experts, guidance, int8, got snap"):
+    with pytest.raises(ValueError, match=r"levers: expected some of .*, int8, static, scales, got snap"):
         planning.plan(make_tiny_var(), Goal(kl=1), ["tokens", "snap"])
 
 
