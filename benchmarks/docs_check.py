@@ -38,6 +38,7 @@ FILES = {
     "epyc-avx2": "benchmarks/results/amd-epyc-2-threads-avx2.csv",
     "h100": "benchmarks/results/nvidia-h100-80gb-hbm3.csv",
     "predicted-h100": "docs/evaluation/predicted-h100.json",
+    "predicted-infinity": "docs/evaluation/predicted-infinity-h100.json",
     "predicted-h100-before": "docs/evaluation/predicted-h100-before.json",
     "evaluation": "docs/evaluation/fashion-mnist-5000.json",
     "presets": "docs/evaluation/fashion-mnist-presets-avx2.json",

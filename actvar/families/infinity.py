@@ -45,8 +45,10 @@ class InfinityFamily(NamedLayersFamily):
     leaves_out_guidance = True
     has_between = True
     weight_kinds: Sequence[tuple[str, str]] = (
+        ("text_proj_for", "text"),
         (".sa.mat_qkv.", "qkv"),
         (".sa.proj.", "proj"),
+        (".ca.", "cross"),
         (".ffn.", "ffn"),
         ("ada_lin.", "adaln"),
         ("head.", "head"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from support.helpers import make_tiny_var
@@ -251,7 +253,9 @@ def test_another_family_leaves_out_guidance_too(toy, config):
     assert [len(logits) for logits in found] == [6, 6, 3, 3]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours[:3], theirs[:3], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(toy(LABELS, inputs), torch.cat([logits[:3] for logits in expected], 1))
+    ours, theirs = toy(LABELS, inputs), torch.cat([logits[:3] for logits in expected], 1)
+    exact = copy.deepcopy(toy).double()(LABELS, inputs.double())
+    assert (ours - exact).abs().max() <= 4 * (theirs - exact).abs().max()
     first = toy.autoregressive_infer_cfg(3, LABELS, g_seed=1)
     assert torch.equal(toy.autoregressive_infer_cfg(3, LABELS, g_seed=1), first)
 

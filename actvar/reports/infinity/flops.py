@@ -9,24 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from actvar.config import DENSE, ActVARConfig
+from actvar.families import family_of
 from actvar.flops import CountByModule, StepFlops, TextSize, formula_flops, without_weights
 from actvar.models import Infinity
 from actvar.models.infinity.layers import hidden_of
 from actvar.models.infinity.schedules import Schedule
 from actvar.sparse.state import is_patched
 from actvar_kernels.backend import using_backend
-
-WEIGHT_KINDS = (
-    ("text_proj_for", "text"),
-    (".sa.mat_qkv.", "qkv"),
-    (".sa.proj.", "proj"),
-    (".ca.", "cross"),
-    (".ffn.", "ffn"),
-    ("ada_lin.", "adaln"),
-    ("head.", "head"),
-    ("word_embed.", "head"),
-)
-"""Parts of parameter names, each with the field of `StepFlops` that counts such a weight's product."""
 
 
 def infinity_flops(
@@ -71,8 +60,8 @@ def counted_infinity_flops(infinity: Any, schedule: Schedule, batch: int, text_t
         infinity, schedule, batch, text_tokens: as in `infinity_flops`.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model = without_weights(infinity, mode, infinity.vae_proxy[0])
-    counts = CountByModule(model, WEIGHT_KINDS)
+    model = without_weights(infinity, mode, family_of(infinity).autoencoder(infinity))
+    counts = CountByModule(model, family_of(infinity).weight_kinds)
     counter = FlopCounterMode(display=False, custom_mapping=counts.formulas())
     steps: list[StepFlops] = []
     model.head.register_forward_hook(lambda *_: steps.append(counts.take()))  # the last product of a scale
@@ -86,7 +75,7 @@ def counted_infinity_flops(infinity: Any, schedule: Schedule, batch: int, text_t
 @torch.no_grad()
 def decoder_flops(infinity: Infinity, schedule: Schedule) -> int:
     """Return the FLOPs of decoding one image by torch's counter, for a tokenizer on the meta device."""
-    tokenizer, (_, h, w) = infinity.vae_proxy[0], infinity.tokenizer_schedule(schedule)[-1]
+    tokenizer, (_, h, w) = family_of(infinity).autoencoder(infinity), infinity.tokenizer_schedule(schedule)[-1]
     with FlopCounterMode(display=False) as counter:
         infinity.decode(torch.empty(1, tokenizer.bits, h, w, device="meta"))
     return counter.get_total_flops()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from actvar.config import DENSE, ActVARConfig
+from actvar.families import family_of
 from actvar.models import Infinity
 from actvar.models.infinity.layers import hidden_of
 from actvar.models.infinity.schedules import Schedule
@@ -29,7 +30,7 @@ def memory_by_part(
         schedule, batch, text_tokens, config: as in `infinity_flops`.
         width: bytes of a number in the blocks; numbers outside of them have four.
     """
-    C, depth = infinity.C, infinity.depth
+    C, depth, tokenizer = infinity.C, infinity.depth, family_of(infinity).autoencoder(infinity)
     blocks = sum(parameter.numel() for block in infinity.unregistered_blocks for parameter in block.parameters())
     around = sum(parameter.numel() for parameter in infinity.parameters()) - blocks
     plans = {"dense": _plans(DENSE, schedule, depth), "own": _plans(config, schedule, depth)}
@@ -37,7 +38,7 @@ def memory_by_part(
     return {
         "weights of the blocks": width * blocks,
         "other weights of the transformer": 4 * around,
-        "weights of the tokenizer": sum(parameter.nbytes for parameter in infinity.vae_proxy[0].parameters()),
+        "weights of the tokenizer": sum(parameter.nbytes for parameter in tokenizer.parameters()),
         "K/V as the public code keeps them": max(keys["dense"]) * C * (4 + width),
         "K/V of all scales": max(keys["own"]) * C * 2 * width,
         "K/V without the last scale's": max(keys["own"][:-1], default=0) * C * 2 * width,
@@ -76,6 +77,6 @@ def _activations(plan: Sequence[Scale], batch: int, C: int, width: int) -> int:
 @torch.no_grad()
 def decoder_bytes(infinity: Infinity, schedule: Schedule, batch: int) -> int:
     """Return the most bytes that the decoder's operators have at once, for a tokenizer on the meta device."""
-    tokenizer, (_, h, w) = infinity.vae_proxy[0], infinity.tokenizer_schedule(schedule)[-1]
+    tokenizer, (_, h, w) = family_of(infinity).autoencoder(infinity), infinity.tokenizer_schedule(schedule)[-1]
     features = torch.empty(batch, tokenizer.bits, h, w, device="meta")
     return peak_live_bytes(lambda: infinity.decode(features))
