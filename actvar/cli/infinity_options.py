@@ -60,7 +60,7 @@ def expect_both(options: argparse.Namespace) -> None:
 
 def first_given(options: argparse.Namespace, names: Sequence[str]) -> str | None:
     """Return the first option of `names` that is given, with its dashes."""
-    return next((f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None), None)
+    return next((f"--{name.replace('_', '-')}" for name in names if getattr(options, name, None) is not None), None)
 
 
 def describe_size(options: argparse.Namespace, default: str = DEFAULT_SIZE) -> str:

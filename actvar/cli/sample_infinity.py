@@ -14,12 +14,12 @@ from actvar.models.checkpoint import sizes_of_files
 from actvar.sampling.text_request import TextSampling
 from actvar.text import DEFAULT_ENCODER, MOST_TOKENS, FeatureCache, default_folder
 
-OF_CLASSES = ("model", "var", "vae", "labels", "per_class", "preset")
+OF_CLASSES = ("model", "var", "vae", "label", "labels", "per_class", "preset")
 OF_TEXTS = ("tokenizer", "prompt", "prompts", "pn", "aspect", "tau", "text_encoder")
 
 
 def add_infinity(command: argparse.ArgumentParser) -> None:
-    """Add the options for Infinity to the parser of `sample`."""
+    """Add the options for Infinity to a command's parser."""
     texts = command.add_argument_group("Infinity: images of texts")
     add_checkpoints(texts)
     texts.add_argument("--prompt", action="append", help="a text, of which an image is drawn; give it for each image")
@@ -53,21 +53,22 @@ def is_of_texts(options: argparse.Namespace) -> bool:
 def request_of_texts(options: argparse.Namespace) -> TextSampling:
     """Return the request of the options, without features.
 
-    With --num it has one seed, from which those of all images follow. Otherwise every image has the seed of --seed, so
-    it is that of a sample of its prompt alone.
+    With --num it has one seed, from which those of all images follow. Otherwise, and in commands without that option,
+    every image has the seed of --seed, so it is that of a sample of its prompt alone.
 
     Raises:
         ValueError: no prompts, a file that has none, or numbers out of their range.
     """
     prompts = _prompts(options)
-    if not options.num and len(prompts) > MOST_AT_ONCE:
+    num = getattr(options, "num", None)
+    if not num and len(prompts) > MOST_AT_ONCE:
         raise ValueError(f"--prompts: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
     numbers = {name: getattr(options, name) for name in ("cfg", "tau", "top_k", "top_p")}
     return TextSampling(
         prompts,
         tuple(range(len(prompts))),
         schedule_of(options),
-        seed=options.seed if options.num else (options.seed,) * len(prompts),
+        seed=options.seed if num else (options.seed,) * len(prompts),
         **{name: value for name, value in numbers.items() if value is not None},
     )
 

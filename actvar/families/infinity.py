@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actvar.families.base import ATTENTION, FFN, PROJECTION, BlockCall, Called, Rows, Sizes
+from actvar.families.base import ATTENTION, FFN, PROJECTION, BlockCall, Called, OnScale, Rows, Sizes
 from actvar.families.infinity_mixin import PatchedInfinity
 from actvar.families.layers import ffn_called, linear_called, module_called, weight_called
 from actvar.families.named_layers import NamedLayersFamily, mismatch_of_blocks
@@ -96,6 +97,22 @@ class InfinityFamily(NamedLayersFamily):
 
     def autoencoder(self, model: Any) -> Any:
         return model.vae_proxy[0]
+
+    @contextmanager
+    def watch_scales(self, model: Any, on_scale: OnScale) -> Iterator[None]:
+        """Call `on_scale` after every scale; tokens are None, since bits are drawn."""
+        add_scale = model.add_scale
+
+        def add_and_call(scale: int, features: Tensor, bits: Tensor) -> Tensor:
+            features = add_scale(scale, features, bits)
+            on_scale(scale, None, features)
+            return features
+
+        model.add_scale = add_and_call
+        try:
+            yield
+        finally:
+            del model.add_scale
 
     def finetuned_names(self, model: Any) -> list[str]:
         """Return the names of the parameters of self-attention, FFN and head; not of AdaLN, norms and texts."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from actvar.families.base import BlockCall, Rows
+from actvar.families.base import BlockCall, OnScale, Rows
 from actvar.families.infinity import InfinityFamily
 from actvar.families.infinity_mixin import maps_of
 from actvar.families.kv_cache import AttentionCache
@@ -126,6 +126,11 @@ class PublicInfinityFamily(InfinityFamily):
 
     def autoencoder(self, model: Any) -> Any:
         raise TypeError("expected an actvar.models.Infinity, which holds its tokenizer; the public class holds none")
+
+    def watch_scales(self, model: Any, on_scale: OnScale) -> AbstractContextManager[None]:
+        raise TypeError(
+            "expected an actvar.models.Infinity, whose scales can be watched; the public loop is one method"
+        )
 
     # the block
 

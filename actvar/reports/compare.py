@@ -14,7 +14,7 @@ from torch import nn
 from actvar.config import DENSE, ActVARConfig
 from actvar.execution import Execution
 from actvar.families import family_of
-from actvar.flops import counted_flops, model_flops, total_flops
+from actvar.flops import StepFlops, counted_flops, model_flops, total_flops
 from actvar.models.arguments import checked_integer
 from actvar.patching.patch import patched_silently, unpatched
 from actvar.reports.infinity.flops import counted_infinity_flops, infinity_flops
@@ -173,9 +173,18 @@ def transformer_flops(var: nn.Module, sampling: Sampling | TextSampling) -> tupl
     """
     images = len(sampling.labels)
     if isinstance(sampling, TextSampling):
-        sizes = sampling.schedule, images, sampling.text_tokens
-        return total_flops(infinity_flops(var, *sizes)), total_flops(counted_infinity_flops(var, *sizes))
-    return total_flops(model_flops(var, images)), total_flops(counted_flops(var, images))
+        counted = counted_infinity_flops(var, sampling.schedule, images, sampling.text_tokens)
+    else:
+        counted = counted_flops(var, images)
+    return total_flops(flops_by_scale(var, sampling)), total_flops(counted)
+
+
+def flops_by_scale(var: nn.Module, sampling: Sampling | TextSampling) -> list[StepFlops]:
+    """Return the FLOPs of a model's transformer at each scale by formula, for the images of a request."""
+    images = len(sampling.labels)
+    if isinstance(sampling, TextSampling):
+        return infinity_flops(var, sampling.schedule, images, sampling.text_tokens)
+    return model_flops(var, images)
 
 
 def all_ways(var: nn.Module, measure: Callable[[], Measured]) -> dict[str, Callable[[], Measured]]:

@@ -62,7 +62,7 @@ def test_tokens_experts_and_loads_are_those_of_the_recorder(tiny_var, inspection
     assert data == explorer_data(inspection)
     with patched_silently(tiny_var, CONFIG, None), record(tiny_var) as records:
         SAMPLING.run(tiny_var)
-    assert [(scale["step"], scale["side"]) for scale in data["scales"]] == [(3, 3), (4, 5)]
+    assert [(scale["step"], scale["height"], scale["width"]) for scale in data["scales"]] == [(3, 3, 3), (4, 5, 5)]
     of_page = {(s["step"] - 1, block): b for s in data["scales"] for block, b in enumerate(s["blocks"])}
     assert (len(of_page), len(records)) == (4, 3)
     for of_block in records:

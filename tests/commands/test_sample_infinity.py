@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,22 @@ def test_a_t5_of_transformers_encodes_the_prompts(files, tmp_path, monkeypatch):
     infinity = actvar.load_infinity(files / "model.pth", files / "tokenizer.pth")[1]
     image = infinity.sample(*actvar.TextEncoder(t5)(["a cat"]), SCHEDULE, g_seed=0)
     assert np.array_equal(pixels(tmp_path / "out" / "dense-00000.png"), pixel_values(image)[0].permute(1, 2, 0))
+
+
+def test_inspect_shows_the_choices_on_maps_that_are_not_square(files, stand_in, tmp_path):
+    out = tmp_path / "page.html"
+    source = ["--infinity", str(files / "model.pth"), "--tokenizer", str(files / "tokenizer.pth"), "--quiet"]
+    drawn = ["--prompt", "a <cat>", *SMALL, "--repeats", "1", "--device", "cpu"]
+    main(["inspect", *source, *drawn, "--out", str(out)])
+    text = out.read_text()
+    assert "a &lt;cat&gt;" in text
+    assert text.count("data:image/png") == 2 * len(SCHEDULE)
+    data = json.loads(re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', text, re.DOTALL)[1])
+    assert [(scale["height"], scale["width"]) for scale in data["scales"]] == [tuple(s[1:]) for s in SCHEDULE[-2:]]
+    for scale in data["scales"]:
+        tokens = scale["height"] * scale["width"]
+        assert all(len(block["kept"]) == int(0.75 * tokens + 0.5) for block in scale["blocks"])
+        assert max(max(block["kept"]) for block in scale["blocks"]) >= 0.75 * tokens
 
 
 def refused(capsys: pytest.CaptureFixture[str], call, *arguments: str) -> str:

@@ -176,7 +176,7 @@ class Infinity(nn.Module):
                 logits = self.guided_logits(scale, x, condition, draw)
                 drawn = self.draw_bits(scale, logits.view(B, -1, 2), draw, rng)
                 bits.append(self.as_bits(drawn.view(B, *schedule[scale][1:], -1)))
-                features += resized(self.vae_proxy[0].quantizer.lfq.to_codes(bits[-1]), sizes[-1])
+                features = self.add_scale(scale, features, bits[-1])
                 if scale + 1 < len(schedule):
                     inputs = self.as_tokens(resized(features, sizes[scale + 1]))
         images = self.decode(features).add_(1).mul_(0.5)
@@ -261,15 +261,12 @@ class Infinity(nn.Module):
             return guided(self.get_logits(x, condition.pooled).mul(factor), draw.cfg[scale])
         return self.get_logits(x[:rows], condition.pooled[:rows]).mul(factor)
 
-    def draw_bits(self, scale: int, logits: torch.Tensor, draw: Draw, rng: Randomness) -> torch.Tensor:
-        """Return bits `[B, N]` int64 of logits `[B, N, 2]`.
+    def add_scale(self, scale: int, features: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+        """Return the sum of codes `[B, bits, height, width]` with those of a scale's bits `[B, h, w, bits]`."""
+        return features.add_(resized(self.vae_proxy[0].quantizer.lfq.to_codes(bits), features.shape[2:]))
 
-        Args:
-            scale: number of the scale.
-            logits: of the values 0 and 1 of every bit; they may change.
-            draw: has the filters.
-            rng: as in `sample_top_k_top_p`.
-        """
+    def draw_bits(self, scale: int, logits: torch.Tensor, draw: Draw, rng: Randomness) -> torch.Tensor:
+        """Return bits `[B, N]` int64 of the logits of 0 and 1 `[B, N, 2]`, which may change."""
         return sample_top_k_top_p(logits, draw.top_k, draw.top_p, rng)
 
     def get_logits(self, x: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:

@@ -16,45 +16,47 @@ function element(parent, name, attributes = {}, text = null) {
   return made;
 }
 
-function place(token, side) {
-  return { x: token % side, y: Math.floor(token / side) };
+function place(token, scale) {
+  return { x: token % scale.width, y: Math.floor(token / scale.width) };
 }
 
 /* How many blocks updated each token. */
 function timesUpdated(scale) {
-  const times = new Array(scale.side ** 2).fill(0);
+  const times = new Array(scale.height * scale.width).fill(0);
   for (const block of scale.blocks) for (const token of block.kept) times[token] += 1;
   return times;
 }
 
 function drawStage() {
-  const scale = scaleNow(), block = blockNow(), side = scale.side, depth = scale.blocks.length;
+  const scale = scaleNow(), block = blockNow(), depth = scale.blocks.length;
+  const { height, width } = scale, tokens = height * width;
   const stage = byId("stage");
   stage.replaceChildren();
-  stage.setAttribute("viewBox", `0 0 ${side} ${side}`);
+  stage.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  stage.style.aspectRatio = `${width} / ${height}`;
   const picture = byId(`actvar-${scale.step}`).getAttribute("src");
-  element(stage, "image", { href: picture, width: side, height: side, preserveAspectRatio: "none" });
+  element(stage, "image", { href: picture, width, height, preserveAspectRatio: "none" });
   const cell = (token, attributes) => {
-    const { x, y } = place(token, side);
+    const { x, y } = place(token, scale);
     return element(stage, "rect", { x: x + 0.03, y: y + 0.03, width: 0.94, height: 0.94, ...attributes });
   };
   if (state.view === "block") {
     const kept = new Set(block.kept);
-    for (let token = 0; token < side ** 2; token++)
+    for (let token = 0; token < tokens; token++)
       cell(token, { class: kept.has(token) ? "kept" : "left", "data-token": token });
     byId("caption").textContent =
-      `Block ${state.block} of ${depth}: ${block.kept.length} of ${side ** 2} tokens updated` +
+      `Block ${state.block} of ${depth}: ${block.kept.length} of ${tokens} tokens updated` +
       (block.experts === null ? ", all experts." : `, ${countOn(block.experts[0])} of ${data.experts} experts each.`);
   } else {
     const times = timesUpdated(scale);
     times.forEach((count, token) => {
       if (count) cell(token, { class: "kept", "data-token": token, style: `fill-opacity:${(0.65 * count) / depth}` });
-      const { x, y } = place(token, side);
+      const { x, y } = place(token, scale);
       element(stage, "text", { x: x + 0.5, y: y + 0.5 }, count);
     });
     const reached = times.filter((count) => count > 0).length;
     byId("caption").textContent =
-      `In how many of ${depth} blocks each token was updated; together they reach ${reached} of ${side ** 2}.`;
+      `In how many of ${depth} blocks each token was updated; together they reach ${reached} of ${tokens}.`;
   }
   if (state.token !== null) cell(state.token, { class: "chosen" });
 }
@@ -71,7 +73,7 @@ function chosenExperts() {
 }
 
 function drawToken() {
-  const { x, y } = place(state.token, scaleNow().side);
+  const { x, y } = place(state.token, scaleNow());
   if (state.token === null) byId("token").textContent = "";
   else if (!blockNow().kept.includes(state.token))
     byId("token").textContent = `Row ${y + 1}, column ${x + 1}: this block left it as it was.`;
@@ -83,7 +85,7 @@ function drawToken() {
 }
 
 function drawMaps() {
-  const block = blockNow(), side = scaleNow().side, maps = byId("maps"), chosen = chosenExperts() ?? [];
+  const block = blockNow(), scale = scaleNow(), maps = byId("maps"), chosen = chosenExperts() ?? [];
   maps.replaceChildren();
   if (block.experts === null) {
     element(maps, "p", {}, "This block's FFN is dense at this token map: every expert works on every updated token.");
@@ -92,13 +94,13 @@ function drawMaps() {
   for (let expert = 0; expert < data.experts; expert++) {
     const path = { on: "", off: "" };
     block.kept.forEach((token, at) => {
-      const { x, y } = place(token, side);
+      const { x, y } = place(token, scale);
       path[block.experts[at][expert] === "1" ? "on" : "off"] += `M${x + 0.04} ${y + 0.04}h.92v.92h-.92z`;
     });
     const figure = element(maps, "figure", chosen.includes(expert + 1) ? { class: "chosen" } : {});
     const load = `${Math.round(100 * block.load[expert])} %`;
     const svg = element(figure, "svg", {
-      viewBox: `0 0 ${side} ${side}`, role: "img", "aria-label": `expert ${expert + 1}, on at ${load} of the updated tokens`,
+      viewBox: `0 0 ${scale.width} ${scale.height}`, role: "img", "aria-label": `expert ${expert + 1}, on at ${load} of the updated tokens`,
     });
     for (const kind of ["off", "on"]) element(svg, "path", { class: kind, d: path[kind] });
     const caption = element(figure, "figcaption");
@@ -153,16 +155,16 @@ function start() {
   for (const scale of data.scales) {
     const label = element(byId("scales"), "label");
     element(label, "input", { type: "radio", name: "scale", value: scale.step });
-    element(label, "span", {}, `${scale.side}×${scale.side}`);
+    element(label, "span", {}, `${scale.height}×${scale.width}`);
   }
   byId("scales").addEventListener("change", (event) => change({ step: Number(event.target.value), token: null }));
   byId("views").addEventListener("change", (event) => change({ view: event.target.value }));
   byId("block").addEventListener("input", (event) => change({ block: Number(event.target.value) }));
   byId("stage").addEventListener("click", (event) => {
-    const box = byId("stage").getBoundingClientRect(), side = scaleNow().side;
-    const [x, y] = [event.clientX - box.left, event.clientY - box.top].map((at, axis) =>
-      Math.max(0, Math.min(side - 1, Math.floor((side * at) / (axis ? box.height : box.width)))));
-    change({ token: y * side + x });
+    const box = byId("stage").getBoundingClientRect(), { height, width } = scaleNow();
+    const cell = (at, length, cells) => Math.max(0, Math.min(cells - 1, Math.floor((cells * at) / length)));
+    const x = cell(event.clientX - box.left, box.width, width), y = cell(event.clientY - box.top, box.height, height);
+    change({ token: y * width + x });
   });
   window.addEventListener("hashchange", () => { readAddress(); draw(); });
   readAddress();

@@ -54,7 +54,7 @@ def page(inspection: Inspection, title: str, facts: Sequence[str]) -> str:
         data=data,
         summary=_summary(inspection),
         film=_film(inspection),
-        last=len(inspection.sides),
+        last=len(inspection.maps),
         depth=inspection.blocks,
         flops=_bars(_step_names(inspection), _flops_by_step(inspection), 3),
         seconds=_bars([*_step_names(inspection), "decoder"], _milliseconds(inspection), 1),
@@ -64,7 +64,8 @@ def page(inspection: Inspection, title: str, facts: Sequence[str]) -> str:
 def explorer_data(inspection: Inspection) -> dict[str, object]:
     """Return the choices of the blocks, JSON-compatible.
 
-    `experts` is their number N. `scales` has `step` (from 1), `side` and `blocks` of each active scale. Each block has:
+    `experts` is their number N. `scales` has `step` (from 1), `height`, `width` and `blocks` of each active scale. Each
+    block has:
 
     - `kept`: the tokens that it updated, in order;
     - `experts`: for each kept token a text of N characters, "1" for an expert that is on; null where the FFN is dense;
@@ -76,9 +77,10 @@ def explorer_data(inspection: Inspection) -> dict[str, object]:
         "scales": [
             {
                 "step": scale + 1,
-                "side": inspection.sides[scale],
+                "height": inspection.maps[scale][0],
+                "width": inspection.maps[scale][1],
                 "blocks": [
-                    _block_data(records.get((scale, block)), inspection.sides[scale] ** 2)
+                    _block_data(records.get((scale, block)), math.prod(inspection.maps[scale]))
                     for block in range(inspection.blocks)
                 ],
             }
@@ -112,7 +114,7 @@ def _summary(inspection: Inspection) -> str:
                 f"{flops['actvar'] / 1e9:.2f} of {flops['dense'] / 1e9:.2f} GFLOP",
             ),
             ("Speed-up", gain["dense"], f"over dense; {gain['accelerated']} over dense on the same kernels"),
-            ("Sparse steps", f"{len(active)} of {len(inspection.sides)}", _share_of_dense(inspection, active)),
+            ("Sparse steps", f"{len(active)} of {len(inspection.maps)}", _share_of_dense(inspection, active)),
         )
     )
 
@@ -126,7 +128,7 @@ def _film(inspection: Inspection) -> str:
     """Return a figure per scale with the image so far, dense and with ActVAR."""
     active = {record.scale.index for record in inspection.records}
     figures = []
-    for scale, side in enumerate(inspection.sides):
+    for scale, (height, width) in enumerate(inspection.maps):
         images = "".join(
             f'<div><img id="{name}-{scale + 1}" src="{_data_uri(inspection.images[name][scale])}" '
             f'alt="{NAMES[name]}, after step {scale + 1}"><span>{NAMES[name]}</span></div>'
@@ -134,7 +136,7 @@ def _film(inspection: Inspection) -> str:
         )
         sparse = " <em>sparse</em>" if scale in active else ""
         figures.append(
-            f"<figure><figcaption><b>{side}×{side}</b> step {scale + 1}{sparse}</figcaption>"
+            f"<figure><figcaption><b>{height}×{width}</b> step {scale + 1}{sparse}</figcaption>"
             f"<div>{images}</div></figure>"
         )
     return "".join(figures)
@@ -149,7 +151,7 @@ def _data_uri(image: torch.Tensor) -> str:
 
 
 def _step_names(inspection: Inspection) -> list[str]:
-    return [f"{side}×{side}" for side in inspection.sides]
+    return [f"{height}×{width}" for height, width in inspection.maps]
 
 
 def _flops_by_step(inspection: Inspection) -> dict[str, list[float]]:

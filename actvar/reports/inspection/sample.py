@@ -10,12 +10,13 @@ import torch
 
 from actvar.config import ActVARConfig
 from actvar.families import blocks_of, family_of
-from actvar.flops import StepFlops, model_flops
-from actvar.models import VAR
+from actvar.flops import StepFlops
+from actvar.models import VAR, Infinity
 from actvar.models.arguments import checked_integer
 from actvar.patching.patch import patched_silently
-from actvar.reports.compare import all_ways
+from actvar.reports.compare import all_ways, flops_by_scale
 from actvar.sampling.request import Sampling
+from actvar.sampling.text_request import TextSampling
 from actvar.sampling.timing import interleaved_seconds, step_seconds
 from actvar.sparse.state import BlockRecord, record
 from actvar.utils.progress import progress
@@ -31,7 +32,7 @@ class Inspection:
     Args:
         sampling: the request.
         config: of ActVAR.
-        sides: of the token maps, by scale.
+        maps: height and width of the token map of every scale.
         blocks: number of blocks.
         images: decoded after each of the S scales, `[S, C, H, W]` float32 in [0, 1].
         records: choices of the blocks for the image's conditional row.
@@ -39,9 +40,9 @@ class Inspection:
         seconds: medians by scale, with the decoder's last.
     """
 
-    sampling: Sampling
+    sampling: Sampling | TextSampling
     config: ActVARConfig
-    sides: tuple[int, ...]
+    maps: tuple[tuple[int, int], ...]
     blocks: int
     images: dict[str, torch.Tensor]
     records: list[BlockRecord]
@@ -50,7 +51,11 @@ class Inspection:
 
 
 def inspect_sample(
-    var: VAR, config: ActVARConfig, adapter: str | Path | None, sampling: Sampling, repeats: int
+    var: VAR | Infinity,
+    config: ActVARConfig,
+    adapter: str | Path | None,
+    sampling: Sampling | TextSampling,
+    repeats: int,
 ) -> Inspection:
     """Draw one image, and measure every step.
 
@@ -69,21 +74,21 @@ def inspect_sample(
     if len(sampling.labels) != 1:
         raise ValueError(f"sampling: expected one image to look at, got {len(sampling.labels)} labels")
     images = {"dense": _images_by_scale(var, sampling)}
-    flops = {"dense": model_flops(var, 1)}
+    flops = {"dense": flops_by_scale(var, sampling)}
     with patched_silently(var, config, adapter):
         with record(var) as records:
             images["actvar"] = _images_by_scale(var, sampling)
-        flops["actvar"] = model_flops(var, 1)
+        flops["actvar"] = flops_by_scale(var, sampling)
         ways = all_ways(var, lambda: step_seconds(var, lambda: sampling.run(var)))
         runs = interleaved_seconds(ways, repeats, "timing steps")
     seconds = {name: [statistics.median(step) for step in zip(*steps, strict=True)] for name, steps in runs.items()}
     image_records = [block_record.only([0]) for block_record in records]
-    sides = tuple(height for height, _ in family_of(var).maps(var))
-    return Inspection(sampling, config, sides, len(blocks_of(var)), images, image_records, flops, seconds)
+    maps = sampling.maps(var)
+    return Inspection(sampling, config, maps, len(blocks_of(var)), images, image_records, flops, seconds)
 
 
 @torch.no_grad()
-def _images_by_scale(var: VAR, sampling: Sampling) -> torch.Tensor:
+def _images_by_scale(var: VAR | Infinity, sampling: Sampling | TextSampling) -> torch.Tensor:
     features: list[torch.Tensor] = []
     with family_of(var).watch_scales(var, lambda _scale, _tokens, image: features.append(image.clone())):
         sampling.run(var)
