@@ -23,7 +23,7 @@ NOT_RUN = {
     r"var_d16\.pth|infinity_2b_reg\.pth|^source=|\$source": "it needs an official checkpoint, which is a download",
     r"--num 50000": "it draws for an hour",
     r"mine\.safetensors|gpu\.json": "it reads a file that the reader made",
-    r"ACTVAR_PUBLIC_VAR": "it needs the public code, which is a download",
+    r"ACTVAR_PUBLIC_(VAR|INFINITY)": "it needs the public code, which is a download",
     r"actvar_kernels\.tools\.tune": "it needs a GPU",
     r"actvar demo": "it serves a page until Ctrl-C",
     r"actvar bench": "it measures time, and its exit code is that of the measurement",

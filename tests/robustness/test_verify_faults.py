@@ -17,6 +17,7 @@ import actvar.patching.patch
 import actvar.sparse.block
 import actvar.sparse.selection
 import actvar_kernels
+from actvar.verify.comparisons import CALLERS
 from actvar.verify.operations import OPERATIONS
 from actvar_kernels import backend, get_backend, normalize_modulate
 from actvar_kernels.backend import using_backend
@@ -139,9 +140,10 @@ def break_backend(monkeypatch) -> Callable[[str, Callable], Callable]:
 
             return call
 
-        for name in OPERATIONS:
-            caller = actvar.sparse.block if hasattr(actvar.sparse.block, name) else actvar.sparse.selection
-            monkeypatch.setattr(caller, name, as_triton(getattr(caller, name)))
+        for caller in CALLERS:
+            for name in OPERATIONS:
+                if hasattr(caller, name):
+                    monkeypatch.setattr(caller, name, as_triton(getattr(caller, name)))
         monkeypatch.setattr(actvar.families.var_mixin, "normalize_modulate", as_triton(normalize_modulate))
 
         def load(dtype: torch.dtype) -> torch.nn.Module:
