@@ -14,7 +14,7 @@ from actvar.families.infinity_mixin import PatchedInfinity
 from actvar.families.layers import ffn_called, linear_called, module_called, weight_called
 from actvar.families.named_layers import NamedLayersFamily, mismatch_of_blocks
 from actvar.models.infinity import Infinity, scale_schedule
-from actvar.models.infinity.layers import BlockContext, InfinityBlock, RotarySelfAttention, query_scale
+from actvar.models.infinity.layers import BlockContext, InfinityBlock, RotarySelfAttention, query_scale, widened
 from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import rotate_heads
@@ -151,7 +151,7 @@ class InfinityFamily(NamedLayersFamily):
         return (block.ada_gss + cond).unbind(2)
 
     def layer_dtype(self, block: Any) -> torch.dtype | None:
-        return block.ffn.fc1.weight.dtype
+        return block.sa.q_bias.dtype
 
     def project(
         self,
@@ -178,9 +178,12 @@ class InfinityFamily(NamedLayersFamily):
 
     def between_norm(self, block: Any, rows: int) -> AdaLN:
         weight, bias = block.ca_norm.weight, block.ca_norm.bias
-        parts = once_on_gpu(
-            (weight, bias), "as AdaLN", lambda: torch.stack((torch.ones_like(weight), weight - 1, bias)).float()
-        )
+
+        def as_adaln() -> Tensor:
+            wide = widened(weight)  # in 16 bits, 1 less than a small weight would be rounded
+            return torch.stack((torch.ones_like(wide), wide - 1, widened(bias)))
+
+        parts = once_on_gpu((weight, bias), "as AdaLN", as_adaln)
         return AdaLN(*(part.expand(rows, 1, -1) for part in parts))
 
     def between(self, block: Any, u: Tensor, at: Rows, call: BlockCall) -> Tensor:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from actvar.families.base import BlockCall, OnScale, Rows
+from actvar.families.base import NORM, BlockCall, Called, OnScale, Rows
 from actvar.families.infinity import InfinityFamily
 from actvar.families.infinity_mixin import maps_of
 from actvar.families.kv_cache import AttentionCache
 from actvar.models.arguments import one_thread
 from actvar.utils.class_swap import own_class
+from actvar.utils.plain_layers import why_called
 from actvar.utils.weight_override import own_weights
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels.residual_norm.reference import AdaLN
@@ -158,6 +159,10 @@ class PublicInfinityFamily(InfinityFamily):
         text, ends, most = call.context.ca_kv  # the texts behind the last end are not read
         context = call.context._replace(ca_kv=(text, ends[: rows + 1], most))
         return call._replace(x=call.x[:rows], cond=call.cond[:rows], context=context)
+
+    def parts_called(self, block: Any) -> dict[str, Called]:
+        called, reason = super().parts_called(block), why_called(block.ca_norm, nn.LayerNorm)
+        return called if reason is None else called | {NORM: Called("ca_norm", reason)}  # this block calls its norm
 
     def cache(self, block: Any) -> PublicCache:
         return PublicCache(block.sa)

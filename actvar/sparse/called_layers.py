@@ -27,7 +27,7 @@ def expect_readable(index: int, called: Mapping[str, Called], schedule: Sequence
     selects, routes = any(scale.select for scale in schedule), any(scale.route for scale in schedule)
     reads_ffn = routes or any(scale.static for scale in schedule)
     readers = {
-        NORM: "the selector and the router" if selects or routes else None,
+        NORM: "the selector and the router" if selects or routes else "the experts" if reads_ffn else None,
         ATTENTION: "attention with kv='all'" if selects and kv == "all" else None,
         FFN: "the experts" if reads_ffn else None,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from actvar.config import ActVARConfig, Rate, share_of
@@ -103,6 +103,36 @@ def build_schedule(config: ActVARConfig, maps: Sequence[tuple[int, int]], block:
         start += tokens
         cached += keep if config.kv == "compact" else tokens
     return tuple(schedule)
+
+
+def numbered_scale(schedule: Sequence[Scale], number: int, tokens: int) -> Scale:
+    """Return the scale with a number, which must have `tokens` tokens.
+
+    Raises:
+        ValueError: the schedule has no such scale, or the scale has another number of tokens.
+    """
+    if number < len(schedule) and schedule[number].tokens == tokens:
+        return schedule[number]
+    planned = f"{schedule[number].tokens} tokens" if number < len(schedule) else f"{len(schedule)} scales in all"
+    raise ValueError(
+        f"expected {planned}, as planned for scale {number}, got {tokens} tokens; sample by the model's own methods, "
+        "or open model.sampling(schedule, draw) around a loop of your own, so that the patch knows the token maps"
+    )
+
+
+def unknown_scale(known: Iterable[tuple[int, int]], tokens: int, cached: int) -> ValueError:
+    """Return the error for a call whose tokens and cached rows are those of no scale.
+
+    Args:
+        known: tokens and cached rows of every scale.
+        tokens, cached: those of the call.
+    """
+    pairs = ", ".join(f"{count} after {before}" for count, before in known)
+    return ValueError(
+        f"expected the tokens of one scale with the K/V cache of the scales before it ({pairs} cached rows), "
+        f"got {tokens} tokens after {cached}. Start the K/V caches, with block.attn.kv_caching(True), before "
+        "the first scale, or pass attn_bias for teacher forcing."
+    )
 
 
 def scales_with_guidance(config: ActVARConfig, count: int) -> int:

@@ -17,7 +17,7 @@ from actvar.sparse.called_layers import expect_readable, log_called
 from actvar.sparse.passes import Pass, Passes
 from actvar.sparse.record import BlockRecord
 from actvar.sparse.sample_graphs import SampleGraphs
-from actvar.sparse.schedule import Scale, build_schedule
+from actvar.sparse.schedule import Scale, build_schedule, numbered_scale, unknown_scale
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import Residual
 from actvar_kernels.cpu_backend.packing import drop_changed
@@ -87,7 +87,6 @@ class PatchState:
 
     def _use_schedules(self) -> None:
         """Derive what depends on the schedules of the blocks alone."""
-        self.maps = tuple((scale.height, scale.width) for scale in self.schedules[0])
         self.schedule = tuple(
             replace(
                 scales[0],
@@ -99,6 +98,7 @@ class PatchState:
         )
         self.first_tuned = next(scale.index for scale in self.schedule if scale.tuned)
         self.by_shape = tuple({(s.tokens, s.cached_before): s for s in schedule} for schedule in self.schedules)
+        self.maps = tuple((scale.height, scale.width) for scale in self.schedules[0])
 
     def blocks(self, model: Any) -> list[Any]:
         """Return the blocks of `model` without wrappers."""
@@ -126,10 +126,11 @@ class PatchState:
         """
         if maps == self.maps:
             return
-        self.schedules = tuple(build_schedule(self.config, maps, block) for block in range(len(self.schedules)))
-        self._use_schedules()
-        for block, schedule in zip(self.blocks(model), self.schedules, strict=True):
+        schedules = tuple(build_schedule(self.config, maps, block) for block in range(len(self.schedules)))
+        self.maps, self.schedules = (), schedules  # after Ctrl-C from here on, the next sample plans again
+        for block, schedule in zip(self.blocks(model), schedules, strict=True):
             block.actvar.schedule = schedule
+        self._use_schedules()
 
     @contextmanager
     def sampling(self, model: Any, in_place: bool, guided: bool = True) -> Iterator[None]:
@@ -140,7 +141,9 @@ class PatchState:
             in_place: whether a block may write into its input, which nothing may need after the block has run.
             guided: whether conditional rows come first, then as many unconditional ones; otherwise all stand alone.
         """
-        alone = all(block is unwrapped(block) and "forward" not in vars(block) for block in self.family.blocks(model))
+        blocks = self.family.blocks(model)
+        in_place = in_place and not any("forward" in vars(block) for block in self.blocks(model))
+        alone = all(block is unwrapped(block) for block in blocks)
         flags = dict(keeps_kv_buffer=True, writes_in_place=in_place)
         flags |= dict(rows_are_guided=guided, rows_stand_alone=not guided)
         with self.during(**flags, deferred=None, defers_residuals=in_place and alone and self.family.hands_on):
@@ -262,19 +265,14 @@ class PatchState:
             cached: number of rows in the block's K/V cache.
 
         Raises:
-            ValueError: no scale has these tokens after so many cached rows.
+            ValueError: no scale has these tokens after so many cached rows, or the scale of that number has others.
         """
         tokens = call.x.shape[1]
         if call.scale is not None:
-            return self.schedules[block][call.scale]
+            return numbered_scale(self.schedules[block], call.scale, int(tokens))
         scale = self.by_shape[block].get((int(tokens), int(cached)))  # a trace has tensors here
         if scale is None:
-            known = ", ".join(f"{t} after {c}" for t, c in self.by_shape[block])
-            raise ValueError(
-                f"expected the tokens of one scale with the K/V cache of the scales before it ({known} cached rows), "
-                f"got {tokens} tokens after {cached}. Start the K/V caches, with block.attn.kv_caching(True), before "
-                "the first scale, or pass attn_bias for teacher forcing."
-            )
+            raise unknown_scale(self.by_shape[block], tokens, cached)
         return scale
 
     def use_weights_of(self, scale: Scale) -> None:

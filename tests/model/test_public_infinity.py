@@ -123,6 +123,19 @@ def test_a_hook_on_attention_is_honoured_or_refused(pair):
         draw_public(pair)
 
 
+def test_a_hook_on_the_norm_before_cross_attention_is_honoured_or_refused(pair):
+    public, _ = pair
+    before = draw_public(pair)
+    public.unregistered_blocks[1].ca_norm.register_forward_hook(lambda _layer, _inputs, output: 2 * output)
+    dense = draw_public(pair)
+    assert not same(dense, before)
+    with patched(public, ActVARConfig(**ONES)):
+        assert same(draw_public(pair), dense)
+    for config in (ActVARConfig(), ActVARConfig(token_rates=(1, 1), ffn_rate=0.5, static_experts=True)):
+        with pytest.raises(TypeError, match=r"blocks\[1\].ca_norm: expected plain layers"):
+            apply_patch(public, config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -240,7 +240,7 @@ class InfinityBlock(nn.Module):
             x: rows of the residual stream, `[R, L, C]`.
             context: what all blocks get.
         """
-        dtype = self.ffn.fc1.weight.dtype
+        dtype = self.sa.q_bias.dtype
         modulation = self.ada_gss + context.modulation
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         x = widened(x)

@@ -301,7 +301,7 @@ class Infinity(nn.Module):
         expect_shape("inputs", inputs, (len(lengths), sum(tokens_of(schedule)) - 1, self.token_bits))
         if self.training:
             is_kept = torch.rand(len(lengths), device=text.device) >= self.cond_drop_rate
-            of_token = is_kept.repeat_interleave(torch.tensor(lengths, device=text.device))
+            of_token = is_kept.repeat_interleave(torch.tensor(lengths, device=text.device), output_size=len(text))
             text = torch.where(of_token[:, None], text, self.unconditional(lengths).to(text.dtype))
         return self.logits_of_inputs(self.condition(text, lengths), inputs, schedule)
 
@@ -314,7 +314,8 @@ class Infinity(nn.Module):
             schedule: `(1, h, w)` of every scale.
         """
         counts = torch.tensor(tokens_of(schedule), device=inputs.device)
-        level = torch.arange(len(schedule), device=inputs.device).repeat_interleave(counts)
+        level = torch.arange(len(schedule), device=inputs.device)
+        level = level.repeat_interleave(counts, output_size=sum(tokens_of(schedule)))
         start = condition.pooled.unsqueeze(1) + self.pos_start
         x = torch.cat((start, self.word_embed(inputs.to(self.word_embed.weight.dtype))), dim=1)
         x = widened(x) + self.lvl_embed(level)
