@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.infinity import TINY_SCHEDULE, tiny_infinity, tiny_text
+from support.infinity import CASES, TINY_SCHEDULE, load_infinity_golden, tiny_infinity, tiny_text
 
 from actvar import ActVARConfig
 from actvar.config import DENSE
@@ -49,6 +49,20 @@ def test_more_blocks_need_the_memory_of_their_keys_and_values(width):
     by_formula = [memory_by_part(meta_copy(depth=depth), SCHEDULE, 2, 5, width=width) for depth in (2, 6)]
     wanted = sum(by_formula[1][part] - by_formula[0][part] for part in (WITHOUT_LAST, "K/V of the texts"))
     assert peak_of_a_sample(6, width) - peak_of_a_sample(2, width) == pytest.approx(wanted, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_sample_has_at_most_a_tenth_more_than_the_formula(case):
+    golden = load_infinity_golden(case)
+    text, lengths = golden.text
+    names = ("bits", "depth", "embed_dim", "num_heads", "block_chunks", "text_channels")
+    meta = meta_copy(**{name: golden.facts[name] for name in names}, spatial_patchify=golden.facts["patchify"])
+    memory = memory_by_part(meta, golden.schedule, len(lengths), max(lengths), width=4)
+    transformer = memory[WITHOUT_LAST] + memory["K/V of the texts"] + memory["activations of a block"]
+    golden.infinity.sample(text, lengths, golden.schedule)  # angles are kept for the next sample
+    peak = peak_live_bytes(lambda: golden.infinity.sample(text, lengths, golden.schedule))
+    assert peak <= 1.1 * max(transformer, memory["activations of the decoder"])
 
 
 def test_weights_are_those_of_a_model_in_bfloat16():
