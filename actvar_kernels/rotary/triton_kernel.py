@@ -22,7 +22,7 @@ def rotate_heads(
     x = x if x.stride(3) == 1 else x.contiguous()
     angles = angles.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = min(next_power_of_2(K), NUMBERS // d)
+    rows = min(next_power_of_2(max(K, 1)), NUMBERS // d)
     _rotate_heads[(triton.cdiv(K, rows), R * H)](
         x,
         angles,

@@ -40,6 +40,13 @@ def test_without_index_and_scale_all_tokens_keep_a_norm_of_one() -> None:
     assert_close(out.norm(dim=-1), torch.ones(2, 3, 9, dtype=torch.float64), 1e-6)
 
 
+@pytest.mark.parametrize("shape", [(0, 1, 3, 8), (1, 0, 3, 8), (1, 1, 0, 8)], ids=["sequences", "heads", "rows"])
+def test_nothing_comes_of_nothing(shape: tuple[int, ...]) -> None:
+    R, H, K, d = shape
+    index = torch.zeros(R, K, dtype=torch.int64)
+    assert rotate_heads(torch.ones(shape), torch.ones(2, 3, d // 2), index, torch.ones(H)).shape == shape
+
+
 def test_a_row_of_zeros_stays_zero() -> None:
     x, *others = inputs(1, 1, 3, 8)
     x = torch.cat((x[:, :, :1] * 0, x[:, :, 1:]), dim=2)

@@ -239,6 +239,14 @@ def test_experts_on_a_layer_that_must_be_called_are_refused_by_name(name: str, w
     sample(accelerate(var))
 
 
+def test_static_experts_behind_a_norm_that_must_be_called_are_refused_by_name() -> None:
+    var = make_tiny_var()
+    forward_hook(var.blocks[1].ln_wo_grad, [])
+    config = ActVARConfig(token_rates=(1, 1), ffn_rate=0.5, num_experts=4, static_experts=True)
+    with pytest.raises(TypeError, match=r"blocks\[1\]\.ln_wo_grad: expected plain layers, which the experts can read"):
+        apply_patch(var, config)
+
+
 def test_attention_of_all_tokens_is_refused_by_name_where_it_must_be_called() -> None:
     var = make_tiny_var()
     forward_hook(var.blocks[0].attn, [])
