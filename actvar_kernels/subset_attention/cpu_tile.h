@@ -95,9 +95,10 @@ template <class T> float softmax(float *scores, int tokens, int depth, T *weight
     }
     const float highest_score = largest_lane(highest);
     largest = largest > highest_score ? largest : highest_score;
+    const float base = largest > -__builtin_inff() ? largest : 0;  // so far no query sees a key
     vec total = {};
     for (int t = 0; t < stride; t += LANES) {
-        vec x = exponential(load<vec>(scores + t) - largest);
+        vec x = exponential(load<vec>(scores + t) - base);
         if (t >= whole)
             for (int i = 0; i < LANES; i++)
                 if (t + i >= tokens) x[i] = 0;

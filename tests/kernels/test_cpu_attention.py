@@ -106,6 +106,20 @@ def test_not_a_number_stays_with_the_queries_that_see_it(cached, dtype):
     assert torch.equal(found.flatten(2), clean)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_that_nobody_sees_leave_the_others_alone(dtype):
+    """The first part of many keys has infinitely low scores."""
+    q, k, v, room, _ = heads((1, 2, 5, 5, 4200, 64), dtype, normed=False)
+    q = torch.cat((torch.ones_like(q[..., :1]), q[..., 1:]), dim=-1)
+    room[0][:, :, :1100, 0] = -torch.inf
+    found = cpu_kernel.subset_attention(q, k, v, *room, 4200, None, 0.05, append=False)
+    past = tuple(part[:, :, :4200] for part in room)
+    expected = exact(q, k, v, room, None, 4200, 0.05)[0]
+    plain = reference.subset_attention(q, k, v, tuple(part[:, :, 1100:] for part in past), None, 0.05, None, None)[0]
+    error = (plain.double() - expected).abs().max()
+    assert (found.double() - expected).abs().max() <= 4 * error + 2 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("with_room", [True, False], ids=["in the room", "in a new cache"])
 def test_the_operation_takes_it_by_default(with_room, monkeypatch):
     calls = []
