@@ -355,9 +355,7 @@ def test_a_call_that_the_kernels_cannot_take_raises():
                 arguments(u, gates, wide)
         with pytest.raises(BackendUnavailableError, match=f"{operation} has no 'triton' .*float32"):
             arguments(u.double(), mask, [w.double() for w in weights])
-        with pytest.raises(
-            TypeError, match=r"u: expected the dtype of the weights, .*32, .* got .*16"
-        ):
+        with pytest.raises(TypeError, match=r"u: expected the dtype of the weights, .*32, .* got .*16"):
             arguments(u.half(), mask, weights)
 
 
