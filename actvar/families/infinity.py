@@ -9,33 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actvar.families.base import ATTENTION, FFN, PROJECTION, BlockCall, Called, OnScale, Rows, Sizes
+from actvar.families.base import BlockCall, Called, OnScale, Rows, Sizes
 from actvar.families.infinity_mixin import PatchedInfinity
-from actvar.families.layers import ffn_called, linear_called, module_called, weight_called
-from actvar.families.named_layers import NamedLayersFamily, mismatch_of_blocks
+from actvar.families.layers import layers_called
+from actvar.families.named_layers import NamedLayersFamily, mismatch_of_blocks, required_layers, weight_kinds_of
 from actvar.models.infinity import Infinity, scale_schedule
 from actvar.models.infinity.layers import BlockContext, InfinityBlock, RotarySelfAttention, query_scale, widened
-from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import rotate_heads
-from actvar_kernels.constants import NORM_EPS
 from actvar_kernels.cpu_backend.packing import once_on_gpu
 from actvar_kernels.residual_norm.reference import AdaLN
 
-REQUIRED_OF_BLOCK = (
-    "sa.mat_qkv",
-    "sa.q_bias",
-    "sa.zero_k_bias",
-    "sa.v_bias",
-    "sa.proj",
-    "sa.kv_caching",
-    "ca",
-    "ca_norm.weight",
-    "ca_norm.bias",
-    "ffn.fc1",
-    "ffn.fc2",
-    "ada_gss",
-)
+REQUIRED_OF_BLOCK = (*required_layers("sa"), "ca", "ca_norm.weight", "ca_norm.bias", "ada_gss")
 
 
 class InfinityFamily(NamedLayersFamily):
@@ -45,16 +30,7 @@ class InfinityFamily(NamedLayersFamily):
     model_mixin: type = PatchedInfinity
     leaves_out_guidance = True
     has_between = True
-    weight_kinds: Sequence[tuple[str, str]] = (
-        ("text_proj_for", "text"),
-        (".sa.mat_qkv.", "qkv"),
-        (".sa.proj.", "proj"),
-        (".ca.", "cross"),
-        (".ffn.", "ffn"),
-        ("ada_lin.", "adaln"),
-        ("head.", "head"),
-        ("word_embed.", "head"),
-    )
+    weight_kinds: Sequence[tuple[str, str]] = (("text_proj_for", "text"), (".ca.", "cross"), *weight_kinds_of("sa"))
 
     # the model
 
@@ -66,19 +42,10 @@ class InfinityFamily(NamedLayersFamily):
     def mismatch_of_blocks(self, model: Any) -> str | None:
         """Return why the blocks of a model cannot be patched, or None if they can."""
         blocks = self.blocks(model)
-        problem = mismatch_of_blocks(model, blocks, "unregistered_blocks", REQUIRED_OF_BLOCK, InfinityBlock)
-        if problem is not None:
-            return problem
-        for index, block in enumerate(map(unwrapped, blocks)):
-            if block.ca_norm.eps != NORM_EPS:
-                return f"expected unregistered_blocks[{index}].ca_norm.eps of {NORM_EPS}, got {block.ca_norm.eps}"
-        return None
+        return mismatch_of_blocks(model, blocks, "unregistered_blocks", REQUIRED_OF_BLOCK, InfinityBlock, "ca_norm")
 
     def loop_fields(self, model: Any) -> Collection[str]:
         return ("sampler", "decoder_dtype")
-
-    def loop_is_ours(self, model: Any) -> bool:
-        return own_class(model).sample is Infinity.sample
 
     def blocks(self, model: Any) -> Sequence[Any]:
         return model.unregistered_blocks
@@ -136,16 +103,7 @@ class InfinityFamily(NamedLayersFamily):
         return call._replace(x=call.x[: len(context.modulation)], cond=context.modulation, context=context)
 
     def parts_called(self, block: Any) -> dict[str, Called]:
-        attn = block.sa
-        reasons = {
-            ATTENTION: (
-                "sa",
-                module_called(attn, RotarySelfAttention, {"mat_qkv", "proj"}) or weight_called(attn.mat_qkv),
-            ),
-            PROJECTION: ("sa.proj", linear_called(attn.proj)),
-            FFN: ("ffn", ffn_called(block.ffn)),
-        }
-        return {part: Called(path, reason) for part, (path, reason) in reasons.items() if reason is not None}
+        return layers_called(block, "sa", RotarySelfAttention)
 
     def modulation(self, block: Any, cond: Tensor) -> tuple[Tensor, ...]:
         return (block.ada_gss + cond).unbind(2)

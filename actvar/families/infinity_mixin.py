@@ -15,7 +15,6 @@ from actvar.models.infinity.schedules import Schedule, checked_schedule, tokens_
 from actvar.models.infinity.transformer import MOST_SCALES, TextCondition
 from actvar.models.token_draw import fast_draw
 from actvar.utils.weight_override import own_weights
-from actvar.utils.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from actvar.families.patched_state import PatchedState
@@ -72,12 +71,10 @@ class PatchedInfinity(_Base):
             ValueError: the blocks are not those that were patched, or the configuration names a scale that the schedule
                 does not have.
         """
-        state, blocks = self.actvar, self.unregistered_blocks
+        state = self.actvar
         state.expect_own_blocks(self)
         state.fit_maps(self, maps_of(schedule))
-        # a hook may need a block's input after the block has run
-        watched = any(block._forward_hooks or block._forward_pre_hooks for block in (*blocks, *map(unwrapped, blocks)))
-        with super().sampling(schedule, draw), state.sampling(self, not watched, draw.is_guided):
+        with super().sampling(schedule, draw), state.sampling(self, True, draw.is_guided):
             yield
 
     def run_blocks(self, schedule, scale, x, condition, draw):

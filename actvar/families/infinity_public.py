@@ -122,9 +122,6 @@ class PublicInfinityFamily(InfinityFamily):
     def loop_fields(self, model: Any) -> Collection[str]:
         return ()
 
-    def loop_is_ours(self, model: Any) -> bool:
-        return False
-
     def autoencoder(self, model: Any) -> Any:
         raise TypeError("expected an actvar.models.Infinity, which holds its tokenizer; the public class holds none")
 

@@ -5,11 +5,12 @@ Infinity's code has these names too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from actvar.families.base import ATTENTION, FFN, PROJECTION, Called
 from actvar.models.infinity.layers import InfinityBlock, RotarySelfAttention
 from actvar.models.transformer_block import FeedForward, HeadNorm, SelfAttention, TransformerBlock
 from actvar.utils.class_swap import own_class
@@ -42,6 +43,32 @@ def linear_called(layer: Any) -> str | None:
     """Return why a linear layer must be called instead of read, or None."""
     reason = why_called(layer, nn.Linear)
     return "has no bias" if reason is None and layer.bias is None else reason
+
+
+def layers_called(block: Any, path: str, own: type) -> dict[str, Called]:
+    """Return the layers of attention and FFN that kernels must not read, see `Family.parts_called`.
+
+    `mat_qkv` counts as the attention, which reads its weight and does not call it.
+
+    Args:
+        block: a block with the public names.
+        path: name of its self-attention.
+        own: our class of the attention, which must be of it or of its public counterpart.
+    """
+    attention = getattr(block, path)
+    reason = module_called(attention, own, {"mat_qkv", "proj"}) or weight_called(attention.mat_qkv)
+    return called_for(
+        {
+            ATTENTION: (path, reason),
+            PROJECTION: (f"{path}.proj", linear_called(attention.proj)),
+            FFN: ("ffn", ffn_called(block.ffn)),
+        }
+    )
+
+
+def called_for(reasons: Mapping[str, tuple[str, str | None]]) -> dict[str, Called]:
+    """Return the parts that have a reason, from path and reason of each."""
+    return {part: Called(path, reason) for part, (path, reason) in reasons.items() if reason is not None}
 
 
 def module_called(module: nn.Module, own: type, read: Collection[str]) -> str | None:

@@ -20,6 +20,7 @@ from actvar.families.kv_cache import AttentionCache
 from actvar.families.layers import class_with_forward, is_known
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, expert_ffn, gelu_linear, linear
+from actvar_kernels.constants import NORM_EPS
 from actvar_kernels.cpu_backend.packing import once_on_gpu
 
 SHARDED = ("FullyShardedDataParallel", "FSDPModule")
@@ -116,7 +117,27 @@ class NamedLayersFamily(BaseFamily):
         return fc1.weight, fc1.bias, fc2.weight, fc2.bias
 
 
-def mismatch_of_blocks(model: Any, blocks: Sequence[Any], place: str, required: Sequence[str], own: type) -> str | None:
+def required_layers(attention: str) -> tuple[str, ...]:
+    """Return the paths of the parts that a block with the public names must have, by the name of its self-attention."""
+    parts = ("mat_qkv", "q_bias", "zero_k_bias", "v_bias", "proj", "kv_caching")
+    return *(f"{attention}.{part}" for part in parts), "ffn.fc1", "ffn.fc2"
+
+
+def weight_kinds_of(attention: str) -> tuple[tuple[str, str], ...]:
+    """Return `Family.weight_kinds` of a model with the public names, by the name of its blocks' self-attention."""
+    return (
+        (f".{attention}.mat_qkv.", "qkv"),
+        (f".{attention}.proj.", "proj"),
+        (".ffn.", "ffn"),
+        ("ada_lin.", "adaln"),
+        ("head.", "head"),
+        ("word_embed.", "head"),
+    )
+
+
+def mismatch_of_blocks(
+    model: Any, blocks: Sequence[Any], place: str, required: Sequence[str], own: type, norm: str
+) -> str | None:
     """Return why blocks cannot be patched, or None if they can.
 
     Args:
@@ -125,6 +146,7 @@ def mismatch_of_blocks(model: Any, blocks: Sequence[Any], place: str, required: 
         place: name of the list of blocks, for the message.
         required: paths of the parts that every block must have.
         own: our class of the blocks, which must be of it or of its public counterpart.
+        norm: name of a norm in every block, whose eps must be `NORM_EPS`.
     """
     blocks = [unwrapped(block) for block in blocks]
     for module in (model, *blocks):
@@ -141,6 +163,9 @@ def mismatch_of_blocks(model: Any, blocks: Sequence[Any], place: str, required: 
         other = first_with.setdefault(id(block.ffn.fc1._parameters.get("weight", block.ffn.fc1)), index)
         if other != index:  # each block orders its hidden units by its own experts
             return f"expected an FFN for every block, got the same one in {place}[{other}] and {place}[{index}]"
+        eps = getattr(block, norm).eps
+        if eps != NORM_EPS:
+            return f"expected {place}[{index}].{norm}.eps of {NORM_EPS}, got {eps}"
     return None
 
 

@@ -50,7 +50,7 @@ class PatchedState(Protocol):
 
         Args:
             model: the patched model.
-            in_place: a block may write its result into its input; False is always right.
+            in_place: the loop never reads a block's input again; False is always right.
             guided: conditional rows come first, then as many unconditional ones; otherwise all rows stand alone.
         """
         ...

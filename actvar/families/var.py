@@ -19,7 +19,7 @@ from actvar.families.base import (
     Sizes,
 )
 from actvar.families.layers import linear_called
-from actvar.families.named_layers import NamedLayersFamily, mismatch_of_blocks
+from actvar.families.named_layers import NamedLayersFamily, mismatch_of_blocks, required_layers, weight_kinds_of
 from actvar.families.var_layers import parts_called
 from actvar.families.var_mixin import PatchedVAR
 from actvar.families.var_scales import adding_method, logits_by_scale
@@ -28,22 +28,10 @@ from actvar.models.var import VAR
 from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import linear_once
-from actvar_kernels.constants import NORM_EPS
 from actvar_kernels.cpu_backend.packing import once_on_gpu
 
 REQUIRED_OF_MODEL = ("blocks", "patch_nums", "autoregressive_infer_cfg", "head", "head_nm")
-REQUIRED_OF_BLOCK = (
-    "attn.mat_qkv",
-    "attn.q_bias",
-    "attn.zero_k_bias",
-    "attn.v_bias",
-    "attn.proj",
-    "attn.kv_caching",
-    "ffn.fc1",
-    "ffn.fc2",
-    "ln_wo_grad",
-    "shared_aln",
-)
+REQUIRED_OF_BLOCK = (*required_layers("attn"), "ln_wo_grad", "shared_aln")
 
 
 class VARFamily(NamedLayersFamily):
@@ -53,14 +41,7 @@ class VARFamily(NamedLayersFamily):
     model_mixin: type = PatchedVAR
     leaves_out_guidance = True
     hands_on = True
-    weight_kinds: Sequence[tuple[str, str]] = (
-        (".attn.mat_qkv.", "qkv"),
-        (".attn.proj.", "proj"),
-        (".ffn.", "ffn"),
-        ("ada_lin.", "adaln"),
-        ("head.", "head"),
-        ("word_embed.", "head"),
-    )
+    weight_kinds: Sequence[tuple[str, str]] = weight_kinds_of("attn")
 
     # the model
 
@@ -68,13 +49,7 @@ class VARFamily(NamedLayersFamily):
         for name in REQUIRED_OF_MODEL:
             if not hasattr(model, name):
                 return f"expected an attribute {name!r}"
-        problem = mismatch_of_blocks(model, model.blocks, "blocks", REQUIRED_OF_BLOCK, TransformerBlock)
-        if problem is not None:
-            return problem
-        for index, block in enumerate(map(unwrapped, model.blocks)):
-            if block.ln_wo_grad.eps != NORM_EPS:
-                return f"expected blocks[{index}].ln_wo_grad.eps of {NORM_EPS}, got {block.ln_wo_grad.eps}"
-        return None
+        return mismatch_of_blocks(model, model.blocks, "blocks", REQUIRED_OF_BLOCK, TransformerBlock, "ln_wo_grad")
 
     def loop_fields(self, model: Any) -> Collection[str]:
         return ("sampler", "decoder_dtype", "cuda_graph", "cudnn_benchmark") if isinstance(model, VAR) else ()

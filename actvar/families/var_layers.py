@@ -6,27 +6,18 @@ from typing import Any
 
 from torch import nn
 
-from actvar.families.base import ATTENTION, FFN, MODULATION, NORM, PROJECTION, Called
-from actvar.families.layers import ffn_called, first_called, linear_called, module_called, weight_called
+from actvar.families.base import MODULATION, NORM, Called
+from actvar.families.layers import called_for, first_called, layers_called, linear_called
 from actvar.models.transformer_block import SelfAttention
 from actvar.utils.plain_layers import why_called
 
 
 def parts_called(block: Any) -> dict[str, Called]:
-    """Return the parts of a block that kernels must not read, see `Family.parts_called`.
-
-    `mat_qkv` counts as `attn`, since attention reads its weight and does not call it.
-    """
-    attn, ffn = block.attn, block.ffn
-    reasons = {
-        NORM: ("ln_wo_grad", why_called(block.ln_wo_grad, nn.LayerNorm)),
-        ATTENTION: ("attn", module_called(attn, SelfAttention, {"mat_qkv", "proj"}) or weight_called(attn.mat_qkv)),
-        PROJECTION: ("attn.proj", linear_called(attn.proj)),
-        FFN: ("ffn", ffn_called(ffn)),
-    }
+    """Return the parts of a block that kernels must not read, see `Family.parts_called`."""
+    reasons = {NORM: ("ln_wo_grad", why_called(block.ln_wo_grad, nn.LayerNorm))}
     if not block.shared_aln:
         reasons[MODULATION] = ("ada_lin", _ada_lin_called(block.ada_lin))
-    return {part: Called(path, reason) for part, (path, reason) in reasons.items() if reason is not None}
+    return layers_called(block, "attn", SelfAttention) | called_for(reasons)
 
 
 def _ada_lin_called(ada_lin: Any) -> str | None:

@@ -19,7 +19,6 @@ from actvar.models.var import VAR
 from actvar.utils.class_swap import own_class
 from actvar.utils.plain_layers import why_called
 from actvar.utils.weight_override import own_weights
-from actvar.utils.wrappers import unwrapped
 from actvar_kernels import choose_fused, linear, normalize_modulate, sample_tokens
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class PatchedVAR(_Base):
             if request is not None:
                 return state.graphs.images(self, request, self.drawn, wanted)
             state.graphs.refuse(self, wanted, "more_smooth draws from PyTorch's generator")
-            with state.sampling(self, in_place=loop_is_ours and not self._watched()):
+            with state.sampling(self, in_place=loop_is_ours):
                 return super().autoregressive_infer_cfg(B, label_B, *args, **kwargs)
 
     def request(self, B, label_B, g_seed=None, cfg=1.5, top_k=0, top_p=0.0, more_smooth=False) -> Request | None:
@@ -105,14 +104,8 @@ class PatchedVAR(_Base):
     def drawn(self, request: Request) -> Tensor:
         """Return the images of a request, drawn kernel by kernel or recorded by the capture of a graph."""
         labels, seeds, *draw = request
-        in_place = not self._watched()
-        with self.actvar.during(seed=seeds), self.actvar.sampling(self, in_place=in_place):
+        with self.actvar.during(seed=seeds), self.actvar.sampling(self, in_place=True):
             return super().autoregressive_infer_cfg(len(labels), labels, None, *draw)
-
-    def _watched(self) -> bool:
-        """Return whether a hook may need a block's input after the block has run."""
-        layers = (*self.blocks, *map(unwrapped, self.blocks))
-        return any(block._forward_hooks or block._forward_pre_hooks for block in layers)
 
     def scales(self):
         """Return the numbers of the scales that are sampled; teacher forcing of the whole model runs all of them."""

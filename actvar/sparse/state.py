@@ -138,11 +138,13 @@ class PatchState:
 
         Args:
             model: the patched model.
-            in_place: whether a block may write into its input, which nothing may need after the block has run.
+            in_place: whether the loop never reads a block's input again, so that a block may write into it.
             guided: whether conditional rows come first, then as many unconditional ones; otherwise all stand alone.
         """
-        blocks = self.family.blocks(model)
-        in_place = in_place and not any("forward" in vars(block) for block in self.blocks(model))
+        blocks, own = self.family.blocks(model), self.blocks(model)
+        # a hook, or a forward of the block's own, may need a block's input after the block has run
+        watched = any(block._forward_hooks or block._forward_pre_hooks for block in (*blocks, *own))
+        in_place = in_place and not watched and not any("forward" in vars(block) for block in own)
         alone = all(block is unwrapped(block) for block in blocks)
         flags = dict(keeps_kv_buffer=True, writes_in_place=in_place)
         flags |= dict(rows_are_guided=guided, rows_stand_alone=not guided)

@@ -12,7 +12,7 @@ import triton
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 RDNA = 0
-"""What `architecture` gives for a GPU of AMD with waves of 32 threads, in place of a compute capability."""
+"""Stand for a GPU of AMD with waves of 32 threads, in place of a compute capability."""
 
 # Triton's annotations do not say that they give numbers for numbers.
 cdiv = cast(Callable[[int, int], int], triton.cdiv)

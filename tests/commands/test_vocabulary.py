@@ -35,7 +35,7 @@ OTHERWISE = {("verify", "--dtype"), ("info", "--key"), ("distill", "--data")}
 
 
 class Option(NamedTuple):
-    """What an option takes."""
+    """Hold what an option takes."""
 
     read: object
     count: object

@@ -22,7 +22,7 @@ LAUNCHES = Path(__file__).parent.parent / "data" / "launches-h100.csv"
 MEASURED = csv_of("NVIDIA H100 80GB HBM3")
 ERROR = 0.1
 LAST_CONVOLUTION_MS = 26.3
-"""Of the 64 images, measured by name at that commit."""
+"""Hold the time of the last convolution of 64 images, measured by name at that commit."""
 
 
 def predicted_ms(way: str, batch: int, part: str) -> float:

@@ -141,7 +141,7 @@ def test_kept_tokens_are_rotated_by_their_own_place(plain: Infinity) -> None:
 def test_guidance_until_draws_the_bits_of_a_strength_of_one(
     infinity: Infinity, backend: str, insertion: tuple[int, ...]
 ) -> None:
-    """With a strength of 1 the rows of the texts alone decide, and the others never reach them."""
+    """Compare with a strength of 1, where the rows of the texts alone decide and the others never reach them."""
     dense = drawn(infinity, cfg=(4.0, 4.0, 1.0), insertion=insertion)
     with using_backend(backend), patched(infinity, ActVARConfig(**ONES, guidance_until=-1)):
         assert all(equal(drawn(infinity, insertion=insertion), dense))

@@ -19,7 +19,7 @@ PACKAGES = ("actvar/", "actvar_kernels/")
 with mock.patch("setuptools.setup"):
     description = runpy.run_path(str(ROOT / "setup.py"))["description"]
 LEFT_OUT = (".ci/", ".git", ".github/", ".pre-commit-config.yaml")
-"""What the source distribution leaves out: settings of git and of the server that runs the tests."""
+"""List what the source distribution leaves out: settings of git and of the server that runs the tests."""
 READ_BY_SETUP = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "actvar/__init__.py")
 STRAY = (
     *("actvar-0.1.0-py3-none-any.whl", "demo/dense.png", "samples/0.png", "site/index.html", "build/docs/README.md"),
