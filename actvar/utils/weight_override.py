@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from actvar.utils.class_swap import restore_class, swap_class
 from actvar.utils.low_rank import Factors
@@ -60,6 +60,25 @@ def _originals_in_place(module: TunedModule) -> Iterator[None]:
     finally:
         module.originals = {name: module._parameters[name] for name in tuned}
         module._parameters.update(tuned)
+
+
+@contextmanager
+def running_with(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let `model` run with other tensors in place of replaced parameters while the context is open.
+
+    Args:
+        model: the model.
+        weights: tensors, which may have a gradient of their own, by the name of a replaced parameter.
+    """
+    places = [(module._parameters, leaf, weights[name]) for name, module, leaf in _replaced(model) if name in weights]
+    before = [parameters[leaf] for parameters, leaf, _ in places]
+    try:
+        for parameters, leaf, weight in places:
+            parameters[leaf] = weight  # pyright: ignore[reportArgumentType]
+        yield
+    finally:
+        for (parameters, leaf, _), parameter in zip(places, before, strict=True):
+            parameters[leaf] = parameter
 
 
 def replace_parameters(
