@@ -13,6 +13,7 @@ from actvar.distill.data import GUIDANCE
 from actvar.distill.losses import block_loss, guided_loss, output_loss
 from actvar.distill.stage import Stage
 from actvar.families import family_of
+from actvar.families.conditions import Conditions
 from actvar.patching.patch import unpatched
 from actvar.sparse.state import patch_state
 from actvar.utils.devices import device_of
@@ -80,32 +81,32 @@ class Stage2(Stage):
         self.var.training = mode and not self.guides
         return self
 
-    def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, conditions: Conditions, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return scalar losses: `loss` (Eq. 22) over the scales with trained weights, and its possible parts.
 
         The parts are `cls`, `block`, `output`, and `guided` if it is in `losses`; `guided` alone where trained weights
         begin at a later scale. `loss` sums those in `losses`.
 
         Args:
-            labels: classes, `[B]` int64.
+            conditions: classes `[B]` int64, or texts.
             inputs: `[B, L - first_l, Cvae]` float32, see `VectorQuantizer.teacher_input`.
             tokens: the true token maps, `[B, L]` of an integer dtype.
         """
-        count = len(labels)
+        count = len(conditions)
         if self.guides:
-            labels = torch.cat((labels, self.family.without_class(self.var, labels)))
+            conditions = self.family.with_unconditional(self.var, conditions)
             inputs = torch.cat((inputs, inputs))
-        teacher_outputs, teacher_logits = self._teacher(labels, inputs)
+        teacher_outputs, teacher_logits = self._teacher(conditions, inputs)
         if self.first_token:
-            rows = len(labels) if self.needs_all_rows else count
-            logits = self.var(labels[:rows], inputs[:rows])
+            rows = len(conditions) if self.needs_all_rows else count
+            logits = self.family.predicted(self.var, conditions[:rows], inputs[:rows])
             with torch.autocast(logits.device.type, enabled=False):
                 loss = self._guided(logits, teacher_logits)
             return {"loss": loss, "guided": loss}
         with _block_outputs(self.var) as outputs:
-            logits = self.var(labels, inputs)
+            logits = self.family.predicted(self.var, conditions, inputs)
         with torch.autocast(logits.device.type, enabled=False):
-            cls = F.cross_entropy(logits[:count].flatten(0, 1), tokens.flatten().long())
+            cls = F.cross_entropy(logits[:count].flatten(0, -2), tokens.flatten().long())
             block, output = block_loss(outputs, teacher_outputs), output_loss(logits, teacher_logits)
             parts = {"cls": cls, "block": block, "output": output}
             if self.guides:
@@ -120,11 +121,11 @@ class Stage2(Stage):
         return guided_loss(*late)
 
     @torch.no_grad()
-    def _teacher(self, labels: torch.Tensor, inputs: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return block outputs and logits of the dense model, which drops the same labels as the student after it."""
-        devices = [labels.device] if labels.is_cuda else []
+    def _teacher(self, conditions: Conditions, inputs: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return block outputs and logits of the dense model, which drops the same rows as the student after it."""
+        devices = [inputs.device] if inputs.is_cuda else []
         with torch.random.fork_rng(devices), unpatched(self.var), _block_outputs(self.var) as outputs:
-            logits = self.var(labels, inputs)
+            logits = self.family.predicted(self.var, conditions, inputs)
         return outputs, logits
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from actvar.models.infinity import Infinity
 from actvar.models.infinity.arguments import Draw, checked_draw
+from actvar.models.infinity.layers import TextCondition
 from actvar.models.infinity.schedules import Schedule, checked_schedule, tokens_of
-from actvar.models.infinity.transformer import MOST_SCALES, TextCondition
+from actvar.models.infinity.transformer import MOST_SCALES
 from actvar.models.token_draw import fast_draw
 from actvar.utils.weight_override import own_weights
 
@@ -27,6 +28,11 @@ else:
 def maps_of(schedule: Sequence[tuple[int, int, int]]) -> tuple[tuple[int, int], ...]:
     """Return height and width of the maps of a schedule of `(1, h, w)`."""
     return tuple((int(h), int(w)) for _, h, w in schedule)
+
+
+def unfiltered(schedule: Schedule, depth: int, cfg: float) -> Draw:
+    """Return the draw of logits as they are, with guidance on them where `cfg` is not 1."""
+    return checked_draw(len(schedule), depth, cfg, 1.0, 0, 0.0, None, (0,))
 
 
 class PatchedInfinity(_Base):
@@ -53,7 +59,7 @@ class PatchedInfinity(_Base):
         """Return logits of all scales at once, or one after the other where early ones have other weights."""
         if not self.actvar.first_tuned:
             return super().logits_of_inputs(condition, inputs, schedule)
-        draw = checked_draw(len(schedule), self.depth, 1.0, 1.0, 0, 0.0, None, (0,))
+        draw = unfiltered(schedule, self.depth, 1.0)
         of_scale = [None, *inputs.split(tokens_of(schedule)[1:], dim=1)]
         logits = []
         with Infinity.sampling(self, schedule, draw), self.actvar.during(rows_stand_alone=True):

@@ -111,7 +111,7 @@ def measure(choice: Choice, seed: int, work: Path, data: Path, device: torch.dev
     batches = batches_of_test_images(vae, data)
     gates = gates_file(choice, seed, work)
     config = read_adapter_config(gates)
-    saved = 1 - blocks_flops(var, config) / blocks_flops(var, DENSE)
+    saved = 1 - blocks_flops(var, config, batches[0][0]) / blocks_flops(var, DENSE, batches[0][0])
     load_adapter(var, gates)
     found = divergence_by_scale(var, batches)[-2:]
     remove_patch(var)

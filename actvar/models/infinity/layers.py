@@ -57,6 +57,20 @@ class KeysAndValues(NamedTuple):
         return KeysAndValues(*(part if part is None else part[:rows] for part in self))  # pyright: ignore[reportArgumentType]
 
 
+class TextCondition(NamedTuple):
+    """Hold what all scales of a sample have in common.
+
+    Args:
+        pooled: one vector per row, `[R, C]`.
+        modulation: input of every block's AdaLN, `[R, 1, 6, C]`.
+        text: texts of the rows, projected for cross-attention.
+    """
+
+    pooled: torch.Tensor
+    modulation: torch.Tensor
+    text: Text
+
+
 class BlockContext(NamedTuple):
     """Hold what all blocks get in a call beside the rows.
 

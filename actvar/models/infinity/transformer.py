@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +16,16 @@ from torch.nn import functional as F
 
 from actvar.models.arguments import by_one_thread
 from actvar.models.infinity.arguments import Draw, TextArgument, checked_draw, checked_negative, checked_text
-from actvar.models.infinity.layers import BlockContext, InfinityBlock, RMSNorm, Text, TextPool, guided, widened
+from actvar.models.infinity.layers import (
+    BlockContext,
+    InfinityBlock,
+    RMSNorm,
+    Text,
+    TextCondition,
+    TextPool,
+    guided,
+    widened,
+)
 from actvar.models.infinity.rotary import rotation
 from actvar.models.infinity.schedules import Schedule, checked_schedule, tokens_of
 from actvar.models.infinity.tokenizer import InfinityTokenizer, resized
@@ -28,20 +37,6 @@ from actvar.utils.modes import no_grad
 from actvar_kernels.checks import expect_shape
 
 MOST_SCALES = 15
-
-
-class TextCondition(NamedTuple):
-    """Hold what all scales of a sample have in common.
-
-    Args:
-        pooled: one vector per row, `[R, C]`.
-        modulation: input of every block's AdaLN, `[R, 1, 6, C]`.
-        text: texts of the rows, projected for cross-attention.
-    """
-
-    pooled: torch.Tensor
-    modulation: torch.Tensor
-    text: Text
 
 
 class BlockChunk(nn.Module):
@@ -317,6 +312,15 @@ class Infinity(nn.Module):
             inputs: `[R, L - 1, token_bits]`.
             schedule: `(1, h, w)` of every scale.
         """
+        x, context = self.embedded_inputs(condition, inputs, schedule)
+        for block in self.unregistered_blocks:
+            x = block(x, context)
+        return self.get_logits(x, condition.pooled)
+
+    def embedded_inputs(
+        self, condition: TextCondition, inputs: torch.Tensor, schedule: Schedule
+    ) -> tuple[torch.Tensor, BlockContext]:
+        """Return the first block's input `[R, L, C]` for all scales, and the context of all blocks."""
         counts = torch.tensor(tokens_of(schedule), device=inputs.device)
         level = torch.arange(len(schedule), device=inputs.device)
         level = level.repeat_interleave(counts, output_size=sum(tokens_of(schedule)))
@@ -325,10 +329,7 @@ class Infinity(nn.Module):
         x = widened(x) + self.lvl_embed(level)
         mask = torch.zeros(len(level), len(level), device=inputs.device)
         mask.masked_fill_(level[:, None] < level, -torch.inf)
-        context = BlockContext(condition.modulation, condition.text, self.angles(schedule), mask=mask)
-        for block in self.unregistered_blocks:
-            x = block(x, context)
-        return self.get_logits(x, condition.pooled)
+        return x, BlockContext(condition.modulation, condition.text, self.angles(schedule), mask=mask)
 
     @torch.no_grad()
     def teacher_input(self, bits: Sequence[torch.Tensor]) -> torch.Tensor:
