@@ -19,6 +19,7 @@ from actvar.models.infinity import Infinity, scale_schedule
 from actvar.models.infinity.layers import BlockContext, InfinityBlock, RotarySelfAttention, query_scale, widened
 from actvar.models.infinity.schedules import tokens_of
 from actvar.models.vqvae import without_decoder
+from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import rotate_heads
 from actvar_kernels.cpu_backend.packing import once_on_gpu
@@ -65,6 +66,9 @@ class InfinityFamily(NamedLayersFamily):
 
     def loop_fields(self, model: Any) -> Collection[str]:
         return ("sampler", "decoder_dtype")
+
+    def ends_early(self, model: Any) -> bool:
+        return own_class(model).sample is Infinity.sample
 
     def blocks(self, model: Any) -> Sequence[Any]:
         return model.unregistered_blocks
@@ -129,9 +133,10 @@ class InfinityFamily(NamedLayersFamily):
     def scale_logits(self, model: Any, conditions: Any, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
         rows, schedule = self.with_unconditional(model, conditions), conditions.schedule
         condition, draw = model.condition(*rows.joined()), unfiltered(schedule, model.depth, GUIDED)
+        of_scale = [None, *inputs.split(tokens_of(schedule)[1:], dim=1)]
         with model.sampling(schedule, draw):
-            for scale, codes in enumerate([None, *inputs.split(tokens_of(schedule)[1:], dim=1)]):
-                x = model.embedded(scale, codes, condition)
+            for scale in model.scales(schedule):
+                x = model.embedded(scale, of_scale[scale], condition)
                 x = model.run_blocks(schedule, scale, x, condition, draw)
                 yield scale, self.logits(model, x, HeadCondition(condition.pooled[: len(x)], conditions.tau))
 

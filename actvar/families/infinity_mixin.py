@@ -83,6 +83,13 @@ class PatchedInfinity(_Base):
         with super().sampling(schedule, draw), state.sampling(self, True, draw.is_guided):
             yield
 
+    def scales(self, schedule):
+        """Yield the numbers of the scales that are sampled; teacher forcing runs all of them."""
+        for scale in super().scales(schedule):
+            if self.actvar.schedule[scale].left_out:
+                return
+            yield scale
+
     def run_blocks(self, schedule, scale, x, condition, draw):
         """Return the last block's output as `Infinity.run_blocks` does, without guidance where there is none.
 

@@ -122,6 +122,9 @@ class PublicInfinityFamily(InfinityFamily):
     def loop_fields(self, model: Any) -> Collection[str]:
         return ()
 
+    def ends_early(self, model: Any) -> bool:
+        return False
+
     def autoencoder(self, model: Any) -> Any:
         raise TypeError("expected an actvar.models.Infinity, which holds its tokenizer; the public class holds none")
 

@@ -166,7 +166,7 @@ class Infinity(nn.Module):
         features = torch.zeros(B, self.vae_proxy[0].bits, *sizes[-1], device=text.device)
         inputs, bits = None, []
         with self.sampling(schedule, draw):
-            for scale in range(len(schedule)):
+            for scale in self.scales(schedule):
                 x = self.run_blocks(schedule, scale, self.embedded(scale, inputs, condition), condition, draw)
                 logits = self.guided_logits(scale, x, condition, draw)
                 drawn = self.draw_bits(scale, logits.view(B, -1, 2), draw, rng)
@@ -192,6 +192,10 @@ class Infinity(nn.Module):
         finally:
             for block in self.unregistered_blocks:
                 block.kv_caching(False)
+
+    def scales(self, schedule: Schedule) -> Iterator[int]:
+        """Yield the number of every scale that is sampled; of each when the one before is drawn."""
+        yield from range(len(schedule))
 
     def condition(self, text: torch.Tensor, lengths: Sequence[int]) -> TextCondition:
         """Return the condition of rows with the texts `[sum of lengths, text_channels]`."""
