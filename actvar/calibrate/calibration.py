@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -123,12 +124,13 @@ def patch_with_fits(
 def fits_of(model: nn.Module, config: ActVARConfig, batches: list[Batch], cluster: bool = True) -> list[BlockFit]:
     """Return the fits of all blocks of a dense model to `batches`."""
     family = family_of(model)
-    stream = [_embedded(model, *batch) for batch in batches]
+    rows: list[Any] = [None] * len(batches)
     fits: list[BlockFit] = []
     scales = _active_scales(config, family.maps_of(model, batches[0][0]))
     for block in progress(blocks_of(model), desc="blocks"):
+        stream = [functools.partial(_call, model, *batch, x) for batch, x in zip(batches, rows, strict=True)]
         fit = fit_block(family, block, stream, scales, config.num_experts, cluster)
-        stream = fit.after
+        rows = fit.after
         fits.append(fit._replace(after=[]))
     return fits
 
@@ -152,7 +154,14 @@ def _active_scales(config: ActVARConfig, maps: Sequence[tuple[int, int]]) -> lis
     return [scale for scale in build_schedule(replace(config, always_sparse=True), maps) if scale.active]
 
 
-def _embedded(model: nn.Module, conditions: Conditions, inputs: torch.Tensor) -> BlockCall:
-    """Return the first block's call for a batch with and without its conditions."""
+def _call(model: nn.Module, conditions: Conditions, inputs: torch.Tensor, x: torch.Tensor | None) -> BlockCall:
+    """Return the call of a block for a batch with and without its conditions, whose masks are made anew.
+
+    Args:
+        model: the model.
+        conditions, inputs: the batch.
+        x: the residual stream in front of the block, `[2B, L, C]`; None for the first block.
+    """
     family = family_of(model)
-    return family.embedded(model, family.with_unconditional(model, conditions), inputs.repeat(2, 1, 1)).call
+    call = family.embedded(model, family.with_unconditional(model, conditions), inputs.repeat(2, 1, 1)).call
+    return call if x is None else call._replace(x=x)

@@ -88,7 +88,7 @@ def plan(
 
     Args:
         var: a VAR or an Infinity in eval mode; a patch that it has is removed.
-        goal: a speedup, a time or a divergence.
+        goal: a speedup, a time, a divergence or a preset.
         levers: of `LEVERS`, what a plan may change; None for all of `DEFAULT_LEVERS` that run here.
         adapter: file of an adapter to plan again for, or None.
         execution: how the model is run; None for the default, or the adapter's.
@@ -117,6 +117,7 @@ def plan(
     of_texts = {} if texts is None else {"texts": fingerprint([("texts", features_of(texts))]), "maps": maps}
     kept = _Kept(folder, model, images=images, seed=seed, cfg=cfg, num_experts=num_experts, **of_texts)
     dense = DensePredictions(model, samples_to_fit(model, images, seed + images, cfg, texts), cfg)
+    goal = goal.with_kl(statistics.fmean(dense.divergences_from_uniform()[-2:]))
     batches, fits = [], []
     if adapter is None:
         batches = samples_to_fit(model, images, seed, cfg, texts)

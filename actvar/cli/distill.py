@@ -80,6 +80,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     how.add_argument("--ema", type=number, default=0.0, help="decay of the average of the weights, e.g. 0.999")
     how.add_argument("--clip", type=number, default=1.0, help="largest norm of the gradient (default 1)")
     how.add_argument("--cfg", type=number, default=GUIDANCE, help="guidance that --recipe guided is for (default 1.5)")
+    how.add_argument(
+        "--lora",
+        type=positive,
+        metavar="RANK",
+        help="stage 2 trains changes of this rank, e.g. 16, in place of whole weights, for a smaller adapter",
+    )
     how.add_argument("--seed", type=integer, default=0, help="of order and noise (default 0)")
 
 
@@ -114,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
         config = replace(config, guidance_until=until, weights_from=config.weights_from if changed else until)
     if options.experts:
         config = replace(config, num_experts=options.experts)
-    names = ("stage", "epochs", "batch", "lr", "accumulate", "ema", "clip", "seed", "cfg")
+    names = ("stage", "epochs", "batch", "lr", "accumulate", "ema", "clip", "seed", "cfg", "lora")
     given = {name: getattr(options, name) for name in names}
     recipe = RECIPES[options.recipe] if until is None else CONDITIONAL
     how = Distillation(**given, recipe=recipe, bf16=DTYPES[options.dtype] == torch.bfloat16)

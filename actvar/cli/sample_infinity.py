@@ -63,7 +63,7 @@ def request_of_texts(options: argparse.Namespace) -> TextSampling:
     num = getattr(options, "num", None)
     if not num and len(prompts) > MOST_AT_ONCE:
         raise ValueError(f"--prompts: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
-    numbers = {name: getattr(options, name) for name in ("cfg", "tau", "top_k", "top_p")}
+    numbers = {name: getattr(options, name, None) for name in ("cfg", "tau", "top_k", "top_p")}
     return TextSampling(
         prompts,
         tuple(range(len(prompts))),

@@ -44,6 +44,7 @@ class Distillation:
         accumulate, ema, clip, seed: see `actvar.training.plan.Plan`.
         bf16: compute in bfloat16 by autocast; weights stay float32.
         cfg: guidance strength of the loss `guided`.
+        lora: rank of the low-rank changes that stage 2 trains in place of all weights; None: it trains the weights.
 
     Numbers of any kind become Python's own.
 
@@ -62,6 +63,7 @@ class Distillation:
     clip: float = 1.0
     seed: int = 0
     cfg: float = GUIDANCE
+    lora: int | None = None
 
     def __post_init__(self):
         numbers = {
@@ -74,12 +76,15 @@ class Distillation:
             "clip": checked_finite("clip", self.clip),
             "cfg": checked_finite("cfg", self.cfg),
             "ema": checked_finite("ema", self.ema),
+            "lora": None if self.lora is None else checked_integer("lora", self.lora, 1),
         }
         for name, number in numbers.items():
             object.__setattr__(self, name, number)
         for name in ("epochs", "lr", "clip"):
             if numbers[name] is not None and numbers[name] <= 0:
                 raise ValueError(f"{name}: expected a number above 0, got {numbers[name]}")
+        if self.lora is not None and self.stage == 1:
+            raise ValueError("lora: expected None with stage 1, which changes no weights; give it with stage 2")
         if self.cfg < 0:
             raise ValueError(f"cfg: expected a number from 0 on, got {self.cfg}")
         if not 0 <= self.ema < 1:
@@ -179,6 +184,7 @@ def distill(
     finally:
         if rank() == 0 and plan.log.exists():
             save_loss_plot(plan.log, plan.log.with_suffix(".png"))
+    module.finish()
     if rank() == 0:
         names = {name: settings[name] and Path(settings[name]).name for name in ("adapter", "data")}
         facts = settings | names | {"steps": plan.steps, "lr": plan.lr, "actvar": actvar.__version__}
@@ -209,7 +215,7 @@ def prepared(var: VAR, config: ActVARConfig, adapter: Path | None, how: Distilla
     patch_silently(var, config)
     if adapter is not None:
         load_adapter(var, adapter)
-    return Stage1(var) if how.stage == 1 else Stage2(var, how.recipe.losses, how.cfg)
+    return Stage1(var) if how.stage == 1 else Stage2(var, how.recipe.losses, how.cfg, how.lora)
 
 
 def _begin(path: Path, settings: dict[str, object], resumes: bool) -> None:

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 
 from actvar.distill.data import GUIDANCE
 from actvar.distill.losses import block_loss, guided_loss, output_loss
+from actvar.distill.low_rank import LowRank
 from actvar.distill.stage import Stage
 from actvar.families import family_of
 from actvar.families.conditions import Conditions
 from actvar.patching.patch import unpatched
 from actvar.sparse.state import patch_state
 from actvar.utils.devices import device_of
-from actvar.utils.weight_override import replace_parameters, tuned_parameters
+from actvar.utils.weight_override import replace_parameters, restore_parameters, running_with, tuned_parameters
 from actvar.utils.wrappers import unwrapped
 
 LOSSES = ("cls", "block", "output", "guided")
@@ -35,12 +36,22 @@ class Stage2(Stage):
             like in sampling, and no label is dropped. At scales without guidance, the student's conditional row alone
             learns the teacher's guided logits.
         cfg: guidance strength of the part `guided`.
+        lora: rank of low-rank changes of the matrices, which are trained in place of all weights; None: all weights are
+            trained, also those that an adapter changes by factors. `finish` brings low-rank changes into the model.
 
     Raises:
-        ValueError: the model is not patched, or parts that do not exist.
+        TypeError: matrices that take no low-rank change.
+        ValueError: the model is not patched, parts that do not exist, a rank that does not fit, or with `lora` blocks
+            under activation checkpointing.
     """
 
-    def __init__(self, var: nn.Module, losses: Collection[str] = LOSSES[:3], cfg: float = GUIDANCE):
+    def __init__(
+        self,
+        var: nn.Module,
+        losses: Collection[str] = LOSSES[:3],
+        cfg: float = GUIDANCE,
+        lora: int | None = None,
+    ):
         super().__init__()
         state = patch_state(var)
         if not losses or not set(losses) <= set(LOSSES):
@@ -62,13 +73,9 @@ class Stage2(Stage):
         self.first_token = state.schedule[state.first_tuned].start
         self.needs_all_rows = any(scale.guided for scale in state.schedule[state.first_tuned :])
         var.requires_grad_(False)
-        names = self.family.finetuned_names(var)
-        done = tuned_parameters(var).keys()
-        replace_parameters(
-            var, {name: nn.Parameter(var.get_parameter(name).detach().clone()) for name in names if name not in done}
-        )
-        for parameter in tuned_parameters(var).values():
-            parameter.requires_grad_(True)
+        self.low_rank = None if lora is None else LowRank(var, lora)
+        if self.low_rank is None:
+            _train_all(var)
 
     @property
     def guides(self) -> bool:
@@ -99,12 +106,12 @@ class Stage2(Stage):
         teacher_outputs, teacher_logits = self._teacher(conditions, inputs)
         if self.first_token:
             rows = len(conditions) if self.needs_all_rows else count
-            logits = self.family.predicted(self.var, conditions[:rows], inputs[:rows])
+            logits = self._student(conditions[:rows], inputs[:rows])
             with torch.autocast(logits.device.type, enabled=False):
                 loss = self._guided(logits, teacher_logits)
             return {"loss": loss, "guided": loss}
         with _block_outputs(self.var) as outputs:
-            logits = self.family.predicted(self.var, conditions, inputs)
+            logits = self._student(conditions, inputs)
         with torch.autocast(logits.device.type, enabled=False):
             cls = F.cross_entropy(logits[:count].flatten(0, -2), tokens.flatten().long())
             block, output = block_loss(outputs, teacher_outputs), output_loss(logits, teacher_logits)
@@ -113,6 +120,17 @@ class Stage2(Stage):
                 parts["guided"] = self._guided(logits, teacher_logits)
         first, *others = (parts[name] for name in self.losses)
         return {"loss": sum(others, first)} | parts
+
+    def finish(self) -> None:
+        if self.low_rank is not None:
+            self.low_rank.put_into(self.var)
+
+    def _student(self, conditions: Conditions, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the patched model with the trained weights."""
+        if self.low_rank is None:
+            return self.family.predicted(self.var, conditions, inputs)
+        with running_with(self.var, self.low_rank.weights(self.var)):
+            return self.family.predicted(self.var, conditions, inputs)
 
     def _guided(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         """Return `guided_loss` over the tokens that trained weights predict."""
@@ -127,6 +145,18 @@ class Stage2(Stage):
         with torch.random.fork_rng(devices), unpatched(self.var), _block_outputs(self.var) as outputs:
             logits = self.family.predicted(self.var, conditions, inputs)
         return outputs, logits
+
+
+def _train_all(var: nn.Module) -> None:
+    """Put copies in place of all weights that stage 2 trains, and let these and those of an adapter be trained."""
+    tuned = tuned_parameters(var)
+    for name in family_of(var).finetuned_names(var):
+        if name not in tuned:
+            tuned[name] = nn.Parameter(var.get_parameter(name).detach().clone())
+    restore_parameters(var)
+    replace_parameters(var, tuned)
+    for parameter in tuned.values():
+        parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -112,10 +112,11 @@ def test_stage_two_goes_on_from_stage_one_and_is_loaded_and_removed(files, tmp_p
     assert torch.equal(sample(var), image)
 
 
-@pytest.mark.parametrize(("stage", "ema"), [(1, 0), (2, 0.9)])
-def test_an_interrupted_training_goes_on_to_the_same_adapter(files, tmp_path, monkeypatch, stage, ema):
+@pytest.mark.parametrize("changes", [{"stage": 1}, {"ema": 0.9}, {"ema": 0.9, "lora": 4, "recipe": "best"}], ids=str)
+def test_an_interrupted_training_goes_on_to_the_same_adapter(files, tmp_path, monkeypatch, changes):
     """Ctrl-C in the middle of the third step: it is finished, saved, and the same command goes on from there."""
-    whole = distilled(files, tmp_path / "whole.safetensors", stage=stage, ema=ema)
+    stage = changes.get("stage", 2)
+    whole = distilled(files, tmp_path / "whole.safetensors", **changes)
     seen = []
     inputs = data.teacher_inputs
 
@@ -128,19 +129,19 @@ def test_an_interrupted_training_goes_on_to_the_same_adapter(files, tmp_path, mo
     monkeypatch.setattr("actvar.distill.run.teacher_inputs", interrupting)
     out = tmp_path / "part.safetensors"
     with pytest.raises(SystemExit) as stopped:
-        distilled(files, out, stage=stage, ema=ema)
+        distilled(files, out, **changes)
     assert stopped.value.code == 130
     assert not out.exists()
     assert len(seen) == 3
     checkpoint = torch.load(tmp_path / "part.training" / f"stage{stage}.checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 3
-    part = distilled(files, out, stage=stage, ema=ema)
+    part = distilled(files, out, **changes)
     assert len(seen) == 6
     assert part.keys() == whole.keys()
     assert all(torch.equal(part[name], whole[name]) for name in whole)
     logs = [tmp_path / f"{name}.training" / f"stage{stage}.csv" for name in ("whole", "part")]
     assert logs[0].read_text() == logs[1].read_text()
-    assert distilled(files, out, stage=stage, ema=ema).keys() == whole.keys()
+    assert distilled(files, out, **changes).keys() == whole.keys()
     assert len(seen) == 6
 
 
