@@ -15,6 +15,7 @@ from actvar.families.layers import layers_called
 from actvar.families.named_layers import NamedLayersFamily, mismatch_of_blocks, required_layers, weight_kinds_of
 from actvar.models.infinity import Infinity, scale_schedule
 from actvar.models.infinity.layers import BlockContext, InfinityBlock, RotarySelfAttention, query_scale, widened
+from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import rotate_heads
 from actvar_kernels.cpu_backend.packing import once_on_gpu
@@ -45,7 +46,10 @@ class InfinityFamily(NamedLayersFamily):
         return mismatch_of_blocks(model, blocks, "unregistered_blocks", REQUIRED_OF_BLOCK, InfinityBlock, "ca_norm")
 
     def loop_fields(self, model: Any) -> Collection[str]:
-        return ("sampler", "decoder_dtype")
+        return ("sampler", "decoder_dtype", "cuda_graph")
+
+    def loop_is_ours(self, model: Any) -> bool:
+        return getattr(own_class(model), "sample", None) is Infinity.sample
 
     def blocks(self, model: Any) -> Sequence[Any]:
         return model.unregistered_blocks

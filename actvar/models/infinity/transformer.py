@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +16,17 @@ from torch.nn import functional as F
 
 from actvar.models.arguments import by_one_thread
 from actvar.models.infinity.arguments import Draw, TextArgument, checked_draw, checked_negative, checked_text
-from actvar.models.infinity.layers import BlockContext, InfinityBlock, RMSNorm, Text, TextPool, guided, widened
+from actvar.models.infinity.layers import (
+    BlockChunk,
+    BlockContext,
+    InfinityBlock,
+    RMSNorm,
+    Text,
+    TextCondition,
+    TextPool,
+    guided,
+    widened,
+)
 from actvar.models.infinity.rotary import rotation
 from actvar.models.infinity.schedules import Schedule, checked_schedule, tokens_of
 from actvar.models.infinity.tokenizer import InfinityTokenizer, resized
@@ -28,28 +38,6 @@ from actvar.utils.modes import no_grad
 from actvar_kernels.checks import expect_shape
 
 MOST_SCALES = 15
-
-
-class TextCondition(NamedTuple):
-    """Hold what all scales of a sample have in common.
-
-    Args:
-        pooled: one vector per row, `[R, C]`.
-        modulation: input of every block's AdaLN, `[R, 1, 6, C]`.
-        text: texts of the rows, projected for cross-attention.
-    """
-
-    pooled: torch.Tensor
-    modulation: torch.Tensor
-    text: Text
-
-
-class BlockChunk(nn.Module):
-    """Hold some blocks that follow each other as `module`, as the official keys have it."""
-
-    def __init__(self, blocks: Sequence[InfinityBlock]):
-        super().__init__()
-        self.module = nn.ModuleList(blocks)
 
 
 class Infinity(nn.Module):
@@ -166,9 +154,24 @@ class Infinity(nn.Module):
             if negative is not None:
                 other, other_lengths = checked_negative(negative, B, self.cfg_uncond)
             rows, row_lengths = torch.cat((text, other.to(text.dtype))), [*lengths, *other_lengths]
-        condition, rng = self.condition(rows, row_lengths), generators(draw.g_seed, B, text.device)
+        images, *bits = self.drawn(self.condition(rows, row_lengths), schedule, draw)
+        return (images, bits) if return_bits else images
+
+    def drawn(self, condition: TextCondition, schedule: Schedule, draw: Draw) -> tuple[torch.Tensor, ...]:
+        """Return the images `[B, 3, H, W]` of a condition, then the bits of every scale; see `sample`.
+
+        Args:
+            condition: condition of the rows, those of the texts first.
+            schedule: `(1, h, w)` of every scale.
+            draw: how bits are drawn.
+
+        Raises:
+            ValueError: another number of seeds than images.
+        """
+        B, device = len(condition.pooled) // (2 if draw.is_guided else 1), condition.pooled.device
+        rng = generators(draw.g_seed, B, device)
         sizes = [size for _, *size in self.tokenizer_schedule(schedule)]
-        features = torch.zeros(B, self.vae_proxy[0].bits, *sizes[-1], device=text.device)
+        features = torch.zeros(B, self.vae_proxy[0].bits, *sizes[-1], device=device)
         inputs, bits = None, []
         with self.sampling(schedule, draw):
             for scale in range(len(schedule)):
@@ -179,8 +182,7 @@ class Infinity(nn.Module):
                 features = self.add_scale(scale, features, bits[-1])
                 if scale + 1 < len(schedule):
                     inputs = self.as_tokens(resized(features, sizes[scale + 1]))
-        images = self.decode(features).add_(1).mul_(0.5)
-        return (images, bits) if return_bits else images
+        return self.decode(features).add_(1).mul_(0.5), *bits
 
     @contextmanager
     def sampling(self, schedule: Schedule, draw: Draw) -> Iterator[None]:
