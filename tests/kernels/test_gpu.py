@@ -24,7 +24,7 @@ from actvar.patching.patch import reconfigure
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels.backend import using_backend
 from actvar_kernels.token_draw import public
-from benchmarks.gpu import graphs, numerics
+from benchmarks.gpu import graphs, int8_numerics, numerics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("check", [numerics, graphs])
+@pytest.mark.parametrize("check", [numerics, int8_numerics, graphs])
 def test_every_operation_on_the_gpu(check):
     rows = check()
     assert rows
