@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import actvar
 from actvar.cli.infinity_options import (
     add_checkpoints,
@@ -68,20 +70,24 @@ def is_of_texts(options: argparse.Namespace) -> bool:
     return True
 
 
-def request_of_texts(options: argparse.Namespace) -> TextSampling:
+def request_of_texts(options: argparse.Namespace, at_once: bool = True) -> TextSampling:
     """Return the request of the options, without features.
 
     With --num it has one seed, from which those of all images follow. Otherwise, and in commands without that option,
     every image has the seed of --seed, so it is that of a sample of its prompt alone.
+
+    Args:
+        options: of the command.
+        at_once: whether the images of all prompts are drawn at once, without --num.
 
     Raises:
         ValueError: no prompts, a file that has none, or numbers out of their range.
     """
     prompts = _prompts(options)
     num = getattr(options, "num", None)
-    if not num and len(prompts) > MOST_AT_ONCE:
+    if at_once and not num and len(prompts) > MOST_AT_ONCE:
         raise ValueError(f"--prompts: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
-    given = {name: getattr(options, name) for name in ("cfg", "tau", "top_k", "top_p")}
+    given = {name: getattr(options, name, None) for name in ("cfg", "tau", "top_k", "top_p")}
     numbers: dict[str, Any] = dict(DRAW) if is_bundled(options) else {}
     numbers |= {name: value for name, value in given.items() if value is not None}
     return TextSampling(
@@ -93,8 +99,15 @@ def request_of_texts(options: argparse.Namespace) -> TextSampling:
     )
 
 
-def load_to_sample_texts(options: argparse.Namespace, sampling: TextSampling) -> tuple[Infinity, TextSampling]:
+def load_to_sample_texts(
+    options: argparse.Namespace, sampling: TextSampling, dtype: torch.dtype | None = None
+) -> tuple[Infinity, TextSampling]:
     """Encode the prompts, then load the model, so that the device never has both.
+
+    Args:
+        options: of the command.
+        sampling: the request.
+        dtype: of the model; None for that of --dtype.
 
     Returns:
         the model, and the request with features.
@@ -105,7 +118,7 @@ def load_to_sample_texts(options: argparse.Namespace, sampling: TextSampling) ->
     say_device(options)
     if not options.quiet and of_process("RANK", 0) == 0:
         print(describe_size(options), flush=True)
-    device, dtype = device_of_process(options), DTYPES[options.dtype]
+    device, dtype = device_of_process(options), dtype or DTYPES[options.dtype]
     files = files_of(options)
     sizes = sizes_of_files(*files, options.key)
     if is_bundled(options):

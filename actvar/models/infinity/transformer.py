@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +16,19 @@ from torch.nn import functional as F
 
 from actvar.models.arguments import by_one_thread
 from actvar.models.infinity.arguments import Draw, TextArgument, checked_draw, checked_negative, checked_text
-from actvar.models.infinity.layers import BlockContext, InfinityBlock, RMSNorm, Text, TextPool, guided, widened
+from actvar.models.infinity.layers import (
+    BlockChunk,
+    BlockContext,
+    InfinityBlock,
+    RMSNorm,
+    Text,
+    TextCondition,
+    TextPool,
+    guided,
+    widened,
+)
 from actvar.models.infinity.rotary import rotation
-from actvar.models.infinity.schedules import Schedule, checked_schedule, tokens_of
+from actvar.models.infinity.schedules import Schedule, checked_schedule, levels_and_mask, tokens_of
 from actvar.models.infinity.tokenizer import InfinityTokenizer, resized
 from actvar.models.initial_weights import init_products
 from actvar.models.quantizer import uninitialised_embedding
@@ -28,28 +38,6 @@ from actvar.utils.modes import no_grad
 from actvar_kernels.checks import expect_shape
 
 MOST_SCALES = 15
-
-
-class TextCondition(NamedTuple):
-    """Hold what all scales of a sample have in common.
-
-    Args:
-        pooled: one vector per row, `[R, C]`.
-        modulation: input of every block's AdaLN, `[R, 1, 6, C]`.
-        text: texts of the rows, projected for cross-attention.
-    """
-
-    pooled: torch.Tensor
-    modulation: torch.Tensor
-    text: Text
-
-
-class BlockChunk(nn.Module):
-    """Hold some blocks that follow each other as `module`, as the official keys have it."""
-
-    def __init__(self, blocks: Sequence[InfinityBlock]):
-        super().__init__()
-        self.module = nn.ModuleList(blocks)
 
 
 class Infinity(nn.Module):
@@ -166,12 +154,25 @@ class Infinity(nn.Module):
             if negative is not None:
                 other, other_lengths = checked_negative(negative, B, self.cfg_uncond)
             rows, row_lengths = torch.cat((text, other.to(text.dtype))), [*lengths, *other_lengths]
-        condition, rng = self.condition(rows, row_lengths), generators(draw.g_seed, B, text.device)
+        images, *bits = self.drawn(self.condition(rows, row_lengths), schedule, draw)
+        return (images, bits) if return_bits else images
+
+    def drawn(self, condition: TextCondition, schedule: Schedule, draw: Draw) -> tuple[torch.Tensor, ...]:
+        """Return the images `[B, 3, H, W]` of a condition, then the bits of every scale; see `sample`.
+
+        Args:
+            condition, schedule, draw: of the rows, those of the texts first; of every scale; how bits are drawn.
+
+        Raises:
+            ValueError: another number of seeds than images.
+        """
+        B, device = len(condition.pooled) // (2 if draw.is_guided else 1), condition.pooled.device
+        rng = generators(draw.g_seed, B, device)
         sizes = [size for _, *size in self.tokenizer_schedule(schedule)]
-        features = torch.zeros(B, self.vae_proxy[0].bits, *sizes[-1], device=text.device)
+        features = torch.zeros(B, self.vae_proxy[0].bits, *sizes[-1], device=device)
         inputs, bits = None, []
         with self.sampling(schedule, draw):
-            for scale in range(len(schedule)):
+            for scale in self.scales(schedule):
                 x = self.run_blocks(schedule, scale, self.embedded(scale, inputs, condition), condition, draw)
                 logits = self.guided_logits(scale, x, condition, draw)
                 drawn = self.draw_bits(scale, logits.view(B, -1, 2), draw, rng)
@@ -179,8 +180,7 @@ class Infinity(nn.Module):
                 features = self.add_scale(scale, features, bits[-1])
                 if scale + 1 < len(schedule):
                     inputs = self.as_tokens(resized(features, sizes[scale + 1]))
-        images = self.decode(features).add_(1).mul_(0.5)
-        return (images, bits) if return_bits else images
+        return self.decode(features).add_(1).mul_(0.5), *bits
 
     @contextmanager
     def sampling(self, schedule: Schedule, draw: Draw) -> Iterator[None]:
@@ -197,6 +197,10 @@ class Infinity(nn.Module):
         finally:
             for block in self.unregistered_blocks:
                 block.kv_caching(False)
+
+    def scales(self, schedule: Schedule) -> Iterator[int]:
+        """Yield the number of every scale that is sampled; of each when the one before is drawn."""
+        yield from range(len(schedule))
 
     def condition(self, text: torch.Tensor, lengths: Sequence[int]) -> TextCondition:
         """Return the condition of rows with the texts `[sum of lengths, text_channels]`."""
@@ -273,8 +277,7 @@ class Infinity(nn.Module):
         """Return the logits `[R, L, 2 * token_bits]` float32 or wider of the last block's output.
 
         Args:
-            x: output of the last block, `[R, L, C]`.
-            pooled: pooled texts of the rows, `[R, C]`.
+            x, pooled: output of the last block, `[R, L, C]`, and pooled texts of the rows, `[R, C]`.
         """
         return widened(self.head(self.head_nm(widened(x), pooled).to(self.head.weight.dtype)))
 
@@ -313,18 +316,20 @@ class Infinity(nn.Module):
             inputs: `[R, L - 1, token_bits]`.
             schedule: `(1, h, w)` of every scale.
         """
-        counts = torch.tensor(tokens_of(schedule), device=inputs.device)
-        level = torch.arange(len(schedule), device=inputs.device)
-        level = level.repeat_interleave(counts, output_size=sum(tokens_of(schedule)))
-        start = condition.pooled.unsqueeze(1) + self.pos_start
-        x = torch.cat((start, self.word_embed(inputs.to(self.word_embed.weight.dtype))), dim=1)
-        x = widened(x) + self.lvl_embed(level)
-        mask = torch.zeros(len(level), len(level), device=inputs.device)
-        mask.masked_fill_(level[:, None] < level, -torch.inf)
-        context = BlockContext(condition.modulation, condition.text, self.angles(schedule), mask=mask)
+        x, context = self.embedded_inputs(condition, inputs, schedule)
         for block in self.unregistered_blocks:
             x = block(x, context)
         return self.get_logits(x, condition.pooled)
+
+    def embedded_inputs(
+        self, condition: TextCondition, inputs: torch.Tensor, schedule: Schedule
+    ) -> tuple[torch.Tensor, BlockContext]:
+        """Return the first block's input `[R, L, C]` for all scales, and the context of all blocks."""
+        level, mask = levels_and_mask(schedule, inputs.device)
+        start = condition.pooled.unsqueeze(1) + self.pos_start
+        x = torch.cat((start, self.word_embed(inputs.to(self.word_embed.weight.dtype))), dim=1)
+        x = widened(x) + self.lvl_embed(level)
+        return x, BlockContext(condition.modulation, condition.text, self.angles(schedule), mask=mask)
 
     @torch.no_grad()
     def teacher_input(self, bits: Sequence[torch.Tensor]) -> torch.Tensor:
