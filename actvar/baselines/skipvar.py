@@ -135,9 +135,9 @@ def skipvar(infinity: nn.Module, decide: Callable[[float, float], Choice] = publ
         if scale != len(maps) + DECIDED_AFTER:
             return type(self).add_scale(self, scale, features, bits)
         _, *size = self.tokenizer_schedule([(1, *maps[4 * len(maps) // 13])])[0]
-        before = self.decode(resized(features, size))
+        before = type(self).decode(self, resized(features, size))
         features = type(self).add_scale(self, scale, features, bits)
-        after = self.decode(resized(features, size))
+        after = type(self).decode(self, resized(features, size))
         difference = F.l1_loss(edges(after), edges(before)).item()
         _plan(self, decide(difference, high_frequencies(after).item()))
         return features

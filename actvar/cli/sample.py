@@ -54,8 +54,8 @@ from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many, write_npz
 from actvar.sampling.summary import summary
 from actvar.sampling.text_request import TextSampling
-from actvar.sparse.sample_graphs import is_on_gpu
 from actvar.sparse.state import is_patched, patch_state
+from actvar.utils.devices import is_on_gpu
 from actvar.utils.pictures import save_images
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import LOSSLESS, bundled_presets, preset_path

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from actvar.baselines.replacing_methods import with_methods
 from actvar.evaluate.divergence import token_divergence
+from actvar.models.vqvae import without_decoder
 from actvar.sampling.text_request import TextSampling
 from actvar.utils.fingerprint import fingerprint
 
@@ -27,7 +28,7 @@ class ScaleBits(NamedTuple):
 
 
 def drawn_bits(infinity: nn.Module, sampling: TextSampling) -> list[ScaleBits]:
-    """Return what a model, dense or with a method on, draws at every scale.
+    """Return what a model, dense or with a method on, draws at every scale; no image is decoded at the end.
 
     Args:
         infinity: an `actvar.models.Infinity`.
@@ -42,7 +43,7 @@ def drawn_bits(infinity: nn.Module, sampling: TextSampling) -> list[ScaleBits]:
         found.append(ScaleBits(draw_own(scale, logits, draw, rng), before))
         return found[-1].drawn
 
-    with with_methods(infinity, draw_bits=draw_bits):
+    with without_decoder(infinity, "decode"), with_methods(infinity, draw_bits=draw_bits):
         sampling.run(infinity)
     return found
 
@@ -61,7 +62,7 @@ def forced_logits(infinity: nn.Module, sampling: TextSampling, bits: Sequence[Sc
         found.append(logits)
         return bits[scale].drawn
 
-    with with_methods(infinity, draw_bits=draw_bits):
+    with without_decoder(infinity, "decode"), with_methods(infinity, draw_bits=draw_bits):
         sampling.run(infinity)
     yield from found
 

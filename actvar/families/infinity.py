@@ -66,10 +66,13 @@ class InfinityFamily(NamedLayersFamily):
         return mismatch_of_blocks(model, blocks, "unregistered_blocks", REQUIRED_OF_BLOCK, InfinityBlock, "ca_norm")
 
     def loop_fields(self, model: Any) -> Collection[str]:
-        return ("sampler", "decoder_dtype")
+        return ("sampler", "decoder_dtype", "cuda_graph")
+
+    def loop_is_ours(self, model: Any) -> bool:
+        return getattr(own_class(model), "sample", None) is Infinity.sample
 
     def ends_early(self, model: Any) -> bool:
-        return own_class(model).sample is Infinity.sample
+        return self.loop_is_ours(model)
 
     def blocks(self, model: Any) -> Sequence[Any]:
         return model.unregistered_blocks

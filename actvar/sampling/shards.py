@@ -106,10 +106,13 @@ class Bulk:
         classes = self.sampling.labels
         return tuple(classes[image % len(classes)] for image in self.images_of(shard))
 
+    def seeds_of(self, shard: int) -> tuple[int, ...]:
+        """Return the seeds of the images of a shard."""
+        return tuple(image_seed(self.seed, image) for image in self.images_of(shard))
+
     def run(self, var: nn.Module, shard: int) -> np.ndarray:
         """Sample a shard, and return its images `[b, H, W, C]` uint8."""
-        seeds = tuple(image_seed(self.seed, image) for image in self.images_of(shard))
-        images = replace(self.sampling, labels=self.labels_of(shard), seed=seeds).run(var)
+        images = replace(self.sampling, labels=self.labels_of(shard), seed=self.seeds_of(shard)).run(var)
         return pixel_values(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
@@ -167,7 +170,7 @@ def read_images(folder: Path, bulk: Bulk) -> tuple[np.ndarray, np.ndarray]:
         ValueError: images are missing or damaged.
     """
     _expect_complete(folder, bulk)
-    images = np.stack([_image(folder, bulk, image) for image in range(bulk.num)])
+    images = np.stack([read_image(folder, bulk, image) for image in range(bulk.num)])
     return images, np.array([label for shard in range(bulk.shards) for label in bulk.labels_of(shard)])
 
 
@@ -188,14 +191,14 @@ def write_npz(folder: Path, bulk: Bulk, file: Path) -> None:
     """
     _expect_complete(folder, bulk)
     order = np.random.default_rng(image_seed(bulk.seed, 0)).permutation(bulk.num)
-    height, width, _ = _image(folder, bulk, 0).shape
+    height, width, _ = read_image(folder, bulk, 0).shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (bulk.num, height, width, 3)}
     labels = np.array([label for shard in range(bulk.shards) for label in bulk.labels_of(shard)])
     with replacing(file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             np.lib.format.write_array_header_1_0(stream, header)
             for image in progress(order.tolist(), desc=file.name, unit="image"):
-                pixels = _image(folder, bulk, image)
+                pixels = read_image(folder, bulk, image)
                 stream.write(np.broadcast_to(pixels, (height, width, 3)).tobytes())
         with archive.open("arr_1.npy", "w") as stream:
             np.lib.format.write_array(stream, labels[order])
@@ -217,8 +220,8 @@ def _expect_complete(folder: Path, bulk: Bulk) -> None:
             )
 
 
-def _image(folder: Path, bulk: Bulk, image: int) -> np.ndarray:
-    """Return image number `image`, `[H, W, C]` uint8, without reading the others."""
+def read_image(folder: Path, bulk: Bulk, image: int) -> np.ndarray:
+    """Return image number `image` of `sample_many`, `[H, W, C]` uint8, without reading the others."""
     shard, row = divmod(image, bulk.batch)
     return bulk.files.read(folder, bulk.batch_of(shard), row)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +59,12 @@ class TextSampling:
     def maps(self, model: Any) -> tuple[tuple[int, int], ...]:
         """Return height and width of the token map of every scale."""
         return tuple((h, w) for _, h, w in self.schedule)
+
+    def each(self) -> Iterator[TextSampling]:
+        """Yield the request for each image alone, of a request with one seed per image."""
+        assert isinstance(self.seed, tuple)
+        for label, seed in zip(self.labels, self.seed, strict=True):
+            yield replace(self, labels=(label,), seed=(seed,))
 
     def settings(self) -> dict[str, object]:
         """Return everything that the images depend on beside the model, as JSON values."""

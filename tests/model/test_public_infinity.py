@@ -12,7 +12,7 @@ from support.infinity import tiny_text
 from support.public_infinity import SIZE, public_and_own, round_nowhere, sample_public
 from torch import Tensor, nn
 
-from actvar import ActVARConfig, Texts, apply_patch, load_adapter, patched, remove_patch, save_adapter
+from actvar import ActVARConfig, Execution, Texts, apply_patch, load_adapter, patched, remove_patch, save_adapter
 from actvar.distill import Stage1, Stage2
 from actvar.distill.data import sampled_source
 from actvar.models import Infinity
@@ -200,3 +200,8 @@ def test_in_training_teacher_and_student_leave_out_the_same_texts(pair):
         torch.manual_seed(seed)
         assert stage(texts, inputs, bits)["output"].item() == pytest.approx(0, abs=1e-6)
     assert public.cond_drop_rate == 0.5
+
+
+def test_a_graph_needs_the_loop_of_our_class(pair):
+    with pytest.raises(ValueError, match=r"cuda_graph: True needs actvar\.models\.VAR or Infinity"):
+        apply_patch(pair[0], ActVARConfig(**ONES), Execution(cuda_graph=True))
