@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actvar.cli.infinity_options import is_infinity
 from actvar.cli.options import (
     DTYPES,
     MOST_AT_ONCE,
@@ -211,7 +212,7 @@ def _compare(
 
 
 def _are_single(options: argparse.Namespace) -> bool:
-    """Return whether each image is a file of its own, as those of texts are."""
+    """Return whether each image is a file of its own, as those of a checkpoint of texts are."""
     return options.format is not None or options.infinity is not None
 
 
@@ -279,7 +280,7 @@ def _check_images(options: argparse.Namespace) -> None:
         expect_file("--npz", options.npz)
     elif options.batch or options.npz:
         raise ValueError("--batch and --npz belong to --num, which draws many images")
-    elif options.infinity:
+    elif is_infinity(options):
         return
     elif options.labels is None and not options.model:
         raise ValueError("--labels: say which classes to draw, e.g. 0-9, or how many images of all of them with --num")
