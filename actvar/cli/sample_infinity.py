@@ -11,6 +11,7 @@ from actvar.cli.infinity_options import add_checkpoints, add_size, describe_size
 from actvar.cli.options import DTYPES, MOST_AT_ONCE, device_of_process, number, of_process, say_device
 from actvar.models import Infinity
 from actvar.models.checkpoint import sizes_of_files
+from actvar.sampling.layouts import DPGBench, Layout, layout_of
 from actvar.sampling.text_request import TextSampling
 from actvar.text import DEFAULT_ENCODER, MOST_TOKENS, FeatureCache, default_folder
 
@@ -50,23 +51,45 @@ def is_of_texts(options: argparse.Namespace) -> bool:
     return True
 
 
-def request_of_texts(options: argparse.Namespace) -> TextSampling:
+def asked_layout(options: argparse.Namespace) -> Layout | None:
+    """Return the layout of --layout with the prompts of --prompts, or None without it.
+
+    Raises:
+        ValueError: options that do not go with it, or prompts that cannot be read.
+    """
+    if options.layout is None:
+        return None
+    if options.infinity is None or options.prompts is None:
+        raise ValueError(f"--layout {options.layout}: expected --infinity, and the benchmark's prompts as --prompts")
+    if given := first_given(options, ("prompt", "format", "npz")):
+        raise ValueError(f"--layout {options.layout} says what is drawn and where it is kept; leave out {given}")
+    _, height, width = schedule_of(options)[-1]
+    if options.layout == DPGBench.name and height != width:
+        raise ValueError("--layout dpg: expected --aspect 1:1, since DPG-Bench cuts squares out of its pictures")
+    return layout_of(options.layout, options.prompts, options.num)
+
+
+def request_of_texts(options: argparse.Namespace, layout: Layout | None = None) -> TextSampling:
     """Return the request of the options, without features.
 
     With --num it has one seed, from which those of all images follow. Otherwise, and in commands without that option,
     every image has the seed of --seed, so it is that of a sample of its prompt alone.
 
+    Args:
+        options: the command's options.
+        layout: of a benchmark, whose prompts are drawn.
+
     Raises:
         ValueError: no prompts, a file that has none, or numbers out of their range.
     """
-    prompts = _prompts(options)
+    prompts = _prompts(options) if layout is None else tuple(prompt.text for prompt in layout.prompts)
     num = getattr(options, "num", None)
     if not num and len(prompts) > MOST_AT_ONCE:
         raise ValueError(f"--prompts: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
     numbers = {name: getattr(options, name, None) for name in ("cfg", "tau", "top_k", "top_p")}
     return TextSampling(
         prompts,
-        tuple(range(len(prompts))),
+        tuple(range(len(prompts))) if layout is None else layout.labels,
         schedule_of(options),
         seed=options.seed if num else (options.seed,) * len(prompts),
         **{name: value for name, value in numbers.items() if value is not None},
