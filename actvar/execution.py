@@ -39,13 +39,13 @@ class Execution:
             the GPU.
         weights: `"int8"` multiplies in eight bits in the blocks: queries, keys and values, the projection after
             attention, both layers of the FFN and its experts. `actvar_kernels.linear.quantized` defines the result.
-            AdaLN, head and attention itself stay as they are. None leaves all as it is. A sequence has one of both for
-            every block.
+            AdaLN, head and attention itself stay as they are. It runs on CPUs that multiply bytes, and on CUDA. None
+            leaves all as it is. A sequence has one of both for every block.
         cuda_graph: whether a sample on a GPU is replayed as one CUDA graph, which the first sample of each shape
-            captures. It takes `sampler="fast"` and `actvar.models.VAR`. `"auto"` does so where it can, and elsewhere
-            samples eagerly, which `actvar.summary` says. It gives up a graph whose first images differ from those of
-            eager sampling, with a logged warning. True raises where a graph is not possible. Hooks, replaced methods
-            and recorded choices always run eagerly. `actvar.release_cache` frees the graphs.
+            captures. It takes `sampler="fast"` and `actvar.models.VAR` or `Infinity`. `"auto"` does so where it can,
+            and elsewhere samples eagerly, which `actvar.summary` says. It gives up a graph whose first images differ
+            from those of eager sampling, with a logged warning. True raises where a graph is not possible. Hooks,
+            replaced methods and recorded choices always run eagerly. `actvar.release_cache` frees the graphs.
         cudnn_benchmark: whether cuDNN times its algorithms for the shapes of the decoder and takes the fastest, instead
             of choosing by its heuristics. It takes seconds at the first sample of a shape, and two runs may choose
             otherwise and round otherwise. For `actvar.models.VAR` only.

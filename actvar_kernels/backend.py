@@ -215,28 +215,38 @@ def _expect_triton(operation: str, tensor: torch.Tensor) -> None:
 
 
 def choose_int8(operation: str, *tensors: torch.Tensor) -> Backend:
-    """Return the backend that runs one call of an operation in eight bits: C++, or the reference.
+    """Return the backend that runs one call of an operation in eight bits: C++, Triton, or the reference.
 
-    `auto` takes C++, and the reference while PyTorch traces or transforms the call. It does not fall back to the
-    reference where the processor has no products of bytes, since that would take many times longer than other weights.
+    `auto` takes Triton for CUDA tensors and C++ for those on the CPU, and the reference while PyTorch traces or
+    transforms the call. It does not fall back to the reference where there are no products of bytes, since that would
+    take many times longer than other weights.
 
     Args:
         operation: name for errors.
         tensors: floating-point tensors that the operation reads, the first of them its input.
 
     Raises:
-        BackendUnavailableError: the call wants a gradient, is on another device than the CPU, or the backend in force
-            has no products of bytes here.
+        BackendUnavailableError: the call wants a gradient, or the backend in force has no products of bytes here.
     """
-    name, first = get_backend(), tensors[0]
+    name, first, case = get_backend(), tensors[0], situation(*tensors)
     reason = None
     if wants_gradient(*tensors):
         reason = "it has no gradient; call it under torch.no_grad()"
-    elif not first.is_cpu or name == "triton":
-        reason = f"it runs on CPUs alone so far, got the device {first.device} and the backend {name!r}"
-    elif name == "reference" or (name == "auto" and situation(*tensors) != DIRECT):
+    elif name == "reference" or (name == "auto" and case == TORCH):
         return REFERENCE
-    elif situation(*tensors) != DIRECT:
+    elif name == "triton" or (name == "auto" and first.is_cuda):
+        _expect_triton(operation, first)
+        if case == TORCH:
+            reason = "Triton cannot run while PyTorch traces or transforms the call, or on tensors of a subclass"
+        elif cpu.computed_dtype(first) not in KERNEL_DTYPES:
+            reason = f"it takes float32, float16 and bfloat16, got {cpu.computed_dtype(first)}"
+        else:
+            return _KINDS["triton", case == RECORDED]
+    elif not first.is_cpu:
+        reason = f"it runs on CPUs and on CUDA, got the device {first.device} and the backend {name!r}"
+    elif name == "auto" and case != DIRECT:
+        return REFERENCE
+    elif case != DIRECT:
         reason = "C++ cannot run while PyTorch traces, exports or transforms the call, or on tensors of a subclass"
     elif cpu.computed_dtype(first) not in cpu.DTYPES:
         reason = f"it takes float32 and bfloat16, got {cpu.computed_dtype(first)}"

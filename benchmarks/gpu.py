@@ -9,6 +9,7 @@ Triton; the others also what the package depends on. The file is written after e
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -17,12 +18,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from actvar_kernels import set_backend
+from actvar_kernels import linear, set_backend
 from actvar_kernels.operations.inputs import random_inputs
 from actvar_kernels.operations.shapes import BlockShape, last_scale
 from benchmarks.operations import allowed_error, operations
@@ -45,7 +47,7 @@ def main() -> int:
         parser.error("expected a CUDA device, found none; without one use make test and make compile-check")
 
     sections: dict[str, Callable[[], Iterable[dict]]] = {
-        "numerics": numerics,
+        "numerics": lambda: chain(numerics(), int8_numerics()),
         "graphs": graphs,
         "models": lambda: models(options.models, options.batches, options.public_var),
         "convolutions": lambda: decoder_convolutions(options.batches),
@@ -131,6 +133,20 @@ def numerics() -> Iterator[dict]:
                     "passed": error <= limit,
                 }
                 yield row
+
+
+@torch.no_grad()
+def int8_numerics() -> Iterator[dict]:
+    """Count the numbers of layers in eight bits that differ from the reference, of which there must be none."""
+    for T, C, D in ((77, 192, 576), (512, 1024, 3072), (2048, 4096, 1024), (3, 33, 7)):
+        for dtype in DTYPES:
+            x, weight, bias = (torch.randn(size, device="cuda").to(dtype) for size in ((T, C), (D, C), (D,)))
+            x[0], x[1, 1], x[2, 2] = 0, torch.inf, torch.nan
+            run = functools.partial(linear, x, weight, bias, int8=True)
+            found, due = (on(backend, run) for backend in ("triton", "reference"))
+            differing = int(((found != due) & ~(found.isnan() & due.isnan())).sum())
+            row = {"shape": f"{T} x {C} x {D}", "dtype": str(dtype).removeprefix("torch."), "operation": "linear, int8"}
+            yield row | {"differing": differing, "passed": differing == 0}
 
 
 @torch.no_grad()

@@ -109,7 +109,14 @@ def _skip(value: str) -> str | float:
     return share
 
 
-def sampling_run(model: str, batch: int, arch: int, config: ActVARConfig, expert_execution: str = "auto") -> Run:
+def sampling_run(
+    model: str,
+    batch: int,
+    arch: int,
+    config: ActVARConfig,
+    expert_execution: str = "auto",
+    weights: str | None = None,
+) -> Run:
     """Sample once with a model of an official size on a virtual GPU: transformer and decoder in bfloat16.
 
     `torch.autocast` has no effect in a build of torch for the CPU, so that the decoder's weights are in bfloat16.
@@ -132,7 +139,7 @@ def sampling_run(model: str, batch: int, arch: int, config: ActVARConfig, expert
         to_fake_cuda(vae)
         for module in (vae.decoder, vae.post_quant_conv, var):
             to_fake_cuda(module, torch.bfloat16)
-        patch_silently(var, config, Execution("fast", expert_execution=expert_execution))
+        patch_silently(var, config, Execution("fast", expert_execution=expert_execution, weights=weights))
         labels = torch.empty(batch, dtype=torch.int64, device="cuda")
         draw = dict(cfg=1.5, top_k=900, top_p=0.96)
         decode = vae.fhat_to_img

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actvar.cli.layout_options import add_layout, asked_layout
 from actvar.cli.options import (
     DTYPES,
     MOST_AT_ONCE,
@@ -40,7 +41,6 @@ from actvar.cli.options import (
 )
 from actvar.cli.sample_infinity import (
     add_infinity,
-    asked_layout,
     is_of_texts,
     load_to_sample_texts,
     request_of_texts,
@@ -51,13 +51,13 @@ from actvar.execution import SAMPLERS, Execution
 from actvar.patching.adapter import describe_adapter
 from actvar.patching.patch import patched_silently
 from actvar.reports.compare import compare, save_comparison
-from actvar.sampling.layouts import LAYOUTS, Layout
+from actvar.sampling.layouts import Layout
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many, write_npz
 from actvar.sampling.summary import summary
 from actvar.sampling.text_request import TextSampling
-from actvar.sparse.sample_graphs import is_on_gpu
 from actvar.sparse.state import is_patched, patch_state
+from actvar.utils.devices import is_on_gpu
 from actvar.utils.pictures import save_images
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import LOSSLESS, bundled_presets, preset_path
@@ -124,11 +124,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     many.add_argument("--num", type=positive, help="so many images of all classes or prompts together; resumes")
     many.add_argument("--batch", type=at_once, help="images per batch and shard (default 50; with --infinity 1)")
-    many.add_argument(
-        "--layout",
-        choices=LAYOUTS,
-        help="draw a benchmark's --prompts, a file or folder of its own, into the folders that its tools read",
-    )
+    add_layout(many)
     many.add_argument("--npz", type=Path, help="file to write all of them to, shuffled, for OpenAI's evaluator")
 
 
@@ -141,7 +137,7 @@ def run(options: argparse.Namespace) -> None:
     if layout is not None:
         options.num = len(layout.labels)
     _check_images(options)
-    sampling = request_of_texts(options, layout) if of_texts else request(options, _labels(options))
+    sampling = request_of_texts(options, layout=layout) if of_texts else request(options, _labels(options))
     config, adapter = _patch(options)
     execution = _execution(options, adapter)
     if isinstance(sampling, TextSampling):

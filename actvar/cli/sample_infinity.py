@@ -6,12 +6,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import actvar
 from actvar.cli.infinity_options import add_checkpoints, add_size, describe_size, expect_both, first_given, schedule_of
 from actvar.cli.options import DTYPES, MOST_AT_ONCE, device_of_process, number, of_process, say_device
 from actvar.models import Infinity
 from actvar.models.checkpoint import sizes_of_files
-from actvar.sampling.layouts import DPGBench, Layout, layout_of
+from actvar.sampling.layouts import Layout
 from actvar.sampling.text_request import TextSampling
 from actvar.text import DEFAULT_ENCODER, MOST_TOKENS, FeatureCache, default_folder
 
@@ -51,40 +53,23 @@ def is_of_texts(options: argparse.Namespace) -> bool:
     return True
 
 
-def asked_layout(options: argparse.Namespace) -> Layout | None:
-    """Return the layout of --layout with the prompts of --prompts, or None without it.
-
-    Raises:
-        ValueError: options that do not go with it, or prompts that cannot be read.
-    """
-    if options.layout is None:
-        return None
-    if options.infinity is None or options.prompts is None:
-        raise ValueError(f"--layout {options.layout}: expected --infinity, and the benchmark's prompts as --prompts")
-    if given := first_given(options, ("prompt", "format", "npz")):
-        raise ValueError(f"--layout {options.layout} says what is drawn and where it is kept; leave out {given}")
-    _, height, width = schedule_of(options)[-1]
-    if options.layout == DPGBench.name and height != width:
-        raise ValueError("--layout dpg: expected --aspect 1:1, since DPG-Bench cuts squares out of its pictures")
-    return layout_of(options.layout, options.prompts, options.num)
-
-
-def request_of_texts(options: argparse.Namespace, layout: Layout | None = None) -> TextSampling:
+def request_of_texts(options: argparse.Namespace, at_once: bool = True, layout: Layout | None = None) -> TextSampling:
     """Return the request of the options, without features.
 
     With --num it has one seed, from which those of all images follow. Otherwise, and in commands without that option,
     every image has the seed of --seed, so it is that of a sample of its prompt alone.
 
     Args:
-        options: the command's options.
-        layout: of a benchmark, whose prompts are drawn.
+        options: of the command.
+        at_once: whether the images of all prompts are drawn at once, without --num.
+        layout: of a benchmark, whose prompts are drawn; None for those of the options.
 
     Raises:
         ValueError: no prompts, a file that has none, or numbers out of their range.
     """
     prompts = _prompts(options) if layout is None else tuple(prompt.text for prompt in layout.prompts)
     num = getattr(options, "num", None)
-    if not num and len(prompts) > MOST_AT_ONCE:
+    if at_once and not num and len(prompts) > MOST_AT_ONCE:
         raise ValueError(f"--prompts: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
     numbers = {name: getattr(options, name, None) for name in ("cfg", "tau", "top_k", "top_p")}
     return TextSampling(
@@ -96,8 +81,15 @@ def request_of_texts(options: argparse.Namespace, layout: Layout | None = None) 
     )
 
 
-def load_to_sample_texts(options: argparse.Namespace, sampling: TextSampling) -> tuple[Infinity, TextSampling]:
+def load_to_sample_texts(
+    options: argparse.Namespace, sampling: TextSampling, dtype: torch.dtype | None = None
+) -> tuple[Infinity, TextSampling]:
     """Encode the prompts, then load the model, so that the device never has both.
+
+    Args:
+        options: of the command.
+        sampling: the request.
+        dtype: of the model; None for that of --dtype.
 
     Returns:
         the model, and the request with features.
@@ -108,7 +100,7 @@ def load_to_sample_texts(options: argparse.Namespace, sampling: TextSampling) ->
     say_device(options)
     if not options.quiet and of_process("RANK", 0) == 0:
         print(describe_size(options), flush=True)
-    device, dtype = device_of_process(options), DTYPES[options.dtype]
+    device, dtype = device_of_process(options), dtype or DTYPES[options.dtype]
     sizes = sizes_of_files(options.infinity, options.tokenizer, options.key)
     encoder = actvar.TextEncoder(options.text_encoder or DEFAULT_ENCODER, device, FeatureCache(default_folder()))
     text, lengths = encoder(sampling.prompts, min(sizes.text_maxlen, MOST_TOKENS))

@@ -17,7 +17,6 @@ from actvar.families import family_of
 from actvar.families.conditions import Conditions
 from actvar.patching.patch import unpatched
 from actvar.sparse.state import patch_state
-from actvar.utils.devices import device_of
 from actvar.utils.weight_override import replace_parameters, restore_parameters, running_with, tuned_parameters
 from actvar.utils.wrappers import unwrapped
 
@@ -63,15 +62,7 @@ class Stage2(Stage):
             )
         self.var, self.losses = var, tuple(losses)
         self.family = family_of(var)
-        maps = self.family.maps(var)
-        strengths = [cfg * scale / (len(maps) - 1) for scale, (h, w) in enumerate(maps) for _ in range(h * w)]
-        self.strength = torch.tensor(strengths, dtype=torch.float32, device=device_of(var)).unsqueeze(1)
-        self.own_strength = self.strength.clone()
-        for scale in state.schedule:
-            if not scale.guided:
-                self.own_strength[scale.start : scale.start + scale.tokens] = 0
-        self.first_token = state.schedule[state.first_tuned].start
-        self.needs_all_rows = any(scale.guided for scale in state.schedule[state.first_tuned :])
+        self.cfg = cfg
         var.requires_grad_(False)
         self.low_rank = None if lora is None else LowRank(var, lora)
         if self.low_rank is None:
@@ -96,16 +87,18 @@ class Stage2(Stage):
 
         Args:
             conditions: classes `[B]` int64, or texts.
-            inputs: `[B, L - first_l, Cvae]` float32, see `VectorQuantizer.teacher_input`.
-            tokens: the true token maps, `[B, L]` of an integer dtype.
+            inputs: `[B, L - first_l, Cvae]` float32, see `Drawing.teacher_input`.
+            tokens: the true token maps, `[B, L]`, or bits `[B, L, bits]`, of an integer dtype.
         """
-        count = len(conditions)
+        count, state = len(conditions), patch_state(self.var)
+        state.fit_maps(self.var, self.family.maps_of(self.var, conditions))
         if self.guides:
             conditions = self.family.with_unconditional(self.var, conditions)
             inputs = torch.cat((inputs, inputs))
         teacher_outputs, teacher_logits = self._teacher(conditions, inputs)
-        if self.first_token:
-            rows = len(conditions) if self.needs_all_rows else count
+        if state.first_tuned:
+            needs_all_rows = any(scale.guided for scale in state.schedule[state.first_tuned :])
+            rows = len(conditions) if needs_all_rows else count
             logits = self._student(conditions[:rows], inputs[:rows])
             with torch.autocast(logits.device.type, enabled=False):
                 loss = self._guided(logits, teacher_logits)
@@ -134,9 +127,17 @@ class Stage2(Stage):
 
     def _guided(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         """Return `guided_loss` over the tokens that trained weights predict."""
-        tensors = logits, teacher_logits, self.strength, self.own_strength
-        late = (tensor[..., self.first_token :, :] for tensor in tensors)
-        return guided_loss(*late)
+        state = patch_state(self.var)
+        late, count = state.schedule[state.first_tuned :], len(state.schedule)
+        strengths = [self.family.strength(self.cfg, scale.index, count) for scale in late]
+        own = [strength if scale.guided else 0.0 for strength, scale in zip(strengths, late, strict=True)]
+        tokens = torch.tensor([scale.tokens for scale in late], device=logits.device)
+        shape = (-1, *(1 for _ in logits.shape[2:]))  # of one for each token
+        of_tokens = (
+            torch.tensor(of_scale, dtype=torch.float32, device=logits.device).repeat_interleave(tokens).view(shape)
+            for of_scale in (strengths, own)
+        )
+        return guided_loss(logits[:, late[0].start :], teacher_logits[:, late[0].start :], *of_tokens)
 
     @torch.no_grad()
     def _teacher(self, conditions: Conditions, inputs: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:

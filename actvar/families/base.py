@@ -155,7 +155,7 @@ class Family(Drawing, Protocol):
         ...
 
     def loop_is_ours(self, model: Any) -> bool:
-        """Return whether the unpatched class samples by `VAR`'s loop, which never reads a block's input again."""
+        """Return whether the unpatched class samples by the loop of our model, which reads no block's input again."""
         ...
 
     def ends_early(self, model: Any) -> bool:

@@ -65,10 +65,13 @@ class InfinityFamily(NamedLayersFamily):
         return mismatch_of_blocks(model, blocks, "unregistered_blocks", REQUIRED_OF_BLOCK, InfinityBlock, "ca_norm")
 
     def loop_fields(self, model: Any) -> Collection[str]:
-        return ("sampler", "decoder_dtype")
+        return ("sampler", "decoder_dtype", "cuda_graph")
+
+    def loop_is_ours(self, model: Any) -> bool:
+        return getattr(own_class(model), "sample", None) is Infinity.sample
 
     def ends_early(self, model: Any) -> bool:
-        return own_class(model).sample is Infinity.sample
+        return self.loop_is_ours(model)
 
     def blocks(self, model: Any) -> Sequence[Any]:
         return model.unregistered_blocks
@@ -91,10 +94,10 @@ class InfinityFamily(NamedLayersFamily):
     # what images are drawn from
 
     def maps_of(self, model: Any, conditions: Any) -> tuple[tuple[int, int], ...]:
-        return maps_of(_texts(conditions).schedule)
+        return maps_of(texts_of(conditions).schedule)
 
     def with_unconditional(self, model: Any, conditions: Any) -> Texts:
-        texts = _texts(conditions).features
+        texts = texts_of(conditions).features
         return replace(conditions, features=(*texts, *(model.cfg_uncond[: len(text)].to(text.dtype) for text in texts)))
 
     def strength(self, cfg: float, scale: int, count: int) -> float:
@@ -102,33 +105,33 @@ class InfinityFamily(NamedLayersFamily):
         return cfg - 1
 
     def images(self, model: Any, conditions: Any, seed: int, cfg: float) -> Tensor:
-        texts, lengths = _texts(conditions).joined()
+        texts, lengths = texts_of(conditions).joined()
         return model.sample(texts, lengths, conditions.schedule, cfg=cfg, tau=conditions.tau, g_seed=seed)
 
     def token_maps(self, model: Any, conditions: Any, seed: int, cfg: float) -> Tensor:
         """Return the bits `[B, L, bits of a token]` uint8 of images that `images` would draw; no image is decoded."""
-        texts, lengths = _texts(conditions).joined()
+        texts, lengths = texts_of(conditions).joined()
         draw = dict(cfg=cfg, tau=conditions.tau, g_seed=seed, return_bits=True)
         with without_decoder(model, "decode"):
             _, bits = model.sample(texts, lengths, conditions.schedule, **draw)
         return torch.cat([model.as_tokens(of_scale.permute(0, 3, 1, 2)) for of_scale in bits], dim=1)
 
     def teacher_input(self, model: Any, conditions: Any, token_maps: Tensor) -> Tensor:
-        schedule = _texts(conditions).schedule
+        schedule = texts_of(conditions).schedule
         of_scale = zip(token_maps.split(tokens_of(schedule), dim=1), schedule, strict=True)
         return model.teacher_input([model.as_bits(bits.unflatten(1, size)) for bits, (_, *size) in of_scale])
 
     def predicted(self, model: Any, conditions: Any, inputs: Tensor) -> Tensor:
-        texts, lengths = _texts(conditions).joined()
-        return _by_bit(model(texts, lengths, inputs, conditions.schedule), conditions.tau)
+        texts, lengths = texts_of(conditions).joined()
+        return by_bit(model(texts, lengths, inputs, conditions.schedule), conditions.tau)
 
     def embedded(self, model: Any, conditions: Any, inputs: Tensor) -> Embedded:
-        condition = model.condition(*_texts(conditions).joined())
+        condition = model.condition(*texts_of(conditions).joined())
         x, context = model.embedded_inputs(condition, inputs, conditions.schedule)
         return Embedded(self.block_call(x, context), HeadCondition(condition.pooled, conditions.tau))
 
     def logits(self, model: Any, x: Tensor, head_cond: HeadCondition) -> Tensor:
-        return _by_bit(model.get_logits(x, head_cond.pooled), head_cond.tau)
+        return by_bit(model.get_logits(x, head_cond.pooled), head_cond.tau)
 
     def scale_logits(self, model: Any, conditions: Any, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
         rows, schedule = self.with_unconditional(model, conditions), conditions.schedule
@@ -223,7 +226,7 @@ class InfinityFamily(NamedLayersFamily):
         return block.ca(u, call.context.text)
 
 
-def _texts(conditions: object) -> Texts:
+def texts_of(conditions: object) -> Texts:
     """Return `conditions` if they are texts.
 
     Raises:
@@ -234,6 +237,6 @@ def _texts(conditions: object) -> Texts:
     return conditions
 
 
-def _by_bit(logits: Tensor, tau: float) -> Tensor:
+def by_bit(logits: Tensor, tau: float) -> Tensor:
     """Return logits `[R, L, bits, 2]` under a temperature of those of 0 and 1 of every bit, `[R, L, 2 * bits]`."""
     return (logits / tau).unflatten(-1, (-1, 2))

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from actvar.families.requests import Request
 from actvar.models.infinity import Infinity
 from actvar.models.infinity.arguments import Draw, checked_draw
-from actvar.models.infinity.layers import TextCondition
+from actvar.models.infinity.layers import Text, TextCondition
 from actvar.models.infinity.schedules import Schedule, checked_schedule, tokens_of
 from actvar.models.infinity.transformer import MOST_SCALES
-from actvar.models.token_draw import fast_draw
+from actvar.models.token_draw import fast_draw, seed_tensor
+from actvar.utils.devices import is_on_gpu
 from actvar.utils.weight_override import own_weights
+from actvar_kernels import sample_tokens
 
 if TYPE_CHECKING:
     from actvar.families.patched_state import PatchedState
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
     _Base = Infinity
 else:
     _Base = nn.Module
+
+
+TEXT_STEP = 64
+"""Lengths of filled-up texts are multiples of it, so that there are at most eight of them."""
 
 
 def maps_of(schedule: Sequence[tuple[int, int, int]]) -> tuple[tuple[int, int], ...]:
@@ -69,6 +76,41 @@ class PatchedInfinity(_Base):
                 logits.append(self.get_logits(x, condition.pooled))
         return torch.cat(logits, dim=1)
 
+    def drawn(self, condition: TextCondition, schedule: Schedule, draw: Draw) -> tuple[Tensor, ...]:
+        """Return images and bits as `Infinity.drawn` does. By the fast sampler a GPU may replay a CUDA graph of it.
+
+        The condition is an input of the graph, and computed before. On a GPU the fast sampler fills up its texts to a
+        multiple of `TEXT_STEP` tokens, so that texts of other lengths have the same graph.
+
+        Raises:
+            ValueError: as in `sampling`, or the Execution asks for a graph that is not possible.
+        """
+        state = self.actvar
+        state.expect_own_blocks(self)
+        state.fit_maps(self, maps_of(schedule))
+        if state.execution.sampler == "fast":
+            request = self.request(condition, schedule, draw)
+            return state.graphs.results(self, request, self.drawn_request, state.execution.cuda_graph)
+        state.graphs.refuse(self, state.execution.cuda_graph, "the sampler of PyTorch waits for its generator")
+        return super().drawn(condition, schedule, draw)
+
+    def request(self, condition: TextCondition, schedule: Schedule, draw: Draw) -> Request:
+        """Return what a sample by the fast sampler depends on; arguments and errors are those of `drawn`."""
+        images = len(condition.pooled) // (2 if draw.is_guided else 1)
+        seeds, text = seed_tensor(draw.g_seed, images, condition.pooled.device), condition.text
+        if is_on_gpu(self):
+            text = text.filled_up(-(-max(text.lengths) // TEXT_STEP) * TEXT_STEP)
+        inputs = seeds, condition.pooled, condition.modulation, text.tokens
+        settings = tuple(schedule), draw._replace(g_seed=None), tuple(text.lengths)
+        return Request(inputs + (() if text.filled is None else (text.filled,)), settings, (self.angles(schedule),))
+
+    def drawn_request(self, request: Request) -> tuple[Tensor, ...]:
+        """Return images and bits of a request, drawn kernel by kernel or recorded by the capture of a graph."""
+        (seeds, pooled, modulation, tokens, *filled), (schedule, draw, lengths) = request.inputs, request.settings
+        condition = TextCondition(pooled, modulation, Text(tokens, lengths, *filled))
+        with self.actvar.during(seed=seeds):
+            return super().drawn(condition, list(schedule), draw)
+
     @contextmanager
     def sampling(self, schedule: Schedule, draw: Draw) -> Iterator[None]:
         """Sample with the patch while the context is open; the K/V caches are empty afterwards.
@@ -105,6 +147,8 @@ class PatchedInfinity(_Base):
 
     def draw_bits(self, scale, logits, draw, rng):
         """Return bits `[B, N]` int64 of logits `[B, N, 2]` as `Infinity.draw_bits`, by the sampler of the Execution."""
+        if self.actvar.seed is not None:
+            return sample_tokens(logits, None, draw.top_k, draw.top_p, seed=self.actvar.seed, step=scale)
         if self.actvar.execution.sampler == "fast":
             return fast_draw(logits, None, draw.top_k, draw.top_p, rng, scale)
         return super().draw_bits(scale, logits, draw, rng)

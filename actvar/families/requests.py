@@ -11,13 +11,12 @@ class Request(NamedTuple):
     """Hold what a sample by the fast sampler depends on.
 
     Attributes:
-        labels: classes `[B]` int64, negative for none.
-        seeds: the seed of the batch, `[1]` int64, or of every image, `[B]` int64.
-        cfg, top_k, top_p: as in `VAR.autoregressive_infer_cfg`.
+        inputs: tensors whose values may differ from one replay of a graph to the next; the first are seeds, of the
+            batch `[1]` or of every image `[B]` int64.
+        settings: everything else, with a hash, which a graph is captured for.
+        held: further tensors that a graph reads where they lie.
     """
 
-    labels: Tensor
-    seeds: Tensor
-    cfg: float
-    top_k: int
-    top_p: float
+    inputs: tuple[Tensor, ...]
+    settings: tuple
+    held: tuple[Tensor, ...] = ()

@@ -77,7 +77,7 @@ class PatchedVAR(_Base):
             if loop_is_ours and state.execution.sampler == "fast":
                 request = self.request(B, label_B, *args, **kwargs)
             if request is not None:
-                return state.graphs.images(self, request, self.drawn, wanted)
+                return state.graphs.results(self, request, self.drawn, wanted)[0]
             state.graphs.refuse(self, wanted, "more_smooth draws from PyTorch's generator")
             with state.sampling(self, in_place=loop_is_ours):
                 return super().autoregressive_infer_cfg(B, label_B, *args, **kwargs)
@@ -99,13 +99,13 @@ class PatchedVAR(_Base):
             labels = torch.full((B,), checked, device=device)
         else:
             labels = label_B.long()
-        return Request(labels, seed_tensor(g_seed, B, device), cfg, top_k, top_p)
+        return Request((seed_tensor(g_seed, B, device), labels), (cfg, top_k, top_p))
 
-    def drawn(self, request: Request) -> Tensor:
+    def drawn(self, request: Request) -> tuple[Tensor]:
         """Return the images of a request, drawn kernel by kernel or recorded by the capture of a graph."""
-        labels, seeds, *draw = request
+        seeds, labels = request.inputs
         with self.actvar.during(seed=seeds), self.actvar.sampling(self, in_place=True):
-            return super().autoregressive_infer_cfg(len(labels), labels, None, *draw)
+            return (super().autoregressive_infer_cfg(len(labels), labels, None, *request.settings),)
 
     def scales(self):
         """Return the numbers of the scales that are sampled; teacher forcing of the whole model runs all of them."""

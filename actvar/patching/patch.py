@@ -171,7 +171,7 @@ def _expect_runs(model: nn.Module, execution: Execution) -> None:
     for name in ("sampler", "decoder_dtype", "cuda_graph", "cudnn_benchmark"):
         value, default = getattr(execution, name), getattr(Execution(), name)
         if name not in follows and value not in (default, False):
-            models = "actvar.models.VAR" + (" or Infinity" if name in ("sampler", "decoder_dtype") else "")
+            models = "actvar.models.VAR" + ("" if name == "cudnn_benchmark" else " or Infinity")
             raise ValueError(
                 f"{name}: {value!r} needs {models}, whose sampling loop it is part of, got {type(model).__name__}; "
                 "load the checkpoint with actvar.load_var or actvar.load_infinity, or use "

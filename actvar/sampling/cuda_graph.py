@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actvar.models import Infinity
 from actvar.models.arguments import SEEDS, checked_draw, checked_integer, checked_labels, one_thread
 from actvar.sparse.sample_graphs import why_no_graph
 from actvar.sparse.state import patch_state
@@ -47,6 +48,10 @@ class GraphedSampling:
     def _check(self) -> None:
         """Raise the constructor's ValueError if the model cannot be sampled by a graph."""
         patch_state(self.var)
+        if isinstance(self.var, Infinity):
+            raise ValueError(
+                "var: expected an actvar.models.VAR, got an Infinity, whose sample replays graphs by itself"
+            )
         reason = why_no_graph(self.var)
         if reason is not None:
             raise ValueError(reason)
@@ -70,4 +75,4 @@ class GraphedSampling:
         seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1])
         request = self.var.request(len(labels), labels.to(device_of(self.var)), seed, **self.arguments)
         with one_thread(self.var):
-            return self.var.actvar.graphs.images(self.var, request, self.var.drawn, wanted=True)
+            return self.var.actvar.graphs.results(self.var, request, self.var.drawn, wanted=True)[0]

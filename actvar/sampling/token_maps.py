@@ -50,7 +50,7 @@ def first_conditions(var: Any, images: int, texts: Texts | None) -> Conditions:
     Raises:
         TypeError, ValueError: see `spread`.
     """
-    numbers = torch.arange(images, device="cpu") % _number_of_conditions(var, texts)
+    numbers = torch.arange(images, device="cpu") % number_of_conditions(var, texts)
     return _numbered(var, numbers, texts)
 
 
@@ -62,12 +62,16 @@ def spread(var: Any, images: int, seed: int, texts: Texts | None) -> Conditions:
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     order = torch.randperm(images, generator=generator, device="cpu")
-    numbers = (torch.arange(images, device="cpu") * _number_of_conditions(var, texts) // images)[order]
+    numbers = (torch.arange(images, device="cpu") * number_of_conditions(var, texts) // images)[order]
     return _numbered(var, numbers, texts)
 
 
-def _number_of_conditions(var: Any, texts: Texts | None) -> int:
-    """Return the number of texts, or of the model's classes without texts."""
+def number_of_conditions(var: Any, texts: Texts | None) -> int:
+    """Return the number of texts, or of the model's classes without texts.
+
+    Raises:
+        TypeError, ValueError: as in `spread`.
+    """
     if texts is None:
         return number_of_classes(var)
     if hasattr(unwrapped(var), "num_classes"):

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from actvar.sparse.schedule import Scale
-from actvar_kernels import expert_ffn, static_ffn
+from actvar_kernels import choose_fused, expert_ffn, static_ffn
+from actvar_kernels.linear.int8 import ByteRows
 
 
 def in_dtype(rows: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -15,14 +16,19 @@ def in_dtype(rows: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return rows if dtype is None else rows.to(dtype)
 
 
-def int8_ffn(block: Any, u: torch.Tensor) -> torch.Tensor:
-    """Return the whole FFN of `u` `[R, K, C]` in eight bits, as experts that are all on: they share a packed copy."""
+def int8_ffn(block: Any, u: torch.Tensor | ByteRows) -> torch.Tensor:
+    """Return the whole FFN of `u` `[R, K, C]` in eight bits.
+
+    In C++ it runs as experts that are all on: they share a packed copy.
+    """
     experts = block.actvar.shared.config.num_experts
+    if isinstance(u, ByteRows) or choose_fused(u).fuses_residual:
+        return static_ffn(u, experts, experts, *block.actvar.family.ffn_weights(block), int8=True)
     every = u.new_ones(*u.shape[:-1], experts, dtype=torch.bool)
     return expert_ffn(u, every, experts, *block.actvar.family.ffn_weights(block), int8=True)
 
 
-def first_experts(block: Any, u: torch.Tensor, scale: Scale) -> torch.Tensor:
+def first_experts(block: Any, u: torch.Tensor | ByteRows, scale: Scale) -> torch.Tensor:
     """Return the output `[R, K, C]` of the first experts for rows `u` `[R, K, C]` of a scale with static experts."""
     experts, weights = block.actvar.shared.config.num_experts, block.actvar.family.ffn_weights(block)
     return static_ffn(u, scale.experts, experts, *weights, int8=block.actvar.int8)

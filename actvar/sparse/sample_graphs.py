@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from actvar.families.requests import Request
-from actvar.utils.devices import device_of
+from actvar.utils.class_swap import own_class
+from actvar.utils.devices import device_of, is_on_gpu
 from actvar.utils.weight_override import own_parameters
 from actvar_kernels import backend_of, get_backend
 from actvar_kernels.cpu_backend.packing import copies, drops
@@ -23,10 +24,14 @@ logger = logging.getLogger(__name__)
 WARM_UP_RUNS = 2  # compile kernels, fill the allocator
 MOST_GRAPHS = 8
 """Graphs that a model keeps; each further one takes the place of the oldest."""
+KNOWN = ("torch.nn.", "actvar.")
+"""Where the classes of layers are from that depend on nothing but their tensors."""
 
 
-Run = Callable[[Request], Tensor]
-"""Draws the images of a request, kernel by kernel."""
+Results = tuple[Tensor, ...]
+"""Images, then what else a family's samples return."""
+Run = Callable[[Request], Results]
+"""Draws the results of a request, kernel by kernel."""
 
 
 @dataclass
@@ -34,23 +39,23 @@ class Graph:
     """Hold one captured sample.
 
     Args:
-        request: its labels and seeds are what a replay reads.
+        request: its inputs are what a replay reads.
         replay: runs the graph.
-        images: where its images are.
+        results: where its results are.
         copies: of weights, which the graph reads.
     """
 
     request: Request
     replay: Callable[[], None]
-    images: Tensor
+    results: Results
     copies: list
 
-    def of(self, request: Request) -> Tensor:
-        """Return the images of a request of the same shape."""
-        self.request.labels.copy_(request.labels)
-        self.request.seeds.copy_(request.seeds)
+    def of(self, request: Request) -> Results:
+        """Return the results of a request of the same shapes."""
+        for read, wanted in zip(self.request.inputs, request.inputs, strict=True):
+            read.copy_(wanted)
         self.replay()
-        return self.images.clone()
+        return tuple(result.clone() for result in self.results)
 
 
 @dataclass
@@ -71,14 +76,14 @@ class SampleGraphs:
     refused: str | None = None
     said: set[str] = field(default_factory=set)
 
-    def images(self, model: Any, request: Request, run: Run, wanted: bool | str) -> Tensor:
-        """Return the images of a request, by a graph where `wanted` and the model allow it.
+    def results(self, model: Any, request: Request, run: Run, wanted: bool | str) -> Results:
+        """Return the results of a request, by a graph where `wanted` and the model allow it.
 
         Args:
             model: the patched model.
             request: what to draw.
             run: draws eagerly.
-            wanted: `Execution.cuda_graph`. With `"auto"` a graph whose first images are not those of `run` is given up.
+            wanted: `Execution.cuda_graph`. With `"auto"` a graph is given up if its first results differ from `run`.
 
         Raises:
             ValueError: True is wanted and a graph is not possible.
@@ -89,7 +94,7 @@ class SampleGraphs:
         if weights != self.weights:
             self.release()
             self.weights = weights
-        key = (request.labels.shape, request.seeds.shape, *request[2:], *_situation(request.labels.device))
+        key = (*_shapes(request.inputs), request.settings, *_situation(device_of(model)))
         graph = self.graphs.get(key)
         if graph is not None:
             return graph.of(request)
@@ -139,33 +144,33 @@ class SampleGraphs:
         self.graphs.clear()
         self.pool = self.weights = None
 
-    def _first(self, model: Any, key: tuple, request: Request, run: Run, wanted: bool | str) -> Tensor:
-        """Capture the graph of `key`, and return the images of its first request."""
-        kept = request._replace(labels=request.labels.clone(), seeds=request.seeds.clone())
+    def _first(self, model: Any, key: tuple, request: Request, run: Run, wanted: bool | str) -> Results:
+        """Capture the graph of `key`, and return the results of its first request."""
+        kept = request._replace(inputs=tuple(tensor.clone() for tensor in request.inputs))
 
-        def sample() -> Tensor:
+        def sample() -> Results:
             return run(kept)
 
         eager = warmed_up(sample)
         _drop_kv_buffers(model)  # so that the graph's lie in its own memory
         try:
             self.pool = new_pool() if self.pool is None else self.pool
-            replay, images = captured(sample, self.pool)
-            graph = Graph(kept, replay, images, copies(_tensors(model)))
-            images = graph.of(request)
+            replay, results = captured(sample, self.pool)
+            graph = Graph(kept, replay, results, copies(_tensors(model)))
+            results = graph.of(request)
         except RuntimeError as error:
             if wanted is True:
                 raise RuntimeError(f"cuda_graph: the sample could not be captured as a graph: {error}") from error
             return self._give_up(f"it could not be captured ({error})", eager)
         finally:
             _drop_kv_buffers(model)
-        if wanted == "auto" and not torch.equal(images, eager):
-            difference = (images.float() - eager.float()).abs().max().item()
+        if wanted == "auto" and not all(map(torch.equal, results, eager)):
+            difference = (results[0].float() - eager[0].float()).abs().max().item()
             return self._give_up(f"its first images differ from eager ones, by up to {difference:.3g}", eager)
         self.graphs[key] = graph
-        return images
+        return results
 
-    def _give_up(self, reason: str, eager: Tensor) -> Tensor:
+    def _give_up(self, reason: str, eager: Results) -> Results:
         """Sample eagerly from here on, say so, and return `eager`."""
         self.release()
         self.refused = f"a graph was tried, and {reason}"
@@ -180,17 +185,18 @@ class SampleGraphs:
         return SampleGraphs, ()
 
 
-def warmed_up(sample: Callable[[], Tensor]) -> Tensor:
-    """Run `sample` beside the current stream, as a capture does, and return its last result."""
+def warmed_up(sample: Callable[[], Results]) -> Results:
+    """Run `sample` beside the current stream, as a capture does, and return its last results."""
     current = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP_RUNS):
-            images = sample()
+            results = sample()
     current.wait_stream(stream)
-    images.record_stream(current)
-    return images
+    for result in results:
+        result.record_stream(current)
+    return results
 
 
 def new_pool() -> Any:
@@ -198,12 +204,12 @@ def new_pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-def captured(sample: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
-    """Return a function that replays `sample`, and the tensor in which its result then is."""
+def captured(sample: Callable[[], Results], pool: Any) -> tuple[Callable[[], None], Results]:
+    """Return a function that replays `sample`, and the tensors in which its results then are."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
-        images = sample()
-    return graph.replay, images
+        results = sample()
+    return graph.replay, results
 
 
 def why_no_graph(model: Any) -> str | None:
@@ -215,11 +221,12 @@ def why_eager(model: Any) -> str | None:
     """Return why no graph may be replayed now, even one that is there, or None."""
     state, family = model.actvar, model.actvar.family
     if "cuda_graph" not in family.loop_fields(model) or not family.loop_is_ours(model):
-        return f"var: expected an actvar.models.VAR, got {type(model).__name__}; use actvar.load_var"
+        kind = type(model).__name__
+        return f"model: expected an actvar.models.VAR or Infinity, got {kind}; use actvar.load_var or load_infinity"
     if state.execution.sampler != "fast":
         return f"sampler: expected 'fast' in the patch's Execution, got {state.execution.sampler!r}"
     if not is_on_gpu(model):
-        return f"var: expected a model on a GPU, got one on {device_of(model)}"
+        return f"model: expected one on a GPU, got one on {device_of(model)}"
     if backend_of("sample_tokens", model.head.weight) != "triton":
         return "backend: expected Triton, without which a graph cannot read its seed; see actvar info"
     if torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling():
@@ -239,6 +246,9 @@ def _why_called(model: Any) -> str | None:
     state = model.actvar
     family = state.family
     called = family.head_called(model) is not None or any(map(family.parts_called, state.blocks(model)))
+    roots = model, family.autoencoder(model)
+    layers = (module for module in _modules(roots) if module not in roots)
+    called = called or not all(own_class(layer).__module__.startswith(KNOWN) for layer in layers)
     return "layers that are more than their weight are called" if called else None
 
 
@@ -301,9 +311,10 @@ def _situation(device: torch.device) -> tuple:
     )
 
 
-def is_on_gpu(model: Any) -> bool:
-    """Return whether a model is on a GPU."""
-    return device_of(model).type == "cuda"
+def _shapes(tensors: tuple[Tensor, ...]) -> Iterator[tuple]:
+    """Yield shape and dtype of each tensor."""
+    for tensor in tensors:
+        yield tensor.shape, tensor.dtype
 
 
 def _drop_kv_buffers(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Check the products of a model's blocks in eight bits: C++ against the reference, on rows of random numbers."""
+"""Check the products of a model's blocks in eight bits: kernels against the reference, on rows of random numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from actvar.families import blocks_of, family_of
+from actvar.utils.devices import is_on_gpu
 from actvar.utils.modes import no_grad
 from actvar.verify.report import Check
 from actvar.verify.rounding import difference
@@ -18,7 +19,7 @@ from actvar_kernels.expert_ffn import reference
 ROWS = 37
 EXPERTS = 16
 MOST_APART = 0.25
-"""Most that C++ may differ from the reference, as a part of the reference's own error.
+"""Most that kernels may differ from the reference, as a part of the reference's own error.
 
 GELU is rounded in another way, so that now and then a hidden unit becomes the next byte.
 """
@@ -29,46 +30,46 @@ def int8_checks(var: nn.Module) -> list[Check]:
     """Return checks of the linear layers of every block, bit for bit, and of its experts.
 
     Args:
-        var: a model on the CPU, in float32 or bfloat16.
+        var: a model on the CPU in float32 or bfloat16, or on a GPU.
 
     Raises:
         BackendUnavailableError: products of bytes do not run here.
     """
     family = family_of(var)
-    generator = torch.Generator().manual_seed(0)
+    generator, backend = torch.Generator().manual_seed(0), "triton" if is_on_gpu(var) else "cpu"
     checks = []
     for index, block in enumerate(blocks_of(var)):
         dtype = str(next(block.parameters()).dtype).removeprefix("torch.")
         for weight in family.packed_weights(block):
             if weight is not None:
-                differing = _differing(weight, generator)
-                checks.append(Check("linear, int8", dtype, "cpu", "output", differing, block=index))
-        error, allowed = _distances(family.ffn_weights(block), generator)
-        checks.append(Check("expert_ffn, int8", dtype, "cpu", "output", error, allowed, block=index))
+                differing = _differing(weight, generator, backend)
+                checks.append(Check("linear, int8", dtype, backend, "output", differing, block=index))
+        error, allowed = _distances(family.ffn_weights(block), generator, backend)
+        checks.append(Check("expert_ffn, int8", dtype, backend, "output", error, allowed, block=index))
     return checks
 
 
 def _rows(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(ROWS, weight.shape[1], generator=generator).to(weight.dtype)
+    return torch.randn(ROWS, weight.shape[1], generator=generator).to(weight)
 
 
-def _differing(weight: torch.Tensor, generator: torch.Generator) -> float:
+def _differing(weight: torch.Tensor, generator: torch.Generator, backend: str) -> float:
     """Return how many numbers of a layer without a bias differ from the reference's."""
     arguments = _rows(weight, generator), weight, weight.new_zeros(len(weight))
     with using_backend("reference"):
         due = linear(*arguments, int8=True)
-    with using_backend("cpu"):
+    with using_backend(backend):
         return difference(linear(*arguments, int8=True), due)
 
 
-def _distances(weights: Any, generator: torch.Generator) -> tuple[float, float]:
+def _distances(weights: Any, generator: torch.Generator, backend: str) -> tuple[float, float]:
     """Return the distance of the experts from the reference, and what it may be at most."""
     hidden = len(weights[0])
     experts = next(count for count in range(EXPERTS, 0, -1) if hidden % count == 0)
     u = _rows(weights[0], generator)
-    mask = torch.rand(ROWS, experts, generator=generator) < 0.75
+    mask = (torch.rand(ROWS, experts, generator=generator) < 0.75).to(u.device)
     exact = reference.expert_ffn(u.double(), mask, *(weight.double() for weight in weights))
     due = reference.int8_expert_ffn(u, mask, *weights).double()
-    with using_backend("cpu"):
+    with using_backend(backend):
         found = expert_ffn(u, mask, max(1, experts - 1), *weights, int8=True).double()
     return (found - due).norm().item(), MOST_APART * (due - exact).norm().item()

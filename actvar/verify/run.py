@@ -58,7 +58,7 @@ def verify(
         public_folder: a clone of the public VAR code, whose class must give the same tokens.
         execution: how patched models are run, except that tokens are drawn by `sampler="torch"`, and products are those
             of the weights' own dtype; None for the one that the adapter recommends, otherwise the default.
-        int8: whether the products of the blocks in eight bits are checked as well, in C++ against their reference.
+        int8: whether the products of the blocks in eight bits are checked as well, kernels against their reference.
 
     Raises:
         BackendUnavailableError: a backend asked for cannot run here.

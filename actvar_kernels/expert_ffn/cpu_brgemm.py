@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.cpu_backend.packing import packed
 from actvar_kernels.expert_ffn.weights import FFNWeights
-from actvar_kernels.linear.cpu_brgemm import PackedWeight, pack, quantized_weight
+from actvar_kernels.linear.cpu_brgemm import PackedWeight, pack
+from actvar_kernels.linear.quantized import quantized_weight
 
 WIDTH = brgemm.LAYOUTS[torch.int8].lanes
 MOST_FILLED = 0.1

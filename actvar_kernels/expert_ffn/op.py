@@ -10,8 +10,10 @@ from actvar_kernels.checks import expect_count, expect_index, expect_one_device,
 from actvar_kernels.constants import MAX_EXPERTS
 from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.expert_ffn import cpu_brgemm, cpu_kernel, reference
+from actvar_kernels.expert_ffn import int8 as int8_kernels
 from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.gradients import register_reference_gradient
+from actvar_kernels.linear.int8 import ByteRows, values_of
 from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.scatter.op import scatter_checked
 from actvar_kernels.situation import wants_gradient
@@ -24,7 +26,7 @@ _LIMITS = f"float32, float16 and bfloat16, a bool mask of up to {MAX_EXPERTS} ex
 
 
 def expert_ffn(
-    u: torch.Tensor,
+    u: torch.Tensor | ByteRows,
     mask: torch.Tensor,
     active: int,
     fc1_weight: torch.Tensor,
@@ -44,13 +46,13 @@ def expert_ffn(
     `.data` and by fused optimizers: after these call `actvar.refresh` on the module of the weights.
 
     Args:
-        u: `[..., C]`, floating-point.
+        u: `[..., C]`, floating-point; or such rows in eight bits, for `int8` on Triton.
         mask: `[..., N]`: bool, or floating-point gates that multiply the experts' outputs (training).
         active: number of experts that are on for a token, 1 ... N; the FLOP count of a call is based on it.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`, in u's dtype, or in any under
             autocast; zeros for a bias that the layer does not have.
-        int8: whether both products are ones of bytes, as `reference.int8_expert_ffn` defines them, for a bool mask and
-            on the CPU.
+        int8: whether both products are ones of bytes, as `reference.int8_expert_ffn` defines them, for a bool mask.
+            Triton runs all experts then, in four launches, or three for rows in eight bits.
 
     Returns:
         `[..., C]` in u's dtype, or in that of autocast.
@@ -63,7 +65,9 @@ def expert_ffn(
     weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     active = _expect_ffn(u, mask, active, weights)
     if int8:
-        return _int8_ffn("expert_ffn", u, mask, active, weights)
+        u, _, backend = _prepare_int8("expert_ffn", u, mask, active, weights)
+        return _run_int8(backend, u, mask, active, weights)
+    assert isinstance(u, torch.Tensor)
     return _ffn(_choose("expert_ffn", u, mask, weights), u, mask, active, weights)
 
 
@@ -71,7 +75,7 @@ def expert_ffn_scatter(
     rest: torch.Tensor | None,
     index: torch.Tensor | None,
     rows: torch.Tensor | Residual,
-    u: torch.Tensor,
+    u: torch.Tensor | ByteRows,
     mask: torch.Tensor,
     active: int,
     fc1_weight: torch.Tensor,
@@ -118,20 +122,22 @@ def expert_ffn_scatter(
     weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     active = _expect_ffn(u, mask, active, weights)
     parts = _expect_rows(rest, index, rows, u, gamma)
+    x, update, gate = rows if isinstance(rows, Residual) else (rows, None, None)
     if int8:
+        u, on, backend = _prepare_int8("expert_ffn_scatter", u, mask, active, weights)
+        if backend.name == "triton":
+            out = _target(rest, index, x, u, gamma)
+            int8_kernels.expert_ffn_scatter(out, index, rows, u, on, weights, gamma, backend.recorded)
+            return out
         rows = rows.rows(index) if isinstance(rows, Residual) else rows
-        return scatter_checked(rest, index, rows, _int8_ffn("expert_ffn_scatter", u, mask, active, weights), gamma)
+        return scatter_checked(rest, index, rows, _run_int8(backend, u, mask, active, weights), gamma)
+    assert isinstance(u, torch.Tensor)
     backend = _choose("expert_ffn_scatter", u, mask, weights, *parts)
     if backend.name != "triton" or wants_gradient(u, *weights, *parts):  # what writes in place has no gradient
         rows = rows.rows(index) if isinstance(rows, Residual) else rows
         return scatter_checked(rest, index, rows, _ffn(backend, u, mask, active, weights), gamma)
     u, *weights = as_autocast(u, *weights)
-    x, update, gate = rows if isinstance(rows, Residual) else (rows, None, None)
-    if index is not None and rest is not None:
-        out = rest if rest.stride(2) == 1 else rest.contiguous()
-    else:
-        dtype = torch.promote_types(x.dtype, torch.promote_types(gamma.dtype, u.dtype))
-        out = x.new_empty(u.shape, dtype=dtype)
+    out = _target(rest, index, x, u, gamma)
     if backend.recorded:
         operator = torch.ops.actvar_kernels.expert_ffn_scatter
         operator(out, index, x, update, gate, u, mask, active, *weights, gamma, schedule)
@@ -140,8 +146,23 @@ def expert_ffn_scatter(
     return out
 
 
-def _expect_ffn(u: torch.Tensor, mask: torch.Tensor, active: int, weights: FFNWeights) -> int:
+def _target(
+    rest: torch.Tensor | None,
+    index: torch.Tensor | None,
+    x: torch.Tensor,
+    u: torch.Tensor | ByteRows,
+    gamma: torch.Tensor,
+) -> torch.Tensor:
+    """Return the tensor that Triton writes the result of `expert_ffn_scatter` to."""
+    if index is not None and rest is not None:
+        return rest if rest.stride(2) == 1 else rest.contiguous()
+    dtype = torch.promote_types(x.dtype, torch.promote_types(gamma.dtype, u.dtype))
+    return x.new_empty(values_of(u).shape, dtype=dtype)
+
+
+def _expect_ffn(input_rows: torch.Tensor | ByteRows, mask: torch.Tensor, active: int, weights: FFNWeights) -> int:
     """Return `active` as an int; raise unless the arguments of an FFN fit each other."""
+    u = values_of(input_rows)
     expect_tensor("u", u)
     expect_shape("fc1_weight", weights.fc1_weight, (None, None))
     D, C = weights.fc1_weight.shape
@@ -154,13 +175,14 @@ def _expect_ffn(u: torch.Tensor, mask: torch.Tensor, active: int, weights: FFNWe
         raise ValueError(f"mask: expected a number of experts that divides the hidden size {D}, got {mask.shape[-1]}")
     expect_one_device(u, mask, *weights)
     dtype = weights.fc1_weight.dtype
-    if u.dtype != dtype and not torch.is_autocast_enabled(u.device.type):
+    if input_rows.dtype != dtype and not torch.is_autocast_enabled(u.device.type):
         raise TypeError(f"u: expected the dtype of the weights, {dtype}, or autocast, got {u.dtype}")
     return expect_count("active", active, mask.shape[-1])
 
 
 def _expect_rows(base, index, rows, u, gamma) -> tuple[torch.Tensor, ...]:
     """Return the floating-point tensors beside those of the FFN; raise unless they fit `u`."""
+    u = values_of(u)
     expect_shape("u", u, (None, None, None))
     R, K, C = u.shape
     if isinstance(rows, Residual):
@@ -216,14 +238,30 @@ def why_not_in_cpp(u: torch.Tensor, weights: FFNWeights, mask_dtype: torch.dtype
     return cpu.why_not()
 
 
-def _int8_ffn(operation: str, u: torch.Tensor, mask: torch.Tensor, active: int, weights: FFNWeights) -> torch.Tensor:
-    """Return the FFN in eight bits."""
+def _prepare_int8(
+    operation: str, u: torch.Tensor | ByteRows, mask: torch.Tensor, active: int, weights: FFNWeights
+) -> tuple[torch.Tensor | ByteRows, torch.Tensor | None, Backend]:
+    """Return the input, the mask where any expert is off, and the backend of a call in eight bits."""
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool, which is all that eight bits take, got {mask.dtype}")
+    on = mask if active < mask.shape[-1] else None
+    if isinstance(u, ByteRows):
+        return u, on, choose_int8(operation, u.scales, mask, *weights)
     (u,) = as_autocast(u)
-    if choose_int8(operation, u, mask, *weights).name == "reference":
+    return u, on, choose_int8(operation, u, mask, *weights)
+
+
+def _run_int8(
+    backend: Backend, u: torch.Tensor | ByteRows, mask: torch.Tensor, active: int, weights: FFNWeights
+) -> torch.Tensor:
+    """Return the FFN in eight bits."""
+    skips = active < mask.shape[-1]
+    if backend.name == "triton":
+        return int8_kernels.expert_ffn(u, mask if skips else None, weights, backend.recorded)
+    assert isinstance(u, torch.Tensor)
+    if backend.name == "reference":
         return reference.int8_expert_ffn(u, mask, *weights)
-    return cpu_brgemm.expert_ffn(u, mask, weights, int8=True, skips=active < mask.shape[-1])
+    return cpu_brgemm.expert_ffn(u, mask, weights, int8=True, skips=skips)
 
 
 def as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from actvar_kernels.backend import choose, choose_int8
 from actvar_kernels.checks import expect_count, expect_one_device, expect_shape, expect_tensor
 from actvar_kernels.cpu_backend.packing import packed
 from actvar_kernels.expert_ffn import cpu_brgemm, reference
+from actvar_kernels.expert_ffn import int8 as int8_kernels
 from actvar_kernels.expert_ffn.op import as_autocast, run_ffn, why_not_in_cpp
 from actvar_kernels.expert_ffn.weights import FFNWeights
+from actvar_kernels.linear.int8 import ByteRows, values_of
 
 
 def static_ffn(
-    u: torch.Tensor,
+    u: torch.Tensor | ByteRows,
     active: int,
     num_experts: int,
     fc1_weight: torch.Tensor,
@@ -29,12 +33,12 @@ def static_ffn(
     quantized as layers of these units alone.
 
     Args:
-        u: `[..., C]`, floating-point.
+        u: `[..., C]`, floating-point; or such rows in eight bits, for `int8` on Triton.
         active: groups that are on, 1 ... `num_experts`.
         num_experts: N, a divisor of D.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`, in u's dtype, or in any under
             autocast.
-        int8: whether both products are ones of bytes, on the CPU.
+        int8: whether both products are ones of bytes.
 
     Returns:
         `[..., C]` in u's dtype, or in that of autocast.
@@ -46,17 +50,22 @@ def static_ffn(
     weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     active = _checked(u, active, num_experts, weights)
     units = fc1_weight.shape[0] // num_experts * active
+    if int8:
+        u = u if isinstance(u, ByteRows) else as_autocast(u)[0]
+        backend = choose_int8("static_ffn", u.scales if isinstance(u, ByteRows) else u, *weights)
+        if backend.name == "triton":
+            return int8_kernels.expert_ffn(u, None, _kept(weights, units), backend.recorded)
+    assert isinstance(u, torch.Tensor)
     every = u.new_ones(*u.shape[:-1], 1, dtype=torch.bool)  # the units that are on, as one expert
     if int8:
-        (u,) = as_autocast(u)
-        if choose_int8("static_ffn", u, *weights).name == "reference":
+        if backend.name == "reference":
             return reference.int8_expert_ffn(u, every, *weights.first(units))
         return cpu_brgemm.expert_ffn(u, every, _kept(weights, units), int8=True, skips=False)
     backend = choose(
         "static_ffn",
         u,
         *weights,
-        why_not_in_cpp=lambda: why_not_in_cpp(u, weights),
+        why_not_in_cpp=functools.partial(why_not_in_cpp, u, weights),
         library_on_triton=True,
         has_operator=False,
     )
@@ -66,8 +75,9 @@ def static_ffn(
     return run_ffn(backend, u, every, _kept(weights, units))
 
 
-def _checked(u: torch.Tensor, active: int, num_experts: int, weights: FFNWeights) -> int:
+def _checked(rows: torch.Tensor | ByteRows, active: int, num_experts: int, weights: FFNWeights) -> int:
     """Return `active` as an int; raise unless the arguments fit each other."""
+    u = values_of(rows)
     expect_tensor("u", u)
     expect_shape("fc1_weight", weights.fc1_weight, (None, None))
     D, C = weights.fc1_weight.shape
@@ -81,9 +91,11 @@ def _checked(u: torch.Tensor, active: int, num_experts: int, weights: FFNWeights
 
 
 def _kept(weights: FFNWeights, units: int) -> FFNWeights:
-    """Return the same views of the first hidden units at every call, so that packed copies of them stay.
+    """Return the same views of the first hidden units at every call, so that packed copies stay; or all `weights`.
 
     They are made anew when the weights change. As views of detached tensors they do not keep the weights alive.
     """
+    if units == len(weights.fc1_bias):
+        return weights
     detached = FFNWeights(*(tensor.detach() for tensor in weights))
     return packed(weights, ("first units", units), lambda: detached.first(units))

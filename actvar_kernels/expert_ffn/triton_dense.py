@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.expert_ffn.triton_tiles import row_pointers
 from actvar_kernels.linear.products import gelu_linear
+from actvar_kernels.triton_backend.products import row_pointers
 
 
 def chosen_hidden(u: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

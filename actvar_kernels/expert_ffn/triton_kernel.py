@@ -16,10 +16,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from actvar_kernels.expert_ffn.triton_dense import chosen_hidden
 from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
-from actvar_kernels.expert_ffn.triton_tiles import add_product, load_columns, row_pointers
 from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.products import add_product, gelu, load_columns, row_pointers, store_product
 from actvar_kernels.triton_backend.tuning_table import tuned_expert_ffn
 
 
@@ -255,10 +255,7 @@ def _store_hidden(
     """Store hidden units after bias and GELU, and zeros where a row is not `on`."""
     column = unit + tl.arange(0, acc.shape[1])
     x = acc + tl.load(b1_ptr + expert * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
-    # gelu_tanh(x) = x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)); rsqrt(a)^2 is 1 / a in fewer instructions
-    root = tl.rsqrt(1 + tl.exp2(x * (-2.302208198144325 - 0.1029432395800235 * x * x)))
-    hidden = x * root * root
-    hidden = tl.where(on[:, None], hidden, 0.0)
+    hidden = tl.where(on[:, None], gelu(x), 0.0)
     if DESCRIPTORS:
         h_ptr.store([first, expert * WIDTH + unit], hidden.to(h_ptr.dtype))
     else:
@@ -327,21 +324,9 @@ def _down(
 
     if order_ptr is not None:
         row = tl.load(order_ptr + row, mask=row < T, other=T)
-    sequence, slot = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
-    token = slot
-    if index_ptr is not None:
-        token = tl.load(index_ptr + row, mask=row < T, other=0).to(tl.int64)
-    out_rows = out_ptr + sequence * out_strides[0] + token * out_strides[1]
-    if rows_ptr is None:
-        residual, update, gate, gamma = None, None, None, None
-    else:
-        gamma = gamma_ptr + sequence * gamma_stride
-        if update_ptr is None:
-            residual, update, gate = rows_ptr + sequence * rows_strides[0] + slot * rows_strides[1], None, None
-        else:
-            residual = rows_ptr + sequence * rows_strides[0] + token * rows_strides[1]
-            update, gate = update_ptr + row.to(tl.int64) * C, gate_ptr + sequence * gate_stride
-    _store_rows(out_rows, acc, channel, b2_ptr, residual, update, gate, gamma, row < T, C, PARTS)
+    places = (rows_ptr, update_ptr, gate_ptr, gamma_ptr, index_ptr, out_ptr)
+    strides = (rows_strides, gate_stride, gamma_stride, out_strides)
+    store_product(acc, row, row < T, channel, b2_ptr, *places, *strides, tokens, C, PARTS)
 
 
 @triton.jit
@@ -349,32 +334,3 @@ def _lowest_bit(bits):
     """Return the position of the lowest bit that is set: the exponent of that bit as a float."""
     lowest = (bits & -bits).to(tl.uint32, bitcast=True).to(tl.float32)
     return (lowest.to(tl.int32, bitcast=True) >> 23) - 127
-
-
-@triton.jit
-def _store_rows(
-    out_rows, acc, channel, b2_ptr, residual, update, gate, gamma, inside, C: tl.constexpr, PARTS: tl.constexpr
-):
-    """Add bias and residual to rows given by pointers, and store them.
-
-    This is done in `PARTS` parts, one after the other, which takes fewer registers.
-    """
-    if PARTS > 1:
-        half: tl.constexpr = acc.shape[1] // 2
-        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, half)), (0, 2, 1)))
-        rows = (b2_ptr, residual, update, gate, gamma, inside)
-        _store_rows(out_rows, left, channel, *rows, C, PARTS // 2)
-        _store_rows(out_rows, right, channel + half, *rows, C, PARTS // 2)
-    else:
-        channels = channel + tl.arange(0, acc.shape[1])
-        valid = inside[:, None] & (channels < C)[None, :]
-        y = acc + tl.load(b2_ptr + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
-        if residual is not None:
-            before = tl.load(residual[:, None] + channels[None, :], mask=valid, other=0.0)
-            if update is not None:
-                g = tl.load(gate[:, None] + channels[None, :], mask=valid, other=0.0).to(tl.float32)
-                added = tl.load(update[:, None] + channels[None, :], mask=valid, other=0.0).to(tl.float32)
-                before = (before.to(tl.float32) + g * added).to(before.dtype)
-            g = tl.load(gamma[:, None] + channels[None, :], mask=valid, other=0.0).to(tl.float32)
-            y = before.to(tl.float32) + g * y
-        tl.store(out_rows[:, None] + channels[None, :], y.to(out_rows.dtype.element_ty), mask=valid)

@@ -10,10 +10,7 @@ import torch
 
 from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.cpu_backend.packing import packed
-from actvar_kernels.linear.quantized import quantized
-
-MOST_ROWS = (2**31 - 1) // (255 * 127)
-"""Most products of a byte that is 128 too high with a signed one that a sum of 32 bits holds."""
+from actvar_kernels.linear.quantized import MOST_INPUTS, quantized_weight
 
 
 class PackedWeight(NamedTuple):
@@ -71,13 +68,6 @@ def linear(
     return out
 
 
-@torch.no_grad()
-def quantized_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `quantized` returns for `weight` `[D, C]`, in parts whose copies in float32 stay small."""
-    parts = [quantized(part) for part in weight.split(256)]
-    return torch.cat([rows for rows, _ in parts]), torch.cat([scales for _, scales in parts])
-
-
 def pack(matrices: torch.Tensor, scales: torch.Tensor | None) -> PackedWeight:
     """Return matrices in panels.
 
@@ -88,8 +78,8 @@ def pack(matrices: torch.Tensor, scales: torch.Tensor | None) -> PackedWeight:
     Raises:
         ValueError: so many rows of int8 that a sum could exceed 32 bits.
     """
-    if scales is not None and matrices.shape[1] > MOST_ROWS:
-        raise ValueError(f"weight: expected at most {MOST_ROWS} inputs in eight bits, got {matrices.shape[1]}")
+    if scales is not None and matrices.shape[1] > MOST_INPUTS:
+        raise ValueError(f"weight: expected at most {MOST_INPUTS} inputs in eight bits, got {matrices.shape[1]}")
     layout = brgemm.LAYOUTS[matrices.dtype]
     panels = cpu.panels(matrices, layout)
     if scales is None:

@@ -8,32 +8,40 @@ from torch.nn import functional as F
 from actvar_kernels.backend import choose, choose_int8
 from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.linear import cpu_brgemm, cpu_kernel
+from actvar_kernels.linear.int8 import ByteRows, multiply, quantize_rows
 from actvar_kernels.linear.quantized import quantized_linear
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, int8: bool = False) -> torch.Tensor:
+def linear(x: torch.Tensor | ByteRows, weight: torch.Tensor, bias: torch.Tensor, int8: bool = False) -> torch.Tensor:
     """Return `x @ weight.T + bias`.
 
     C++ takes float32 and bfloat16, sums in float32, and works on a packed copy of the weight. In bfloat16 it takes
     PyTorch's products where the processor has tiles (AMX). Otherwise the product is PyTorch's.
 
     Args:
-        x: `[..., C]`, floating-point.
+        x: `[..., C]`, floating-point; or such rows in eight bits, for `int8` on Triton.
         weight: `[D, C]` in x's dtype, or in any under autocast. The copy stays as long as this tensor. A change of its
             version, address or dtype is seen; after others (through `.data`, by fused optimizers) call `actvar.refresh`
             on its module.
         bias: `[D]`, like the weight.
         int8: whether the product is one of bytes, as `linear.quantized.quantized_linear` defines it, with a packed copy
-            of one byte a number. It runs on the CPU, and in C++ bit for bit.
+            of one byte a number. It runs in C++ on the CPU and by Triton on CUDA, bit for bit.
 
     Raises:
         BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_int8` for `int8`.
     """
+    if isinstance(x, ByteRows):
+        backend = choose_int8("linear", x.scales, weight, bias)
+        return multiply(x, weight, bias, with_gelu=False, recorded=backend.recorded)
     dtype = cpu.computed_dtype(x)
     if int8:
         x = x.to(dtype)
-        if choose_int8("linear", x, weight, bias).name == "reference":
+        backend = choose_int8("linear", x, weight, bias)
+        if backend.name == "reference":
             return quantized_linear(x, weight, bias)
+        if backend.name == "triton":
+            rows = quantize_rows(x, None, backend.recorded)
+            return multiply(rows, weight, bias, with_gelu=False, recorded=backend.recorded)
         return cpu_brgemm.linear(x, weight, bias, int8=True)
     if _runs_in_pytorch("linear", x, weight, bias):
         return F.linear(x, weight, bias)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+MOST_INPUTS = (2**31 - 1) // (255 * 127)
+"""Most products that a sum of 32 bits holds, of a byte that C++ makes 128 too high with a signed one."""
+
 
 def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `round(x / scale)` in int8, half to even, and `scale = max |x| / 127` of each row in float32.
@@ -21,6 +24,13 @@ def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     divides = (scale > 0) & (scale < torch.inf)
     rounded = (x / torch.where(divides, scale, 1)).clamp(-127, 127).round()
     return torch.where(divides, rounded, 0).to(torch.int8), scale
+
+
+@torch.no_grad()
+def quantized_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `quantized` returns for `weight` `[D, C]`, in parts whose copies in float32 stay small."""
+    parts = [quantized(part) for part in weight.split(256)]
+    return torch.cat([rows for rows, _ in parts]), torch.cat([scales for _, scales in parts])
 
 
 def quantized_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from actvar_kernels.linear.op import linear
 from actvar_kernels.operations import table
 from actvar_kernels.operations.inputs import BlockInputs, empty_inputs
 from actvar_kernels.operations.shapes import INFINITY, INFINITY_HEAD_DIM, MODELS, VOCABULARY, BlockShape
@@ -29,6 +30,7 @@ def cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
     for shape in (before, last):
         inputs = empty_inputs(shape, dtype, "cuda")
         yield from _calls(table.BLOCK, inputs)
+        yield from _byte_cases(inputs)
     yield from _tuned_cases(inputs, dtype)
     yield from _sampling_cases(batch, last.tokens)
     yield from _decoder_cases(batch, MODELS[model].sides[-1], dtype)
@@ -48,6 +50,19 @@ def _infinity_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
         for name, call in operation.calls(normed).items():
             if "fused residual" not in name:
                 yield name, call
+    yield from _byte_cases(inputs)
+
+
+def _byte_cases(inputs: BlockInputs) -> Cases:
+    """Yield the products of a block in eight bits."""
+    C = inputs.shape.width
+    for outputs in (3 * C, C):
+        weight, bias = inputs.u.new_empty(outputs, C), inputs.u.new_empty(outputs)
+        yield f"linear in int8, {outputs} outputs", functools.partial(linear, inputs.u, weight, bias, int8=True)
+    for name, arguments in expert_ffn_scatter_arguments(inputs).items():
+        if "tile_list" not in name:
+            call = functools.partial(table.expert_ffn_scatter, **arguments, int8=True)
+            yield f"expert_ffn_scatter {name} in int8", call
 
 
 def _calls(operations: tuple[Operation, ...], *inputs: object) -> Cases:

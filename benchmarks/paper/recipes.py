@@ -117,7 +117,7 @@ def measure(choice: Choice, seed: int, work: Path, data: Path, device: torch.dev
     remove_patch(var)
     source = fashion_mnist_source(data, vae)
     out = work / f"recipe-{choice.name}-seed{seed}.safetensors".replace(" ", "-").replace(":", "").replace(",", "")
-    distill(vae, var, config, gates, source, stage_of(choice.recipe, 2, STEPS, seed, source, device), out)
+    distill(var, config, gates, source, stage_of(choice.recipe, 2, STEPS, seed, source, device), out)
     found += divergence_by_scale(var, batches)[-2:]
     return [choice.name, str(seed), f"{saved:.4f}", *(f"{kl:.4f}" for kl in found)]
 

@@ -53,6 +53,26 @@ def test_a_small_model_draws_the_reference_tokens(case, monkeypatch):
     assert all(map(torch.equal, sampled_tokens(var, monkeypatch, "triton", labels), expected))
 
 
+@pytest.mark.parametrize("case", ["paper", pytest.param("dense", marks=SLOW), pytest.param("no experts", marks=SLOW)])
+@torch.no_grad()
+def test_a_model_in_eight_bits_errs_as_the_reference_does(case):
+    config, layout = CASES[case]
+    var = make_tiny_var(depth=1, **layout)
+    labels, inputs = (
+        torch.tensor([1, 2]),
+        torch.randn(2, var.L - 1, var.Cvae, generator=torch.Generator().manual_seed(0)),
+    )
+
+    def logits(backend: str, execution: Execution) -> torch.Tensor:
+        apply_patch(var, config, execution)
+        with using_backend(backend), var.actvar.during(rows_stand_alone=True):
+            return torch.cat([scale for _, scale in var.actvar.family.scale_logits(var, labels, inputs)], dim=1)
+
+    plain, due = (logits("reference", Execution(weights=weights)) for weights in (None, "int8"))
+    found = logits("triton", Execution(weights="int8"))
+    assert (found - due).norm() <= 0.3 * (due - plain).norm()
+
+
 @SLOW
 def test_the_bundled_model_draws_the_reference_tokens(monkeypatch):
     _, var = load_pretrained("fashion-mnist", adapter="paper")

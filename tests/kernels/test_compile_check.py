@@ -107,7 +107,8 @@ def test_float32_needs_no_tensor_cores(monkeypatch):
 
 def test_the_cases_call_every_operation():
     names = {name.split()[0] for name, _ in meta_cases()}
-    assert names == {name for name in actvar_kernels.__all__ if has_triton_kernel(getattr(actvar_kernels, name))}
+    found = {name for name in actvar_kernels.__all__ if has_triton_kernel(getattr(actvar_kernels, name))}
+    assert names == found - {"linear_once"}  # whose product is PyTorch's alone
 
 
 def has_triton_kernel(exported: object) -> bool:

@@ -167,7 +167,7 @@ def test_packed_bytes_take_half_of_the_memory_of_bfloat16():
 
 @needs_bytes
 def test_sums_that_32_bits_do_not_hold_are_refused():
-    most = linear_brgemm.MOST_ROWS
+    most = linear_brgemm.MOST_INPUTS
     x, weight = torch.ones(2, most), torch.ones(3, most)
     assert torch.equal(linear(x, weight, torch.zeros(3), int8=True), quantized_linear(x, weight, torch.zeros(3)))
     with pytest.raises(ValueError, match=f"expected at most {most} inputs in eight bits, got {most + 1}"):

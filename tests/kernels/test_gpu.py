@@ -7,11 +7,13 @@ import sys
 
 import pytest
 import torch
+from support.infinity import TINY_SCHEDULE, tiny_infinity, tiny_text
 
 from actvar import (
     ActVARConfig,
     Execution,
     GraphedSampling,
+    accelerate,
     apply_patch,
     load_adapter,
     load_pretrained,
@@ -22,7 +24,7 @@ from actvar.patching.patch import reconfigure
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels.backend import using_backend
 from actvar_kernels.token_draw import public
-from benchmarks.gpu import graphs, numerics
+from benchmarks.gpu import graphs, int8_numerics, numerics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +32,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("check", [numerics, graphs])
+@pytest.mark.parametrize("check", [numerics, int8_numerics, graphs])
 def test_every_operation_on_the_gpu(check):
     rows = check()
     assert rows
@@ -114,6 +116,22 @@ def test_a_graph_of_a_whole_sample_gives_the_images_of_eager_sampling():
                 assert torch.equal(GraphedSampling(var, **draw)(labels, seed), images[False][0])
     release_cache(var)
     assert var.actvar.graphs.pool is None
+
+
+def test_a_graph_of_infinity_serves_texts_of_other_lengths():
+    _, infinity = tiny_infinity()
+    infinity.vae_proxy[0].cuda()
+    accelerate(infinity.cuda().bfloat16(), Execution(sampler="fast"))
+    drawn = {}
+    for graph in (False, "auto", True):
+        reconfigure(infinity, infinity.actvar.config, Execution(sampler="fast", cuda_graph=graph))
+        for lengths, seed in (([3, 5], 0), ([12, 1], [4, 5]), ([7, 7], 1)):
+            text = tiny_text(lengths)[0].cuda()
+            arguments = dict(g_seed=seed, tau=1.0, return_bits=True)
+            images, bits = infinity.sample(text, lengths, TINY_SCHEDULE, **arguments)
+            drawn[graph, lengths[0]] = [images, *bits]
+            assert all(map(torch.equal, drawn[graph, lengths[0]], drawn[False, lengths[0]]))
+        assert len(infinity.actvar.graphs.graphs) == (2 if graph else 0)  # seeds of the batch, and of each image
 
 
 def test_images_drawn_together_are_those_drawn_alone():

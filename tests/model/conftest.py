@@ -1,4 +1,4 @@
-"""Fixtures of checkpoints and adapters that several modules of this folder read."""
+"""Fixtures that several modules of this folder read: checkpoints, adapters, a stand-in for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.adapters import CONFIG
 from support.checkpoint_files import Tensors, tiny_pair, write
+from support.graph_card import Card, stand_in
 
 from actvar import apply_patch, save_adapter
 from actvar.models import VAR
@@ -44,3 +45,9 @@ def adapter(trained: VAR, tmp_path: Path) -> Path:
     path = tmp_path / "adapter.safetensors"
     save_adapter(trained, path)
     return path
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    """Let graphs of samples be captured on a CPU."""
+    return stand_in(monkeypatch)

@@ -20,7 +20,7 @@ def test_another_sampler_than_the_fast_one_is_refused(tiny_var):
 
 
 def test_a_model_on_the_cpu_is_refused(tiny_var):
-    with pytest.raises(ValueError, match="expected a model on a GPU, got one on cpu"):
+    with pytest.raises(ValueError, match="expected one on a GPU, got one on cpu"):
         GraphedSampling(apply_patch(tiny_var, ActVARConfig(num_experts=8), Execution(sampler="fast")))
 
 

@@ -238,11 +238,6 @@ def test_eight_bits_change_logits_by_their_rounding(plain: Infinity, config: Act
     assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.1
 
 
-def test_a_graph_needs_the_loop_of_var(plain: Infinity) -> None:
-    with pytest.raises(ValueError, match=r"cuda_graph: True needs actvar\.models\.VAR"):
-        accelerate(plain, Execution(cuda_graph=True))
-
-
 def test_the_fast_sampler_draws_by_seeds_of_images_and_by_the_logits(plain: Infinity) -> None:
     accelerate(plain, Execution(sampler="fast"))
     seeds = [(1 << 62) + 5, 7]

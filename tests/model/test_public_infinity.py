@@ -12,7 +12,7 @@ from support.infinity import tiny_text
 from support.public_infinity import SIZE, public_and_own, round_nowhere, sample_public
 from torch import Tensor, nn
 
-from actvar import ActVARConfig, apply_patch, patched, remove_patch
+from actvar import ActVARConfig, Execution, apply_patch, patched, remove_patch
 from actvar.models import Infinity
 from actvar.models.infinity import layers, scale_schedule
 from benchmarks.public_infinity import import_infinity
@@ -148,3 +148,8 @@ def test_a_hook_on_the_norm_before_cross_attention_is_honoured_or_refused(pair):
 def test_what_is_unlike_the_published_models_is_refused(module, changes, message):
     with pytest.raises(TypeError, match=message):
         apply_patch(public_and_own(module, **changes)[0])
+
+
+def test_a_graph_needs_the_loop_of_our_class(pair):
+    with pytest.raises(ValueError, match=r"cuda_graph: True needs actvar\.models\.VAR or Infinity"):
+        apply_patch(pair[0], ActVARConfig(**ONES), Execution(cuda_graph=True))

@@ -6,14 +6,12 @@ import copy
 import logging
 import pickle
 import re
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 from support.helpers import sample
-from support.infinity import tiny_infinity
 
-from actvar import ActVARConfig, Execution, GraphedSampling, accelerate, apply_patch, refresh, release_cache, summary
+from actvar import ActVARConfig, Execution, GraphedSampling, apply_patch, refresh, release_cache, summary
 from actvar.patching.patch import patched_silently, reconfigure
 from actvar.sampling.timing import block_seconds
 from actvar.sparse import sample_graphs
@@ -22,50 +20,6 @@ from actvar.sparse.state import record
 CONFIG = ActVARConfig(num_experts=8)
 FAST = Execution(sampler="fast")
 LABELS = torch.tensor([1, 2])
-
-
-@dataclass
-class Card:
-    """Count what the stand-in does. A replay runs the sample again, into the memory of the capture.
-
-    `error` is raised by a capture, and `off` is added to what a replay draws.
-    """
-
-    captures: int = 0
-    replays: int = 0
-    warm_ups: int = 0
-    pools: list = field(default_factory=list)
-    error: Exception | None = None
-    off: float = 0.0
-
-    def warmed_up(self, sample):
-        self.warm_ups += 1
-        return sample()
-
-    def captured(self, sample, pool):
-        if self.error is not None:
-            raise self.error
-        self.captures += 1
-        self.pools.append(pool)
-        images = sample()
-
-        def replay():
-            self.replays += 1
-            images.copy_(sample() + self.off)
-
-        return replay, images
-
-
-@pytest.fixture
-def card(monkeypatch) -> Card:
-    """Let the graphs take a model on the CPU for one on a GPU."""
-    card = Card()
-    monkeypatch.setattr(sample_graphs, "is_on_gpu", lambda model: True)
-    monkeypatch.setattr(sample_graphs, "backend_of", lambda *_: "triton")
-    monkeypatch.setattr(sample_graphs, "warmed_up", card.warmed_up)
-    monkeypatch.setattr(sample_graphs, "captured", card.captured)
-    monkeypatch.setattr(sample_graphs, "new_pool", object)
-    return card
 
 
 def drawn(var, seeds=0, labels=LABELS, **draw):
@@ -233,10 +187,20 @@ def test_what_watches_a_sample_runs_eagerly_and_the_summary_says_so(var, card, r
     assert "a sample is one CUDA graph" in summary(var)
 
 
-def test_the_summary_of_another_family_promises_no_graph(card):
-    _, infinity = tiny_infinity()
-    accelerate(infinity, FAST)
-    assert "no CUDA graph: var: expected an actvar.models.VAR" in summary(infinity)
+class Switched(torch.nn.Linear):
+    is_on = True
+
+    def forward(self, x):
+        return super().forward(x) if self.is_on else torch.zeros_like(super().forward(x))
+
+
+def test_a_layer_of_an_unknown_class_runs_eagerly_wherever_it_is(var, card):
+    var.word_embed.__class__ = Switched
+    first = drawn(var)
+    var.word_embed.is_on = False  # which no weight tells
+    assert not torch.equal(drawn(var), first)
+    assert card.captures == 0
+    assert "no CUDA graph: layers that are more than their weight are called" in summary(var)
 
 
 def test_records_and_timed_blocks_run_eagerly(var, card):
@@ -325,5 +289,5 @@ def test_on_a_cpu_auto_is_eager_without_a_word_and_true_raises(tiny_var, caplog)
         drawn(tiny_var)
     assert "CUDA graph" not in caplog.text + summary(tiny_var)
     reconfigure(tiny_var, CONFIG, WANTED)
-    with pytest.raises(ValueError, match=r"cuda_graph: True .*expected a model on a GPU, got one on cpu"):
+    with pytest.raises(ValueError, match=r"cuda_graph: True .*expected one on a GPU, got one on cpu"):
         drawn(tiny_var)

@@ -21,6 +21,7 @@ from actvar.cli import main
 from actvar.distill import data, run
 from actvar.distill.run import Distillation, distill
 from actvar.evaluate.divergence import divergence_by_scale
+from actvar.families import family_of
 from actvar.patching.adapter import describe_adapter, gate_parameters
 from actvar.utils.weight_override import tuned_parameters
 
@@ -88,7 +89,7 @@ def test_the_best_recipe_calibrates_and_imitates_the_logits_with_muon(files, tmp
 def divergence(var, adapter) -> float:
     """KL to the dense logits on token maps of zeros, over all scales."""
     labels = torch.arange(8) % NUM_CLASSES
-    inputs = data.teacher_inputs(var.vae_proxy[0], torch.zeros(8, var.L))
+    inputs = family_of(var).teacher_input(var, labels, torch.zeros(8, var.L, dtype=torch.int64))
     with patched(var, read_adapter_config(adapter), adapter):
         return sum(divergence_by_scale(var, [(labels, inputs)]))
 
@@ -118,15 +119,15 @@ def test_an_interrupted_training_goes_on_to_the_same_adapter(files, tmp_path, mo
     stage = changes.get("stage", 2)
     whole = distilled(files, tmp_path / "whole.safetensors", **changes)
     seen = []
-    inputs = data.teacher_inputs
+    examples = data.examples
 
     def interrupting(*args):
         seen.append(args)
         if len(seen) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return inputs(*args)
+        return examples(*args)
 
-    monkeypatch.setattr("actvar.distill.run.teacher_inputs", interrupting)
+    monkeypatch.setattr("actvar.distill.run.examples", interrupting)
     out = tmp_path / "part.safetensors"
     with pytest.raises(SystemExit) as stopped:
         distilled(files, out, **changes)
@@ -170,7 +171,7 @@ def test_accumulated_parts_give_the_adapter_of_the_whole_batch(files, tmp_path):
         how = Distillation(2, epochs=1, batch=16, lr=1e-3, accumulate=parts)
         out = tmp_path / f"{parts}.safetensors"
         source = data.sampled_source(vae_var, SAMPLES, seed=0)
-        distill(vae_var.vae_proxy[0], vae_var, CONFIG, files / "gates.safetensors", source, how, out)
+        distill(vae_var, CONFIG, files / "gates.safetensors", source, how, out)
         return load_file(out)
 
     whole, parts = adapter(1), adapter(4)
@@ -240,7 +241,7 @@ def image_folder(tmp_path):
 def test_a_folder_of_images_is_read_class_by_class(image_folder, files, tmp_path):
     var = make_tiny_var()
     source = data.source_of(str(image_folder), var.vae_proxy[0], var, samples=1, seed=0)
-    assert source.labels.tolist() == [label for label in range(NUM_CLASSES) for _ in range(2)]
+    assert source.conditions.tolist() == [label for label in range(NUM_CLASSES) for _ in range(2)]
     image = data.load_image(image_folder / "class3" / "1.JPEG", 10, 1)
     assert image.shape == (1, 10, 10)
     maps = var.vae_proxy[0].img_to_idxBl(image.unsqueeze(0) * 2 - 1)

@@ -26,23 +26,34 @@ class Text(NamedTuple):
     Args:
         tokens: features of the tokens, `[sum of lengths, channels]`.
         lengths: number of tokens of each row.
+        filled: `mask_to` of texts that were filled up to one length, otherwise None.
     """
 
     tokens: torch.Tensor
     lengths: Sequence[int]
+    filled: torch.Tensor | None = None
 
     def first(self, rows: int) -> Text:
         """Return the texts of the first `rows` rows."""
         lengths = self.lengths[:rows]
-        return Text(self.tokens[: sum(lengths)], lengths)
+        return Text(self.tokens[: sum(lengths)], lengths, None if self.filled is None else self.filled[:rows])
 
     def mask(self) -> torch.Tensor | None:
-        """Return 0 at a row's tokens and -inf behind them, `[R, 1, 1, T]` float32; None if rows are equally long."""
-        longest, device = max(self.lengths), self.tokens.device
-        if min(self.lengths) == longest:
-            return None
-        is_behind = torch.arange(longest, device=device) >= torch.tensor(self.lengths, device=device)[:, None]
+        """Return the mask of attention, `[R, 1, 1, T]` float32; None if rows are equally long."""
+        longest = max(self.lengths)
+        return self.filled if min(self.lengths) == longest else self.mask_to(longest)
+
+    def mask_to(self, length: int) -> torch.Tensor:
+        """Return 0 at a row's tokens and -inf behind them, for rows of `length` tokens, `[R, 1, 1, length]` float32."""
+        device = self.tokens.device
+        is_behind = torch.arange(length, device=device) >= torch.tensor(self.lengths, device=device)[:, None]
         return torch.zeros(is_behind.shape, device=device).masked_fill_(is_behind, -torch.inf)[:, None, None]
+
+    def filled_up(self, length: int) -> Text:
+        """Return the same texts with zeros behind each, up to `length` tokens, which attention does not see."""
+        rows = pad_sequence(list(self.tokens.split(list(self.lengths))), batch_first=True)
+        rows = F.pad(rows, (0, 0, 0, length - rows.shape[1]))
+        return Text(rows.flatten(0, 1), len(rows) * [length], self.mask_to(length))
 
 
 class KeysAndValues(NamedTuple):
@@ -266,6 +277,14 @@ class InfinityBlock(nn.Module):
     def norm(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x` `[R, L, C]` after a LayerNorm without weights."""
         return F.layer_norm(x, (self.C,), eps=NORM_EPS)
+
+
+class BlockChunk(nn.Module):
+    """Hold some blocks that follow each other as `module`, as the official keys have it."""
+
+    def __init__(self, blocks: Sequence[InfinityBlock]):
+        super().__init__()
+        self.module = nn.ModuleList(blocks)
 
 
 def hidden_of(width: int) -> int:

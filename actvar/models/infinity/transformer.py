@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from actvar.models.arguments import by_one_thread
 from actvar.models.infinity.arguments import Draw, TextArgument, checked_draw, checked_negative, checked_text
 from actvar.models.infinity.layers import (
+    BlockChunk,
     BlockContext,
     InfinityBlock,
     RMSNorm,
@@ -27,7 +28,7 @@ from actvar.models.infinity.layers import (
     widened,
 )
 from actvar.models.infinity.rotary import rotation
-from actvar.models.infinity.schedules import Schedule, checked_schedule, tokens_of
+from actvar.models.infinity.schedules import Schedule, checked_schedule, levels_and_mask, tokens_of
 from actvar.models.infinity.tokenizer import InfinityTokenizer, resized
 from actvar.models.initial_weights import init_products
 from actvar.models.quantizer import uninitialised_embedding
@@ -37,14 +38,6 @@ from actvar.utils.modes import no_grad
 from actvar_kernels.checks import expect_shape
 
 MOST_SCALES = 15
-
-
-class BlockChunk(nn.Module):
-    """Hold some blocks that follow each other as `module`, as the official keys have it."""
-
-    def __init__(self, blocks: Sequence[InfinityBlock]):
-        super().__init__()
-        self.module = nn.ModuleList(blocks)
 
 
 class Infinity(nn.Module):
@@ -161,9 +154,22 @@ class Infinity(nn.Module):
             if negative is not None:
                 other, other_lengths = checked_negative(negative, B, self.cfg_uncond)
             rows, row_lengths = torch.cat((text, other.to(text.dtype))), [*lengths, *other_lengths]
-        condition, rng = self.condition(rows, row_lengths), generators(draw.g_seed, B, text.device)
+        images, *bits = self.drawn(self.condition(rows, row_lengths), schedule, draw)
+        return (images, bits) if return_bits else images
+
+    def drawn(self, condition: TextCondition, schedule: Schedule, draw: Draw) -> tuple[torch.Tensor, ...]:
+        """Return the images `[B, 3, H, W]` of a condition, then the bits of every scale; see `sample`.
+
+        Args:
+            condition, schedule, draw: of the rows, those of the texts first; of every scale; how bits are drawn.
+
+        Raises:
+            ValueError: another number of seeds than images.
+        """
+        B, device = len(condition.pooled) // (2 if draw.is_guided else 1), condition.pooled.device
+        rng = generators(draw.g_seed, B, device)
         sizes = [size for _, *size in self.tokenizer_schedule(schedule)]
-        features = torch.zeros(B, self.vae_proxy[0].bits, *sizes[-1], device=text.device)
+        features = torch.zeros(B, self.vae_proxy[0].bits, *sizes[-1], device=device)
         inputs, bits = None, []
         with self.sampling(schedule, draw):
             for scale in self.scales(schedule):
@@ -174,8 +180,7 @@ class Infinity(nn.Module):
                 features = self.add_scale(scale, features, bits[-1])
                 if scale + 1 < len(schedule):
                     inputs = self.as_tokens(resized(features, sizes[scale + 1]))
-        images = self.decode(features).add_(1).mul_(0.5)
-        return (images, bits) if return_bits else images
+        return self.decode(features).add_(1).mul_(0.5), *bits
 
     @contextmanager
     def sampling(self, schedule: Schedule, draw: Draw) -> Iterator[None]:
@@ -272,8 +277,7 @@ class Infinity(nn.Module):
         """Return the logits `[R, L, 2 * token_bits]` float32 or wider of the last block's output.
 
         Args:
-            x: output of the last block, `[R, L, C]`.
-            pooled: pooled texts of the rows, `[R, C]`.
+            x, pooled: output of the last block, `[R, L, C]`, and pooled texts of the rows, `[R, C]`.
         """
         return widened(self.head(self.head_nm(widened(x), pooled).to(self.head.weight.dtype)))
 
@@ -321,14 +325,10 @@ class Infinity(nn.Module):
         self, condition: TextCondition, inputs: torch.Tensor, schedule: Schedule
     ) -> tuple[torch.Tensor, BlockContext]:
         """Return the first block's input `[R, L, C]` for all scales, and the context of all blocks."""
-        counts = torch.tensor(tokens_of(schedule), device=inputs.device)
-        level = torch.arange(len(schedule), device=inputs.device)
-        level = level.repeat_interleave(counts, output_size=sum(tokens_of(schedule)))
+        level, mask = levels_and_mask(schedule, inputs.device)
         start = condition.pooled.unsqueeze(1) + self.pos_start
         x = torch.cat((start, self.word_embed(inputs.to(self.word_embed.weight.dtype))), dim=1)
         x = widened(x) + self.lvl_embed(level)
-        mask = torch.zeros(len(level), len(level), device=inputs.device)
-        mask.masked_fill_(level[:, None] < level, -torch.inf)
         return x, BlockContext(condition.modulation, condition.text, self.angles(schedule), mask=mask)
 
     @torch.no_grad()

@@ -153,6 +153,13 @@ def _down(a: Arguments, share: Share) -> Cost:
     return Cost(moved, flops, weight.dtype, tile=(a["BLOCK_T"], a["BLOCK_C"]))
 
 
+def _multiply_bytes(a: Arguments, _share: Share) -> Cost:
+    rows = math.ceil(a["T"] / a["BLOCK_T"]) * a["BLOCK_T"]
+    of_rows = (a[name] for name in ("out_ptr", "rows_ptr") if a[name] is not None)
+    moved = _bytes(a, "out_ptr", "rows_ptr") + sum(a["T"] * a["D"] * tensor.dtype.itemsize for tensor in of_rows)
+    return Cost(moved, 2 * rows * a["C"] * a["D"], torch.int8, tile=(a["BLOCK_T"], a["BLOCK_D"]))
+
+
 def _run(a: Arguments, share: Share) -> tuple[float, int]:
     """Return the share of the (tile, expert) blocks that run, and the rows of all tiles."""
     rows = math.ceil(a["T"] / a["BLOCK_T"]) * a["BLOCK_T"]
@@ -174,4 +181,5 @@ COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
     "_add_and_measure": _add_and_measure,
     "_up": _up,
     "_down": _down,
+    "_multiply_bytes": _multiply_bytes,
 }

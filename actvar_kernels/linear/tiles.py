@@ -1,0 +1,61 @@
+"""Choose block sizes of the kernels that multiply bytes, by architecture and shape."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from actvar_kernels.triton_backend.tiles import ProductTiles, RowTiles, cdiv, row_tiles
+
+
+class ByteTiles(NamedTuple):
+    """Describe a product of bytes.
+
+    Attributes:
+        rows: rows of a tile.
+        product: the rest of the tile.
+        parts: parts in which a tile is stored.
+    """
+
+    rows: int
+    product: ProductTiles
+    parts: int
+
+
+def product_tiles(arch: int, tokens: int, columns: int, multiprocessors: int) -> ByteTiles:
+    """Return the tiles of a product of bytes that give the busiest multiprocessor the least work.
+
+    The rate of tiles below 128 x 128 is taken to follow what they multiply for each byte that they read.
+
+    Args:
+        arch: compute capability.
+        tokens: rows of the left factor.
+        columns: columns of the result.
+        multiprocessors: number of them on the GPU.
+    """
+
+    def work(size: ByteTiles) -> float:
+        programs = cdiv(tokens, size.rows) * cdiv(columns, size.product.columns)
+        rows, columns_of_tile = size.rows, size.product.columns
+        rate = min(1, rows * columns_of_tile / (rows + columns_of_tile) / 64)
+        return cdiv(programs, multiprocessors) * rows * columns_of_tile / rate
+
+    return min(product_candidates(arch), key=work)
+
+
+def product_candidates(arch: int) -> list[ByteTiles]:
+    """Return tiles of a product of bytes from large to small."""
+    deep = 128 if arch in (90, 100) else 64
+    sizes = [
+        ByteTiles(128, ProductTiles(128, 0, deep, warps=8, stages=4), parts=2),
+        ByteTiles(64, ProductTiles(64, 0, 128, warps=4, stages=4), parts=1),
+        ByteTiles(32, ProductTiles(64, 0, 128, warps=4, stages=4), parts=1),
+        ByteTiles(16, ProductTiles(32, 0, 128, warps=4, stages=4), parts=1),
+    ]
+    if arch == 90:
+        sizes.insert(0, ByteTiles(128, ProductTiles(256, 0, deep, warps=8, stages=3), parts=8))
+    return sizes
+
+
+def quantizing_tiles(tokens: int, width: int) -> RowTiles:
+    """Return tiles of a kernel that quantizes rows, also those of an FFN's hidden units; arguments of `row_tiles`."""
+    return row_tiles(tokens, width) if width <= 8192 else RowTiles(rows=1, warps=16)
