@@ -31,7 +31,7 @@ MODULES = {
         "actvar.evaluate.similarity.psnr",
         "actvar.evaluate.similarity.ssim",
     ],
-    "Prompts": ["actvar.text.FeatureCache"],
+    "Prompts": ["actvar.text.FeatureCache", "actvar.zoo.load_text_encoder"],
     "Many images": [
         "actvar.sampling.request.Sampling",
         "actvar.sampling.text_request.TextSampling",

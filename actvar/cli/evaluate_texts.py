@@ -34,7 +34,7 @@ def run_texts(options: argparse.Namespace) -> None:
         from actvar.evaluate.report import Report, save_quality_plot
         from actvar.evaluate.text_methods import text_methods
         from actvar.evaluate.texts import TextEvaluation, evaluate_texts
-    sampling = replace(request_of_texts(options), seed=options.seed)
+    sampling = replace(request_of_texts(options, at_once=False), seed=options.seed)
     batch = options.batch or 1
     methods = chosen_methods(options.methods, text_methods(len(sampling.schedule), batch))
     how = TextEvaluation(
