@@ -56,7 +56,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="adapter file; checkpoints and losses go beside it")
     command.add_argument(
         "--data",
-        help="folder of images in a subfolder per class, of Fashion-MNIST's files, or none; with --infinity none",
+        help="folder of images in a subfolder per class, of Fashion-MNIST's files, or none; for texts none",
     )
     command.add_argument(
         "--class-numbers",
@@ -152,10 +152,13 @@ def _data_of(options: argparse.Namespace, of_texts: bool) -> str:
     if of_texts:
         if options.data not in (None, "none"):
             raise ValueError(
-                f"--data: expected none with --infinity, whose images are drawn for the prompts, got {options.data}"
+                "--data: expected none for a model of texts, whose images are drawn for the prompts, got "
+                f"{options.data}"
             )
         if options.class_numbers or options.skip_bad:
-            raise ValueError("--class-numbers, --skip-bad: expected a folder of images, which --infinity does not take")
+            raise ValueError(
+                "--class-numbers, --skip-bad: expected a folder of images, got a model of texts, which takes none"
+            )
         return "none"
     check_source(options)
     data = options.data or (str(DEBIAN_FOLDER) if options.model else None)

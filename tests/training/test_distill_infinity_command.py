@@ -85,8 +85,8 @@ def test_the_command_ends_guidance_and_resumes(files, stand_in, tmp_path):
 
 def test_wrong_arguments_are_one_line_and_exit_code_2(files, stand_in, tmp_path, capsys):
     for options, message in (
-        (["--data", "images"], "--data: expected none with --infinity"),
-        (["--skip-bad"], "--class-numbers, --skip-bad: expected a folder of images"),
+        (["--data", "images"], "--data: expected none for a model of texts"),
+        (["--skip-bad"], "--class-numbers, --skip-bad: expected a folder of images, got a model of texts"),
         (["--model", "fashion-mnist"], "--model is not for --infinity"),
         (["--batch", "16"], "in batches of 16"),
     ):
