@@ -83,7 +83,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     how = command.add_argument_group("training")
     how.add_argument("--epochs", type=number, help="passes over the data (default 2 for stage 1, 10 for stage 2)")
     how.add_argument("--batch", type=positive, default=256, help="over all processes (default 256)")
-    how.add_argument("--lr", type=number, help="peak (default 1e-4 per 256 of the batch; stage 2 of best 2e-3)")
+    how.add_argument(
+        "--lr", type=number, help="peak (default 1e-4 per 256 of the batch; stage 2 of best 2e-3; --lora 1e-2)"
+    )
     how.add_argument("--accumulate", type=positive, default=1, help="parts a batch is computed in (default 1)")
     how.add_argument("--ema", type=number, default=0.0, help="decay of the average of the weights, e.g. 0.999")
     how.add_argument("--clip", type=number, default=1.0, help="largest norm of the gradient (default 1)")
