@@ -14,6 +14,7 @@ from actvar.calibrate import calibrate
 from actvar.calibrate.choices import LEVERS
 from actvar.calibrate.goal import PRESETS, Goal
 from actvar.calibrate.plan import plan
+from actvar.cli.infinity_options import is_bundled
 from actvar.cli.options import (
     DTYPES,
     adapter_of,
@@ -35,6 +36,7 @@ from actvar.cli.options import (
 from actvar.cli.sample_infinity import add_infinity, is_of_texts, load_to_sample_texts, request_of_texts
 from actvar.patching.adapter import read_adapter
 from actvar.text import default_prompts
+from actvar.zoo.fashion_mnist_text.architecture import PROMPTS
 from actvar_kernels.cpu_backend.choices import processor
 
 
@@ -104,7 +106,7 @@ def _loaded(options: argparse.Namespace, of_texts: bool) -> tuple[nn.Module, dic
         _, var = load(options, DTYPES[options.dtype])
         return var, {"cfg": strength_of(options), "texts": None}
     if options.prompt is None and options.prompts is None:
-        options.prompt = default_prompts()
+        options.prompt = PROMPTS if is_bundled(options) else default_prompts()
     infinity, sampling = load_to_sample_texts(options, request_of_texts(options))
     return infinity, {"cfg": sampling.cfg, "texts": sampling.texts}
 

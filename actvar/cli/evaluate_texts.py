@@ -46,7 +46,7 @@ def run_texts(options: argparse.Namespace) -> None:
     parts = options.json.with_suffix(".parts")
     results = evaluate_texts(infinity, methods, how, parts, lite0)
     report = Report(results, how, sampling.maps(infinity))
-    facts = {"model": options.infinity, "device": options.device, "dtype": options.dtype}
+    facts = {"model": options.model or options.infinity, "device": options.device, "dtype": options.dtype}
     write_json(options.json, facts | {"threads": torch.get_num_threads()} | report.as_dict())
     print(report.table())
     written = [options.json]
