@@ -51,6 +51,7 @@ setup(
     package_data={
         "actvar": [
             "py.typed",
+            "text/prompts.txt",
             *(f"zoo/**/*.{suffix}" for suffix in ("safetensors", "json", "md", "csv")),
             *(f"reports/inspection/page.{suffix}" for suffix in ("html", "css", "js")),
         ],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from actvar.config import ActVARConfig
     from actvar.execution import Execution
+    from actvar.families.conditions import Texts
     from actvar.models.checkpoint import CheckpointError, load_infinity, load_var
     from actvar.patching.adapter import AdapterError, read_adapter_config, save_adapter
     from actvar.patching.patch import (
@@ -38,6 +39,7 @@ __all__ = [
     "GraphedSampling",
     "Sampler",
     "TextEncoder",
+    "Texts",
     "accelerate",
     "apply_patch",
     "guided_rows",
@@ -58,6 +60,7 @@ __all__ = [
 _MODULES = {
     "config": ["ActVARConfig"],
     "execution": ["Execution"],
+    "families.conditions": ["Texts"],
     "models.checkpoint": ["CheckpointError", "load_infinity", "load_var"],
     "patching.adapter": ["AdapterError", "read_adapter_config", "save_adapter"],
     "patching.patch": [

@@ -269,7 +269,8 @@ def sampling_flops(var: Any) -> int:
     counts, aten = CountByModule(unwrapped(var), family_of(unwrapped(var)).weight_kinds), torch.ops.aten
     formulas = counts.formulas() | {aten.convolution: lambda *_, **__: 0}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with using_backend("reference"), without_decoder(family_of(unwrapped(var)).autoencoder(unwrapped(var))), counter:
+    autoencoder = family_of(unwrapped(var)).autoencoder(unwrapped(var))
+    with using_backend("reference"), without_decoder(autoencoder, "fhat_to_img"), counter:
         var.autoregressive_infer_cfg(1, torch.zeros(1, dtype=torch.int64, device=device_of(var)), g_seed=0)
     return counts.take().total
 

@@ -67,7 +67,7 @@ def main() -> None:
     print(f"{'':<42}{'FLOPs saved':>12}" + "".join(f"{title:>13}" for title in titles))
     for name, prepare in rows.items():
         prepare(var)
-        saved = 1 - blocks_flops(var, var.actvar.config) / blocks_flops(var, DENSE)
+        saved = 1 - blocks_flops(var, var.actvar.config, batches[0][0]) / blocks_flops(var, DENSE, batches[0][0])
         found = [kl for changes in ALONE.values() for kl in _divergence(var, changes, batches)]
         print(f"{name:<42}{saved:>12.1%}" + "".join(f"{kl:>13.3f}" for kl in found), flush=True)
 

@@ -12,7 +12,7 @@ import torch
 import actvar
 from actvar.calibrate import calibrate
 from actvar.evaluate.divergence import divergence_by_scale
-from actvar.reports.similarity import psnr, ssim
+from actvar.evaluate.similarity import psnr, ssim
 from actvar.sampling.token_maps import sampled_inputs
 
 

@@ -28,10 +28,10 @@ MODULES = {
     "Calibration": ["actvar.calibrate.calibrate", "actvar.calibrate.plan.plan", "actvar.calibrate.goal.Goal"],
     "Quality": [
         "actvar.evaluate.divergence.divergence_by_scale",
-        "actvar.reports.similarity.psnr",
-        "actvar.reports.similarity.ssim",
+        "actvar.evaluate.similarity.psnr",
+        "actvar.evaluate.similarity.ssim",
     ],
-    "Prompts": ["actvar.text.FeatureCache"],
+    "Prompts": ["actvar.text.FeatureCache", "actvar.zoo.load_text_encoder"],
     "Many images": [
         "actvar.sampling.request.Sampling",
         "actvar.sampling.text_request.TextSampling",

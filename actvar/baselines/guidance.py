@@ -12,23 +12,24 @@ from dataclasses import replace
 
 from torch import nn
 
-from actvar.baselines.replacing_methods import expect_last_scales, expect_var
+from actvar.baselines.replacing_methods import expect_last_scales, expect_own_model
 from actvar.config import DENSE
 from actvar.patching.patch import patched_silently
 
 
 @contextmanager
-def without_guidance(var: nn.Module, count: int) -> Iterator[nn.Module]:
+def without_guidance(model: nn.Module, count: int) -> Iterator[nn.Module]:
     """Compute the conditional rows alone in the last `count` scales, and draw from these.
 
     Args:
-        var: the dense model.
+        model: the dense model, a VAR or an Infinity.
         count: number of scales, from 1 to one less than the model has.
 
     Raises:
         TypeError: a model of another kind.
-        ValueError: a count that leaves no scale with guidance.
+        ValueError: a count that leaves no scale with guidance; an Infinity raises it in sampling, where the schedule
+            is known.
     """
-    first = expect_last_scales("count", count, expect_var(var))
-    with patched_silently(var, replace(DENSE, guidance_until=first), None):
-        yield var
+    expect_last_scales("count", count, expect_own_model(model))
+    with patched_silently(model, replace(DENSE, guidance_until=-count), None):
+        yield model

@@ -9,7 +9,7 @@ from types import MethodType
 from torch import nn
 
 from actvar.families import family_of
-from actvar.models import VAR
+from actvar.models import VAR, Infinity
 from actvar_kernels.checks import as_integer
 
 
@@ -50,20 +50,34 @@ def expect_var(var: nn.Module) -> VAR:
     return var
 
 
-def expect_last_scales(name: str, count: int, var: VAR) -> int:
+def expect_own_model(model: nn.Module) -> VAR | Infinity:
+    """Return `model` if it samples by our own loop.
+
+    Raises:
+        TypeError: `model` is of another class than `actvar.models.VAR` and `actvar.models.Infinity`.
+    """
+    if not isinstance(model, VAR | Infinity):
+        raise TypeError(
+            "model: expected actvar.models.VAR (actvar.load_var makes one) or actvar.models.Infinity "
+            f"(actvar.load_infinity), got {type(model).__name__}"
+        )
+    return model
+
+
+def expect_last_scales(name: str, count: int, model: VAR | Infinity) -> int:
     """Return the number of the first of the last `count` scales, before which there must be others.
 
     Args:
         name: of the argument `count`, for errors.
         count: number of scales.
-        var: the model.
+        model: the model; of an Infinity the scales of its largest images count, and sampling checks those of others.
 
     Raises:
         TypeError: `count` is no integer.
         ValueError: no scale is left before, or `count` is below 1.
     """
     count = as_integer(name, count)
-    scales = len(family_of(var).maps(var))
+    scales = len(family_of(model).maps(model))
     if not 1 <= count < scales:
         raise ValueError(f"{name}: expected from 1 to {scales - 1} of the model's scales, got {count}")
     return scales - count

@@ -202,8 +202,7 @@ def wanda_units(var: nn.Module, rate: float, scales: Sequence[int] = (-2, -1), s
         ]
         try:
             for labels, inputs in batches:
-                rows = torch.cat((labels, family.without_class(var, labels)))
-                var(rows, inputs.repeat(2, 1, 1))
+                family.predicted(var, family.with_unconditional(var, labels), inputs.repeat(2, 1, 1))
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,4 +1,4 @@
-"""Attention and FFN of an accelerated block, apart, for methods that change which tokens they see."""
+"""The layers of an accelerated block, apart, for methods that change which tokens they see."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from actvar.families.base import BlockCall, Rows
 from actvar.sparse.block import ActVARBlock, attend, sample_state_of
+from actvar.sparse.layer_calls import in_dtype
 from actvar.sparse.schedule import Scale
 from actvar_kernels import choose_fused, normalize_modulate
 
@@ -20,35 +21,51 @@ def all_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 class Sublayers:
-    """A patched block at one scale: `x = x + attention(x)` and `x = x + ffn(x)` are the dense block."""
+    """A patched block at one scale: `x = x + attention(x)`, `x = x + between(x)` and `x = x + ffn(x)` are the block.
+
+    `between` is the layer between attention and FFN, such as cross-attention, where there is one.
+    """
 
     def __init__(self, block: ActVARBlock, call: BlockCall, scale: Scale):
         self.block, self.call, self.scale, self.fused = block, call, scale, choose_fused(call.x).fuses
+        self.family = block.actvar.family
         self.state = sample_state_of(block, call.cond, scale, self.fused)
 
-    def attention(self, rows: torch.Tensor, pick: Pick = all_rows) -> torch.Tensor:
+    def by_name(self) -> dict[str, Callable[..., torch.Tensor]]:
+        """Return the layers in their order."""
+        between = {"between": self.between} if self.family.has_between else {}
+        return {"attention": self.attention, **between, "ffn": self.ffn}
+
+    def attention(self, rows: torch.Tensor, pick: Pick = all_rows, index: torch.Tensor | None = None) -> torch.Tensor:
         """Return what attention adds to a block's rows, and put their keys and values into the cache.
 
         Args:
             rows: `[R, K, C]`.
-            pick: chooses or merges the normalised rows.
+            pick: chooses or merges the normalised rows; for blocks that encode no position in queries and keys.
+            index: number of each row's token in the scale, `[R, K]` int64; None for all tokens.
         """
         gamma1, _, scale1, _, shift1, _ = self.state.modulation
-        u = pick(normalize_modulate(rows, scale1, shift1))
-        at = Rows(self.scale.start, self.scale.tokens, None)  # VAR encodes no position in queries and keys
-        return attend(self.block, u, u, self.state, self.scale, self.fused, at, self.call) * gamma1
+        u = pick(self._normalized(rows, scale1, shift1))
+        return attend(self.block, u, u, self.state, self.scale, self.fused, self._at(index), self.call) * gamma1
 
-    def ffn(self, rows: torch.Tensor, pick: Pick = all_rows) -> torch.Tensor:
-        """Return what the FFN adds to a block's rows.
+    def between(self, rows: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what the layer between attention and FFN adds to a block's rows `[R, K, C]`, see `attention`."""
+        gamma, scale, shift = self.family.between_norm(self.block, len(rows))
+        u = self._normalized(rows, scale, shift)
+        return self.family.between(self.block, u, self._at(index), self.call) * gamma
 
-        Args:
-            rows: `[R, K, C]`.
-            pick: chooses or merges the normalised rows.
-        """
+    def ffn(self, rows: torch.Tensor, pick: Pick = all_rows, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what the FFN adds to a block's rows `[R, K, C]`, see `attention`."""
         _, gamma2, _, scale2, _, shift2 = self.state.modulation
-        u = pick(normalize_modulate(rows, scale2, shift2))
-        state = self.block.actvar
-        return state.family.dense_ffn(self.block, u, state.shared.config.num_experts) * gamma2
+        u = pick(self._normalized(rows, scale2, shift2))
+        return self.family.dense_ffn(self.block, u, self.block.actvar.shared.config.num_experts) * gamma2
+
+    def _normalized(self, rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Return the rows after a norm, in the dtype that the next layer takes."""
+        return in_dtype(normalize_modulate(rows, scale, shift), self.family.layer_dtype(self.block))
+
+    def _at(self, index: torch.Tensor | None) -> Rows:
+        return Rows(self.scale.start, self.scale.tokens, index)
 
 
 def rows_of(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,18 +18,17 @@ from actvar.config import ActVARConfig
 from actvar.execution import Execution
 from actvar.families import blocks_of, family_of
 from actvar.families.base import BlockCall
+from actvar.families.conditions import Batch, Conditions, Texts
 from actvar.models.arguments import SEEDS, checked_finite, checked_integer
 from actvar.patching.patch import patch_silently, reconfigure, remove_patch
-from actvar.sampling.token_maps import sampled_inputs
+from actvar.sampling.token_maps import sampled_inputs, spread
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.schedule import Scale, build_schedule
 from actvar.utils.progress import progress
 from actvar.utils.wrappers import unwrapped
 
-BATCH = 8
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Labels `[B]` int64 and inputs `[B, L - first_l, Cvae]` for teacher forcing."""
+BATCH, TOKENS = 8, 16384
+"""The most samples of a batch, and tokens, unless one sample has more."""
 
 
 @torch.no_grad()
@@ -38,7 +38,8 @@ def calibrate(
     *,
     images: int = 16,
     seed: int = 0,
-    cfg: float = 1.5,
+    cfg: float | None = None,
+    texts: Texts | None = None,
     uniform: bool = False,
     cluster: bool = True,
     execution: Execution | None = None,
@@ -51,11 +52,12 @@ def calibrate(
     take memory, `2 * images * L * C` numbers each.
 
     Args:
-        var: a VAR in eval mode; a patch that it has is removed.
+        var: a VAR or an Infinity in eval mode; a patch that it has is removed.
         config: the rates whose FLOPs are the budget, the number of experts and other variants.
         images: samples, at least 4; each gives a row with and one without its class, as under guidance.
         seed: of the first batch of samples.
-        cfg: guidance strength of the samples.
+        cfg: guidance strength of the samples; None for 1.5, and for 4 of a model that draws from texts.
+        texts: what a model that draws from texts is fitted to; None for classes.
         uniform: use the rates of `config` in every block instead of the best ones under its budget.
         cluster: experts of hidden units that matter for the same tokens, instead of contiguous ones.
         execution: how the patched model is run; None for the default.
@@ -64,7 +66,7 @@ def calibrate(
         How much the fitted selectors and routers keep.
 
     Raises:
-        TypeError: a model of an unsupported kind, or an argument that is no number.
+        TypeError: a model of an unsupported kind, an argument that is no number, or no texts for a model of texts.
         ValueError: a configuration or Execution that does not fit the model, rates of 1, or a budget that is too low.
         ValueError: fewer than 4 images, a seed or cfg out of its range, or a model in train mode.
     """
@@ -72,7 +74,7 @@ def calibrate(
     config = ActVARConfig() if config is None else config
     images = checked_integer("images", images, HELD_OUT)
     seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1] - images)  # every batch takes the next seed
-    cfg = checked_finite("cfg", cfg)
+    cfg = family_of(model).default_cfg if cfg is None else checked_finite("cfg", cfg)
     if model.training:
         raise ValueError("expected a model in eval mode: call var.eval()")
     if not config.is_sparse:
@@ -81,30 +83,33 @@ def calibrate(
         raise ValueError("expected one rate per scale as the budget, got one per block")
     patch_silently(model, config, execution)
     remove_patch(model)
+    drawn = spread(model, images, seed, texts)
     if not uniform:
-        expect_budget(model, config)
+        expect_budget(model, config, drawn)
 
-    batches = samples_to_fit(model, images, seed, cfg)
+    batches = samples_to_fit(model, images, seed, cfg, texts)
     fits = patch_with_fits(model, config, execution, batches, cluster)
     curves = [fit.curves for fit in fits]
     chosen = config
     if not uniform:
-        labels, inputs = held_out_samples(batches)
-        chosen = rates_under_budget(model, config, curves, divergence_per_block(model, config, labels, inputs))
+        sensitivity = divergence_per_block(model, config, *held_out_samples(batches))
+        chosen = rates_under_budget(model, config, drawn, curves, sensitivity)
         reconfigure(model, chosen)
-    return report_of(model, config, chosen, curves)
+    return report_of(model, config, chosen, drawn, curves)
 
 
-def samples_to_fit(model: nn.Module, images: int, seed: int, cfg: float) -> list[Batch]:
+def samples_to_fit(model: nn.Module, images: int, seed: int, cfg: float, texts: Texts | None = None) -> list[Batch]:
     """Return samples of the dense model in batches of equal size, as many images as `calibrate` is told to use."""
-    return sampled_inputs(model, images, max(1, min(BATCH, images // HELD_OUT)), seed, cfg)
+    maps = family_of(model).maps_of(model, spread(model, images, seed, texts))
+    most = min(BATCH, images // HELD_OUT, TOKENS // sum(height * width for height, width in maps))
+    return sampled_inputs(model, images, max(1, most), seed, cfg, texts)
 
 
 def held_out_samples(batches: list[Batch]) -> Batch:
     """Return those samples, an eighth of all, by which the divergences of blocks are measured."""
-    labels, inputs = batches[-1]
-    count = max(1, sum(len(labels) for labels, _ in batches) // 8)
-    return labels[-count:], inputs[-count:]
+    conditions, inputs = batches[-1]
+    count = max(1, sum(len(of) for of, _ in batches) // 8)
+    return conditions[-count:], inputs[-count:]
 
 
 def patch_with_fits(
@@ -119,12 +124,13 @@ def patch_with_fits(
 def fits_of(model: nn.Module, config: ActVARConfig, batches: list[Batch], cluster: bool = True) -> list[BlockFit]:
     """Return the fits of all blocks of a dense model to `batches`."""
     family = family_of(model)
-    stream = [_embedded(model, *batch) for batch in batches]
+    rows: list[Any] = [None] * len(batches)
     fits: list[BlockFit] = []
-    scales = _active_scales(config, family.maps(model))
+    scales = _active_scales(config, family.maps_of(model, batches[0][0]))
     for block in progress(blocks_of(model), desc="blocks"):
+        stream = [functools.partial(_call, model, *batch, x) for batch, x in zip(batches, rows, strict=True)]
         fit = fit_block(family, block, stream, scales, config.num_experts, cluster)
-        stream = fit.after
+        rows = fit.after
         fits.append(fit._replace(after=[]))
     return fits
 
@@ -148,8 +154,14 @@ def _active_scales(config: ActVARConfig, maps: Sequence[tuple[int, int]]) -> lis
     return [scale for scale in build_schedule(replace(config, always_sparse=True), maps) if scale.active]
 
 
-def _embedded(model: nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> BlockCall:
-    """Return the first block's call for a batch with and without its classes."""
+def _call(model: nn.Module, conditions: Conditions, inputs: torch.Tensor, x: torch.Tensor | None) -> BlockCall:
+    """Return the call of a block for a batch with and without its conditions, whose masks are made anew.
+
+    Args:
+        model: the model.
+        conditions, inputs: the batch.
+        x: the residual stream in front of the block, `[2B, L, C]`; None for the first block.
+    """
     family = family_of(model)
-    rows = torch.cat((labels, family.without_class(model, labels)))
-    return family.embedded(model, rows, inputs.repeat(2, 1, 1)).call
+    call = family.embedded(model, family.with_unconditional(model, conditions), inputs.repeat(2, 1, 1)).call
+    return call if x is None else call._replace(x=x)

@@ -5,8 +5,8 @@ Both fits are ridge regressions. `E_e` is the output of expert e, and `gamma` is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ class BlockFit(NamedTuple):
         router: weight `[N, C]` and bias `[N]` of the router.
         order: of the hidden units, `[D]` int64; None for their own order.
         curves: losses by scale index.
-        after: the residual stream behind the dense block, by batch.
+        after: the residual stream behind the dense block, by batch, each `[R, L_all, C]`.
         static_order: of the hidden units for static pruning, `[D]` int64, the most important ones first.
     """
 
@@ -41,7 +41,7 @@ class BlockFit(NamedTuple):
     router: tuple[torch.Tensor, torch.Tensor]
     order: torch.Tensor | None
     curves: dict[int, Curves]
-    after: list[BlockCall]
+    after: list[torch.Tensor]
     static_order: torch.Tensor | None = None
 
 
@@ -49,13 +49,15 @@ class _Batch(NamedTuple):
     """One batch at the dense block.
 
     Args:
-        call: arguments of the block.
+        x: the block's input, `[R, L_all, C]`.
+        cond: the condition of its AdaLN.
         y: the block's output, `[R, L_all, C]`.
         u: the FFN's input, `[R, L_all, C]`.
         is_held_out: it is measured instead of fitted to.
     """
 
-    call: BlockCall
+    x: torch.Tensor
+    cond: Any
     y: torch.Tensor
     u: torch.Tensor
     is_held_out: bool
@@ -63,22 +65,28 @@ class _Batch(NamedTuple):
 
 @torch.no_grad()
 def fit_block(
-    family: Family, block: nn.Module, stream: list[BlockCall], scales: list[Scale], num_experts: int, cluster: bool
+    family: Family,
+    block: nn.Module,
+    stream: Sequence[Callable[[], BlockCall]],
+    scales: list[Scale],
+    num_experts: int,
+    cluster: bool,
 ) -> BlockFit:
     """Fit one unpatched block in closed form.
 
     Args:
         family: of the model.
         block: the block, which is not changed.
-        stream: calls of the block by batch; every fourth, counted from the last one, is held out.
+        stream: functions that return the call of the block, by batch; every fourth, counted from the last one, is held
+            out. Each is called once, and of the call only input and condition are kept.
         scales: the active scales, at which tokens and experts may be left out.
         num_experts: N, a divisor of the hidden units.
         cluster: reorder hidden units so that those of an expert matter for the same tokens; otherwise experts are
             contiguous.
     """
     batches = [
-        _dense_batch(family, block, call, is_held_out=(len(stream) - number) % HELD_OUT == 0)
-        for number, call in enumerate(stream, 1)
+        _dense_batch(family, block, call_of(), is_held_out=(len(stream) - number) % HELD_OUT == 0)
+        for number, call_of in enumerate(stream, 1)
     ]
     selector = _selector(batches, scales)
     weights = [weight.float() for weight in family.ffn_weights(block)]
@@ -95,8 +103,7 @@ def fit_block(
         if batch.is_held_out:
             for scale in scales:
                 _measure(curves[scale.index], family, block, batch, scale, selector, router, weights, static_weights)
-    after = [batch.call._replace(x=batch.y) for batch in batches]
-    return BlockFit(selector, router, order, curves, after, static_order)
+    return BlockFit(selector, router, order, curves, [batch.y for batch in batches], static_order)
 
 
 def _in_order(weights: list[torch.Tensor], order: torch.Tensor) -> list[torch.Tensor]:
@@ -109,7 +116,7 @@ def _dense_batch(family: Family, block: nn.Module, call: BlockCall, is_held_out:
     ffn = family.ffn_module(block)
     handle = ffn.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     try:
-        return _Batch(call, block(**family.block_arguments(call)), inputs[0], is_held_out)
+        return _Batch(call.x, call.cond, block(**family.block_arguments(call)), inputs[0], is_held_out)
     finally:
         handle.remove()
 
@@ -129,7 +136,7 @@ def _regression(
         samples: yields features `[T, C]` and targets `[T, outputs]` of a batch.
         outputs: number of targets of a token.
     """
-    x = batches[0].call.x
+    x = batches[0].x
     train, held_out = (NormalEquations(x.shape[2], outputs, x.device) for _ in range(2))
     for batch in batches:
         for features, targets in samples(batch):
@@ -145,7 +152,7 @@ def _selector(batches: list[_Batch], scales: list[Scale]) -> torch.Tensor:
 
     def samples(batch: _Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for scale in scales:
-            x = _rows_at(scale, batch.call.x)
+            x = _rows_at(scale, batch.x)
             features, target = _normalized(x), (_rows_at(scale, batch.y) - x).norm(dim=-1)
             target = target / target.mean(dim=1, keepdim=True)
             yield (features - features.mean(dim=1, keepdim=True)).flatten(0, 1), (target - 1).flatten().unsqueeze(1)
@@ -183,7 +190,7 @@ def _unit_energy(
 
     The energy is `h_i^2 |gamma * w2_i|^2`. The tokens are spread evenly over the samples.
     """
-    total = sum(batch.call.x.shape[0] for batch in batches) * sum(scale.tokens for scale in scales)
+    total = sum(batch.x.shape[0] for batch in batches) * sum(scale.tokens for scale in scales)
     step = -(-total // CLUSTERED_TOKENS)
     parts, skip = [], 0
     for batch in batches:
@@ -209,7 +216,7 @@ def _measure(
     static_weights: list[torch.Tensor],
 ) -> None:
     """Add a held-out batch to the curves of a scale; weights are those of the FFN in the order of either experts."""
-    x, y = _rows_at(scale, batch.call.x), _rows_at(scale, batch.y)
+    x, y = _rows_at(scale, batch.x), _rows_at(scale, batch.y)
     curves.add_rows((_normalized(x) * selector[0]).sum(dim=-1), (y - x).norm(dim=-1))
     u, gamma = _ffn_inputs(family, block, batch, scale)
     step = -(-len(u) // MEASURED_TOKENS)
@@ -221,7 +228,7 @@ def _measure(
 def _ffn_inputs(family: Family, block: nn.Module, batch: _Batch, scale: Scale) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the FFN's input and the AdaLN gate of its output, each `[R * L, C]` float32."""
     u = _rows_at(scale, batch.u)
-    gamma = family.modulation(block, batch.call.cond)[1].float().expand_as(u)
+    gamma = family.modulation(block, batch.cond)[1].float().expand_as(u)
     return u.flatten(0, 1), gamma.flatten(0, 1)
 
 

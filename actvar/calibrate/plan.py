@@ -38,13 +38,16 @@ from actvar.config import DENSE, ActVARConfig
 from actvar.evaluate.predictions import DensePredictions
 from actvar.execution import Execution
 from actvar.families import blocks_of, family_of
+from actvar.families.conditions import Conditions, Texts, features_of
+from actvar.models.arguments import checked_finite
 from actvar.patching.adapter import read_adapter_config
 from actvar.patching.patch import load_silently, reconfigure, remove_patch
+from actvar.sampling.token_maps import first_conditions
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.schedule import scales_with_guidance
 from actvar.sparse.state import patch_state
 from actvar.utils.devices import device_of
-from actvar.utils.fingerprint import model_fingerprint
+from actvar.utils.fingerprint import fingerprint, model_fingerprint
 from actvar.utils.parts import Parts
 from actvar.utils.progress import progress
 from actvar.utils.weight_override import tuned_parameters
@@ -73,7 +76,8 @@ def plan(
     batch: int = 8,
     images: int = 16,
     seed: int = 0,
-    cfg: float = 1.5,
+    cfg: float | None = None,
+    texts: Texts | None = None,
     repeats: int = 3,
     folder: Path | None = None,
 ) -> PlanReport:
@@ -83,8 +87,8 @@ def plan(
     weights stay, its rates are scaled, and its end of guidance stays where it has one.
 
     Args:
-        var: a VAR in eval mode; a patch that it has is removed.
-        goal: a speedup, a time or a divergence.
+        var: a VAR or an Infinity in eval mode; a patch that it has is removed.
+        goal: a speedup, a time, a divergence or a preset.
         levers: of `LEVERS`, what a plan may change; None for all of `DEFAULT_LEVERS` that run here.
         adapter: file of an adapter to plan again for, or None.
         execution: how the model is run; None for the default, or the adapter's.
@@ -92,7 +96,8 @@ def plan(
         batch: images of a sample whose time is measured.
         images: samples to fit to and to measure divergences by.
         seed: of these samples.
-        cfg: guidance strength.
+        cfg: guidance strength; None for 1.5, and for 4 of a model that draws from texts.
+        texts: what a model that draws from texts samples; None for classes.
         repeats: samples of each kind that are timed.
         folder: keeps fits, times and divergences, so that the same call goes on after an interruption; None: they are
             not kept.
@@ -105,11 +110,17 @@ def plan(
     model = unwrapped(var)
     levers = _checked_levers(model, levers, None if adapter is None else read_adapter_config(adapter))
     remove_patch(model)
-    kept = _Kept(folder, model, images=images, seed=seed, cfg=cfg, num_experts=num_experts)
-    dense = DensePredictions(model, samples_to_fit(model, images, seed + images, cfg), cfg)
+    family = family_of(model)
+    cfg = family.default_cfg if cfg is None else checked_finite("cfg", cfg)
+    timed = first_conditions(model, batch, texts)
+    maps, depth = family.maps_of(model, timed), len(blocks_of(model))
+    of_texts = {} if texts is None else {"texts": fingerprint([("texts", features_of(texts))]), "maps": maps}
+    kept = _Kept(folder, model, images=images, seed=seed, cfg=cfg, num_experts=num_experts, **of_texts)
+    dense = DensePredictions(model, samples_to_fit(model, images, seed + images, cfg, texts), cfg)
+    goal = goal.with_kl(statistics.fmean(dense.divergences_from_uniform()[-2:]))
     batches, fits = [], []
     if adapter is None:
-        batches = samples_to_fit(model, images, seed, cfg)
+        batches = samples_to_fit(model, images, seed, cfg, texts)
         base = replace(ActVARConfig(), num_experts=num_experts)
         fits = kept.fits(lambda: fits_of(model, base, batches))
         patch_with(model, base, execution, fits)
@@ -117,7 +128,7 @@ def plan(
         load_silently(model, adapter, execution)
         base = patch_state(model).config
         kept.facts["adapter"] = model_fingerprint(model)
-    count, depth = len(family_of(model).maps(model)), len(blocks_of(model))
+    count = len(maps)
     given = patch_state(model).execution
     executions = [given] if "int8" not in levers or given.weights else [given, replace(given, weights="int8")]
     guides = "guidance" in levers
@@ -127,7 +138,7 @@ def plan(
 
     def times_of(execution: Execution) -> SampleTimes:
         def measure() -> list:
-            return measured_times(model, execution, batch, cfg, first, guides, ways, repeats).as_lists()
+            return measured_times(model, execution, timed, cfg, first, guides, ways, repeats).as_lists()
 
         return SampleTimes.from_lists(kept.part("times", here | asdict(execution), measure))
 
@@ -139,7 +150,7 @@ def plan(
 
     def divergence_of(config: ActVARConfig, execution: Execution) -> tuple[float, float]:
         facts = [config.to_json(), execution.to_json()]
-        mean, total = kept.part("plan", facts, lambda: _divergence(model, dense, fits, config, execution))
+        mean, total = kept.part("plan", facts, lambda: _divergence(model, dense, maps, fits, config, execution))
         return mean, total
 
     guesses: dict[tuple[ActVARConfig, Execution], Candidate] = {}
@@ -150,7 +161,7 @@ def plan(
             plans = ((config, 0.0) for config in scaled_plans(base, levers, count))
         least = 0.0 if execution == given else divergence_of(base.without_savings(), execution)[1]
         for config, guess in plans:
-            seconds = of_format.predicted(config, family_of(model).maps(model), depth)
+            seconds = of_format.predicted(config, maps, depth)
             guesses[config, execution] = Candidate(config, seconds, 0, least + guess, execution)
     curve = []
     for guess in progress(_worth_measuring([*guesses.values()]), desc="plans"):
@@ -160,7 +171,7 @@ def plan(
     for _ in range(MOST_TRIALS):
         corrected = [replace(each, seconds=each.seconds * factor) for each in curve]
         chosen, is_met = goal.best(corrected, dense_seconds)
-        accelerated, measured = _measured(model, chosen, given, batch, cfg, repeats)
+        accelerated, measured = _measured(model, chosen, given, timed, cfg, repeats)
         slowdown = measured / accelerated * dense_seconds / chosen.seconds
         if not is_met or slowdown <= 1 + TOLERANCE:
             break
@@ -284,11 +295,17 @@ def _configure(model: Any, fits: list[BlockFit], config: ActVARConfig, execution
 
 
 def _divergence(
-    model: Any, dense: DensePredictions, fits: list[BlockFit], config: ActVARConfig, execution: Execution
+    model: Any,
+    dense: DensePredictions,
+    maps: tuple[tuple[int, int], ...],
+    fits: list[BlockFit],
+    config: ActVARConfig,
+    execution: Execution,
 ) -> tuple[float, float]:
-    """Return `Candidate.divergence` and `Candidate.total` of a configuration."""
+    """Return `Candidate.divergence` and `Candidate.total` of a configuration, with token maps of these sizes."""
     _configure(model, fits, config, execution)
     state = patch_state(model)
+    state.fit_maps(model, maps)
     weights_change = bool(tuned_parameters(model))
     changed = {
         scale.index
@@ -303,11 +320,11 @@ def _divergence(
 
 
 def _measured(
-    model: Any, plan: Candidate, execution: Execution, batch: int, cfg: float, repeats: int
+    model: Any, plan: Candidate, execution: Execution, conditions: Conditions, cfg: float, repeats: int
 ) -> tuple[float, float]:
     """Return the seconds of a batch of the accelerated model, run as `execution` says, and of a plan, in turn."""
     dense = replace(DENSE, num_experts=plan.config.num_experts)
     setups = {"accelerated": (dense, execution), "plan": (plan.config, plan.execution)}
-    laps = sample_laps(model, setups, batch, cfg, repeats + 2)
+    laps = sample_laps(model, setups, conditions, cfg, repeats + 2)
     accelerated, measured = (statistics.median(map(sum, laps[name])) for name in ("accelerated", "plan"))
     return accelerated, measured

@@ -11,6 +11,7 @@ from actvar.calibrate.curves import Curves
 from actvar.calibrate.sensitivity import FFN_RATE, TOKEN_RATE
 from actvar.config import ActVARConfig, share_of
 from actvar.families import family_of
+from actvar.families.conditions import Conditions, text_tokens
 from actvar.flops import block_flops
 from actvar.sparse.schedule import Scale, build_schedule
 
@@ -26,6 +27,7 @@ Budget = tuple[int, int]
 def rates_under_budget(
     var: nn.Module,
     config: ActVARConfig,
+    conditions: Conditions,
     curves: list[dict[int, Curves]],
     sensitivity: list[dict[int, tuple[float, float]]],
 ) -> ActVARConfig:
@@ -39,30 +41,31 @@ def rates_under_budget(
     Args:
         var: the model.
         config: with one rate per scale.
+        conditions: of the images whose FLOPs count.
         curves: per block, by scale index.
         sensitivity: per block, by scale index, see `divergence_per_block`.
     """
     token_rates, ffn_rates = [], []
-    for index, options, budget in _choices(var, config):
+    for index, options, budget in _choices(var, config, conditions):
         losses = [
             block_losses(block_curves[index], *divergences[index])
             for block_curves, divergences in zip(curves, sensitivity, strict=True)
         ]
         chosen = _cheapest(losses, options, budget * len(losses))
-        height, width = family_of(var).maps(var)[index]
+        height, width = family_of(var).maps_of(var, conditions)[index]
         tokens = height * width
         token_rates.append(tuple(keep / tokens for keep, _ in chosen))
         ffn_rates.append(tuple(experts / config.num_experts for _, experts in chosen))
     return replace(config, token_rates=tuple(token_rates), ffn_rate=tuple(ffn_rates))
 
 
-def expect_budget(var: nn.Module, config: ActVARConfig) -> None:
-    """Check that the budget of `config` is enough for the least rates that are tried in a block.
+def expect_budget(var: nn.Module, config: ActVARConfig, conditions: Conditions) -> None:
+    """Check that the budget of `config`, for images of `conditions`, is enough for the least rates that are tried.
 
     Raises:
         ValueError: the rates of `config` take fewer FLOPs.
     """
-    for _, options, budget in _choices(var, config):
+    for _, options, budget in _choices(var, config, conditions):
         if min(options.values()) > budget:
             raise ValueError(
                 f"rates: {config.token_rates} and {config.ffn_rate} are less than the least that is tried in a block, "
@@ -70,16 +73,18 @@ def expect_budget(var: nn.Module, config: ActVARConfig) -> None:
             )
 
 
-def _choices(var: nn.Module, config: ActVARConfig) -> Iterator[tuple[int, dict[Budget, int], int]]:
+def _choices(
+    var: nn.Module, config: ActVARConfig, conditions: Conditions
+) -> Iterator[tuple[int, dict[Budget, int], int]]:
     """Yield the index of each active scale, a block's FLOPs by its choice, and the block's share of the budget.
 
     FLOPs are counted as if the K/V cache held all tokens of earlier scales, which is an upper bound.
     """
     family, N = family_of(var), config.num_experts
-    maps, sizes = family.maps(var), family.sizes(var)
+    maps, sizes, text = family.maps_of(var, conditions), family.sizes(var), text_tokens(conditions)
 
     def flops(scale: Scale) -> int:
-        return sum(block_flops(scale, config, sizes.width, sizes.hidden).values())
+        return sum(block_flops(scale, config, sizes.width, sizes.hidden, text).values())
 
     dense = build_schedule(config.without_savings(), maps)
     budget_schedule = build_schedule(config, maps)
@@ -94,12 +99,12 @@ def _choices(var: nn.Module, config: ActVARConfig) -> Iterator[tuple[int, dict[B
         yield scale.index, options, flops(budget_schedule[scale.index])
 
 
-def blocks_flops(var: nn.Module, config: ActVARConfig) -> int:
-    """Return the FLOPs of one row in all blocks and scales."""
+def blocks_flops(var: nn.Module, config: ActVARConfig, conditions: Conditions) -> int:
+    """Return the FLOPs of one row in all blocks and scales, for images of `conditions`."""
     family = family_of(var)
-    sizes, maps = family.sizes(var), family.maps(var)
+    sizes, maps, text = family.sizes(var), family.maps_of(var, conditions), text_tokens(conditions)
     return sum(
-        sum(block_flops(scale, config, sizes.width, sizes.hidden).values())
+        sum(block_flops(scale, config, sizes.width, sizes.hidden, text).values())
         for block in range(len(family.blocks(var)))
         for scale in build_schedule(config, maps, block)
     )

@@ -9,6 +9,8 @@ from torch import nn
 from actvar.calibrate.curves import Curves
 from actvar.calibrate.rates import blocks_flops
 from actvar.config import DENSE, ActVARConfig
+from actvar.families import family_of
+from actvar.families.conditions import Conditions
 from actvar.sparse.schedule import Scale
 from actvar.sparse.state import patch_state
 
@@ -75,16 +77,25 @@ class Report:
         return asdict(self)
 
 
-def report_of(var: nn.Module, budget: ActVARConfig, chosen: ActVARConfig, curves: list[dict[int, Curves]]) -> Report:
+def report_of(
+    var: nn.Module,
+    budget: ActVARConfig,
+    chosen: ActVARConfig,
+    conditions: Conditions,
+    curves: list[dict[int, Curves]],
+) -> Report:
     """Return the report of a patched model.
 
     Args:
         var: the model.
         budget: the configuration that was asked for.
         chosen: the one that the model is patched with.
+        conditions: of the images whose FLOPs count.
         curves: per block, by scale index.
     """
-    flops = {name: blocks_flops(var, c) for name, c in {"dense": DENSE, "budget": budget, "chosen": chosen}.items()}
+    configs = {"dense": DENSE, "budget": budget, "chosen": chosen}
+    flops = {name: blocks_flops(var, config, conditions) for name, config in configs.items()}
+    patch_state(var).fit_maps(var, family_of(var).maps_of(var, conditions))
     schedules = patch_state(var).schedules
     kept = [
         _kept(block, schedules[block][index], scale_curves)

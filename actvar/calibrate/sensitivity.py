@@ -12,7 +12,9 @@ from actvar.config import ActVARConfig
 from actvar.evaluate.divergence import token_divergence
 from actvar.families import blocks_of, family_of
 from actvar.families.base import BlockCall
+from actvar.families.conditions import Conditions
 from actvar.sparse.schedule import build_schedule
+from actvar.sparse.state import patch_state
 from actvar.utils.progress import progress
 
 TOKEN_RATE, FFN_RATE = 0.75, 0.5
@@ -21,14 +23,14 @@ TOKEN_RATE, FFN_RATE = 0.75, 0.5
 
 @torch.no_grad()
 def divergence_per_block(
-    var: nn.Module, config: ActVARConfig, labels: torch.Tensor, inputs: torch.Tensor
+    var: nn.Module, config: ActVARConfig, conditions: Conditions, inputs: torch.Tensor
 ) -> list[dict[int, tuple[float, float]]]:
     """Return the KL to the dense logits, mean over a scale's tokens, when one block alone is sparse.
 
     Args:
         var: a patched model with fitted gates; its schedules are put back.
         config: the one that the model is patched with.
-        labels: classes for teacher forcing, `[B]` int64.
+        conditions: of `B` images.
         inputs: of teacher forcing, `[B, L - first_l, Cvae]`.
 
     Returns:
@@ -36,11 +38,13 @@ def divergence_per_block(
     """
     family = family_of(var)
     blocks: list[Any] = blocks_of(var)
+    maps = family.maps_of(var, conditions)
+    patch_state(var).fit_maps(var, maps)
     before = [block.actvar.schedule for block in blocks]
     dense = config.without_savings()
     probes = replace(dense, token_rates=(TOKEN_RATE,) * len(config.scales)), replace(dense, ffn_rate=FFN_RATE)
-    schedules = [build_schedule(c, family.maps(var)) for c in (dense, *probes)]
-    call, head_cond = family.embedded(var, labels, inputs)
+    schedules = [build_schedule(c, maps) for c in (dense, *probes)]
+    call, head_cond = family.embedded(var, conditions, inputs)
 
     def after(block: nn.Module, call: BlockCall) -> BlockCall:
         return call._replace(x=block(**family.block_arguments(call)))

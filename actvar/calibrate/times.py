@@ -9,16 +9,15 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 
 from actvar.config import ActVARConfig
 from actvar.execution import Execution
 from actvar.families import family_of
+from actvar.families.conditions import Conditions
 from actvar.patching.patch import reconfigure
 from actvar.sampling.timing import interleaved_seconds, step_seconds
 from actvar.sparse.schedule import build_schedule
-from actvar.utils.devices import device_of
 from actvar.utils.wrappers import unwrapped
 
 SHARES = (1.0, 0.75, 0.5)
@@ -101,7 +100,7 @@ class SampleTimes(NamedTuple):
 def measured_times(
     var: nn.Module,
     execution: Execution,
-    batch: int,
+    conditions: Conditions,
     cfg: float,
     first: int,
     drops_guidance: bool,
@@ -115,7 +114,7 @@ def measured_times(
     Args:
         var: the model, with fitted gates.
         execution: how it is run.
-        batch: images of a sample.
+        conditions: of the images of a sample.
         cfg: strength of the guidance.
         first: number of the first scale that may change.
         drops_guidance: whether scales without guidance are timed as well.
@@ -125,7 +124,7 @@ def measured_times(
     model = unwrapped(var)
     state = model.actvar
     before = state.config
-    scales = range(first, len(family_of(model).maps(model)))
+    scales = range(first, len(family_of(model).maps_of(model, conditions)))
 
     def config_of(kind: _Kind) -> ActVARConfig:
         return replace(
@@ -144,7 +143,7 @@ def measured_times(
         kinds |= {kind._replace(guided=False) for kind in kinds}
     try:
         setups = {kind: (config_of(kind), execution) for kind in sorted(kinds, reverse=True)}
-        laps = sample_laps(model, setups, batch, cfg, repeats)
+        laps = sample_laps(model, setups, conditions, cfg, repeats)
     finally:
         reconfigure(model, before, state.execution)
     medians = {kind: [statistics.median(lap) for lap in zip(*runs, strict=True)] for kind, runs in laps.items()}
@@ -172,22 +171,26 @@ def measured_times(
 
 
 def sample_laps(
-    var: Any, setups: Mapping[Any, tuple[ActVARConfig, Execution]], batch: int, cfg: float, repeats: int
+    var: Any,
+    setups: Mapping[Any, tuple[ActVARConfig, Execution]],
+    conditions: Conditions,
+    cfg: float,
+    repeats: int,
 ) -> dict[Any, list[list[float]]]:
     """Return the seconds of every scale and of the decoder, for `repeats` samples of each setup in turn.
 
     Args:
         var: a patched model; it keeps the last setup.
         setups: by any name, what is computed and how.
-        batch: images of a sample.
+        conditions: of the images of a sample.
         cfg: strength of the guidance.
         repeats: samples of each setup.
     """
-    labels = torch.arange(batch, device=device_of(var)) % var.num_classes
+    family = family_of(var)
 
     def run(config: ActVARConfig, execution: Execution) -> list[float]:
         reconfigure(var, config, execution)
-        return step_seconds(var, lambda: var.autoregressive_infer_cfg(batch, labels, g_seed=0, cfg=cfg))
+        return step_seconds(var, lambda: family.images(var, conditions, 0, cfg))
 
     runs = {name: functools.partial(run, *setup) for name, setup in setups.items()}
     return interleaved_seconds(runs, repeats, "times")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from actvar.cli.evaluate_texts import packages_named, run_texts
 from actvar.cli.options import (
     DTYPES,
     add_draw,
@@ -22,32 +23,41 @@ from actvar.cli.options import (
     positive,
     sampler_of,
     say_device,
+    strength_of,
     write_json,
 )
+from actvar.cli.sample_infinity import add_infinity, is_of_texts
 from actvar.execution import SAMPLERS
 from actvar.models.checkpoint import usable_device
 from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 
 logger = logging.getLogger(__name__)
 
+NUM, BATCH = 5000, 50
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `evaluate` to its parser."""
     add_source(command, adapter=None)
+    add_infinity(command)
     command.add_argument(
         "--methods",
         default="all",
         help="comma-separated names, or files of adapters (default all); unknown: lists them",
     )
-    command.add_argument("--num", type=positive, default=5000, help="images per method and seed (default 5000)")
+    command.add_argument(
+        "--num", type=positive, help=f"images per method and seed (default {NUM}; with --infinity one per prompt)"
+    )
     command.add_argument("--seeds", type=positive, default=1, help="how many seeds, from --seed on (default 1)")
     command.add_argument(
         "--all-seeds",
         help="methods that are drawn with all --seeds, the others with the first one (default: all methods)",
     )
-    command.add_argument("--batch", type=at_once, default=50, help="images per batch (default 50)")
+    command.add_argument(
+        "--batch", type=at_once, help=f"images per batch (default {BATCH}; with --infinity 1, as SkipVAR needs it)"
+    )
     command.add_argument("--rounds", type=positive, default=5, help="timed batches of each method, in turn (default 5)")
-    add_draw(command)
+    add_draw(command, texts=True)
     command.add_argument(
         "--data", type=Path, default=DEBIAN_FOLDER, help="folder of Fashion-MNIST's files, for --model"
     )
@@ -62,6 +72,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--csv", type=Path, help="CSV file to write a row per method to")
     command.add_argument("--plot", type=Path, help="PNG file to draw quality over time to")
     command.add_argument(
+        "--picture", type=Path, help="PNG file to draw the first images to, a row per method; for --infinity"
+    )
+    command.add_argument(
         "--sampler",
         choices=SAMPLERS,
         help="how all methods draw tokens (default fast on a GPU, otherwise as an adapter recommends, or as the public "
@@ -72,31 +85,38 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure the methods, and write and print the results."""
-    check_source(options)
-    expect_file("--json", options.json)
-    expect_file("--csv", options.csv)
-    expect_file("--plot", options.plot)
+    of_texts = is_of_texts(options)
+    if not of_texts:
+        check_source(options)
+    for name in ("json", "csv", "plot", "picture"):
+        expect_file(f"--{name}", getattr(options, name))
     expect_folder("--npz-dir", options.npz_dir)
+    if of_texts:
+        run_texts(options)
+        return
+    if options.picture:
+        raise ValueError("--picture: expected --infinity; actvar sample --compare sets images of classes side by side")
     if options.plot and not options.model:
         raise ValueError("--plot: quality is measured of the bundled model; of others --npz-dir writes the images")
     if options.lite0 and not options.model:
         raise ValueError("--lite0: quality is measured of the bundled model; of others --npz-dir writes the images")
-    try:
+    with packages_named():
         from actvar.evaluate.bundled import dense_predictions, training_image_quality, training_lite0_quality
         from actvar.evaluate.methods import chosen_methods, methods_of
         from actvar.evaluate.report import Report, save_quality_plot
         from actvar.evaluate.run import Evaluation, evaluate, write_samples
         from actvar.families import family_of
         from actvar.utils.devices import device_of
-    except ImportError as error:
-        raise ImportError(f"{error}; install the packages of evaluation: pip install 'actvar[eval]'") from error
-    names = ("num", "seed", "batch", "cfg", "rounds")
     how = Evaluation(
+        num=options.num or NUM,
+        seed=options.seed,
         repeats=options.seeds,
+        batch=options.batch or BATCH,
+        cfg=strength_of(options),
         top_k=options.top_k or 0,
         top_p=options.top_p or 0.0,
+        rounds=options.rounds,
         sampler=sampler_of(options),
-        **{name: getattr(options, name) for name in names},
     )
     say_device(options)
     vae, var = load(options, DTYPES[options.dtype])
@@ -119,7 +139,7 @@ def run(options: argparse.Namespace) -> None:
                 raise
             logger.warning("fid_lite0 and distance_lite0 are left out: %s", error)
         quality = training_image_quality(options.data, device_of(var))
-        dense = dense_predictions(vae, var, options.data, options.cfg)
+        dense = dense_predictions(vae, var, options.data, how.cfg)
     results = evaluate(var, methods, how, options.json.with_suffix(".parts"), quality, dense, lite0, repeated)
     report = Report(results, how, family_of(var).maps(var))
     facts = {"model": options.model or Path(options.var).name, "device": options.device, "dtype": options.dtype}

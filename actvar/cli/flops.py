@@ -6,27 +6,32 @@ import argparse
 from pathlib import Path
 
 import actvar
-from actvar.cli.infinity_options import add_size, describe_size, first_given, schedule_of
+from actvar.cli.infinity_options import add_size, describe_size, first_given, is_bundled, schedule_of
 from actvar.cli.options import add_rates, describe, expect_file, integer, positive, with_rates, write_json
 from actvar.reports.flops import AGREEMENT, MODEL_NAMES, FlopsReport, flops_report, save_plot
 from actvar.reports.infinity import INFINITY_NAMES, infinity_report
 
-TEXT_TOKENS = 64
+TEXT_TOKENS, BUNDLED_TEXT_TOKENS = 64, 4
+"""Tokens of each text unless something else is asked for, of the published models and of the bundled one."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `flops` to its parser."""
     names = (*MODEL_NAMES, *INFINITY_NAMES)
-    command.add_argument("--model", choices=names, required=True, help="an official size, or the bundled model")
+    command.add_argument("--model", choices=names, required=True, help="an official size, or a bundled model")
     add_rates(command)
     command.add_argument(
         "--guidance-until", type=integer, help="first scale without guidance, e.g. -2 for the last two without"
     )
     command.add_argument("--batch", type=positive, default=1, help="images (default 1)")
     command.add_argument("--paper", action="store_true", help="also the savings of the paper's tables, row by row")
-    infinity = command.add_argument_group("infinity-2b and infinity-8b")
+    infinity = command.add_argument_group("models of texts")
     add_size(infinity)
-    infinity.add_argument("--text-tokens", type=positive, help=f"tokens of each text (default {TEXT_TOKENS})")
+    infinity.add_argument(
+        "--text-tokens",
+        type=positive,
+        help=f"tokens of each text (default {TEXT_TOKENS}; bundled {BUNDLED_TEXT_TOKENS})",
+    )
     command.add_argument("--json", type=Path, help="file to write every figure to")
     command.add_argument("--plot", type=Path, help="PNG file to draw FLOPs by module and step to")
 
@@ -39,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     report = _report(options, config)
     print(f"{options.model}, batch {options.batch}; {describe(config)}")
     if options.model in INFINITY_NAMES:
-        print(f"{describe_size(options)}; texts of {options.text_tokens or TEXT_TOKENS} tokens")
+        print(f"{describe_size(options)}; texts of {_text_tokens(options)} tokens")
     print(report.text())
     if options.json:
         write_json(options.json, report.as_dict())
@@ -58,5 +63,11 @@ def _report(options: argparse.Namespace, config: actvar.ActVARConfig) -> FlopsRe
         return flops_report(options.model, config, options.batch, options.paper)
     if options.paper:
         raise ValueError("--paper: expected a model of VAR, which the paper's tables are about; leave it out")
-    text_tokens = options.text_tokens or TEXT_TOKENS
-    return infinity_report(options.model, config, options.batch, schedule_of(options), text_tokens)
+    if is_bundled(options) and options.pn:
+        raise ValueError(f"--pn: {options.model} has one size; leave it out")
+    return infinity_report(options.model, config, options.batch, schedule_of(options), _text_tokens(options))
+
+
+def _text_tokens(options: argparse.Namespace) -> int:
+    """Return the number of tokens of each text."""
+    return options.text_tokens or (BUNDLED_TEXT_TOKENS if is_bundled(options) else TEXT_TOKENS)

@@ -7,7 +7,7 @@ import json
 
 from actvar.models.checkpoint import describe_checkpoint
 from actvar.zoo.fashion_mnist.data import CLASSES
-from actvar.zoo.pretrained import WEIGHTS, bundled_adapters, bundled_presets
+from actvar.zoo.pretrained import TEXT_MODEL, WEIGHTS, bundled_adapters, bundled_presets, checkpoints, load_text_encoder
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print each model with its size, its classes, its presets and its adapters."""
+    """Print each model with its size, its classes or words, its presets and its adapters."""
     found = {name: _facts(name) for name in WEIGHTS}
     if options.json:
         print(json.dumps(found, indent=1))
@@ -29,11 +29,16 @@ def run(options: argparse.Namespace) -> None:
 
 def _facts(name: str) -> dict[str, object]:
     """Return what there is of a bundled model, JSON-compatible."""
-    described = describe_checkpoint(WEIGHTS[name] / "var.safetensors")
-    size = f"{described['depth']} blocks, width {described['width']}, {described['num_classes']} classes"
+    described = describe_checkpoint(checkpoints(name)[0])
+    if name == TEXT_MODEL:
+        size = f"{described['depth']} blocks, width {described['embed_dim']}, {described['token_bits']} bits a token"
+        draws = {"words": list(load_text_encoder().vocabulary)}
+    else:
+        size = f"{described['depth']} blocks, width {described['width']}, {described['num_classes']} classes"
+        draws = {"classes": list(CLASSES)}
     return {
         "size": size,
-        "classes": list(CLASSES),
+        **draws,
         "presets": bundled_presets(name),
         "adapters": bundled_adapters(name),
     }

@@ -20,7 +20,7 @@ from actvar.sampling.request import Sampling
 from actvar.sampling.text_request import TextSampling
 from actvar.utils.files import replacing
 from actvar.zoo.fashion_mnist.data import CLASSES
-from actvar.zoo.pretrained import WEIGHTS, adapter_path, bundled_adapters
+from actvar.zoo.pretrained import TEXT_MODEL, WEIGHTS, adapter_path, bundled_adapters
 
 Number = TypeVar("Number", int, float)
 
@@ -116,6 +116,8 @@ def check_source(options: argparse.Namespace) -> None:
         raise ValueError(f"give either --model, or --var with --vae{more}")
     if (options.var is None) != (options.vae is None):
         raise ValueError("--var needs --vae, the checkpoint of its autoencoder, and the other way round")
+    if options.model == TEXT_MODEL:
+        raise ValueError(f"--model: expected a model of classes, since this command draws no texts, got {TEXT_MODEL}")
     if options.model and options.key:
         raise ValueError("--key chooses within the files of --var and --vae; leave it out with --model")
 

@@ -5,16 +5,34 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import actvar
-from actvar.cli.infinity_options import add_checkpoints, add_size, describe_size, expect_both, first_given, schedule_of
+from actvar.cli.infinity_options import (
+    add_checkpoints,
+    add_size,
+    describe_size,
+    expect_both,
+    files_of,
+    first_given,
+    is_bundled,
+    is_infinity,
+    schedule_of,
+)
 from actvar.cli.options import DTYPES, MOST_AT_ONCE, device_of_process, number, of_process, say_device
 from actvar.models import Infinity
 from actvar.models.checkpoint import sizes_of_files
+from actvar.sampling.layouts import Layout
 from actvar.sampling.text_request import TextSampling
 from actvar.text import DEFAULT_ENCODER, MOST_TOKENS, FeatureCache, default_folder
+from actvar.zoo.fashion_mnist_text.architecture import DRAW
+from actvar.zoo.pretrained import TEXT_MODEL, load_text_encoder
 
-OF_CLASSES = ("model", "var", "vae", "label", "labels", "per_class", "preset")
+OF_CLASSES = ("label", "labels", "per_class")
+OF_OTHERS = ("model", "var", "vae", "preset")
+"""Options for which --infinity takes the place, or which belong to bundled models."""
 OF_TEXTS = ("tokenizer", "prompt", "prompts", "pn", "aspect", "tau", "text_encoder")
 
 
@@ -33,48 +51,65 @@ def add_infinity(command: argparse.ArgumentParser) -> None:
 
 
 def is_of_texts(options: argparse.Namespace) -> bool:
-    """Return whether the options are about Infinity.
+    """Return whether the options are about an Infinity.
 
     Raises:
-        ValueError: options of Infinity without its checkpoint, or beside options of VAR.
+        ValueError: options of Infinity without such a model, or beside options of VAR.
     """
-    if options.infinity is None:
+    if not is_infinity(options):
         given = first_given(options, OF_TEXTS)
         if given:
-            raise ValueError(f"{given}: expected --infinity, the checkpoint of a model of texts, got none")
+            raise ValueError(
+                f"{given}: expected --infinity, the checkpoint of a model of texts, or --model {TEXT_MODEL}, got none"
+            )
         return False
-    given = first_given(options, OF_CLASSES)
+    model = f"--model {TEXT_MODEL}" if is_bundled(options) else "--infinity"
+    given = first_given(options, OF_CLASSES if is_bundled(options) else (*OF_OTHERS, *OF_CLASSES))
     if given:
-        raise ValueError(f"{given} is not for --infinity, which draws images of texts; leave it out")
+        raise ValueError(f"{given} is not for {model}, which draws images of texts; leave it out")
     expect_both(options)
     return True
 
 
-def request_of_texts(options: argparse.Namespace) -> TextSampling:
+def request_of_texts(options: argparse.Namespace, at_once: bool = True, layout: Layout | None = None) -> TextSampling:
     """Return the request of the options, without features.
 
     With --num it has one seed, from which those of all images follow. Otherwise, and in commands without that option,
     every image has the seed of --seed, so it is that of a sample of its prompt alone.
 
+    Args:
+        options: of the command.
+        at_once: whether the images of all prompts are drawn at once, without --num.
+        layout: of a benchmark, whose prompts are drawn; None for those of the options.
+
     Raises:
         ValueError: no prompts, a file that has none, or numbers out of their range.
     """
-    prompts = _prompts(options)
+    prompts = _prompts(options) if layout is None else tuple(prompt.text for prompt in layout.prompts)
     num = getattr(options, "num", None)
-    if not num and len(prompts) > MOST_AT_ONCE:
+    if at_once and not num and len(prompts) > MOST_AT_ONCE:
         raise ValueError(f"--prompts: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
-    numbers = {name: getattr(options, name) for name in ("cfg", "tau", "top_k", "top_p")}
+    given = {name: getattr(options, name, None) for name in ("cfg", "tau", "top_k", "top_p")}
+    numbers: dict[str, Any] = dict(DRAW) if is_bundled(options) else {}
+    numbers |= {name: value for name, value in given.items() if value is not None}
     return TextSampling(
         prompts,
-        tuple(range(len(prompts))),
+        tuple(range(len(prompts))) if layout is None else layout.labels,
         schedule_of(options),
         seed=options.seed if num else (options.seed,) * len(prompts),
-        **{name: value for name, value in numbers.items() if value is not None},
+        **numbers,
     )
 
 
-def load_to_sample_texts(options: argparse.Namespace, sampling: TextSampling) -> tuple[Infinity, TextSampling]:
+def load_to_sample_texts(
+    options: argparse.Namespace, sampling: TextSampling, dtype: torch.dtype | None = None
+) -> tuple[Infinity, TextSampling]:
     """Encode the prompts, then load the model, so that the device never has both.
+
+    Args:
+        options: of the command.
+        sampling: the request.
+        dtype: of the model; None for that of --dtype.
 
     Returns:
         the model, and the request with features.
@@ -85,9 +120,13 @@ def load_to_sample_texts(options: argparse.Namespace, sampling: TextSampling) ->
     say_device(options)
     if not options.quiet and of_process("RANK", 0) == 0:
         print(describe_size(options), flush=True)
-    device, dtype = device_of_process(options), DTYPES[options.dtype]
-    sizes = sizes_of_files(options.infinity, options.tokenizer, options.key)
-    encoder = actvar.TextEncoder(options.text_encoder or DEFAULT_ENCODER, device, FeatureCache(default_folder()))
+    device, dtype = device_of_process(options), dtype or DTYPES[options.dtype]
+    files = files_of(options)
+    sizes = sizes_of_files(*files, options.key)
+    if is_bundled(options):
+        encoder = load_text_encoder(device)
+    else:
+        encoder = actvar.TextEncoder(options.text_encoder or DEFAULT_ENCODER, device, FeatureCache(default_folder()))
     text, lengths = encoder(sampling.prompts, min(sizes.text_maxlen, MOST_TOKENS))
     if text.shape[1] != sizes.text_channels:
         raise ValueError(
@@ -96,7 +135,7 @@ def load_to_sample_texts(options: argparse.Namespace, sampling: TextSampling) ->
         )
     features = text.cpu().split(lengths)
     del encoder, text
-    _, infinity = actvar.load_infinity(options.infinity, options.tokenizer, device, dtype, options.key)
+    _, infinity = actvar.load_infinity(*files, device, dtype, options.key)
     return infinity, replace(sampling, features=features)
 
 
@@ -120,6 +159,7 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
         prompts += found
     if not prompts:
         raise ValueError(
-            "--infinity: say what to draw by --prompt TEXT, or by --prompts FILE with a prompt in each line"
+            f"{'--model' if is_bundled(options) else '--infinity'}: say what to draw by --prompt TEXT, or by "
+            "--prompts FILE with a prompt in each line"
         )
     return tuple(prompts)

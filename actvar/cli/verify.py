@@ -13,7 +13,10 @@ from actvar.cli.infinity_options import (
     add_size,
     describe_size,
     expect_both,
+    files_of,
     first_given,
+    is_bundled,
+    is_infinity,
     schedule_of,
 )
 from actvar.cli.options import (
@@ -40,6 +43,7 @@ from actvar.sampling.text_request import TextSampling
 from actvar.verify.infinity import verify_infinity
 from actvar.verify.report import Report
 from actvar.verify.run import verify
+from actvar.zoo.fashion_mnist_text.architecture import DRAW
 from actvar_kernels.backend import BACKENDS
 
 VERIFIED_SIZE = "0.06M"
@@ -71,9 +75,9 @@ def run(options: argparse.Namespace) -> None:
     adapter = adapter_of(options)
     config = with_rates(config_of(adapter), options.rates)
     dtypes = [DTYPES[name] for name in options.dtype]
-    report = (_verify_var if options.infinity is None else _verify_infinity)(options, config, adapter, dtypes)
+    report = (_verify_infinity if is_infinity(options) else _verify_var)(options, config, adapter, dtypes)
     print(f"batch {options.batch} on {options.device}; {describe(config)}")
-    if options.infinity is not None:
+    if is_infinity(options):
         print(describe_size(options, VERIFIED_SIZE))
     print(report.table())
     print(report.summary())
@@ -86,15 +90,17 @@ def run(options: argparse.Namespace) -> None:
 
 def _check_model(options: argparse.Namespace) -> None:
     """Raise a ValueError unless one model is named, with options that it has."""
-    of_var, of_infinity = ("model", "var", "vae", "weights", "public_var"), ("tokenizer", "pn", "aspect")
-    given = first_given(options, of_infinity if options.infinity is None else of_var)
-    if given:
-        is_or_not = "needs" if options.infinity is None else "is not for"
-        raise ValueError(f"{given} {is_or_not} --infinity, the checkpoint of a model of texts")
-    if options.infinity is None:
+    if not is_infinity(options):
+        given = first_given(options, ("tokenizer", "pn", "aspect"))
+        if given:
+            raise ValueError(f"{given} needs --infinity, the checkpoint of a model of texts")
         check_source(options)
-    else:
-        expect_both(options)
+        return
+    of_var = ("weights", "public_var") if is_bundled(options) else ("model", "var", "vae", "weights", "public_var")
+    given = first_given(options, of_var)
+    if given:
+        raise ValueError(f"{given} is not for --infinity, the checkpoint of a model of texts")
+    expect_both(options)
 
 
 def _verify_var(
@@ -117,12 +123,13 @@ def _verify_infinity(
     options: argparse.Namespace, config: ActVARConfig, adapter: Path | None, dtypes: list[torch.dtype]
 ) -> Report:
     """Return the checks of an Infinity."""
-    files, device = (options.infinity, options.tokenizer), device_of_process(options)
+    files, device = files_of(options), device_of_process(options)
     sizes = sizes_of_files(*files, options.key)
     tokens = min(TEXT_TOKENS, sizes.text_maxlen)
     features = torch.randn(tokens, sizes.text_channels, generator=torch.Generator().manual_seed(0))
     labels = (0,) * options.batch
-    cfg = TextSampling.cfg if options.cfg is None else options.cfg
+    own = DRAW["cfg"] if is_bundled(options) else TextSampling.cfg
+    cfg = own if options.cfg is None else options.cfg
     schedule = schedule_of(options, VERIFIED_SIZE)
     sampling = TextSampling(("random",), labels, schedule, cfg, seed=options.seed, features=(features,))
     return verify_infinity(

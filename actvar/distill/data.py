@@ -1,5 +1,7 @@
 """Token maps to distil on: of Fashion-MNIST, of a folder of images, or sampled from the teacher itself.
 
+Those of Infinity, which has bits for tokens, are sampled for texts.
+
 Token maps are computed once, kept in a `.npy` file and mapped into memory.
 """
 
@@ -12,25 +14,30 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from actvar.distill.bits import as_bits, as_numbers
 from actvar.distill.image_folder import find_images
 from actvar.distill.images import load_image
 from actvar.families import family_of
+from actvar.families.conditions import Conditions, Texts, features_of
 from actvar.models import VAR, VQVAE
 from actvar.models.arguments import checked_integer
-from actvar.sampling.request import number_of_classes
-from actvar.sampling.token_maps import drawn_token_maps
+from actvar.sampling.token_maps import drawn_token_maps, number_of_conditions
 from actvar.training.plan import SEEDS
 from actvar.training.processes import barrier, rank, world_size
 from actvar.utils.devices import device_of
 from actvar.utils.files import replacing
+from actvar.utils.fingerprint import fingerprint
 from actvar.utils.progress import progress
 from actvar.zoo.fashion_mnist.data import load_labels, load_split
 
 BATCH = 64
+MOST_TOKENS = 2**14
+"""Tokens of all texts' images that are sampled at once, so that a GPU has the memory for their keys and values."""
 GUIDANCE = 1.5
 MISSING = -1
 
@@ -40,16 +47,25 @@ class Source:
     """A source of token maps.
 
     Args:
-        labels: classes, `[N]` int64.
-        tokens_of: returns the token maps `[stop - start, L]` of examples `start` to `stop`.
+        conditions: classes `[N]` int64, or texts, on the CPU.
+        tokens_of: returns the token maps `[stop - start, L]` of examples `start` to `stop`; bits of a token are one
+            number, see `actvar.distill.bits`.
         facts: all that the token maps depend on, JSON-compatible.
         description: of the images that were found, for people.
+        at_once: number of examples that `tokens_of` is asked for.
     """
 
-    labels: torch.Tensor
+    conditions: Conditions
     tokens_of: Callable[[int, int], torch.Tensor]
     facts: Mapping[str, object]
     description: str = ""
+    at_once: int = BATCH
+
+    def take(self, index: torch.Tensor, device: torch.device) -> Conditions:
+        """Return the conditions of examples with the numbers `index` `[n]` int64, on a device."""
+        if isinstance(self.conditions, Texts):
+            return self.conditions.take(index.tolist()).to(device)
+        return self.conditions[index].to(device)
 
 
 def source_of(
@@ -92,27 +108,36 @@ def source_of(
     return fashion_mnist_source(folder, vae)
 
 
-def sampled_source(var: VAR, samples: int, seed: int) -> Source:
-    """Return token maps of images that the dense model draws with guidance 1.5, classes in turn.
+def sampled_source(var: Any, samples: int, seed: int, texts: Texts | None = None) -> Source:
+    """Return token maps that the dense model draws with its default guidance, of classes or texts in turn.
 
     Args:
         var: the dense model.
         samples: number of images.
         seed: of the sampling noise.
+        texts: of a model that draws from texts; None for classes.
 
     Raises:
         TypeError, ValueError: samples that are no integer of at least 1, a seed that is none of
-            `actvar.training.plan.SEEDS`, a model that draws from texts.
+            `actvar.training.plan.SEEDS`, no texts for a model that draws from texts, or texts for another one.
     """
     samples = checked_integer("samples", samples, 1)
     seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1])
-    labels = torch.arange(samples, device="cpu") % number_of_classes(var)
+    numbers = torch.arange(samples, device="cpu") % number_of_conditions(var, texts)
+    conditions = numbers if texts is None else texts.take(numbers.tolist())
+    guidance = family_of(var).default_cfg
 
     def tokens_of(start: int, stop: int) -> torch.Tensor:
-        return drawn_token_maps(var, labels[start:stop].to(device_of(var)), seed * 1_000_003 + start, GUIDANCE)
+        of_images = conditions[start:stop].to(device_of(var))
+        maps = drawn_token_maps(var, of_images, seed * 1_000_003 + start, guidance)
+        return maps if texts is None else as_numbers(maps)
 
-    facts = {"data": "none", "guidance": GUIDANCE, "seed": seed, "model": digest(var.head.weight)}
-    return Source(labels, tokens_of, facts)
+    facts = {"data": "none", "guidance": guidance, "seed": seed, "model": digest(var.head.weight)}
+    if texts is None:
+        return Source(conditions, tokens_of, facts)
+    facts |= {"texts": fingerprint([("texts", features_of(texts))]), "tau": texts.tau}
+    tokens = sum(height * width for height, width in family_of(var).maps_of(var, texts))
+    return Source(conditions, tokens_of, facts, at_once=max(1, min(BATCH, MOST_TOKENS // tokens)))
 
 
 def fashion_mnist_source(folder: Path, vae: VQVAE) -> Source:
@@ -166,7 +191,7 @@ def _encoded(vae: VQVAE, images: torch.Tensor) -> torch.Tensor:
     return torch.cat(vae.img_to_idxBl(images.to(device) * 2 - 1), dim=1)
 
 
-def cached_tokens(source: Source, var: VAR, folder: Path) -> torch.Tensor:
+def cached_tokens(source: Source, var: Any, folder: Path) -> torch.Tensor:
     """Return the token maps of `source`, mapped from a file that the first call makes.
 
     Several processes each make a part. Parts that were finished before an interruption are not made again.
@@ -177,23 +202,31 @@ def cached_tokens(source: Source, var: VAR, folder: Path) -> torch.Tensor:
         folder: of the file.
 
     Returns:
-        `[N, L]` int16, or int32 for more than 32,768 codes.
+        `[N, L]` int16, int32 for more than 32,768 codes, or int64 for more than 2^31.
     """
-    count, dtype = len(source.labels), np.int16 if var.V <= 2**15 else np.int32
-    facts = {**source.facts, "count": count, "maps": family_of(var).maps(var), "codes": var.V}
+    family = family_of(var)
+    count, maps, vocabulary = (
+        len(source.conditions),
+        family.maps_of(var, source.conditions),
+        family.sizes(var).vocabulary,
+    )
+    codes = 2 ** (vocabulary // 2) if isinstance(source.conditions, Texts) else vocabulary
+    dtype = next(kind for kind in (np.int16, np.int32, np.int64) if codes - 1 <= np.iinfo(kind).max)
+    facts = {**source.facts, "count": count, "maps": maps, "codes": codes}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"tokens-{key}.npy"
+    tokens_of_image = sum(height * width for height, width in maps)
     if not path.exists():
         partial = folder / f"tokens-{key}.partial.npy"
         if rank() == 0 and not partial.exists():
             with replacing(partial) as temporary, temporary.open("wb") as file:
                 # A write to a full disk is an error; a write to mapped memory would end the process there.
-                np.save(file, np.broadcast_to(np.array(MISSING, dtype), (count, var.L)))
+                np.save(file, np.broadcast_to(np.array(MISSING, dtype), (count, tokens_of_image)))
         barrier()
         tokens = np.load(partial, mmap_mode="r+")
-        starts = range(rank() * BATCH, count, world_size() * BATCH)
+        starts = range(rank() * source.at_once, count, world_size() * source.at_once)
         for start in progress(starts, desc="token maps", hidden=rank() != 0):
-            stop = min(start + BATCH, count)
+            stop = min(start + source.at_once, count)
             if (tokens[start:stop] == MISSING).any():
                 tokens[start:stop] = source.tokens_of(start, stop).cpu().numpy()
         tokens.flush()
@@ -204,16 +237,27 @@ def cached_tokens(source: Source, var: VAR, folder: Path) -> torch.Tensor:
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def teacher_inputs(vae: VQVAE, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the transformer's inputs `[B, L - first_l, Cvae]` for teacher forcing on `tokens` `[B, L]`.
+@torch.no_grad()
+def examples(
+    var: Any, source: Source, tokens: torch.Tensor, index: torch.Tensor
+) -> tuple[Conditions, torch.Tensor, torch.Tensor]:
+    """Return what a stage of the training is called with: conditions, inputs and token maps, on the model's device.
 
     Args:
-        vae: the autoencoder.
-        tokens: token maps of an integer dtype.
+        var: the model.
+        source: of the token maps.
+        tokens: the result of `cached_tokens`.
+        index: numbers of the examples, `[n]` int64.
+
+    Returns:
+        conditions; inputs `[n, L - first_l, Cvae]` float32 for teacher forcing; tokens `[n, L]` int64, or bits
+        `[n, L, bits]` uint8.
     """
-    sides = vae.quantize.v_patch_nums
-    with torch.no_grad():
-        return vae.quantize.teacher_input(tokens.long().split([side * side for side in sides], dim=1))
+    device, family = device_of(var), family_of(var)
+    conditions, maps = source.take(index, device), tokens[index].to(device).long()
+    if isinstance(conditions, Texts):
+        maps = as_bits(maps, family.sizes(var).vocabulary // 2)
+    return conditions, family.teacher_input(var, conditions, maps), maps
 
 
 def digest(weight: torch.Tensor) -> str:

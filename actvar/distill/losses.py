@@ -113,11 +113,11 @@ def block_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor])
 
 
 def output_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Return `KL(softmax(teacher) || softmax(student))`, averaged over tokens (Eq. 21).
+    """Return `KL(softmax(teacher) || softmax(student))`, averaged over tokens (Eq. 21), or over their bits.
 
     Args:
-        logits: of the student, `[B, L, V]`.
-        teacher_logits: `[B, L, V]`.
+        logits: of the student, `[B, L, V]`, or `[B, L, bits, 2]`.
+        teacher_logits: in the same shape.
     """
     return distillation_loss(teacher_logits.softmax(dim=-1), logits)
 
@@ -125,13 +125,14 @@ def output_loss(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Ten
 def guided_loss(
     logits: torch.Tensor, teacher_logits: torch.Tensor, strength: torch.Tensor, own_strength: torch.Tensor
 ) -> torch.Tensor:
-    """Return `KL(teacher || student)` of the guided logits that sampling draws from, averaged over tokens.
+    """Return `KL(teacher || student)` of the guided logits that sampling draws from, averaged over tokens or bits.
 
     Args:
-        logits: of the student, `[2B, L, V]`, conditional half first; or `[B, L, V]`, of conditional rows alone.
+        logits: of the student, `[2B, L, V]`, conditional half first; or `[B, L, V]`, of conditional rows alone. Those
+            of bits are `[2B, L, bits, 2]`.
         teacher_logits: `[2B, L, V]`, conditional half first.
-        strength: of the teacher's guidance, `[L, 1]`.
-        own_strength: of the student's guidance, `[L, 1]`; 0 at scales without it.
+        strength: of the teacher's guidance, `[L, 1]`, for bits `[L, 1, 1]`.
+        own_strength: of the student's guidance, in the same shape; 0 at scales without it.
     """
     drawn = guided(logits, own_strength) if len(logits) == len(teacher_logits) else logits
     return output_loss(drawn, guided(teacher_logits, strength))

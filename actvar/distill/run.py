@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,18 +13,17 @@ from torch import nn
 import actvar
 from actvar.calibrate import calibrate
 from actvar.config import ActVARConfig
-from actvar.distill.data import GUIDANCE, Source, cached_tokens, digest, teacher_inputs
+from actvar.distill.data import GUIDANCE, Source, cached_tokens, digest, examples
 from actvar.distill.recipes import RECIPES, Recipe
 from actvar.distill.stage1 import Stage1
 from actvar.distill.stage2 import Stage2
-from actvar.models import VAR, VQVAE
+from actvar.families.conditions import Texts
 from actvar.models.arguments import checked_finite, checked_integer
 from actvar.patching.adapter import read_adapter, save_adapter
 from actvar.patching.patch import load_adapter, patch_silently, unpatched
 from actvar.training.loop import fit
 from actvar.training.plan import SEEDS, Plan
 from actvar.training.processes import barrier, rank
-from actvar.utils.devices import device_of
 from actvar.utils.files import replacing
 from actvar.utils.pictures import save_loss_plot
 
@@ -44,6 +44,7 @@ class Distillation:
         accumulate, ema, clip, seed: see `actvar.training.plan.Plan`.
         bf16: compute in bfloat16 by autocast; weights stay float32.
         cfg: guidance strength of the loss `guided`.
+        lora: rank of the low-rank changes that stage 2 trains in place of all weights; None: it trains the weights.
 
     Numbers of any kind become Python's own.
 
@@ -62,6 +63,7 @@ class Distillation:
     clip: float = 1.0
     seed: int = 0
     cfg: float = GUIDANCE
+    lora: int | None = None
 
     def __post_init__(self):
         numbers = {
@@ -74,12 +76,15 @@ class Distillation:
             "clip": checked_finite("clip", self.clip),
             "cfg": checked_finite("cfg", self.cfg),
             "ema": checked_finite("ema", self.ema),
+            "lora": None if self.lora is None else checked_integer("lora", self.lora, 1),
         }
         for name, number in numbers.items():
             object.__setattr__(self, name, number)
         for name in ("epochs", "lr", "clip"):
             if numbers[name] is not None and numbers[name] <= 0:
                 raise ValueError(f"{name}: expected a number above 0, got {numbers[name]}")
+        if self.lora is not None and self.stage == 1:
+            raise ValueError("lora: expected None with stage 1, which changes no weights; give it with stage 2")
         if self.cfg < 0:
             raise ValueError(f"cfg: expected a number from 0 on, got {self.cfg}")
         if not 0 <= self.ema < 1:
@@ -107,12 +112,12 @@ class Distillation:
             folder,
             steps,
             self.batch,
-            lr=self.recipe.lr(self.stage, self.batch) if self.lr is None else self.lr,
+            lr=self.recipe.lr(self.stage, self.batch, self.lora is not None) if self.lr is None else self.lr,
             warmup=max(1, steps // 50),
             clip=self.clip,
             accumulate=self.accumulate,
             ema=self.ema,
-            muon=self.recipe.muon and self.stage == 2,
+            muon=self.recipe.muon and self.stage == 2 and self.lora is None,
             seed=self.seed,
             bf16=self.bf16,
             checkpoint_seconds=300.0,
@@ -120,8 +125,7 @@ class Distillation:
 
 
 def distill(
-    vae: VQVAE,
-    var: VAR,
+    var: Any,
     config: ActVARConfig,
     adapter: Path | None,
     source: Source,
@@ -136,8 +140,7 @@ def distill(
     token maps are kept beside this folder. After an interruption the same call resumes and ends with the same adapter.
 
     Args:
-        vae: the autoencoder.
-        var: the dense model, in float32.
+        var: the dense model, a VAR or an Infinity, in float32.
         config: rates and number of experts.
         adapter: file to start from; stage 2 needs one for rates below 1.
         source: of the token maps.
@@ -155,12 +158,12 @@ def distill(
     if how.stage == 2 and adapter is None and config.is_sparse:
         raise ValueError("stage 2 trains the weights for given selectors and routers: give the adapter of stage 1")
     if how.stage == 1 and how.recipe.calibrated:
-        return _calibrate(var, config, how, out)
+        return _calibrate(var, config, source, how, out)
     folder = out.with_suffix(".training")
-    plan = how.plan(len(source.labels), folder)
-    plan.check(len(source.labels))
+    plan = how.plan(len(source.conditions), folder)
+    plan.check(len(source.conditions))
     settings = {"stage": how.stage, "config": asdict(config), "adapter": adapter and str(adapter.resolve())}
-    settings |= {**asdict(how), **source.facts, "examples": len(source.labels), "model": digest(var.head.weight)}
+    settings |= {**asdict(how), **source.facts, "examples": len(source.conditions), "model": digest(var.head.weight)}
     module = prepared(var, config, adapter, how)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,17 +171,16 @@ def distill(
     barrier()
     with unpatched(var):
         tokens = cached_tokens(source, var, out.parent)
-    device = device_of(var)
 
     def loss(model: nn.Module, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        batch_tokens = tokens[index].to(device)
-        return model(source.labels[index].to(device), teacher_inputs(vae, batch_tokens), batch_tokens)
+        return model(*examples(var, source, tokens, index))
 
     try:
         fit(module, loss, plan, len(tokens))
     finally:
         if rank() == 0 and plan.log.exists():
             save_loss_plot(plan.log, plan.log.with_suffix(".png"))
+    module.finish()
     if rank() == 0:
         names = {name: settings[name] and Path(settings[name]).name for name in ("adapter", "data")}
         facts = settings | names | {"steps": plan.steps, "lr": plan.lr, "actvar": actvar.__version__}
@@ -187,9 +189,10 @@ def distill(
     return out
 
 
-def _calibrate(var: VAR, config: ActVARConfig, how: Distillation, out: Path) -> Path:
+def _calibrate(var: Any, config: ActVARConfig, source: Source, how: Distillation, out: Path) -> Path:
     """Do stage 1 in closed form: every process fits the same adapter, and the first one writes the file."""
-    calibrate(var, config, images=CALIBRATION_IMAGES, seed=how.seed, uniform=how.recipe.uniform)
+    texts = source.conditions if isinstance(source.conditions, Texts) else None
+    calibrate(var, config, images=CALIBRATION_IMAGES, seed=how.seed, uniform=how.recipe.uniform, texts=texts)
     if rank() == 0:
         facts = {"stage": 1, "recipe": asdict(how.recipe), "images": CALIBRATION_IMAGES, "seed": how.seed}
         save_adapter(var, out, facts | {"model": digest(var.head.weight), "actvar": actvar.__version__})
@@ -197,7 +200,7 @@ def _calibrate(var: VAR, config: ActVARConfig, how: Distillation, out: Path) -> 
     return out
 
 
-def prepared(var: VAR, config: ActVARConfig, adapter: Path | None, how: Distillation) -> Stage1 | Stage2:
+def prepared(var: Any, config: ActVARConfig, adapter: Path | None, how: Distillation) -> Stage1 | Stage2:
     """Patch `var` and return the stage's trainable module.
 
     Args:
@@ -209,7 +212,7 @@ def prepared(var: VAR, config: ActVARConfig, adapter: Path | None, how: Distilla
     patch_silently(var, config)
     if adapter is not None:
         load_adapter(var, adapter)
-    return Stage1(var) if how.stage == 1 else Stage2(var, how.recipe.losses, how.cfg)
+    return Stage1(var) if how.stage == 1 else Stage2(var, how.recipe.losses, how.cfg, how.lora)
 
 
 def _begin(path: Path, settings: dict[str, object], resumes: bool) -> None:

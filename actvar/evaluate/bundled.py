@@ -8,8 +8,9 @@ import torch
 
 from actvar.evaluate.lite0 import load_lite0
 from actvar.evaluate.lite0_quality import Lite0Quality
-from actvar.evaluate.predictions import Batch, DensePredictions
+from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import ImageQuality, cache_folder, real_images
+from actvar.families.conditions import Batch
 from actvar.models import VAR, VQVAE
 from actvar.zoo.fashion_mnist.data import load_split
 from actvar.zoo.pretrained import load_feature_network

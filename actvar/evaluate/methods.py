@@ -41,7 +41,7 @@ SMALL = "{}-small"
 
 @dataclass(frozen=True)
 class Method:
-    """A way to sample from a VAR.
+    """A way to sample from a model.
 
     Args:
         name: unique; the method's group, and behind an `@` how much is saved.
@@ -105,8 +105,8 @@ def chosen_methods(names: str, known: dict[str, Method]) -> list[Method]:
     """Return the methods of a comma-separated list.
 
     Args:
-        names: `all`; names of methods, or of a group for all its methods; and files of adapters, whose methods are
-            named by the file without its suffix.
+        names: `all`; names of methods, or of a group for all its methods; and files of adapters, which may follow
+            `adapter:`, whose methods are named by the file without its suffix.
         known: methods by name, see `methods_of`.
 
     Raises:
@@ -115,8 +115,9 @@ def chosen_methods(names: str, known: dict[str, Method]) -> list[Method]:
     """
     chosen: dict[str, Method] = {}
     for name in names.split(","):
-        if name.endswith(".safetensors"):
-            meant = [adapter_method(Path(name).stem, Path(name))]
+        file = name.removeprefix("adapter:")
+        if file != name or name.endswith(".safetensors"):
+            meant = [adapter_method(Path(file).stem, Path(file))]
         else:
             meant = [m for m in known.values() if name in ("all", m.name, m.group)]
         if not meant:

@@ -10,28 +10,26 @@ from torch import nn
 
 from actvar.evaluate.divergence import token_divergence
 from actvar.families import family_of
+from actvar.families.conditions import Batch, Conditions, features_of
 from actvar.models.token_draw import guided
 from actvar.sparse.state import is_patched, patch_state
 from actvar.utils.fingerprint import fingerprint
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Labels `[B]` int64 and inputs `[B, L - first_l, Cvae]`, see `VectorQuantizer.teacher_input`."""
-
 
 @torch.no_grad()
-def predictions(var: nn.Module, labels: torch.Tensor, inputs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the number of each scale that is sampled with its logits `[R, L, V]`.
+def predictions(var: nn.Module, conditions: Conditions, inputs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the number of each scale that is sampled with its logits `[R, L, V]`, or `[R, L, bits, 2]` of bits.
 
     Rows are `B` conditional ones, then as many unconditional ones, unless the method in use has dropped these. The
     inputs are fed scale by scale, through the K/V cache, so that every change of sampling takes effect.
 
     Args:
         var: dense, or with a method on.
-        labels: classes `[B]` int64.
+        conditions: of `B` images.
         inputs: `[B, L - first_l, Cvae]`.
     """
     with patch_state(var).sampling(var, in_place=False) if is_patched(var) else nullcontext():
-        yield from family_of(var).scale_logits(var, labels, inputs)
+        yield from family_of(var).scale_logits(var, conditions, inputs)
 
 
 class DensePredictions:
@@ -45,7 +43,9 @@ class DensePredictions:
 
     def __init__(self, var: nn.Module, batches: Sequence[Batch], cfg: float):
         self.batches, self.cfg = batches, cfg
-        self.fingerprint = fingerprint((str(i), tensor) for i, batch in enumerate(batches) for tensor in batch)
+        tensors = ((str(i), tensor) for i, (of, inputs) in enumerate(batches) for tensor in (features_of(of), inputs))
+        self.fingerprint = fingerprint(tensors)
+        self.family = family_of(var)
         self.logits = [[logits for _, logits in predictions(var, *batch)] for batch in batches]
 
     @torch.no_grad()
@@ -59,12 +59,12 @@ class DensePredictions:
         Args:
             pair_of: makes both from the logits of all rows, the number of conditional rows, and the guidance strength.
         """
-        last, images = len(self.logits[0]) - 1, sum(len(labels) for labels, _ in self.batches)
-        sums = [0.0] * (last + 1)
+        count_of_scales, images = len(self.logits[0]), sum(len(of) for of, _ in self.batches)
+        sums = [0.0] * count_of_scales
         for logits in self.logits:
             for scale, rows in enumerate(logits):
                 count = len(rows) // 2
-                pair = pair_of(rows, count, self.cfg * scale / last)
+                pair = pair_of(rows, count, self.family.strength(self.cfg, scale, count_of_scales))
                 sums[scale] += token_divergence(*pair).mean().item() * count / images
         return sums
 
@@ -89,12 +89,11 @@ class DensePredictions:
             `kl` of the conditional rows, and `kl_drawn` of the distributions that tokens are drawn from, with guidance
             where `var` has it.
         """
-        last = len(family_of(var).maps(var)) - 1
-        sums: dict[str, list[float | None]] = {name: [None] * (last + 1) for name in ("kl", "kl_drawn")}
-        images = sum(len(labels) for labels, _ in self.batches)
-        for (labels, inputs), dense_logits in zip(self.batches, self.logits, strict=True):
-            for scale, logits in predictions(var, labels, inputs):
-                count, strength = len(labels), self.cfg * scale / last
+        count_of_scales, images = len(self.logits[0]), sum(len(of) for of, _ in self.batches)
+        sums: dict[str, list[float | None]] = {name: [None] * count_of_scales for name in ("kl", "kl_drawn")}
+        for (of, inputs), dense_logits in zip(self.batches, self.logits, strict=True):
+            for scale, logits in predictions(var, of, inputs):
+                count, strength = len(of), self.family.strength(self.cfg, scale, count_of_scales)
                 dense = dense_logits[scale]
                 drawn = guided(logits, strength) if len(logits) == 2 * count else logits
                 pairs = {"kl": (dense[:count], logits[:count]), "kl_drawn": (guided(dense, strength), drawn)}

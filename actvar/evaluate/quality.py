@@ -28,8 +28,8 @@ MANIFOLD = 10_000
 """Real images, evenly spaced, whose neighbourhoods are the real manifold of precision and recall."""
 FEWEST_IMAGES = 20
 """Images that the Inception Score, in ten parts, needs."""
-METRICS = ("fid", "is", "precision", "recall", "agreement", "fid_lite0", "distance_lite0")
-"""Names of what `ImageQuality` measures, then of what `actvar.evaluate.lite0_quality` does."""
+METRICS = ("fid", "is", "precision", "recall", "agreement", "fid_lite0", "distance_lite0", "psnr", "ssim")
+"""Names of what `ImageQuality` measures, then `actvar.evaluate.lite0_quality`, then `actvar.evaluate.texts`."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from scipy import stats
 
 from actvar.evaluate.quality import METRICS
 from actvar.evaluate.run import Evaluation, Result
+from actvar.evaluate.texts import TextEvaluation
 from actvar.utils.pictures import COLOURS, save_figure, save_table
 
 DENSE = "dense"
@@ -26,7 +27,11 @@ TITLES = {
     "agreement": "wanted class",
     "fid_lite0": "FID Lite0",
     "distance_lite0": "distance Lite0",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
 }
+PLOTTED = ("psnr", "ssim", "distance_lite0")
+"""Metrics that are plotted where there is no FID."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Report:
     """
 
     results: Sequence[Result]
-    how: Evaluation
+    how: Evaluation | TextEvaluation
     maps: Sequence[tuple[int, int]]
 
     def as_dict(self) -> dict[str, object]:
@@ -70,7 +75,10 @@ class Report:
         scale. `interval` is half of the 95 % interval of each metric, and `minus_dense` has mean and interval of the
         paired differences.
         """
-        return {"settings": asdict(self.how), "methods": {result.name: self._entry(result) for result in self.results}}
+        return {
+            "settings": self.how.settings(),
+            "methods": {result.name: self._entry(result) for result in self.results},
+        }
 
     def _entry(self, result: Result) -> dict[str, object]:
         means, differences = self.means(result), self.differences(result)
@@ -132,7 +140,8 @@ class Report:
         """Return aligned text with a row per method."""
         has_kl = any(result.divergences for result in self.results)
         titles = ["", "ms / image", "GFLOP / image"]
-        titles += [*(TITLES[name] for name in self.metrics()), "FID - dense"] if self.metrics() else []
+        titles += [TITLES[name] for name in self.metrics()]
+        titles += ["FID - dense"] if "fid" in self.metrics() else []
         titles += [f"KL {height}x{width}" for height, width in self.maps[-2:]] if has_kl else []
         rows = [titles, *(self._row(result, has_kl) for result in self.results)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
@@ -145,9 +154,9 @@ class Report:
     def _row(self, result: Result, has_kl: bool) -> list[str]:
         cells = [result.name, f"{1e3 * statistics.median(result.seconds):.2f}", f"{result.flops / 1e9:.3f}"]
         means = self.means(result)
-        if means:
-            difference = self.differences(result).get("fid")
-            cells += [str(mean) for mean in means.values()] + ["" if difference is None else str(difference)]
+        cells += [str(mean) for mean in means.values()]
+        if "fid" in means:
+            cells.append(str(self.differences(result).get("fid", "")))
         if has_kl:
             cells += ["-" if kl is None else f"{kl:.3f}" for kl in result.divergences["kl_drawn"][-2:]]
         return cells
@@ -155,6 +164,8 @@ class Report:
 
 def save_quality_plot(report: Report, path: Path) -> Path:
     """Plot each FID with its 95 % interval over the time per image; a line joins the settings of one method.
+
+    Without FID the distances to the dense images are plotted.
 
     Args:
         report: the results.
@@ -167,6 +178,7 @@ def save_quality_plot(report: Report, path: Path) -> Path:
         ValueError: an evaluation without images.
     """
     names = [name for name in report.metrics() if name.startswith("fid")]
+    names = names or [name for name in PLOTTED if name in report.metrics()]
     if not names:
         raise ValueError("expected an evaluation with images to plot")
     figure = Figure(figsize=(8.5 * len(names), 5.5), layout="constrained")
@@ -205,10 +217,13 @@ def _plot_metric(axes: Axes, report: Report, name: str) -> None:
         )
         for time, mean, amount in zip(times, means, amounts, strict=True):
             axes.annotate(amount, (time, mean.mean), xytext=(4, 4), textcoords="offset points", fontsize=6)
-    axes.set(xlabel="milliseconds per image", ylabel=f"{TITLES[name]} of {report.how.num} images", yscale="log")
-    low, high = axes.get_ylim()
-    ticks = [tick for decade in (1, 10, 100, 1000) for tick in np.multiply((1, 2, 3, 5), decade) if low <= tick <= high]
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+    axes.set(xlabel="milliseconds per image", ylabel=f"{TITLES[name]} of {report.how.num} images")
+    if name.startswith("fid"):
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        decades = (1, 10, 100, 1000)
+        ticks = [tick for decade in decades for tick in np.multiply((1, 2, 3, 5), decade) if low <= tick <= high]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
     axes.grid(color="0.92")
     axes.legend(fontsize=7, ncols=2)

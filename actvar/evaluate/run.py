@@ -6,6 +6,7 @@ import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +23,7 @@ from actvar.patching.patch import unpatched
 from actvar.sampling.request import Sampling
 from actvar.sampling.samplers import drawn_by
 from actvar.sampling.shards import Bulk, read_images, sample_many, write_npz
+from actvar.sampling.text_request import TextSampling
 from actvar.sampling.timing import seconds_of
 from actvar.utils.devices import device_of
 from actvar.utils.fields import check_choice
@@ -77,6 +79,15 @@ class Evaluation:
         """
         sampling = Sampling(tuple(range(var.num_classes)), self.cfg, self.top_k, self.top_p, seed)
         return Bulk(sampling, self.num, self.batch)
+
+    def timed(self, model: VAR) -> Sampling:
+        """Return the request for a timed batch."""
+        labels = tuple(index % model.num_classes for index in range(self.batch))
+        return Sampling(labels, self.cfg, self.top_k, self.top_p, self.seed)
+
+    def settings(self) -> dict[str, object]:
+        """Return all settings, as JSON values."""
+        return asdict(self)
 
     def draw(self, seed: int) -> dict[str, object]:
         """Return the settings on which the images of one seed depend."""
@@ -240,7 +251,24 @@ def _metrics(
     ]
 
 
-def image_seconds(var: VAR, methods: Sequence[Method], how: Evaluation) -> list[list[float]]:
+class Timed(Protocol):
+    """Say which batches of every method are timed: how many, of how many images, drawn by which sampler."""
+
+    @property
+    def rounds(self) -> int: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def sampler(self) -> str | None: ...
+
+    def timed(self, model: Any) -> Sampling | TextSampling:
+        """Return the request for a timed batch."""
+        ...
+
+
+def image_seconds(var: Any, methods: Sequence[Method], how: Timed) -> list[list[float]]:
     """Return the seconds per image of `how.rounds` timed batches per method, all methods in turn.
 
     Each batch follows one of the same size that is not timed, which packs weights and takes its memory.
@@ -250,9 +278,7 @@ def image_seconds(var: VAR, methods: Sequence[Method], how: Evaluation) -> list[
         methods: to time.
         how: the settings.
     """
-    labels = tuple(index % var.num_classes for index in range(how.batch))
-    sampling = Sampling(labels, how.cfg, how.top_k, how.top_p, how.seed)
-    device = device_of(var)
+    sampling, device = how.timed(var), device_of(var)
     seconds: list[list[float]] = [[] for _ in methods]
     with progress(total=how.rounds * len(methods), desc="timing") as bar:
         for _ in range(how.rounds):

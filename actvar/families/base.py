@@ -12,13 +12,13 @@ attributes that a family reads; `Family.mismatch` checks these attributes at run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from actvar.families.drawing import Drawing
 from actvar.families.kv_cache import Cache
 from actvar_kernels.residual_norm.reference import AdaLN
 
@@ -122,7 +122,7 @@ class Embedded(NamedTuple):
     head_cond: Any
 
 
-class Family(Protocol):
+class Family(Drawing, Protocol):
     """Answer questions about the models of one family. Neither `model` nor `block` is inside a wrapper."""
 
     name: str
@@ -188,42 +188,6 @@ class Family(Protocol):
 
     def finetuned_names(self, model: Any) -> list[str]:
         """Return the names of the parameters that stage 2 of the distillation trains."""
-        ...
-
-    def embedded(self, model: Any, labels: Tensor, inputs: Tensor) -> Embedded:
-        """Return the arguments of the first block under teacher forcing.
-
-        Args:
-            labels: classes `[R]` int64.
-            inputs: `[R, L - first, Cvae]`, where `first` is the number of tokens of the first scale.
-        """
-        ...
-
-    def without_class(self, model: Any, labels: Tensor) -> Tensor:
-        """Return labels that stand for no class, shaped and typed like `labels` `[R]` int64."""
-        ...
-
-    def logits(self, model: Any, x: Tensor, head_cond: Any) -> Tensor:
-        """Return the logits `[R, L, V]` float32 of the last block's output `x` `[R, L, C]`."""
-        ...
-
-    def scale_logits(self, model: Any, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number and the logits `[2B, L, V]` of every scale that is sampled, through the K/V cache.
-
-        The conditional rows come first, then the unconditional ones.
-
-        Args:
-            labels: classes `[B]` int64.
-            inputs: as in `embedded`, `[B, L - first, Cvae]`.
-        """
-        ...
-
-    def watch_scales(self, model: Any, on_scale: OnScale) -> AbstractContextManager[None]:
-        """Call `on_scale` after every scale that is sampled while the context is open."""
-        ...
-
-    def teacher_input(self, model: Any, token_maps: Tensor) -> Tensor:
-        """Return inputs `[B, L - first, Cvae]` float32 for teacher forcing of token maps `[B, L]` int64."""
         ...
 
     def head_called(self, model: Any) -> str | None:

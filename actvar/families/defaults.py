@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actvar.families.base import BlockCall, Embedded, OnScale, Rows, Sizes
+from actvar.families.base import BlockCall, OnScale, Rows, Sizes
+from actvar.families.conditions import Conditions
+from actvar.models.vqvae import without_decoder
 from actvar.utils.class_swap import own_class
 from actvar_kernels.residual_norm.reference import AdaLN
 from actvar_kernels.situation import are_plain
@@ -21,6 +23,8 @@ class BaseFamily:
     leaves_out_guidance = False
     hands_on = False
     takes_int8 = False
+    draws_from_texts = False
+    default_cfg = 1.5
     has_between = False
     hidden_axes: Mapping[str, int]
     name: str
@@ -45,39 +49,45 @@ class BaseFamily:
         """Return height and width of the token map of every scale; every family has its own."""
         raise NotImplementedError
 
+    def autoencoder(self, model: Any) -> Any:
+        """Return the module that turns tokens into images; every family has its own."""
+        raise NotImplementedError
+
+    def watch_scales(self, model: Any, on_scale: OnScale) -> AbstractContextManager[None]:
+        """Call `on_scale` after every scale; every family has its own way."""
+        raise NotImplementedError
+
     def recorded_sizes(self, model: Any) -> dict[str, int | list[int]]:
         """Return width, hidden units, and heights and widths of the token maps."""
         sizes = self.sizes(model)
         sides = [side for token_map in self.maps(model) for side in token_map]
         return {"width": sizes.width, "hidden": sizes.hidden, "maps": sides}
 
-    def embedded(self, model: Any, labels: Tensor, inputs: Tensor) -> Embedded:
-        """Refuse: the family draws from no classes."""
-        raise self._draws_from_no_classes()
+    def maps_of(self, model: Any, conditions: Conditions) -> tuple[tuple[int, int], ...]:
+        """Return the maps of the model, which do not depend on classes."""
+        return self.maps(model)
 
-    def without_class(self, model: Any, labels: Tensor) -> Tensor:
-        """Refuse: the family draws from no classes."""
-        raise self._draws_from_no_classes()
+    def strength(self, cfg: float, scale: int, count: int) -> float:
+        """Return a strength that grows from 0 at the first scale to `cfg` at the last one."""
+        return cfg * scale / (count - 1)
 
-    def logits(self, model: Any, x: Tensor, head_cond: Any) -> Tensor:
-        """Refuse: the family draws from no classes."""
-        raise self._draws_from_no_classes()
+    def images(self, model: Any, conditions: Any, seed: int, cfg: float) -> Tensor:
+        """Return images of classes `[B]` int64, drawn by `autoregressive_infer_cfg`."""
+        return model.autoregressive_infer_cfg(len(conditions), conditions, g_seed=seed, cfg=cfg)
 
-    def scale_logits(self, model: Any, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Refuse: the family draws from no classes."""
-        raise self._draws_from_no_classes()
+    def token_maps(self, model: Any, conditions: Any, seed: int, cfg: float) -> Tensor:
+        """Return the tokens `[B, L]` int64 of images that `images` would draw; no image is decoded."""
+        maps: list[Any] = []
+        with (
+            without_decoder(self.autoencoder(model), "fhat_to_img"),
+            self.watch_scales(model, lambda _scale, tokens, _features: maps.append(tokens)),
+        ):
+            self.images(model, conditions, seed, cfg)
+        return torch.cat(maps, dim=1)
 
-    def watch_scales(self, model: Any, on_scale: OnScale) -> AbstractContextManager[None]:
-        """Refuse: the family draws from no classes."""
-        raise self._draws_from_no_classes()
-
-    def teacher_input(self, model: Any, token_maps: Tensor) -> Tensor:
-        """Refuse: the family draws from no classes."""
-        raise self._draws_from_no_classes()
-
-    def _draws_from_no_classes(self) -> TypeError:
-        """Return the error for what needs classes and token maps, such as the distillation."""
-        return TypeError(f"expected a model that draws from classes, such as VAR; {self.name} can be patched and run")
+    def predicted(self, model: Any, conditions: Any, inputs: Tensor) -> Tensor:
+        """Return the logits of a model that is called with classes and inputs."""
+        return model(conditions, inputs)
 
     def head_called(self, model: Any) -> str | None:
         """Return None: no kernel reads the head."""

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from actvar.families.base import BlockCall, Called, OnScale, Rows, Sizes
-from actvar.families.infinity_mixin import PatchedInfinity
+from actvar.families.base import BlockCall, Called, Embedded, OnScale, Rows, Sizes
+from actvar.families.conditions import Texts
+from actvar.families.infinity_mixin import PatchedInfinity, maps_of, unfiltered
 from actvar.families.layers import layers_called
 from actvar.families.named_layers import NamedLayersFamily, mismatch_of_blocks, required_layers, weight_kinds_of
 from actvar.models.infinity import Infinity, scale_schedule
 from actvar.models.infinity.layers import BlockContext, InfinityBlock, RotarySelfAttention, query_scale, widened
+from actvar.models.infinity.schedules import tokens_of
+from actvar.models.vqvae import without_decoder
 from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import rotate_heads
 from actvar_kernels.cpu_backend.packing import once_on_gpu
 from actvar_kernels.residual_norm.reference import AdaLN
 
+GUIDED = 2.0
+"""A strength with which there are unconditional rows."""
 REQUIRED_OF_BLOCK = (*required_layers("sa"), "ca", "ca_norm.weight", "ca_norm.bias", "ada_gss")
+
+
+class HeadCondition(NamedTuple):
+    """Hold what `InfinityFamily.logits` needs beside the rows.
+
+    Args:
+        pooled: pooled texts of the rows, `[R, C]`.
+        tau: temperature.
+    """
+
+    pooled: Tensor
+    tau: float
 
 
 class InfinityFamily(NamedLayersFamily):
@@ -29,6 +47,8 @@ class InfinityFamily(NamedLayersFamily):
 
     name = "Infinity (actvar.models.Infinity)"
     model_mixin: type = PatchedInfinity
+    draws_from_texts = True
+    default_cfg = 4.0
     leaves_out_guidance = True
     has_between = True
     weight_kinds: Sequence[tuple[str, str]] = (("text_proj_for", "text"), (".ca.", "cross"), *weight_kinds_of("sa"))
@@ -51,6 +71,9 @@ class InfinityFamily(NamedLayersFamily):
     def loop_is_ours(self, model: Any) -> bool:
         return getattr(own_class(model), "sample", None) is Infinity.sample
 
+    def ends_early(self, model: Any) -> bool:
+        return self.loop_is_ours(model)
+
     def blocks(self, model: Any) -> Sequence[Any]:
         return model.unregistered_blocks
 
@@ -68,6 +91,58 @@ class InfinityFamily(NamedLayersFamily):
 
     def autoencoder(self, model: Any) -> Any:
         return model.vae_proxy[0]
+
+    # what images are drawn from
+
+    def maps_of(self, model: Any, conditions: Any) -> tuple[tuple[int, int], ...]:
+        return maps_of(texts_of(conditions).schedule)
+
+    def with_unconditional(self, model: Any, conditions: Any) -> Texts:
+        texts = texts_of(conditions).features
+        return replace(conditions, features=(*texts, *(model.cfg_uncond[: len(text)].to(text.dtype) for text in texts)))
+
+    def strength(self, cfg: float, scale: int, count: int) -> float:
+        """Return the same strength at every scale; Infinity counts it from 1."""
+        return cfg - 1
+
+    def images(self, model: Any, conditions: Any, seed: int, cfg: float) -> Tensor:
+        texts, lengths = texts_of(conditions).joined()
+        return model.sample(texts, lengths, conditions.schedule, cfg=cfg, tau=conditions.tau, g_seed=seed)
+
+    def token_maps(self, model: Any, conditions: Any, seed: int, cfg: float) -> Tensor:
+        """Return the bits `[B, L, bits of a token]` uint8 of images that `images` would draw; no image is decoded."""
+        texts, lengths = texts_of(conditions).joined()
+        draw = dict(cfg=cfg, tau=conditions.tau, g_seed=seed, return_bits=True)
+        with without_decoder(model, "decode"):
+            _, bits = model.sample(texts, lengths, conditions.schedule, **draw)
+        return torch.cat([model.as_tokens(of_scale.permute(0, 3, 1, 2)) for of_scale in bits], dim=1)
+
+    def teacher_input(self, model: Any, conditions: Any, token_maps: Tensor) -> Tensor:
+        schedule = texts_of(conditions).schedule
+        of_scale = zip(token_maps.split(tokens_of(schedule), dim=1), schedule, strict=True)
+        return model.teacher_input([model.as_bits(bits.unflatten(1, size)) for bits, (_, *size) in of_scale])
+
+    def predicted(self, model: Any, conditions: Any, inputs: Tensor) -> Tensor:
+        texts, lengths = texts_of(conditions).joined()
+        return by_bit(model(texts, lengths, inputs, conditions.schedule), conditions.tau)
+
+    def embedded(self, model: Any, conditions: Any, inputs: Tensor) -> Embedded:
+        condition = model.condition(*texts_of(conditions).joined())
+        x, context = model.embedded_inputs(condition, inputs, conditions.schedule)
+        return Embedded(self.block_call(x, context), HeadCondition(condition.pooled, conditions.tau))
+
+    def logits(self, model: Any, x: Tensor, head_cond: HeadCondition) -> Tensor:
+        return by_bit(model.get_logits(x, head_cond.pooled), head_cond.tau)
+
+    def scale_logits(self, model: Any, conditions: Any, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+        rows, schedule = self.with_unconditional(model, conditions), conditions.schedule
+        condition, draw = model.condition(*rows.joined()), unfiltered(schedule, model.depth, GUIDED)
+        of_scale = [None, *inputs.split(tokens_of(schedule)[1:], dim=1)]
+        with model.sampling(schedule, draw):
+            for scale in model.scales(schedule):
+                x = model.embedded(scale, of_scale[scale], condition)
+                x = model.run_blocks(schedule, scale, x, condition, draw)
+                yield scale, self.logits(model, x, HeadCondition(condition.pooled[: len(x)], conditions.tau))
 
     @contextmanager
     def watch_scales(self, model: Any, on_scale: OnScale) -> Iterator[None]:
@@ -150,3 +225,19 @@ class InfinityFamily(NamedLayersFamily):
 
     def between(self, block: Any, u: Tensor, at: Rows, call: BlockCall) -> Tensor:
         return block.ca(u, call.context.text)
+
+
+def texts_of(conditions: object) -> Texts:
+    """Return `conditions` if they are texts.
+
+    Raises:
+        TypeError: they are not.
+    """
+    if not isinstance(conditions, Texts):
+        raise TypeError(f"expected texts (actvar.families.conditions.Texts), got {type(conditions).__name__}")
+    return conditions
+
+
+def by_bit(logits: Tensor, tau: float) -> Tensor:
+    """Return logits `[R, L, bits, 2]` under a temperature of those of 0 and 1 of every bit, `[R, L, 2 * bits]`."""
+    return (logits / tau).unflatten(-1, (-1, 2))

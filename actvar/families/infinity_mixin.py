@@ -37,6 +37,11 @@ def maps_of(schedule: Sequence[tuple[int, int, int]]) -> tuple[tuple[int, int], 
     return tuple((int(h), int(w)) for _, h, w in schedule)
 
 
+def unfiltered(schedule: Schedule, depth: int, cfg: float) -> Draw:
+    """Return the draw of logits as they are, with guidance on them where `cfg` is not 1."""
+    return checked_draw(len(schedule), depth, cfg, 1.0, 0, 0.0, None, (0,))
+
+
 class PatchedInfinity(_Base):
     """Change how a patched Infinity samples; goes in front of its class, with the patch's state in `self.actvar`."""
 
@@ -61,7 +66,7 @@ class PatchedInfinity(_Base):
         """Return logits of all scales at once, or one after the other where early ones have other weights."""
         if not self.actvar.first_tuned:
             return super().logits_of_inputs(condition, inputs, schedule)
-        draw = checked_draw(len(schedule), self.depth, 1.0, 1.0, 0, 0.0, None, (0,))
+        draw = unfiltered(schedule, self.depth, 1.0)
         of_scale = [None, *inputs.split(tokens_of(schedule)[1:], dim=1)]
         logits = []
         with Infinity.sampling(self, schedule, draw), self.actvar.during(rows_stand_alone=True):
@@ -119,6 +124,13 @@ class PatchedInfinity(_Base):
         state.fit_maps(self, maps_of(schedule))
         with super().sampling(schedule, draw), state.sampling(self, True, draw.is_guided):
             yield
+
+    def scales(self, schedule):
+        """Yield the numbers of the scales that are sampled; teacher forcing runs all of them."""
+        for scale in super().scales(schedule):
+            if self.actvar.schedule[scale].left_out:
+                return
+            yield scale
 
     def run_blocks(self, schedule, scale, x, condition, draw):
         """Return the last block's output as `Infinity.run_blocks` does, without guidance where there is none.

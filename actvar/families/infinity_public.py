@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from actvar.families.base import NORM, BlockCall, Called, OnScale, Rows
-from actvar.families.infinity import InfinityFamily
+from actvar.families.infinity import InfinityFamily, by_bit, texts_of
 from actvar.families.infinity_mixin import maps_of
 from actvar.families.kv_cache import AttentionCache
 from actvar.models.arguments import one_thread
@@ -122,12 +122,48 @@ class PublicInfinityFamily(InfinityFamily):
     def loop_fields(self, model: Any) -> Collection[str]:
         return ()
 
+    def ends_early(self, model: Any) -> bool:
+        return False
+
     def autoencoder(self, model: Any) -> Any:
         raise TypeError("expected an actvar.models.Infinity, which holds its tokenizer; the public class holds none")
 
     def watch_scales(self, model: Any, on_scale: OnScale) -> AbstractContextManager[None]:
         raise TypeError(
             "expected an actvar.models.Infinity, whose scales can be watched; the public loop is one method"
+        )
+
+    def token_maps(self, model: Any, conditions: Any, seed: int, cfg: float) -> Tensor:
+        raise self._needs_tokenizer()
+
+    def images(self, model: Any, conditions: Any, seed: int, cfg: float) -> Tensor:
+        raise self._needs_tokenizer()
+
+    def teacher_input(self, model: Any, conditions: Any, token_maps: Tensor) -> Tensor:
+        raise self._needs_tokenizer()
+
+    def predicted(self, model: Any, conditions: Any, inputs: Tensor) -> Tensor:
+        """Return the logits of all scales; in train mode, texts are left out by PyTorch's random numbers."""
+        text, lengths = texts_of(conditions).joined()
+        text = text.clone()  # the public forward writes into it
+        if model.training:
+            kept = torch.rand(len(lengths), device=text.device) >= model.cond_drop_rate
+            for part, own, is_kept in zip(text.split(lengths), lengths, kept.tolist(), strict=True):
+                if not is_kept:
+                    part.copy_(model.cfg_uncond[:own])
+        ends = torch.tensor([0, *lengths], device=text.device).cumsum(0).to(torch.int32)
+        own_rate, model.cond_drop_rate = model.cond_drop_rate, 0.0  # which Python's random numbers would apply
+        try:
+            logits = model((text, lengths, ends, max(lengths)), inputs, conditions.schedule)
+        finally:
+            model.cond_drop_rate = own_rate
+        return by_bit(logits, conditions.tau)
+
+    def _needs_tokenizer(self) -> TypeError:
+        """Return the error for what the tokenizer has to compute."""
+        return TypeError(
+            "expected an actvar.models.Infinity, which holds its tokenizer; load the checkpoint with "
+            "actvar.load_infinity, whose adapters the public class takes as well"
         )
 
     # the block

@@ -94,22 +94,22 @@ class VARFamily(NamedLayersFamily):
         ]
         return [*block_names, *(f"head.{name}" for name, _ in model.head.named_parameters())]
 
-    def embedded(self, model: Any, labels: Tensor, inputs: Tensor) -> Embedded:
-        cond = model.class_emb(labels)
+    def embedded(self, model: Any, conditions: Any, inputs: Tensor) -> Embedded:
+        cond = model.class_emb(conditions)
         rest = model.word_embed(inputs.to(model.word_embed.weight.dtype))
         x = torch.cat((cond.unsqueeze(1) + model.pos_start, rest), dim=1)
         x = x + model.lvl_embed(model.lvl_1L) + model.pos_1LC
         mask = model.attn_bias_for_masking.to(x.dtype)
         return Embedded(BlockCall(x, model.shared_ada_lin(cond), mask=mask), cond)
 
-    def without_class(self, model: Any, labels: Tensor) -> Tensor:
-        return torch.full_like(labels, model.num_classes)
+    def with_unconditional(self, model: Any, conditions: Any) -> Tensor:
+        return torch.cat((conditions, torch.full_like(conditions, model.num_classes)))
 
     def logits(self, model: Any, x: Tensor, head_cond: Tensor) -> Tensor:
         return model.get_logits(x, head_cond)
 
-    def scale_logits(self, model: Any, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        yield from logits_by_scale(model, torch.cat((labels, self.without_class(model, labels))), inputs)
+    def scale_logits(self, model: Any, conditions: Any, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+        yield from logits_by_scale(model, self.with_unconditional(model, conditions), inputs)
 
     @contextmanager
     def watch_scales(self, model: Any, on_scale: OnScale) -> Iterator[None]:
@@ -132,7 +132,7 @@ class VARFamily(NamedLayersFamily):
             handle.remove()
             delattr(quantizer, method)
 
-    def teacher_input(self, model: Any, token_maps: Tensor) -> Tensor:
+    def teacher_input(self, model: Any, conditions: Any, token_maps: Tensor) -> Tensor:
         quantizer = model.vae_proxy[0].quantize
         maps = list(token_maps.split([side * side for side in model.patch_nums], dim=1))
         own = getattr(quantizer, "teacher_input", None)

@@ -96,13 +96,13 @@ class VQVAE(nn.Module):
 
 
 @contextmanager
-def without_decoder(vae: Any) -> Iterator[None]:
-    """Let `vae.fhat_to_img` return its argument unchanged while the context is open."""
-    replaced = vae.__dict__.get("fhat_to_img")
-    vae.fhat_to_img = lambda f_hat: f_hat
+def without_decoder(module: Any, decode: str) -> Iterator[None]:
+    """Let the method `decode` of `module` return its argument unchanged while the context is open."""
+    replaced = module.__dict__.get(decode)
+    setattr(module, decode, lambda features: features)
     try:
         yield
     finally:
-        del vae.fhat_to_img
+        delattr(module, decode)
         if replaced is not None:
-            vae.fhat_to_img = replaced
+            setattr(module, decode, replaced)

@@ -20,25 +20,34 @@ from torch import nn
 from actvar.config import ActVARConfig
 from actvar.execution import FIELDS_ONCE_IN_CONFIG, Execution, checked_execution
 from actvar.families import family_of
+from actvar.patching.adapter_tensors import (
+    DTYPES,
+    FACTORS,
+    WEIGHTS,
+    AdapterError,
+    check_factors,
+    check_orders,
+    checked,
+    checked_factors,
+    factor_tensors,
+    merged_weights,
+    rank_of,
+)
 from actvar.patching.hub import adapter_file
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.state import patch_state
 from actvar.utils.fields import json_object
-from actvar.utils.files import read_mapped, replacing
+from actvar.utils.files import replacing
+from actvar.utils.low_rank import Factors
 from actvar.utils.modes import no_grad
-from actvar.utils.weight_override import replace_parameters, restore_parameters, tuned_parameters
+from actvar.utils.weight_override import replace_parameters, restore_parameters, tuned_factors, tuned_parameters
 from actvar.utils.wrappers import unwrapped
+from actvar_kernels.checks import as_integer
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "actvar-adapter"
 VERSION = "1"
-WEIGHTS = "weights."
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class AdapterError(ValueError):
-    """Report an adapter file that cannot be read, or does not fit the model, which is unchanged."""
 
 
 def save_adapter(
@@ -51,10 +60,13 @@ def save_adapter(
 
     Block number i has the tensors `blocks.<i>.selector.weight` `[1, C]`, `.selector.bias` `[1]`, `.router.weight`
     `[N, C]` and `.router.bias` `[N]`. It also has `.order` `[D]` int32 where hidden units were reordered for the
-    experts. Each changed weight is `weights.<name>`, where `<name>` is that of the model's `state_dict`; its hidden
-    units lie in the order of the experts. All tensors but `.order` have the dtype of the parameter.
+    experts. Each changed weight is `weights.<name>`, where `<name>` is that of the model's `state_dict`. A weight that
+    low-rank factors change is `factors.<name>.A` `[rank, inputs]` and `factors.<name>.B` `[outputs, rank]` instead, and
+    a loaded file's factors are written as they were. Hidden units lie in the order of the experts. All tensors but
+    `.order` and factors have the dtype of the parameter.
 
-    Metadata has the format, its version, the model's sizes, the configuration, `training` and `execution`.
+    Metadata has the format, its version, the model's sizes, the configuration, `training`, the factors' `rank` and
+    `execution`.
 
     Args:
         var: a patched model.
@@ -74,7 +86,11 @@ def save_adapter(
     metadata["training"] = json.dumps(dict(training or {}))
     if execution is not None:
         metadata["execution"] = checked_execution(execution).to_json()
-    parameters = gate_parameters(var) | {WEIGHTS + name: weight for name, weight in tuned_parameters(var).items()}
+    factors = tuned_factors(var)
+    if factors:
+        metadata["rank"] = json.dumps(rank_of(factors))
+    weights = {WEIGHTS + name: weight for name, weight in tuned_parameters(var).items() if name not in factors}
+    parameters = gate_parameters(var) | weights | factor_tensors(factors)
     for name, parameter in parameters.items():
         if not parameter.isfinite().all():
             raise ValueError(f"{name}: expected finite values, got some that are not; nothing was written to {path}")
@@ -97,6 +113,7 @@ class Adapter(NamedTuple):
         execution: how to run the model: the argument of `read_adapter`, otherwise the file's recommendation, otherwise
             the default.
         training: how the adapter was made.
+        rank: of the factors of changed weights; None without factors.
         tensors: all tensors of the file by name, as `save_adapter` describes them.
     """
 
@@ -105,6 +122,7 @@ class Adapter(NamedTuple):
     config: ActVARConfig
     execution: Execution
     training: object
+    rank: int | None
     tensors: dict[str, torch.Tensor]
 
     def expect_made_for(self, model: nn.Module) -> None:
@@ -134,34 +152,37 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> None:
             f"{config.num_experts}; patch it with ActVARConfig(num_experts={adapter.config.num_experts})"
         )
     orders = [tensors.pop(f"blocks.{index}.order", None) for index in range(len(blocks))]
-    _check_orders(path, state.family.sizes(model).hidden, orders)
+    check_orders(path, state.family.sizes(model).hidden, orders)
     gates = gate_parameters(model)
     missing = sorted(gates.keys() - tensors.keys())
     if missing:
         raise AdapterError(f"{path}: expected the gates of {len(blocks)} blocks, missing: {missing[:4]}")
-    changeable = {WEIGHTS + name: name for name in state.family.finetuned_names(model)}
-    unknown = sorted(tensors.keys() - gates.keys() - changeable.keys())
+    parameters = {name: model.get_parameter(name) for name in state.family.finetuned_names(model)}
+    factors = checked_factors(path, tensors, parameters)
+    changeable = {WEIGHTS + name: name for name in parameters.keys() - factors.keys()}
+    unknown = sorted(tensors.keys() - gates.keys() - changeable.keys() - factor_tensors(factors).keys())
     if unknown:
         raise AdapterError(f"{path}: expected gates and weights of attention, FFN and head, got also: {unknown[:4]}")
     for name, gate in gates.items():
-        tensors[name] = _checked(path, name, tensors[name], gate).to(gate.device)
+        tensors[name] = checked(path, name, tensors[name], gate.shape, gate.dtype).to(gate.device)
     weights = {}
     for stored in tensors.keys() & changeable.keys():
-        own = model.get_parameter(changeable[stored])
-        weight = _checked(path, stored, tensors[stored], own).to(own.device)
+        own = parameters[changeable[stored]]
+        weight = checked(path, stored, tensors[stored], own.shape, own.dtype).to(own.device)
         weights[changeable[stored]] = nn.Parameter(weight, requires_grad=False)
+    weights |= merged_weights(path, model, orders, factors)
     differences = _differences(adapter.config, config)
     if differences:
         logger.warning("%s: %s", path, "; ".join(differences))
     gates_before = {name: gate.clone() for name, gate in gates.items()}
     orders_before = [block.actvar.hidden_order.clone() for block in blocks]
-    weights_before, execution_before = tuned_parameters(model), state.execution
+    weights_before, factors_before, execution_before = tuned_parameters(model), tuned_factors(model), state.execution
     try:
-        _put(model, tensors, orders, weights)
+        _put(model, tensors, orders, weights, factors)
         state.execution = adapter.execution
     except BaseException:
         state.execution = execution_before
-        _put(model, gates_before, orders_before, weights_before)
+        _put(model, gates_before, orders_before, weights_before, factors_before)
         raise
 
 
@@ -190,37 +211,14 @@ def _put(
     gates: Mapping[str, torch.Tensor],
     orders: Sequence[torch.Tensor | None],
     weights: Mapping[str, nn.Parameter],
+    factors: Mapping[str, Factors],
 ) -> None:
-    """Bring gates, orders of hidden units and weights, all checked before, into the model."""
+    """Bring gates, orders of hidden units and weights with their factors, all checked before, into the model."""
     restore_parameters(model)
     for index, block in enumerate(patch_state(model).blocks(model)):
         values = {parameter: gates[name] for name, parameter in _gates_of(block, index).items()}
         set_order_and_gates(block, orders[index], values)
-    replace_parameters(model, weights)
-
-
-def _checked(path: str | Path, name: str, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Return the values of `found` in the dtype of `expected`, in memory; raise AdapterError if they do not fit."""
-    if found.shape != expected.shape:
-        raise AdapterError(f"{path}: {name}: expected shape {list(expected.shape)}, got {list(found.shape)}")
-    if found.dtype not in DTYPES:
-        raise AdapterError(f"{path}: {name}: expected floating-point values of {DTYPES}, got {found.dtype}")
-    converted = read_mapped(found, "cpu", expected.dtype)
-    if not converted.isfinite().all():
-        raise AdapterError(f"{path}: {name}: expected finite values in {expected.dtype}")
-    return converted
-
-
-def _check_orders(path: str | Path, hidden: int, orders: list[torch.Tensor | None]) -> None:
-    """Raise AdapterError unless every order is None or a permutation of the `hidden` units."""
-    for index, order in enumerate(orders):
-        if order is None:
-            continue
-        if order.shape != (hidden,) or order.is_floating_point():
-            found = f"shape {list(order.shape)} in {order.dtype}"
-            raise AdapterError(f"{path}: blocks.{index}.order: expected {hidden} integers, got {found}")
-        if not torch.equal(order.long().sort().values, torch.arange(hidden, device="cpu")):
-            raise AdapterError(f"{path}: blocks.{index}.order: expected each of 0 ... {hidden - 1} once")
+    replace_parameters(model, weights, factors)
 
 
 def read_adapter_config(path: str | Path) -> ActVARConfig:
@@ -237,10 +235,11 @@ def read_adapter_config(path: str | Path) -> ActVARConfig:
 
 
 def describe_adapter(path: str | Path) -> dict[str, object]:
-    """Return model sizes, configuration, Execution, training, parameter counts and dtypes of an adapter file.
+    """Return model sizes, configuration, Execution, training, parameter counts, size and dtypes of an adapter file.
 
-    `parameters` counts gates and changed weights, and `changed weights` the latter alone. `not_finite` names the
-    tensors that hold NaN or infinity, with which no adapter is loaded.
+    `parameters` counts gates and changed weights, and `changed weights` the latter alone, factors as the numbers that
+    they have. `rank` is that of the factors, None without any, and `bytes` the size of all tensors. `not_finite` names
+    the tensors that hold NaN or infinity, with which no adapter is loaded.
 
     Args:
         path: a file of `save_adapter`.
@@ -257,7 +256,9 @@ def describe_adapter(path: str | Path) -> dict[str, object]:
         "execution": adapter.execution,
         "training": adapter.training,
         "parameters": sum(t.numel() for t in tensors.values() if t.is_floating_point()),
-        "changed weights": sum(t.numel() for name, t in tensors.items() if name.startswith(WEIGHTS)),
+        "changed weights": sum(t.numel() for name, t in tensors.items() if name.startswith((WEIGHTS, FACTORS))),
+        "rank": adapter.rank,
+        "bytes": sum(t.nbytes for t in tensors.values()),
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
         "not_finite": [name for name, t in tensors.items() if t.dtype in DTYPES and not t.isfinite().all()],
     }
@@ -315,7 +316,9 @@ def read_adapter(path: str | Path, execution: Execution | None = None) -> Adapte
             recommended = json_object(metadata["execution"])
         if execution is None:
             execution = _execution_from(path, recommended)
-        return Adapter(path, sizes, config, execution, training, tensors)
+        rank = as_integer("rank", json.loads(metadata["rank"])) if "rank" in metadata else None
+        check_factors(path, rank, tensors)
+        return Adapter(path, sizes, config, execution, training, rank, tensors)
     except AdapterError:
         raise
     except (KeyError, ValueError, TypeError, RecursionError) as error:

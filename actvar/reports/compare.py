@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from actvar.config import DENSE, ActVARConfig
+from actvar.evaluate.similarity import psnr, ssim
 from actvar.execution import Execution
 from actvar.families import family_of
 from actvar.flops import StepFlops, counted_flops, model_flops, total_flops
 from actvar.models.arguments import checked_integer
 from actvar.patching.patch import patched_silently, unpatched
 from actvar.reports.infinity.flops import counted_infinity_flops, infinity_flops
-from actvar.reports.similarity import psnr, ssim
 from actvar.reports.token_overlay import save_token_overlay
 from actvar.sampling.request import Sampling
 from actvar.sampling.samplers import drawn_by
@@ -46,7 +46,7 @@ class Comparison:
         formula_flops: of the transformer, by formula.
         counted_flops: of the transformer, by torch's counter.
         psnr, ssim: of the images to the dense ones, by the names `accelerated` and `actvar`, see
-            `actvar.reports.similarity`.
+            `actvar.evaluate.similarity`.
     """
 
     images: int

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 from actvar.patching.adapter import Adapter
+from actvar.patching.adapter_tensors import WEIGHTS
 from actvar.reports.compare import Comparison
 from actvar.sparse.schedule import Scale
 
@@ -39,6 +40,9 @@ def model_card(
         metadata.append(f"base_model: {hub_id}")
     load = "load_pretrained" if "name" in base else "load_var"
     call = f"actvar.{load}({', '.join(repr(value) for value in base.values())})"
+    changed = "whole tensors" if any(name.startswith(WEIGHTS) for name in adapter.tensors) else ""
+    if adapter.rank is not None:
+        changed = f"factors of rank {adapter.rank} (LoRA), which loading merges"
     plan = (adapter.training if isinstance(adapter.training, dict) else {}).get("plan")
     return "\n".join(
         [
@@ -66,6 +70,7 @@ def model_card(
             "",
             f"`{fingerprint}`",
             "",
+            *([f"It changes weights by {changed}.", ""] if changed else []),
             "## Plan",
             "",
             "Means over the blocks. KL is that of the predictions to the dense model's, in nats.",

@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -45,7 +46,8 @@ class Bulk:
         sampling: classes or texts, guidance, filters and the one seed from which those of all images follow.
         num: number of images.
         batch: images per batch and shard.
-        format: of the files, `"safetensors"` for a shard per batch or `"png"` for a PNG per image.
+        format: of the files, `"safetensors"` for a shard per batch or `"png"` for a PNG per image; or the files
+            themselves, such as an `actvar.sampling.layouts.Layout`.
 
     Raises:
         TypeError: a seed that is not one int, a number of images or a batch that is no integer.
@@ -56,14 +58,14 @@ class Bulk:
     sampling: Sampling | TextSampling
     num: int
     batch: int = 50
-    format: str = "safetensors"
+    format: str | ImageFiles = "safetensors"
 
     def __post_init__(self):
         if not isinstance(self.sampling.seed, int):
             raise TypeError(f"seed: expected an int, from which every image's follows, got {self.sampling.seed!r}")
         for name in ("num", "batch"):
             object.__setattr__(self, name, checked_integer(name, getattr(self, name), 1, MOST_IMAGES))
-        if self.format not in IMAGE_FILES:
+        if isinstance(self.format, str) and self.format not in IMAGE_FILES:
             raise ValueError(f"format: expected one of {list(IMAGE_FILES)}, got {self.format!r:.100}")
         classes = len(self.sampling.labels)
         if not classes or self.num % classes:
@@ -86,7 +88,7 @@ class Bulk:
     @property
     def files(self) -> ImageFiles:
         """Return the kind of files of the images."""
-        return IMAGE_FILES[self.format]
+        return IMAGE_FILES[self.format] if isinstance(self.format, str) else self.format
 
     def batch_of(self, shard: int) -> Batch:
         """Return the images of a shard with their classes."""
@@ -106,10 +108,13 @@ class Bulk:
         classes = self.sampling.labels
         return tuple(classes[image % len(classes)] for image in self.images_of(shard))
 
+    def seeds_of(self, shard: int) -> tuple[int, ...]:
+        """Return the seeds of the images of a shard."""
+        return tuple(image_seed(self.seed, image) for image in self.images_of(shard))
+
     def run(self, var: nn.Module, shard: int) -> np.ndarray:
         """Sample a shard, and return its images `[b, H, W, C]` uint8."""
-        seeds = tuple(image_seed(self.seed, image) for image in self.images_of(shard))
-        images = replace(self.sampling, labels=self.labels_of(shard), seed=seeds).run(var)
+        images = replace(self.sampling, labels=self.labels_of(shard), seed=self.seeds_of(shard)).run(var)
         return pixel_values(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
@@ -152,8 +157,14 @@ def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, process
         for shard in range(bulk.shards):
             while not _is_complete(folder, bulk, shard):
                 time.sleep(0.2)
-        for left_by_a_kill in (*folder.glob(f".{MANIFEST}.*"), *folder.glob(f".{bulk.files.pattern}.*")):
+        for left_by_a_kill in (*folder.glob(f".{MANIFEST}.*"), *_left_by_a_kill(folder, bulk.files.pattern)):
             left_by_a_kill.unlink(missing_ok=True)
+
+
+def _left_by_a_kill(folder: Path, pattern: str) -> Iterator[Path]:
+    """Yield the temporary files beside files of names like `pattern`."""
+    folders, _, name = pattern.rpartition("/")
+    yield from folder.glob(f"{folders}/.{name}.*" if folders else f".{name}.*")
 
 
 def read_images(folder: Path, bulk: Bulk) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +178,7 @@ def read_images(folder: Path, bulk: Bulk) -> tuple[np.ndarray, np.ndarray]:
         ValueError: images are missing or damaged.
     """
     _expect_complete(folder, bulk)
-    images = np.stack([_image(folder, bulk, image) for image in range(bulk.num)])
+    images = np.stack([read_image(folder, bulk, image) for image in range(bulk.num)])
     return images, np.array([label for shard in range(bulk.shards) for label in bulk.labels_of(shard)])
 
 
@@ -188,14 +199,14 @@ def write_npz(folder: Path, bulk: Bulk, file: Path) -> None:
     """
     _expect_complete(folder, bulk)
     order = np.random.default_rng(image_seed(bulk.seed, 0)).permutation(bulk.num)
-    height, width, _ = _image(folder, bulk, 0).shape
+    height, width, _ = read_image(folder, bulk, 0).shape
     header = {"descr": "|u1", "fortran_order": False, "shape": (bulk.num, height, width, 3)}
     labels = np.array([label for shard in range(bulk.shards) for label in bulk.labels_of(shard)])
     with replacing(file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             np.lib.format.write_array_header_1_0(stream, header)
             for image in progress(order.tolist(), desc=file.name, unit="image"):
-                pixels = _image(folder, bulk, image)
+                pixels = read_image(folder, bulk, image)
                 stream.write(np.broadcast_to(pixels, (height, width, 3)).tobytes())
         with archive.open("arr_1.npy", "w") as stream:
             np.lib.format.write_array(stream, labels[order])
@@ -217,8 +228,8 @@ def _expect_complete(folder: Path, bulk: Bulk) -> None:
             )
 
 
-def _image(folder: Path, bulk: Bulk, image: int) -> np.ndarray:
-    """Return image number `image`, `[H, W, C]` uint8, without reading the others."""
+def read_image(folder: Path, bulk: Bulk, image: int) -> np.ndarray:
+    """Return image number `image` of `sample_many`, `[H, W, C]` uint8, without reading the others."""
     shard, row = divmod(image, bulk.batch)
     return bulk.files.read(folder, bulk.batch_of(shard), row)
 
@@ -230,7 +241,7 @@ def _settings(var: nn.Module, bulk: Bulk) -> dict[str, object]:
     settings = bulk.sampling.settings() | {
         "num": bulk.num,
         "batch": bulk.batch,
-        "format": bulk.format,
+        "format": bulk.files.name,
         "actvar": asdict(model.actvar.config) if hasattr(model, "actvar") else None,
         "execution": asdict(model.actvar.execution) if hasattr(model, "actvar") else None,
         "dtype": str(weight.dtype).removeprefix("torch."),

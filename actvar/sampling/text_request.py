@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from actvar.families.conditions import Texts, text_tokens
 from actvar.models.infinity.arguments import checked_draw
 from actvar.models.infinity.schedules import Schedule
 from actvar.utils.devices import device_of
@@ -47,11 +49,22 @@ class TextSampling:
     @property
     def text_tokens(self) -> int:
         """Return the number of tokens of the longest text of the images, which the others are filled up to."""
-        return max(len(self.features[label]) for label in self.labels)
+        return text_tokens(self.texts)
+
+    @property
+    def texts(self) -> Texts:
+        """Return the text of each image, with the maps and the temperature of the request."""
+        return Texts(tuple(self.features[label] for label in self.labels), self.schedule, self.tau)
 
     def maps(self, model: Any) -> tuple[tuple[int, int], ...]:
         """Return height and width of the token map of every scale."""
         return tuple((h, w) for _, h, w in self.schedule)
+
+    def each(self) -> Iterator[TextSampling]:
+        """Yield the request for each image alone, of a request with one seed per image."""
+        assert isinstance(self.seed, tuple)
+        for label, seed in zip(self.labels, self.seed, strict=True):
+            yield replace(self, labels=(label,), seed=(seed,))
 
     def settings(self) -> dict[str, object]:
         """Return everything that the images depend on beside the model, as JSON values."""
@@ -66,10 +79,8 @@ class TextSampling:
 
     def run_with_bits(self, infinity: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Do the same as `run`, and return also the bits of every scale, `[B, h, w, bits]` uint8."""
-        texts = [self.features[label].to(device_of(infinity)) for label in self.labels]
         return infinity.sample(
-            torch.cat(texts),
-            [len(text) for text in texts],
+            *self.texts.to(device_of(infinity)).joined(),
             self.schedule,
             cfg=self.cfg,
             tau=self.tau,

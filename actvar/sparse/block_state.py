@@ -95,6 +95,23 @@ class BlockState(nn.Module):
         return None if torch.equal(self.hidden_order, self.hidden_order.sort().values) else self.hidden_order
 
 
+def hidden_in_order(block: Any, order: Tensor | None) -> dict[nn.Parameter, Tensor]:
+    """Return each parameter that an order of the hidden units would move, with its values in that order.
+
+    Args:
+        block: a patched block.
+        order: as in `set_order_and_gates`.
+
+    Raises:
+        TypeError: the FFN's layers are wrapped or quantised, so that their hidden units cannot be reordered.
+    """
+    before: Tensor = block.actvar.hidden_order
+    order = before.sort().values if order is None else order.to("cpu", torch.int64)
+    if torch.equal(order, before):
+        return {}
+    return block.actvar.family.reordered_hidden(block, before.argsort()[order])
+
+
 @inference_mode(True)  # only this mode may change weights that were made in it, and it may change all others
 def set_order_and_gates(block: Any, order: Tensor | None, values: Mapping[nn.Parameter, Tensor] | None = None) -> None:
     """Bring the hidden units of a patched block into an order, and give its gates new values.
@@ -112,11 +129,10 @@ def set_order_and_gates(block: Any, order: Tensor | None, values: Mapping[nn.Par
     """
     before: Tensor = block.actvar.hidden_order
     order = before.sort().values if order is None else order.to("cpu", torch.int64)
-    changes = {before: order, **(values or {})}
-    if not torch.equal(order, before):
-        moved = block.actvar.family.reordered_hidden(block, before.argsort()[order])
+    moved = hidden_in_order(block, order)
+    if moved:
         drop(moved)
-        changes |= moved
+    changes = {before: order, **(values or {}), **moved}
     torch._foreach_copy_(list(changes), list(changes.values()))  # pyright: ignore[reportPrivateImportUsage]
 
 

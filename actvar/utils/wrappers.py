@@ -11,6 +11,11 @@ _INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 """Names under which `torch.compile` and activation checkpointing keep the module that they wrap."""
 
 
+def without_wrappers(name: str) -> str:
+    """Return the name that a parameter has in a model without the wrappers inside it."""
+    return ".".join(part for part in name.split(".") if part not in _INNER)
+
+
 def unwrapped(module: Any) -> Any:
     """Return the module inside the wrappers of `torch.compile`, activation checkpointing and data parallelism.
 

@@ -4,22 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 from safetensors.torch import load_file
 
 from actvar.execution import Execution
-from actvar.models import VAR, VQVAE
-from actvar.models.checkpoint import load_var
+from actvar.models import VAR, VQVAE, Infinity
+from actvar.models.checkpoint import load_infinity, load_var
+from actvar.models.infinity import InfinityTokenizer
 from actvar.patching.patch import accelerate, load_adapter
+from actvar.text.words import WordEncoder, load_words
 from actvar.zoo.checksums import checked
 from actvar.zoo.fashion_mnist.features import FeatureNet
 
 _FASHION_MNIST = Path(__file__).parent / "fashion_mnist" / "weights"
-WEIGHTS = {"fashion-mnist": _FASHION_MNIST, "fashion-mnist-small": _FASHION_MNIST / "small"}
-"""Folder of each model; the first one also has the autoencoder and the feature network of both."""
+TEXT_MODEL = "fashion-mnist-text"
+"""The model that draws images of texts, an Infinity."""
+WEIGHTS = {
+    "fashion-mnist": _FASHION_MNIST,
+    "fashion-mnist-small": _FASHION_MNIST / "small",
+    TEXT_MODEL: Path(__file__).parent / "fashion_mnist_text" / "weights",
+}
+"""Folder of each model; the first one also has the autoencoder of the second, and the feature network of all."""
 LOSSLESS = "lossless"
 """The preset without a file, which is `accelerate`."""
+
+
+@overload
+def load_pretrained(
+    name: Literal["fashion-mnist-text"],
+    adapter: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    execution: Execution | None = None,
+    preset: str | None = None,
+) -> tuple[InfinityTokenizer, Infinity]: ...
+
+
+@overload
+def load_pretrained(
+    name: str,
+    adapter: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    execution: Execution | None = None,
+    preset: str | None = None,
+) -> tuple[VQVAE, VAR]: ...
 
 
 def load_pretrained(
@@ -29,21 +60,22 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     execution: Execution | None = None,
     preset: str | None = None,
-) -> tuple[VQVAE, VAR]:
-    """Load `(vae, var)` of a bundled model, offline.
+) -> tuple[VQVAE, VAR] | tuple[InfinityTokenizer, Infinity]:
+    """Load `(vae, var)` of a bundled model, or `(tokenizer, infinity)` of the one of texts, offline.
 
-    Without an adapter and a preset `var` is the dense model, unpatched.
+    Without an adapter and a preset the transformer is the dense model, unpatched.
 
     Args:
         name: `"fashion-mnist"`: ten classes of clothes, images `[B, 1, 32, 32]`; `"fashion-mnist-small"`: the same
-            token maps from a smaller transformer.
-        adapter: a bundled adapter such as `"paper"`, with which `var` is patched; None for no adapter.
+            token maps from a smaller transformer; `"fashion-mnist-text"`: clothes from texts, images `[B, 3, 32, 32]`
+            of one and `[B, 3, 32, 64]` of two, whose prompts `load_text_encoder` encodes.
+        adapter: a bundled adapter such as `"paper"`, with which the model is patched; None for no adapter.
         device: of both models.
-        dtype: of both models' weights, see `load_var`.
+        dtype: of both models' weights, see `load_var`; for the model of texts see `load_infinity`.
         execution: how the patched model is run; None for the one that the adapter or preset recommends, otherwise the
             default.
-        preset: a bundled preset such as `"near"`, with which `var` is patched in place of an adapter; `"lossless"` is
-            `actvar.accelerate`. None for no preset.
+        preset: a bundled preset such as `"near"`, with which the model is patched in place of an adapter; `"lossless"`
+            is `actvar.accelerate`. None for no preset.
 
     Raises:
         ValueError: an unknown model, adapter or preset, with those that exist; an adapter and a preset together; or an
@@ -61,14 +93,38 @@ def load_pretrained(
         patch_file = preset_path(name, preset)
     else:
         patch_file = None if adapter is None else adapter_path(name, adapter)
-    var_file = checked(weights_folder(name) / "var.safetensors")
-    vae_file = checked(WEIGHTS["fashion-mnist"] / "vae.safetensors")
-    vae, var = load_var(var_file, vae_file, device=device, dtype=dtype)
+    load = load_infinity if name == TEXT_MODEL else load_var
+    loaded = load(*checkpoints(name), device=device, dtype=dtype)
     if patch_file is not None:
-        load_adapter(var, patch_file, execution)
+        load_adapter(loaded[1], patch_file, execution)
     elif preset is not None:
-        accelerate(var, execution)
-    return vae, var
+        accelerate(loaded[1], execution)
+    return loaded
+
+
+def load_text_encoder(device: str | torch.device = "cpu") -> WordEncoder:
+    """Load the word vectors by which the bundled model of texts reads prompts; it is called as a `TextEncoder` is.
+
+    Args:
+        device: device of the features.
+
+    Raises:
+        CheckpointError: the file is not the one that was shipped.
+    """
+    return load_words(checked(weights_folder(TEXT_MODEL) / "words.safetensors"), device)
+
+
+def checkpoints(name: str) -> tuple[Path, Path]:
+    """Return the files of a bundled model: of its transformer, and of its autoencoder or tokenizer.
+
+    Raises:
+        ValueError: an unknown model.
+        CheckpointError: a file that is not the one that was shipped.
+    """
+    folder = weights_folder(name)
+    if name == TEXT_MODEL:
+        return checked(folder / "infinity.safetensors"), checked(folder / "tokenizer.safetensors")
+    return checked(folder / "var.safetensors"), checked(WEIGHTS["fashion-mnist"] / "vae.safetensors")
 
 
 def load_feature_network() -> FeatureNet:

@@ -111,13 +111,13 @@ def measure(choice: Choice, seed: int, work: Path, data: Path, device: torch.dev
     batches = batches_of_test_images(vae, data)
     gates = gates_file(choice, seed, work)
     config = read_adapter_config(gates)
-    saved = 1 - blocks_flops(var, config) / blocks_flops(var, DENSE)
+    saved = 1 - blocks_flops(var, config, batches[0][0]) / blocks_flops(var, DENSE, batches[0][0])
     load_adapter(var, gates)
     found = divergence_by_scale(var, batches)[-2:]
     remove_patch(var)
     source = fashion_mnist_source(data, vae)
     out = work / f"recipe-{choice.name}-seed{seed}.safetensors".replace(" ", "-").replace(":", "").replace(",", "")
-    distill(vae, var, config, gates, source, stage_of(choice.recipe, 2, STEPS, seed, source, device), out)
+    distill(var, config, gates, source, stage_of(choice.recipe, 2, STEPS, seed, source, device), out)
     found += divergence_by_scale(var, batches)[-2:]
     return [choice.name, str(seed), f"{saved:.4f}", *(f"{kl:.4f}" for kl in found)]
 

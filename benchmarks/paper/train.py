@@ -92,13 +92,13 @@ def train(training: Training, seed: int, work: Path, data: Path, device: torch.d
     vae, var = load_pretrained(training.model, device=device)
     source = fashion_mnist_source(data, vae)
     how = stage_of(training.how, 2, STEPS[2], seed, source, device)
-    return distill(vae, var, read_adapter_config(gates), gates, source, how, adapter_file(work, training, seed))
+    return distill(var, read_adapter_config(gates), gates, source, how, adapter_file(work, training, seed))
 
 
 def stage_of(recipe: Recipe, stage: int, steps: int, seed: int, source: Source, device: torch.device) -> Distillation:
     """Return a stage of so many steps, in bfloat16 where the device multiplies it."""
     lr = None if recipe.muon and stage == 2 else LR[stage]
-    epochs = steps / (len(source.labels) // BATCH)
+    epochs = steps / (len(source.conditions) // BATCH)
     bf16 = device.type != "cpu" or cpu.multiplies_bfloat16()
     return Distillation(stage, recipe, epochs=epochs, batch=BATCH, lr=lr, bf16=bf16, seed=seed)
 
@@ -114,7 +114,7 @@ def gates_of(training: Training, seed: int, work: Path, data: Path, device: torc
         if training.config.is_sparse:
             source = fashion_mnist_source(data, vae)
             how = stage_of(training.how, 1, STEPS[1], seed, source, device)
-            return distill(vae, var, training.config, None, source, how, path)
+            return distill(var, training.config, None, source, how, path)
         patch_silently(var, training.config)
         return _saved(var, path)
     others = gates_of(owner, seed, work, data, device)

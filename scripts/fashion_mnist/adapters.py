@@ -49,14 +49,14 @@ def train_adapter(name: str, folder: Path, data: Path, work: Path, seed: int, st
     if stage2.recipe.calibrated:
         gates = work / "calibrated.safetensors"
         if not gates.exists():
-            distill(vae, var, ActVARConfig(), None, source, replace(stage2, stage=1, seed=seed), gates)
+            distill(var, ActVARConfig(), None, source, replace(stage2, stage=1, seed=seed), gates)
             remove_patch(var)
     config, how = read_adapter_config(gates), _of_steps(stage2, steps or STEPS[name], seed, source)
-    trained = distill(vae, var, config, gates, source, how, work / f"{name}.safetensors")
+    trained = distill(var, config, gates, source, how, work / f"{name}.safetensors")
     if name != "best":
         return trained
     how = _of_steps(GUIDED, steps or STEPS["guided"], seed + 1, source)
-    return distill(vae, var, config, trained, source, how, work / "best-guided.safetensors")
+    return distill(var, config, trained, source, how, work / "best-guided.safetensors")
 
 
 def train_static(name: str, folder: Path, data: Path, work: Path, seed: int, steps: int = STATIC_STEPS) -> Path:
@@ -78,7 +78,7 @@ def train_static(name: str, folder: Path, data: Path, work: Path, seed: int, ste
             fix_experts(var, units)
             save_adapter(var, gates)
     how = _of_steps(STAGE2["best"], steps, seed, source)
-    return distill(vae, var, config, gates, source, how, work / f"{name}.safetensors")
+    return distill(var, config, gates, source, how, work / f"{name}.safetensors")
 
 
 def ship(adapter: Path, name: str, folder: Path, kind: str = "adapter") -> None:
@@ -96,7 +96,7 @@ def ship(adapter: Path, name: str, folder: Path, kind: str = "adapter") -> None:
 
 
 def _of_steps(how: Distillation, steps: int, seed: int, source: Source) -> Distillation:
-    return replace(how, epochs=steps / (len(source.labels) // how.batch), seed=seed)
+    return replace(how, epochs=steps / (len(source.conditions) // how.batch), seed=seed)
 
 
 def _dense(folder: Path) -> tuple[VQVAE, VAR]:

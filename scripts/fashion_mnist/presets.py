@@ -36,6 +36,6 @@ def train_preset(name: str, folder: Path, work: Path, seed: int) -> Path:
     """
     before = STARTS[name]
     start = None if before is None else train_preset(before, folder, work, seed)
-    vae, var = load_var(checked(folder / "var.safetensors"), checked(folder / "vae.safetensors"))
+    _, var = load_var(checked(folder / "var.safetensors"), checked(folder / "vae.safetensors"))
     source = sampled_source(var, SAMPLES, seed)
-    return distill(vae, var, CONFIGS[name], start, source, replace(HOW, seed=seed), work / f"preset-{name}.safetensors")
+    return distill(var, CONFIGS[name], start, source, replace(HOW, seed=seed), work / f"preset-{name}.safetensors")

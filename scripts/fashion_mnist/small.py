@@ -33,7 +33,7 @@ def train_small(data: Path, plan: Plan) -> None:
     _, var = architecture.build(plan.seed, **architecture.SMALL)
     source = fashion_mnist_source(data, vae)
     tokens = cached_tokens(source, var, plan.folder)
-    fit_next_scale(vae, var, tokens, source.labels, plan, lambda side: 1 / side)
+    fit_next_scale(vae, var, tokens, source.conditions, plan, lambda side: 1 / side)
 
 
 def export_small(plan: Plan, folder: Path) -> None:

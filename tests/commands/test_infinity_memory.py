@@ -7,10 +7,13 @@ import torch
 from support.infinity import CASES, TINY_SCHEDULE, load_infinity_golden, tiny_infinity, tiny_text
 
 from actvar import ActVARConfig
+from actvar.calibrate.calibration import fits_of
 from actvar.config import DENSE
+from actvar.families.conditions import Texts
 from actvar.models import Infinity, build_infinity, scale_schedule
 from actvar.models.infinity.build import OFFICIAL_SIZES
-from actvar.reports.infinity.memory import decoder_bytes, memory_by_part
+from actvar.reports.infinity.memory import CALIBRATED, calibration_bytes, decoder_bytes, memory_by_part
+from actvar.sampling.token_maps import sampled_inputs
 from actvar.utils.live_memory import peak_live_bytes
 
 WITHOUT_LAST, ALL, PUBLIC = "K/V without the last scale's", "K/V of all scales", "K/V as the public code keeps them"
@@ -106,6 +109,32 @@ def test_actvar_keeps_fewer_keys_and_no_unconditional_ones_after_guidance():
         compact["activations of a block"]
         < memory_by_part(meta_copy(), TINY_SCHEDULE, images, 5, DENSE)["activations of a block"]
     )
+
+
+def test_calibration_keeps_input_output_and_ffn_input_of_every_sample():
+    _, infinity = tiny_infinity()
+    for block in infinity.unregistered_blocks:
+        block.bfloat16()
+    features, lengths = tiny_text([5, 4])
+    texts = Texts(features.split(lengths), SCHEDULE)
+
+    def peak(images: int) -> int:
+        batches = sampled_inputs(infinity, images, 4, texts=texts)
+        return peak_live_bytes(lambda: fits_of(infinity, ActVARConfig(num_experts=8), batches))
+
+    grown = calibration_bytes(meta_copy(), SCHEDULE, 16, 2)
+    assert peak(32) - peak(16) == pytest.approx(grown, rel=0.15)  # the tokens that are clustered vary in number
+
+
+def test_calibration_of_2b_at_1024_px_fits_a_card_of_24_gb():
+    infinity = build_infinity(**OFFICIAL_SIZES["infinity-2b"], device="meta")[1]
+    memory = memory_by_part(infinity, scale_schedule(), 1, 64)
+    weights = sum(bytes_of for part, bytes_of in memory.items() if part.startswith(("weights", "other weights")))
+    sampling = memory[WITHOUT_LAST] + memory["activations of the decoder"]  # if none was freed before the decoder
+    fitting = calibration_bytes(infinity, scale_schedule(), CALIBRATED, 2)
+    tokens, hidden = 10521, 8192
+    mask, in_float32 = 4 * tokens**2, 4 * hidden * (4096 + 2 * 4096 + 4 * 2048)  # tokens' units and FFN weights
+    assert weights + max(sampling, fitting + mask + in_float32 + 2 * 2 * tokens * hidden) < 0.75 * 24e9
 
 
 def test_the_decoder_is_measured_on_its_own_operators():

@@ -223,7 +223,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_read(
     ("arguments", "message"),
     [
         (["--infinity", "no.pth", "--prompt", "cat"], "--infinity needs --tokenizer"),
-        (["--prompt", "cat"], "--prompt: expected --infinity, the checkpoint of a model of texts, got none"),
+        (["--prompt", "cat"], "--prompt: expected --infinity, the checkpoint of a model of texts, or --model"),
         (["--model", "fashion-mnist", "--pn", "1M"], "--pn: expected --infinity"),
         (["--model", "fashion-mnist", "--tau", "1"], "--tau: expected --infinity"),
         (["--var", "no.pth", "--vae", "no.pth", "--tokenizer", "no.pth"], "--tokenizer: expected --infinity"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from actvar.cli import main
-from actvar.reports.similarity import psnr, ssim
+from actvar.evaluate.similarity import psnr, ssim
 from actvar.sampling.request import Sampling
 from actvar.zoo.pretrained import load_pretrained
 

@@ -139,7 +139,7 @@ def test_distillation_gives_the_adapter_that_it_gives_without_another_default(
         var, out = models.pop(), tmp_path / name / "adapter.safetensors"
         out.parent.mkdir()
         how = Distillation(stage, batch=4, epochs=1)
-        distill(var.vae_proxy[0], var, config, adapter, sampled_source(var, 8, seed=0), how, out)
+        distill(var, config, adapter, sampled_source(var, 8, seed=0), how, out)
         labels = torch.tensor([1, 2], device="cpu")
         return read_adapter(out).tensors, var.autoregressive_infer_cfg(2, labels, g_seed=0)
 

@@ -41,7 +41,7 @@ def draw(model: ToyModel) -> torch.Tensor:
 def batch_of(model: ToyModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return labels, inputs and token maps for teacher forcing."""
     token_maps = drawn_token_maps(model, LABELS, 1, 2.0)
-    return LABELS, ToyFamily().teacher_input(model, token_maps), token_maps
+    return LABELS, ToyFamily().teacher_input(model, LABELS, token_maps), token_maps
 
 
 def test_each_model_has_its_own_family(toy):

@@ -37,7 +37,7 @@ def inputs_of(var: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Return labels and inputs of teacher forcing."""
     torch.manual_seed(0)
     maps = torch.randint(var.V, (2, sum(side * side for side in var.patch_nums)))
-    return LABELS, family_of(var).teacher_input(var, maps)
+    return LABELS, family_of(var).teacher_input(var, LABELS, maps)
 
 
 @pytest.fixture

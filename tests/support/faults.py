@@ -37,6 +37,7 @@ from actvar.training.checkpoint import save_atomically
 from actvar.training.loop import fit
 from actvar.training.plan import Plan
 from actvar.utils.files import replacing
+from actvar.utils.low_rank import Factors, merged
 from actvar.utils.pictures import save_grid
 from actvar.utils.weight_override import replace_parameters
 from actvar_kernels.cpu_backend import packing
@@ -57,8 +58,18 @@ def small_model(seed: int = 0) -> VAR:
     return var.requires_grad_(False)
 
 
+def random_factors(shape: torch.Size, generator: torch.Generator, rank: int = 3) -> Factors:
+    """Return random factors of a change of a matrix."""
+    outputs, inputs = shape
+    A, B = (torch.randn(size, generator=generator) / size[-1] ** 0.5 for size in ((rank, inputs), (outputs, rank)))
+    return Factors(A, B)
+
+
 def save_whole_adapter(path: Path, seed: int = 0) -> Path:
-    """Save an adapter of the small model under `CONFIG`: random gates, hidden orders, some changed weights."""
+    """Save an adapter of the small model under `CONFIG`: random gates, hidden orders, some changed weights.
+
+    For an odd `seed` its matrices are changed by low-rank factors.
+    """
     var, generator = small_model(), torch.Generator().manual_seed(seed)
     patch_silently(var, CONFIG)
     for index, block in enumerate(var.blocks):
@@ -67,7 +78,10 @@ def save_whole_adapter(path: Path, seed: int = 0) -> Path:
         set_order_and_gates(block, torch.randperm(block.ffn.fc1.out_features, generator=generator), values)
     own = {name: var.get_parameter(name) for name in ("head.weight", *VARFamily().finetuned_names(var)[seed::2])}
     tuned = {name: weight + 0.1 * torch.randn(weight.shape, generator=generator) for name, weight in own.items()}
-    replace_parameters(var, {name: nn.Parameter(weight) for name, weight in tuned.items()})
+    matrices = [name for name, weight in own.items() if weight.ndim == 2 and seed % 2]
+    factors = {name: random_factors(own[name].shape, generator) for name in matrices}
+    tuned |= {name: merged(own[name], pair) for name, pair in factors.items()}
+    replace_parameters(var, {name: nn.Parameter(weight) for name, weight in tuned.items()}, factors)
     actvar.save_adapter(var, path)
     return path
 

@@ -265,6 +265,8 @@ def contents(var: nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(getattr(module, "places", None), torch.Tensor):
             tensors[f"{name}.hidden_order"] = module.hidden_order
         tensors |= {f"{name}.originals.{leaf}": p for leaf, p in module.__dict__.get("originals", {}).items()}
+        factors = module.__dict__.get("factors", {}).items()
+        tensors |= {f"{name}.factors.{leaf}.{side}": f for leaf, pair in factors for side, f in pair._asdict().items()}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 

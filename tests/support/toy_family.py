@@ -303,14 +303,14 @@ class ToyFamily(BaseFamily):
         x = torch.cat((model.first_rows(labels), model.embed(inputs)), dim=1)
         return Embedded(BlockCall(x, condition, context=text, mask=block_causal()), None)
 
-    def without_class(self, _model: nn.Module, labels: Tensor) -> Tensor:
-        return torch.full_like(labels, CLASSES)
+    def with_unconditional(self, _model: nn.Module, labels: Tensor) -> Tensor:
+        return torch.cat((labels, torch.full_like(labels, CLASSES)))
 
     def logits(self, model: nn.Module, x: Tensor, _head_cond: Any) -> Tensor:
         return model.get_logits(x)
 
     def scale_logits(self, model: nn.Module, labels: Tensor, inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
-        yield from logits_by_scale(model, torch.cat((labels, self.without_class(model, labels))), inputs)
+        yield from logits_by_scale(model, self.with_unconditional(model, labels), inputs)
 
     @contextmanager
     def watch_scales(self, model: nn.Module, on_scale: OnScale) -> Iterator[None]:
@@ -328,7 +328,7 @@ class ToyFamily(BaseFamily):
         finally:
             del codes.added
 
-    def teacher_input(self, model: nn.Module, token_maps: Tensor) -> Tensor:
+    def teacher_input(self, model: nn.Module, _labels: Tensor, token_maps: Tensor) -> Tensor:
         codes, features, inputs = model.codes[0], torch.zeros(len(token_maps), CODE_SIZE, *MAPS[-1]), []
         for scale, tokens in enumerate(token_maps.split(TOKENS, dim=1)[:-1]):
             features = codes.added(scale, features, tokens)

@@ -214,7 +214,7 @@ def test_sensitivity_is_the_divergence_of_one_sparse_block(tiny_var):
 
 
 def test_the_budget_is_kept_and_no_single_change_within_it_is_better(tiny_var):
-    curves, sensitivity = [], []
+    labels, curves, sensitivity = torch.tensor([0]), [], []
     for block in range(2):
         of_block = {}
         for scale, tokens in ((2, 9), (3, 25)):
@@ -224,8 +224,8 @@ def test_the_budget_is_kept_and_no_single_change_within_it_is_better(tiny_var):
             of_block[scale].output_lost = lost
         curves.append(of_block)
         sensitivity.append({2: (0.3, 0.1 + block), 3: (0.5 + block, 0.2)})
-    chosen = rates_under_budget(tiny_var, CONFIG, curves, sensitivity)
-    assert blocks_flops(tiny_var, chosen) <= blocks_flops(tiny_var, CONFIG)
+    chosen = rates_under_budget(tiny_var, CONFIG, labels, curves, sensitivity)
+    assert blocks_flops(tiny_var, chosen, labels) <= blocks_flops(tiny_var, CONFIG, labels)
     assert chosen.num_blocks == 2
     assert chosen.ffn_rate[0][1] >= chosen.ffn_rate[0][0]  # the block where experts matter more keeps more
     assert chosen.token_rates[1][1] >= chosen.token_rates[1][0]

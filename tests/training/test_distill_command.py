@@ -21,6 +21,7 @@ from actvar.cli import main
 from actvar.distill import data, run
 from actvar.distill.run import Distillation, distill
 from actvar.evaluate.divergence import divergence_by_scale
+from actvar.families import family_of
 from actvar.patching.adapter import describe_adapter, gate_parameters
 from actvar.utils.weight_override import tuned_parameters
 
@@ -88,7 +89,7 @@ def test_the_best_recipe_calibrates_and_imitates_the_logits_with_muon(files, tmp
 def divergence(var, adapter) -> float:
     """KL to the dense logits on token maps of zeros, over all scales."""
     labels = torch.arange(8) % NUM_CLASSES
-    inputs = data.teacher_inputs(var.vae_proxy[0], torch.zeros(8, var.L))
+    inputs = family_of(var).teacher_input(var, labels, torch.zeros(8, var.L, dtype=torch.int64))
     with patched(var, read_adapter_config(adapter), adapter):
         return sum(divergence_by_scale(var, [(labels, inputs)]))
 
@@ -112,35 +113,36 @@ def test_stage_two_goes_on_from_stage_one_and_is_loaded_and_removed(files, tmp_p
     assert torch.equal(sample(var), image)
 
 
-@pytest.mark.parametrize(("stage", "ema"), [(1, 0), (2, 0.9)])
-def test_an_interrupted_training_goes_on_to_the_same_adapter(files, tmp_path, monkeypatch, stage, ema):
+@pytest.mark.parametrize("changes", [{"stage": 1}, {"ema": 0.9}, {"ema": 0.9, "lora": 4, "recipe": "best"}], ids=str)
+def test_an_interrupted_training_goes_on_to_the_same_adapter(files, tmp_path, monkeypatch, changes):
     """Ctrl-C in the middle of the third step: it is finished, saved, and the same command goes on from there."""
-    whole = distilled(files, tmp_path / "whole.safetensors", stage=stage, ema=ema)
+    stage = changes.get("stage", 2)
+    whole = distilled(files, tmp_path / "whole.safetensors", **changes)
     seen = []
-    inputs = data.teacher_inputs
+    examples = data.examples
 
     def interrupting(*args):
         seen.append(args)
         if len(seen) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return inputs(*args)
+        return examples(*args)
 
-    monkeypatch.setattr("actvar.distill.run.teacher_inputs", interrupting)
+    monkeypatch.setattr("actvar.distill.run.examples", interrupting)
     out = tmp_path / "part.safetensors"
     with pytest.raises(SystemExit) as stopped:
-        distilled(files, out, stage=stage, ema=ema)
+        distilled(files, out, **changes)
     assert stopped.value.code == 130
     assert not out.exists()
     assert len(seen) == 3
     checkpoint = torch.load(tmp_path / "part.training" / f"stage{stage}.checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 3
-    part = distilled(files, out, stage=stage, ema=ema)
+    part = distilled(files, out, **changes)
     assert len(seen) == 6
     assert part.keys() == whole.keys()
     assert all(torch.equal(part[name], whole[name]) for name in whole)
     logs = [tmp_path / f"{name}.training" / f"stage{stage}.csv" for name in ("whole", "part")]
     assert logs[0].read_text() == logs[1].read_text()
-    assert distilled(files, out, stage=stage, ema=ema).keys() == whole.keys()
+    assert distilled(files, out, **changes).keys() == whole.keys()
     assert len(seen) == 6
 
 
@@ -169,7 +171,7 @@ def test_accumulated_parts_give_the_adapter_of_the_whole_batch(files, tmp_path):
         how = Distillation(2, epochs=1, batch=16, lr=1e-3, accumulate=parts)
         out = tmp_path / f"{parts}.safetensors"
         source = data.sampled_source(vae_var, SAMPLES, seed=0)
-        distill(vae_var.vae_proxy[0], vae_var, CONFIG, files / "gates.safetensors", source, how, out)
+        distill(vae_var, CONFIG, files / "gates.safetensors", source, how, out)
         return load_file(out)
 
     whole, parts = adapter(1), adapter(4)
@@ -239,7 +241,7 @@ def image_folder(tmp_path):
 def test_a_folder_of_images_is_read_class_by_class(image_folder, files, tmp_path):
     var = make_tiny_var()
     source = data.source_of(str(image_folder), var.vae_proxy[0], var, samples=1, seed=0)
-    assert source.labels.tolist() == [label for label in range(NUM_CLASSES) for _ in range(2)]
+    assert source.conditions.tolist() == [label for label in range(NUM_CLASSES) for _ in range(2)]
     image = data.load_image(image_folder / "class3" / "1.JPEG", 10, 1)
     assert image.shape == (1, 10, 10)
     maps = var.vae_proxy[0].img_to_idxBl(image.unsqueeze(0) * 2 - 1)

@@ -240,7 +240,7 @@ def test_a_source_of_images_describes_itself_and_gives_the_classes_of_the_mappin
         data.source_of(str(root), var.vae_proxy[0], var, **options)
     source = data.source_of(str(root), var.vae_proxy[0], var, **options, skip_bad=True)
     assert source.description == "4 images in 2 classes, 1 left out that cannot be read"
-    assert source.labels.tolist() == [7, 7, 2, 2]
+    assert source.conditions.tolist() == [7, 7, 2, 2]
     assert source.tokens_of(0, 4).shape == (4, var.L)
     assert NUM_CLASSES == 10
     for other in ("none", str(tmp_path)):

@@ -60,10 +60,11 @@ def test_a_goal_takes_the_best_plan_that_meets_it_or_the_nearest(goal, place, me
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "expected one of speedup, budget_ms and kl, got none"),
+        ({}, "expected one of speedup, budget_ms, kl and preset, got none"),
         ({"speedup": 2, "kl": 0.1}, "got speedup, kl"),
         ({"speedup": 0.9}, "speedup: expected a number from 1 on, got 0.9"),
         ({"kl": -1}, "kl: expected a number from 0 on"),
+        ({"preset": "nearest"}, "preset: expected one of lossless, near, fast, fastest, got 'nearest'"),
         ({"budget_ms": float("nan")}, "budget_ms"),
     ],
 )

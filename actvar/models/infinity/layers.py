@@ -56,6 +56,18 @@ class Text(NamedTuple):
         return Text(rows.flatten(0, 1), len(rows) * [length], self.mask_to(length))
 
 
+class KeysAndValues(NamedTuple):
+    """Hold keys and values of the texts of all rows, `[R, H, T, d]`, filled up to the longest, and their mask."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor | None
+
+    def first(self, rows: int) -> KeysAndValues:
+        """Return those of the first `rows` rows."""
+        return KeysAndValues(*(part if part is None else part[:rows] for part in self))  # pyright: ignore[reportArgumentType]
+
+
 class TextCondition(NamedTuple):
     """Hold what all scales of a sample have in common.
 
@@ -68,18 +80,6 @@ class TextCondition(NamedTuple):
     pooled: torch.Tensor
     modulation: torch.Tensor
     text: Text
-
-
-class KeysAndValues(NamedTuple):
-    """Hold keys and values of the texts of all rows, `[R, H, T, d]`, filled up to the longest, and their mask."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    mask: torch.Tensor | None
-
-    def first(self, rows: int) -> KeysAndValues:
-        """Return those of the first `rows` rows."""
-        return KeysAndValues(*(part if part is None else part[:rows] for part in self))  # pyright: ignore[reportArgumentType]
 
 
 class BlockContext(NamedTuple):

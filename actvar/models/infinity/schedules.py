@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from actvar.models.arguments import checked_finite
 from actvar_kernels.checks import as_integer, as_items
 
@@ -111,3 +113,12 @@ def checked_schedule(schedule: object, most: int) -> Schedule:
 def tokens_of(schedule: Sequence[tuple[int, int, int]]) -> list[int]:
     """Return the number of tokens of every scale."""
     return [h * w for _, h, w in schedule]
+
+
+def levels_and_mask(schedule: Schedule, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return every token's number of its scale, `[L]` int64, and the mask `[L, L]` that adds -inf at later scales."""
+    counts = tokens_of(schedule)
+    level = torch.arange(len(schedule), device=device)
+    level = level.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
+    mask = torch.zeros(len(level), len(level), device=device)
+    return level, mask.masked_fill_(level[:, None] < level, -torch.inf)

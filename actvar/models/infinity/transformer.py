@@ -28,7 +28,7 @@ from actvar.models.infinity.layers import (
     widened,
 )
 from actvar.models.infinity.rotary import rotation
-from actvar.models.infinity.schedules import Schedule, checked_schedule, tokens_of
+from actvar.models.infinity.schedules import Schedule, checked_schedule, levels_and_mask, tokens_of
 from actvar.models.infinity.tokenizer import InfinityTokenizer, resized
 from actvar.models.initial_weights import init_products
 from actvar.models.quantizer import uninitialised_embedding
@@ -161,9 +161,7 @@ class Infinity(nn.Module):
         """Return the images `[B, 3, H, W]` of a condition, then the bits of every scale; see `sample`.
 
         Args:
-            condition: condition of the rows, those of the texts first.
-            schedule: `(1, h, w)` of every scale.
-            draw: how bits are drawn.
+            condition, schedule, draw: of the rows, those of the texts first; of every scale; how bits are drawn.
 
         Raises:
             ValueError: another number of seeds than images.
@@ -174,7 +172,7 @@ class Infinity(nn.Module):
         features = torch.zeros(B, self.vae_proxy[0].bits, *sizes[-1], device=device)
         inputs, bits = None, []
         with self.sampling(schedule, draw):
-            for scale in range(len(schedule)):
+            for scale in self.scales(schedule):
                 x = self.run_blocks(schedule, scale, self.embedded(scale, inputs, condition), condition, draw)
                 logits = self.guided_logits(scale, x, condition, draw)
                 drawn = self.draw_bits(scale, logits.view(B, -1, 2), draw, rng)
@@ -199,6 +197,10 @@ class Infinity(nn.Module):
         finally:
             for block in self.unregistered_blocks:
                 block.kv_caching(False)
+
+    def scales(self, schedule: Schedule) -> Iterator[int]:
+        """Yield the number of every scale that is sampled; of each when the one before is drawn."""
+        yield from range(len(schedule))
 
     def condition(self, text: torch.Tensor, lengths: Sequence[int]) -> TextCondition:
         """Return the condition of rows with the texts `[sum of lengths, text_channels]`."""
@@ -275,8 +277,7 @@ class Infinity(nn.Module):
         """Return the logits `[R, L, 2 * token_bits]` float32 or wider of the last block's output.
 
         Args:
-            x: output of the last block, `[R, L, C]`.
-            pooled: pooled texts of the rows, `[R, C]`.
+            x, pooled: output of the last block, `[R, L, C]`, and pooled texts of the rows, `[R, C]`.
         """
         return widened(self.head(self.head_nm(widened(x), pooled).to(self.head.weight.dtype)))
 
@@ -315,18 +316,20 @@ class Infinity(nn.Module):
             inputs: `[R, L - 1, token_bits]`.
             schedule: `(1, h, w)` of every scale.
         """
-        counts = torch.tensor(tokens_of(schedule), device=inputs.device)
-        level = torch.arange(len(schedule), device=inputs.device)
-        level = level.repeat_interleave(counts, output_size=sum(tokens_of(schedule)))
-        start = condition.pooled.unsqueeze(1) + self.pos_start
-        x = torch.cat((start, self.word_embed(inputs.to(self.word_embed.weight.dtype))), dim=1)
-        x = widened(x) + self.lvl_embed(level)
-        mask = torch.zeros(len(level), len(level), device=inputs.device)
-        mask.masked_fill_(level[:, None] < level, -torch.inf)
-        context = BlockContext(condition.modulation, condition.text, self.angles(schedule), mask=mask)
+        x, context = self.embedded_inputs(condition, inputs, schedule)
         for block in self.unregistered_blocks:
             x = block(x, context)
         return self.get_logits(x, condition.pooled)
+
+    def embedded_inputs(
+        self, condition: TextCondition, inputs: torch.Tensor, schedule: Schedule
+    ) -> tuple[torch.Tensor, BlockContext]:
+        """Return the first block's input `[R, L, C]` for all scales, and the context of all blocks."""
+        level, mask = levels_and_mask(schedule, inputs.device)
+        start = condition.pooled.unsqueeze(1) + self.pos_start
+        x = torch.cat((start, self.word_embed(inputs.to(self.word_embed.weight.dtype))), dim=1)
+        x = widened(x) + self.lvl_embed(level)
+        return x, BlockContext(condition.modulation, condition.text, self.angles(schedule), mask=mask)
 
     @torch.no_grad()
     def teacher_input(self, bits: Sequence[torch.Tensor]) -> torch.Tensor:

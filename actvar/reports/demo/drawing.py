@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from actvar.config import DENSE
+from actvar.evaluate.similarity import psnr, ssim
 from actvar.flops import model_flops, total_flops
 from actvar.models import VAR
 from actvar.patching.adapter import read_adapter_config
 from actvar.patching.patch import patched_silently, unpatched
-from actvar.reports.similarity import psnr, ssim
 from actvar.reports.token_overlay import tinted_by_updates
 from actvar.sampling.request import Sampling
 from actvar.sampling.summary import summary

@@ -14,6 +14,9 @@ from actvar.models.infinity.schedules import Schedule
 from actvar.sparse.schedule import Scale, build_schedule
 from actvar.utils.live_memory import peak_live_bytes
 
+CALIBRATED = 16
+"""Samples that `actvar calibrate` fits to by default."""
+
 
 def memory_by_part(
     infinity: Infinity, schedule: Schedule, batch: int, text_tokens: int, config: ActVARConfig = DENSE, width: int = 2
@@ -23,7 +26,8 @@ def memory_by_part(
     Keys and values are those of the scale at which they are the most. The public code keeps those of the last scale
     too, and keys in float32; that line is about the dense model. Activations are the residual stream in float32, a
     layer's input and its results, in one block at the widest scale. The decoder's are the most that its operators
-    have at once, counted. Memory inside operators is in none of the parts.
+    have at once, counted. Memory inside operators is in none of the parts. The last part is that of `actvar.calibrate`,
+    which draws and fits sample after sample.
 
     Args:
         infinity: a model with its tokenizer on the meta device.
@@ -45,7 +49,20 @@ def memory_by_part(
         "K/V of the texts": depth * 2 * batch * text_tokens * C * 2 * width,
         "activations of a block": max(_activations(plan, batch, C, width) for plan in plans["own"]),
         "activations of the decoder": decoder_bytes(infinity, schedule, batch),
+        f"calibrate, streams of {CALIBRATED} samples": calibration_bytes(infinity, schedule, CALIBRATED, width),
     }
+
+
+def calibration_bytes(infinity: Infinity, schedule: Schedule, images: int, width: int) -> int:
+    """Return the bytes of what `actvar.calibrate` keeps of all samples at a block.
+
+    It is the block's input and output in float32, and the FFN's input in the dtype of the blocks.
+
+    Args:
+        infinity, schedule, width: as in `memory_by_part`.
+        images: samples that are fitted to.
+    """
+    return 2 * images * sum(h * w for _, h, w in schedule) * infinity.C * (4 + 4 + width)
 
 
 def _plans(config: ActVARConfig, schedule: Schedule, depth: int) -> list[tuple[Scale, ...]]:

@@ -15,8 +15,10 @@ from actvar.reports.flops import FlopsReport
 from actvar.reports.infinity.flops import counted_infinity_flops, decoder_flops, infinity_flops
 from actvar.reports.infinity.memory import memory_by_part
 from actvar.utils.progress import progress
+from actvar.zoo.fashion_mnist_text import architecture
+from actvar.zoo.pretrained import TEXT_MODEL
 
-INFINITY_NAMES = tuple(OFFICIAL_SIZES)
+INFINITY_NAMES = (*OFFICIAL_SIZES, TEXT_MODEL)
 AROUND_BLOCKS = ("adaln", "head", "text")
 """Modules that are in no block."""
 SHARES = {"qkv+proj": ("qkv", "proj"), "attention": ("attention",), "cross": ("cross",), "FFN": ("ffn",)}
@@ -68,8 +70,8 @@ class InfinityReport(FlopsReport):
         return [_share(name, steps, tokens, scales) for name, scales in chosen.items()]
 
     def text(self) -> str:
-        """Return the tables, in TFLOP, percent and GiB."""
-        lines = self.tables("T")
+        """Return the tables, in TFLOP, percent and GiB, or in GFLOP and MiB for the bundled model."""
+        lines = self.tables("G" if self.model == TEXT_MODEL else "T")
         lines.insert(-1, f"blocks with ActVAR: {self.fewer:.2f}x fewer FLOPs by formula")
         return "\n".join([*lines, "", *self._shares_table(), "", *self._memory_table()])
 
@@ -91,16 +93,17 @@ class InfinityReport(FlopsReport):
     def _memory_table(self) -> list[str]:
         """Return the lines of the table of memory."""
         dense, own = self.memory["dense"], self.memory["actvar"]
-        lines = [f"{'memory, GiB':<40}{'dense':>10}{'ActVAR':>10}"]
+        unit, size = ("MiB", 2**20) if self.model == TEXT_MODEL else ("GiB", 2**30)
+        lines = [f"{f'memory, {unit}':<40}{'dense':>10}{'ActVAR':>10}"]
         for part in dense:
-            lines.append(f"{part:<40}" + "".join(f"{way[part] / 2**30:>10.2f}" for way in (dense, own)))
+            lines.append(f"{part:<40}" + "".join(f"{way[part] / size:>10.2f}" for way in (dense, own)))
         return lines
 
 
 def infinity_report(
     model: str, config: ActVARConfig, batch: int, schedule: Schedule, text_tokens: int
 ) -> InfinityReport:
-    """Return FLOPs and memory of a published Infinity, which is built without memory for its weights.
+    """Return FLOPs and memory of a published or the bundled Infinity, built without memory for its weights.
 
     Args:
         model: one of `INFINITY_NAMES`.
@@ -112,7 +115,10 @@ def infinity_report(
     Raises:
         ValueError: a configuration that does not fit the schedule.
     """
-    _, infinity = build_infinity(**OFFICIAL_SIZES[model], device="meta")  # pyright: ignore[reportArgumentType]
+    if model == TEXT_MODEL:
+        _, infinity = architecture.build(device="meta")
+    else:
+        _, infinity = build_infinity(**OFFICIAL_SIZES[model], device="meta")  # pyright: ignore[reportArgumentType]
     ways = {"dense": DENSE, "actvar": config}
     formula = {name: infinity_flops(infinity, schedule, batch, text_tokens, of) for name, of in ways.items()}
     memory = {name: memory_by_part(infinity, schedule, batch, text_tokens, of) for name, of in ways.items()}
