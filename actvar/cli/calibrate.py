@@ -56,7 +56,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--preset",
         dest="quality",  # `preset` is that of a bundled model in other commands
         help="a divergence in proportion to that of the uniform distribution: "
-        + ", ".join(f"{name} {share:.0%}" for name, share in PRESETS.items()),
+        + ", ".join(f"{name} {share:.0%}%" for name, share in PRESETS.items()),
     )
     goal.add_argument(
         "--levers",

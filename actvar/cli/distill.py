@@ -56,7 +56,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="adapter file; checkpoints and losses go beside it")
     command.add_argument(
         "--data",
-        help="folder of images in a subfolder per class, of Fashion-MNIST's files, or none; with --infinity none",
+        help="folder of images in a subfolder per class, of Fashion-MNIST's files, or none; for texts none",
     )
     command.add_argument(
         "--class-numbers",
@@ -83,7 +83,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     how = command.add_argument_group("training")
     how.add_argument("--epochs", type=number, help="passes over the data (default 2 for stage 1, 10 for stage 2)")
     how.add_argument("--batch", type=positive, default=256, help="over all processes (default 256)")
-    how.add_argument("--lr", type=number, help="peak (default 1e-4 per 256 of the batch; stage 2 of best 2e-3)")
+    how.add_argument(
+        "--lr", type=number, help="peak (default 1e-4 per 256 of the batch; stage 2 of best 2e-3; --lora 1e-2)"
+    )
     how.add_argument("--accumulate", type=positive, default=1, help="parts a batch is computed in (default 1)")
     how.add_argument("--ema", type=number, default=0.0, help="decay of the average of the weights, e.g. 0.999")
     how.add_argument("--clip", type=number, default=1.0, help="largest norm of the gradient (default 1)")
@@ -150,10 +152,13 @@ def _data_of(options: argparse.Namespace, of_texts: bool) -> str:
     if of_texts:
         if options.data not in (None, "none"):
             raise ValueError(
-                f"--data: expected none with --infinity, whose images are drawn for the prompts, got {options.data}"
+                "--data: expected none for a model of texts, whose images are drawn for the prompts, got "
+                f"{options.data}"
             )
         if options.class_numbers or options.skip_bad:
-            raise ValueError("--class-numbers, --skip-bad: expected a folder of images, which --infinity does not take")
+            raise ValueError(
+                "--class-numbers, --skip-bad: expected a folder of images, got a model of texts, which takes none"
+            )
         return "none"
     check_source(options)
     data = options.data or (str(DEBIAN_FOLDER) if options.model else None)
@@ -178,4 +183,4 @@ def _loaded(options: argparse.Namespace, data: str) -> tuple[VAR, Source]:
 def _loaded_for_texts(options: argparse.Namespace, sampling: TextSampling) -> tuple[Infinity, Source]:
     """Return an Infinity in float32, and the source of its token maps."""
     infinity, sampling = load_to_sample_texts(options, sampling, torch.float32)
-    return infinity, sampled_source(infinity, options.samples, options.seed, sampling.texts)
+    return infinity, sampled_source(infinity, options.samples, options.seed, sampling.texts, sampling.cfg)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from actvar.cli.infinity_options import is_infinity
+from actvar.cli.layout_options import add_layout, asked_layout
 from actvar.cli.options import (
     DTYPES,
     MOST_AT_ONCE,
@@ -51,6 +52,7 @@ from actvar.execution import SAMPLERS, Execution
 from actvar.patching.adapter import describe_adapter
 from actvar.patching.patch import patched_silently
 from actvar.reports.compare import compare, save_comparison
+from actvar.sampling.layouts import Layout
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many, write_npz
 from actvar.sampling.summary import summary
@@ -123,6 +125,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     many.add_argument("--num", type=positive, help="so many images of all classes or prompts together; resumes")
     many.add_argument("--batch", type=at_once, help="images per batch and shard (default 50; with --infinity 1)")
+    add_layout(many)
     many.add_argument("--npz", type=Path, help="file to write all of them to, shuffled, for OpenAI's evaluator")
 
 
@@ -131,8 +134,11 @@ def run(options: argparse.Namespace) -> None:
     of_texts = is_of_texts(options)
     if not of_texts:
         check_source(options)
+    layout = asked_layout(options)
+    if layout is not None:
+        options.num = len(layout.labels)
     _check_images(options)
-    sampling = request_of_texts(options) if of_texts else request(options, _labels(options))
+    sampling = request_of_texts(options, layout=layout) if of_texts else request(options, _labels(options))
     config, adapter = _patch(options)
     execution = _execution(options, adapter)
     if isinstance(sampling, TextSampling):
@@ -141,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
         var, sampling = load_to_sample(options, sampling, "--labels")
     if options.num:
         with _sampled_as_asked(options, var, config, adapter, execution):
-            _sample_many(var, sampling, options)
+            _sample_many(var, sampling, options, layout)
         return
     per_class = options.per_class or 1
     sampling = replace(sampling, labels=tuple(label for label in sampling.labels for _ in range(per_class)))
@@ -320,14 +326,16 @@ def _check_preset(options: argparse.Namespace) -> None:
             raise ValueError(f"--preset fixes what is computed; leave out --{name}, or leave out --preset")
 
 
-def _sample_many(var: Any, sampling: AnySampling, options: argparse.Namespace) -> None:
-    """Draw the `--num` images as one of torchrun's processes, and write the file of `--npz`."""
+def _sample_many(var: Any, sampling: AnySampling, options: argparse.Namespace, layout: Layout | None) -> None:
+    """Draw the `--num` images as one of torchrun's processes, and write the files of `--npz` or of a layout."""
     rank, processes = of_process("RANK", 0), of_process("WORLD_SIZE", 1)
     sampling = replace(sampling, labels=sampling.labels or tuple(range(var.num_classes)))
     batch = options.batch or (1 if options.infinity else 50)
-    bulk = Bulk(sampling, options.num, batch, options.format or "safetensors")
+    bulk = Bulk(sampling, options.num, batch, layout or options.format or "safetensors")
     sample_many(var, bulk, options.out, rank, processes)
     if rank == 0:
+        if layout is not None:
+            layout.finish(options.out)
         print(f"{options.num} images in {options.out}")
         if options.npz:
             write_npz(options.out, bulk, options.npz)

@@ -24,6 +24,7 @@ from actvar.cli.infinity_options import (
 from actvar.cli.options import DTYPES, MOST_AT_ONCE, device_of_process, number, of_process, say_device
 from actvar.models import Infinity
 from actvar.models.checkpoint import sizes_of_files
+from actvar.sampling.layouts import Layout
 from actvar.sampling.text_request import TextSampling
 from actvar.text import DEFAULT_ENCODER, MOST_TOKENS, FeatureCache, default_folder
 from actvar.zoo.fashion_mnist_text.architecture import DRAW
@@ -70,7 +71,7 @@ def is_of_texts(options: argparse.Namespace) -> bool:
     return True
 
 
-def request_of_texts(options: argparse.Namespace, at_once: bool = True) -> TextSampling:
+def request_of_texts(options: argparse.Namespace, at_once: bool = True, layout: Layout | None = None) -> TextSampling:
     """Return the request of the options, without features.
 
     With --num it has one seed, from which those of all images follow. Otherwise, and in commands without that option,
@@ -79,11 +80,12 @@ def request_of_texts(options: argparse.Namespace, at_once: bool = True) -> TextS
     Args:
         options: of the command.
         at_once: whether the images of all prompts are drawn at once, without --num.
+        layout: of a benchmark, whose prompts are drawn; None for those of the options.
 
     Raises:
         ValueError: no prompts, a file that has none, or numbers out of their range.
     """
-    prompts = _prompts(options)
+    prompts = _prompts(options) if layout is None else tuple(prompt.text for prompt in layout.prompts)
     num = getattr(options, "num", None)
     if at_once and not num and len(prompts) > MOST_AT_ONCE:
         raise ValueError(f"--prompts: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
@@ -92,7 +94,7 @@ def request_of_texts(options: argparse.Namespace, at_once: bool = True) -> TextS
     numbers |= {name: value for name, value in given.items() if value is not None}
     return TextSampling(
         prompts,
-        tuple(range(len(prompts))),
+        tuple(range(len(prompts))) if layout is None else layout.labels,
         schedule_of(options),
         seed=options.seed if num else (options.seed,) * len(prompts),
         **numbers,

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 LR_PER_256 = 1e-4
 MUON_LR = 2e-3
+LORA_LR = 1e-2
+"""Peak learning rate of low-rank factors by AdamW, which bring the bundled model as near to dense as Muon's best."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Recipe:
             lose the least at the same FLOPs.
         losses: parts of stage 2's loss among `cls`, `block` and `output` (Eq. 22), and `guided`
             (`actvar.distill.losses.guided_loss`).
-        muon: stage 2 trains the matrices of the blocks with Muon, see `actvar.training.plan.Plan`.
+        muon: stage 2 trains the matrices of the blocks with Muon, see `actvar.training.plan.Plan`; low-rank factors are
+            trained with AdamW.
     """
 
     calibrated: bool = False
@@ -27,13 +30,16 @@ class Recipe:
     losses: tuple[str, ...] = ("cls", "block", "output")
     muon: bool = False
 
-    def lr(self, stage: int, batch: int) -> float:
-        """Return the peak learning rate: for AdamW that of VAR, in proportion to the batch.
+    def lr(self, stage: int, batch: int, lora: bool = False) -> float:
+        """Return the peak learning rate: for AdamW on whole weights that of VAR, in proportion to the batch.
 
         Args:
             stage: 1 or 2.
             batch: token maps per step.
+            lora: whether stage 2 trains low-rank factors.
         """
+        if lora:
+            return LORA_LR
         return MUON_LR if self.muon and stage == 2 else LR_PER_256 * batch / 256
 
 

@@ -20,6 +20,8 @@ class Drawing(Protocol):
     Logits are `[R, L, V]`, or `[R, L, bits, 2]` where each bit is drawn for itself. Temperatures are part of them.
     """
 
+    draws_from_texts: bool
+    """True where conditions are texts, False where they are classes."""
     default_cfg: float
     """Strength of guidance where none is given."""
 

@@ -47,6 +47,7 @@ class InfinityFamily(NamedLayersFamily):
 
     name = "Infinity (actvar.models.Infinity)"
     model_mixin: type = PatchedInfinity
+    draws_from_texts = True
     default_cfg = 4.0
     leaves_out_guidance = True
     has_between = True

@@ -32,8 +32,9 @@ class Batch(NamedTuple):
 class ImageFiles(Protocol):
     """Write and read the images of batches in one kind of file."""
 
+    name: str
     pattern: str
-    """Pattern of the names of the files."""
+    """Pattern of the names of the files, which may lie in folders."""
 
     def write(self, folder: Path, batch: Batch, pixels: np.ndarray) -> None:
         """Write `pixels` `[b, H, W, C]` uint8, each file complete or not there."""
@@ -51,7 +52,7 @@ class ImageFiles(Protocol):
 class Shards:
     """Keep a batch as `shard-<number>.safetensors`, with `images` `[b, H, W, C]` uint8 and `labels` `[b]` int64."""
 
-    pattern = "shard-*.safetensors"
+    name, pattern = "safetensors", "shard-*.safetensors"
 
     def write(self, folder: Path, batch: Batch, pixels: np.ndarray) -> None:
         """Write the file of a batch."""
@@ -79,7 +80,7 @@ class Shards:
 class PNGs:
     """Keep image number `i` as `<i>.png`, grey or RGB, with its class as the text `label`."""
 
-    pattern = "[0-9]*.png"
+    name, pattern = "png", "[0-9]*.png"
 
     def write(self, folder: Path, batch: Batch, pixels: np.ndarray) -> None:
         """Write the files of a batch."""
@@ -115,5 +116,5 @@ class PNGs:
         return folder / f"{image:05d}.png"
 
 
-IMAGE_FILES: dict[str, ImageFiles] = {"safetensors": Shards(), "png": PNGs()}
+IMAGE_FILES: dict[str, ImageFiles] = {files.name: files for files in (Shards(), PNGs())}
 """The kinds of files, by the name of a format."""

@@ -69,8 +69,8 @@ def number_of_classes(model: Any) -> int:
     Raises:
         TypeError: a model that draws images of texts.
     """
-    classes = getattr(unwrapped(model), "num_classes", None)
-    if classes is None:
-        kind = type(unwrapped(model)).__name__
+    model = unwrapped(model)
+    if family_of(model).draws_from_texts:
+        kind = type(model).__name__
         raise TypeError(f"expected a model that draws from classes, such as VAR, got {kind}; it draws from texts")
-    return classes
+    return model.num_classes

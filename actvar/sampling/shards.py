@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -45,7 +46,8 @@ class Bulk:
         sampling: classes or texts, guidance, filters and the one seed from which those of all images follow.
         num: number of images.
         batch: images per batch and shard.
-        format: of the files, `"safetensors"` for a shard per batch or `"png"` for a PNG per image.
+        format: of the files, `"safetensors"` for a shard per batch or `"png"` for a PNG per image; or the files
+            themselves, such as an `actvar.sampling.layouts.Layout`.
 
     Raises:
         TypeError: a seed that is not one int, a number of images or a batch that is no integer.
@@ -56,14 +58,14 @@ class Bulk:
     sampling: Sampling | TextSampling
     num: int
     batch: int = 50
-    format: str = "safetensors"
+    format: str | ImageFiles = "safetensors"
 
     def __post_init__(self):
         if not isinstance(self.sampling.seed, int):
             raise TypeError(f"seed: expected an int, from which every image's follows, got {self.sampling.seed!r}")
         for name in ("num", "batch"):
             object.__setattr__(self, name, checked_integer(name, getattr(self, name), 1, MOST_IMAGES))
-        if self.format not in IMAGE_FILES:
+        if isinstance(self.format, str) and self.format not in IMAGE_FILES:
             raise ValueError(f"format: expected one of {list(IMAGE_FILES)}, got {self.format!r:.100}")
         classes = len(self.sampling.labels)
         if not classes or self.num % classes:
@@ -86,7 +88,7 @@ class Bulk:
     @property
     def files(self) -> ImageFiles:
         """Return the kind of files of the images."""
-        return IMAGE_FILES[self.format]
+        return IMAGE_FILES[self.format] if isinstance(self.format, str) else self.format
 
     def batch_of(self, shard: int) -> Batch:
         """Return the images of a shard with their classes."""
@@ -155,8 +157,14 @@ def sample_many(var: nn.Module, bulk: Bulk, folder: Path, rank: int = 0, process
         for shard in range(bulk.shards):
             while not _is_complete(folder, bulk, shard):
                 time.sleep(0.2)
-        for left_by_a_kill in (*folder.glob(f".{MANIFEST}.*"), *folder.glob(f".{bulk.files.pattern}.*")):
+        for left_by_a_kill in (*folder.glob(f".{MANIFEST}.*"), *_left_by_a_kill(folder, bulk.files.pattern)):
             left_by_a_kill.unlink(missing_ok=True)
+
+
+def _left_by_a_kill(folder: Path, pattern: str) -> Iterator[Path]:
+    """Yield the temporary files beside files of names like `pattern`."""
+    folders, _, name = pattern.rpartition("/")
+    yield from folder.glob(f"{folders}/.{name}.*" if folders else f".{name}.*")
 
 
 def read_images(folder: Path, bulk: Bulk) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +241,7 @@ def _settings(var: nn.Module, bulk: Bulk) -> dict[str, object]:
     settings = bulk.sampling.settings() | {
         "num": bulk.num,
         "batch": bulk.batch,
-        "format": bulk.format,
+        "format": bulk.files.name,
         "actvar": asdict(model.actvar.config) if hasattr(model, "actvar") else None,
         "execution": asdict(model.actvar.execution) if hasattr(model, "actvar") else None,
         "dtype": str(weight.dtype).removeprefix("torch."),

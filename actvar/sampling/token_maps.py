@@ -74,7 +74,7 @@ def number_of_conditions(var: Any, texts: Texts | None) -> int:
     """
     if texts is None:
         return number_of_classes(var)
-    if hasattr(unwrapped(var), "num_classes"):
+    if not family_of(unwrapped(var)).draws_from_texts:
         raise TypeError(f"texts: expected None, since {type(unwrapped(var)).__name__} draws from classes")
     if not len(texts):
         raise ValueError("texts: expected at least one, got none")

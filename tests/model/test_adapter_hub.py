@@ -16,6 +16,7 @@ from support.helpers import make_tiny_var, sample
 import actvar
 from actvar import ActVARConfig, apply_patch, load_adapter, patched, read_adapter_config, save_adapter
 from actvar.cli import main
+from actvar.distill import Stage2
 from actvar.patching.hub import push_adapter
 from actvar.utils.fingerprint import model_fingerprint
 from actvar.zoo.pretrained import adapter_path
@@ -147,6 +148,32 @@ def test_the_command_uploads_a_card_of_the_base_model_the_plan_and_what_was_meas
     assert json.loads(card.partition("```json\n")[2].partition("```")[0])["measured_ms"] == 12.5
     assert "2 images: machine " in card
     assert re.search(r"FLOPs are \d+\.\d% fewer", card)
+
+
+@pytest.mark.parametrize(
+    ("lora", "changed"), [(2, "factors of rank 2 (LoRA), which loading merges"), (None, "whole tensors")]
+)
+def test_a_card_says_how_weights_are_changed_and_the_adapter_comes_back(hub, tmp_path, lora, changed):
+    var, file = make_tiny_var(), tmp_path / "adapter.safetensors"
+    torch.save(var.state_dict(), tmp_path / "var.pth")
+    torch.save(var.vae_proxy[0].state_dict(), tmp_path / "vae.pth")
+    Stage2(apply_patch(var, ActVARConfig(num_experts=8)), lora=lora).finish()
+    save_adapter(var, file)
+    main(
+        [
+            "push",
+            str(file),
+            "owner/r",
+            "--var",
+            str(tmp_path / "var.pth"),
+            "--vae",
+            str(tmp_path / "vae.pth"),
+            "--batch",
+            "1",
+        ]
+    )
+    assert f"\nIt changes weights by {changed}.\n" in (hub.folder / "owner" / "r" / "README.md").read_text("utf-8")
+    assert torch.equal(sample(load_adapter(make_tiny_var(), "owner/r")), sample(var))
 
 
 @pytest.mark.slow

@@ -12,7 +12,9 @@ from support.infinity import tiny_text
 from support.public_infinity import SIZE, public_and_own, round_nowhere, sample_public
 from torch import Tensor, nn
 
-from actvar import ActVARConfig, Execution, apply_patch, patched, remove_patch
+from actvar import ActVARConfig, Execution, Texts, apply_patch, load_adapter, patched, remove_patch, save_adapter
+from actvar.distill import Stage1, Stage2
+from actvar.distill.data import sampled_source
 from actvar.models import Infinity
 from actvar.models.infinity import layers, scale_schedule
 from benchmarks.public_infinity import import_infinity
@@ -148,6 +150,56 @@ def test_a_hook_on_the_norm_before_cross_attention_is_honoured_or_refused(pair):
 def test_what_is_unlike_the_published_models_is_refused(module, changes, message):
     with pytest.raises(TypeError, match=message):
         apply_patch(public_and_own(module, **changes)[0])
+
+
+@pytest.mark.parametrize("lora", [None, 3], ids=["whole", "factors"])
+def test_both_are_trained_alike(pair, lora, tmp_path):
+    """Losses and gradients are those of our class, to rounding, and one adapter serves both."""
+    texts = Texts(tiny_text(LENGTHS)[0].split(LENGTHS), SCHEDULE)
+    inputs = torch.randn(2, sum(h * w for _, h, w in SCHEDULE) - 1, pair[1].token_bits)
+    bits = torch.randint(2, (2, inputs.shape[1] + 1, pair[1].token_bits))
+    found = []
+    for model in pair:
+        apply_patch(model, ActVARConfig())
+        stage = Stage2(model, ("cls", "block", "output", "guided"), cfg=3.0, lora=lora)
+        if stage.low_rank is not None:
+            torch.manual_seed(0)
+            for factor in stage.low_rank.B:
+                factor.data.normal_(0, 0.1)
+        losses = stage(texts, inputs, bits)
+        losses["loss"].backward()
+        stage.finish()
+        save_adapter(model, tmp_path / f"{len(found)}.safetensors")
+        found.append((losses, [p.grad for p in stage.parameters() if p.requires_grad]))
+    (public, own), (public_gradients, own_gradients) = zip(*found, strict=True)
+    for name, loss in own.items():
+        torch.testing.assert_close(public[name], loss, rtol=1e-4, atol=1e-5)
+    for theirs, ours in zip(public_gradients, own_gradients, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+    load_adapter(pair[1], tmp_path / "0.safetensors")
+    gates = Stage1(apply_patch(pair[0], ActVARConfig()))
+    assert gates(texts, inputs, bits)["loss"].isfinite()
+
+
+def test_what_needs_a_tokenizer_is_refused_by_name(pair):
+    texts = Texts(tiny_text(LENGTHS)[0].split(LENGTHS), SCHEDULE)
+    with pytest.raises(TypeError, match=r"holds its tokenizer; load the checkpoint with actvar\.load_infinity"):
+        sampled_source(pair[0], 2, 0, texts).tokens_of(0, 2)
+    with pytest.raises(TypeError, match="such as VAR, got Infinity; it draws from texts"):
+        sampled_source(pair[0], 2, 0)
+
+
+def test_in_training_teacher_and_student_leave_out_the_same_texts(pair):
+    public, _ = pair
+    texts = Texts(tiny_text(LENGTHS)[0].split(LENGTHS), SCHEDULE)
+    inputs = torch.randn(2, sum(h * w for _, h, w in SCHEDULE) - 1, pair[1].token_bits)
+    bits = torch.zeros(2, inputs.shape[1] + 1, pair[1].token_bits)
+    stage = Stage2(apply_patch(public, ActVARConfig(**ONES))).train()
+    public.cond_drop_rate = 0.5
+    for seed in range(4):
+        torch.manual_seed(seed)
+        assert stage(texts, inputs, bits)["output"].item() == pytest.approx(0, abs=1e-6)
+    assert public.cond_drop_rate == 0.5
 
 
 def test_a_graph_needs_the_loop_of_our_class(pair):

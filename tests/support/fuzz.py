@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from actvar import ActVARConfig, AdapterError, CheckpointError, apply_patch, load_adapter, load_var, save_adapter
+from actvar.distill import Stage2
 from actvar.models import VAR, build_vae_var
 from actvar.models.checkpoint import describe_checkpoint
 from actvar.patching.adapter import describe_adapter, gate_parameters
@@ -65,6 +66,9 @@ class Targets:
         torch.save(nested, folder / "nested.ckpt")
         weight_map = dict.fromkeys(states["var"], "var.safetensors")
         (folder / "var.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        apply_patch(self.var, ActVARConfig(num_experts=4))
+        Stage2(self.var, lora=2).finish()
+        save_adapter(self.var, folder / "adapter-factors.safetensors")
         apply_patch(self.var, ActVARConfig(num_experts=4))
         save_adapter(self.var, folder / "adapter.safetensors")
         images = bytes(range(256)) * 6

@@ -10,6 +10,7 @@ from support.helpers import make_tiny_var, sample
 from actvar import ActVARConfig, apply_patch, load_adapter, remove_patch, save_adapter
 from actvar.cli import main
 from actvar.distill import Stage2
+from actvar.distill.recipes import LORA_LR, RECIPES
 from actvar.distill.run import Distillation
 from actvar.families.var import VARFamily
 from actvar.patching.adapter import describe_adapter, gate_parameters
@@ -312,3 +313,11 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(files, tmp_path, capsys, c
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_factors_are_trained_by_adamw_at_a_rate_of_their_own(tmp_path):
+    for name, recipe in RECIPES.items():
+        plan = Distillation(2, recipe, lora=4, batch=4).plan(16, tmp_path)
+        assert (plan.lr, plan.muon) == (LORA_LR, False), name
+        assert Distillation(2, recipe, lora=4, batch=4, lr=1e-4).plan(16, tmp_path).lr == 1e-4
+    assert Distillation(2, RECIPES["best"], batch=4).plan(16, tmp_path).muon
