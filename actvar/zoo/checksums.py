@@ -24,7 +24,7 @@ def checked(path: Path) -> Path:
     if found != expected:
         raise CheckpointError(
             f"{path}: expected SHA-256 {expected}, as {TABLE} beside it has it, found {found}; the file is damaged or "
-            "was changed: install the package again, or rebuild its weights (python -m scripts.fashion_mnist)"
+            "was changed: install the package again, or rebuild its weights as its MODEL_CARD.md says"
         )
     return path
 
