@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -242,20 +243,21 @@ def text(axis: str, report: dict) -> str:
 def projection(gpu: str, dollars_per_hour: float, models: Sequence[str], batches: Sequence[int]) -> list[dict]:
     """Return launches, *predicted* milliseconds, images per GPU-hour and dollars per million images.
 
-    They are those of whole samples with decoder in bfloat16, by CUDA graphs. GPUs share nothing while
-    sampling, so a cluster makes as many times more.
+    They are those of whole samples with decoder in bfloat16, by CUDA graphs, also with products in eight bits. GPUs
+    share nothing while sampling, so a cluster makes as many times more.
     """
     from benchmarks import virtual_gpu
 
     card, rows = CARDS[gpu], []
     for model in models:
         for batch in batches:
-            for way, config in (("dense", virtual_gpu.DENSE), ("ActVAR", virtual_gpu.ACTVAR)):
-                run = virtual_gpu.sampling_run(model, batch, card.arch, config)
+            configs = {"dense": virtual_gpu.DENSE, "ActVAR": virtual_gpu.ACTVAR}
+            for (way, config), weights in product(configs.items(), (None, "int8")):
+                run = virtual_gpu.sampling_run(model, batch, card.arch, config, weights=weights)
                 times = virtual_gpu.summary(run, card, virtual_gpu.share_function("measured"))
                 milliseconds = times["whole_run_ms"] + times["decoder_ms"]
                 rows.append(
-                    {"gpu": gpu, "model": model, "batch": batch, "way": way}
+                    {"gpu": gpu, "model": model, "batch": batch, "way": f"{way} {weights or ''}".strip()}
                     | {"predicted_ms": milliseconds}
                     | {f"predicted_{part}_ms": times[f"{part}_ms"] for part in times["launches"]}
                     | {f"launches_{part}": launches for part, launches in times["launches"].items()}
@@ -277,10 +279,10 @@ def projection_text(rows: Sequence[dict]) -> str:
     """Return a table to read."""
     lines = [f"{rows[0]['gpu']}, bfloat16: every figure is predicted, none is measured"]
     heads = ("predicted ms", "images/GPU-hour", "$/million")
-    lines.append(f"{'model':8s}{'batch':>6s}  {'':8s}" + "".join(f"{head:>17s}" for head in heads))
+    lines.append(f"{'model':8s}{'batch':>6s}  {'':12s}" + "".join(f"{head:>17s}" for head in heads))
     for row in rows:
         values = [row[name] for name in PROJECTED]
-        lines.append(f"{row['model']:8s}{row['batch']:6d}  {row['way']:8s}" + "".join(f"{v:17,.1f}" for v in values))
+        lines.append(f"{row['model']:8s}{row['batch']:6d}  {row['way']:12s}" + "".join(f"{v:17,.1f}" for v in values))
     return "\n".join(lines)
 
 

@@ -183,4 +183,4 @@ def _loaded(options: argparse.Namespace, data: str) -> tuple[VAR, Source]:
 def _loaded_for_texts(options: argparse.Namespace, sampling: TextSampling) -> tuple[Infinity, Source]:
     """Return an Infinity in float32, and the source of its token maps."""
     infinity, sampling = load_to_sample_texts(options, sampling, torch.float32)
-    return infinity, sampled_source(infinity, options.samples, options.seed, sampling.texts)
+    return infinity, sampled_source(infinity, options.samples, options.seed, sampling.texts, sampling.cfg)

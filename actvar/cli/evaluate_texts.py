@@ -17,6 +17,7 @@ from actvar.cli.options import sampler_of, write_json
 from actvar.cli.sample_infinity import load_to_sample_texts, request_of_texts, title_of
 from actvar.reports.method_sheet import save_method_sheet
 from actvar.utils.devices import device_of
+from actvar.zoo.fashion_mnist_text.architecture import SQUARE
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +37,16 @@ def run_texts(options: argparse.Namespace) -> None:
         from actvar.evaluate.texts import TextEvaluation, evaluate_texts
     sampling = replace(request_of_texts(options, at_once=False), seed=options.seed)
     batch = options.batch or 1
-    methods = chosen_methods(options.methods, text_methods(len(sampling.schedule), batch))
+    methods = chosen_methods(options.methods, text_methods(len(sampling.schedule), batch, options.model))
     how = TextEvaluation(
         sampling, options.num or len(sampling.prompts), options.seeds, batch, options.rounds, sampler_of(options)
     )
     infinity, sampling = load_to_sample_texts(options, sampling)
     how = replace(how, sampling=sampling)
-    lite0 = _lite0(options, how, infinity)
-    parts = options.json.with_suffix(".parts")
-    results = evaluate_texts(infinity, methods, how, parts, lite0)
+    lite0, judges = _networks(options, how, device_of(infinity))
+    results = evaluate_texts(infinity, methods, how, options.json.with_suffix(".parts"), lite0, judges)
     report = Report(results, how, sampling.maps(infinity))
-    facts = {"model": options.model or options.infinity, "device": options.device, "dtype": options.dtype}
+    facts = {"model": options.model or Path(options.infinity).name, "device": options.device, "dtype": options.dtype}
     write_json(options.json, facts | {"threads": torch.get_num_threads()} | report.as_dict())
     print(report.table())
     written = [options.json]
@@ -68,19 +68,25 @@ def packages_named() -> Iterator[None]:
         raise ImportError(f"{error}; install the packages of evaluation: pip install 'actvar[eval]'") from error
 
 
-def _lite0(options: argparse.Namespace, how: Any, infinity: nn.Module) -> Any:
-    """Return the network of the distance, or None without its weights, with one image, or by --no-lite0."""
+def _networks(options: argparse.Namespace, how: Any, device: torch.device) -> tuple[Any, Any]:
+    """Return the network of the distance, or None, and for single garments of the bundled model the judges by FID."""
+    from actvar.evaluate.bundled import text_judges, training_lite0_quality
     from actvar.evaluate.lite0 import load_lite0
+    from actvar.evaluate.quality import FEWEST_IMAGES
 
-    if options.lite0 is False or (options.lite0 is None and how.num < 2):
-        return None
-    try:
-        return load_lite0().to(device_of(infinity))
-    except ModuleNotFoundError as error:
-        if options.lite0:
-            raise
-        logger.warning("distance_lite0 is left out: %s", error)
-        return None
+    is_judged = bool(options.model) and how.sampling.schedule == SQUARE and how.num >= FEWEST_IMAGES
+    if options.model and not is_judged:
+        logger.warning("FID is left out: expected at least %d images of one garment each", FEWEST_IMAGES)
+    network = quality = None
+    if options.lite0 or (options.lite0 is None and how.num > 1):
+        try:
+            quality = training_lite0_quality(options.data, device) if is_judged else None
+            network = load_lite0().to(device) if quality is None else quality.network
+        except ModuleNotFoundError as error:
+            if options.lite0:
+                raise
+            logger.warning("the columns of Lite0 are left out: %s", error)
+    return network, text_judges(options.data, quality, device) if is_judged else ()
 
 
 def _save_picture(options: argparse.Namespace, infinity: nn.Module, methods: Any, how: Any) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from actvar.cli.infinity_options import first_given, schedule_of
+from actvar.cli.infinity_options import first_given, is_infinity, schedule_of
 from actvar.sampling.layouts import LAYOUTS, DPGBench, Layout, layout_of
 
 
@@ -25,7 +25,7 @@ def asked_layout(options: argparse.Namespace) -> Layout | None:
     """
     if options.layout is None:
         return None
-    if options.infinity is None or options.prompts is None:
+    if not is_infinity(options) or options.prompts is None:
         raise ValueError(f"--layout {options.layout}: expected --infinity, and the benchmark's prompts as --prompts")
     if given := first_given(options, ("prompt", "format", "npz")):
         raise ValueError(f"--layout {options.layout} says what is drawn and where it is kept; leave out {given}")

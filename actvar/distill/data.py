@@ -108,14 +108,15 @@ def source_of(
     return fashion_mnist_source(folder, vae)
 
 
-def sampled_source(var: Any, samples: int, seed: int, texts: Texts | None = None) -> Source:
-    """Return token maps that the dense model draws with its default guidance, of classes or texts in turn.
+def sampled_source(var: Any, samples: int, seed: int, texts: Texts | None = None, cfg: float | None = None) -> Source:
+    """Return token maps that the dense model draws, of classes or texts in turn.
 
     Args:
         var: the dense model.
         samples: number of images.
         seed: of the sampling noise.
         texts: of a model that draws from texts; None for classes.
+        cfg: guidance strength; None for the default of the model's family.
 
     Raises:
         TypeError, ValueError: samples that are no integer of at least 1, a seed that is none of
@@ -125,7 +126,7 @@ def sampled_source(var: Any, samples: int, seed: int, texts: Texts | None = None
     seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1])
     numbers = torch.arange(samples, device="cpu") % number_of_conditions(var, texts)
     conditions = numbers if texts is None else texts.take(numbers.tolist())
-    guidance = family_of(var).default_cfg
+    guidance = family_of(var).default_cfg if cfg is None else cfg
 
     def tokens_of(start: int, stop: int) -> torch.Tensor:
         of_images = conditions[start:stop].to(device_of(var))

@@ -9,13 +9,32 @@ import torch
 from actvar.evaluate.lite0 import load_lite0
 from actvar.evaluate.lite0_quality import Lite0Quality
 from actvar.evaluate.predictions import DensePredictions
-from actvar.evaluate.quality import ImageQuality, cache_folder, real_images
+from actvar.evaluate.quality import ImageQuality, cache_folder, image_key, real_images
+from actvar.evaluate.texts import Judge
 from actvar.families.conditions import Batch
 from actvar.models import VAR, VQVAE
 from actvar.zoo.fashion_mnist.data import load_split
 from actvar.zoo.pretrained import load_feature_network
 
 TEST_IMAGES, BATCH = 200, 100
+
+
+def text_judges(data: Path, lite0: Lite0Quality | None, device: str | torch.device = "cpu") -> list[tuple[str, Judge]]:
+    """Return the comparisons of garments that were drawn of texts with the 60,000 training images.
+
+    Args:
+        data: folder with the files of Fashion-MNIST.
+        lite0: as `training_lite0_quality` returns it; None leaves that comparison out.
+        device: where features are computed.
+    """
+    quality = training_image_quality(data, device)
+    judges: list[tuple[str, Judge]] = [(image_key(quality.network, quality.real.manifold), _of_grey(quality.of))]
+    return judges if lite0 is None else [*judges, (lite0.key, _of_grey(lite0.fid_of))]
+
+
+def _of_grey(judge: Judge) -> Judge:
+    """Return a judge of images with three channels, which are nearly equal, that asks `judge` about their mean."""
+    return lambda images: judge(images.mean(dim=1, keepdim=True))
 
 
 def training_image_quality(data: Path, device: str | torch.device = "cpu") -> ImageQuality:

@@ -68,10 +68,17 @@ class Lite0Quality:
             have nothing but the class in common.
         """
         features = self._features(images)
+        distance = (features - dense.features).norm(dim=1).mean().item()
+        return {"fid_lite0": self._fid(features), "distance_lite0": distance / dense.unit}
+
+    def fid_of(self, images: torch.Tensor) -> dict[str, float]:
+        """Return the `fid_lite0` of images `[N, C, H, W]` float32 in [0, 1], which need no dense ones."""
+        return {"fid_lite0": self._fid(self._features(images))}
+
+    def _fid(self, features: torch.Tensor) -> float:
         self.frechet.reset()
         self.frechet.update(features, real=False)
-        distance = (features - dense.features).norm(dim=1).mean().item()
-        return {"fid_lite0": self.frechet.compute().item(), "distance_lite0": distance / dense.unit}
+        return self.frechet.compute().item()
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         return network_features(self.network, images, LITE0_BATCH).cpu()

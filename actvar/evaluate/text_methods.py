@@ -11,9 +11,10 @@ from actvar import baselines
 from actvar.baselines.fastvar import PUBLIC_INFINITY
 from actvar.baselines.skipvar import DECIDED_AFTER
 from actvar.config import DENSE
-from actvar.evaluate.methods import Method
+from actvar.evaluate.methods import Method, adapter_method
 from actvar.execution import Execution
 from actvar.patching.patch import patched_silently, unpatched
+from actvar.zoo.pretrained import adapter_path, bundled_adapters
 from actvar_kernels.cpu_backend import brgemm
 
 logger = logging.getLogger(__name__)
@@ -22,17 +23,20 @@ RATES = (0.75, 0.5)
 LEFT_OUT, UNGUIDED = (1, 2), (1, 2, 3)
 
 
-def text_methods(scales: int, batch: int) -> dict[str, Method]:
+def text_methods(scales: int, batch: int, model: str | None = None) -> dict[str, Method]:
     """Return all methods by name; those that do not fit are left out, with a logged warning.
 
     Args:
         scales: number of scales of the images, at least two.
         batch: images per batch.
+        model: name of a bundled model, whose adapters are methods too; None for another one.
     """
     found = [
         Method("dense", unpatched),
         Method("accelerated", lambda infinity: patched_silently(infinity, DENSE, None)),
     ]
+    if model:
+        found += [adapter_method(name, adapter_path(model, name)) for name in bundled_adapters(model)]
     before = min(scales + first for first in PUBLIC_INFINITY["scales"])
     if before > 0:
         found.append(Method("fastvar", functools.partial(baselines.fastvar, **PUBLIC_INFINITY)))

@@ -6,13 +6,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from actvar.families.base import ATTENTION, NORM, BlockCall, Rows
 from actvar.families.kv_cache import Cache
 from actvar.sparse.block_cache import SampleState
 from actvar.sparse.block_state import BlockState
-from actvar.sparse.layer_calls import first_experts, in_dtype, int8_ffn
+from actvar.sparse.layer_calls import first_experts, int8_ffn
 from actvar.sparse.passes import Pass, computing_again
 from actvar.sparse.record import BlockRecord
 from actvar.sparse.schedule import Scale
@@ -25,11 +26,12 @@ from actvar_kernels import (
     add_normalize_route,
     choose_fused,
     expert_ffn_scatter,
-    normalize_modulate,
     scatter_rows,
     subset_attention,
 )
 from actvar_kernels.backend import REFERENCE, Backend
+from actvar_kernels.token_select.op import normalize_modulate_as
+from actvar_kernels.triton_backend.row_form import RowForm, values_of
 
 
 class ActVARBlock(nn.Module):
@@ -140,44 +142,43 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
         sample.keep_rows(len(call.x))
         keep_rows(family.cache(block), len(call.x))
     x, dtype = call.x, family.layer_dtype(block)
+    form = _form_of(block, x, dtype)
     deferred = shared.take_deferred(x)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = sample.modulation
     index = scores = base = mask = logits = None
 
     # 1. Select the tokens to update; 2. gather, normalise and modulate their rows
     if deferred is not None:
-        x, u = add_normalize(deferred.x, None, deferred.update, deferred.gamma, scale1, shift1)
+        x, u = add_normalize(deferred.x, None, deferred.update, deferred.gamma, scale1, shift1, form)
     elif scale.select:
-        index, u, scores, base = selected(block, x, scale1, shift1, scale, current, shared.writes_in_place and fused)
+        in_place = shared.writes_in_place and fused
+        index, u, scores, base = selected(block, x, scale1, shift1, scale, current, in_place, form)
     else:
-        u = normalize_modulate(x, scale1, shift1)
+        u = normalize_modulate_as(x, scale1, shift1, form)
 
     # attention of the kept tokens over the cache and their own scale
     at = Rows(scale.start, scale.tokens, index)
-    u = in_dtype(u, dtype)
     keys_from = u
     if scale.select and shared.config.kv == "all":
-        keys_from = in_dtype(normalize_modulate(x, scale1, shift1), dtype)
+        keys_from = normalize_modulate_as(x, scale1, shift1, form)
     update = attend(block, u, keys_from, sample, scale, fused, at, call)
 
     # the layer between attention and FFN, such as cross-attention; then the rows that are kept are all there are
     kept = index
     if family.has_between:
         gamma, between_scale, between_shift = family.between_norm(block, len(x))
-        x, u = add_normalize(x, index, update, gamma1, between_scale, between_shift)
-        update, gamma1, kept = family.between(block, in_dtype(u, dtype), at, call), gamma, None
+        x, u = add_normalize(x, index, update, gamma1, between_scale, between_shift, form and form._replace(int8=False))
+        update, gamma1, kept = family.between(block, u, at, call), gamma, None
 
     # 3. FFN as experts; 4. scatter: the other tokens keep their value
     if scale.route:
         gate = router.weight, router.bias, scale.experts
         defers = backend.fuses_residual and not family.has_between
-        rows, u, mask, logits = add_normalize_route(x, kept, update, gamma1, scale2, shift2, *gate, defers)
-        u = in_dtype(u, dtype)
+        rows, u, mask, logits = add_normalize_route(x, kept, update, gamma1, scale2, shift2, *gate, defers, form)
         weights, execution = family.ffn_weights(block), shared.execution.expert_execution
         x = expert_ffn_scatter(base, index, rows, u, mask, scale.experts, *weights, gamma2, execution, state.int8)
     else:
-        rows, u = add_normalize(x, kept, update, gamma1, scale2, shift2)
-        u = in_dtype(u, dtype)
+        rows, u = add_normalize(x, kept, update, gamma1, scale2, shift2, form)
         update = ffn_without_router(block, u, scale)
         if index is None and backend.fuses_residual and shared.defers(state.block_index, scale):
             shared.deferred, x = Residual(rows, update, gamma2), rows  # the next block's norm adds it in its launch
@@ -185,11 +186,24 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
             x = scatter_rows(base, index, rows, update, gamma2)
 
     if shared.records is not None and scale.active:
-        shared.records.append(BlockRecord(state.block_index, scale, index, scores, u, mask, logits))
+        shared.records.append(BlockRecord(state.block_index, scale, index, scores, values_of(u), mask, logits))
     return x
 
 
-def ffn_without_router(block: ActVARBlock, u: Tensor, scale: Scale) -> Tensor:
+def _form_of(block: ActVARBlock, x: Tensor, dtype: torch.dtype | None) -> RowForm | None:
+    """Return the form in which the layers of a block take rows after a norm; None for that of the residual stream.
+
+    Args:
+        block: a patched block.
+        x: the residual stream.
+        dtype: what `Family.layer_dtype` says.
+    """
+    # records have the rows themselves, and autocast converts them
+    int8 = block.actvar.int8 and block.actvar.shared.records is None and not torch.is_autocast_enabled(x.device.type)
+    return None if dtype is None and not int8 else RowForm(x.dtype if dtype is None else dtype, int8)
+
+
+def ffn_without_router(block: ActVARBlock, u: Any, scale: Scale) -> Tensor:
     """Return the FFN's output `[R, K, C]` for rows `u` `[R, K, C]` of a scale at which no token chooses its experts."""
     state = block.actvar
     if scale.static:
@@ -211,8 +225,8 @@ def keep_rows(cache: Cache, rows: int) -> None:
 
 def attend(
     block: ActVARBlock,
-    u: Tensor,
-    keys_from: Tensor,
+    u: Any,
+    keys_from: Any,
     sample: SampleState,
     scale: Scale,
     fused: bool,
@@ -225,8 +239,8 @@ def attend(
 
     Args:
         block: a patched block.
-        u: rows after norm and modulation, `[R, K, C]`.
-        keys_from: rows that keys and values come from, `[R, T, C]`.
+        u: rows after norm and modulation, `[R, K, C]`, maybe in eight bits.
+        keys_from: rows that keys and values come from, `[R, T, C]`, maybe in eight bits.
         sample: the values that the block computes once per sample.
         scale: the scale of the rows.
         fused: whether kernels run.

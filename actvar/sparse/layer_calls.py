@@ -8,7 +8,7 @@ import torch
 
 from actvar.sparse.schedule import Scale
 from actvar_kernels import choose_fused, expert_ffn, static_ffn
-from actvar_kernels.linear.int8 import ByteRows
+from actvar_kernels.triton_backend.row_form import ByteRows
 
 
 def in_dtype(rows: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

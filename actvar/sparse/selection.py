@@ -8,8 +8,10 @@ import torch
 
 from actvar.sparse.passes import Pass
 from actvar.sparse.schedule import Scale
-from actvar_kernels import Selection, normalize_modulate, select_tokens
+from actvar_kernels import Selection, select_tokens
+from actvar_kernels.token_select.op import normalize_modulate_as
 from actvar_kernels.token_select.reference import gather_rows
+from actvar_kernels.triton_backend.row_form import RowForm
 
 
 def selected(
@@ -20,6 +22,7 @@ def selected(
     scale: Scale,
     current: Pass,
     in_place: bool = False,
+    form: RowForm | None = None,
 ) -> Selection:
     """Return the tokens that a patched block keeps of one scale.
 
@@ -29,7 +32,7 @@ def selected(
         scale1, shift1: AdaLN's scale and shift for the kept tokens, each `[R, 1, C]`.
         scale: the scale of the tokens.
         current: the pass of the call, to which the first block adds its choice where all blocks update the same tokens.
-        in_place: as in `actvar_kernels.select_tokens`.
+        in_place, form: as in `actvar_kernels.select_tokens`.
 
     Raises:
         ValueError: all blocks update the first block's tokens, and it did not choose any in this pass.
@@ -37,11 +40,12 @@ def selected(
     gates, config = block.actvar, block.actvar.shared.config
     if config.fixed_tokens and gates.block_index > 0:
         index = current.tokens_of(scale.index, len(x))
-        modulated = normalize_modulate(gather_rows(x, index), scale1, shift1)
+        modulated = normalize_modulate_as(gather_rows(x, index), scale1, shift1, form)
         return Selection(index, modulated, None, x if in_place else x.clone())
     weight, bias = gates.selector.weight, gates.selector.bias
     share = config.share_cfg_selection and current.are_guided()
-    chosen = select_tokens(x, weight, bias, scale1, shift1, scale.keep, share_guidance=share, in_place=in_place)
+    adaln = scale1, shift1
+    chosen = select_tokens(x, weight, bias, *adaln, scale.keep, share_guidance=share, in_place=in_place, form=form)
     if config.fixed_tokens:
         current.tokens[scale.index] = chosen.index
     return chosen

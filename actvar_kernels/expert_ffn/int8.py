@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from actvar_kernels.expert_ffn.weights import FFNWeights
-from actvar_kernels.linear.int8 import ByteRows, multiply, multiply_scatter, quantize_rows
+from actvar_kernels.linear.int8 import multiply, multiply_scatter, quantize_rows
 from actvar_kernels.residual_norm.reference import Residual
+from actvar_kernels.triton_backend.row_form import ByteRows
 
 
 def hidden_rows(u: torch.Tensor | ByteRows, mask: torch.Tensor | None, weights: FFNWeights, recorded: bool) -> ByteRows:

@@ -13,10 +13,10 @@ from actvar_kernels.expert_ffn import cpu_brgemm, cpu_kernel, reference
 from actvar_kernels.expert_ffn import int8 as int8_kernels
 from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.gradients import register_reference_gradient
-from actvar_kernels.linear.int8 import ByteRows, values_of
 from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.scatter.op import scatter_checked
 from actvar_kernels.situation import wants_gradient
+from actvar_kernels.triton_backend.row_form import ByteRows, values_of
 
 SCHEDULES = ("auto", "dense", "tile_list")
 

@@ -13,7 +13,7 @@ from actvar_kernels.expert_ffn import cpu_brgemm, reference
 from actvar_kernels.expert_ffn import int8 as int8_kernels
 from actvar_kernels.expert_ffn.op import as_autocast, run_ffn, why_not_in_cpp
 from actvar_kernels.expert_ffn.weights import FFNWeights
-from actvar_kernels.linear.int8 import ByteRows, values_of
+from actvar_kernels.triton_backend.row_form import ByteRows, values_of
 
 
 def static_ffn(

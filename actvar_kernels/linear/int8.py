@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -11,28 +9,10 @@ from actvar_kernels.backend import MOST_SEQUENCES
 from actvar_kernels.cpu_backend.packing import packed
 from actvar_kernels.linear.quantized import MOST_INPUTS, quantized_weight
 from actvar_kernels.residual_norm.reference import Residual
+from actvar_kernels.triton_backend.row_form import ByteRows
 
 MOST_ROWS = 16 * MOST_SEQUENCES
 """Rows that the Triton kernels take, whose smallest tiles have 16."""
-
-
-class ByteRows(NamedTuple):
-    """Hold rows in eight bits, as `quantized.quantized` defines them.
-
-    Attributes:
-        values: `[..., C]` int8.
-        scales: `[..., 1]` float32.
-        dtype: of the rows that they were made of, in which products are returned.
-    """
-
-    values: torch.Tensor
-    scales: torch.Tensor
-    dtype: torch.dtype
-
-
-def values_of(rows: torch.Tensor | ByteRows) -> torch.Tensor:
-    """Return the numbers of rows, of whatever dtype they are."""
-    return rows.values if isinstance(rows, ByteRows) else rows
 
 
 def quantize_rows(x: torch.Tensor, mask: torch.Tensor | None, recorded: bool) -> ByteRows:

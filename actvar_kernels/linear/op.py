@@ -8,8 +8,9 @@ from torch.nn import functional as F
 from actvar_kernels.backend import choose, choose_int8
 from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.linear import cpu_brgemm, cpu_kernel
-from actvar_kernels.linear.int8 import ByteRows, multiply, quantize_rows
+from actvar_kernels.linear.int8 import multiply, quantize_rows
 from actvar_kernels.linear.quantized import quantized_linear
+from actvar_kernels.triton_backend.row_form import ByteRows
 
 
 def linear(x: torch.Tensor | ByteRows, weight: torch.Tensor, bias: torch.Tensor, int8: bool = False) -> torch.Tensor:

@@ -45,15 +45,12 @@ def product_tiles(arch: int, tokens: int, columns: int, multiprocessors: int) ->
 def product_candidates(arch: int) -> list[ByteTiles]:
     """Return tiles of a product of bytes from large to small."""
     deep = 128 if arch in (90, 100) else 64
-    sizes = [
+    return [
         ByteTiles(128, ProductTiles(128, 0, deep, warps=8, stages=4), parts=2),
         ByteTiles(64, ProductTiles(64, 0, 128, warps=4, stages=4), parts=1),
         ByteTiles(32, ProductTiles(64, 0, 128, warps=4, stages=4), parts=1),
         ByteTiles(16, ProductTiles(32, 0, 128, warps=4, stages=4), parts=1),
     ]
-    if arch == 90:
-        sizes.insert(0, ByteTiles(128, ProductTiles(256, 0, deep, warps=8, stages=3), parts=8))
-    return sizes
 
 
 def quantizing_tiles(tokens: int, width: int) -> RowTiles:

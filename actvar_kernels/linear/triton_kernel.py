@@ -12,8 +12,7 @@ from actvar_kernels.linear.tiles import product_tiles, quantizing_tiles
 from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.triton_backend import tiles
 from actvar_kernels.triton_backend.products import add_product, gelu, load_columns, row_pointers, store_product
-
-_HALF_TO_EVEN = tl.constexpr(1.5 * 2**23)
+from actvar_kernels.triton_backend.rows import row_bytes
 
 
 def quantize_rows(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,21 +106,6 @@ def multiply_bytes(
         num_stages=product.stages,
         enable_fp_fusion=False,
     )
-
-
-@triton.jit
-def row_bytes(x):
-    """Return `x` `[ROWS, BLOCK_C]` float32, 0 outside, as bytes, and the scales of the rows; see `quantized.quantized`.
-
-    Without fused sums every number is that of the reference.
-    """
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # NaN is above infinity, and infinity above all numbers
-    scale = tl.div_rn(tl.max(bits, axis=1).to(tl.float32, bitcast=True), 127.0)
-    divides = (scale > 0) & (scale < float("inf"))
-    quotient = tl.div_rn(x, tl.where(divides, scale, 1.0)[:, None])
-    quotient = tl.minimum(tl.maximum(quotient, -127.0), 127.0)
-    nearest = (quotient + _HALF_TO_EVEN) - _HALF_TO_EVEN
-    return tl.where(divides[:, None], nearest, 0.0).to(tl.int8), scale
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -14,6 +14,7 @@ from actvar_kernels.cpu_backend import cpu, row_ops
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm import reference
 from actvar_kernels.residual_norm.reference import AdaLN, Residual
+from actvar_kernels.triton_backend.row_form import ByteRows, RowForm, fake_rows, formed, scales_of, values_of
 
 _LIMITS = f"float32, float16 and bfloat16, up to {MAX_EXPERTS} experts and {MOST_SEQUENCES} sequences"
 
@@ -23,13 +24,13 @@ class Routed(NamedTuple):
 
     Attributes:
         rows: `[R, K, C]` after the residual, or the `Residual` that gives them.
-        u: `[R, K, C]`, the input of the FFN.
+        u: `[R, K, C]`, the input of the FFN, in the form asked for.
         mask: `[R, K, N]` bool, the experts that run.
         logits: `[R, K, N]` float32.
     """
 
     rows: torch.Tensor | Residual
-    u: torch.Tensor
+    u: torch.Tensor | ByteRows
     mask: torch.Tensor
     logits: torch.Tensor
 
@@ -41,7 +42,8 @@ def add_normalize(
     gamma: torch.Tensor,
     scale: torch.Tensor,
     shift: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    form: RowForm | None = None,
+) -> tuple[torch.Tensor, Any]:
     """Return `x[r, index[r, j]] + gamma[r] * update[r, j]`, and the same after `LN(.) * (1 + scale) + shift`.
 
     LN is that of `normalize_modulate`, on the sum as it is stored.
@@ -52,9 +54,10 @@ def add_normalize(
         update: `[R, K, C]`, what the attention branch adds; in x's dtype or, under autocast, a lower one.
         gamma: `[R, 1, C]`, the gate of the branch that ends.
         scale, shift: `[R, 1, C]`, of the branch that begins.
+        form: of the normalised rows; None for x's dtype.
 
     Returns:
-        Two tensors `[R, K, C]` in x's dtype.
+        `[R, K, C]` in x's dtype, and `[R, K, C]` in the form.
 
     Raises:
         TypeError: an index that is not int64.
@@ -64,6 +67,13 @@ def add_normalize(
     adaln = AdaLN(gamma, scale, shift)
     _expect_rows(x, index, update, adaln)
     backend = _choose("add_normalize", x, update, adaln)
+    if form is not None:
+        if not form.is_fused(backend, x, update, *adaln):
+            rows, u = add_normalize(x, index, update, *adaln)
+            return rows, u.to(form.dtype)
+        run = torch.ops.actvar_kernels.add_normalize_as if backend.recorded else _add_as
+        rows, u, scales = run(x, index, update, *adaln, *form)
+        return rows, formed(u, scales, form)
     if backend.calls_operator:
         return torch.ops.actvar_kernels.add_normalize(x, index, update, *adaln)
     return _add(backend, x, index, update, adaln)
@@ -80,6 +90,7 @@ def add_normalize_route(
     bias: torch.Tensor,
     active: int,
     deferred: bool = False,
+    form: RowForm | None = None,
 ) -> Routed:
     """Run `add_normalize`, then `route_experts` on the result; on Triton in one launch, for up to 32 experts.
 
@@ -89,6 +100,7 @@ def add_normalize_route(
         active: experts per token, 1 ... N.
         deferred: whether `rows` is a `Residual` of the arguments, which `expert_ffn_scatter` takes instead. On Triton
             the sum is made again there, which costs less than to write and read it.
+        form: of `u`; None for x's dtype. The router reads it in x's dtype.
 
     Raises:
         TypeError: an index that is not int64.
@@ -102,6 +114,13 @@ def add_normalize_route(
     active = expect_count("active", active, weight.shape[0])
     expect_one_device(x, weight, bias)
     backend = _choose("add_normalize_route", x, update, adaln, weight, bias)
+    if form is not None:
+        if not form.is_fused(backend, x, update, *adaln, weight, bias):
+            routed = add_normalize_route(x, index, update, *adaln, weight, bias, active, deferred)
+            return routed._replace(u=values_of(routed.u).to(form.dtype))
+        run = torch.ops.actvar_kernels.add_normalize_route_as if backend.recorded else _add_and_route_as
+        rows, u, scales, mask, logits = run(x, index, update, *adaln, weight, bias, active, deferred, *form)
+        return Routed(Residual(x, update, gamma) if deferred else rows, formed(u, scales, form), mask, logits)
     if backend.calls_operator:
         operator = torch.ops.actvar_kernels.add_normalize_route
         rows, *others = operator(x, index, update, *adaln, weight, bias, active, deferred)
@@ -231,3 +250,62 @@ def add_normalize_route_flops(_x, _index, update_shape, _gamma, _scale, _shift, 
 
 
 register_flop_formula(torch.ops.actvar_kernels.add_normalize_route)(add_normalize_route_flops)
+
+
+def _add_as(
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    update: torch.Tensor,
+    gamma: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    dtype: torch.dtype,
+    int8: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the sum, rows of a form and their scales, on Triton; scales are empty where there are none."""
+    from actvar_kernels.residual_norm import triton_kernel
+
+    adaln = AdaLN(gamma, scale, shift)
+    rows, u = triton_kernel.add_normalize(x, index, update, adaln, RowForm(dtype, int8))
+    return rows, values_of(u), scales_of(u)
+
+
+def _add_and_route_as(
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    update: torch.Tensor,
+    gamma: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    active: int,
+    fuse_residual: bool,
+    dtype: torch.dtype,
+    int8: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return sum, rows of a form, scales, mask and logits, on Triton; what there is none of is empty."""
+    from actvar_kernels.residual_norm import triton_kernel
+
+    arguments = (x, index, update, AdaLN(gamma, scale, shift), weight, bias, active, fuse_residual)
+    rows, u, mask, logits = triton_kernel.add_normalize_route(*arguments, RowForm(dtype, int8))
+    return x.new_empty(0) if rows is None else rows, values_of(u), scales_of(u), mask, logits
+
+
+_add_operator = torch.library.custom_op("actvar_kernels::add_normalize_as", _add_as, mutates_args=())
+_route_operator = torch.library.custom_op("actvar_kernels::add_normalize_route_as", _add_and_route_as, mutates_args=())
+
+
+@_add_operator.register_fake
+def _(x, index, update, gamma, scale, shift, dtype, int8):
+    return x.new_empty(update.shape), *fake_rows(x, RowForm(dtype, int8), *update.shape)
+
+
+@_route_operator.register_fake
+def _(x, index, update, gamma, scale, shift, weight, bias, active, fuse_residual, dtype, int8):
+    mask = x.new_empty(*update.shape[:-1], weight.shape[0], dtype=torch.bool)
+    rows = x.new_empty(0 if fuse_residual else update.shape)
+    return rows, *fake_rows(x, RowForm(dtype, int8), *update.shape), mask, torch.empty_like(mask, dtype=torch.float32)
+
+
+register_flop_formula(torch.ops.actvar_kernels.add_normalize_route_as)(add_normalize_route_flops)

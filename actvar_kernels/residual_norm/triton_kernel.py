@@ -11,21 +11,31 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.residual_norm.reference import AdaLN
-from actvar_kernels.triton_backend.rows import channels_last, load_rows, load_vector, normalized, route
+from actvar_kernels.triton_backend.row_form import RowForm, formed
+from actvar_kernels.triton_backend.rows import (
+    TRITON_DTYPES,
+    channels_last,
+    load_rows,
+    load_vector,
+    normalized,
+    route,
+    store_as,
+)
 from actvar_kernels.triton_backend.tiles import route_tiles, row_tiles
 
 
 def add_normalize(
-    x: torch.Tensor, index: torch.Tensor | None, update: torch.Tensor, adaln: AdaLN
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, index: torch.Tensor | None, update: torch.Tensor, adaln: AdaLN, form: RowForm | None = None
+) -> tuple[torch.Tensor, Any]:
     """Return what `reference.add_normalize` does, with one rounding of the sum.
 
     Args:
         x, update: `[R, L, C]` and `[R, K, C]`, float32, float16 or bfloat16.
         index: `[R, K]` int64, or None.
         adaln: three tensors `[R, 1, C]`, float32, float16 or bfloat16.
+        form: of the normalised rows; None for those of the reference.
     """
-    out, u, _, _ = _launch(x, index, update, adaln, None, None, 0, fuse_residual=False)
+    out, u, _, _ = _launch(x, index, update, adaln, None, None, 0, fuse_residual=False, form=form)
     return out, u
 
 
@@ -38,16 +48,17 @@ def add_normalize_route(
     bias: torch.Tensor,
     active: int,
     fuse_residual: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    form: RowForm | None = None,
+) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     """Return what `reference.add_normalize_route` does, with one rounding of the sum.
 
     Args:
-        x, index, update, adaln: as in `add_normalize`.
+        x, index, update, adaln, form: as in `add_normalize`. Experts are chosen by the rows of the reference.
         weight, bias: `[N, C]` and `[N]`, N <= 32, float32, float16 or bfloat16.
         active: experts per token, 1 ... N.
         fuse_residual: whether to leave out the sum, which is None then.
     """
-    return _launch(x, index, update, adaln, weight.contiguous(), bias, active, fuse_residual)
+    return _launch(x, index, update, adaln, weight.contiguous(), bias, active, fuse_residual, form)
 
 
 def _launch(
@@ -59,11 +70,13 @@ def _launch(
     bias: torch.Tensor | None,
     active: int,
     fuse_residual: bool,
-) -> tuple[Any, torch.Tensor, Any, Any]:
+    form: RowForm | None,
+) -> tuple[Any, Any, Any, Any]:
     """Launch the kernel; without a weight there are no experts."""
     R, K, C = update.shape
     x, update, gamma, scale, shift = channels_last(x, update, *adaln)
-    out, u = None if fuse_residual else x.new_empty(R, K, C), x.new_empty(R, K, C)
+    form = RowForm(x.dtype) if form is None else form
+    out, (u, scales) = None if fuse_residual else x.new_empty(R, K, C), form.empty(x, R, K, C)
     mask = logits = None
     experts = 0 if weight is None else weight.shape[0]
     if experts:
@@ -81,6 +94,7 @@ def _launch(
         bias,
         out,
         u,
+        scales,
         mask,
         logits,
         x.stride(),
@@ -94,10 +108,11 @@ def _launch(
         C=C,
         BLOCK_C=triton.next_power_of_2(C),
         ROWS=tiles.rows,
+        DTYPE=TRITON_DTYPES[form.dtype],
         num_warps=tiles.warps,
         enable_fp_fusion=True,
     )
-    return out, u, mask, logits
+    return out, formed(u, scales, form), mask, logits
 
 
 @triton.jit(do_not_specialize=["length", "active"])
@@ -112,6 +127,7 @@ def _add_normalize_route(
     bias_ptr,
     out_ptr,
     u_ptr,
+    u_scales_ptr,
     mask_ptr,
     logits_ptr,
     x_strides,
@@ -125,10 +141,11 @@ def _add_normalize_route(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Add, normalise and route `ROWS` rows of a sequence, those of x by their index if there is one.
 
-    Without experts there is no routing. Without `out_ptr` the sum is not kept.
+    Without experts there is no routing. Without `out_ptr` the sum is not kept. With `u_scales_ptr` the rows are bytes.
     """
     sequence = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -146,7 +163,7 @@ def _add_normalize_route(
     shift = load_vector(shift_ptr, shift_strides, sequence, channel, inside)
 
     # later operations read the sum and its LayerNorm as they are stored
-    dtype: tl.constexpr = u_ptr.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     flat = sequence.to(tl.int64) * length + row
     target = flat[:, None] * C + channel[None, :]
     written = present[:, None] & inside[None, :]
@@ -155,7 +172,7 @@ def _add_normalize_route(
         tl.store(out_ptr + target, out, mask=written)
     u = normalized(out.to(tl.float32), inside, C) * (1.0 + scale)[None, :] + shift[None, :]
     u = u.to(dtype)
-    tl.store(u_ptr + target, u, mask=written)
+    store_as(u_ptr, u_scales_ptr, u, target, flat, present, inside, DTYPE)
     if EXPERTS:
         route(
             u.to(tl.float32),

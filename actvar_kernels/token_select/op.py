@@ -12,6 +12,7 @@ from actvar_kernels.checks import as_number, expect_count, expect_one_device, ex
 from actvar_kernels.cpu_backend import cpu, row_ops
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.token_select import reference
+from actvar_kernels.triton_backend.row_form import ByteRows, RowForm, fake_rows, formed, scales_of, values_of
 
 MAX_TOKENS = 8192
 """Tokens of a sequence that the Triton kernel ranks."""
@@ -24,14 +25,14 @@ class Selection(NamedTuple):
 
     Attributes:
         index: `[R, K]` int64, ascending.
-        modulated: `[R, K, C]`, the kept rows of x after LayerNorm and modulation, in x's dtype.
+        modulated: `[R, K, C]`, the kept rows of x after LayerNorm and modulation, in the form asked for.
         scores: `[R, L]` float32; None where another block has chosen.
         rest: `[R, L, C]` in x's dtype: rows of x that were not kept, the others undefined. The scattering operations
             fill and return it.
     """
 
     index: torch.Tensor
-    modulated: torch.Tensor
+    modulated: torch.Tensor | ByteRows
     scores: torch.Tensor | None
     rest: torch.Tensor
 
@@ -46,6 +47,7 @@ def select_tokens(
     *,
     share_guidance: bool = False,
     in_place: bool = False,
+    form: RowForm | None = None,
 ) -> Selection:
     """Keep the `keep` rows with the highest `LN(x) @ weight + bias`; modulate them by `LN(x) * (1 + scale) + shift`.
 
@@ -60,6 +62,7 @@ def select_tokens(
         share_guidance: whether the first half of the R rows (conditional) decides for the second half as well.
         in_place: whether `base` may be x itself, which the operation that fills it then overwrites. It never is where
             gradients are on.
+        form: of the modulated rows; None for x's dtype.
 
     Raises:
         ValueError: shapes or devices that do not fit, `keep` out of range, an odd R with `share_guidance`.
@@ -78,6 +81,13 @@ def select_tokens(
     tensors = (x, weight, bias, scale, shift)
     expect_one_device(*tensors)
     backend = _choose_selection(*tensors)
+    if form is not None:
+        if not form.is_fused(backend, *tensors):
+            plain = select_tokens(*tensors, keep, share_guidance=share_guidance, in_place=in_place)
+            return plain._replace(modulated=values_of(plain.modulated).to(form.dtype))
+        run = torch.ops.actvar_kernels.select_tokens_as if backend.recorded else _select_as
+        values, scales, scores, base, index = run(*tensors, keep, share_guidance, in_place, *form)
+        return Selection(index, formed(values, scales, form), scores, x if in_place else base)
     if backend.calls_operator:
         operator = torch.ops.actvar_kernels.select_tokens
         modulated, scores, base, index = operator(*tensors, keep, share_guidance, in_place)
@@ -116,6 +126,26 @@ def normalize_modulate(
     if backend.calls_operator:
         return torch.ops.actvar_kernels.normalize_modulate(*tensors, guidance)
     return _normalize(backend, *tensors, guidance)
+
+
+def normalize_modulate_as(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, form: RowForm | None
+) -> torch.Tensor | ByteRows:
+    """Return `normalize_modulate` in a form, or as it is without one; on Triton in one launch.
+
+    Args:
+        x, scale, shift: as in `normalize_modulate`, with its errors.
+        form: of the rows.
+    """
+    tensors = (x, scale, shift)
+    if form is None:
+        return normalize_modulate(*tensors)
+    backend = _choose_norm(*tensors, guided=False)
+    if not form.is_fused(backend, *tensors):
+        return normalize_modulate(*tensors).to(form.dtype)
+    run = torch.ops.actvar_kernels.normalize_modulate_as if backend.recorded else _normalize_as
+    rows, scales = run(*tensors, *form)
+    return formed(rows, scales, form)
 
 
 def _choose_selection(x: torch.Tensor, *others: torch.Tensor) -> Backend:
@@ -231,3 +261,53 @@ def _(x, scale, shift, guidance):
 
 
 register_reference_gradient(_normalize_modulate, reference.normalize_modulate)
+
+
+def _select_as(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    keep: int,
+    share_guidance: bool,
+    in_place: bool,
+    dtype: torch.dtype,
+    int8: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return rows of a form, scales, scores, base and index, on Triton; what there is none of is empty."""
+    from actvar_kernels.token_select import triton_kernel
+
+    tensors, form = (x, weight, bias, scale, shift), RowForm(dtype, int8)
+    index, rows, scores, base = triton_kernel.select_tokens(*tensors, keep, share_guidance, in_place, form)
+    return values_of(rows), scales_of(rows), scores, x.new_empty(0) if in_place else base, index
+
+
+def _normalize_as(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype, int8: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of a form and their scales, on Triton; scales are empty where there are none."""
+    from actvar_kernels.token_select import triton_kernel
+
+    rows = triton_kernel.normalize_modulate(x, scale, shift, None, RowForm(dtype, int8))
+    return values_of(rows), scales_of(rows)
+
+
+_select_operator = torch.library.custom_op("actvar_kernels::select_tokens_as", _select_as, mutates_args=())
+_normalize_operator = torch.library.custom_op("actvar_kernels::normalize_modulate_as", _normalize_as, mutates_args=())
+
+
+@_select_operator.register_fake
+def _(x, weight, bias, scale, shift, keep, share_guidance, in_place, dtype, int8):
+    R, L, C = x.shape
+    rows, scales = fake_rows(x, RowForm(dtype, int8), R, keep, C)
+    index, scores = x.new_empty(R, keep, dtype=torch.int64), x.new_empty(R, L, dtype=torch.float32)
+    return rows, scales, scores, x.new_empty(0) if in_place else x.new_empty(R, L, C), index
+
+
+@_normalize_operator.register_fake
+def _(x, scale, shift, dtype, int8):
+    return fake_rows(x, RowForm(dtype, int8), *x.shape)
+
+
+register_flop_formula(torch.ops.actvar_kernels.select_tokens_as)(select_tokens_flops)

@@ -7,12 +7,23 @@ The first of two launches makes the scores. A launch between them ranks sequence
 # pyright: reportCallIssue=false
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from actvar_kernels.constants import NORM_EPS
-from actvar_kernels.triton_backend.rows import channels_last, descending_key, load_rows, load_vector, normalized
+from actvar_kernels.triton_backend.row_form import RowForm, formed
+from actvar_kernels.triton_backend.rows import (
+    TRITON_DTYPES,
+    channels_last,
+    descending_key,
+    load_rows,
+    load_vector,
+    normalized,
+    store_as,
+)
 from actvar_kernels.triton_backend.tiles import (
     SCORE_CHUNK,
     SCORE_ROWS,
@@ -37,15 +48,17 @@ def select_tokens(
     keep: int,
     share_guidance: bool,
     in_place: bool,
-) -> tuple[torch.Tensor, ...]:
-    """Return index, modulated rows, scores and base, see `op.select_tokens`.
+    form: RowForm | None = None,
+) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+    """Return index, modulated rows, scores and base, see `op.select_tokens`; the rows in a form, if there is one.
 
     With `in_place` the base is x. Otherwise it is new memory, in which the rows that were kept are not written.
     """
     R, L, C = x.shape
     x, scale, shift = channels_last(x, scale, shift)
     index = x.new_empty(R, keep, dtype=torch.int64)
-    modulated = x.new_empty(R, keep, C)
+    form = RowForm(x.dtype) if form is None else form
+    modulated, modulated_scales = form.empty(x, R, keep, C)
     scores = x.new_empty(R, L, dtype=torch.float32)
     moments = x.new_empty(R, L, 2, dtype=torch.float32)  # mean and 1 / sqrt(variance + eps)
     base = None if in_place else x.new_empty(R, L, C)
@@ -84,6 +97,7 @@ def select_tokens(
         shift,
         index,
         modulated,
+        modulated_scales,
         base,
         x.stride(),
         scale.stride(),
@@ -98,26 +112,29 @@ def select_tokens(
         ROWS=tiles.rows,
         SCORE_ROWS=SCORE_ROWS,
         CHUNK=SCORE_CHUNK,
+        DTYPE=TRITON_DTYPES[form.dtype],
         num_warps=tiles.warps,
         enable_fp_fusion=True,
         **most_registers(tiles.registers),
     )
-    return index, modulated, scores, x if base is None else base
+    return index, formed(modulated, modulated_scales, form), scores, x if base is None else base
 
 
 def normalize_modulate(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None
-) -> torch.Tensor:
-    """Return what `reference.normalize_modulate` does."""
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None, form: RowForm | None = None
+) -> Any:
+    """Return what `reference.normalize_modulate` does, in a form, if there is one."""
     R, K, C = x.shape
     x, scale, shift = channels_last(x, scale, shift)
-    out = x.new_empty(R if guidance is None else R // 2, K, C)
+    form = RowForm(x.dtype) if form is None else form
+    out, out_scales = form.empty(x, R if guidance is None else R // 2, K, C)
     tiles = row_tiles(R * K, C)
     _normalize_modulate[(triton.cdiv(K, tiles.rows), out.shape[0])](
         x,
         scale,
         shift,
         out,
+        out_scales,
         x.stride(),
         scale.stride(),
         shift.stride(),
@@ -127,10 +144,11 @@ def normalize_modulate(
         C=C,
         BLOCK_C=triton.next_power_of_2(C),
         ROWS=tiles.rows,
+        DTYPE=TRITON_DTYPES[form.dtype],
         num_warps=tiles.warps,
         enable_fp_fusion=True,
     )
-    return out
+    return formed(out, out_scales, form)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -224,6 +242,7 @@ def _select(
     shift_ptr,
     index_ptr,
     modulated_ptr,
+    modulated_scales_ptr,
     base_ptr,
     x_strides,
     scale_strides,
@@ -238,6 +257,7 @@ def _select(
     ROWS: tl.constexpr,
     SCORE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Put `STEPS * ROWS` rows of a sequence in the order of their places.
 
@@ -280,7 +300,8 @@ def _select(
         target = slot[:, None] * C + channel[None, :]
         normal = (x.to(tl.float32) - mean[:, None]) * root[:, None]
         modulated = normal * (1.0 + scale)[None, :] + shift[None, :]
-        tl.store(modulated_ptr + target, modulated.to(x.dtype), mask=kept[:, None] & inside[None, :])
+        modulated = modulated.to(x.dtype)
+        store_as(modulated_ptr, modulated_scales_ptr, modulated, target, slot, kept, inside, DTYPE)
         if base_ptr is not None:
             left = (place >= keep) & (place < length)
             source = (sequence.to(tl.int64) * length + row)[:, None] * C + channel[None, :]
@@ -319,6 +340,7 @@ def _normalize_modulate(
     scale_ptr,
     shift_ptr,
     out_ptr,
+    out_scales_ptr,
     x_strides,
     scale_strides,
     shift_strides,
@@ -328,6 +350,7 @@ def _normalize_modulate(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Normalise and modulate `ROWS` rows of a sequence."""
     sequence = tl.program_id(1)
@@ -345,5 +368,7 @@ def _normalize_modulate(
             out += (1.0 + guidance if half == 0 else -guidance) * y
         else:
             out = y
-    target = (sequence.to(tl.int64) * length + row)[:, None] * C + channel[None, :]
-    tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=(row < length)[:, None] & inside[None, :])
+    flat = sequence.to(tl.int64) * length + row
+    target = flat[:, None] * C + channel[None, :]
+    out = out.to(x_ptr.dtype.element_ty)
+    store_as(out_ptr, out_scales_ptr, out, target, flat, row < length, inside, DTYPE)

@@ -14,7 +14,10 @@ from actvar_kernels.operations import table
 from actvar_kernels.operations.inputs import BlockInputs, empty_inputs
 from actvar_kernels.operations.shapes import INFINITY, INFINITY_HEAD_DIM, MODELS, VOCABULARY, BlockShape
 from actvar_kernels.operations.table import Call, Operation, expert_ffn_scatter_arguments
+from actvar_kernels.residual_norm.op import add_normalize, add_normalize_route
 from actvar_kernels.rotary.op import rotate_heads
+from actvar_kernels.token_select.op import normalize_modulate_as, select_tokens
+from actvar_kernels.triton_backend.row_form import RowForm
 from actvar_kernels.triton_backend.tiles import ExpertTiles, architecture, expert_ffn_candidates, using_expert_tiles
 from actvar_kernels.triton_backend.tuning_table import SCHEDULES
 
@@ -54,8 +57,14 @@ def _infinity_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
 
 
 def _byte_cases(inputs: BlockInputs) -> Cases:
-    """Yield the products of a block in eight bits."""
-    C = inputs.shape.width
+    """Yield the products of a block in eight bits, and norms that write such rows."""
+    C, form = inputs.shape.width, RowForm(inputs.u.dtype, int8=True)
+    for operation in table.BLOCK:
+        if operation.call in (add_normalize, add_normalize_route, select_tokens):
+            for label, arguments in operation.arguments(inputs).items():
+                yield f"{operation.name} {label} as bytes", functools.partial(operation.call, **arguments, form=form)
+    _, _, scale, _, shift, _ = inputs.modulation
+    yield "normalize_modulate as bytes", functools.partial(normalize_modulate_as, inputs.rows, scale, shift, form)
     for outputs in (3 * C, C):
         weight, bias = inputs.u.new_empty(outputs, C), inputs.u.new_empty(outputs)
         yield f"linear in int8, {outputs} outputs", functools.partial(linear, inputs.u, weight, bias, int8=True)

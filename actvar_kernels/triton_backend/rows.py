@@ -11,6 +11,8 @@ from actvar_kernels.constants import NORM_EPS
 _EPS = tl.constexpr(NORM_EPS)
 _LOWEST = tl.constexpr(-(2**31))
 _HIGHEST = tl.constexpr(2**31 - 1)
+_HALF_TO_EVEN = tl.constexpr(1.5 * 2**23)
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def channels_last(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -42,6 +44,39 @@ def normalized(x, inside, C: tl.constexpr):
     deviation = tl.where(inside[None, :], x - mean[:, None], 0.0)
     variance = tl.sum(deviation * deviation, axis=1) / C
     return deviation * tl.rsqrt(variance + _EPS)[:, None]
+
+
+@triton.jit
+def row_bytes(x):
+    """Return `x` `[ROWS, BLOCK_C]` float32, 0 outside, as bytes, and the scales of the rows; see `quantized.quantized`.
+
+    Without fused sums every number is that of the reference.
+    """
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # NaN is above infinity, and infinity above all numbers
+    scale = tl.div_rn(tl.max(bits, axis=1).to(tl.float32, bitcast=True), 127.0)
+    divides = (scale > 0) & (scale < float("inf"))
+    quotient = tl.div_rn(x, tl.where(divides, scale, 1.0)[:, None])
+    quotient = tl.minimum(tl.maximum(quotient, -127.0), 127.0)
+    nearest = (quotient + _HALF_TO_EVEN) - _HALF_TO_EVEN
+    return tl.where(divides[:, None], nearest, 0.0).to(tl.int8), scale
+
+
+@triton.jit
+def store_as(ptr, scales_ptr, x, target, row, present, inside, DTYPE: tl.constexpr):
+    """Store rows `x` `[ROWS, BLOCK_C]` in `DTYPE`, or with `scales_ptr` the bytes of such rows, and their scales.
+
+    Args:
+        target: places of all numbers, `[ROWS, BLOCK_C]`.
+        row: places of the scales, `[ROWS]`.
+    """
+    x = x.to(DTYPE)
+    written = present[:, None] & inside[None, :]
+    if scales_ptr is None:
+        tl.store(ptr + target, x, mask=written)
+    else:
+        values, scale = row_bytes(tl.where(inside[None, :], x.to(tl.float32), 0.0))  # pyright: ignore[reportGeneralTypeIssues]
+        tl.store(ptr + target, values, mask=written)
+        tl.store(scales_ptr + row, scale, mask=present)
 
 
 @triton.jit

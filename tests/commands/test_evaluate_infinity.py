@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from support.tiny_t5 import StandIn
 import actvar
 from actvar import ActVARConfig, apply_patch, save_adapter
 from actvar.cli import main, sample_infinity
-from actvar.evaluate import lite0, lite0_quality
+from actvar.evaluate import bundled, lite0, lite0_quality
 from actvar.evaluate.lite0 import Lite0
 from actvar.evaluate.similarity import psnr, ssim
 from actvar.evaluate.texts import MOST_PSNR
@@ -25,6 +26,7 @@ from actvar.models.infinity import schedules
 from actvar.sampling.shards import Bulk, image_seed
 from actvar.text import encoder as encoder_module
 from actvar.utils.pictures import pixel_values
+from actvar.zoo.fashion_mnist_text.architecture import DRAW
 
 SCALES = 5
 SMALL = ["--pn", "0.06M", "--aspect", "3:1"]
@@ -166,6 +168,33 @@ def test_wrong_arguments_are_one_line(more, message, files, tmp_path, capsys):
         main(arguments(files, tmp_path, *more))
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_single_garments_of_the_bundled_model_are_judged_by_both_networks(tmp_path, monkeypatch, caplog):
+    """FID stands beside the distances to the dense images; the judges see grey images of all methods."""
+    seen = []
+
+    def judge(images: torch.Tensor) -> dict[str, float]:
+        seen.append(images.shape)
+        return {"fid": float(len(seen)), "fid_lite0": 2.0}
+
+    monkeypatch.setattr(
+        bundled, "training_lite0_quality", lambda data, device: SimpleNamespace(network=lite0.load_lite0())
+    )
+    monkeypatch.setattr(bundled, "text_judges", lambda data, quality, device: [("both", bundled._of_grey(judge))])
+    (tmp_path / "prompts.txt").write_text("a sandal\na dark coat", "utf-8")
+    call = ["evaluate", "--model", "fashion-mnist-text", "--prompts", str(tmp_path / "prompts.txt"), "--batch", "10"]
+    call += ["--methods", "dense,unguided@1", "--rounds", "1", "--json", str(tmp_path / "found.json")]
+    main([*call, "--num", "20", "--plot", str(tmp_path / "plot.png")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["model"] == "fashion-mnist-text"
+    assert (found["settings"]["cfg"], found["settings"]["tau"]) == (DRAW["cfg"], DRAW["tau"])
+    assert [entry["fid"] for entry in found["methods"].values()] == [1, 2]
+    assert {"psnr", "ssim", "distance_lite0", "fid_lite0"} <= found["methods"]["unguided@1"].keys()
+    assert seen == [(20, 1, 32, 32)] * 2
+    main([*call, "--num", "2", "--aspect", "2:1"])
+    assert "fid" not in json.loads((tmp_path / "found.json").read_text())["methods"]["dense"]
+    assert "FID is left out: expected at least 20 images of one garment each" in caplog.text
 
 
 def test_a_picture_needs_a_model_of_texts(capsys):

@@ -13,7 +13,7 @@ WIDE: Schedule = [(1, 1, 1), *((1, side, 2 * side) for side in (2, 4, 6, 8))]
 MOST_WORDS = 16
 TOKEN_PIXELS = 4
 """Pixels along each side of a token."""
-DRAW: dict[str, float] = dict(cfg=2.0, tau=0.7, top_k=0, top_p=0.0)
+DRAW: dict[str, float] = dict(cfg=1.5, tau=1.0, top_k=0, top_p=0.0)
 """How bits are drawn unless something else is asked for, as arguments of `Infinity.sample`."""
 
 GARMENTS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
