@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,11 +74,7 @@ def methods_of(model: str | None = None, **placement: Any) -> dict[str, Method]:
     if model:
         for name in bundled_adapters(model):
             found += adapter_methods(name, adapter_path(model, name))
-        for name in bundled_presets(model):
-            path = preset_path(model, name)
-            if path:  # lossless has none, and is the method accelerated
-                found.append(adapter_method(f"preset-{name}", path))
-                found.append(adapter_method(f"preset-{name}-int8", path, weights="int8"))
+        found += preset_methods(model)
         found += [_trained(*baseline) for baseline in bundled_baselines(model).items()]
     for rate in RATES:
         found += [_pruned("magnitude", rate), _pruned("wanda", rate)]
@@ -94,11 +90,29 @@ def methods_of(model: str | None = None, **placement: Any) -> dict[str, Method]:
             logger.warning("code is left out: it needs a smaller model of the same autoencoder: %s", error)
         else:
             found += [code(small, count) for count in COUNTS]
-    found.append(Method("int8", lambda var: patched_silently(var, DENSE, None, Execution(weights="int8"))))
-    if not brgemm.runs(torch.int8):
-        logger.warning("methods in eight bits are left out: this processor has no products of bytes")
-        found = [method for method in found if not method.name.endswith("int8")]
-    return {method.name: method for method in found}
+    return by_name([*found, INT8])
+
+
+INT8 = Method("int8", lambda model: patched_silently(model, DENSE, None, Execution(weights="int8")))
+
+
+def by_name(methods: Sequence[Method]) -> dict[str, Method]:
+    """Return methods by name, without those in eight bits where these do not run, which is logged."""
+    if brgemm.runs(torch.int8):
+        return {method.name: method for method in methods}
+    logger.warning("methods in eight bits are left out: this processor has no products of bytes")
+    return {method.name: method for method in methods if not method.name.endswith("int8")}
+
+
+def preset_methods(model: str) -> list[Method]:
+    """Return the presets with files that a bundled model comes with, each also in eight bits."""
+    found = []
+    for name in bundled_presets(model):
+        path = preset_path(model, name)
+        if path:  # lossless has none, and is the method accelerated
+            found.append(adapter_method(f"preset-{name}", path))
+            found.append(adapter_method(f"preset-{name}-int8", path, weights="int8"))
+    return found
 
 
 def chosen_methods(names: str, known: dict[str, Method]) -> list[Method]:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 
-import torch
-
 from actvar import baselines
 from actvar.baselines.fastvar import PUBLIC_INFINITY
 from actvar.baselines.skipvar import DECIDED_AFTER
 from actvar.config import DENSE
-from actvar.evaluate.methods import Method, adapter_method
-from actvar.execution import Execution
+from actvar.evaluate.methods import INT8, Method, adapter_method, by_name, preset_methods
 from actvar.patching.patch import patched_silently, unpatched
 from actvar.zoo.pretrained import adapter_path, bundled_adapters
-from actvar_kernels.cpu_backend import brgemm
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +25,7 @@ def text_methods(scales: int, batch: int, model: str | None = None) -> dict[str,
     Args:
         scales: number of scales of the images, at least two.
         batch: images per batch.
-        model: name of a bundled model, whose adapters are methods too; None for another one.
+        model: name of a bundled model, whose adapters and presets are methods too; None for another one.
     """
     found = [
         Method("dense", unpatched),
@@ -37,6 +33,7 @@ def text_methods(scales: int, batch: int, model: str | None = None) -> dict[str,
     ]
     if model:
         found += [adapter_method(name, adapter_path(model, name)) for name in bundled_adapters(model)]
+        found += preset_methods(model)
     before = min(scales + first for first in PUBLIC_INFINITY["scales"])
     if before > 0:
         found.append(Method("fastvar", functools.partial(baselines.fastvar, **PUBLIC_INFINITY)))
@@ -54,9 +51,4 @@ def text_methods(scales: int, batch: int, model: str | None = None) -> dict[str,
         logger.warning("skipvar is left out: expected at least %d scales, got %d", 1 - DECIDED_AFTER, scales)
     else:
         found.append(Method("skipvar", baselines.skipvar))
-    if brgemm.runs(torch.int8):
-        execution = Execution(weights="int8")
-        found.append(Method("int8", lambda infinity: patched_silently(infinity, DENSE, None, execution)))
-    else:
-        logger.warning("int8 is left out: this processor has no products of bytes")
-    return {method.name: method for method in found}
+    return by_name([*found, INT8])

@@ -14,6 +14,7 @@ from actvar.zoo.fashion_mnist.data import DEBIAN_FOLDER
 from actvar.zoo.pretrained import TEXT_MODEL, WEIGHTS
 from scripts.fashion_mnist_text.export import export
 from scripts.fashion_mnist_text.measure import measure, save
+from scripts.fashion_mnist_text.presets import CONFIGS, ship, train_preset
 from scripts.fashion_mnist_text.train import Build, train
 
 
@@ -33,6 +34,8 @@ def main() -> None:
         build = Build(options.data, options.work, options.seed)
         train(build, options.processes)
         export(build, folder)
+        for name in CONFIGS:
+            ship(train_preset(name, folder, build.work, build.seed), folder)
     figures = measure(options.data, options.samples)
     save(figures, folder / "quality.json")
     print(json.dumps(figures, indent=2))
