@@ -14,7 +14,6 @@ from actvar.calibrate import calibrate
 from actvar.calibrate.choices import LEVERS
 from actvar.calibrate.goal import PRESETS, Goal
 from actvar.calibrate.plan import plan
-from actvar.cli.infinity_options import is_bundled
 from actvar.cli.options import (
     DTYPES,
     adapter_of,
@@ -33,10 +32,14 @@ from actvar.cli.options import (
     with_rates,
     write_json,
 )
-from actvar.cli.sample_infinity import add_infinity, is_of_texts, load_to_sample_texts, request_of_texts
+from actvar.cli.sample_infinity import (
+    add_infinity,
+    is_of_texts,
+    load_to_sample_texts,
+    request_of_texts,
+    use_default_prompts,
+)
 from actvar.patching.adapter import read_adapter
-from actvar.text import default_prompts
-from actvar.zoo.fashion_mnist_text.architecture import PROMPTS
 from actvar_kernels.cpu_backend.choices import processor
 
 
@@ -105,8 +108,7 @@ def _loaded(options: argparse.Namespace, of_texts: bool) -> tuple[nn.Module, dic
         say_device(options)
         _, var = load(options, DTYPES[options.dtype])
         return var, {"cfg": strength_of(options), "texts": None}
-    if options.prompt is None and options.prompts is None:
-        options.prompt = PROMPTS if is_bundled(options) else default_prompts()
+    use_default_prompts(options)
     infinity, sampling = load_to_sample_texts(options, request_of_texts(options))
     return infinity, {"cfg": sampling.cfg, "texts": sampling.texts}
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from actvar.cli.options import sampler_of, write_json
-from actvar.cli.sample_infinity import load_to_sample_texts, request_of_texts, title_of
+from actvar.cli.sample_infinity import load_to_sample_texts, request_of_texts, title_of, use_default_prompts
 from actvar.reports.method_sheet import save_method_sheet
 from actvar.utils.devices import device_of
 from actvar.zoo.fashion_mnist_text.architecture import SQUARE
@@ -35,6 +35,7 @@ def run_texts(options: argparse.Namespace) -> None:
         from actvar.evaluate.report import Report, save_quality_plot
         from actvar.evaluate.text_methods import text_methods
         from actvar.evaluate.texts import TextEvaluation, evaluate_texts
+    use_default_prompts(options)
     sampling = replace(request_of_texts(options, at_once=False), seed=options.seed)
     batch = options.batch or 1
     methods = chosen_methods(options.methods, text_methods(len(sampling.schedule), batch, options.model))

@@ -26,8 +26,8 @@ from actvar.models import Infinity
 from actvar.models.checkpoint import sizes_of_files
 from actvar.sampling.layouts import Layout
 from actvar.sampling.text_request import TextSampling
-from actvar.text import DEFAULT_ENCODER, MOST_TOKENS, FeatureCache, default_folder
-from actvar.zoo.fashion_mnist_text.architecture import DRAW
+from actvar.text import DEFAULT_ENCODER, MOST_TOKENS, FeatureCache, default_folder, default_prompts
+from actvar.zoo.fashion_mnist_text.architecture import DRAW, PROMPTS
 from actvar.zoo.pretrained import TEXT_MODEL, load_text_encoder
 
 OF_CLASSES = ("label", "labels", "per_class")
@@ -143,6 +143,12 @@ def title_of(sampling: TextSampling, label: int) -> str:
     """Return the start of a prompt for the title of a picture."""
     prompt = sampling.prompts[label]
     return prompt if len(prompt) <= 20 else f"{prompt[:17]}..."
+
+
+def use_default_prompts(options: argparse.Namespace) -> None:
+    """Take the prompts that come with the package, or those of the bundled model, where no others are given."""
+    if options.prompt is None and options.prompts is None:
+        options.prompt = PROMPTS if is_bundled(options) else default_prompts()
 
 
 def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
