@@ -109,7 +109,7 @@ def test_inspect_verify_flops_and_models_know_it(tmp_path, capsys):
         (["sample", *MODEL, "--prompt", "bag", "--pn", "1M"], "--pn is not for --model fashion-mnist-text"),
         (["sample", *MODEL, "--prompt", "bag", "--text-encoder", "t5"], "--text-encoder is not for --model"),
         (["sample", *MODEL, "--prompt", "bag", "--infinity", "x.pth"], "--infinity is not for --model"),
-        (["sample", *MODEL, "--prompt", "bag", "--preset", "near"], r"preset: fashion-mnist-text comes with"),
+        (["sample", *MODEL, "--prompt", "bag", "--preset", "worst"], r"preset: fashion-mnist-text comes with"),
         (["sample", "--model", "fashion-mnist", "--prompt", "bag"], "--prompt: expected --infinity.* or --model"),
         (["verify", *MODEL, "--weights", "int8"], "--weights is not for"),
         (["flops", *MODEL, "--pn", "1M"], "--pn: fashion-mnist-text has one size"),
