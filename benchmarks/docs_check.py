@@ -45,6 +45,7 @@ FILES = {
     "int8": "docs/evaluation/fashion-mnist-int8.json",
     "presets-int8": "docs/evaluation/fashion-mnist-presets-int8.json",
     "seeds": "docs/evaluation/fashion-mnist-5-seeds.json",
+    "text": "docs/evaluation/fashion-mnist-text.json",
 }
 SPAN = re.compile(r"(<!-- (rows?|output) (.*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
