@@ -24,6 +24,7 @@ from actvar.patching.patch import patch_silently, reconfigure, remove_patch
 from actvar.sampling.token_maps import sampled_inputs, spread
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.schedule import Scale, build_schedule
+from actvar.sparse.state import patch_state
 from actvar.utils.progress import progress
 from actvar.utils.wrappers import unwrapped
 
@@ -72,6 +73,15 @@ def calibrate(
     """
     model = unwrapped(var)
     config = ActVARConfig() if config is None else config
+    twin = family_of(model).drawing_twin(model)
+    if twin is not None:
+        patch_silently(model, config, execution)
+        remove_patch(model)
+        report = calibrate(
+            twin, config, images=images, seed=seed, cfg=cfg, texts=texts, uniform=uniform, cluster=cluster
+        )
+        _move_patch(twin, model, execution)
+        return report
     images = checked_integer("images", images, HELD_OUT)
     seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1] - images)  # every batch takes the next seed
     cfg = family_of(model).default_cfg if cfg is None else checked_finite("cfg", cfg)
@@ -147,6 +157,23 @@ def patch_with(model: nn.Module, config: ActVARConfig, execution: Execution | No
             gates.router.bias: fit.router[1],
         }
         set_order_and_gates(block, fit.order, values)
+
+
+@torch.no_grad()
+def _move_patch(source: nn.Module, target: nn.Module, execution: Execution | None) -> None:
+    """Take the patch off `source`, and give the same to `target`, a model of another class with the same weights."""
+    config = patch_state(source).config
+    blocks = patch_state(source).blocks(source)
+    gates = [(block.actvar.hidden_order.clone(), [gate.clone() for gate in _gates(block)]) for block in blocks]
+    remove_patch(source)
+    patch_silently(target, config, execution)
+    for block, (order, values) in zip(patch_state(target).blocks(target), gates, strict=True):
+        set_order_and_gates(block, order, dict(zip(_gates(block), values, strict=True)))
+
+
+def _gates(block: Any) -> list[nn.Parameter]:
+    """Return the parameters of a patched block's selector and router."""
+    return [*block.actvar.selector.parameters(), *block.actvar.router.parameters()]
 
 
 def _active_scales(config: ActVARConfig, maps: Sequence[tuple[int, int]]) -> list[Scale]:

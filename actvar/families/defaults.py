@@ -63,6 +63,10 @@ class BaseFamily:
         sides = [side for token_map in self.maps(model) for side in token_map]
         return {"width": sizes.width, "hidden": sizes.hidden, "maps": sides}
 
+    def drawing_twin(self, model: Any) -> Any:
+        """Return None: the model draws samples itself."""
+        return None
+
     def maps_of(self, model: Any, conditions: Conditions) -> tuple[tuple[int, int], ...]:
         """Return the maps of the model, which do not depend on classes."""
         return self.maps(model)

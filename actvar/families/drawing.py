@@ -25,6 +25,10 @@ class Drawing(Protocol):
     default_cfg: float
     """Strength of guidance where none is given."""
 
+    def drawing_twin(self, model: Any) -> Any:
+        """Return a model with the same weights, not copied, that draws samples; None where `model` itself does."""
+        ...
+
     def maps_of(self, model: Any, conditions: Conditions) -> tuple[tuple[int, int], ...]:
         """Return height and width of the token map of every scale of images that are drawn from `conditions`."""
         ...

@@ -15,6 +15,9 @@ from actvar.families.infinity import InfinityFamily, by_bit, texts_of
 from actvar.families.infinity_mixin import maps_of
 from actvar.families.kv_cache import AttentionCache
 from actvar.models.arguments import one_thread
+from actvar.models.basic_vae import NORM_GROUPS
+from actvar.models.checkpoint.infinity_sizes import TokenizerSizes, infinity_pair, infinity_sizes
+from actvar.models.infinity import Infinity
 from actvar.utils.class_swap import own_class
 from actvar.utils.plain_layers import why_called
 from actvar.utils.weight_override import own_weights
@@ -132,6 +135,22 @@ class PublicInfinityFamily(InfinityFamily):
         raise TypeError(
             "expected an actvar.models.Infinity, whose scales can be watched; the public loop is one method"
         )
+
+    def drawing_twin(self, model: Any) -> Infinity:
+        """Return ours with the weights of the public model, and a tokenizer that turns bits into codes and no more.
+
+        Raises:
+            TypeError: layers of the model are wrapped or of other classes, so that its weights are not ours.
+        """
+        state = model.state_dict()
+        sizes = infinity_sizes(state)
+        bits = sizes.token_bits // (4 if model.apply_spatial_patchify else 1)
+        _, twin = infinity_pair(sizes, TokenizerSizes(bits, NORM_GROUPS, (1,), 1))
+        if state.keys() != twin.state_dict().keys():
+            other = min(state.keys() ^ twin.state_dict().keys())
+            raise TypeError(f"expected the tensors of the public class, which ours has as well, got others: {other}")
+        twin.load_state_dict(state, assign=True)
+        return twin
 
     def token_maps(self, model: Any, conditions: Any, seed: int, cfg: float) -> Tensor:
         raise self._needs_tokenizer()

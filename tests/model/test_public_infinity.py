@@ -13,6 +13,7 @@ from support.public_infinity import SIZE, public_and_own, round_nowhere, sample_
 from torch import Tensor, nn
 
 from actvar import ActVARConfig, Execution, Texts, apply_patch, load_adapter, patched, remove_patch, save_adapter
+from actvar.calibrate import calibrate
 from actvar.distill import Stage1, Stage2
 from actvar.distill.data import sampled_source
 from actvar.models import Infinity
@@ -205,3 +206,18 @@ def test_in_training_teacher_and_student_leave_out_the_same_texts(pair):
 def test_a_graph_needs_the_loop_of_our_class(pair):
     with pytest.raises(ValueError, match=r"cuda_graph: True needs actvar\.models\.VAR or Infinity"):
         apply_patch(pair[0], ActVARConfig(**ONES), Execution(cuda_graph=True))
+
+
+def test_it_is_calibrated_as_ours_is_and_the_patch_comes_off_bit_for_bit(pair):
+    public, own = pair
+    features, lengths = tiny_text(LENGTHS)
+    texts = Texts(features.split(lengths), SCHEDULE)
+    before = fingerprint(public)
+    config = ActVARConfig(token_rates=(0.5, 0.75), ffn_rate=0.5, num_experts=8)
+    reports = [calibrate(model, config, images=4, texts=texts) for model in pair]
+    assert reports[0] == reports[1]
+    for ours, theirs in zip(own.unregistered_blocks, public.unregistered_blocks, strict=True):
+        assert torch.equal(ours.actvar.hidden_order, theirs.actvar.hidden_order)
+        assert same(list(ours.actvar.parameters()), list(theirs.actvar.parameters()))
+    remove_patch(public)
+    assert_same_fingerprint(before, fingerprint(public))
