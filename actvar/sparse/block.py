@@ -26,11 +26,11 @@ from actvar_kernels import (
     add_normalize_route,
     choose_fused,
     expert_ffn_scatter,
+    normalize_modulate,
     scatter_rows,
     subset_attention,
 )
 from actvar_kernels.backend import REFERENCE, Backend
-from actvar_kernels.token_select.op import normalize_modulate_as
 from actvar_kernels.triton_backend.row_form import RowForm, values_of
 
 
@@ -154,13 +154,13 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
         in_place = shared.writes_in_place and fused
         index, u, scores, base = selected(block, x, scale1, shift1, scale, current, in_place, form)
     else:
-        u = normalize_modulate_as(x, scale1, shift1, form)
+        u = normalize_modulate(x, scale1, shift1, form=form)
 
     # attention of the kept tokens over the cache and their own scale
     at = Rows(scale.start, scale.tokens, index)
     keys_from = u
     if scale.select and shared.config.kv == "all":
-        keys_from = normalize_modulate_as(x, scale1, shift1, form)
+        keys_from = normalize_modulate(x, scale1, shift1, form=form)
     update = attend(block, u, keys_from, sample, scale, fused, at, call)
 
     # the layer between attention and FFN, such as cross-attention; then the rows that are kept are all there are

@@ -8,8 +8,7 @@ import torch
 
 from actvar.sparse.passes import Pass
 from actvar.sparse.schedule import Scale
-from actvar_kernels import Selection, select_tokens
-from actvar_kernels.token_select.op import normalize_modulate_as
+from actvar_kernels import Selection, normalize_modulate, select_tokens
 from actvar_kernels.token_select.reference import gather_rows
 from actvar_kernels.triton_backend.row_form import RowForm
 
@@ -40,7 +39,7 @@ def selected(
     gates, config = block.actvar, block.actvar.shared.config
     if config.fixed_tokens and gates.block_index > 0:
         index = current.tokens_of(scale.index, len(x))
-        modulated = normalize_modulate_as(gather_rows(x, index), scale1, shift1, form)
+        modulated = normalize_modulate(gather_rows(x, index), scale1, shift1, form=form)
         return Selection(index, modulated, None, x if in_place else x.clone())
     weight, bias = gates.selector.weight, gates.selector.bias
     share = config.share_cfg_selection and current.are_guided()

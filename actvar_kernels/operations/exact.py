@@ -59,7 +59,7 @@ def select_tokens(widen: Widen, x, weight, bias, scale, shift, keep, share_guida
 
 def normalize_modulate(widen: Widen, x, **arguments) -> Callable[..., Parts]:
     """Judge the output."""
-    exact = token_op.normalize_modulate(widen(x), **wide(arguments))
+    exact: Any = token_op.normalize_modulate(widen(x), **wide(arguments))
     return lambda result: iter([("output", result, exact)])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -96,9 +96,26 @@ def select_tokens(
     return Selection(index, modulated, scores, x if in_place else base)
 
 
+@overload
 def normalize_modulate(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None = None
-) -> torch.Tensor:
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, guidance: float | None = None, *, form: None = None
+) -> torch.Tensor: ...
+
+
+@overload
+def normalize_modulate(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *, form: RowForm | None
+) -> torch.Tensor | ByteRows: ...
+
+
+def normalize_modulate(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    guidance: float | None = None,
+    *,
+    form: RowForm | None = None,
+) -> torch.Tensor | ByteRows:
     """Return `y = LN(x) * (1 + scale) + shift`, computed in float32, or float64 for a float64 x.
 
     Args:
@@ -106,12 +123,13 @@ def normalize_modulate(
         scale, shift: `[R, 1, C]`, floating-point.
         guidance: strength t of classifier-free guidance, or None. With it `(1 + t) * y[:R // 2] - t * y[R // 2:]` is
             returned: a linear layer that follows has half the rows.
+        form: of the result, without guidance; None for x's dtype. Triton takes one launch in each.
 
     Returns:
-        `[R, K, C]` in x's dtype, with guidance `[R // 2, K, C]`.
+        `[R, K, C]` in the form, or in x's dtype with guidance `[R // 2, K, C]`.
 
     Raises:
-        ValueError: shapes or devices that do not fit.
+        ValueError: shapes or devices that do not fit, or a form with guidance.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     expect_shape("x", x, (None, None, None))
@@ -123,29 +141,17 @@ def normalize_modulate(
     tensors = (x, scale, shift)
     expect_one_device(*tensors)
     backend = _choose_norm(*tensors, guided=guidance is not None)
+    if form is not None:
+        if guidance is not None:
+            raise ValueError(f"form: expected None with guidance, got {form}")
+        if not form.is_fused(backend, *tensors):
+            return normalize_modulate(*tensors).to(form.dtype)
+        run = torch.ops.actvar_kernels.normalize_modulate_as if backend.recorded else _normalize_as
+        rows, scales = run(*tensors, *form)
+        return formed(rows, scales, form)
     if backend.calls_operator:
         return torch.ops.actvar_kernels.normalize_modulate(*tensors, guidance)
     return _normalize(backend, *tensors, guidance)
-
-
-def normalize_modulate_as(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, form: RowForm | None
-) -> torch.Tensor | ByteRows:
-    """Return `normalize_modulate` in a form, or as it is without one; on Triton in one launch.
-
-    Args:
-        x, scale, shift: as in `normalize_modulate`, with its errors.
-        form: of the rows.
-    """
-    tensors = (x, scale, shift)
-    if form is None:
-        return normalize_modulate(*tensors)
-    backend = _choose_norm(*tensors, guided=False)
-    if not form.is_fused(backend, *tensors):
-        return normalize_modulate(*tensors).to(form.dtype)
-    run = torch.ops.actvar_kernels.normalize_modulate_as if backend.recorded else _normalize_as
-    rows, scales = run(*tensors, *form)
-    return formed(rows, scales, form)
 
 
 def _choose_selection(x: torch.Tensor, *others: torch.Tensor) -> Backend:

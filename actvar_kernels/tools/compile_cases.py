@@ -16,7 +16,7 @@ from actvar_kernels.operations.shapes import INFINITY, INFINITY_HEAD_DIM, MODELS
 from actvar_kernels.operations.table import Call, Operation, expert_ffn_scatter_arguments
 from actvar_kernels.residual_norm.op import add_normalize, add_normalize_route
 from actvar_kernels.rotary.op import rotate_heads
-from actvar_kernels.token_select.op import normalize_modulate_as, select_tokens
+from actvar_kernels.token_select.op import normalize_modulate, select_tokens
 from actvar_kernels.triton_backend.row_form import RowForm
 from actvar_kernels.triton_backend.tiles import ExpertTiles, architecture, expert_ffn_candidates, using_expert_tiles
 from actvar_kernels.triton_backend.tuning_table import SCHEDULES
@@ -64,7 +64,7 @@ def _byte_cases(inputs: BlockInputs) -> Cases:
             for label, arguments in operation.arguments(inputs).items():
                 yield f"{operation.name} {label} as bytes", functools.partial(operation.call, **arguments, form=form)
     _, _, scale, _, shift, _ = inputs.modulation
-    yield "normalize_modulate as bytes", functools.partial(normalize_modulate_as, inputs.rows, scale, shift, form)
+    yield "normalize_modulate as bytes", functools.partial(normalize_modulate, inputs.rows, scale, shift, form=form)
     for outputs in (3 * C, C):
         weight, bias = inputs.u.new_empty(outputs, C), inputs.u.new_empty(outputs)
         yield f"linear in int8, {outputs} outputs", functools.partial(linear, inputs.u, weight, bias, int8=True)

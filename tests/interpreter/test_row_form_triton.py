@@ -11,7 +11,7 @@ from torch import Tensor
 
 from actvar_kernels import add_normalize, add_normalize_route, select_tokens
 from actvar_kernels.linear.quantized import quantized
-from actvar_kernels.token_select.op import normalize_modulate_as
+from actvar_kernels.token_select.op import normalize_modulate
 from actvar_kernels.triton_backend.row_form import ByteRows, RowForm
 
 R, L, K, C = 2, 13, 9, 72
@@ -47,7 +47,7 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[RowForm | None], tuple]]:
         return routed.u, routed.rows, routed.mask, routed.logits
 
     def normalize(form: RowForm | None) -> tuple:
-        return (normalize_modulate_as(x, scale, shift, form),)
+        return (normalize_modulate(x, scale, shift, form=form),)
 
     return {"normalize": normalize, "select": select, "add": add, "route": route}
 
@@ -75,7 +75,7 @@ def test_rows_are_those_of_the_plain_operation(stream, dtype, name):
 
 def test_with_gradients_rows_are_in_their_dtype_alone():
     x, scale, shift = (part(seed, R, 1, C, dtype=torch.float32).requires_grad_() for seed in (1, 2, 3))
-    rows = normalize_modulate_as(x, scale, shift, RowForm(torch.float16, int8=True))
+    rows = normalize_modulate(x, scale, shift, form=RowForm(torch.float16, int8=True))
     assert isinstance(rows, Tensor)
     assert rows.dtype == torch.float16
     rows.float().square().sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -64,8 +65,9 @@ def test_a_checkpoint_passes_on_all_backends(files, tmp_path, capsys):
 def test_a_wrong_operation_is_found(monkeypatch):
     right = actvar.sparse.block.add_normalize
 
-    def wrong(x, index, update, gamma, scale, shift):
-        x, u = right(x, index, update, gamma, scale, shift)
+    @functools.wraps(right)
+    def wrong(*args, **kwargs):
+        x, u = right(*args, **kwargs)
         return x, -3 * u
 
     monkeypatch.setattr(actvar.sparse.block, "add_normalize", wrong)
