@@ -117,7 +117,7 @@ def plan(
     of_texts = {} if texts is None else {"texts": fingerprint([("texts", features_of(texts))]), "maps": maps}
     kept = _Kept(folder, model, images=images, seed=seed, cfg=cfg, num_experts=num_experts, **of_texts)
     dense = DensePredictions(model, samples_to_fit(model, images, seed + images, cfg, texts), cfg)
-    goal = goal.with_kl(statistics.fmean(dense.divergences_from_uniform()[-2:]))
+    goal = goal.with_kl(statistics.fmean(dense.divergences_from_uniform[-2:]))
     batches, fits = [], []
     if adapter is None:
         batches = samples_to_fit(model, images, seed, cfg, texts)
@@ -145,7 +145,7 @@ def plan(
     times = [times_of(each) for each in executions]
     if adapter is None:
         sensitivity = kept.sensitivity(lambda: divergence_per_block(model, base, *held_out_samples(batches)))
-        unguided, unpredicted = dense.divergences_without_guidance(), dense.divergences_from_uniform()
+        unguided, unpredicted = dense.divergences_without_guidance(), dense.divergences_from_uniform
         fitted = Fitted(base, fits, sensitivity, unguided, unpredicted)
 
     def divergence_of(config: ActVARConfig, execution: Execution) -> tuple[float, float]:
@@ -313,7 +313,7 @@ def _divergence(
         for scale in schedule
         if any(state.int8) or scale.active or not scale.guided or (weights_change and scale.tuned) or scale.left_out
     }
-    found, uniform = dense.divergences(model)["kl_drawn"], dense.divergences_from_uniform()
+    found, uniform = dense.divergences(model)["kl_drawn"], dense.divergences_from_uniform
     by_scale = [nothing if kl is None else kl for kl, nothing in zip(found, uniform, strict=True)]
     values = [by_scale[index] for index in changed]
     return (statistics.fmean(values), sum(values)) if values else (0.0, 0.0)

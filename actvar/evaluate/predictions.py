@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -68,6 +69,7 @@ class DensePredictions:
                 sums[scale] += token_divergence(*pair).mean().item() * count / images
         return sums
 
+    @cached_property
     @torch.no_grad()
     def divergences_from_uniform(self) -> list[float]:
         """Return `KL(guided || uniform)` of the model's own logits in nats, mean over the tokens of each scale.

@@ -37,7 +37,7 @@ def test_a_plan_has_the_units_of_static_pruning_in_their_order():
 
 def test_a_scale_that_is_left_out_counts_as_one_that_is_drawn_uniformly():
     var = make_tiny_var()
-    uniform = DensePredictions(var, sampled_inputs(var, 4, 1, 4, 1.5), 1.5).divergences_from_uniform()
+    uniform = DensePredictions(var, sampled_inputs(var, 4, 1, 4, 1.5), 1.5).divergences_from_uniform
     assert all(0 < divergence < torch.tensor(float(var.V)).log() for divergence in uniform)
     report = planning.plan(var, Goal(speedup=1e6), ["scales"], num_experts=8, **SMALL)
     assert not report.is_met

@@ -14,7 +14,7 @@ MOST_WORDS = 16
 TOKEN_PIXELS = 4
 """Pixels along each side of a token."""
 DRAW: dict[str, float] = dict(cfg=1.5, tau=1.0, top_k=0, top_p=0.0)
-"""How bits are drawn unless something else is asked for, as arguments of `Infinity.sample`."""
+"""Say how bits are drawn unless something else is asked for, as arguments of `Infinity.sample`."""
 
 GARMENTS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 PROMPTS = tuple(f"{shade} {garment}".strip() for shade in ("", "dark", "bright", "patterned") for garment in GARMENTS)
