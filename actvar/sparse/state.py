@@ -13,6 +13,7 @@ from torch import Tensor
 from actvar.config import ActVARConfig
 from actvar.execution import Execution
 from actvar.families.base import NORM, BlockCall, Called, Family
+from actvar.sparse.block_cache import Modulations
 from actvar.sparse.called_layers import expect_readable, log_called
 from actvar.sparse.passes import Pass, Passes
 from actvar.sparse.record import BlockRecord
@@ -37,6 +38,7 @@ class PatchState:
         writes_in_place: whether a block may write its result into its input.
         defers_residuals: whether nothing but the next block sees what a block returns.
         deferred: the residual that the last block left to the next one, or None.
+        modulations: AdaLN of all blocks during a sample, otherwise None.
         seed: the fast sampler's seeds while it samples, `[1]` or with one per image `[B]` int64, otherwise None.
         graphs: CUDA graphs of whole samples.
         records: the list that blocks append their records to, or None.
@@ -64,6 +66,7 @@ class PatchState:
     writes_in_place: bool = False
     defers_residuals: bool = False
     deferred: Residual | None = None
+    modulations: Modulations | None = None
     seed: Tensor | None = None
     graphs: SampleGraphs = field(default_factory=SampleGraphs)
     records: list[BlockRecord] | None = None
@@ -147,7 +150,7 @@ class PatchState:
         in_place = in_place and not watched and not any("forward" in vars(block) for block in own)
         alone = all(block is unwrapped(block) for block in blocks)
         flags = dict(keeps_kv_buffer=True, writes_in_place=in_place)
-        flags |= dict(rows_are_guided=guided, rows_stand_alone=not guided)
+        flags |= dict(rows_are_guided=guided, rows_stand_alone=not guided, modulations=Modulations(self.family, own))
         with self.during(**flags, deferred=None, defers_residuals=in_place and alone and self.family.hands_on):
             try:
                 yield
