@@ -17,8 +17,10 @@ from actvar.zoo import load_feature_network, load_pretrained, load_text_encoder
 from actvar.zoo.checksums import checked
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.fashion_mnist_text.architecture import DRAW, SQUARE, WIDE, nearest_schedule
+from actvar.zoo.fashion_mnist_text.prompts import NOUNS, PAIRS, schedule_of_prompts
+from actvar.zoo.fashion_mnist_text.prompts import PROMPTS as ALONE
 from actvar.zoo.pretrained import TEXT_MODEL, weights_folder
-from scripts.fashion_mnist_text.captions import NOUNS, attributes, caption, caption_of_pair, vocabulary
+from scripts.fashion_mnist_text.captions import attributes, caption, caption_of_pair, vocabulary
 from scripts.fashion_mnist_text.export import export
 from scripts.fashion_mnist_text.train import Build, train
 from scripts.fashion_mnist_text.transformer import corrupted
@@ -114,14 +116,42 @@ def test_the_schedule_is_the_nearest_to_a_ratio():
     assert [w for _, _, w in WIDE[1:]] == [2 * h for _, h, _ in WIDE[1:]]
 
 
-def test_all_words_of_captions_are_known():
+def test_all_words_of_captions_are_known_and_tell_the_schedule_that_they_were_trained_with():
     encoder, rng = load_text_encoder(), random.Random(0)
     assert list(encoder.vocabulary) == vocabulary()
     for number in range(300):
         facts = [rng.choice((-1, 0, 1)) for _ in range(3)]
-        captions = [caption(number % 10, facts, rng), caption_of_pair((number % 10, 3), (facts, facts), rng)]
-        encoder(captions, 16)
+        alone, pair = caption(number % 10, facts, rng), caption_of_pair((number % 10, 3), (facts, facts), rng)
+        encoder([alone, pair], 16)
+        assert schedule_of_prompts([alone], encoder) == SQUARE
+        assert schedule_of_prompts([pair], encoder) == WIDE
     assert len(NOUNS) == len(CLASSES)
+
+
+def test_texts_to_fit_to_are_of_one_garment_or_of_every_pair():
+    encoder = load_text_encoder()
+    assert schedule_of_prompts(ALONE, encoder) == SQUARE
+    assert schedule_of_prompts(PAIRS, encoder) == WIDE
+    assert (len(set(ALONE)), len(set(PAIRS))) == (40, 100)
+    kinds = {tuple(" ".join(part.split()[-1:]) for part in prompt.split(" and ")) for prompt in PAIRS}
+    assert len(kinds) == 100
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a bag", "a horse"], "expected words among .*got 'horse'"),
+        (["a bag", "a bag and a dress"], "one garment in each or two in each.*got 'a bag' and 'a bag and a dress'"),
+        (["dark"], "expected a garment, or two that one of and, beside, next joins.*got 'dark'"),
+        (["a bag a dress"], "expected a garment, or two that .*got 'a bag a dress'"),
+        (["beside a bag"], "expected a garment, or two that .*got 'beside a bag'"),
+        (["a bag and a dress and a coat"], "expected at most 2 parts"),
+        ([" ".join(["dark"] * 16 + ["bag"])], "expected from 1 to 16 words, got 17"),
+    ],
+)
+def test_prompts_that_no_image_was_trained_with_are_named(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        schedule_of_prompts(prompts, load_text_encoder())
 
 
 def test_attributes_are_low_middling_and_high_within_a_class():
