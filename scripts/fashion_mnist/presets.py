@@ -20,8 +20,7 @@ from actvar.patching.patch import reconfigure, remove_patch
 from actvar.zoo.checksums import checked
 
 SAMPLES = 3072
-HOW = Distillation(2, CONDITIONAL, batch=32, lr=5e-4)
-EPOCHS = {"near": 3, "fast": 3, "fastest": 6}
+HOW = Distillation(2, CONDITIONAL, epochs=3, batch=32, lr=5e-4)
 CONFIGS = {
     "near": replace(DENSE, guidance_until=-2, weights_from=-2),
     "fast": replace(DENSE, guidance_until=1, weights_from=1),
@@ -58,5 +57,4 @@ def train_preset(name: str, folder: Path, work: Path, seed: int) -> Path:
         save_adapter(var, start)
         remove_patch(var)
     source = sampled_source(var, SAMPLES, seed)
-    how = replace(HOW, epochs=EPOCHS[name], seed=seed)
-    return distill(var, config, start, source, how, work / f"preset-{name}.safetensors")
+    return distill(var, config, start, source, replace(HOW, seed=seed), work / f"preset-{name}.safetensors")
