@@ -21,6 +21,8 @@ from actvar.zoo.checksums import checked
 
 SAMPLES = 3072
 HOW = Distillation(2, CONDITIONAL, epochs=3, batch=32, lr=5e-4)
+LOW_RANK = replace(HOW, lr=None, lora=32)
+"""For sparse presets, whose files would take too much room otherwise."""
 CONFIGS = {
     "near": replace(DENSE, guidance_until=-2, weights_from=-2),
     "fast": replace(DENSE, guidance_until=1, weights_from=1),
@@ -46,15 +48,15 @@ def train_preset(name: str, folder: Path, work: Path, seed: int) -> Path:
         work: folder of checkpoints and token maps.
         seed: of token maps and training.
     """
-    config, before = CONFIGS[name], STARTS[name]
+    config, before, how = CONFIGS[name], STARTS[name], replace(HOW, seed=seed)
     start = None if before is None else train_preset(before, folder, work, seed)
     _, var = load_var(checked(folder / "var.safetensors"), checked(folder / "vae.safetensors"))
     if config.is_sparse:
-        start = work / f"order-{name}.safetensors"
+        start, how = work / f"order-{name}.safetensors", replace(LOW_RANK, seed=seed)
         samples = samples_to_fit(var, CALIBRATION_IMAGES, seed, GUIDANCE)
         patch_with_fits(var, replace(config, weights_from=None), None, samples)  # no weights are changed yet
         reconfigure(var, config)
         save_adapter(var, start)
         remove_patch(var)
     source = sampled_source(var, SAMPLES, seed)
-    return distill(var, config, start, source, replace(HOW, seed=seed), work / f"preset-{name}.safetensors")
+    return distill(var, config, start, source, how, work / f"preset-{name}.safetensors")
