@@ -38,10 +38,10 @@ inline vec put_first(float *to, vec x, int columns) {
     memcpy(to, &x, columns * sizeof(float));
     return x;
 }
-inline vec put_first(bfloat16 *to, vec x, int columns) {
-    const hvec h = rounded(x);
-    memcpy(to, &h, columns * sizeof(bfloat16));
-    return widened(h);
+template <class T> inline vec put_first(T *to, vec x, int columns) {
+    const hvec h = rounded<T>(x);
+    memcpy(to, &h, columns * sizeof(T));
+    return widened<T>(h);
 }
 
 inline float variance(const float *row, float mean, int channels) {

@@ -52,7 +52,7 @@ void up(const Job &job, const Chunk &chunk, int matrix, int column, int to, int 
             add_offsets(sums + i * WIDTH, job.offsets1 + at, -1);
             for (int c = 0; c < WIDTH; c += LANES) {
                 const vec y = number(sums + i * WIDTH + c, job.scales1 + at + c, chunk.scales[list[i]]);
-                Product<T>::put(hidden + c, gelu(y + load<vec>(job.bias1 + at + c)));
+                put(hidden + c, gelu(y + load<vec>(job.bias1 + at + c)));
             }
         }
     }

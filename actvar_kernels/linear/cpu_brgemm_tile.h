@@ -34,5 +34,9 @@ void run(const Job &job, int panel, int row, int count, const void *a, int strid
                         columns - c);
     }
 }
+template <class T>
+void run_bytes(const Job &job, int panel, int row, int count, const void *a, int stride, const float *scales) {
+    run<T, uint8_t, int32_t>(job, panel, row, count, a, stride, scales);
+}
 
 }  // namespace NAMESPACE
