@@ -15,6 +15,7 @@ class PatchedState(Protocol):
     execution: Any
     graphs: Any
     strengths: Any
+    modulations: Any
     seed: Tensor | None
     rows_are_guided: bool
     rows_stand_alone: bool

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from actvar.families.layers import linear_called, module_called
 from actvar.families.requests import Request
+from actvar.families.var_layers import ada_lin_called
 from actvar.families.var_scales import logits_by_scale
 from actvar.models.arguments import checked_draw, checked_integer, checked_labels, one_thread
 from actvar.models.token_draw import fast_draw, generators, sample_guided, seed_tensor
@@ -164,7 +165,12 @@ class PatchedVAR(_Base):
         norm = self.head_nm
         if module_called(norm, HeadNorm, {"ada_lin", "ln_wo_grad"}) or why_called(norm.ln_wo_grad, nn.LayerNorm):
             return None
-        scale, shift = norm.ada_lin(cond).unsqueeze(1).chunk(2, dim=-1)
+        together = self.actvar.modulations
+        if together is None or ada_lin_called(norm.ada_lin) is not None:
+            modulation = norm.ada_lin(cond)
+        else:
+            modulation = together.of_head(cond, lambda: norm.ada_lin(cond))
+        scale, shift = modulation.unsqueeze(1).chunk(2, dim=-1)
         return self.head(normalize_modulate(x, scale, shift, guidance))
 
     def next_tokens(self, scale, inputs, condition, guidance, top_k, top_p, rng):

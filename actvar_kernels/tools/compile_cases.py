@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from actvar_kernels.linear.linears import linears
 from actvar_kernels.linear.op import linear
 from actvar_kernels.operations import table
 from actvar_kernels.operations.inputs import BlockInputs, empty_inputs
@@ -34,6 +35,7 @@ def cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
         inputs = empty_inputs(shape, dtype, "cuda")
         yield from _calls(table.BLOCK, inputs)
         yield from _byte_cases(inputs)
+    yield "linears of the conditions", functools.partial(_all_modulations, inputs.u)
     yield from _tuned_cases(inputs, dtype)
     yield from _sampling_cases(batch, last.tokens)
     yield from _decoder_cases(batch, MODELS[model].sides[-1], dtype)
@@ -72,6 +74,13 @@ def _byte_cases(inputs: BlockInputs) -> Cases:
         if "tile_list" not in name:
             call = functools.partial(table.expert_ffn_scatter, **arguments, int8=True)
             yield f"expert_ffn_scatter {name} in int8", call
+
+
+def _all_modulations(u: torch.Tensor) -> torch.Tensor:
+    """Return AdaLN of all blocks, of which there is one for 64 channels, for rows like `u` `[R, K, C]`."""
+    C = u.shape[-1]
+    layers = [(u.new_empty(6 * C, C), u.new_empty(6 * C)) for _ in range(C // 64)]
+    return linears(u.new_empty(len(u), C), *zip(*layers, strict=True))
 
 
 def _calls(operations: tuple[Operation, ...], *inputs: object) -> Cases:

@@ -160,6 +160,13 @@ def _multiply_bytes(a: Arguments, _share: Share) -> Cost:
     return Cost(moved, 2 * rows * a["C"] * a["D"], torch.int8, tile=(a["BLOCK_T"], a["BLOCK_D"]))
 
 
+def _linears(a: Arguments, _share: Share) -> Cost:
+    weights, biases, x = a["weights"], a["biases"], a["x_ptr"]
+    rows = math.ceil(a["R"] / a["BLOCK_R"]) * a["BLOCK_R"]
+    moved = _bytes(a) + sum(tensor.bytes for tensor in (*weights, *biases))
+    return Cost(moved, 2 * rows * sum(map(math.prod, (weight.shape for weight in weights))), x.dtype)
+
+
 def _run(a: Arguments, share: Share) -> tuple[float, int]:
     """Return the share of the (tile, expert) blocks that run, and the rows of all tiles."""
     rows = math.ceil(a["T"] / a["BLOCK_T"]) * a["BLOCK_T"]
@@ -182,4 +189,5 @@ COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
     "_up": _up,
     "_down": _down,
     "_multiply_bytes": _multiply_bytes,
+    "_linears": _linears,
 }
