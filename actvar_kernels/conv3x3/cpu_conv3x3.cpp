@@ -68,20 +68,14 @@ extern "C" int conv3x3(int isa, int kind, int algorithm, const void *x, const vo
         chosen.pixels == 2 || fitting_tiles > MAX_GROUP ? MAX_GROUP : fitting_tiles < 6 ? 6 : fitting_tiles;
     const Job job = {x,        weight,  (const float *)bias, residual, out,    images, height, width,
                      channels, columns, down,                across,   share < max_group ? (int)share : max_group};
-    const size_t bytes = (ops.bytes(job) + 63) / 64 * 64;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        char *scratch = (char *)aligned_alloc(64, bytes);
-        if (scratch == nullptr) {
-#pragma omp atomic write
-            failed = 1;
-        }
+        const Scratch scratch(ops.bytes(job), failed);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t first = 0; first < tiles; first += job.group)
-            if (scratch != nullptr)
-                ops.run(job, first, first + job.group < tiles ? job.group : tiles - first, scratch);
-        free(scratch);
+            if (scratch.bytes != nullptr)
+                ops.run(job, first, first + job.group < tiles ? job.group : tiles - first, scratch.bytes);
     }
     return failed;
 }

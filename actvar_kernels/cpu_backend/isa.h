@@ -14,6 +14,19 @@ namespace {
 constexpr int padded(int count, int to) { return (count + to - 1) / to * to; }
 inline int smaller(int a, int b) { return a < b ? a : b; }
 
+// Hold memory of one thread; `failed` becomes 1 where there is none.
+struct Scratch {
+    char *const bytes;
+
+    Scratch(size_t size, int &failed) : bytes((char *)aligned_alloc(64, (size + 63) / 64 * 64)) {
+        if (bytes == nullptr) {
+#pragma omp atomic write
+            failed = 1;
+        }
+    }
+    ~Scratch() { free(bytes); }
+};
+
 #define NAMESPACE portable
 #define LANES 4
 #define VECTORS 2

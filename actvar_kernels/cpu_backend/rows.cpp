@@ -45,12 +45,12 @@ struct Isa {
     void (*normalize[3])(const Rows &, int64_t, int, float *);
     float (*score[3])(const void *, const float *, float, float *, int, float);
     void (*add[3])(void *, const void *, const void *, const float *, int);
-    size_t (*scratch_floats)(const Rows &);
+    size_t (*scratch_bytes)(const Rows &);
     int rows;
 };
 
 #define ISA_OF(isa)                                                                                                \
-    {FOR_EVERY_KIND(isa::normalize), FOR_EVERY_KIND(isa::score), FOR_EVERY_KIND(isa::add), isa::scratch_floats, \
+    {FOR_EVERY_KIND(isa::normalize), FOR_EVERY_KIND(isa::score), FOR_EVERY_KIND(isa::add), isa::scratch_bytes, \
      isa::TILE},
 const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
@@ -67,24 +67,18 @@ FOR_EVERY_PROCESSOR void top_indices(const float *scores, int32_t *keys, int len
 // Return the number of threads that the work is worth.
 inline int threads_for(int64_t numbers, int threads) { return numbers < (1 << 14) ? 1 : threads; }
 
-float *allocate(size_t floats) { return (float *)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
-
 int normalize(int isa, int kind, const Rows &job, int threads) {
     const Isa &ops = ISAS[isa];
     const int64_t rows = job.sequences * job.kept;
     int failed = 0;
 #pragma omp parallel num_threads(threads_for(rows * job.channels, threads))
     {
-        float *scratch = allocate(ops.scratch_floats(job));
-        if (scratch == nullptr) {
-#pragma omp atomic write
-            failed = 1;
-        }
+        const Scratch scratch(ops.scratch_bytes(job), failed);
 #pragma omp for
         for (int64_t first = 0; first < rows; first += ops.rows)
-            if (scratch != nullptr)
-                ops.normalize[kind](job, first, first + ops.rows < rows ? ops.rows : int(rows - first), scratch);
-        free(scratch);
+            if (scratch.bytes != nullptr)
+                ops.normalize[kind](job, first, first + ops.rows < rows ? ops.rows : int(rows - first),
+                                    (float *)scratch.bytes);
     }
     return failed;
 }
@@ -120,27 +114,21 @@ int select_rows(
     int failed = 0;
 #pragma omp parallel num_threads(threads_for(sequences * length * channels, threads))
     {
-        float *row = allocate(channels), *keys = allocate(length);
-        if (row == nullptr || keys == nullptr) {
-#pragma omp atomic write
-            failed = 1;
-        }
+        const Scratch row(4 * channels, failed), keys(4 * length, failed);
 #pragma omp barrier
         if (!failed) {
 #pragma omp for
             for (int64_t i = 0; i < sequences * length; ++i) {
                 const int64_t offset = i / length * sequence_stride + i % length * row_stride;
                 const char *from = (const char *)x + offset * bytes;
-                scores[i] = ops.score[kind](from, weight, *bias, row, int(channels), eps);
+                scores[i] = ops.score[kind](from, weight, *bias, (float *)row.bytes, int(channels), eps);
             }
 #pragma omp for
             for (int64_t i = 0; i < deciders; ++i) {
-                top_indices(scores + i * length, (int32_t *)keys, int(length), int(keep), index + i * keep);
+                top_indices(scores + i * length, (int32_t *)keys.bytes, int(length), int(keep), index + i * keep);
                 if (halves_share) std::memcpy(index + (i + deciders) * keep, index + i * keep, keep * sizeof *index);
             }
         }
-        free(row);
-        free(keys);
     }
     const Rows job{x, index, nullptr, nullptr, scale, shift, nullptr, out, sequences, keep, sequence_stride, row_stride,
                    int(channels), eps, Router{}};

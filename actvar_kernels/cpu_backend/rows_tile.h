@@ -99,9 +99,7 @@ inline void choose(const float *logits, const Router &router, uint8_t *mask) {
     }
 }
 
-inline size_t scratch_floats(const Rows &job) {
-    return (size_t)ROWS * (job.channels + PANEL);
-}
+inline size_t scratch_bytes(const Rows &job) { return sizeof(float) * ROWS * (job.channels + PANEL); }
 
 // Compute and route rows [first, first + count) of the result, at most ROWS.
 template <class T> void normalize(const Rows &job, int64_t first, int count, float *scratch) {

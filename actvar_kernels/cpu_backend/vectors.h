@@ -216,6 +216,13 @@ template <class T> void pack_rows(const T *from, int begin, int end, int depth, 
             copy(from + (size_t)i * depth + block * blocks.size, blocks.length(block), to);
 }
 
+// Take room for `count` numbers from `scratch`.
+template <class T> T *take(char *&scratch, size_t count) {
+    T *part = (T *)scratch;
+    scratch += (count * sizeof(T) + 63) / 64 * 64;
+    return part;
+}
+
 constexpr int PANEL = VECTORS * LANES;  // A full panel has this many columns.
 
 }  // namespace NAMESPACE

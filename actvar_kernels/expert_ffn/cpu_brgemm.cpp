@@ -50,7 +50,7 @@ constexpr int SPAN = 128;       // Most tokens whose results are summed at once.
 namespace {
 
 struct Kind {
-    void (*quantize_token)(const Job &, int, uint8_t *, float *);
+    void (*quantize_token)(const void *, int, int, uint8_t *, float *);
     void (*up)(const Job &, const Chunk &, int, int, int, int, int, void *);
     void (*quantize_entry)(const Job &, const Chunk &, int);
     void (*down)(const Job &, const Chunk &, int, int, int, void *);
@@ -58,7 +58,7 @@ struct Kind {
 
 // Numbers in bytes: float32, bfloat16, float16. As they are: bfloat16, float16.
 #define BYTES(isa, T) \
-    {isa::quantize_token<T>, isa::up<T, uint8_t, int32_t>, isa::quantize_entry<T>, isa::down<T, uint8_t, int32_t>}
+    {isa::quantize_row<T>, isa::up<T, uint8_t, int32_t>, isa::quantize_entry<T>, isa::down<T, uint8_t, int32_t>}
 #define HALVES(isa, T) {nullptr, isa::up<T, T, float>, nullptr, isa::down<T, T, float>}
 #define KINDS_OF(isa) \
     {BYTES(isa, float), BYTES(isa, bfloat16), BYTES(isa, float16), HALVES(isa, bfloat16), HALVES(isa, float16)},
@@ -155,7 +155,8 @@ extern "C" int brgemm_expert_ffn(int isa, int kind, int is_int8, int skips, cons
 #pragma omp for
             for (int t = 0; t < count; t++)
                 if (is_int8)
-                    ops.quantize_token(job, chunk.begin + t, (uint8_t *)chunk.rows + (size_t)t * stride, chunk.scales + t);
+                    ops.quantize_token(u, channels, chunk.begin + t, (uint8_t *)chunk.rows + (size_t)t * stride,
+                                       chunk.scales + t);
 #pragma omp for schedule(dynamic, 1)
             for (int item = 0; item < job.matrices * unit_groups * blocks; item++) {
                 const int matrix = item / blocks / unit_groups, column = item / blocks % unit_groups * GROUP;

@@ -5,13 +5,6 @@
 
 namespace NAMESPACE {
 
-// Quantize token `token` of the job's input.
-template <class T> void quantize_token(const Job &job, int token, uint8_t *bytes, float *scale) {
-    const T *u = (const T *)job.u + (size_t)token * job.channels;
-    *scale = scale_of(highest(u, job.channels));
-    quantize(u, job.channels, *scale, bytes);
-}
-
 // Return LANES sums of products as numbers. `scale` is that of the row, where there is one.
 inline vec number(const float *sums, const float *, float) { return load<vec>(sums); }
 inline vec number(const int32_t *sums, const float *scales, float scale) {

@@ -36,8 +36,6 @@ const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
 constexpr int MAX_CHUNK = 192;  // A panel of weights stays in the cache for this many tokens.
 
-char *allocate(size_t bytes) { return (char *)aligned_alloc(64, (bytes + 63) / 64 * 64); }
-
 }  // namespace
 
 // Compute the FFN and return 0, or 1 when memory ran out.
@@ -47,30 +45,23 @@ extern "C" int expert_ffn(int isa, int kind, const void *u, const void *mask, co
     const Job job = {u,   (const uint8_t *)mask, weight1, weight2,  (const float *)bias1, (const float *)bias2,
                      out, tokens,                channels, experts, width};
     const Isa &ops = ISAS[isa];
+    int failed = 0;
     if (tokens <= FEW_TOKENS) {
-        char *scratch = allocate(ops.scratch_bytes[kind](job, tokens, experts) + 4 * (size_t)experts);
-        if (scratch == nullptr) return 1;
-        ops.runs_few[kind](job, scratch, threads);
-        free(scratch);
-        return 0;
+        const Scratch scratch(ops.scratch_bytes[kind](job, tokens, experts) + 4 * (size_t)experts, failed);
+        if (!failed) ops.runs_few[kind](job, scratch.bytes, threads);
+        return failed;
     }
     int chunks = (tokens + MAX_CHUNK - 1) / MAX_CHUNK;
     chunks = padded(chunks < threads ? threads : chunks, threads);
     const int longest = (tokens + chunks - 1) / chunks;
-    int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        char *scratch = allocate(ops.scratch_bytes[kind](job, longest, 1));
-        if (scratch == nullptr) {
-#pragma omp atomic write
-            failed = 1;
-        }
+        const Scratch scratch(ops.scratch_bytes[kind](job, longest, 1), failed);
 #pragma omp for schedule(dynamic, 1)
         for (int chunk = 0; chunk < chunks; chunk++) {
             const int begin = (int64_t)tokens * chunk / chunks, end = (int64_t)tokens * (chunk + 1) / chunks;
-            if (scratch != nullptr && begin < end) ops.runs[kind](job, begin, end, scratch);
+            if (scratch.bytes != nullptr && begin < end) ops.runs[kind](job, begin, end, scratch.bytes);
         }
-        free(scratch);
     }
     return failed;
 }

@@ -93,12 +93,6 @@ template <class T> Rows<T> pack_tokens(const Job &job, int begin, int end, Facto
     return {to, size * (end - begin), size};
 }
 
-template <class T> T *take(char *&scratch, size_t count) {
-    T *part = (T *)scratch;
-    scratch += (count * sizeof(T) + 63) / 64 * 64;
-    return part;
-}
-
 template <class T> size_t scratch_bytes(const Job &job, int count, int experts) {
     const Blocks blocks = blocks_of<T>(job.channels);
     const size_t floats = padded(job.channels, LANES) + PANEL, ints = experts;

@@ -25,7 +25,7 @@ constexpr int CHUNK = 512;  // So many rows are quantized before they are multip
 namespace {
 
 struct Isa {
-    void (*quantize[3])(const Job &, int, uint8_t *, float *);
+    void (*quantize[3])(const void *, int, int, uint8_t *, float *);
     void (*run_bytes[3])(const Job &, int, int, int, const void *, int, const float *);
     void (*run[3])(const Job &, int, int, int, const void *, int, const float *);
 };
@@ -59,7 +59,7 @@ extern "C" int brgemm_linear(int isa, int kind, int is_int8, const void *x, cons
             if (is_int8) {
 #pragma omp for
                 for (int row = begin; row < end; row++)
-                    ops.quantize[kind](job, row, bytes + (size_t)(row - begin) * stride, row_scales + row - begin);
+                    ops.quantize[kind](x, depth, row, bytes + (size_t)(row - begin) * stride, row_scales + row - begin);
             }
 #pragma omp for schedule(dynamic, 1)
             for (int item = 0; item < panels * blocks; item++) {

@@ -5,13 +5,6 @@
 
 namespace NAMESPACE {
 
-// Quantize row `row` of the job's input.
-template <class T> void quantize_row(const Job &job, int row, uint8_t *bytes, float *scale) {
-    const T *x = (const T *)job.x + (size_t)row * job.depth;
-    *scale = scale_of(highest(x, job.depth));
-    quantize(x, job.depth, *scale, bytes);
-}
-
 // Return a sum of products, of which `scale` belongs to the row: bytes are 128 too high, so an offset per column is.
 inline vec total(const Job &, int, float, const float *sums) { return load<vec>(sums); }
 inline vec total(const Job &job, int column, float scale, const int32_t *sums) {

@@ -47,23 +47,17 @@ extern "C" int linear(int isa, int kind, const void *x, const void *weight, cons
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        const size_t bytes = (ops.scratch_bytes[kind](job, smaller(rows, chunk_rows)) + 63) / 64 * 64;
-        char *scratch = (char *)aligned_alloc(64, bytes);
-        if (scratch == nullptr) {
-#pragma omp atomic write
-            failed = 1;
-        }
+        const Scratch scratch(ops.scratch_bytes[kind](job, smaller(rows, chunk_rows)), failed);
         int64_t packed_chunk = -1;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < (int64_t)panels * ((rows + chunk_rows - 1) / chunk_rows); item++) {
-            if (scratch == nullptr) continue;
+            if (scratch.bytes == nullptr) continue;
             const int64_t chunk = item / panels;
             const int begin = chunk * chunk_rows, end = smaller(rows, begin + chunk_rows);
-            if (chunk != packed_chunk) ops.pack[kind](job, begin, end, scratch);
+            if (chunk != packed_chunk) ops.pack[kind](job, begin, end, scratch.bytes);
             packed_chunk = chunk;
-            ops.run[kind](job, item % panels, (item + threads) % panels, begin, end, scratch);
+            ops.run[kind](job, item % panels, (item + threads) % panels, begin, end, scratch.bytes);
         }
-        free(scratch);
     }
     return failed;
 }

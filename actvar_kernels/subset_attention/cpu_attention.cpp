@@ -55,19 +55,13 @@ extern "C" int subset_attention(int isa, int kind, void *q, void *k, void *v, vo
     const Job job = {rows_of(q, strides), rows_of(k, strides + 3), rows_of(v, strides + 6), rows_of(keys, strides + 9),
                      rows_of(values, strides + 12), (const float *)head_scale, out, sequences, heads, kept, own, cached,
                      dim, append, scale, brgemm};
-    const size_t bytes = (ISAS[isa].bytes[kind](job) + 63) / 64 * 64;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        char *scratch = (char *)aligned_alloc(64, bytes);
-        if (scratch == nullptr) {
-#pragma omp atomic write
-            failed = 1;
-        }
+        const Scratch scratch(ISAS[isa].bytes[kind](job), failed);
 #pragma omp for schedule(dynamic, 1)
         for (int item = 0; item < sequences * heads; item++)
-            if (scratch != nullptr) ISAS[isa].runs[kind](job, item / heads, item % heads, scratch);
-        free(scratch);
+            if (scratch.bytes != nullptr) ISAS[isa].runs[kind](job, item / heads, item % heads, scratch.bytes);
         if (brgemm) BRGEMM.release(true);
     }
     return failed;

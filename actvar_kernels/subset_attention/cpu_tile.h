@@ -19,16 +19,19 @@ inline float largest_lane(vec x) {
 
 // Copy a token's `dim` numbers as factors, scaled to length `factor` where `norm` is set, with zeros up to `depth`.
 template <class T> void normalize(const T *from, bool norm, float factor, int dim, int depth, Factor<T> *to) {
-    vec squares = {};
-    for (int c = 0; c < dim && norm; c += LANES) {
-        const vec x = first_columns(from + c, dim - c);
-        squares += x * x;
+    if (norm) {
+        vec squares = {};
+        for (int c = 0; c < dim; c += LANES) {
+            const vec x = first_columns(from + c, dim - c);
+            squares += x * x;
+        }
+        const float length = __builtin_sqrtf(sum_of(squares));
+        factor /= length > 1e-12f ? length : 1e-12f;
+        for (int c = 0; c < dim; c += LANES)
+            put_columns(to + c, Product<T>::factor(first_columns(from + c, dim - c) * factor), dim - c);
+    } else {
+        copy(from, dim, to);
     }
-    const float length = __builtin_sqrtf(sum_of(squares));
-    factor /= length > 1e-12f ? length : 1e-12f;
-    for (int c = 0; c < dim && norm; c += LANES)
-        put_columns(to + c, Product<T>::factor(first_columns(from + c, dim - c) * factor), dim - c);
-    if (!norm) copy(from, dim, to);
     for (int c = dim; c < depth; c++) to[c] = {};
 }
 
@@ -59,27 +62,11 @@ template <class T> void pack_values(const T *const *step, int token, int tokens,
     }
 }
 
-template <class T, int V, int R = ROWS>
-void product(int count, const T *const *rows, const T *panel, int depth, float factor, float *const *out) {
-    if constexpr (R > 1)
-        if (count < R) return product<T, V, R - 1>(count, rows, panel, depth, factor, out);
-    vec sums[R][V] = {};
-    multiply<T, R, V>(rows, panel, depth, sums);
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < V; j++) store(out[r] + j * LANES, sums[r][j] * factor);
-}
-template <class T, int V = VECTORS>
-void panel_product(int vectors, int count, const T *const *rows, const T *panel, int depth, float factor,
-                   float *const *out) {
-    if constexpr (V > 1)
-        if (vectors < V) return panel_product<T, V - 1>(vectors, count, rows, panel, depth, factor, out);
-    product<T, V>(count, rows, panel, depth, factor, out);
-}
-
-// Write exp(score - largest) to `weights`, with zeros up to `depth`, and return the sum. `largest` becomes the largest
-// score if that is larger.
-template <class T> float softmax(float *scores, int tokens, int depth, T *weights, float &largest) {
+// Multiply scores by `scale`, write exp(score - largest) to `weights`, with zeros up to `depth`, and return the sum.
+// `largest` becomes the largest score if that is larger.
+template <class T> float softmax(float *scores, float scale, int tokens, int depth, T *weights, float &largest) {
     const int whole = tokens / LANES * LANES, stride = padded(tokens, LANES);
+    for (int t = 0; t < stride; t += LANES) store(scores + t, load<vec>(scores + t) * scale);
     for (int t = tokens; t < stride; t++) scores[t] = -__builtin_inff();
     vec highest = load<vec>(scores);
     for (int t = LANES; t < stride; t += LANES) {
@@ -120,27 +107,16 @@ template <class T> size_t scratch_bytes(const Job &job) {
            sizeof(float) * job.kept * (size_t)(n.columns + 2) + 11 * 64;
 }
 
-template <class T> T *take(char *&scratch, size_t count) {
-    T *part = (T *)scratch;
-    scratch += (count * sizeof(T) + 63) / 64 * 64;
-    return part;
-}
-
-// Multiply `count` rows of `from` by the columns of a matrix [depth, columns] in panels, and store the products times
-// `factor` in `to`. Strides count numbers.
+// Multiply `count` rows of `from` by the columns of a matrix [depth, columns] in panels, and store the products in `to`.
+// Strides count numbers.
 template <class T>
-void multiply_rows(bool brgemm, int count, int columns, int depth, const T *from, int stride, const T *panels,
-                   float factor, float *to, int to_stride) {
+void multiply_rows(bool brgemm, int count, int columns, int depth, const T *from, int stride, const T *panels, float *to,
+                   int to_stride) {
     for (int column = 0; column < columns; column += PANEL) {
         const T *panel = panels + (size_t)column * depth;
         const int width = smaller(columns - column, PANEL);
-        if (brgemm) {
-            BRGEMM.bfloat16(count, width, depth, stride, width, to_stride, false, from, panel, to + column, true);
-            for (int i = 0; i < count && factor != 1; i++)
-                for (int c = column; c < column + width; c++) to[(size_t)i * to_stride + c] *= factor;
-            continue;
-        }
-        for (int i = 0; i < count; i += ROWS) {
+        if (brgemm) BRGEMM.bfloat16(count, width, depth, stride, width, to_stride, false, from, panel, to + column, true);
+        for (int i = 0; i < count && !brgemm; i += ROWS) {
             const int group = smaller(count - i, ROWS);
             const T *rows[ROWS];
             float *out[ROWS];
@@ -148,7 +124,7 @@ void multiply_rows(bool brgemm, int count, int columns, int depth, const T *from
                 rows[r] = from + (size_t)(i + r) * stride;
                 out[r] = to + (size_t)(i + r) * to_stride + column;
             }
-            panel_product<T>(width / LANES, group, rows, panel, depth, factor, out);
+            add_product<T>(width / LANES, group, rows, panel, depth, {nullptr, 0}, true, out);
         }
     }
 }
@@ -226,20 +202,18 @@ template <class T> void run(const Job &job, int sequence, int head, char *scratc
             for (int i = 0; i < count; i++)
                 normalize(row<T>(job.q, sequence, head, first + i), norm, norm ? job.head_scale[head] : 1, job.dim,
                           n.depth, queries + (size_t)i * n.depth);
-            multiply_rows(job.brgemm, count, keys, n.depth, queries, n.depth, panels.keys, job.scale, scores,
-                          n.key_stride);
+            multiply_rows(job.brgemm, count, keys, n.depth, queries, n.depth, panels.keys, scores, n.key_stride);
             for (int i = 0; i < count; i++) {
                 const int q = first + i;
                 const float before = largest[q];
-                const float sum = softmax(scores + (size_t)i * n.key_stride, tokens, depth,
+                const float sum = softmax(scores + (size_t)i * n.key_stride, job.scale, tokens, depth,
                                           weights + (size_t)i * n.weight_stride, largest[q]);
                 const float factor = key ? exponential(vec{} + (before - largest[q]))[0] : 0;
                 total[q] = key ? total[q] * factor + sum : sum;
                 for (int c = 0; c < n.columns && key && factor != 1; c++) sums[(size_t)q * n.columns + c] *= factor;
             }
             float *of_queries = sums + (size_t)first * n.columns, *to = key ? product : of_queries;
-            multiply_rows(job.brgemm, count, n.columns, depth, weights, n.weight_stride, panels.values, 1, to,
-                          n.columns);
+            multiply_rows(job.brgemm, count, n.columns, depth, weights, n.weight_stride, panels.values, to, n.columns);
             for (int c = 0; c < count * n.columns && key; c += LANES)
                 store(of_queries + c, load<vec>(of_queries + c) + load<vec>(product + c));
         }
