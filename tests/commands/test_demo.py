@@ -54,8 +54,8 @@ def test_the_stops_are_in_the_order_of_what_they_save_and_say_it(drawing):
 @pytest.mark.parametrize(("name", "labels"), [(ALL, tuple(range(10))), ("class 3", (3,))])
 def test_three_ways_draw_the_same_request(drawing, name, labels):
     dense, accelerated, sparse = drawing.draw(drawing.subject.request(name, 5.0, 2), "less")
-    images = Sampling(labels, 2.0, seed=5).run(drawing.model)
-    assert np.array_equal(np.asarray(dense.picture), np.asarray(as_grid(images, min(5, len(labels)))))
+    images, columns = Sampling(labels, 2.0, seed=5).run(drawing.model), min(5, len(labels))
+    assert np.array_equal(np.asarray(dense.picture), np.asarray(as_grid(images, columns, 64 * 5 // columns)))
     assert [each.title for each in (dense, accelerated, sparse)] == ["dense", "accelerated", "less"]
     assert all(each.seconds > 0 for each in (dense, accelerated, sparse))
     difference = np.asarray(accelerated.picture).astype(int) - np.asarray(dense.picture)
@@ -150,10 +150,10 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def address(tmp_path):
-    """Serve the page of the small bundled model, and return its address."""
+def address(tmp_path, model):
+    """Serve the page of a bundled model, and return its address."""
     port = free_port()
-    command = [sys.executable, "-m", "actvar", "demo", "--model", "fashion-mnist", "--port", str(port)]
+    command = [sys.executable, "-m", "actvar", "demo", "--model", model, "--port", str(port)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     try:
@@ -175,7 +175,12 @@ def address(tmp_path):
     not (find_spec("gradio") and find_spec("playwright") and CHROMIUM), reason="needs gradio, playwright and Chromium"
 )
 @pytest.mark.parametrize("width", [1400, 390], ids=["desktop", "phone"])
-def test_the_page_draws_in_a_browser_and_asks_no_other_host(address, width, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "number", "stop", "pictures"),
+    [("fashion-mnist", 3, "best", 4), ("fashion-mnist-text", 2, "fast", 3)],
+    ids=["classes", "texts"],
+)
+def test_the_page_draws_in_a_browser_and_asks_no_other_host(address, number, stop, pictures, width, tmp_path):
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as playwright:
@@ -185,13 +190,13 @@ def test_the_page_draws_in_a_browser_and_asks_no_other_host(address, width, tmp_
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
         position = page.get_by_role("spinbutton", name="number input for preset")
-        position.fill("3")
+        position.fill(str(number))
         position.press("Enter")
-        expect(page.get_by_text("best: ")).to_be_visible(timeout=60_000)
+        expect(page.get_by_text(f"{stop}: ")).to_be_visible(timeout=60_000)
         page.get_by_role("button", name="Draw").click()
         expect(page.get_by_text("updated tokens:")).to_be_visible(timeout=120_000)
         expect(page.get_by_text("as fast as dense").first).to_be_visible()
-        assert page.locator("img").count() >= 4
+        assert page.locator("img").count() >= pictures
         assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         browser.close()

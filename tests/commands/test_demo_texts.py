@@ -44,7 +44,7 @@ def dense(prompts: list[str], schedule: schedules.Schedule, **numbers: float) ->
     _, infinity = load_pretrained("fashion-mnist-text")
     seeds = [3] * len(prompts)
     images = infinity.sample(*load_text_encoder()(prompts), schedule, g_seed=seeds, **DRAW | numbers)
-    return np.asarray(as_grid(images, len(prompts)))
+    return np.asarray(as_grid(images, len(prompts), 64 * 5 // len(prompts)))
 
 
 def test_the_page_of_the_bundled_model_begins_with_its_own_numbers_and_presets(served, drawing):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import shutil
+import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 from support.helpers import write_idx
 
 import actvar
+from actvar.distill.data import examples
 from actvar.models.infinity import InfinityTokenizer
 from actvar.zoo import load_feature_network, load_pretrained, load_text_encoder
 from actvar.zoo.checksums import checked
@@ -20,6 +24,7 @@ from actvar.zoo.fashion_mnist_text.architecture import DRAW, SQUARE, WIDE, neare
 from actvar.zoo.fashion_mnist_text.prompts import NOUNS, PAIRS, schedule_of_prompts
 from actvar.zoo.fashion_mnist_text.prompts import PROMPTS as ALONE
 from actvar.zoo.pretrained import TEXT_MODEL, weights_folder
+from scripts.fashion_mnist_text import presets
 from scripts.fashion_mnist_text.captions import attributes, caption, caption_of_pair, vocabulary
 from scripts.fashion_mnist_text.export import export
 from scripts.fashion_mnist_text.train import Build, train
@@ -193,3 +198,32 @@ def test_the_scripts_rebuild_the_files(tmp_path: Path):
     names = {checked(path).stem for path in (tmp_path / "weights").glob("*.safetensors")}
     assert names == {"infinity", "tokenizer", "words"}
     actvar.load_infinity(tmp_path / "weights" / "infinity.safetensors", tmp_path / "weights" / "tokenizer.safetensors")
+
+
+@pytest.mark.slow
+def test_an_interrupted_preset_ends_as_one_that_was_not_and_ships_in_half_precision(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(presets, "SAMPLES", 32)
+    monkeypatch.setattr(presets, "HOW", replace(presets.HOW, batch=8, epochs=1))
+    folder, calls = tmp_path / "weights", []
+    shutil.copytree(weights_folder(TEXT_MODEL), folder)
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return examples(*arguments)
+
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = presets.train_preset("fast", folder, tmp_path / "whole")
+    monkeypatch.setattr("actvar.distill.run.examples", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        presets.train_preset("fast", folder, tmp_path / "cut")
+    assert len(calls) == 2
+    resumed = presets.train_preset("fast", folder, tmp_path / "cut")
+    assert len(calls) == 4, "it goes on with the third step"
+    expected, found = load_file(whole), load_file(resumed)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    presets.ship(resumed, folder)
+    assert {tensor.dtype for tensor in load_file(checked(folder / resumed.name)).values()} & {torch.float16}

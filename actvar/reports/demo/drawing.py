@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ from actvar.sparse.state import is_patched, patch_state
 from actvar.utils.devices import device_of
 from actvar.utils.pictures import as_grid
 
-COLUMNS = 5
-"""The most images in a row of the pictures."""
+COLUMNS, SIDE = 5, 64
+"""The most images in a row of the pictures, and the least pixels along each side of them; fewer ones are larger."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,10 @@ class Drawing:
         if stop not in self.stops:
             raise ValueError(f"stop: expected one of {list(self.stops)}, got {stop!r:.100}")
         columns = min(COLUMNS, len(sampling.labels))
+        in_grid = functools.partial(as_grid, columns=columns, least=SIDE * COLUMNS // columns)
         with unpatched(self.model):
             dense, seconds, _ = self._timed(sampling)
-            drawn = [Drawn("dense", as_grid(dense, columns), seconds, (summary(self.model),))]
+            drawn = [Drawn("dense", in_grid(dense), seconds, (summary(self.model),))]
         for title, config, file in (
             ("accelerated", DENSE, None),
             (stop, self._configs[stop], self._adapters[stop]),
@@ -103,8 +105,8 @@ class Drawing:
                 faster = f"{drawn[0].seconds / seconds:.2f}x as fast as dense"
                 lines = (faster, near, *summary(self.model).splitlines())
                 tinted = tinted_by_updates(images, records)
-            grid = None if tinted is None else as_grid(tinted, columns)
-            drawn.append(Drawn(title, as_grid(images, columns), seconds, lines, grid))
+            grid = None if tinted is None else in_grid(tinted)
+            drawn.append(Drawn(title, in_grid(images), seconds, lines, grid))
         return drawn
 
     def _timed(self, sampling: Sampling | TextSampling) -> tuple[torch.Tensor, float, list[BlockRecord]]:

@@ -58,7 +58,7 @@ def page(drawing: Drawing, title: str) -> Any:
         try:
             found = answers(drawing, *values)
         except (TypeError, ValueError, OSError, ImportError) as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(str(error), print_exception=False) from error
         found[-2] = gr.Image(found[-2], visible=found[-2] is not None)
         return found
 
