@@ -12,6 +12,7 @@ from actvar_kernels.backend import (
     set_backend,
     triton_runs,
 )
+from actvar_kernels.conv3x3.codes import add_codes
 from actvar_kernels.conv3x3.op import conv3x3
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter
 from actvar_kernels.expert_ffn.static import static_ffn
@@ -32,6 +33,7 @@ __all__ = [
     "Residual",
     "Routed",
     "Selection",
+    "add_codes",
     "add_normalize",
     "add_normalize_route",
     "add_residual",

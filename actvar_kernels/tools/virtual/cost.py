@@ -27,6 +27,7 @@ SORT_INSTRUCTIONS = 160
 SCORE_INSTRUCTIONS, GATHER_INSTRUCTIONS = 10.3, 11.9
 SAMPLE_INSTRUCTIONS, GUIDE_INSTRUCTIONS = 171, 6
 MOMENTS_INSTRUCTIONS = 6
+AVERAGE_INSTRUCTIONS = 8  # per number of a window; assumed
 RESIDUAL_INSTRUCTIONS = 6  # of `_add_and_measure`, beside those of the moments; assumed
 
 
@@ -167,6 +168,22 @@ def _linears(a: Arguments, _share: Share) -> Cost:
     return Cost(moved, 2 * rows * sum(map(math.prod, (weight.shape for weight in weights))), x.dtype)
 
 
+def _enlarge(a: Arguments, _share: Share) -> Cost:
+    codebook = a["codebook_ptr"]
+    looked_up = math.prod(a["tokens_ptr"].shape) * a["C"] * codebook.dtype.itemsize
+    return Cost(_bytes(a, "codebook_ptr") + looked_up)
+
+
+def _convolve_and_add(a: Arguments, _share: Share) -> Cost:
+    places = math.ceil(a["SIDE"] ** 2 / a["PLACES"]) * a["PLACES"] * a["features_ptr"].shape[0]
+    moved = _bytes(a) + a["features_ptr"].bytes
+    return Cost(moved, 2 * 9 * places * a["BLOCK_C"] ** 2, torch.float32, tile=(a["PLACES"], a["BLOCK_C"]))
+
+
+def _average(a: Arguments, _share: Share) -> Cost:
+    return Cost(_bytes(a), instructions=AVERAGE_INSTRUCTIONS * a["WINDOW"] ** 2 * math.prod(a["out_ptr"].shape))
+
+
 def _run(a: Arguments, share: Share) -> tuple[float, int]:
     """Return the share of the (tile, expert) blocks that run, and the rows of all tiles."""
     rows = math.ceil(a["T"] / a["BLOCK_T"]) * a["BLOCK_T"]
@@ -190,4 +207,7 @@ COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
     "_down": _down,
     "_multiply_bytes": _multiply_bytes,
     "_linears": _linears,
+    "_enlarge": _enlarge,
+    "_convolve_and_add": _convolve_and_add,
+    "_average": _average,
 }
