@@ -14,6 +14,7 @@ class PatchedState(Protocol):
     config: Any
     execution: Any
     graphs: Any
+    strengths: Any
     modulations: Any
     seed: Tensor | None
     rows_are_guided: bool

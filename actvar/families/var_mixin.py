@@ -73,7 +73,7 @@ class PatchedVAR(_Base):
         if not loop_is_ours:
             label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
         wanted = state.execution.cuda_graph
-        with one_thread(self):
+        with one_thread(self), state.strengths.running(self, _strength(*args, **kwargs)):
             request = None
             if loop_is_ours and state.execution.sampler == "fast":
                 request = self.request(B, label_B, *args, **kwargs)
@@ -215,3 +215,8 @@ def _cudnn_benchmark() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def _strength(g_seed: Any = None, cfg: Any = 1.5, *_others: Any, **_named: Any) -> Any:
+    """Return the strength among the arguments of `VAR.autoregressive_infer_cfg` behind the labels."""
+    return cfg
