@@ -27,8 +27,8 @@ def memory_by_part(
     too, and keys in float32; that line is about the dense model. Activations are the residual stream in float32, a
     layer's input and its results, in one block at the widest scale. The decoder's are the most that its operators
     have at once, counted. With `Execution(weights="int8")` the bytes of the weights and their scales come beside the
-    weights, on a GPU as on a CPU. Memory inside operators is in none of the parts. The last part is that of `actvar.calibrate`,
-    which draws and fits sample after sample.
+    weights, on a GPU as on a CPU. Memory inside operators is in none of the parts. The last part is that of
+    `actvar.calibrate`, which draws and fits sample after sample.
 
     Args:
         infinity: a model with its tokenizer on the meta device.
