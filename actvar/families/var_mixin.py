@@ -165,7 +165,7 @@ class PatchedVAR(_Base):
         norm = self.head_nm
         if module_called(norm, HeadNorm, {"ada_lin", "ln_wo_grad"}) or why_called(norm.ln_wo_grad, nn.LayerNorm):
             return None
-        together = self.actvar.modulations
+        together = None if torch.compiler.is_compiling() else self.actvar.modulations
         if together is None or ada_lin_called(norm.ada_lin) is not None:
             modulation = norm.ada_lin(cond)
         else:

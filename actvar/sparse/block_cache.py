@@ -100,7 +100,8 @@ class Modulations:
 
 def _modulation(block: Any, cond: Any) -> tuple[Tensor, ...]:
     """Return `SampleState.modulation` of the block under `cond`."""
-    together = block.actvar.shared.modulations
+    # a compiled block is traced by itself
+    together = None if torch.compiler.is_compiling() else block.actvar.shared.modulations
     modulation = block.actvar.family.modulation(block, cond) if together is None else together.of(block, cond)
     if choose_fused(modulation[0]).packs_weights:  # C++ reads contiguous float32
         modulation = tuple(part.float().contiguous() for part in modulation)

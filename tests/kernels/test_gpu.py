@@ -22,7 +22,10 @@ from actvar import (
 from actvar.models.quantizer import VectorQuantizer, upsampled_by_axis
 from actvar.patching.patch import reconfigure
 from actvar.zoo.pretrained import adapter_path
+from actvar_kernels import add_codes, linears
 from actvar_kernels.backend import using_backend
+from actvar_kernels.conv3x3.codes import reference as codes_added
+from actvar_kernels.linear.linears import reference as layers_alone
 from actvar_kernels.token_draw import public
 from benchmarks.gpu import graphs, int8_numerics, numerics
 
@@ -94,6 +97,40 @@ def test_a_scale_is_added_on_the_gpu_as_on_the_cpu():
     found = quantizer.cuda().add_scale(2, partial.cuda(), codes.cuda())
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_layers_of_one_input_and_the_codes_of_a_scale_err_no_more_than_pytorch(dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, std: float = 1.0) -> torch.Tensor:
+        return (std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    def expect_close(found: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+        assert (found.cpu() - exact).abs().max() <= 4 * (plain - exact).abs().max()
+
+    for rows in (2, 40, 130):
+        layers = [
+            [normal(rows, 256)],
+            [normal(192, 256, std=1 / 16) for _ in range(3)],
+            [normal(192) for _ in range(3)],
+        ]
+        (x,), *parts = [[tensor.double() for tensor in tensors] for tensors in layers]
+        (on_gpu,), *others = [[tensor.cuda() for tensor in tensors] for tensors in layers]
+        expect_close(linears(on_gpu, *others), layers_alone(layers[0][0], *layers[1:]), layers_alone(x, *parts))
+
+    tensors = [normal(32, 32, 16, 16), torch.randint(64, (32, 25), generator=generator), normal(64, 32)]
+    tensors += [normal(32, 32, 3, 3, std=1 / 17), normal(32)]
+    exact, plain = [t.double() if t.is_floating_point() else t for t in tensors], [t.clone() for t in tensors]
+    on_gpu = [tensor.cuda() for tensor in tensors]
+    averages = (
+        add_codes(*on_gpu, 0.5, 6),
+        codes_added(*plain, 0.5, 6, dtype),
+        codes_added(*exact, 0.5, 6, torch.float64),
+    )
+    expect_close(*averages)
+    expect_close(on_gpu[0], plain[0], exact[0])
 
 
 def test_a_graph_of_a_whole_sample_gives_the_images_of_eager_sampling():

@@ -54,6 +54,23 @@ def test_adaln_is_computed_once_per_sample(tiny_var, monkeypatch):
     assert len(calls) == len(tiny_var.blocks)
 
 
+def test_a_compiled_block_computes_its_own_adaln(tiny_var, monkeypatch):
+    block = apply_patch(tiny_var, SPARSE).blocks[0]
+    asked = []
+    monkeypatch.setattr(VARFamily, "modulations", lambda *_: asked.append(1))
+    x, cond = torch.randn(2, 1, 128), torch.randn(2, 128)
+
+    def outputs(run) -> torch.Tensor:
+        with torch.no_grad(), tiny_var.actvar.sampling(tiny_var, in_place=False):
+            block.attn.kv_caching(True)
+            return run(x, cond, None)
+
+    compiled = outputs(torch.compile(block, backend="eager", fullgraph=True))
+    assert asked == []
+    assert torch.allclose(compiled, outputs(block), atol=1e-5)
+    assert asked == [1]
+
+
 def test_the_next_scale_goes_on_only_with_the_same_condition_and_cache(block):
     cond = sampled_up_to_the_last_scale(block)
     state, last = block.actvar.cache.state, block.actvar.schedule[-1]
