@@ -255,7 +255,7 @@ class VectorQuantizer(nn.Module):
             dtype: in which the average is read; it may come in a wider one.
         """
         last = len(self.v_patch_nums) - 1
-        conv = self.quant_resi.at(scale / last)
+        conv: Any = self.quant_resi.at(scale / last)
         if self._kernels_read(conv, partial):
             following = 0 if scale == last else self.v_patch_nums[scale + 1]
             weights = self.embedding.weight, conv.weight, conv.bias
