@@ -89,6 +89,8 @@ def calibrate(
         raise ValueError("expected a model in eval mode: call var.eval()")
     if not config.is_sparse:
         raise ValueError("expected a rate below 1 at some scale: there is no selector or router to fit")
+    if config.static_experts:
+        raise ValueError("static_experts: expected False, as a router is fitted; make a plan with the lever static")
     if config.num_blocks is not None and not uniform:
         raise ValueError("expected one rate per scale as the budget, got one per block")
     patch_silently(model, config, execution)
@@ -156,7 +158,7 @@ def patch_with(model: nn.Module, config: ActVARConfig, execution: Execution | No
             gates.router.weight: fit.router[0],
             gates.router.bias: fit.router[1],
         }
-        set_order_and_gates(block, fit.order, values)
+        set_order_and_gates(block, fit.order_for(config), values)
 
 
 @torch.no_grad()

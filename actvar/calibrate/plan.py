@@ -322,7 +322,7 @@ def _configure(model: Any, fits: list[BlockFit], config: ActVARConfig, execution
     """Give the model a configuration, and its hidden units the order of that configuration's experts."""
     for block, fit in zip(blocks_of(model), fits or len(blocks_of(model)) * [None], strict=True):
         if fit is not None:
-            set_order_and_gates(block, fit.static_order if config.static_experts else fit.order)
+            set_order_and_gates(block, fit.order_for(config))
     reconfigure(model, config, execution)
 
 

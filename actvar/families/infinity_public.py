@@ -83,7 +83,8 @@ class PatchedPublicInfinity(nn.Module):
                 "there are none to mix"
             )
         guided = any(strength != 1 for strength in strengths)
-        with one_thread(self), state.sampling(self, in_place=False, guided=guided):
+        sampling = state.sampling(self, in_place=False, guided=guided)
+        with one_thread(self), state.strengths.running(self, *strengths), sampling:
             return super().autoregressive_infer_cfg(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def get_logits(self, h, cond_BD):

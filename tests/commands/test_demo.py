@@ -118,7 +118,7 @@ def test_the_command_serves_the_bundled_model_to_this_machine_alone_by_default(s
     ((drawing, title, host, port),) = served
     assert (title, host, port) == ("ActVAR: fashion-mnist", "127.0.0.1", 7860)
     assert drawing.stops[0] == "lossless"
-    assert set(drawing.stops) == {"lossless", "near", "fast", "best", "paper", "paper-stage1"}
+    assert set(drawing.stops) == {"lossless", "near", "fast", "fastest", "best", "paper", "paper-stage1"}
     assert drawing.subject.names[5] == "sandal"
     assert "the page is at http://127.0.0.1:7860" in capsys.readouterr().out
 

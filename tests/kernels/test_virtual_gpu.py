@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from actvar.models.basic_vae import AttnBlock, ResnetBlock
 from actvar.models.vqvae import VQVAE
-from actvar_kernels import add_normalize_route, expert_ffn_scatter, select_tokens
+from actvar_kernels import add_codes, add_normalize_route, expert_ffn_scatter, linears, select_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.tools.virtual import (
     HostSyncError,
@@ -54,26 +54,58 @@ def test_experts_in_a_tile_list_are_three_launches_without_copies():
     assert names == ["_sort_rows", "_up", "_down"]
 
 
-def test_many_sequences_are_scored_where_they_are_selected_and_read_once():
-    C, keep = 64, 12
+def test_several_layers_of_one_input_are_one_launch_that_copies_no_weight():
+    layers, R, C, D = 3, 2, 64, 128
 
-    def launches(R: int, in_place: bool) -> list:
+    def run(gpu):
+        weights, biases = [cuda(D, C) for _ in range(layers)], [cuda(D) for _ in range(layers)]
+        with using_backend("triton"):
+            assert linears(cuda(R, C), weights, biases).shape == (layers, R, D)
+
+    (launch,) = recorded(90, run)
+    assert launch.name == "_linears"
+    assert launch.bytes == 4 * (layers * (D * C + D + R * D) + R * C)
+
+
+def test_the_codes_of_a_scale_are_added_in_two_launches_and_averaged_in_one():
+    B, C, side, places, following = 2, 32, 16, 9, 4
+
+    def run(gpu):
+        tokens = cuda(B, places, dtype=torch.int64)
+        with using_backend("triton"):
+            add_codes(cuda(B, C, side, side), tokens, cuda(4096, C), cuda(C, C, 3, 3), cuda(C), 0.5, following)
+
+    launches = recorded(90, run)
+    assert [launch.name for launch in launches] == ["_enlarge", "_convolve_and_add", "_average"]
+    features = 4 * B * C * side * side
+    assert [launch.bytes for launch in launches] == [
+        features + B * places * (8 + 4 * C),
+        3 * features + 4 * (9 * C * C + C),
+        features + 4 * B * C * following**2,
+    ]
+
+
+@pytest.mark.parametrize("R", [2, 128])
+def test_tokens_are_scored_once_and_only_those_that_are_kept_are_read_again(R: int):
+    L, C, keep = 16, 64, 12
+
+    def launches(in_place: bool) -> list:
         def run(gpu):
             gate = cuda(R, 1, C)
             with using_backend("triton"):
-                select_tokens(cuda(R, 16, C), cuda(1, C), cuda(1), gate, gate, keep, in_place=in_place)
+                select_tokens(cuda(R, L, C), cuda(1, C), cuda(1), gate, gate, keep, in_place=in_place)
 
         return [launch for launch in recorded(90, run) if launch.launches]
 
-    few, many = launches(127, in_place=True), launches(128, in_place=True)
-    assert [launch.name for launch in few] == ["_score", "_select"]
-    assert [launch.name for launch in many] == ["_select"]
-    x, modulated, index = 128 * 16 * C * 4, 128 * keep * C * 4, 128 * keep * 8
-    others = 2 * 128 * C * 4 + (C + 1) * 4 + 3 * 128 * 16 * 4  # scale, shift; weight, bias; scores, moments
-    assert many[0].bytes == x + modulated + index + others
-    (copying,) = launches(128, in_place=False)
-    assert copying.bytes - many[0].bytes == x // 4, "rows that are not kept are written as well"
-    assert math.prod(many[0].grid) >= 128
+    score, select = launches(in_place=True)
+    assert (score.name, select.name) == ("_score", "_select")
+    assert math.prod(score.grid) * score.kernel.constants["ROWS"] >= R * L, "every token has one program"
+    row, scored = C * 4, 3 * R * L * 4  # scores and moments
+    assert score.bytes == R * L * row + (C + 1) * 4 + scored
+    kept = R * keep * (row + row + 8)  # x, modulated rows and index
+    assert select.bytes == kept + 2 * R * row + scored  # scale, shift
+    _, copying = launches(in_place=False)
+    assert copying.bytes - select.bytes == R * (L - keep) * 2 * row, "rows that are not kept are read and written"
 
 
 def test_a_deferred_sum_is_read_at_the_end_of_the_block_instead_of_written_in_the_middle():

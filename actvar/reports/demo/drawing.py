@@ -22,7 +22,9 @@ from actvar.sampling.request import Sampling
 from actvar.sampling.summary import summary
 from actvar.sampling.text_request import TextSampling
 from actvar.sampling.timing import seconds_of
-from actvar.sparse.state import BlockRecord, is_patched, patch_state, record
+from actvar.sparse.contexts import record
+from actvar.sparse.record import BlockRecord
+from actvar.sparse.state import is_patched, patch_state
 from actvar.utils.devices import device_of
 from actvar.utils.pictures import as_grid
 

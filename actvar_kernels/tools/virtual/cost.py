@@ -20,13 +20,14 @@ Arguments = Mapping[str, Any]
 # Share of the (tile, expert) blocks that run, given the tokens and the rows of a tile.
 Share = Callable[[int, int], float]
 
-# Executed per (token, program) of `_sort_rows`, per number that `_select` scores and gathers, per guided logit of
-# `_sample`, and for its guidance, per number of `_channel_moments`: read off the machine code that Triton makes for
-# sm_90. The logit's is 80 outside the loops and 5.7 in each of about 16 passes (`benchmarks/sampler_passes.py`).
+# Executed per (token, program) of `_sort_rows`, per number that `_select` gathers, per guided logit of `_sample`, and
+# for its guidance, per number of `_channel_moments`: read off the machine code that Triton makes for sm_90. The logit's
+# is 80 outside the loops and 5.7 in each of about 16 passes (`benchmarks/sampler_passes.py`).
 SORT_INSTRUCTIONS = 160
-SCORE_INSTRUCTIONS, GATHER_INSTRUCTIONS = 10.3, 11.9
+GATHER_INSTRUCTIONS = 11.9
 SAMPLE_INSTRUCTIONS, GUIDE_INSTRUCTIONS = 171, 6
 MOMENTS_INSTRUCTIONS = 6
+AVERAGE_INSTRUCTIONS = 8  # per number of a window; assumed
 RESIDUAL_INSTRUCTIONS = 6  # of `_add_and_measure`, beside those of the moments; assumed
 
 
@@ -73,25 +74,29 @@ def _bytes(arguments: Arguments, *without: str) -> int:
 
 
 def _select(a: Arguments, _share: Share) -> Cost:
-    (R, length, C), in_place, scores = a["x_ptr"].shape, a["base_ptr"] is None, a["weight_ptr"] is not None
+    (R, length, C), in_place = a["x_ptr"].shape, a["base_ptr"] is None
     slots = a["keep"] if in_place else length
-    moved = length + (0 if in_place else length - a["keep"]) if scores or not in_place else a["keep"]
-    instructions = GATHER_INSTRUCTIONS * R * slots * C
-    if scores:  # in every program; a sequence that does not decide, beside the one that does
-        programs = math.ceil(slots / (a["ROWS"] * a["STEPS"]))
-        instructions += SCORE_INSTRUCTIONS * programs * (2 * R - a["deciding"]) * length * C
+    moved = slots + (0 if in_place else length - a["keep"])
     others = _bytes(a, "x_ptr", "base_ptr")
-    return Cost(others + moved * a["x_ptr"].bytes // length, instructions=round(instructions))
+    return Cost(others + moved * a["x_ptr"].bytes // length, instructions=round(GATHER_INSTRUCTIONS * R * slots * C))
 
 
 def _add_route(a: Arguments, _share: Share) -> Cost:
     rows = a["u_ptr"]
     read = a["x_ptr"].bytes * rows.shape[1] // a["x_ptr"].shape[1]
-    return Cost(_bytes(a, "x_ptr") + read, 2 * math.prod(rows.shape) * a["EXPERTS"], torch.float32)
+    return Cost(_bytes(a, "x_ptr") + read, *_router_product(a))
 
 
 def _route(a: Arguments, _share: Share) -> Cost:
-    return Cost(_bytes(a), 2 * math.prod(a["u_ptr"].shape) * a["EXPERTS"], torch.float32)
+    return Cost(_bytes(a), *_router_product(a))
+
+
+def _router_product(a: Arguments) -> tuple[int, torch.dtype]:
+    """Return FLOPs and dtype of a router's products: those of three parts of a weight, or of float32 numbers."""
+    products = 2 * math.prod(a["u_ptr"].shape) * a["EXPERTS"]
+    if not a["SPLITS"]:
+        return products, torch.float32
+    return products * (1 if a["weight_ptr"].dtype == torch.bfloat16 else 3), torch.bfloat16
 
 
 def _scatter(a: Arguments, _share: Share) -> Cost:
@@ -160,6 +165,29 @@ def _multiply_bytes(a: Arguments, _share: Share) -> Cost:
     return Cost(moved, 2 * rows * a["C"] * a["D"], torch.int8, tile=(a["BLOCK_T"], a["BLOCK_D"]))
 
 
+def _linears(a: Arguments, _share: Share) -> Cost:
+    weights, biases, x = a["weights"], a["biases"], a["x_ptr"]
+    rows = math.ceil(a["R"] / a["BLOCK_R"]) * a["BLOCK_R"]
+    moved = _bytes(a) + sum(tensor.bytes for tensor in (*weights, *biases))
+    return Cost(moved, 2 * rows * sum(map(math.prod, (weight.shape for weight in weights))), x.dtype)
+
+
+def _enlarge(a: Arguments, _share: Share) -> Cost:
+    codebook = a["codebook_ptr"]
+    looked_up = math.prod(a["tokens_ptr"].shape) * a["C"] * codebook.dtype.itemsize
+    return Cost(_bytes(a, "codebook_ptr") + looked_up)
+
+
+def _convolve_and_add(a: Arguments, _share: Share) -> Cost:
+    places = math.ceil(a["SIDE"] ** 2 / a["PLACES"]) * a["PLACES"] * a["features_ptr"].shape[0]
+    moved = _bytes(a) + a["features_ptr"].bytes
+    return Cost(moved, 2 * 9 * places * a["BLOCK_C"] ** 2, torch.float32, tile=(a["PLACES"], a["BLOCK_C"]))
+
+
+def _average(a: Arguments, _share: Share) -> Cost:
+    return Cost(_bytes(a), instructions=AVERAGE_INSTRUCTIONS * a["WINDOW"] ** 2 * math.prod(a["out_ptr"].shape))
+
+
 def _run(a: Arguments, share: Share) -> tuple[float, int]:
     """Return the share of the (tile, expert) blocks that run, and the rows of all tiles."""
     rows = math.ceil(a["T"] / a["BLOCK_T"]) * a["BLOCK_T"]
@@ -182,4 +210,8 @@ COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
     "_up": _up,
     "_down": _down,
     "_multiply_bytes": _multiply_bytes,
+    "_linears": _linears,
+    "_enlarge": _enlarge,
+    "_convolve_and_add": _convolve_and_add,
+    "_average": _average,
 }
