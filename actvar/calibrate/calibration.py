@@ -80,7 +80,7 @@ def calibrate(
         report = calibrate(
             twin, config, images=images, seed=seed, cfg=cfg, texts=texts, uniform=uniform, cluster=cluster
         )
-        _move_patch(twin, model, execution)
+        move_patch(twin, model, execution)
         return report
     images = checked_integer("images", images, HELD_OUT)
     seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1] - images)  # every batch takes the next seed
@@ -162,7 +162,7 @@ def patch_with(model: nn.Module, config: ActVARConfig, execution: Execution | No
 
 
 @torch.no_grad()
-def _move_patch(source: nn.Module, target: nn.Module, execution: Execution | None) -> None:
+def move_patch(source: nn.Module, target: nn.Module, execution: Execution | None) -> None:
     """Take the patch off `source`, and give the same to `target`, a model of another class with the same weights."""
     config = patch_state(source).config
     blocks = patch_state(source).blocks(source)

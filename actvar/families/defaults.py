@@ -63,7 +63,7 @@ class BaseFamily:
         sides = [side for token_map in self.maps(model) for side in token_map]
         return {"width": sizes.width, "hidden": sizes.hidden, "maps": sides}
 
-    def drawing_twin(self, model: Any) -> Any:
+    def drawing_twin(self, model: Any, tokenizer: Any = None) -> Any:
         """Return None: the model draws samples itself."""
         return None
 

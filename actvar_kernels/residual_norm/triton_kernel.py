@@ -21,7 +21,7 @@ from actvar_kernels.triton_backend.rows import (
     route,
     store_as,
 )
-from actvar_kernels.triton_backend.tiles import route_tiles, row_tiles
+from actvar_kernels.triton_backend.tiles import RouteTiles, architecture, route_tiles, row_tiles
 
 
 def add_normalize(
@@ -82,7 +82,9 @@ def _launch(
     if experts:
         mask = x.new_empty(R, K, experts, dtype=torch.bool)
         logits = x.new_empty(R, K, experts, dtype=torch.float32)
-    tiles = route_tiles(R * K, C) if experts else row_tiles(R * K, C)
+    tiles = RouteTiles(*row_tiles(R * K, C))
+    if experts:
+        tiles = route_tiles(architecture(x), R * K, C, x.dtype)
     _add_normalize_route[(triton.cdiv(K, tiles.rows), R)](
         x,
         None if index is None else index.contiguous(),
@@ -108,6 +110,7 @@ def _launch(
         C=C,
         BLOCK_C=triton.next_power_of_2(C),
         ROWS=tiles.rows,
+        SPLITS=tiles.splits,
         DTYPE=TRITON_DTYPES[form.dtype],
         num_warps=tiles.warps,
         enable_fp_fusion=True,
@@ -141,6 +144,7 @@ def _add_normalize_route(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Add, normalise and route `ROWS` rows of a sequence, those of x by their index if there is one.
@@ -174,16 +178,4 @@ def _add_normalize_route(
     u = u.to(dtype)
     store_as(u_ptr, u_scales_ptr, u, target, flat, present, inside, DTYPE)
     if EXPERTS:
-        route(
-            u.to(tl.float32),
-            weight_ptr,
-            bias_ptr,
-            mask_ptr,
-            logits_ptr,
-            flat,
-            present,
-            active,
-            EXPERTS,
-            C,
-            BLOCK_C,
-        )
+        route(u, weight_ptr, bias_ptr, mask_ptr, logits_ptr, flat, present, active, EXPERTS, C, BLOCK_C, SPLITS)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.triton_backend.rows import route
-from actvar_kernels.triton_backend.tiles import route_tiles
+from actvar_kernels.triton_backend.tiles import architecture, route_tiles
 
 
 def route_experts(
@@ -21,7 +21,7 @@ def route_experts(
     logits = u.new_empty(mask.shape, dtype=torch.float32)
     u = u.reshape(-1, C).contiguous()
     tokens = u.shape[0]
-    tiles = route_tiles(tokens, C)
+    tiles = route_tiles(architecture(u), tokens, C, u.dtype)
     _route_experts[(triton.cdiv(tokens, tiles.rows),)](
         u,
         weight.contiguous(),
@@ -34,6 +34,7 @@ def route_experts(
         C=C,
         BLOCK_C=triton.next_power_of_2(C),
         ROWS=tiles.rows,
+        SPLITS=tiles.splits,
         num_warps=tiles.warps,
         enable_fp_fusion=True,
     )
@@ -53,10 +54,11 @@ def _route_experts(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """Route `ROWS` tokens."""
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
     inside = (token < tokens)[:, None] & (channel < C)[None, :]
-    u = tl.load(u_ptr + token[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    route(u, weight_ptr, bias_ptr, mask_ptr, logits_ptr, token, token < tokens, active, EXPERTS, C, BLOCK_C)
+    u = tl.load(u_ptr + token[:, None] * C + channel[None, :], mask=inside, other=0.0)
+    route(u, weight_ptr, bias_ptr, mask_ptr, logits_ptr, token, token < tokens, active, EXPERTS, C, BLOCK_C, SPLITS)

@@ -52,7 +52,7 @@ def select_tokens(
     """Keep the `keep` rows with the highest `LN(x) @ weight + bias`; modulate them by `LN(x) * (1 + scale) + shift`.
 
     LN has no affine part and eps 1e-6. Scores are in float32 and outside autocast. Ties go to the lower index. Triton
-    takes two launches, or one from 128 sequences on; a third one ranks L above 1024, up to 8192.
+    takes two launches; a third one ranks L above 1024, up to 8192.
 
     Args:
         x: `[R, L, C]`, float32, float16 or bfloat16.

@@ -1,6 +1,7 @@
-"""Select tokens in one Triton launch where sequences are many, otherwise in two; normalise and modulate in one.
+"""Select tokens in two Triton launches; normalise and modulate in one.
 
-The first of two launches makes the scores. A launch between them ranks sequences of more than `RANKED_TOKENS` tokens.
+The first of the two makes the scores, and reads every number once. A launch between them ranks sequences of more than
+`RANKED_TOKENS` tokens.
 """
 
 # A launch takes options that the kernel does not name.
@@ -24,14 +25,7 @@ from actvar_kernels.triton_backend.rows import (
     normalized,
     store_as,
 )
-from actvar_kernels.triton_backend.tiles import (
-    SCORE_CHUNK,
-    SCORE_ROWS,
-    architecture,
-    most_registers,
-    row_tiles,
-    select_tiles,
-)
+from actvar_kernels.triton_backend.tiles import row_tiles, score_tiles, select_tiles
 
 _EPS = tl.constexpr(NORM_EPS)
 _LOWEST = tl.constexpr(-(2**31))
@@ -62,34 +56,29 @@ def select_tokens(
     scores = x.new_empty(R, L, dtype=torch.float32)
     moments = x.new_empty(R, L, 2, dtype=torch.float32)  # mean and 1 / sqrt(variance + eps)
     base = None if in_place else x.new_empty(R, L, C)
-    weight = weight.contiguous()
-    selector: tuple[torch.Tensor | None, torch.Tensor | None] = weight, bias
     slots = keep if in_place else L
-    tiles = select_tiles(architecture(x), R, slots, C)
     deciding, ranked = R // 2 if share_guidance else R, None
-    if not tiles.scores or L > RANKED_TOKENS:
-        rows = row_tiles(R * L, C)
-        _score[(triton.cdiv(L, rows.rows), R)](
-            x,
-            weight,
-            bias,
-            scores,
-            moments,
-            x.stride(),
-            L,
-            C=C,
-            BLOCK_C=triton.next_power_of_2(C),
-            ROWS=rows.rows,
-            num_warps=rows.warps,
-            enable_fp_fusion=True,
-        )
-        selector = None, None
+    rows = score_tiles(C)
+    _score[(triton.cdiv(L, rows.rows), R)](
+        x,
+        weight.contiguous(),
+        bias,
+        scores,
+        moments,
+        x.stride(),
+        L,
+        C=C,
+        BLOCK_C=triton.next_power_of_2(C),
+        ROWS=rows.rows,
+        num_warps=rows.warps,
+        enable_fp_fusion=True,
+    )
     if L > RANKED_TOKENS:
         ranked = x.new_empty(deciding, L, dtype=torch.int32)
         _rank[(deciding,)](scores, ranked, L, keep, BLOCK_L=triton.next_power_of_2(L), num_warps=16)
+    tiles = select_tiles(R, slots, C)
     _select[(triton.cdiv(slots, tiles.rows * tiles.steps), R)](
         x,
-        *selector,
         scores,
         moments,
         ranked,
@@ -110,12 +99,9 @@ def select_tokens(
         C=C,
         BLOCK_C=triton.next_power_of_2(C),
         ROWS=tiles.rows,
-        SCORE_ROWS=SCORE_ROWS,
-        CHUNK=SCORE_CHUNK,
         DTYPE=TRITON_DTYPES[form.dtype],
         num_warps=tiles.warps,
         enable_fp_fusion=True,
-        **most_registers(tiles.registers),
     )
     return index, formed(modulated, modulated_scales, form), scores, x if base is None else base
 
@@ -164,60 +150,23 @@ def _score(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Score `ROWS` rows of a sequence."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    _score_rows(
-        x_ptr, weight_ptr, bias_ptr, scores_ptr, moments_ptr, x_strides, tl.program_id(1), row, length, C, BLOCK_C
-    )
+    """Store `LN(x) @ weight + bias` of `ROWS` rows of a sequence, and the moments of their LN.
 
-
-@triton.jit
-def _score_rows(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    scores_ptr,
-    moments_ptr,
-    x_strides,
-    sequence,
-    row,
-    length,
-    C: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Store `LN(x) @ weight + bias` of rows of a sequence, and the moments of their LN.
-
-    Each row is summed in the same order, `CHUNK` channels at a time. The terms are distances `d = x - pivot` to a
-    number near the mean, so that one pass loses no digits.
+    Each row is summed in the same order.
     """
-    channel = tl.arange(0, CHUNK)
+    sequence = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK_C)
     inside = channel < C
     x = load_rows(x_ptr, x_strides, sequence, row, row < length, channel, inside).to(tl.float32)
     weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    pivot = tl.sum(x, axis=1) / min(C, CHUNK)
-    d = x - pivot[:, None]
-    if CHUNK > C:
-        d = tl.where(inside[None, :], d, 0.0)
-    total, squares, product, weights = d, d * d, d * weight[None, :], weight
-    if CHUNK < C:
-        for first in tl.range(CHUNK, C, CHUNK, num_stages=3):
-            inside = first + channel < (first + CHUNK if C % CHUNK == 0 else C)
-            x = load_rows(x_ptr, x_strides, sequence, row, row < length, first + channel, inside).to(tl.float32)
-            weight = tl.load(weight_ptr + first + channel, mask=inside, other=0.0).to(tl.float32)
-            d = x - pivot[:, None]
-            if C % CHUNK != 0:
-                d = tl.where(inside[None, :], d, 0.0)
-            total += d
-            squares += d * d
-            product += d * weight[None, :]
-            weights += weight
-    mean = tl.sum(total, axis=1) / C
-    variance = tl.sum(squares, axis=1) / C - mean * mean
-    product = tl.sum(product, axis=1) - mean * tl.sum(weights, axis=0)
-    root = tl.rsqrt(variance + _EPS)
+    mean = tl.sum(x, axis=1) / C
+    deviation = tl.where(inside[None, :], x - mean[:, None], 0.0)
+    root = tl.rsqrt(tl.sum(deviation * deviation, axis=1) / C + _EPS)
+    product = tl.sum(deviation * weight[None, :], axis=1)
     flat = sequence.to(tl.int64) * length + row
     tl.store(scores_ptr + flat, root * product + tl.load(bias_ptr).to(tl.float32), mask=row < length)
-    tl.store(moments_ptr + 2 * flat, pivot + mean, mask=row < length)
+    tl.store(moments_ptr + 2 * flat, mean, mask=row < length)
     tl.store(moments_ptr + 2 * flat + 1, root, mask=row < length)
 
 
@@ -233,8 +182,6 @@ def _rank(scores_ptr, ranked_ptr, length, keep, BLOCK_L: tl.constexpr):
 @triton.jit(do_not_specialize=["deciding", "length", "keep"])
 def _select(
     x_ptr,
-    weight_ptr,
-    bias_ptr,
     scores_ptr,
     moments_ptr,
     ranked_ptr,
@@ -255,28 +202,16 @@ def _select(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
-    SCORE_ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Put `STEPS * ROWS` rows of a sequence in the order of their places.
 
     Rows that are kept go to `modulated`, the others to the base if there is one. `deciding` sequences have a choice of
-    their own, the ones after them take it over. With a weight each program scores its sequence, and the one that
-    decides, by itself: the programs of a sequence write the same numbers. Without a weight scores and moments are
-    there. Without `ranked` tokens by place each program ranks its sequence.
+    their own, the ones after them take it over. Without `ranked` tokens by place each program ranks its sequence. The
+    last sequences come first: the launch before has read them last, so that they are in the cache.
     """
-    sequence = tl.program_id(1)
+    sequence = tl.num_programs(1) - 1 - tl.program_id(1)
     decides = sequence % deciding
-    if weight_ptr is not None:
-        for first in range(0, length, SCORE_ROWS):
-            row = first + tl.arange(0, SCORE_ROWS)
-            _score_rows(x_ptr, weight_ptr, bias_ptr, scores_ptr, moments_ptr, x_strides, decides, row, length, C, CHUNK)
-            if decides != sequence:
-                _score_rows(
-                    x_ptr, weight_ptr, bias_ptr, scores_ptr, moments_ptr, x_strides, sequence, row, length, C, CHUNK
-                )
-        tl.debug_barrier()
     token = tl.arange(0, BLOCK_L)
     if ranked_ptr is None:
         places = _places(scores_ptr + decides * length, length, keep, BLOCK_L)

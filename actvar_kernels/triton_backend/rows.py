@@ -103,20 +103,25 @@ def route(
     EXPERTS: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """Store the logits of rows `u`, and a mask of the `active` experts of each.
 
-    `u` is `[ROWS, BLOCK_C]` float32, 0 outside C. Every logit is summed in the same order, one after the other. An
-    expert is chosen by counting those that go before it.
+    `u` is `[ROWS, BLOCK_C]`, 0 outside C. Every row is summed in the same order. With `SPLITS` the products are those
+    of `_logits_of_parts`, otherwise sums of float32 numbers, an expert after the other. An expert is chosen by counting
+    those that go before it.
     """
-    BLOCK_N: tl.constexpr = triton.next_power_of_2(EXPERTS)
-    channel = tl.arange(0, BLOCK_C)
+    BLOCK_N: tl.constexpr = max(16 if SPLITS else 1, triton.next_power_of_2(EXPERTS))
     expert = tl.arange(0, BLOCK_N)
-    logits = tl.zeros((u.shape[0], BLOCK_N), tl.float32)
-    for e in range(0, EXPERTS):
-        weight = tl.load(weight_ptr + e * C + channel, mask=channel < C, other=0.0).to(tl.float32)
-        product = tl.sum(u * weight[None, :], axis=1)  # [ROWS]
-        logits += tl.where(expert[None, :] == e, product[:, None], 0.0)
+    if SPLITS:
+        logits = _logits_of_parts(u, weight_ptr, 0, EXPERTS, C, BLOCK_N, SPLITS)
+    else:
+        channel = tl.arange(0, BLOCK_C)
+        logits = tl.zeros((u.shape[0], BLOCK_N), tl.float32)
+        for e in range(0, EXPERTS):
+            weight = tl.load(weight_ptr + e * C + channel, mask=channel < C, other=0.0).to(tl.float32)
+            product = tl.sum(u.to(tl.float32) * weight[None, :], axis=1)  # [ROWS]
+            logits += tl.where(expert[None, :] == e, product[:, None], 0.0)
     logits += tl.load(bias_ptr + expert, mask=expert < EXPERTS, other=0.0).to(tl.float32)[None, :]
 
     key = tl.where(expert[None, :] < EXPERTS, descending_key(logits), _LOWEST)
@@ -127,3 +132,46 @@ def route(
     written = written[:, None] & (expert[None, :] < EXPERTS)
     tl.store(logits_ptr + target, logits, mask=written)
     tl.store(mask_ptr + target, chosen, mask=written)
+
+
+@triton.jit
+def _logits_of_parts(
+    u,
+    weight_ptr,
+    FIRST: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Return the products `[ROWS, BLOCK_N]` of bfloat16 rows `u` with finite weights from channel `FIRST` on.
+
+    A weight of more digits is the sum of three numbers of bfloat16, so that every product is exact, and sums are in
+    float32. Each of the `SPLITS` parts of the channels is summed apart, and their sums are added in a fixed order. One
+    half of many channels follows the other, so that few weights are in registers and shared memory.
+    """
+    ROWS: tl.constexpr = u.shape[0]
+    CHANNELS: tl.constexpr = u.shape[1]
+    if CHANNELS > 512:
+        HALF: tl.constexpr = CHANNELS // 2
+        first, second = tl.split(tl.permute(tl.reshape(u, (ROWS, 2, HALF)), (0, 2, 1)))
+        logits = _logits_of_parts(first, weight_ptr, FIRST, EXPERTS, C, BLOCK_N, SPLITS)
+        logits += _logits_of_parts(second, weight_ptr, FIRST + HALF, EXPERTS, C, BLOCK_N, SPLITS)
+    else:
+        DEPTH: tl.constexpr = CHANNELS // SPLITS
+        channel = FIRST + tl.arange(0, SPLITS)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, :, None]
+        expert = tl.arange(0, BLOCK_N)[None, None, :]
+        present = (channel < C) & (expert < EXPERTS)
+        weight = tl.load(weight_ptr + expert * C + channel, mask=present, other=0.0)
+        rows = tl.permute(tl.reshape(u, (ROWS, SPLITS, DEPTH)), (1, 0, 2))
+        if weight.dtype == tl.bfloat16:
+            products = tl.dot(rows, weight)
+        else:
+            weight = weight.to(tl.float32)
+            high = weight.to(tl.bfloat16)
+            weight -= high.to(tl.float32)
+            middle = weight.to(tl.bfloat16)
+            low = (weight - middle.to(tl.float32)).to(tl.bfloat16)
+            products = tl.dot(rows, high, tl.dot(rows, middle, tl.dot(rows, low)))
+        logits = tl.sum(products, axis=0)
+    return logits

@@ -78,19 +78,52 @@ def row_tiles(tokens: int, width: int) -> RowTiles:
     return _row_tiles(tokens, width, numbers=32, programs=256)
 
 
-def route_tiles(tokens: int, width: int) -> RowTiles:
-    """Return tiles of a kernel with a router, which sums over all channels for every expert.
-
-    Where rows are plentiful a warp or two have two of them and need not wait for others. Where rows are few there are 8
-    warps, and single rows up to a width of 2048. With other numbers the compiler spills in some type.
+def score_tiles(width: int) -> RowTiles:
+    """Return tiles of a selector's scores: warps have whole rows up to a width of 2048, and wait for no others.
 
     Args:
-        tokens: rows of all sequences.
         width: channels of a row.
     """
+    block = next_power_of_2(width)
+    return RowTiles(rows=max(1, 2048 // block), warps=max(1, block // 2048))
+
+
+class RouteTiles(NamedTuple):
+    """Describe kernels with a router.
+
+    Attributes:
+        rows: rows of a program.
+        warps: warps of a program.
+        splits: parts of the channels that tensor cores sum apart; 0: no tensor cores.
+    """
+
+    rows: int
+    warps: int
+    splits: int = 0
+
+
+def route_tiles(arch: int, tokens: int, width: int, dtype: torch.dtype) -> RouteTiles:
+    """Return tiles of a kernel with a router, which sums over all channels for every expert.
+
+    Rows of bfloat16 are multiplied by tensor cores, 16 at a time, so that a program reads the weights once for all of
+    them. Beyond 1024 channels they would not fit into registers.
+
+    Otherwise a warp or two have two rows where rows are plentiful, and need not wait for others. Where rows are few
+    there are 8 warps, and single rows up to a width of 2048. With other numbers the compiler spills in some type.
+
+    Args:
+        arch: compute capability.
+        tokens: rows of all sequences.
+        width: channels of a row.
+        dtype: float32, float16 or bfloat16, that of the rows.
+    """
+    block = next_power_of_2(width)
+    if dtype == torch.bfloat16 and 16 <= block <= 1024 and arch != RDNA:
+        warps = max(4, block // 128)
+        return RouteTiles(rows=16, warps=warps, splits=min(warps, block // 16))
     if tokens >= 2048:
-        return RowTiles(rows=2, warps=max(1, next_power_of_2(width) // 1024))
-    return RowTiles(rows=2 if width > 2048 else 1, warps=8)
+        return RouteTiles(rows=2, warps=max(1, block // 1024))
+    return RouteTiles(rows=2 if width > 2048 else 1, warps=8)
 
 
 class SelectTiles(NamedTuple):
@@ -100,42 +133,23 @@ class SelectTiles(NamedTuple):
         rows: rows at a time.
         warps: warps of a program.
         steps: how often a program takes `rows` rows.
-        scores: whether every program scores its whole sequence.
-        registers: registers that a thread may have; None: as many as the compiler finds best.
     """
 
     rows: int
     warps: int
     steps: int
-    scores: bool
-    registers: int | None = None
 
 
-SCORE_ROWS, SCORE_CHUNK = 64, 64
-"""Rows and channels at a time where every program scores its whole sequence."""
-
-
-def select_tiles(arch: int, sequences: int, rows: int, width: int) -> SelectTiles:
-    """Return tiles of token selection.
-
-    From 128 sequences on one or two programs each fill a GPU. Then every program scores its sequence and reads it a
-    second time from the cache, which costs less than two launches that read from memory. With fewer sequences the
-    scores come from a launch before, and several tiles share a ranking where programs are plentiful.
+def select_tiles(sequences: int, rows: int, width: int) -> SelectTiles:
+    """Return tiles of token selection; several tiles share a ranking where programs are plentiful.
 
     Args:
-        arch: compute capability.
         sequences: number of sequences.
         rows: rows that are read of each.
         width: channels of a row.
     """
-    if sequences >= 128:
-        at_once = max(1, 8192 // next_power_of_2(width))
-        parts = cdiv(256, sequences)
-        # the compiler would spill to let two programs share a multiprocessor
-        registers = 255 if arch in (86, 89, 120) else None
-        return SelectTiles(at_once, 8, cdiv(rows, parts * at_once), scores=True, registers=registers)
     at_once, warps = row_tiles(sequences * rows, width)
-    return SelectTiles(at_once, warps, steps=min(8, max(1, sequences * rows // (512 * at_once))), scores=False)
+    return SelectTiles(at_once, warps, steps=min(8, max(1, sequences * rows // (512 * at_once))))
 
 
 def _row_tiles(tokens: int, width: int, numbers: int, programs: int) -> RowTiles:

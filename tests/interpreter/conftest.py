@@ -45,17 +45,24 @@ def filled_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def same_product_at_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's product does not depend on its place in a tile, as on a GPU. In NumPy's float32 it does, on processors
-    without AVX-512; here sums are in float64 and rounded once."""
+    without AVX-512; here sums are in float64 and rounded once. The interpreter takes bfloat16 for integers; here its
+    numbers are multiplied."""
     if not interpreted():
         return
     from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
     dot = interpreter_builder.create_dot
 
+    def numbers(factor: TensorHandle) -> np.ndarray:
+        if factor.dtype.scalar.name != "bf16":
+            return factor.data
+        return (factor.data.astype(np.uint32) << 16).view(np.float32)
+
     def rounded_once(a, b, d, *options):
-        if d.data.dtype != np.float32 or a.data.dtype.kind != "f":
+        first, second = numbers(a), numbers(b)
+        if d.data.dtype != np.float32 or first.dtype.kind != "f":
             return dot(a, b, d, *options)
-        product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+        product = np.matmul(first, second, dtype=np.float64).astype(np.float32)
         return TensorHandle(product + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(interpreter_builder, "create_dot", rounded_once)

@@ -16,8 +16,9 @@ from actvar_kernels import BackendUnavailableError, add_normalize, add_normalize
 from actvar_kernels.residual_norm import reference, triton_kernel
 from actvar_kernels.residual_norm.op import add_normalize_route_flops
 from actvar_kernels.routing import reference as routing_reference
+from actvar_kernels.routing import triton_kernel as routing_kernel
 from actvar_kernels.routing.op import route_experts_flops
-from actvar_kernels.triton_backend.tiles import RowTiles
+from actvar_kernels.triton_backend.tiles import RouteTiles, RowTiles
 
 DTYPES = [torch.float32, torch.float16]
 SHAPES = [(1, 1, 20), (2, 9, 192), (3, 5, 65)]
@@ -27,12 +28,16 @@ EXPERTS = [(1, 1), (5, 2), (16, 12), (32, 32)]
 
 
 @pytest.fixture(autouse=True)
-def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Four rows a program; a test may set another number."""
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Four rows a program; a test may set another number, and in how many parts bfloat16 is summed."""
 
-    def choose(rows: int) -> None:
+    def choose(rows: int, splits: int = 1) -> None:
+        def route_tiles(arch: int, tokens: int, width: int, dtype: torch.dtype) -> RouteTiles:
+            return RouteTiles(rows, warps=4, splits=splits if dtype == torch.bfloat16 else 0)
+
         monkeypatch.setattr(triton_kernel, "row_tiles", lambda tokens, width: RowTiles(rows, warps=4))
-        monkeypatch.setattr(triton_kernel, "route_tiles", lambda tokens, width: RowTiles(rows, warps=4))
+        for module in (triton_kernel, routing_kernel):
+            monkeypatch.setattr(module, "route_tiles", route_tiles)
 
     choose(4)
     return choose
@@ -55,9 +60,14 @@ def assert_routes(mask: Tensor, logits: Tensor, u: Tensor, weight: Tensor, bias:
     error = (routing_reference.route_experts(u, weight, bias, active)[1] - exact).abs().max().item()
     assert logits.dtype == torch.float32
     assert_close(logits, exact, 4 * error)
-    order = logits.sort(dim=-1, descending=True, stable=True).indices[..., :active]
+    order = reference_order(logits)[..., :active]
     assert mask.dtype == torch.bool
     assert torch.equal(mask, torch.zeros_like(mask).scatter(-1, order, True))
+
+
+def reference_order(logits: Tensor) -> Tensor:
+    """Return the experts from the highest logit to the lowest."""
+    return logits.sort(dim=-1, descending=True, stable=True).indices
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -209,6 +219,39 @@ def test_bfloat16_rows_are_routed_in_float32_as_they_are_stored() -> None:
     # the interpreter cuts bfloat16 off where a GPU rounds it: an error of up to 2^-7 instead of 2^-8
     assert ((routed.rows.double() - rows - gamma * update).abs() <= 2**-7 * (rows + gamma * update).abs() + 1e-6).all()
     assert_routes(routed.mask, routed.logits, routed.u, *gate, 12)
+
+
+@pytest.mark.parametrize("gate_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("experts", "active"), EXPERTS)
+@pytest.mark.parametrize(("rows", "splits"), [(1, 1), (16, 4)])
+def test_bfloat16_rows_are_routed_by_every_digit_of_the_weights(
+    rows: int, splits: int, experts: int, active: int, gate_dtype: torch.dtype, tiles: Callable[..., None]
+) -> None:
+    tiles(rows, splits)
+    for C in (200, 1000):  # of the second one half follows the other
+        u, gate = normal(19, C, dtype=torch.bfloat16), router(C, experts, gate_dtype)
+        assert_routes(*route_experts(u, *gate, active), u, *gate, active)
+
+
+@pytest.mark.parametrize("exponent", [-100, 100])
+def test_weights_far_from_one_lose_no_digits_to_bfloat16(exponent: int, tiles: Callable[..., None]) -> None:
+    tiles(16, 2)
+    u, (weight, bias) = normal(5, 64, dtype=torch.bfloat16), router(64, 5)
+    weight, bias = weight * 2.0**exponent, bias * 2.0**exponent
+    assert_routes(*route_experts(u, weight, bias, 3), u, weight, bias, 3)
+
+
+def test_equal_tokens_of_bfloat16_get_equal_logits(tiles: Callable[..., None]) -> None:
+    tiles(16, 2)
+    which = torch.arange(2 * 11).view(2, 11) * 5 % 3
+    weight, bias = router(192, 16)
+    weight, bias = weight[torch.arange(16) % 5], bias[torch.arange(16) % 5]
+    mask, logits = route_experts(normal(3, 192, dtype=torch.bfloat16)[which], weight, bias, 9)
+    for value in range(3):
+        of_token = logits[which == value]
+        assert (of_token == of_token[0]).all()
+        assert (of_token[0] == of_token[0][torch.arange(16) % 5]).all()
+    assert torch.equal(mask, torch.zeros_like(mask).scatter(-1, reference_order(logits)[..., :9], True))
 
 
 def test_route_experts_takes_any_leading_shape() -> None:

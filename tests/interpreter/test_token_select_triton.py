@@ -21,16 +21,17 @@ SHAPES = [(1, 1, 20, 1), (2, 16, 192, 12), (3, 25, 65, 1), (2, 7, 20, 7)]
 """Rows, tokens, width, kept tokens."""
 
 
-@pytest.fixture(autouse=True, params=["one launch", "two launches", "three launches"])
+@pytest.fixture(autouse=True, params=["two launches", "three launches"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Four rows a tile, and two tiles that share a ranking; a test may set other numbers."""
     if request.param == "three launches":
         monkeypatch.setattr(triton_kernel, "RANKED_TOKENS", 0)
 
     def choose(rows: int, steps: int) -> None:
-        chosen = SelectTiles(rows, warps=4, steps=steps, scores=request.param == "one launch")
+        chosen = SelectTiles(rows, warps=4, steps=steps)
         monkeypatch.setattr(triton_kernel, "select_tiles", lambda *_: chosen)
         monkeypatch.setattr(triton_kernel, "row_tiles", lambda tokens, width: RowTiles(rows, warps=4))
+        monkeypatch.setattr(triton_kernel, "score_tiles", lambda width: RowTiles(rows, warps=4))
 
     choose(4, 2)
     return choose

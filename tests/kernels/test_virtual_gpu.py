@@ -85,26 +85,27 @@ def test_the_codes_of_a_scale_are_added_in_two_launches_and_averaged_in_one():
     ]
 
 
-def test_many_sequences_are_scored_where_they_are_selected_and_read_once():
-    C, keep = 64, 12
+@pytest.mark.parametrize("R", [2, 128])
+def test_tokens_are_scored_once_and_only_those_that_are_kept_are_read_again(R: int):
+    L, C, keep = 16, 64, 12
 
-    def launches(R: int, in_place: bool) -> list:
+    def launches(in_place: bool) -> list:
         def run(gpu):
             gate = cuda(R, 1, C)
             with using_backend("triton"):
-                select_tokens(cuda(R, 16, C), cuda(1, C), cuda(1), gate, gate, keep, in_place=in_place)
+                select_tokens(cuda(R, L, C), cuda(1, C), cuda(1), gate, gate, keep, in_place=in_place)
 
         return [launch for launch in recorded(90, run) if launch.launches]
 
-    few, many = launches(127, in_place=True), launches(128, in_place=True)
-    assert [launch.name for launch in few] == ["_score", "_select"]
-    assert [launch.name for launch in many] == ["_select"]
-    x, modulated, index = 128 * 16 * C * 4, 128 * keep * C * 4, 128 * keep * 8
-    others = 2 * 128 * C * 4 + (C + 1) * 4 + 3 * 128 * 16 * 4  # scale, shift; weight, bias; scores, moments
-    assert many[0].bytes == x + modulated + index + others
-    (copying,) = launches(128, in_place=False)
-    assert copying.bytes - many[0].bytes == x // 4, "rows that are not kept are written as well"
-    assert math.prod(many[0].grid) >= 128
+    score, select = launches(in_place=True)
+    assert (score.name, select.name) == ("_score", "_select")
+    assert math.prod(score.grid) * score.kernel.constants["ROWS"] >= R * L, "every token has one program"
+    row, scored = C * 4, 3 * R * L * 4  # scores and moments
+    assert score.bytes == R * L * row + (C + 1) * 4 + scored
+    kept = R * keep * (row + row + 8)  # x, modulated rows and index
+    assert select.bytes == kept + 2 * R * row + scored  # scale, shift
+    _, copying = launches(in_place=False)
+    assert copying.bytes - select.bytes == R * (L - keep) * 2 * row, "rows that are not kept are read and written"
 
 
 def test_a_deferred_sum_is_read_at_the_end_of_the_block_instead_of_written_in_the_middle():

@@ -20,11 +20,11 @@ Arguments = Mapping[str, Any]
 # Share of the (tile, expert) blocks that run, given the tokens and the rows of a tile.
 Share = Callable[[int, int], float]
 
-# Executed per (token, program) of `_sort_rows`, per number that `_select` scores and gathers, per guided logit of
-# `_sample`, and for its guidance, per number of `_channel_moments`: read off the machine code that Triton makes for
-# sm_90. The logit's is 80 outside the loops and 5.7 in each of about 16 passes (`benchmarks/sampler_passes.py`).
+# Executed per (token, program) of `_sort_rows`, per number that `_select` gathers, per guided logit of `_sample`, and
+# for its guidance, per number of `_channel_moments`: read off the machine code that Triton makes for sm_90. The logit's
+# is 80 outside the loops and 5.7 in each of about 16 passes (`benchmarks/sampler_passes.py`).
 SORT_INSTRUCTIONS = 160
-SCORE_INSTRUCTIONS, GATHER_INSTRUCTIONS = 10.3, 11.9
+GATHER_INSTRUCTIONS = 11.9
 SAMPLE_INSTRUCTIONS, GUIDE_INSTRUCTIONS = 171, 6
 MOMENTS_INSTRUCTIONS = 6
 AVERAGE_INSTRUCTIONS = 8  # per number of a window; assumed
@@ -74,25 +74,29 @@ def _bytes(arguments: Arguments, *without: str) -> int:
 
 
 def _select(a: Arguments, _share: Share) -> Cost:
-    (R, length, C), in_place, scores = a["x_ptr"].shape, a["base_ptr"] is None, a["weight_ptr"] is not None
+    (R, length, C), in_place = a["x_ptr"].shape, a["base_ptr"] is None
     slots = a["keep"] if in_place else length
-    moved = length + (0 if in_place else length - a["keep"]) if scores or not in_place else a["keep"]
-    instructions = GATHER_INSTRUCTIONS * R * slots * C
-    if scores:  # in every program; a sequence that does not decide, beside the one that does
-        programs = math.ceil(slots / (a["ROWS"] * a["STEPS"]))
-        instructions += SCORE_INSTRUCTIONS * programs * (2 * R - a["deciding"]) * length * C
+    moved = slots + (0 if in_place else length - a["keep"])
     others = _bytes(a, "x_ptr", "base_ptr")
-    return Cost(others + moved * a["x_ptr"].bytes // length, instructions=round(instructions))
+    return Cost(others + moved * a["x_ptr"].bytes // length, instructions=round(GATHER_INSTRUCTIONS * R * slots * C))
 
 
 def _add_route(a: Arguments, _share: Share) -> Cost:
     rows = a["u_ptr"]
     read = a["x_ptr"].bytes * rows.shape[1] // a["x_ptr"].shape[1]
-    return Cost(_bytes(a, "x_ptr") + read, 2 * math.prod(rows.shape) * a["EXPERTS"], torch.float32)
+    return Cost(_bytes(a, "x_ptr") + read, *_router_product(a))
 
 
 def _route(a: Arguments, _share: Share) -> Cost:
-    return Cost(_bytes(a), 2 * math.prod(a["u_ptr"].shape) * a["EXPERTS"], torch.float32)
+    return Cost(_bytes(a), *_router_product(a))
+
+
+def _router_product(a: Arguments) -> tuple[int, torch.dtype]:
+    """Return FLOPs and dtype of a router's products: those of three parts of a weight, or of float32 numbers."""
+    products = 2 * math.prod(a["u_ptr"].shape) * a["EXPERTS"]
+    if not a["SPLITS"]:
+        return products, torch.float32
+    return products * (1 if a["weight_ptr"].dtype == torch.bfloat16 else 3), torch.bfloat16
 
 
 def _scatter(a: Arguments, _share: Share) -> Cost:
