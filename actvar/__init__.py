@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from actvar.sampling.cuda_graph import GraphedSampling
     from actvar.sampling.sampler import Sampler
     from actvar.sampling.summary import summary
-    from actvar.sparse.state import guided_rows, record
+    from actvar.sparse.contexts import guided_rows, record
     from actvar.text import TextEncoder
     from actvar.zoo import load_pretrained
 
@@ -75,7 +75,7 @@ _MODULES = {
     "sampling.summary": ["summary"],
     "sampling.cuda_graph": ["GraphedSampling"],
     "sampling.sampler": ["Sampler"],
-    "sparse.state": ["guided_rows", "record"],
+    "sparse.contexts": ["guided_rows", "record"],
     "text": ["TextEncoder"],
     "zoo": ["load_pretrained"],
 }

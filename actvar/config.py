@@ -52,6 +52,9 @@ class ActVARConfig:
             pruning, of the hidden units that lie last.
         guidance_until: number of the first scale without guidance, negative from the end. From there on the conditional
             rows alone are computed, and tokens are drawn from their logits. None for guidance at every scale.
+        guidance_strength: the `cfg` whose guided logits an adapter's weights imitate from `guidance_until` on. With a
+            smaller one, sampling uses weights in between the model's own and the adapter's, in proportion
+            (`actvar.sparse.strength`). None for weights that do not depend on it.
         scales_until: number of the first scale that is left out, negative from the end. Sampling ends before it, and
             the image is decoded from the token maps so far. None for all scales.
         weights_from: number of the first scale at which the weights that an adapter brings are used, negative from the
@@ -72,6 +75,7 @@ class ActVARConfig:
     fixed_tokens: bool = False
     static_experts: bool = False
     guidance_until: int | None = None
+    guidance_strength: float | None = None
     scales_until: int | None = None
     weights_from: int | None = None
     always_sparse: bool = False
@@ -106,6 +110,14 @@ class ActVARConfig:
         if not 1 <= self.num_experts <= MOST_EXPERTS:
             raise ValueError(f"num_experts: expected between 1 and {MOST_EXPERTS}, got {self.num_experts}")
         check_choice("kv", self.kv, KV_MODES)
+        if self.guidance_strength is not None:
+            strength = as_number("guidance_strength", self.guidance_strength, "a number above 0")
+            if not 0 < strength < math.inf or self.guidance_until is None:
+                raise ValueError(
+                    "guidance_strength: expected a finite number above 0, with guidance_until, got "
+                    f"{self.guidance_strength} and guidance_until={self.guidance_until}"
+                )
+            object.__setattr__(self, "guidance_strength", strength)
         if self.fixed_tokens and any(isinstance(rate, tuple) for rate in self.token_rates):
             raise ValueError(f"token_rates: expected those of all blocks, with fixed_tokens, got {self.token_rates}")
 
@@ -129,7 +141,7 @@ class ActVARConfig:
     def without_savings(self) -> ActVARConfig:
         """Return the configuration with all scales, tokens, experts and guidance; other variants stay."""
         ones = (1.0,) * len(self.scales)
-        none = dict.fromkeys(("guidance_until", "scales_until"))
+        none = dict.fromkeys(("guidance_until", "guidance_strength", "scales_until"))
         return replace(self, token_rates=ones, ffn_rate=1.0, always_sparse=False, **none)
 
     def to_json(self) -> str:

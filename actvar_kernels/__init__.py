@@ -12,10 +12,12 @@ from actvar_kernels.backend import (
     set_backend,
     triton_runs,
 )
+from actvar_kernels.conv3x3.codes import add_codes
 from actvar_kernels.conv3x3.op import conv3x3
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter
 from actvar_kernels.expert_ffn.static import static_ffn
 from actvar_kernels.group_norm.op import add_residual, add_residual_moments, group_norm_silu
+from actvar_kernels.linear.linears import linears
 from actvar_kernels.linear.op import linear, linear_once
 from actvar_kernels.linear.products import gelu_linear
 from actvar_kernels.residual_norm.op import Residual, Routed, add_normalize, add_normalize_route
@@ -31,6 +33,7 @@ __all__ = [
     "Residual",
     "Routed",
     "Selection",
+    "add_codes",
     "add_normalize",
     "add_normalize_route",
     "add_residual",
@@ -46,6 +49,7 @@ __all__ = [
     "group_norm_silu",
     "linear",
     "linear_once",
+    "linears",
     "normalize_modulate",
     "rotate_heads",
     "route_experts",

@@ -239,7 +239,7 @@ def choose_int8(operation: str, *tensors: torch.Tensor) -> Backend:
         if case == TORCH:
             reason = "Triton cannot run while PyTorch traces or transforms the call, or on tensors of a subclass"
         elif cpu.computed_dtype(first) not in KERNEL_DTYPES:
-            reason = f"it takes float32, float16 and bfloat16, got {cpu.computed_dtype(first)}"
+            reason = f"it takes {cpu.TAKEN}, got {cpu.computed_dtype(first)}"
         else:
             return _KINDS["triton", case == RECORDED]
     elif not first.is_cpu:
@@ -249,7 +249,7 @@ def choose_int8(operation: str, *tensors: torch.Tensor) -> Backend:
     elif case != DIRECT:
         reason = "C++ cannot run while PyTorch traces, exports or transforms the call, or on tensors of a subclass"
     elif cpu.computed_dtype(first) not in cpu.DTYPES:
-        reason = f"it takes float32 and bfloat16, got {cpu.computed_dtype(first)}"
+        reason = f"it takes {cpu.TAKEN}, got {cpu.computed_dtype(first)}"
     elif not brgemm.runs(torch.int8):
         reason = cpu.why_unavailable() or (
             "this processor, or this PyTorch, has no products of bytes (AVX-512 with VNNI); use weights of 16 or 32 "

@@ -26,7 +26,7 @@ from actvar.models.basic_vae import Conv3x3, Upsample
 from actvar.sparse.schedule import build_schedule
 from actvar.utils.live_memory import peak_live_bytes
 from actvar_kernels import cpp_runs
-from actvar_kernels.conv3x3.cpu_kernel import packed_numbers
+from actvar_kernels.conv3x3.cpu_kernel import packed_bytes
 
 MIB = 2**20
 
@@ -85,8 +85,7 @@ def _transformed_bytes(vae: nn.Module, f_hat: torch.Tensor) -> int:
     def note(module: Conv3x3, _: tuple, out: torch.Tensor) -> None:
         D, C = module.weight.shape[:2]
         if C % 16 == 0:
-            numbers = packed_numbers(out.dtype, C, D, out.shape[2] * out.shape[3], module in enlarging)
-            sizes.append(numbers * _bytes([module.weight]) // 9)
+            sizes.append(packed_bytes(out.dtype, C, D, out.shape[2] * out.shape[3], module in enlarging))
 
     hooks = [m.register_forward_hook(note) for m in vae.modules() if isinstance(m, Conv3x3)]
     vae.fhat_to_img(f_hat)

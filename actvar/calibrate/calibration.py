@@ -80,7 +80,7 @@ def calibrate(
         report = calibrate(
             twin, config, images=images, seed=seed, cfg=cfg, texts=texts, uniform=uniform, cluster=cluster
         )
-        _move_patch(twin, model, execution)
+        move_patch(twin, model, execution)
         return report
     images = checked_integer("images", images, HELD_OUT)
     seed = checked_integer("seed", seed, SEEDS[0], SEEDS[-1] - images)  # every batch takes the next seed
@@ -89,6 +89,8 @@ def calibrate(
         raise ValueError("expected a model in eval mode: call var.eval()")
     if not config.is_sparse:
         raise ValueError("expected a rate below 1 at some scale: there is no selector or router to fit")
+    if config.static_experts:
+        raise ValueError("static_experts: expected False, as a router is fitted; make a plan with the lever static")
     if config.num_blocks is not None and not uniform:
         raise ValueError("expected one rate per scale as the budget, got one per block")
     patch_silently(model, config, execution)
@@ -156,11 +158,11 @@ def patch_with(model: nn.Module, config: ActVARConfig, execution: Execution | No
             gates.router.weight: fit.router[0],
             gates.router.bias: fit.router[1],
         }
-        set_order_and_gates(block, fit.order, values)
+        set_order_and_gates(block, fit.order_for(config), values)
 
 
 @torch.no_grad()
-def _move_patch(source: nn.Module, target: nn.Module, execution: Execution | None) -> None:
+def move_patch(source: nn.Module, target: nn.Module, execution: Execution | None) -> None:
     """Take the patch off `source`, and give the same to `target`, a model of another class with the same weights."""
     config = patch_state(source).config
     blocks = patch_state(source).blocks(source)

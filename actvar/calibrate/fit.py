@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from actvar.calibrate.clusters import expert_order
 from actvar.calibrate.curves import Curves, expert_outputs
 from actvar.calibrate.ridge import NormalEquations, fitted
+from actvar.config import ActVARConfig
 from actvar.families.base import BlockCall, Family
 from actvar.sparse.schedule import Scale
 from actvar_kernels.constants import NORM_EPS
@@ -43,6 +44,10 @@ class BlockFit(NamedTuple):
     curves: dict[int, Curves]
     after: list[torch.Tensor]
     static_order: torch.Tensor | None = None
+
+    def order_for(self, config: ActVARConfig) -> torch.Tensor | None:
+        """Return the order of the hidden units for the kind of experts that a configuration has."""
+        return self.static_order if config.static_experts else self.order
 
 
 class _Batch(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from actvar.calibrate.calibration import fits_of, held_out_samples, patch_with, samples_to_fit
+from actvar.calibrate.calibration import fits_of, held_out_samples, move_patch, patch_with, samples_to_fit
 from actvar.calibrate.choices import (
     DEFAULT_LEVERS,
     GUIDED_SCALES,
@@ -41,7 +41,7 @@ from actvar.families import blocks_of, family_of
 from actvar.families.conditions import Conditions, Texts, features_of
 from actvar.models.arguments import checked_finite
 from actvar.patching.adapter import read_adapter_config
-from actvar.patching.patch import load_silently, reconfigure, remove_patch
+from actvar.patching.patch import load_silently, patch_silently, reconfigure, remove_patch
 from actvar.sampling.token_maps import first_conditions
 from actvar.sparse.block_state import set_order_and_gates
 from actvar.sparse.schedule import scales_with_guidance
@@ -78,6 +78,7 @@ def plan(
     seed: int = 0,
     cfg: float | None = None,
     texts: Texts | None = None,
+    tokenizer: Any = None,
     repeats: int = 3,
     folder: Path | None = None,
 ) -> PlanReport:
@@ -98,19 +99,50 @@ def plan(
         seed: of these samples.
         cfg: guidance strength; None for 1.5, and for 4 of a model that draws from texts.
         texts: what a model that draws from texts samples; None for classes.
+        tokenizer: an `actvar.models.InfinityTokenizer` for the public class of Infinity, which holds none; times are
+            then those of our class with its weights. None for another model.
         repeats: samples of each kind that are timed.
         folder: keeps fits, times and divergences, so that the same call goes on after an interruption; None: they are
             not kept.
 
     Raises:
         TypeError: a model of an unsupported kind.
-        ValueError: levers that there are not, or that the adapter does not have; the errors of `calibrate`.
+        ValueError: levers that there are not, or that the adapter does not have; a tokenizer for a model that has its
+            own, or none or an adapter for the public class of Infinity; the errors of `calibrate`.
         BackendUnavailableError: products in eight bits are asked for and do not run here.
     """
     model = unwrapped(var)
     levers = _checked_levers(model, levers, None if adapter is None else read_adapter_config(adapter))
     remove_patch(model)
     family = family_of(model)
+    twin = family.drawing_twin(model, tokenizer)
+    if (twin is None) != (tokenizer is None):
+        kind = type(model).__name__
+        wanted = "None, since the model has its own" if twin is None else "that of the model, which holds none"
+        raise ValueError(f"tokenizer: expected {wanted}, got {type(tokenizer).__name__} with {kind}")
+    if twin is not None:
+        if adapter is not None:
+            raise ValueError(
+                "adapter: expected None with this class; plan for that of actvar.load_infinity, whose adapters fit both"
+            )
+        patch_silently(model, replace(ActVARConfig(), num_experts=num_experts), execution)
+        remove_patch(model)
+        report = plan(
+            twin,
+            goal,
+            levers,
+            execution=execution,
+            num_experts=num_experts,
+            batch=batch,
+            images=images,
+            seed=seed,
+            cfg=cfg,
+            texts=texts,
+            repeats=repeats,
+            folder=folder,
+        )
+        move_patch(twin, model, report.chosen.execution)
+        return report
     cfg = family.default_cfg if cfg is None else checked_finite("cfg", cfg)
     timed = first_conditions(model, batch, texts)
     maps, depth = family.maps_of(model, timed), len(blocks_of(model))
@@ -290,7 +322,7 @@ def _configure(model: Any, fits: list[BlockFit], config: ActVARConfig, execution
     """Give the model a configuration, and its hidden units the order of that configuration's experts."""
     for block, fit in zip(blocks_of(model), fits or len(blocks_of(model)) * [None], strict=True):
         if fit is not None:
-            set_order_and_gates(block, fit.static_order if config.static_experts else fit.order)
+            set_order_and_gates(block, fit.order_for(config))
     reconfigure(model, config, execution)
 
 

@@ -224,7 +224,9 @@ def describe(config: actvar.ActVARConfig) -> str:
     tokens = "/".join(text(rate) for rate in config.token_rates)
     ffn = "/".join(text(rate) for rate in config.ffn_rates)
     experts = f"{config.num_experts} {'static ' if config.static_experts else ''}experts"
-    guidance = "" if config.guidance_until is None else f", guidance until scale {config.guidance_until}"
+    strength = config.guidance_strength
+    imitated = "" if strength is None else f", then imitated up to strength {strength:g}"
+    guidance = "" if config.guidance_until is None else f", guidance until scale {config.guidance_until}{imitated}"
     sampled = "" if config.scales_until is None else f", sampled until scale {config.scales_until}"
     return f"tokens {tokens}, FFN {ffn} of {experts} at scales {config.scales}{guidance}{sampled}"
 

@@ -27,7 +27,9 @@ from actvar.models.checkpoint import sizes_of_files
 from actvar.sampling.layouts import Layout
 from actvar.sampling.text_request import TextSampling
 from actvar.text import DEFAULT_ENCODER, MOST_TOKENS, FeatureCache, default_folder, default_prompts
-from actvar.zoo.fashion_mnist_text.architecture import DRAW, PROMPTS
+from actvar.text.words import WordEncoder
+from actvar.zoo.fashion_mnist_text.architecture import DRAW, WIDE
+from actvar.zoo.fashion_mnist_text.prompts import PAIRS, PROMPTS, schedule_of_prompts
 from actvar.zoo.pretrained import TEXT_MODEL, load_text_encoder
 
 OF_CLASSES = ("label", "labels", "per_class")
@@ -83,10 +85,13 @@ def request_of_texts(options: argparse.Namespace, at_once: bool = True, layout: 
         layout: of a benchmark, whose prompts are drawn; None for those of the options.
 
     Raises:
-        ValueError: no prompts, a file that has none, or numbers out of their range.
+        ValueError: no prompts, a file that has none, or numbers out of their range; prompts that the bundled model
+            does not know, or that are not for the given aspect ratio.
     """
     prompts = _prompts(options) if layout is None else tuple(prompt.text for prompt in layout.prompts)
-    num = getattr(options, "num", None)
+    if is_bundled(options):
+        _take_aspect_of(options, prompts)
+    num, seed = getattr(options, "num", None), getattr(options, "seed", 0)
     if at_once and not num and len(prompts) > MOST_AT_ONCE:
         raise ValueError(f"--prompts: expected at most {MOST_AT_ONCE} images at once; draw more with --num")
     given = {name: getattr(options, name, None) for name in ("cfg", "tau", "top_k", "top_p")}
@@ -96,7 +101,7 @@ def request_of_texts(options: argparse.Namespace, at_once: bool = True, layout: 
         prompts,
         tuple(range(len(prompts))) if layout is None else layout.labels,
         schedule_of(options),
-        seed=options.seed if num else (options.seed,) * len(prompts),
+        seed=seed if num else (seed,) * len(prompts),
         **numbers,
     )
 
@@ -123,10 +128,7 @@ def load_to_sample_texts(
     device, dtype = device_of_process(options), dtype or DTYPES[options.dtype]
     files = files_of(options)
     sizes = sizes_of_files(*files, options.key)
-    if is_bundled(options):
-        encoder = load_text_encoder(device)
-    else:
-        encoder = actvar.TextEncoder(options.text_encoder or DEFAULT_ENCODER, device, FeatureCache(default_folder()))
+    encoder = encoder_of(options)
     text, lengths = encoder(sampling.prompts, min(sizes.text_maxlen, MOST_TOKENS))
     if text.shape[1] != sizes.text_channels:
         raise ValueError(
@@ -139,6 +141,17 @@ def load_to_sample_texts(
     return infinity, replace(sampling, features=features)
 
 
+def encoder_of(options: argparse.Namespace) -> WordEncoder | actvar.TextEncoder:
+    """Return what turns prompts into features on the device: the words of the bundled model, or the T5 of the options.
+
+    A T5 is loaded for the first prompt that its cache does not have.
+    """
+    device = device_of_process(options)
+    if is_bundled(options):
+        return load_text_encoder(device)
+    return actvar.TextEncoder(options.text_encoder or DEFAULT_ENCODER, device, FeatureCache(default_folder()))
+
+
 def title_of(sampling: TextSampling, label: int) -> str:
     """Return the start of a prompt for the title of a picture."""
     prompt = sampling.prompts[label]
@@ -148,7 +161,23 @@ def title_of(sampling: TextSampling, label: int) -> str:
 def use_default_prompts(options: argparse.Namespace) -> None:
     """Take the prompts that come with the package, or those of the bundled model, where no others are given."""
     if options.prompt is None and options.prompts is None:
-        options.prompt = PROMPTS if is_bundled(options) else default_prompts()
+        of_model = PAIRS if schedule_of(options) == WIDE else PROMPTS
+        options.prompt = of_model if is_bundled(options) else default_prompts()
+
+
+def _take_aspect_of(options: argparse.Namespace, prompts: tuple[str, ...]) -> None:
+    """Take the aspect ratio that the bundled model was trained with for such prompts, unless it is given."""
+    schedule = schedule_of_prompts(prompts, load_text_encoder())
+    _, height, width = schedule[-1]
+    if options.aspect is None:
+        options.aspect = (width / height, 1.0)
+    elif schedule_of(options) != schedule:
+        kind = "two garments" if schedule == WIDE else "one garment"
+        given = ":".join(f"{side:g}" for side in options.aspect)
+        raise ValueError(
+            f"--aspect: expected {width / height:g}:1, since the model was trained with such images of {kind}, got "
+            f"{given} with the prompt {prompts[0]!r:.100}; leave it out"
+        )
 
 
 def _prompts(options: argparse.Namespace) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,8 @@ def distill(
         raise ValueError("stage 2 trains the weights for given selectors and routers: give the adapter of stage 1")
     if how.stage == 1 and how.recipe.calibrated:
         return _calibrate(var, config, source, how, out)
+    if how.recipe.losses == ("guided",):
+        config = replace(config, guidance_strength=how.cfg)
     folder = out.with_suffix(".training")
     plan = how.plan(len(source.conditions), folder)
     plan.check(len(source.conditions))

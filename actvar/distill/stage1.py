@@ -21,7 +21,9 @@ from actvar.families import blocks_of, family_of
 from actvar.families.base import BlockCall
 from actvar.families.conditions import Conditions
 from actvar.patching.adapter import gate_parameters
-from actvar.sparse.state import BlockRecord, patch_state, record
+from actvar.sparse.contexts import record
+from actvar.sparse.record import BlockRecord
+from actvar.sparse.state import patch_state
 
 DISTILLATION_WEIGHT, BALANCE_WEIGHT = 0.05, 0.01
 

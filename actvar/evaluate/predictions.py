@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import cached_property
 
 import torch
@@ -18,7 +18,9 @@ from actvar.utils.fingerprint import fingerprint
 
 
 @torch.no_grad()
-def predictions(var: nn.Module, conditions: Conditions, inputs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+def predictions(
+    var: nn.Module, conditions: Conditions, inputs: torch.Tensor, cfg: float | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the number of each scale that is sampled with its logits `[R, L, V]`, or `[R, L, bits, 2]` of bits.
 
     Rows are `B` conditional ones, then as many unconditional ones, unless the method in use has dropped these. The
@@ -28,8 +30,14 @@ def predictions(var: nn.Module, conditions: Conditions, inputs: torch.Tensor) ->
         var: dense, or with a method on.
         conditions: of `B` images.
         inputs: `[B, L - first_l, Cvae]`.
+        cfg: guidance strength that an adapter's weights are brought to; None for the adapter's own.
     """
-    with patch_state(var).sampling(var, in_place=False) if is_patched(var) else nullcontext():
+    with ExitStack() as stack:
+        if is_patched(var):
+            state = patch_state(var)
+            stack.enter_context(state.sampling(var, in_place=False))
+            if cfg is not None:
+                stack.enter_context(state.strengths.running(var, cfg))
         yield from family_of(var).scale_logits(var, conditions, inputs)
 
 
@@ -94,7 +102,7 @@ class DensePredictions:
         count_of_scales, images = len(self.logits[0]), sum(len(of) for of, _ in self.batches)
         sums: dict[str, list[float | None]] = {name: [None] * count_of_scales for name in ("kl", "kl_drawn")}
         for (of, inputs), dense_logits in zip(self.batches, self.logits, strict=True):
-            for scale, logits in predictions(var, of, inputs):
+            for scale, logits in predictions(var, of, inputs, self.cfg):
                 count, strength = len(of), self.family.strength(self.cfg, scale, count_of_scales)
                 dense = dense_logits[scale]
                 drawn = guided(logits, strength) if len(logits) == 2 * count else logits

@@ -237,6 +237,10 @@ class Family(Drawing, Protocol):
         """
         ...
 
+    def modulations(self, blocks: Sequence[Any], cond: Any) -> Sequence[tuple[Tensor, ...]] | None:
+        """Return `modulation` of all `blocks` from few launches, or None where each has to be asked by itself."""
+        ...
+
     def qkv_bias(self, block: Any) -> Tensor:
         """Return the bias of queries, keys and values, `[3C]`; zeros without one."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -63,7 +63,7 @@ class BaseFamily:
         sides = [side for token_map in self.maps(model) for side in token_map]
         return {"width": sizes.width, "hidden": sizes.hidden, "maps": sides}
 
-    def drawing_twin(self, model: Any) -> Any:
+    def drawing_twin(self, model: Any, tokenizer: Any = None) -> Any:
         """Return None: the model draws samples itself."""
         return None
 
@@ -110,6 +110,10 @@ class BaseFamily:
     def packed_weights(self, block: Any) -> list[Tensor | None]:
         """Return all matrices of the block; those without a packed copy cost nothing."""
         return [parameter for parameter in block.parameters() if parameter.ndim == 2]
+
+    def modulations(self, blocks: Sequence[Any], cond: Any) -> Sequence[tuple[Tensor, ...]] | None:
+        """Return None: each block is asked by itself."""
+        return None
 
     def head_scale(self, block: Any) -> Tensor | None:
         """Return None: queries and keys are not normalised."""

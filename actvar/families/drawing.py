@@ -25,8 +25,13 @@ class Drawing(Protocol):
     default_cfg: float
     """Strength of guidance where none is given."""
 
-    def drawing_twin(self, model: Any) -> Any:
-        """Return a model with the same weights, not copied, that draws samples; None where `model` itself does."""
+    def drawing_twin(self, model: Any, tokenizer: Any = None) -> Any:
+        """Return a model with the same weights, not copied, that draws samples; None where `model` itself does.
+
+        Args:
+            model: the model.
+            tokenizer: what the twin decodes images by; None for one that turns bits into codes and no more.
+        """
         ...
 
     def maps_of(self, model: Any, conditions: Conditions) -> tuple[tuple[int, int], ...]:

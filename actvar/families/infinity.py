@@ -14,7 +14,13 @@ from actvar.families.base import BlockCall, Called, Embedded, OnScale, Rows, Siz
 from actvar.families.conditions import Texts
 from actvar.families.infinity_mixin import PatchedInfinity, maps_of, unfiltered
 from actvar.families.layers import layers_called
-from actvar.families.named_layers import NamedLayersFamily, mismatch_of_blocks, required_layers, weight_kinds_of
+from actvar.families.named_layers import (
+    NamedLayersFamily,
+    mismatch_of_blocks,
+    required_layers,
+    shared_modulations,
+    weight_kinds_of,
+)
 from actvar.models.infinity import Infinity, scale_schedule
 from actvar.models.infinity.layers import BlockContext, InfinityBlock, RotarySelfAttention, query_scale, widened
 from actvar.models.infinity.schedules import tokens_of
@@ -186,6 +192,9 @@ class InfinityFamily(NamedLayersFamily):
 
     def modulation(self, block: Any, cond: Tensor) -> tuple[Tensor, ...]:
         return (block.ada_gss + cond).unbind(2)
+
+    def modulations(self, blocks: Sequence[Any], cond: Tensor) -> Sequence[tuple[Tensor, ...]] | None:
+        return shared_modulations(blocks, cond)
 
     def layer_dtype(self, block: Any) -> torch.dtype | None:
         return block.sa.q_bias.dtype

@@ -88,11 +88,12 @@ class PatchedInfinity(_Base):
         state = self.actvar
         state.expect_own_blocks(self)
         state.fit_maps(self, maps_of(schedule))
-        if state.execution.sampler == "fast":
-            request = self.request(condition, schedule, draw)
-            return state.graphs.results(self, request, self.drawn_request, state.execution.cuda_graph)
-        state.graphs.refuse(self, state.execution.cuda_graph, "the sampler of PyTorch waits for its generator")
-        return super().drawn(condition, schedule, draw)
+        with state.strengths.running(self, *draw.cfg):
+            if state.execution.sampler == "fast":
+                request = self.request(condition, schedule, draw)
+                return state.graphs.results(self, request, self.drawn_request, state.execution.cuda_graph)
+            state.graphs.refuse(self, state.execution.cuda_graph, "the sampler of PyTorch waits for its generator")
+            return super().drawn(condition, schedule, draw)
 
     def request(self, condition: TextCondition, schedule: Schedule, draw: Draw) -> Request:
         """Return what a sample by the fast sampler depends on; arguments and errors are those of `drawn`."""

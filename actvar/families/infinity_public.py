@@ -17,7 +17,7 @@ from actvar.families.kv_cache import AttentionCache
 from actvar.models.arguments import one_thread
 from actvar.models.basic_vae import NORM_GROUPS
 from actvar.models.checkpoint.infinity_sizes import TokenizerSizes, infinity_pair, infinity_sizes
-from actvar.models.infinity import Infinity
+from actvar.models.infinity import Infinity, InfinityTokenizer
 from actvar.utils.class_swap import own_class
 from actvar.utils.plain_layers import why_called
 from actvar.utils.weight_override import own_weights
@@ -83,7 +83,8 @@ class PatchedPublicInfinity(nn.Module):
                 "there are none to mix"
             )
         guided = any(strength != 1 for strength in strengths)
-        with one_thread(self), state.sampling(self, in_place=False, guided=guided):
+        sampling = state.sampling(self, in_place=False, guided=guided)
+        with one_thread(self), state.strengths.running(self, *strengths), sampling:
             return super().autoregressive_infer_cfg(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def get_logits(self, h, cond_BD):
@@ -136,11 +137,17 @@ class PublicInfinityFamily(InfinityFamily):
             "expected an actvar.models.Infinity, whose scales can be watched; the public loop is one method"
         )
 
-    def drawing_twin(self, model: Any) -> Infinity:
-        """Return ours with the weights of the public model, and a tokenizer that turns bits into codes and no more.
+    def drawing_twin(self, model: Any, tokenizer: Any = None) -> Infinity:
+        """Return ours with the weights of the public model.
+
+        Args:
+            model: of the public class.
+            tokenizer: an `actvar.models.InfinityTokenizer`; None for one that turns bits into codes and no more.
 
         Raises:
-            TypeError: layers of the model are wrapped or of other classes, so that its weights are not ours.
+            TypeError: layers of the model are wrapped or of other classes, so that its weights are not ours, or another
+                kind of tokenizer.
+            ValueError: a tokenizer of another number of bits.
         """
         state = model.state_dict()
         sizes = infinity_sizes(state)
@@ -150,6 +157,13 @@ class PublicInfinityFamily(InfinityFamily):
             other = min(state.keys() ^ twin.state_dict().keys())
             raise TypeError(f"expected the tensors of the public class, which ours has as well, got others: {other}")
         twin.load_state_dict(state, assign=True)
+        if tokenizer is not None:
+            if not isinstance(tokenizer, InfinityTokenizer):
+                kind = type(tokenizer).__name__
+                raise TypeError(f"tokenizer: expected an actvar.models.InfinityTokenizer, got {kind}")
+            if tokenizer.bits != bits:
+                raise ValueError(f"tokenizer: expected {bits} bits, as the model draws them, got {tokenizer.bits}")
+            twin.vae_proxy = (tokenizer,)
         return twin
 
     def token_maps(self, model: Any, conditions: Any, seed: int, cfg: float) -> Tensor:

@@ -117,6 +117,21 @@ class NamedLayersFamily(BaseFamily):
         return fc1.weight, fc1.bias, fc2.weight, fc2.bias
 
 
+def shared_modulations(blocks: Sequence[Any], cond: Tensor) -> list[tuple[Tensor, ...]] | None:
+    """Return `Family.modulations` of blocks that share one AdaLN projection: on Triton in one launch.
+
+    Args:
+        blocks: each has its own part as `ada_gss`, `[1, 1, 6, C]`.
+        cond: what they have in common, `[R, 1, 6, C]`.
+    """
+    tables = [block.ada_gss for block in blocks]
+    alike = len({(table.shape, table.dtype, table.device) for table in tables}) == 1
+    if not alike or torch.is_grad_enabled() or not choose_fused(cond).fuses_residual:
+        return None
+    joined = once_on_gpu(tables, "of all blocks", lambda: torch.stack(tables))
+    return [part.unbind(2) for part in (joined + cond).unbind(0)]
+
+
 def required_layers(attention: str) -> tuple[str, ...]:
     """Return the paths of the parts that a block with the public names must have, by the name of its self-attention."""
     parts = ("mat_qkv", "q_bias", "zero_k_bias", "v_bias", "proj", "kv_caching")

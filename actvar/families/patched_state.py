@@ -14,6 +14,8 @@ class PatchedState(Protocol):
     config: Any
     execution: Any
     graphs: Any
+    strengths: Any
+    modulations: Any
     seed: Tensor | None
     rows_are_guided: bool
     rows_stand_alone: bool

@@ -19,8 +19,14 @@ from actvar.families.base import (
     Sizes,
 )
 from actvar.families.layers import linear_called
-from actvar.families.named_layers import NamedLayersFamily, mismatch_of_blocks, required_layers, weight_kinds_of
-from actvar.families.var_layers import parts_called
+from actvar.families.named_layers import (
+    NamedLayersFamily,
+    mismatch_of_blocks,
+    required_layers,
+    shared_modulations,
+    weight_kinds_of,
+)
+from actvar.families.var_layers import modulations_at_once, parts_called
 from actvar.families.var_mixin import PatchedVAR
 from actvar.families.var_scales import adding_method, logits_by_scale
 from actvar.models.transformer_block import MAX_LOG_SCALE, TransformerBlock
@@ -165,6 +171,9 @@ class VARFamily(NamedLayersFamily):
             return block.ada_lin(cond).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
         silu, last = block.ada_lin
         return linear_once(silu(cond), last.weight, last.bias).unflatten(-1, (6, -1)).unsqueeze(1).unbind(2)
+
+    def modulations(self, blocks: Sequence[Any], cond: Tensor) -> Sequence[tuple[Tensor, ...]] | None:
+        return (shared_modulations if blocks[0].shared_aln else modulations_at_once)(blocks, cond)
 
     def project(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from actvar.families.layers import linear_called, module_called
 from actvar.families.requests import Request
+from actvar.families.var_layers import ada_lin_called
 from actvar.families.var_scales import logits_by_scale
 from actvar.models.arguments import checked_draw, checked_integer, checked_labels, one_thread
 from actvar.models.token_draw import fast_draw, generators, sample_guided, seed_tensor
@@ -72,7 +73,7 @@ class PatchedVAR(_Base):
         if not loop_is_ours:
             label_B = checked_labels(B, label_B, self.num_classes, self.lvl_1L.device)
         wanted = state.execution.cuda_graph
-        with one_thread(self):
+        with one_thread(self), state.strengths.running(self, _strength(*args, **kwargs)):
             request = None
             if loop_is_ours and state.execution.sampler == "fast":
                 request = self.request(B, label_B, *args, **kwargs)
@@ -164,7 +165,12 @@ class PatchedVAR(_Base):
         norm = self.head_nm
         if module_called(norm, HeadNorm, {"ada_lin", "ln_wo_grad"}) or why_called(norm.ln_wo_grad, nn.LayerNorm):
             return None
-        scale, shift = norm.ada_lin(cond).unsqueeze(1).chunk(2, dim=-1)
+        together = self.actvar.modulations
+        if together is None or ada_lin_called(norm.ada_lin) is not None:
+            modulation = norm.ada_lin(cond)
+        else:
+            modulation = together.of_head(cond, lambda: norm.ada_lin(cond))
+        scale, shift = modulation.unsqueeze(1).chunk(2, dim=-1)
         return self.head(normalize_modulate(x, scale, shift, guidance))
 
     def next_tokens(self, scale, inputs, condition, guidance, top_k, top_p, rng):
@@ -209,3 +215,8 @@ def _cudnn_benchmark() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def _strength(g_seed: Any = None, cfg: Any = 1.5, *_others: Any, **_named: Any) -> Any:
+    """Return the strength among the arguments of `VAR.autoregressive_infer_cfg` behind the labels."""
+    return cfg

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from actvar.utils.plain_layers import is_plain
+from actvar_kernels import add_codes, choose_fused, get_backend
+from actvar_kernels.conv3x3.codes import MOST_CHANNELS
 from actvar_kernels.cpu_backend.packing import once_on_gpu
 
 
@@ -240,6 +242,39 @@ class VectorQuantizer(nn.Module):
             return partial, partial
         side = self.v_patch_nums[scale + 1]
         return partial, F.interpolate(partial, size=(side, side), mode="area")
+
+    def add_tokens(
+        self, scale: int, partial: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the codes of one scale's tokens to the partial sum as `add_scale` does; on a GPU in three launches.
+
+        Args:
+            scale: number of the scale.
+            partial: the sum of the scales before, `[B, Cvae, P, P]`, changed in place.
+            tokens: of the scale, `[B, p * p]` int64.
+            dtype: in which the average is read; it may come in a wider one.
+        """
+        last = len(self.v_patch_nums) - 1
+        conv: Any = self.quant_resi.at(scale / last)
+        if self._kernels_read(conv, partial):
+            following = 0 if scale == last else self.v_patch_nums[scale + 1]
+            weights = self.embedding.weight, conv.weight, conv.bias
+            average = add_codes(partial, tokens, *weights, conv.ratio, following, dtype)
+            return partial, average if following else partial
+        side = self.v_patch_nums[scale]
+        codes = self.embedding(tokens).transpose(1, 2).reshape(len(tokens), self.Cvae, side, side)
+        return self.add_scale(scale, partial, codes)
+
+    def _kernels_read(self, conv: Any, partial: torch.Tensor) -> bool:
+        """Return whether kernels may add a scale: they run, and layers and `add_scale` are those of this file."""
+        if (partial.is_cpu and get_backend() != "triton") or torch.is_grad_enabled() or self.Cvae > MOST_CHANNELS:
+            return False
+        if torch.is_autocast_enabled(partial.device.type) or not choose_fused(partial).fuses_residual:
+            return False
+        if "add_scale" in vars(self) or type(self).add_scale is not VectorQuantizer.add_scale:
+            return False
+        plain = is_plain(conv, ResidualConv) and is_plain(self.embedding, nn.Embedding) and conv.bias is not None
+        return plain and conv.weight.dtype == self.embedding.weight.dtype == partial.dtype
 
     def _added(self, codes: torch.Tensor, scale: int) -> torch.Tensor:
         """Return `upsampled(codes, scale)`, on a GPU by two products in place of a dozen launches, to rounding."""

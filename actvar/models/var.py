@@ -153,12 +153,11 @@ class VAR(nn.Module):
                     sample_top_k_top_p(logits, top_k, top_p, rng)
                     temperature = max(0.27 * (1 - scale / last * 0.95), 0.005)
                     mixture = gumbel_softmax(logits.mul(1 + scale / last), temperature, rng)
-                    codes = mixture @ vae.quantize.embedding.weight
+                    codes = (mixture @ vae.quantize.embedding.weight).transpose(1, 2).reshape(B, self.Cvae, pn, pn)
+                    f_hat, following = vae.quantize.add_scale(scale, f_hat, codes)
                 else:
                     tokens = self.next_tokens(scale, inputs, condition, cfg * scale / last, top_k, top_p, rng)
-                    codes = vae.quantize.embedding(tokens)
-                codes = codes.transpose(1, 2).reshape(B, self.Cvae, pn, pn)
-                f_hat, following = vae.quantize.add_scale(scale, f_hat, codes)
+                    f_hat, following = vae.quantize.add_tokens(scale, f_hat, tokens, self.word_embed.weight.dtype)
                 inputs = following.view(B, self.Cvae, -1).transpose(1, 2)
         finally:
             for block in self.blocks:

@@ -24,8 +24,9 @@ from actvar.sampling.request import Sampling
 from actvar.sampling.samplers import drawn_by
 from actvar.sampling.text_request import TextSampling
 from actvar.sampling.timing import block_seconds, interleaved_medians, seconds_of
+from actvar.sparse.contexts import record
 from actvar.sparse.schedule import build_schedule
-from actvar.sparse.state import patch_state, record
+from actvar.sparse.state import patch_state
 from actvar.utils.devices import device_of
 from actvar.utils.pictures import save_images
 

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from actvar.sparse.state import BlockRecord
+from actvar.sparse.record import BlockRecord
 from actvar.utils.pictures import save_figure
 
 UPDATED_COLOUR = np.array([1.0, 0.55, 0.1])

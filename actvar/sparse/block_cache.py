@@ -1,13 +1,14 @@
-"""Keep from scale to scale the values that a block computes once per sample, and the memory of the K/V cache."""
+"""Keep from scale to scale what a block computes once per sample, and the memory of the K/V cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actvar.families.base import MODULATION
+from actvar.families.base import MODULATION, Family
 from actvar.sparse.schedule import Scale
 from actvar_kernels import choose_fused
 
@@ -66,9 +67,41 @@ class SampleState:
         return keys[: self.rows], values[: self.rows]
 
 
+class Modulations:
+    """Compute AdaLN of all blocks of a sample at once, when the first of them asks.
+
+    Args:
+        family: the family of the model.
+        blocks: its blocks without wrappers.
+    """
+
+    def __init__(self, family: Family, blocks: Sequence[Any]):
+        self.family, self.blocks = family, blocks
+        self.cond: Any = None
+        self.of_blocks: Sequence[tuple[Tensor, ...]] | None = None
+        self.head: tuple[Any, Any] = (None, None)
+
+    def of(self, block: Any, cond: Any) -> tuple[Tensor, ...]:
+        """Return `Family.modulation` of a block under `cond`."""
+        state = block.actvar
+        # with other weights at early scales, those of the blocks behind are not in place yet
+        if state.block_index == 0 and not state.shared.first_tuned:
+            self.cond, self.of_blocks = cond, self.family.modulations(self.blocks, cond)
+        if self.of_blocks is None or self.cond is not cond:
+            return self.family.modulation(block, cond)
+        return self.of_blocks[state.block_index]
+
+    def of_head(self, cond: Any, compute: Callable[[], Any]) -> Any:
+        """Return `compute()`, or what it returned before for the same condition."""
+        if self.head[0] is not cond:
+            self.head = cond, compute()
+        return self.head[1]
+
+
 def _modulation(block: Any, cond: Any) -> tuple[Tensor, ...]:
     """Return `SampleState.modulation` of the block under `cond`."""
-    modulation = block.actvar.family.modulation(block, cond)
+    together = block.actvar.shared.modulations
+    modulation = block.actvar.family.modulation(block, cond) if together is None else together.of(block, cond)
     if choose_fused(modulation[0]).packs_weights:  # C++ reads contiguous float32
         modulation = tuple(part.float().contiguous() for part in modulation)
     return modulation

@@ -13,11 +13,13 @@ from torch import Tensor
 from actvar.config import ActVARConfig
 from actvar.execution import Execution
 from actvar.families.base import NORM, BlockCall, Called, Family
+from actvar.sparse.block_cache import Modulations
 from actvar.sparse.called_layers import expect_readable, log_called
 from actvar.sparse.passes import Pass, Passes
 from actvar.sparse.record import BlockRecord
 from actvar.sparse.sample_graphs import SampleGraphs
 from actvar.sparse.schedule import Scale, build_schedule, numbered_scale, unknown_scale
+from actvar.sparse.strength import StrengthWeights
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import Residual
 from actvar_kernels.cpu_backend.packing import drop_changed
@@ -37,6 +39,7 @@ class PatchState:
         writes_in_place: whether a block may write its result into its input.
         defers_residuals: whether nothing but the next block sees what a block returns.
         deferred: the residual that the last block left to the next one, or None.
+        modulations: AdaLN of all blocks during a sample, otherwise None.
         seed: the fast sampler's seeds while it samples, `[1]` or with one per image `[B]` int64, otherwise None.
         graphs: CUDA graphs of whole samples.
         records: the list that blocks append their records to, or None.
@@ -52,6 +55,7 @@ class PatchState:
         scale_is_tuned: whether the last call of a block was at a scale with the adapter's weights.
         rows_stand_alone: whether no row is the unconditional one of another, so that all rows are computed at a scale
             without guidance.
+        strengths: the weights for strengths of guidance below the adapter's.
         by_shape: by block, the scale of each pair of a token count and a count of cached rows.
     """
 
@@ -64,6 +68,7 @@ class PatchState:
     writes_in_place: bool = False
     defers_residuals: bool = False
     deferred: Residual | None = None
+    modulations: Modulations | None = None
     seed: Tensor | None = None
     graphs: SampleGraphs = field(default_factory=SampleGraphs)
     records: list[BlockRecord] | None = None
@@ -75,13 +80,14 @@ class PatchState:
     called_is_new: bool = False
     scale_is_tuned: bool = True
     rows_stand_alone: bool = False
+    strengths: StrengthWeights = field(init=False)
     first_tuned: int = field(init=False)
     int8: tuple[bool, ...] = field(init=False)
     schedule: tuple[Scale, ...] = field(init=False)
     by_shape: tuple[dict[tuple[int, int], Scale], ...] = field(init=False)
 
     def __post_init__(self):
-        self.called = [{} for _ in self.schedules]
+        self.called, self.strengths = [{} for _ in self.schedules], StrengthWeights(self)
         self.int8 = self.execution.in_int8(len(self.schedules))
         self._use_schedules()
 
@@ -147,7 +153,7 @@ class PatchState:
         in_place = in_place and not watched and not any("forward" in vars(block) for block in own)
         alone = all(block is unwrapped(block) for block in blocks)
         flags = dict(keeps_kv_buffer=True, writes_in_place=in_place)
-        flags |= dict(rows_are_guided=guided, rows_stand_alone=not guided)
+        flags |= dict(rows_are_guided=guided, rows_stand_alone=not guided, modulations=Modulations(self.family, own))
         with self.during(**flags, deferred=None, defers_residuals=in_place and alone and self.family.hands_on):
             try:
                 yield
@@ -360,38 +366,3 @@ def patch_state(model: Any) -> PatchState:
 def is_patched(model: Any) -> bool:
     """Return whether `model`, without wrappers, is patched."""
     return isinstance(getattr(model, "__dict__", {}).get("actvar"), PatchState)
-
-
-@contextmanager
-def record(model: Any) -> Iterator[list[BlockRecord]]:
-    """Collect a `BlockRecord` per block and active scale in the list that is given, while the context is open.
-
-    Args:
-        model: a patched model.
-
-    Raises:
-        ValueError: the model is not patched.
-    """
-    state = patch_state(model)
-    records: list[BlockRecord] = []
-    previous, state.records = state.records, records
-    try:
-        yield records
-    finally:
-        state.records = previous
-
-
-@contextmanager
-def guided_rows(model: Any) -> Iterator[None]:
-    """Tell a patched model that its rows are conditional ones followed by as many unconditional ones.
-
-    A sampling loop of your own needs this for `share_cfg_selection`. The models' own methods do it themselves.
-
-    Args:
-        model: a patched model.
-
-    Raises:
-        ValueError: the model is not patched.
-    """
-    with patch_state(model).during(rows_are_guided=True):
-        yield

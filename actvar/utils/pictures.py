@@ -51,14 +51,15 @@ def save_images(images: torch.Tensor, folder: Path, name: str, columns: int, sin
     return written
 
 
-def as_grid(images: torch.Tensor, columns: int) -> Image.Image:
-    """Return images as one picture, row by row, each enlarged to 64 pixels a side or more.
+def as_grid(images: torch.Tensor, columns: int, least: int = 64) -> Image.Image:
+    """Return images as one picture, row by row, each enlarged until it has so many pixels a side.
 
     Args:
         images: `[B, C, H, W]` in [0, 1], where C is 1 or 3.
         columns: images in a row.
+        least: pixels of the shorter side of an image; larger ones stay as they are.
     """
-    factor = max(1, -(-64 // images.shape[-1]))
+    factor = max(1, -(-least // min(images.shape[-2:])))
     pixels = repeat(
         pixel_values(images).cpu().expand(-1, 3, -1, -1), "b c h w -> b (h down) (w right) c", down=factor, right=factor
     )

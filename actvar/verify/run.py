@@ -113,8 +113,6 @@ def expect_backend(name: str, device: torch.device, dtypes: Sequence[torch.dtype
             choose_fused(torch.empty(0, device=device))
     if name == "cpu":
         reason = cpu.why_unavailable() if device.type == "cpu" else f"it needs CPU tensors, got {device}"
-        if torch.float16 in dtypes:
-            reason = "it does not take float16"
         if reason is not None:
             raise BackendUnavailableError(f"the 'cpu' backend: {reason}")
     if name == "triton" and device.type == "cpu" and torch.bfloat16 in dtypes:

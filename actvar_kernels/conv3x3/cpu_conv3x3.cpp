@@ -38,26 +38,27 @@ struct Kind {
 
 struct Algorithm {
     int pixels, numbers;  // A tile lies over pixels x pixels pixels and has this many transformed inputs a channel.
-    Kind of_float, of_bfloat16;
+    Kind kinds[3];
 };
 
-// Large tiles are in float32 alone: bfloat16 would round their transformed inputs too much.
+// Large tiles are not in bfloat16, which would round their transformed inputs too much.
 #define KIND(isa, T, W) {isa::scratch_bytes<T, isa::W>, isa::run<T, isa::W>}
-#define ALGORITHM(isa, W, ...) {isa::W::PIXELS, isa::NUMBERS<isa::W>, KIND(isa, float, W), __VA_ARGS__}
-#define ALGORITHMS_OF(isa)                                            \
-    {ALGORITHM(isa, Small, KIND(isa, bfloat16, Small)),               \
-     ALGORITHM(isa, Large, {}),                                       \
+#define ALGORITHM(isa, W, ...) \
+    {isa::W::PIXELS, isa::NUMBERS<isa::W>, {KIND(isa, float, W), __VA_ARGS__, KIND(isa, float16, W)}}
+#define ALGORITHMS_OF(isa)                              \
+    {ALGORITHM(isa, Small, KIND(isa, bfloat16, Small)), \
+     ALGORITHM(isa, Large, {}),                         \
      ALGORITHM(isa, Enlarging, KIND(isa, bfloat16, Enlarging))},
 const Algorithm ISAS[][3] = {FOR_EVERY_ISA(ALGORITHMS_OF)};
 
 }  // namespace
 
 // Convolve x and return 0, or 1 when memory ran out. Channels are a multiple of 16; `algorithm` counts ALGORITHMS_OF.
-extern "C" int conv3x3(int isa, int is_bfloat16, int algorithm, const void *x, const void *weight, const void *bias,
+extern "C" int conv3x3(int isa, int kind, int algorithm, const void *x, const void *weight, const void *bias,
                        const void *residual, void *out, int images, int height, int width, int channels, int columns,
                        int threads) {
     const Algorithm &chosen = ISAS[isa][algorithm];
-    const Kind &kind = is_bfloat16 ? chosen.of_bfloat16 : chosen.of_float;
+    const Kind &ops = chosen.kinds[kind];
     const int down = (height + chosen.pixels - 1) / chosen.pixels, across = (width + chosen.pixels - 1) / chosen.pixels;
     const int64_t tiles = (int64_t)images * down * across;
     const int64_t share = (tiles + threads - 1) / threads;
@@ -67,20 +68,14 @@ extern "C" int conv3x3(int isa, int is_bfloat16, int algorithm, const void *x, c
         chosen.pixels == 2 || fitting_tiles > MAX_GROUP ? MAX_GROUP : fitting_tiles < 6 ? 6 : fitting_tiles;
     const Job job = {x,        weight,  (const float *)bias, residual, out,    images, height, width,
                      channels, columns, down,                across,   share < max_group ? (int)share : max_group};
-    const size_t bytes = (kind.bytes(job) + 63) / 64 * 64;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        char *scratch = (char *)aligned_alloc(64, bytes);
-        if (scratch == nullptr) {
-#pragma omp atomic write
-            failed = 1;
-        }
+        const Scratch scratch(ops.bytes(job), failed);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t first = 0; first < tiles; first += job.group)
-            if (scratch != nullptr)
-                kind.run(job, first, first + job.group < tiles ? job.group : tiles - first, scratch);
-        free(scratch);
+            if (scratch.bytes != nullptr)
+                ops.run(job, first, first + job.group < tiles ? job.group : tiles - first, scratch.bytes);
     }
     return failed;
 }

@@ -32,14 +32,14 @@ def conv3x3(
     """Return what `conv3x3.op.conv3x3` does, with sums in float32.
 
     Args:
-        x: `[B, C, H, W]` float32 or bfloat16, C a multiple of 16.
+        x: `[B, C, H, W]`, one of `cpu.DTYPES`, C a multiple of 16.
         weight: `[D, C, 3, 3]`, floating-point; another dtype than x's is converted when the weight is packed.
         bias: `[D]`, floating-point.
         residual: in the shape of the result and x's dtype; None: nothing is added.
         enlarge: whether x is convolved in twice its size.
         engine: `"C++"` or `"oneDNN"`; None: the faster one.
         isa: instruction set of C++; None: the highest.
-        outputs: side of a tile in C++ where x is not enlarged: 2, or 4 in float32; None: it is chosen by the size.
+        outputs: side of a tile in C++ where x is not enlarged: 2, or 4 except in bfloat16; None: chosen by the size.
 
     Returns:
         `[B, D, H, W]` in x's dtype and the memory format `channels_last`; enlarged `[B, D, 2 * H, 2 * W]`.
@@ -51,16 +51,20 @@ def conv3x3(
     if engine == "oneDNN" or (engine is None and onednn.faster(x.dtype)):
         return onednn.conv3x3(x, weight, bias, residual, enlarge)
     isa = cpu.best_isa() if isa is None else isa
-    layout, (B, C, H, W), D = cpu.layout_of(isa), x.shape, weight.shape[0]
+    (B, C, H, W), D, factors = x.shape, weight.shape[0], cpu.factors(isa, x.dtype)
+    layout = cpu.layout_of(isa, factors)
     outputs = None if enlarge else outputs or tile_outputs(x.dtype, C, D, H * W)
 
     def pack() -> torch.Tensor:
         """Return the transformed weight in panels, flat."""
         transform = _weight_transform(outputs)
-        by_position = torch.einsum("ai,dcij,bj->abcd", transform, weight.detach().double(), transform)
-        return cpu.panels(by_position.flatten(0, 1).to(x.dtype), layout).flatten()
+        by_position = [
+            torch.einsum("ai,dcij,bj->abcd", transform, part.double(), transform).flatten(0, 1).to(factors)
+            for part in weight.detach().split(64)  # since there are four times as many numbers, of 8 bytes
+        ]
+        return cpu.panels(torch.cat(by_position, dim=2), layout).flatten()
 
-    copy = packed((weight,), ("winograd", outputs, x.dtype, isa), pack)
+    copy = packed((weight,), ("winograd", outputs, factors, isa), pack)
     bias = cpu.padded(bias.detach().float(), layout.lanes)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
@@ -68,7 +72,7 @@ def conv3x3(
     out = memory.empty((B, 2 * H, 2 * W, D) if enlarge else (B, H, W, D), x.dtype).permute(0, 3, 1, 2)
     sizes = cpu.checked_sizes(B, H, W, C, D)
     pointers = x.data_ptr(), copy.data_ptr(), bias.data_ptr(), None if residual is None else residual.data_ptr()
-    kind = isa, x.dtype == torch.bfloat16, (2, 4, None).index(outputs)
+    kind = isa, cpu.kind_of(x.dtype), (2, 4, None).index(outputs)
     if _library().conv3x3(*kind, *pointers, out.data_ptr(), *sizes, torch.get_num_threads()):
         raise MemoryError(f"conv3x3: no memory for {C} channels")
     return out
@@ -78,28 +82,29 @@ def tile_outputs(dtype: torch.dtype, C: int, D: int, pixels: int) -> int:
     """Return the side of a tile, 2 or 4.
 
     Large tiles take fewer products and more weights, which pays where pixels are many beside channels. In bfloat16,
-    which rounds the transformed inputs, large tiles would lose too much precision.
+    which rounds the transformed inputs, large tiles would lose too much precision. Float16 is transformed in float32.
 
     Args:
-        dtype: float32 or bfloat16.
+        dtype: one of `cpu.DTYPES`.
         C, D: channels of the input and of the output.
         pixels: size of the output's map.
     """
-    return 4 if dtype == torch.float32 and pixels >= 4 * max(C, D) else 2
+    return 4 if dtype != torch.bfloat16 and pixels >= 4 * max(C, D) else 2
 
 
-def packed_numbers(dtype: torch.dtype, C: int, D: int, pixels: int, enlarge: bool) -> int:
-    """Return how many numbers the packed copy of a kernel of 3x3 has for each pair of channels.
+def packed_bytes(dtype: torch.dtype, C: int, D: int, pixels: int, enlarge: bool) -> int:
+    """Return the bytes of the packed copy of a kernel of 3x3.
 
     Args:
-        dtype: float32 or bfloat16.
+        dtype: one of `cpu.DTYPES`.
         C, D: channels of the input and of the output.
         pixels: size of the output's map.
         enlarge: whether the input is convolved in twice its size.
     """
     if onednn.faster(dtype):
-        return 16 if enlarge else 9
-    return 25 if enlarge else (tile_outputs(dtype, C, D, pixels) + 2) ** 2
+        return C * D * (16 if enlarge else 9) * dtype.itemsize
+    numbers = 25 if enlarge else (tile_outputs(dtype, C, D, pixels) + 2) ** 2
+    return C * D * numbers * cpu.factors(cpu.best_isa(), dtype).itemsize
 
 
 def _weight_transform(outputs: int | None) -> torch.Tensor:

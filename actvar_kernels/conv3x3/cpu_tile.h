@@ -66,12 +66,13 @@ template <class W> constexpr int POSITIONS = W::PRODUCTS * W::PRODUCTS;
 
 // Return the bytes that `run` needs for a group of tiles.
 template <class T, class W> size_t scratch_bytes(const Job &job) {
-    return (size_t)job.group * (NUMBERS<W> * job.channels * sizeof(T) + POSITIONS<W> * PANEL * sizeof(float)) +
+    return (size_t)job.group * (NUMBERS<W> * job.channels * sizeof(Factor<T>) + POSITIONS<W> * PANEL * sizeof(float)) +
            (size_t)job.channels * sizeof(T);
 }
 
 // Transform the channels of `count` tiles into `inputs` [NUMBERS, count, C].
-template <class T, class W> void transform(const Job &job, const Tile *tiles, int count, const T *zeros, T *inputs) {
+template <class T, class W>
+void transform(const Job &job, const Tile *tiles, int count, const T *zeros, Factor<T> *inputs) {
     constexpr int N = W::PIXELS + 2;
     const int C = job.channels;
     for (int t = 0; t < count; t++) {
@@ -99,7 +100,7 @@ template <class T, class W> void transform(const Job &job, const Tile *tiles, in
                 W::input(d, v);
 #pragma GCC unroll 6
                 for (int j = 0; j < N; j++)
-                    Product<T>::put(inputs + ((size_t)(i * N + j) * count + t) * C + c, v[j]);
+                    put(inputs + ((size_t)(i * N + j) * count + t) * C + c, v[j]);
             }
         }
     }
@@ -150,8 +151,8 @@ template <class T, class W> void run(const Job &job, int64_t first, int count, c
     constexpr int N = W::PRODUCTS;
     const int C = job.channels, stride = padded(job.columns, LANES);
     float *products = (float *)scratch;                                    // [POSITIONS, group, PANEL]
-    T *inputs = (T *)(products + (size_t)POSITIONS<W> * job.group * PANEL);  // [NUMBERS, count, C]
-    T *zeros = inputs + (size_t)NUMBERS<W> * job.group * C;                // [C], a pixel outside the image
+    Factor<T> *inputs = (Factor<T> *)(products + (size_t)POSITIONS<W> * job.group * PANEL);  // [NUMBERS, count, C]
+    T *zeros = (T *)(inputs + (size_t)NUMBERS<W> * job.group * C);        // [C], a pixel outside the image
     memset(zeros, 0, C * sizeof(T));
     Tile tiles[MAX_GROUP];
     for (int t = 0; t < count; t++) {
@@ -162,17 +163,17 @@ template <class T, class W> void run(const Job &job, int64_t first, int count, c
     for (int column = 0; column < stride; column += PANEL) {
         const int vectors = smaller(stride - column, PANEL) / LANES;
         for (int p = 0; p < POSITIONS<W>; p++) {
-            const T *panel = (const T *)job.weight + (size_t)p * C * stride + (size_t)column * C;
-            const T *numbers = inputs + (size_t)(W::number(p / N) * (W::PIXELS + 2) + W::number(p % N)) * count * C;
+            const Factor<T> *panel = (const Factor<T> *)job.weight + (size_t)p * C * stride + (size_t)column * C;
+            const Factor<T> *numbers = inputs + (size_t)(W::number(p / N) * (W::PIXELS + 2) + W::number(p % N)) * count * C;
             for (int t = 0; t < count; t += ROWS) {
                 const int group = smaller(count - t, ROWS);
-                const T *rows[ROWS];
+                const Factor<T> *rows[ROWS];
                 float *to[ROWS];
                 for (int r = 0; r < group; r++) {
                     rows[r] = numbers + (size_t)(t + r) * C;
                     to[r] = products + ((size_t)p * job.group + t + r) * PANEL;
                 }
-                add_product<T>(vectors, group, rows, panel, C, {nullptr, 0}, true, to);
+                add_product<Factor<T>>(vectors, group, rows, panel, C, {nullptr, 0}, true, to);
             }
         }
         put_outputs<T, W>(job, tiles, count, column, vectors, products);

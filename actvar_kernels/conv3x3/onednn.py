@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from actvar_kernels.cpu_backend import cpu, memory
+from actvar_kernels.cpu_backend import brgemm, cpu, memory
 from actvar_kernels.cpu_backend.packing import packed
 
 PHASES = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
@@ -17,10 +17,10 @@ PHASES = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 def faster(dtype: torch.dtype) -> bool:
     """Return whether oneDNN convolves in `dtype` in less time than the C++ kernel on this processor.
 
-    It does in bfloat16 with AMX. Elsewhere the fewer products of Winograd's algorithm take less time, or as long in
-    narrow layers. `python -m pytest benchmarks -k conv3x3` times both.
+    It does in bfloat16 with AMX, and in float16 with AMX-FP16. Elsewhere the fewer products of Winograd's algorithm
+    take less time, or as long in narrow layers. `python -m pytest benchmarks -k conv3x3` times both.
     """
-    return dtype == torch.bfloat16 and cpu.has_tiles()
+    return cpu.has_tiles() if dtype == torch.bfloat16 else dtype == torch.float16 and brgemm.has_tiles(dtype)
 
 
 def conv3x3(
@@ -29,7 +29,7 @@ def conv3x3(
     """Return what `cpu_kernel.conv3x3` does, with the bias rounded to x's dtype.
 
     Args:
-        x: `[B, C, H, W]` float32 or bfloat16.
+        x: `[B, C, H, W]`, one of `cpu.DTYPES`.
         weight: `[D, C, 3, 3]`, floating-point; another dtype than x's is converted when the weight is packed.
         bias: `[D]`, floating-point.
         residual: in the shape of the result and x's dtype; None: nothing is added.

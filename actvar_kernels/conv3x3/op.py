@@ -21,11 +21,11 @@ def conv3x3(
 ) -> torch.Tensor:
     """Return `F.conv2d(x, weight, bias, padding=1) + residual` for a kernel of 3x3.
 
-    C++ takes channels in multiples of 16, in float32 or bfloat16. Its algorithm is Winograd's, which takes 2.25 times
-    fewer multiplications, or 4 times fewer for large maps in float32, and rounds in another way. C++ keeps a
-    transformed copy of the weight. Where it would run in bfloat16 on a processor with AMX, oneDNN convolves on a packed
-    copy instead. Otherwise the convolution is PyTorch's. On CUDA a bias is a pass of its own over the output, weights
-    are converted once, and an enlarged image takes 2.25 times fewer products.
+    C++ takes channels in multiples of 16, in float32, bfloat16 or float16. Its algorithm is Winograd's, which takes
+    2.25 times fewer multiplications, or 4 times fewer for large maps except in bfloat16, and rounds in another way. C++
+    keeps a transformed copy of the weight. Where it would run in 16 bits on a processor with tiles of them (AMX),
+    oneDNN convolves on a packed copy instead. Otherwise the convolution is PyTorch's. On CUDA a bias is a pass of its
+    own over the output, weights are converted once, and an enlarged image takes 2.25 times fewer products.
 
     Args:
         x: `[B, C, H, W]`, floating-point; fastest in the memory format `channels_last`.

@@ -16,12 +16,13 @@ from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.cpu_backend.cpu import Layout
 
 _SYMBOLS = (
-    "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb",
     "_ZN2at6native7cpublas6brgemmEllllllbPKhPKaPib",
+    "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb",
+    "_ZN2at6native7cpublas6brgemmEllllllbPKN3c104HalfES5_Pfb",
     "_ZN2at6native7cpublas14brgemm_releaseEb",
 )
-"""Mangled names of the products of bfloat16 and of bytes, and of what ends a thread's work."""
-LAYOUTS = {torch.bfloat16: Layout(64, 1, 2), torch.int8: Layout(64, 1, 4)}
+"""Mangled names of the products, in the order of `LAYOUTS`, and of what ends a thread's work."""
+LAYOUTS = {torch.int8: Layout(64, 1, 4), torch.bfloat16: Layout(64, 1, 2), torch.float16: Layout(64, 1, 2)}
 """Say how weights are packed; `WIDTH` in brgemm.h."""
 
 
@@ -42,22 +43,25 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def runs(dtype: torch.dtype) -> bool:
-    """Return whether products of `dtype`, bfloat16 or int8, run on this processor, with this PyTorch."""
+    """Return whether products of `dtype`, one of `LAYOUTS`, run on this processor, with this PyTorch.
+
+    Those of float16 take pairs of rows, as all do here, with AMX-FP16 alone.
+    """
     if cpu.why_unavailable() is not None:
         return False
     try:
-        return bool(library().brgemm_works(dtype == torch.int8))
+        return bool(library().brgemm_works(list(LAYOUTS).index(dtype)))
     except (OSError, AttributeError):
         return False
 
 
 def description() -> str:
     """Return one line about whose products run."""
-    bfloat16 = "PyTorch (AMX)" if has_tiles() else "this package"
+    bfloat16, float16 = ("PyTorch (AMX)" if has_tiles(dtype) else "this package" for dtype in cpu.DTYPES[1:])
     int8 = "by PyTorch" if runs(torch.int8) else "not here (no VNNI)"
-    return f"bfloat16 by {bfloat16}, int8 {int8}"
+    return f"bfloat16 by {bfloat16}, float16 by {float16}, int8 {int8}"
 
 
-def has_tiles() -> bool:
-    """Return whether PyTorch's products of bfloat16 run on tiles (AMX), and so take less time than this package's."""
-    return cpu.has_tiles() and runs(torch.bfloat16)
+def has_tiles(dtype: torch.dtype) -> bool:
+    """Return whether PyTorch's products of `dtype` run on tiles (AMX), and so take less time than this package's."""
+    return (dtype == torch.float16 or (dtype == torch.bfloat16 and cpu.has_tiles())) and runs(dtype)

@@ -19,7 +19,9 @@ SOURCES = (*sorted(FOLDER.glob("*.cpp")), *sorted(FOLDER.parent.glob("*/cpu_*.cp
 HEADERS = (*sorted(FOLDER.glob("*.h")), *sorted(FOLDER.parent.glob("*/cpu_*.h")))
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes")
 LIBRARY = Library("actvar_cpu", "the C++ kernels", "about a minute", SOURCES, HEADERS, FLAGS, "isa_name")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels take, in the order of FOR_EVERY_KIND in isa.h."""
+TAKEN = "float32, bfloat16 and float16"
 MOST = 2**30  # sizes and their sums are 32-bit integers in C++, offsets 64-bit ones
 
 
@@ -29,7 +31,7 @@ class Layout(NamedTuple):
     Attributes:
         lanes: floats of a vector.
         vectors: vectors of a panel.
-        step: rows of bfloat16 that lie side by side.
+        step: rows that lie side by side.
     """
 
     lanes: int
@@ -91,11 +93,22 @@ def isa_name(isa: int) -> str:
 
 
 @functools.cache
-def layout_of(isa: int) -> Layout:
-    """Return how weights are packed for an instruction set."""
+def layout_of(isa: int, dtype: torch.dtype) -> Layout:
+    """Return how weights in `dtype` are packed for an instruction set; rows of bfloat16 alone may lie side by side."""
     numbers = (ctypes.c_int * 3)()
     library().isa_layout(isa, numbers)
-    return Layout(*numbers)
+    layout = Layout(*numbers)
+    return layout if dtype == torch.bfloat16 else layout._replace(step=1)
+
+
+def kind_of(dtype: torch.dtype) -> int:
+    """Return the number by which C++ knows one of `DTYPES`."""
+    return DTYPES.index(dtype)
+
+
+def factors(isa: int, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which an instruction set multiplies `dtype`: its own where there are products of pairs."""
+    return dtype if layout_of(isa, dtype).step == 2 else torch.float32
 
 
 def why_not(*tensors: torch.Tensor, dtype: torch.dtype | None = None) -> str | None:
@@ -105,9 +118,9 @@ def why_not(*tensors: torch.Tensor, dtype: torch.dtype | None = None) -> str | N
     """
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
-            return f"it takes float32 and bfloat16, got {tensor.dtype}"
+            return f"it takes {TAKEN}, got {tensor.dtype}"
     if dtype is not None and dtype not in DTYPES:
-        return f"it takes float32 and bfloat16, got {dtype}"
+        return f"it takes {TAKEN}, got {dtype}"
     reason = why_unavailable()
     if reason is not None:
         available()  # which logs the reason once
@@ -123,20 +136,21 @@ def computed_dtype(x: torch.Tensor) -> torch.dtype:
 def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Return weights as the kernels read them, `[N, ...]`.
 
-    For each panel of columns there are its rows, padded with zeros. In other dtypes than float32 `layout.step` rows lie
-    side by side.
+    For each panel of columns there are its rows, padded with zeros; `layout.step` of them lie side by side.
 
     Args:
-        weight: `[N, K, columns]`, float32, bfloat16 or int8.
+        weight: `[N, K, columns]`, one of `DTYPES` or int8.
         layout: how weights are packed.
     """
-    step = 1 if weight.dtype == torch.float32 else layout.step
-    missing = -weight.shape[2] % layout.lanes, -weight.shape[1] % step
+    missing = -weight.shape[2] % layout.lanes, -weight.shape[1] % layout.step
     weight = F.pad(weight, (0, missing[0], 0, missing[1])) if any(missing) else weight
-    columns = weight.split(layout.lanes * layout.vectors, dim=2)
-    if step > 1:
-        columns = [c.unflatten(1, (-1, step)).transpose(2, 3) for c in columns]
-    return memory.kept(torch.cat([c.flatten(1) for c in columns], dim=1))
+    N, K, columns = weight.shape
+    out, begin = memory.empty_for_long((N, K * columns), weight.dtype), 0
+    for panel in weight.split(layout.lanes * layout.vectors, dim=2):  # no copy lies between weight and panels
+        rows = panel.unflatten(1, (-1, layout.step)).transpose(2, 3)  # [N, K / step, columns, step]
+        out[:, begin : begin + K * panel.shape[2]].view(rows.shape).copy_(rows)
+        begin += K * panel.shape[2]
+    return out
 
 
 def padded(vector: torch.Tensor, lanes: int) -> torch.Tensor:

@@ -3,6 +3,10 @@
 #define KERNEL "layout.h"
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace {
 
 #define LAYOUT_OF(isa) isa::LAYOUT,
@@ -16,7 +20,9 @@ extern "C" {
 // Return the highest isa that this processor runs.
 int best_isa() {
 #if defined(__x86_64__)
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    unsigned a, b, features, d;  // GCC 10 does not know "f16c" by name.
+    const bool f16c = __get_cpuid(1, &a, &b, &features, &d) && (features & bit_F16C);
+    if (!f16c || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!wide) return 1;

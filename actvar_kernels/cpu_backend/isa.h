@@ -1,19 +1,31 @@
 // Compile code once per instruction set: #define KERNEL as the header with the code and include this file. Every set
-// gets a namespace with vectors.h and KERNEL. FOR_EVERY_ISA lists the namespaces, the highest set last.
+// gets a namespace with vectors.h and KERNEL. FOR_EVERY_ISA lists the namespaces, the highest set last, and FOR_EVERY_KIND
+// a template for the kinds of numbers, in the order of DTYPES in cpu.py.
 
-#include <cstdint>
+#include "numbers.h"
+
 #include <cstdlib>
-#include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-typedef uint16_t bfloat16;
-
 constexpr int padded(int count, int to) { return (count + to - 1) / to * to; }
 inline int smaller(int a, int b) { return a < b ? a : b; }
+
+// Hold memory of one thread; `failed` becomes 1 where there is none.
+struct Scratch {
+    char *const bytes;
+
+    Scratch(size_t size, int &failed) : bytes((char *)aligned_alloc(64, (size + 63) / 64 * 64)) {
+        if (bytes == nullptr) {
+#pragma omp atomic write
+            failed = 1;
+        }
+    }
+    ~Scratch() { free(bytes); }
+};
 
 #define NAMESPACE portable
 #define LANES 4
@@ -29,7 +41,7 @@ inline int smaller(int a, int b) { return a < b ? a : b; }
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define NAMESPACE avx2
 #define LANES 8
 #define VECTORS 2
@@ -67,5 +79,7 @@ inline int smaller(int a, int b) { return a < b ? a : b; }
 #else
 #define FOR_EVERY_ISA(X) X(portable)
 #endif
+
+#define FOR_EVERY_KIND(X) {X<float>, X<bfloat16>, X<float16>}
 
 }  // namespace

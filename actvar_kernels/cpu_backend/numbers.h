@@ -1,4 +1,4 @@
-// Convert numbers of both types in C++ files that the compiler vectorizes by itself. Sums are in float32 or wider.
+// Define numbers of 16 bits, and convert those that files read which the compiler vectorizes by itself.
 
 #pragma once
 
@@ -7,6 +7,9 @@
 namespace {
 
 struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
     uint16_t bits;
 };
 

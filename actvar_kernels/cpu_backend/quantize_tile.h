@@ -44,4 +44,11 @@ template <class T> inline void quantize(const T *x, int depth, float scale, uint
     }
 }
 
+// Quantize row number `row` of x [rows, depth], and store its scale.
+template <class T> void quantize_row(const void *x, int depth, int row, uint8_t *to, float *scale) {
+    const T *from = (const T *)x + (size_t)row * depth;
+    *scale = scale_of(highest(from, depth));
+    quantize(from, depth, *scale, to);
+}
+
 }  // namespace NAMESPACE

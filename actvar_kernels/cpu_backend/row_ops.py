@@ -81,7 +81,7 @@ def select_tokens(
     tensors = (x, weight, bias, scale, shift, scores, index, modulated)
     pointers = [t.data_ptr() for t in tensors]
     sizes = (R, L, keep, C, x.stride(0), x.stride(1), share_guidance)
-    kind = cpu.best_isa(), x.dtype == torch.bfloat16
+    kind = cpu.best_isa(), cpu.kind_of(x.dtype)
     if _library().select_rows(*kind, *pointers, *sizes, NORM_EPS, torch.get_num_threads()):
         raise MemoryError(f"no memory for rows of {C} channels and {L} scores")
     return index, modulated, scores
@@ -97,7 +97,7 @@ def scatter_rows(
     """Write what `scatter.reference.scatter_rows` returns to `base`, with one rounding.
 
     Args:
-        base: `[R, L, C]`, float32 or bfloat16, with neighbouring channels.
+        base: `[R, L, C]`, one of `cpu.DTYPES`, with neighbouring channels.
         index: `[R, K]` int64; None: all rows of the base are written.
         rows: `[R, K, C]`, in the dtype of the base.
         update: `[R, K, C]`, in that dtype or a lower one.
@@ -108,7 +108,7 @@ def scatter_rows(
     index = None if index is None else index.contiguous()
     _library().scatter_rows(
         cpu.best_isa(),
-        rows.dtype == torch.bfloat16,
+        cpu.kind_of(rows.dtype),
         base.data_ptr(),
         None if index is None else index.data_ptr(),
         rows.data_ptr(),
@@ -151,7 +151,7 @@ def _router(
     """Return memory for the mask and the logits of `rows` `[R, K, C]`, and the router that fills it."""
     shape = *rows.shape[:2], weight.shape[0]
     mask, logits = rows.new_empty(shape, dtype=torch.bool), rows.new_empty(shape, dtype=torch.float32)
-    layout = cpu.layout_of(cpu.best_isa())
+    layout = cpu.layout_of(cpu.best_isa(), torch.float32)
     weights = packed((weight,), ("router", layout), lambda: cpu.panels(weight.detach().float().t()[None], layout))
     return mask, logits, _Router(weights, _float(bias), logits, mask, active)
 
@@ -178,7 +178,7 @@ def _normalize(x, index, update, gamma, scale, shift, router: _Router | None = N
 def _normalize_rows(x: torch.Tensor, pointers: tuple, sizes: tuple[int, ...], router: _Router | None) -> None:
     """Call `add_normalize` of rows.cpp, whose arguments `pointers` and `sizes` are."""
     routing = _NO_ROUTER if router is None else router.arguments()
-    kind = cpu.best_isa(), x.dtype == torch.bfloat16
+    kind = cpu.best_isa(), cpu.kind_of(x.dtype)
     arguments = (*pointers, *sizes, NORM_EPS, *routing, torch.get_num_threads())
     if _library().add_normalize(*kind, *arguments):
         raise MemoryError(f"no memory for a row of {x.shape[-1]} channels")

@@ -38,10 +38,10 @@ inline vec put_first(float *to, vec x, int columns) {
     memcpy(to, &x, columns * sizeof(float));
     return x;
 }
-inline vec put_first(bfloat16 *to, vec x, int columns) {
-    const hvec h = rounded(x);
-    memcpy(to, &h, columns * sizeof(bfloat16));
-    return widened(h);
+template <class T> inline vec put_first(T *to, vec x, int columns) {
+    const hvec h = rounded<T>(x);
+    memcpy(to, &h, columns * sizeof(T));
+    return widened<T>(h);
 }
 
 inline float variance(const float *row, float mean, int channels) {
@@ -99,9 +99,7 @@ inline void choose(const float *logits, const Router &router, uint8_t *mask) {
     }
 }
 
-inline size_t scratch_floats(const Rows &job) {
-    return (size_t)ROWS * (job.channels + PANEL);
-}
+inline size_t scratch_bytes(const Rows &job) { return sizeof(float) * ROWS * (job.channels + PANEL); }
 
 // Compute and route rows [first, first + count) of the result, at most ROWS.
 template <class T> void normalize(const Rows &job, int64_t first, int count, float *scratch) {

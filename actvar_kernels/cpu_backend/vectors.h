@@ -16,37 +16,63 @@ template <class V> inline V load(const void *from) {
 }
 template <class V> inline void store(void *to, V value) { memcpy(to, &value, sizeof value); }
 
-// GCC's builtin would convert each half of a vector alone and join the halves.
-#if LANES == 16
-inline vec widened(hvec h) { return (vec)((uvec)_mm512_cvtepu16_epi32((__m256i)h) << 16); }
-#elif LANES == 8
-inline vec widened(hvec h) { return (vec)((uvec)_mm256_cvtepu16_epi32((__m128i)h) << 16); }
-#else
-inline vec widened(hvec h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
-#endif
-// Round to the nearest bfloat16, ties to even; NaN stays NaN.
-inline hvec rounded(vec x) {
+// Widen numbers of 16 bits, or round to the nearest of them, ties to even. NaN stays NaN, and a number that is too large
+// becomes infinity. GCC's builtin would convert each half of a vector alone and join the halves.
+template <class T> vec widened(hvec h);
+template <class T> hvec rounded(vec x);
+template <> inline hvec rounded<bfloat16>(vec x) {
     uvec bits = (uvec)x;
     uvec nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     uvec nan = (bits >> 16) | 0x40;
     return __builtin_convertvector((uvec)(x == x ? (ivec)nearest : (ivec)nan), hvec);
 }
+#if LANES == 16
+template <> inline vec widened<bfloat16>(hvec h) { return (vec)((uvec)_mm512_cvtepu16_epi32((__m256i)h) << 16); }
+template <> inline vec widened<float16>(hvec h) { return (vec)_mm512_cvtph_ps((__m256i)h); }
+template <> inline hvec rounded<float16>(vec x) { return (hvec)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif LANES == 8
+template <> inline vec widened<bfloat16>(hvec h) { return (vec)((uvec)_mm256_cvtepu16_epi32((__m128i)h) << 16); }
+template <> inline vec widened<float16>(hvec h) { return (vec)_mm256_cvtph_ps((__m128i)h); }
+template <> inline hvec rounded<float16>(vec x) { return (hvec)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+template <> inline vec widened<bfloat16>(hvec h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
+#if defined(__aarch64__)
+typedef __fp16 fp16vec __attribute__((vector_size(2 * LANES)));
+template <> inline vec widened<float16>(hvec h) { return __builtin_convertvector((fp16vec)h, vec); }
+template <> inline hvec rounded<float16>(vec x) { return (hvec)__builtin_convertvector(x, fp16vec); }
+#else
+template <> inline vec widened<float16>(hvec h) {
+    const uvec bits = __builtin_convertvector(h, uvec), magnitude = (bits & 0x7fff) << 13;
+    const uvec infinite = (uvec)(magnitude >= 0x0f800000) & 0x7f800000;  // or NaN
+    return (vec)((uvec)((vec)magnitude * 0x1p112f) | infinite | (bits & 0x8000) << 16);
+}
+template <> inline hvec rounded<float16>(vec x) {
+    const uvec bits = (uvec)x, magnitude = bits & 0x7fffffff;
+    const uvec normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const uvec subnormal = (uvec)((vec)magnitude + 0.5f) - 0x3f000000;  // The sum rounds to a multiple of 2^-24.
+    const uvec infinite = 0x7c00 | ((uvec)(magnitude > 0x7f800000) & 0x200);  // or NaN
+    const ivec number = magnitude < 0x38800000 ? (ivec)subnormal : (ivec)normal;
+    return __builtin_convertvector((uvec)(magnitude < 0x47800000 ? number : (ivec)infinite) | (bits >> 16 & 0x8000), hvec);
+}
+#endif
+#endif
 
 // Load LANES numbers as float32.
 inline vec wide(const float *from) { return load<vec>(from); }
-inline vec wide(const bfloat16 *from) { return widened(load<hvec>(from)); }
+template <class T> inline vec wide(const T *from) { return widened<T>(load<hvec>(from)); }
 
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    return load<float>(&bits);
-}
-template <class T> inline T from_float(float x);
-template <> inline float from_float<float>(float x) { return x; }
-template <> inline bfloat16 from_float<bfloat16>(float x) {
-    const uint32_t bits = load<uint32_t>(&x);
-    return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits >> 16) | 0x40;
-}
+// Store LANES numbers, rounded.
+inline void put(float *to, vec x) { store(to, x); }
+inline void put(float16 *to, vec x) { store(to, rounded<float16>(x)); }
+#if DOT
+inline void put(bfloat16 *to, vec x) { store(to, _mm512_cvtneps_pbh((__m512)x)); }
+#else
+inline void put(bfloat16 *to, vec x) { store(to, rounded<bfloat16>(x)); }
+#endif
+
+// Round to numbers of type T.
+template <class T> inline vec as_stored(vec x) { return widened<T>(rounded<T>(x)); }
+template <> inline vec as_stored<float>(vec x) { return x; }
 
 // Return exp(x) with a relative error below 1e-7; x is clamped to [-87, 88].
 inline vec exponential(vec x) {
@@ -68,39 +94,30 @@ inline vec gelu(vec x) {
     return x / (1.0f + exponential(-1.5957691216057308f * x * (1.0f + 0.044715f * x * x)));
 }
 
-// Define how numbers of type T are multiplied: STEP numbers of a row at a time with STEP numbers of LANES columns.
-template <class T> struct Product;
-
-template <> struct Product<float> {
+// Define how rows times weights of type T are multiplied: STEP factors of a row at a time with STEP numbers of LANES
+// columns. Factors lie in float32 where no instruction multiplies numbers of type T, and `factor` rounds to these numbers.
+template <class T> struct Product {
     static constexpr int STEP = 1;
+    typedef float Factor;
     typedef vec Weights;
-    static inline Weights weights(const float *w) { return load<vec>(w); }
-    static inline vec add(vec sum, const float *a, Weights w) { return sum + *a * w; }
-    static inline void put(float *to, vec x) { store(to, x); }
+    static inline Weights weights(const T *w) { return wide(w); }
+    static inline vec add(vec sum, const Factor *a, Weights w) { return sum + *a * w; }
+    static inline vec factor(vec x) { return as_stored<T>(x); }
 };
-
 #if DOT
 template <> struct Product<bfloat16> {
     static constexpr int STEP = 2;
+    typedef bfloat16 Factor;
     typedef __m512bh Weights;
     static inline Weights weights(const bfloat16 *w) { return load<__m512bh>(w); }
-    static inline vec add(vec sum, const bfloat16 *a, Weights w) {
+    static inline vec add(vec sum, const Factor *a, Weights w) {
         return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(load<int32_t>(a)), w);
     }
-    static inline void put(bfloat16 *to, vec x) { store(to, _mm512_cvtneps_pbh((__m512)x)); }
-};
-#else
-template <> struct Product<bfloat16> {
-    static constexpr int STEP = 1;
-    typedef vec Weights;
-    static inline Weights weights(const bfloat16 *w) { return widened(load<hvec>(w)); }
-    static inline vec add(vec sum, const bfloat16 *a, Weights w) {
-        uint32_t bits = (uint32_t)*a << 16;
-        return sum + load<float>(&bits) * w;
-    }
-    static inline void put(bfloat16 *to, vec x) { store(to, rounded(x)); }
+    static inline vec factor(vec x) { return x; }  // `put` rounds.
 };
 #endif
+template <class T> using Factor = typename Product<T>::Factor;
+template <class T> constexpr int FACTOR_BYTES = sizeof(Factor<T>);
 
 // Describe memory to fetch into the second-level cache during other work, so that rows do not wait for the next panel.
 struct Prefetch {
@@ -114,7 +131,7 @@ struct Prefetch {
 
 // Add rows[r] times the panel's j-th LANES columns to sums[r][j], over `depth` numbers.
 template <class T, int R, int V>
-inline void multiply(const T *const *rows, const T *panel, int depth, vec (&sums)[R][V], Prefetch next = {nullptr, 0}) {
+inline void multiply(const Factor<T> *const *rows, const T *panel, int depth, vec (&sums)[R][V], Prefetch next = {nullptr, 0}) {
     typedef Product<T> P;
     constexpr int LINE = 64, STRETCH = 16 * P::STEP;
     const int distance = STRETCH * V * LANES;
@@ -136,7 +153,7 @@ inline void multiply(const T *const *rows, const T *panel, int depth, vec (&sums
 
 // Add rows[r] times a panel of V vectors to totals[r] for `count` rows, or overwrite the totals where `first` is set.
 template <class T, int V, int R = ROWS>
-inline void add_tile(int count, const T *const *rows, const T *panel, int depth, Prefetch next, bool first,
+inline void add_tile(int count, const Factor<T> *const *rows, const T *panel, int depth, Prefetch next, bool first,
                      float *const *totals) {
     if constexpr (R > 1)
         if (count < R) return add_tile<T, V, R - 1>(count, rows, panel, depth, next, first, totals);
@@ -149,8 +166,8 @@ inline void add_tile(int count, const T *const *rows, const T *panel, int depth,
         }
 }
 template <class T, int V = VECTORS>
-void add_product(int vectors, int count, const T *const *rows, const T *panel, int depth, Prefetch next, bool first,
-                 float *const *totals) {
+void add_product(int vectors, int count, const Factor<T> *const *rows, const T *panel, int depth, Prefetch next,
+                 bool first, float *const *totals) {
     if constexpr (V > 1)
         if (vectors < V) return add_product<T, V - 1>(vectors, count, rows, panel, depth, next, first, totals);
     add_tile<T, V>(count, rows, panel, depth, next, first, totals);
@@ -167,21 +184,12 @@ template <class T> inline Blocks blocks_of(int depth) {
     return {count, padded((depth + count - 1) / count, Product<T>::STEP), depth};
 }
 
-// Pack rows [begin, end) of `from` [rows, depth] as [blocks, rows, size]. Rows of a tile then lie close together, so
-// that none pushes another out of the cache.
-template <class T> void pack_rows(const T *from, int begin, int end, int depth, T *to) {
-    const Blocks blocks = blocks_of<T>(depth);
-    for (int block = 0; block < blocks.count; block++)
-        for (int i = begin; i < end; i++, to += blocks.size)
-            memcpy(to, from + (size_t)i * depth + block * blocks.size, blocks.length(block) * sizeof(T));
-}
-
 // Store the first `columns` numbers of a vector; `columns` may exceed LANES.
 template <class T> inline void put_columns(T *to, vec x, int columns) {
-    if (columns >= LANES) return Product<T>::put(to, x);
+    if (columns >= LANES) return put(to, x);
     if (columns <= 0) return;
     T all[LANES];
-    Product<T>::put(all, x);
+    put(all, x);
     memcpy(to, all, columns * sizeof(T));
 }
 
@@ -191,6 +199,28 @@ template <class T> inline vec first_columns(const T *from, int columns) {
     T all[LANES] = {};
     if (columns > 0) memcpy(all, from, columns * sizeof(T));
     return wide(all);
+}
+
+// Copy numbers, also to another type.
+template <class T> inline void copy(const T *from, int count, T *to) { memcpy(to, from, count * sizeof(T)); }
+template <class From, class To> inline void copy(const From *from, int count, To *to) {
+    for (int c = 0; c < count; c += LANES) put_columns(to + c, first_columns(from + c, count - c), count - c);
+}
+
+// Pack rows [begin, end) of `from` [rows, depth] as factors [blocks, rows, size]. Rows of a tile then lie close
+// together, so that none pushes another out of the cache.
+template <class T> void pack_rows(const T *from, int begin, int end, int depth, Factor<T> *to) {
+    const Blocks blocks = blocks_of<T>(depth);
+    for (int block = 0; block < blocks.count; block++)
+        for (int i = begin; i < end; i++, to += blocks.size)
+            copy(from + (size_t)i * depth + block * blocks.size, blocks.length(block), to);
+}
+
+// Take room for `count` numbers from `scratch`.
+template <class T> T *take(char *&scratch, size_t count) {
+    T *part = (T *)scratch;
+    scratch += (count * sizeof(T) + 63) / 64 * 64;
+    return part;
 }
 
 constexpr int PANEL = VECTORS * LANES;  // A full panel has this many columns.

@@ -1,4 +1,4 @@
-"""Run the expert FFN in C++ by PyTorch's products, in bfloat16 or in eight bits."""
+"""Run the expert FFN in C++ by PyTorch's products, in 16 or in eight bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.cpu_backend.packing import packed
 from actvar_kernels.expert_ffn.weights import FFNWeights
-from actvar_kernels.linear.cpu_brgemm import PackedWeight, pack
+from actvar_kernels.linear.cpu_brgemm import PackedWeight, column_sums, pack
 from actvar_kernels.linear.quantized import quantized_weight
 
 WIDTH = brgemm.LAYOUTS[torch.int8].lanes
@@ -26,7 +26,7 @@ def expert_ffn(
     """Return what `reference.expert_ffn` does, with sums in float32, or in eight bits.
 
     Args:
-        u: `[..., C]` bfloat16, C even; in eight bits float32 as well, any C.
+        u: `[..., C]`, bfloat16 or float16, C even; in eight bits float32 as well, any C.
         mask: `[..., N]` bool.
         weights: of the FFN, floating-point; converted when they are packed.
         int8: whether the products are of bytes.
@@ -41,7 +41,8 @@ def expert_ffn(
     C, experts = u.shape[-1], mask.shape[-1]
     width = weights.fc1_weight.shape[0] // experts
     groups = experts if -width % WIDTH <= MOST_FILLED * width else 1
-    up, bias1, down, bias2 = packed(weights, ("brgemm", groups, int8), lambda: _packed(weights, groups, int8))
+    dtype = torch.int8 if int8 else u.dtype
+    up, bias1, down, bias2 = packed(weights, ("brgemm", groups, dtype), lambda: _packed(weights, groups, dtype))
     u, mask = u.contiguous(), mask.contiguous()
     out = torch.empty_like(u)
     sizes = cpu.checked_sizes(u.numel() // C, C, experts, width, groups)
@@ -50,7 +51,7 @@ def expert_ffn(
         *(*up.pointers(), bias1.data_ptr()),
         *(*down.pointers(), bias2.data_ptr(), out.data_ptr()),
     )
-    switches = u.dtype == torch.bfloat16, int8, skips and groups > 1
+    switches = cpu.kind_of(u.dtype), int8, skips and groups > 1
     if _library().brgemm_expert_ffn(isa, *switches, *pointers, *sizes, torch.get_num_threads()):
         raise MemoryError(f"expert_ffn: no memory for {sizes[0]} tokens of width {C}")
     return out
@@ -66,20 +67,20 @@ class Packed(NamedTuple):
 
 
 @torch.no_grad()
-def _packed(weights: FFNWeights, groups: int, int8: bool) -> Packed:
+def _packed(weights: FFNWeights, groups: int, dtype: torch.dtype) -> Packed:
     """Return the weights as C++ reads them. Hidden units are filled up with zeros to full panels in each group."""
-    if int8:
+    if dtype == torch.int8:
         up, up_scales = quantized_weight(weights.fc1_weight)
         down, down_scales = quantized_weight(weights.fc2_weight)
         scales = up_scales.view(groups, -1), down_scales.flatten()
     else:
-        up, down, scales = weights.fc1_weight.bfloat16(), weights.fc2_weight.bfloat16(), (None, None)
+        up, down, scales = weights.fc1_weight.to(dtype), weights.fc2_weight.to(dtype), (None, None)
     up = up.unflatten(0, (groups, -1)).transpose(1, 2)  # [groups, C, units]
     down = down.unflatten(1, (groups, -1)).permute(1, 2, 0)  # [groups, units, C]
     down = F.pad(down, (0, 0, 0, -down.shape[1] % WIDTH))
     second = pack(down.flatten(0, 1).unsqueeze(0), scales[1])
-    if int8:
-        offsets = 128 * down.sum(1, dtype=torch.int32)  # those of experts that are off are not subtracted
+    if dtype == torch.int8:
+        offsets = 128 * column_sums(down)  # those of experts that are off are not subtracted
         second = second._replace(offsets=cpu.padded(offsets, WIDTH))
     bias1, bias2 = weights.fc1_bias.float().view(groups, -1), weights.fc2_bias.float()
     return Packed(pack(up, scales[0]), cpu.padded(bias1, WIDTH), second, cpu.padded(bias2, WIDTH))

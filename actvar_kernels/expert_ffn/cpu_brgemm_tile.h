@@ -5,13 +5,6 @@
 
 namespace NAMESPACE {
 
-// Quantize token `token` of the job's input.
-template <class T> void quantize_token(const Job &job, int token, uint8_t *bytes, float *scale) {
-    const T *u = (const T *)job.u + (size_t)token * job.channels;
-    *scale = scale_of(highest(u, job.channels));
-    quantize(u, job.channels, *scale, bytes);
-}
-
 // Return LANES sums of products as numbers. `scale` is that of the row, where there is one.
 inline vec number(const float *sums, const float *, float) { return load<vec>(sums); }
 inline vec number(const int32_t *sums, const float *scales, float scale) {
@@ -52,7 +45,7 @@ void up(const Job &job, const Chunk &chunk, int matrix, int column, int to, int 
             add_offsets(sums + i * WIDTH, job.offsets1 + at, -1);
             for (int c = 0; c < WIDTH; c += LANES) {
                 const vec y = number(sums + i * WIDTH + c, job.scales1 + at + c, chunk.scales[list[i]]);
-                Product<T>::put(hidden + c, gelu(y + load<vec>(job.bias1 + at + c)));
+                put(hidden + c, gelu(y + load<vec>(job.bias1 + at + c)));
             }
         }
     }

@@ -26,54 +26,42 @@ constexpr int FEW_TOKENS = 64;  // Threads split columns up to this many tokens.
 namespace {
 
 struct Isa {
-    size_t (*scratch_bytes[2])(const Job &, int, int);  // float32, bfloat16
-    void (*runs[2])(const Job &, int, int, char *);
-    void (*runs_few[2])(const Job &, char *, int);
+    size_t (*scratch_bytes[3])(const Job &, int, int);
+    void (*runs[3])(const Job &, int, int, char *);
+    void (*runs_few[3])(const Job &, char *, int);
 };
 
-#define ISA_OF(isa)                                             \
-    {{isa::scratch_bytes<float>, isa::scratch_bytes<bfloat16>}, \
-     {isa::run<float>, isa::run<bfloat16>},                     \
-     {isa::run_few<float>, isa::run_few<bfloat16>}},
+#define ISA_OF(isa) {FOR_EVERY_KIND(isa::scratch_bytes), FOR_EVERY_KIND(isa::run), FOR_EVERY_KIND(isa::run_few)},
 const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
 constexpr int MAX_CHUNK = 192;  // A panel of weights stays in the cache for this many tokens.
 
-char *allocate(size_t bytes) { return (char *)aligned_alloc(64, (bytes + 63) / 64 * 64); }
-
 }  // namespace
 
 // Compute the FFN and return 0, or 1 when memory ran out.
-extern "C" int expert_ffn(int isa, int is_bfloat16, const void *u, const void *mask, const void *weight1,
+extern "C" int expert_ffn(int isa, int kind, const void *u, const void *mask, const void *weight1,
                           const void *bias1, const void *weight2, const void *bias2, void *out, int tokens,
                           int channels, int experts, int width, int threads) {
     const Job job = {u,   (const uint8_t *)mask, weight1, weight2,  (const float *)bias1, (const float *)bias2,
                      out, tokens,                channels, experts, width};
     const Isa &ops = ISAS[isa];
+    int failed = 0;
     if (tokens <= FEW_TOKENS) {
-        char *scratch = allocate(ops.scratch_bytes[is_bfloat16](job, tokens, experts) + 4 * (size_t)experts);
-        if (scratch == nullptr) return 1;
-        ops.runs_few[is_bfloat16](job, scratch, threads);
-        free(scratch);
-        return 0;
+        const Scratch scratch(ops.scratch_bytes[kind](job, tokens, experts) + 4 * (size_t)experts, failed);
+        if (!failed) ops.runs_few[kind](job, scratch.bytes, threads);
+        return failed;
     }
     int chunks = (tokens + MAX_CHUNK - 1) / MAX_CHUNK;
     chunks = padded(chunks < threads ? threads : chunks, threads);
     const int longest = (tokens + chunks - 1) / chunks;
-    int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        char *scratch = allocate(ops.scratch_bytes[is_bfloat16](job, longest, 1));
-        if (scratch == nullptr) {
-#pragma omp atomic write
-            failed = 1;
-        }
+        const Scratch scratch(ops.scratch_bytes[kind](job, longest, 1), failed);
 #pragma omp for schedule(dynamic, 1)
         for (int chunk = 0; chunk < chunks; chunk++) {
             const int begin = (int64_t)tokens * chunk / chunks, end = (int64_t)tokens * (chunk + 1) / chunks;
-            if (scratch != nullptr && begin < end) ops.runs[is_bfloat16](job, begin, end, scratch);
+            if (scratch.bytes != nullptr && begin < end) ops.runs[kind](job, begin, end, scratch.bytes);
         }
-        free(scratch);
     }
     return failed;
 }

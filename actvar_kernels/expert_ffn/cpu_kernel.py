@@ -33,7 +33,7 @@ def expert_ffn(
     """Return what `reference.expert_ffn` does, with sums in float32.
 
     Args:
-        u: `[..., C]` float32 or bfloat16, C even.
+        u: `[..., C]`, one of `cpu.DTYPES`, C even.
         mask: `[..., N]` bool.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`, floating-point; another dtype than
             u's is converted when the weights are packed.
@@ -46,12 +46,12 @@ def expert_ffn(
     isa = cpu.best_isa() if isa is None else isa
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     C, experts = u.shape[-1], mask.shape[-1]
-    copies = packed(weights, (experts, u.dtype, isa), lambda: pack(*weights, experts, u.dtype, cpu.layout_of(isa)))
+    copies = packed(weights, (experts, u.dtype, isa), lambda: pack(*weights, experts, u.dtype, isa))
     u, mask = u.contiguous(), mask.contiguous()
     out = torch.empty_like(u)
     sizes = cpu.checked_sizes(u.numel() // C, C, experts, fc1_weight.shape[0] // experts)
     pointers = [tensor.data_ptr() for tensor in (u, mask, *copies, out)]
-    if _library().expert_ffn(isa, u.dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads()):
+    if _library().expert_ffn(isa, cpu.kind_of(u.dtype), *pointers, *sizes, torch.get_num_threads()):
         raise MemoryError(f"expert_ffn: no memory for {sizes[0]} tokens of width {C}")
     return out
 
@@ -71,19 +71,19 @@ def pack(
     fc2_bias: torch.Tensor,
     experts: int,
     dtype: torch.dtype,
-    layout: cpu.Layout,
+    isa: int,
 ) -> Packed:
     """Return the weights in panels, for each expert its input rows by its output columns.
 
     Args:
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`, floating-point.
         experts: number N of experts, which divides D.
-        dtype: float32 or bfloat16, in which the products run.
-        layout: how weights are packed.
+        dtype: one of `cpu.DTYPES`, in which the weights are packed.
+        isa: instruction set.
     """
     up = fc1_weight.to(dtype).unflatten(0, (experts, -1)).transpose(1, 2)  # [N, C, width]
     down = fc2_weight.to(dtype).unflatten(1, (experts, -1)).permute(1, 2, 0)  # [N, width, C]
-    bias1 = fc1_bias.float().view(experts, -1)
+    bias1, layout = fc1_bias.float().view(experts, -1), cpu.layout_of(isa, dtype)
     return Packed(
         cpu.panels(up, layout),
         cpu.padded(bias1, layout.lanes),

@@ -4,7 +4,7 @@ namespace NAMESPACE {
 
 // Locate rows of tokens: `data` + block * block_stride + token * token_stride.
 template <class T> struct Rows {
-    const T *data;
+    const Factor<T> *data;
     size_t block_stride, token_stride;
 };
 
@@ -16,7 +16,7 @@ void add_columns(const Blocks &blocks, int vectors, int count, const int *tokens
     const int tiles = padded(count, ROWS) / ROWS;
     for (int block = 0, done = 0; block < blocks.count; block++)
         for (int i = 0; i < count; i += ROWS, done++) {
-            const T *rows[ROWS];
+            const Factor<T> *rows[ROWS];
             float *to[ROWS];
             for (int r = 0; r < smaller(count - i, ROWS); r++) {
                 rows[r] = from.data + block * from.block_stride + (tokens ? tokens[i + r] : i + r) * from.token_stride;
@@ -48,7 +48,7 @@ template <class T> int hidden_stride(const Job &job) { return padded(job.width, 
 // hidden_stride]. `totals` [count, PANEL] is scratch.
 template <class T>
 void up_columns(const Job &job, int expert, int column, const int *tokens, int count, const Rows<T> &u, Prefetch next,
-                T *hidden, float *totals) {
+                Factor<T> *hidden, float *totals) {
     const int width = padded(job.width, LANES), depth = padded(job.channels, Product<T>::STEP);
     const int vectors = smaller(width - column, PANEL) / LANES;
     const T *panel = (const T *)job.weight1 + (size_t)expert * depth * width + (size_t)column * depth;
@@ -56,14 +56,14 @@ void up_columns(const Job &job, int expert, int column, const int *tokens, int c
     add_columns<T>(blocks_of<T>(depth), vectors, count, tokens, u, panel, next, true, nullptr, totals, PANEL);
     for (int i = 0; i < count; i++)
         for (int c = 0; c < vectors * LANES; c += LANES)
-            Product<T>::put(hidden + (size_t)i * hidden_stride<T>(job) + column + c,
-                            gelu(load<vec>(totals + (size_t)i * PANEL + c) + load<vec>(bias + c)));
+            put(hidden + (size_t)i * hidden_stride<T>(job) + column + c,
+                Product<T>::factor(gelu(load<vec>(totals + (size_t)i * PANEL + c) + load<vec>(bias + c))));
 }
 
 // Add one panel of an expert's output from `column` on to the sums of `count` tokens.
 template <class T>
-void down_columns(const Job &job, int expert, int column, const int *tokens, int count, const T *hidden, Prefetch next,
-                  float *sums) {
+void down_columns(const Job &job, int expert, int column, const int *tokens, int count, const Factor<T> *hidden,
+                  Prefetch next, float *sums) {
     const int stride = padded(job.channels, LANES), depth = padded(job.width, Product<T>::STEP);
     const int vectors = smaller(stride - column, PANEL) / LANES;
     const T *panel = (const T *)job.weight2 + (size_t)expert * depth * stride + (size_t)column * depth;
@@ -87,22 +87,16 @@ inline int choose(const Job &job, int expert, int begin, int end, int *tokens) {
 }
 
 // Pack tokens [begin, end) of u.
-template <class T> Rows<T> pack_tokens(const Job &job, int begin, int end, T *to) {
+template <class T> Rows<T> pack_tokens(const Job &job, int begin, int end, Factor<T> *to) {
     pack_rows((const T *)job.u, begin, end, job.channels, to);
     const size_t size = blocks_of<T>(job.channels).size;
     return {to, size * (end - begin), size};
 }
 
-template <class T> T *take(char *&scratch, size_t count) {
-    T *part = (T *)scratch;
-    scratch += (count * sizeof(T) + 63) / 64 * 64;
-    return part;
-}
-
 template <class T> size_t scratch_bytes(const Job &job, int count, int experts) {
     const Blocks blocks = blocks_of<T>(job.channels);
     const size_t floats = padded(job.channels, LANES) + PANEL, ints = experts;
-    return count * (4 * (floats + ints) + sizeof(T) * ((size_t)blocks.count * blocks.size +
+    return count * (4 * (floats + ints) + sizeof(Factor<T>) * ((size_t)blocks.count * blocks.size +
                                                        (size_t)experts * hidden_stride<T>(job))) + 6 * 64;
 }
 
@@ -111,9 +105,9 @@ template <class T> void run(const Job &job, int begin, int end, char *scratch) {
     const int count = end - begin, C = job.channels;
     const int width = padded(job.width, LANES), stride = padded(C, LANES);
     float *sums = take<float>(scratch, (size_t)count * stride), *totals = take<float>(scratch, (size_t)count * PANEL);
-    T *hidden = take<T>(scratch, (size_t)count * hidden_stride<T>(job));
+    Factor<T> *hidden = take<Factor<T>>(scratch, (size_t)count * hidden_stride<T>(job));
     int *tokens = take<int>(scratch, count);
-    const Rows<T> u = pack_tokens<T>(job, begin, end, (T *)scratch);
+    const Rows<T> u = pack_tokens<T>(job, begin, end, (Factor<T> *)scratch);
     for (int t = 0; t < count; t++) memcpy(sums + (size_t)t * stride, job.bias2, 4 * (size_t)stride);
     for (int expert = 0; expert < job.experts; expert++) {
         const int chosen = choose(job, expert, begin, end, tokens);
@@ -139,9 +133,9 @@ template <class T> void run_few(const Job &job, char *scratch, int threads) {
     const int up_panels = padded(width, PANEL) / PANEL, down_panels = padded(stride, PANEL) / PANEL;
     const size_t expert_size = (size_t)count * hidden_stride<T>(job);
     float *sums = take<float>(scratch, (size_t)count * stride);
-    T *hidden = take<T>(scratch, experts * expert_size);
+    Factor<T> *hidden = take<Factor<T>>(scratch, experts * expert_size);
     int *tokens = take<int>(scratch, (size_t)experts * count), *chosen = take<int>(scratch, experts);
-    const Rows<T> u = pack_tokens<T>(job, 0, count, (T *)scratch);
+    const Rows<T> u = pack_tokens<T>(job, 0, count, (Factor<T> *)scratch);
     for (int expert = 0; expert < experts; expert++)
         chosen[expert] = choose(job, expert, 0, count, tokens + (size_t)expert * count);
 #pragma omp parallel num_threads(threads)

@@ -41,7 +41,7 @@ def expert_ffn(
     the result is that of the dense FFN.
 
     Triton takes three launches, for float32, float16 and bfloat16, bool masks and up to 32 experts. On the CPU a C++
-    kernel runs the chosen experts only, for float32 and bfloat16, bool masks and even C. C++ keeps a packed copy of the
+    kernel runs the chosen experts only, for the same dtypes, bool masks and even C. C++ keeps a packed copy of the
     weights, which is made anew when their versions, addresses or dtypes change. PyTorch does not count changes through
     `.data` and by fused optimizers: after these call `actvar.refresh` on the module of the weights.
 
@@ -234,7 +234,7 @@ def why_not_in_cpp(u: torch.Tensor, weights: FFNWeights, mask_dtype: torch.dtype
     same = weights_dtype == dtype or torch.is_autocast_enabled("cpu")
     if dtype not in cpu.DTYPES or not same or mask_dtype != torch.bool or u.shape[-1] % 2:
         found = f"{dtype}, weights in {weights_dtype}, a mask in {mask_dtype} and width {u.shape[-1]}"
-        return f"it takes float32 and bfloat16, weights alike, a bool mask and an even width, got {found}"
+        return f"it takes {cpu.TAKEN}, weights alike, a bool mask and an even width, got {found}"
     return cpu.why_not()
 
 
@@ -294,7 +294,7 @@ def run_ffn(backend: Backend, u: torch.Tensor, mask: torch.Tensor, weights: FFNW
     """Run the FFN on a backend."""
     if backend.name == "reference":
         return reference.expert_ffn(u, mask, *weights)
-    if backend.name == "cpu" and u.dtype == torch.bfloat16 and brgemm.has_tiles():
+    if backend.name == "cpu" and brgemm.has_tiles(u.dtype):
         return cpu_brgemm.expert_ffn(u, mask, weights, int8=False, skips=False)
     if backend.name == "cpu":
         return cpu_kernel.expert_ffn(u, mask, *weights)

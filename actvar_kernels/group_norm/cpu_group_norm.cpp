@@ -33,18 +33,17 @@ struct Moments {  // Hold the sums of a group's numbers and squares in a chunk.
 namespace {
 
 struct Isa {
-    void (*moments[2])(const Job &, const Chunk &, Moments *);  // float32, bfloat16
-    void (*normalize[2])(const Job &, const Chunk &, const float *, const float *, const float *);
+    void (*moments[3])(const Job &, const Chunk &, Moments *);
+    void (*normalize[3])(const Job &, const Chunk &, const float *, const float *, const float *);
 };
 
-#define ISA_OF(isa) \
-    {{isa::moments<float>, isa::moments<bfloat16>}, {isa::normalize<float>, isa::normalize<bfloat16>}},
+#define ISA_OF(isa) {FOR_EVERY_KIND(isa::moments), FOR_EVERY_KIND(isa::normalize)},
 const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
 }  // namespace
 
 // Normalize x and return 0, or 1 when memory ran out. Channels are a multiple of 16.
-extern "C" int group_norm_silu(int isa, int is_bfloat16, const void *x, const float *weight, const float *bias, void *out,
+extern "C" int group_norm_silu(int isa, int kind, const void *x, const float *weight, const float *bias, void *out,
                                int images, int pixels, int channels, int groups, int silu, float eps, int threads) {
     const Job job = {x, out, pixels, channels, groups, silu};
     const Isa &ops = ISAS[isa];
@@ -61,7 +60,7 @@ extern "C" int group_norm_silu(int isa, int is_bfloat16, const void *x, const fl
         {
 #pragma omp for
             for (int64_t item = 0; item < items; item++)
-                ops.moments[is_bfloat16](job, chunk_of(item), moments + item * groups);
+                ops.moments[kind](job, chunk_of(item), moments + item * groups);
 #pragma omp for
             for (int64_t group = 0; group < (int64_t)images * groups; group++) {
                 const int64_t image = group / groups, width = channels / groups, from = group % groups * width;
@@ -81,7 +80,7 @@ extern "C" int group_norm_silu(int isa, int is_bfloat16, const void *x, const fl
             for (int64_t i = 0; i < items; i++) {  // The last chunks come first, since they are in the cache.
                 const Chunk chunk = chunk_of(items - 1 - i);
                 const int64_t from = chunk.image * channels;
-                ops.normalize[is_bfloat16](job, chunk, means + from, factors + from, bias);
+                ops.normalize[kind](job, chunk, means + from, factors + from, bias);
             }
         }
     }

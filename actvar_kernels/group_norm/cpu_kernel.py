@@ -24,7 +24,7 @@ def group_norm_silu(
     """Return what `group_norm.op.group_norm_silu` does without an offset, in the memory format `channels_last`.
 
     Args:
-        x: `[B, C, H, W]` float32 or bfloat16, C a multiple of 16.
+        x: `[B, C, H, W]`, one of `cpu.DTYPES`, C a multiple of 16.
         weight, bias: `[C]`, floating-point.
         groups: number of groups.
         eps: what is added to the variance.
@@ -43,7 +43,7 @@ def group_norm_silu(
     out = x if overwrite else memory.empty((B, H, W, C), x.dtype).permute(0, 3, 1, 2)
     sizes = cpu.checked_sizes(B, H * W, C, groups)
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
-    kind = isa, x.dtype == torch.bfloat16
+    kind = isa, cpu.kind_of(x.dtype)
     if _library().group_norm_silu(*kind, *pointers, *sizes, silu, eps, torch.get_num_threads()):
         raise MemoryError(f"group_norm_silu: no memory for the sums of {B} images")
     return out

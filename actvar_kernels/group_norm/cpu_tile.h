@@ -37,7 +37,7 @@ void normalize(const Job &job, const Chunk &chunk, const float *means, const flo
         for (int c = 0; c < C; c += LANES) {
             vec y = (wide(from + c) - load<vec>(means + c)) * load<vec>(factors + c) + load<vec>(bias + c);
             if (job.silu) y = y / (1.0f + exponential(-y));
-            Product<T>::put(to + c, y);
+            put(to + c, y);
         }
 }
 

@@ -1,4 +1,4 @@
-// Compute a linear layer on the CPU by PyTorch's products, in bfloat16 or in bytes. Threads share panels of columns and
+// Compute a linear layer on the CPU by PyTorch's products, in 16 bits or in bytes. Threads share panels of columns and
 // blocks of rows. Bytes follow `linear/quantized.py` bit for bit: their sums are exact.
 
 #include "../cpu_backend/brgemm.h"
@@ -25,21 +25,20 @@ constexpr int CHUNK = 512;  // So many rows are quantized before they are multip
 namespace {
 
 struct Isa {
-    void (*quantize[2])(const Job &, int, uint8_t *, float *);  // float32, bfloat16
-    void (*run_bytes[2])(const Job &, int, int, int, const void *, int, const float *);
-    void (*run_bfloat16)(const Job &, int, int, int, const void *, int, const float *);
+    void (*quantize[3])(const void *, int, int, uint8_t *, float *);
+    void (*run_bytes[3])(const Job &, int, int, int, const void *, int, const float *);
+    void (*run[3])(const Job &, int, int, int, const void *, int, const float *);
 };
 
-#define ISA_OF(isa)                                                                   \
-    {{isa::quantize_row<float>, isa::quantize_row<bfloat16>},                         \
-     {isa::run<float, uint8_t, int32_t>, isa::run<bfloat16, uint8_t, int32_t>},       \
-     isa::run<bfloat16, bfloat16, float>},
+#define ISA_OF(isa)                                            \
+    {FOR_EVERY_KIND(isa::quantize_row), FOR_EVERY_KIND(isa::run_bytes), \
+     {nullptr, isa::run<bfloat16, bfloat16, float>, isa::run<float16, float16, float>}},
 const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
 }  // namespace
 
-// Compute the layer and return 0, or 1 when memory ran out. In bfloat16 the depth is even; scales and offsets are null.
-extern "C" int brgemm_linear(int isa, int is_bfloat16, int is_int8, const void *x, const void *weight,
+// Compute the layer and return 0, or 1 when memory ran out. In 16 bits the depth is even; scales and offsets are null.
+extern "C" int brgemm_linear(int isa, int kind, int is_int8, const void *x, const void *weight,
                              const float *scales, const int32_t *offsets, const float *bias, void *out, int rows,
                              int depth, int columns, int threads) {
     const Job job = {x, weight, scales, offsets, bias, out, rows, depth, columns};
@@ -60,17 +59,16 @@ extern "C" int brgemm_linear(int isa, int is_bfloat16, int is_int8, const void *
             if (is_int8) {
 #pragma omp for
                 for (int row = begin; row < end; row++)
-                    ops.quantize[is_bfloat16](job, row, bytes + (size_t)(row - begin) * stride, row_scales + row - begin);
+                    ops.quantize[kind](x, depth, row, bytes + (size_t)(row - begin) * stride, row_scales + row - begin);
             }
 #pragma omp for schedule(dynamic, 1)
             for (int item = 0; item < panels * blocks; item++) {
                 const int row = begin + item % blocks * BLOCK, count = smaller(end - row, BLOCK);
                 if (is_int8)
-                    ops.run_bytes[is_bfloat16](job, item / blocks, row, count, bytes + (size_t)(row - begin) * stride,
+                    ops.run_bytes[kind](job, item / blocks, row, count, bytes + (size_t)(row - begin) * stride,
                                                stride, row_scales + row - begin);
                 else
-                    ops.run_bfloat16(job, item / blocks, row, count, (const bfloat16 *)x + (size_t)row * depth, depth,
-                                     nullptr);
+                    ops.run[kind](job, item / blocks, row, count, (const uint16_t *)x + (size_t)row * depth, depth, nullptr);
             }
         }
         BRGEMM.release(true);

@@ -1,4 +1,4 @@
-"""Run a linear layer in C++ by PyTorch's products, in bfloat16 or in eight bits."""
+"""Run a linear layer in C++ by PyTorch's products, in 16 or in eight bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PackedWeight(NamedTuple):
     """Hold matrices as C++ reads them, with zeros up to full panels.
 
     Attributes:
-        panels: `[N, ...]` bfloat16 or int8, for each of N matrices its panels of columns.
+        panels: `[N, ...]`, numbers of 16 bits or int8, for each of N matrices its panels of columns.
         scales: float32 scales of the columns of int8, otherwise None.
         offsets: `[N, columns]` int32, 128 times the sums of the columns of int8, since the rows are 128 too high.
     """
@@ -37,7 +37,7 @@ def linear(
     """Return `x @ weight.T + bias` with sums in float32, or what `quantized.quantized_linear` does, bit for bit.
 
     Args:
-        x: `[..., C]` bfloat16; in eight bits float32 as well.
+        x: `[..., C]`, bfloat16 or float16; in eight bits float32 as well.
         weight: `[D, C]`, floating-point; converted when it is packed.
         bias: `[D]`, floating-point.
         int8: whether the products are of bytes.
@@ -51,10 +51,10 @@ def linear(
 
     def pack_weight() -> PackedWeight:
         """Return the weight in panels."""
-        matrix, scales = quantized_weight(weight) if int8 else (weight.detach().bfloat16(), None)
+        matrix, scales = quantized_weight(weight) if int8 else (weight.detach().to(x.dtype), None)
         return pack(matrix.t().unsqueeze(0), None if scales is None else scales.flatten())
 
-    copy = packed((weight,), ("brgemm", int8), pack_weight)
+    copy = packed((weight,), ("brgemm", torch.int8 if int8 else x.dtype), pack_weight)
     layout = brgemm.LAYOUTS[copy.panels.dtype]
     x = x.contiguous() if int8 else cpu.padded(x, layout.step)
     bias = cpu.padded(bias.detach().float(), layout.lanes)
@@ -62,7 +62,7 @@ def linear(
     out = x.new_empty(*rows, weight.shape[0])
     sizes = cpu.checked_sizes(x.numel() // C, C, weight.shape[0])
     pointers = (*copy.pointers(), bias.data_ptr(), out.data_ptr())
-    kind = isa, x.dtype == torch.bfloat16, int8
+    kind = isa, cpu.kind_of(x.dtype), int8
     if _library().brgemm_linear(*kind, x.data_ptr(), *pointers, *sizes, torch.get_num_threads()):
         raise MemoryError(f"linear: no memory for {sizes[0]} rows of width {C}")
     return out
@@ -72,7 +72,7 @@ def pack(matrices: torch.Tensor, scales: torch.Tensor | None) -> PackedWeight:
     """Return matrices in panels.
 
     Args:
-        matrices: `[N, K, columns]` bfloat16 or int8.
+        matrices: `[N, K, columns]`, numbers of 16 bits or int8.
         scales: float32 scales of the columns of int8, `[columns]` or `[N, columns]`; otherwise None.
 
     Raises:
@@ -84,8 +84,14 @@ def pack(matrices: torch.Tensor, scales: torch.Tensor | None) -> PackedWeight:
     panels = cpu.panels(matrices, layout)
     if scales is None:
         return PackedWeight(panels, None, None)
-    offsets = 128 * matrices.sum(1, dtype=torch.int32)
+    offsets = 128 * column_sums(matrices)
     return PackedWeight(panels, cpu.padded(scales, layout.lanes), cpu.padded(offsets, layout.lanes))
+
+
+def column_sums(matrices: torch.Tensor) -> torch.Tensor:
+    """Return int32 sums `[N, columns]` of int8 `[N, K, columns]`; PyTorch widens what it sums, so in parts."""
+    columns = max(1, 2**18 // (matrices.shape[0] * matrices.shape[1]))
+    return torch.cat([part.sum(1, dtype=torch.int32) for part in matrices.split(columns, dim=2)], dim=1)
 
 
 @functools.cache

@@ -5,13 +5,6 @@
 
 namespace NAMESPACE {
 
-// Quantize row `row` of the job's input.
-template <class T> void quantize_row(const Job &job, int row, uint8_t *bytes, float *scale) {
-    const T *x = (const T *)job.x + (size_t)row * job.depth;
-    *scale = scale_of(highest(x, job.depth));
-    quantize(x, job.depth, *scale, bytes);
-}
-
 // Return a sum of products, of which `scale` belongs to the row: bytes are 128 too high, so an offset per column is.
 inline vec total(const Job &, int, float, const float *sums) { return load<vec>(sums); }
 inline vec total(const Job &job, int column, float scale, const int32_t *sums) {
@@ -33,6 +26,10 @@ void run(const Job &job, int panel, int row, int count, const void *a, int strid
                         total(job, column + c, scales ? scales[i] : 1, sums + i * WIDTH + c) + load<vec>(job.bias + column + c),
                         columns - c);
     }
+}
+template <class T>
+void run_bytes(const Job &job, int panel, int row, int count, const void *a, int stride, const float *scales) {
+    run<T, uint8_t, int32_t>(job, panel, row, count, a, stride, scales);
 }
 
 }  // namespace NAMESPACE

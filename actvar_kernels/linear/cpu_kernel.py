@@ -18,7 +18,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, isa: int |
     """Return `x @ weight.T + bias` with sums in float32.
 
     Args:
-        x: `[..., C]` float32 or bfloat16.
+        x: `[..., C]`, one of `cpu.DTYPES`.
         weight: `[D, C]`, floating-point; another dtype than x's is converted when the weight is packed.
         bias: `[D]`, floating-point.
         isa: instruction set; None: the highest.
@@ -28,21 +28,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, isa: int |
         MemoryError: there is none left for a copy of a few rows.
     """
     isa = cpu.best_isa() if isa is None else isa
-    layout = cpu.layout_of(isa)
     dtype, D = x.dtype, weight.shape[0]
+    layout = cpu.layout_of(isa, dtype)
 
     def pack() -> torch.Tensor:
         """Return the weight in panels, flat."""
         return cpu.panels(weight.detach().to(dtype).t().unsqueeze(0), layout).flatten()
 
     copy = packed((weight,), (dtype, isa), pack)
-    x = cpu.padded(x, layout.step if dtype == torch.bfloat16 else 1)
+    x = cpu.padded(x, layout.step)
     bias = cpu.padded(bias if bias.dtype == torch.float32 else bias.detach().float(), layout.lanes)
     *rows, C = x.shape
     out = x.new_empty(*rows, D)
     sizes = cpu.checked_sizes(x.numel() // C, C, D)
     pointers = x.data_ptr(), copy.data_ptr(), bias.data_ptr(), out.data_ptr()
-    if _library().linear(isa, dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads()):
+    if _library().linear(isa, cpu.kind_of(dtype), *pointers, *sizes, torch.get_num_threads()):
         raise MemoryError(f"linear: no memory for {sizes[0]} rows of width {C}")
     return out
 
@@ -51,7 +51,7 @@ def unpacked_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, i
     """Return `x @ weight.T + bias` with sums in float32, each weight read once.
 
     Args:
-        x: `[R, C]` float32 or bfloat16, at most `FEW_ROWS` rows, C a multiple of 32.
+        x: `[R, C]`, one of `cpu.DTYPES`, at most `FEW_ROWS` rows, C a multiple of 32.
         weight: `[D, C]` without gaps, in x's dtype.
         bias: `[D]`, floating-point.
         isa: instruction set; None: the highest.
@@ -64,7 +64,7 @@ def unpacked_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, i
     x, bias, out = x.contiguous(), bias.detach().float().contiguous(), x.new_empty(R, D)
     sizes = cpu.checked_sizes(R, C, D)
     pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr()
-    _library().unpacked_linear(isa, x.dtype == torch.bfloat16, *pointers, *sizes, torch.get_num_threads())
+    _library().unpacked_linear(isa, cpu.kind_of(x.dtype), *pointers, *sizes, torch.get_num_threads())
     return out
 
 

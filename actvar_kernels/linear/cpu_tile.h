@@ -4,11 +4,12 @@ namespace NAMESPACE {
 
 template <class T> size_t scratch_bytes(const Job &job, int rows) {
     const Blocks blocks = blocks_of<T>(job.depth);
-    return (size_t)rows * (blocks.count * blocks.size * sizeof(T) + PANEL * sizeof(float)) + 64;
+    return (size_t)rows * (blocks.count * blocks.size * sizeof(Factor<T>) + PANEL * sizeof(float)) + 64;
 }
 
 template <class T> void pack(const Job &job, int begin, int end, char *scratch) {
-    pack_rows((const T *)job.x, begin, end, job.depth, (T *)(scratch + padded((end - begin) * PANEL * sizeof(float), 64)));
+    char *to = scratch + padded((end - begin) * PANEL * sizeof(float), 64);
+    pack_rows((const T *)job.x, begin, end, job.depth, (Factor<T> *)to);
 }
 
 // Compute the columns of panel number `panel` for the rows [begin, end), which lie packed in `scratch`. `next` is the
@@ -18,15 +19,15 @@ template <class T> void run(const Job &job, int panel, int next, int begin, int 
     const int vectors = padded(columns, LANES) / LANES;
     const Blocks blocks = blocks_of<T>(job.depth);
     float *totals = (float *)scratch;  // [count, PANEL]
-    const T *packed = (const T *)(scratch + padded(count * PANEL * sizeof(float), 64));
+    const Factor<T> *packed = (const Factor<T> *)(scratch + padded(count * PANEL * sizeof(float), 64));
     const T *weight = (const T *)job.weight + (size_t)column * job.depth;
     const int next_column = smaller(next * PANEL, job.columns), next_end = smaller(next_column + PANEL, job.columns);
     const Prefetch prefetch = {(const char *)((const T *)job.weight + (size_t)next_column * job.depth),
                          sizeof(T) * (next_end - next_column) * job.depth};
     for (int block = 0, done = 0; block < blocks.count; block++) {
-        const T *block_rows = packed + (size_t)block * count * blocks.size;
+        const Factor<T> *block_rows = packed + (size_t)block * count * blocks.size;
         for (int i = 0; i < count; i += ROWS, done++) {
-            const T *rows[ROWS];
+            const Factor<T> *rows[ROWS];
             float *to[ROWS];
             for (int r = 0; r < smaller(count - i, ROWS); r++) {
                 rows[r] = block_rows + (size_t)(i + r) * blocks.size;
@@ -76,7 +77,7 @@ template <class T, int R = FEW_ROWS> void run_unpacked(const Job &job, int colum
             float total = 0;
             for (int i = 0; i < LANES; i++) total += sums[j][r][i];
             const int to = j ? other : column;
-            ((T *)job.out)[(size_t)r * job.columns + to] = from_float<T>(total + job.bias[to]);
+            put_columns((T *)job.out + (size_t)r * job.columns + to, vec{} + (total + job.bias[to]), 1);
         }
 }
 

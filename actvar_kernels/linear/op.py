@@ -16,8 +16,8 @@ from actvar_kernels.triton_backend.row_form import ByteRows
 def linear(x: torch.Tensor | ByteRows, weight: torch.Tensor, bias: torch.Tensor, int8: bool = False) -> torch.Tensor:
     """Return `x @ weight.T + bias`.
 
-    C++ takes float32 and bfloat16, sums in float32, and works on a packed copy of the weight. In bfloat16 it takes
-    PyTorch's products where the processor has tiles (AMX). Otherwise the product is PyTorch's.
+    C++ takes float32, bfloat16 and float16, sums in float32, and works on a packed copy of the weight. In 16 bits it
+    takes PyTorch's products where the processor has tiles of them (AMX). Otherwise the product is PyTorch's.
 
     Args:
         x: `[..., C]`, floating-point; or such rows in eight bits, for `int8` on Triton.
@@ -46,7 +46,7 @@ def linear(x: torch.Tensor | ByteRows, weight: torch.Tensor, bias: torch.Tensor,
         return cpu_brgemm.linear(x, weight, bias, int8=True)
     if _runs_in_pytorch("linear", x, weight, bias):
         return F.linear(x, weight, bias)
-    if dtype == torch.bfloat16 and brgemm.has_tiles():
+    if brgemm.has_tiles(dtype):
         return cpu_brgemm.linear(x.to(dtype), weight, bias, int8=False)
     return cpu_kernel.linear(x if x.dtype == dtype else x.to(dtype), weight, bias)
 

@@ -1,10 +1,12 @@
-"""Choose block sizes of the kernels that multiply bytes, by architecture and shape."""
+"""Choose block sizes of the kernels of linear layers, by architecture and shape."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from actvar_kernels.triton_backend.tiles import ProductTiles, RowTiles, cdiv, row_tiles
+import torch
+
+from actvar_kernels.triton_backend.tiles import RDNA, ProductTiles, RowTiles, cdiv, next_power_of_2, row_tiles
 
 
 class ByteTiles(NamedTuple):
@@ -56,3 +58,20 @@ def product_candidates(arch: int) -> list[ByteTiles]:
 def quantizing_tiles(tokens: int, width: int) -> RowTiles:
     """Return tiles of a kernel that quantizes rows, also those of an FFN's hidden units; arguments of `row_tiles`."""
     return row_tiles(tokens, width) if width <= 8192 else RowTiles(rows=1, warps=16)
+
+
+def layer_tiles(arch: int, dtype: torch.dtype, rows: int) -> tuple[int, ProductTiles]:
+    """Return the rows and the rest of the tiles of a product of few rows with the weights of many layers.
+
+    Such a product is bound by the weights, so a program has all rows, up to 128. The shared memory fits every GPU.
+
+    Args:
+        arch: compute capability, or `RDNA`, which spills with larger tiles.
+        dtype: float32, float16 or bfloat16.
+        rows: rows of the left factor.
+    """
+    if dtype == torch.float32:
+        return 16, ProductTiles(32, 0, 64, warps=4, stages=3)
+    tile = min(max(16, next_power_of_2(rows)), 64 if arch == RDNA else 128)
+    depth = 128 if tile == 16 and arch != RDNA else 64
+    return tile, ProductTiles(64, 0, depth, warps=4, stages=3 if tile == 128 else 4)

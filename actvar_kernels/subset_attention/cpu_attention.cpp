@@ -36,12 +36,11 @@ constexpr int KEYS = 1024;
 namespace {
 
 struct Isa {
-    size_t (*bytes[2])(const Job &);  // float32, bfloat16
-    void (*runs[2])(const Job &, int, int, char *);
+    size_t (*bytes[3])(const Job &);
+    void (*runs[3])(const Job &, int, int, char *);
 };
 
-#define ISA_OF(isa) \
-    {{isa::scratch_bytes<float>, isa::scratch_bytes<bfloat16>}, {isa::run<float>, isa::run<bfloat16>}},
+#define ISA_OF(isa) {FOR_EVERY_KIND(isa::scratch_bytes), FOR_EVERY_KIND(isa::run)},
 const Isa ISAS[] = {FOR_EVERY_ISA(ISA_OF)};
 
 Rows rows_of(void *data, const int64_t *strides) { return {data, strides[0], strides[1], strides[2]}; }
@@ -49,26 +48,20 @@ Rows rows_of(void *data, const int64_t *strides) { return {data, strides[0], str
 }  // namespace
 
 // Attend and return 0, or 1 when memory ran out. `strides` has three numbers each for q, k, v, keys and values.
-extern "C" int subset_attention(int isa, int is_bfloat16, void *q, void *k, void *v, void *keys, void *values,
+extern "C" int subset_attention(int isa, int kind, void *q, void *k, void *v, void *keys, void *values,
                                 const void *head_scale, void *out, const int64_t *strides, int sequences, int heads,
                                 int kept, int own, int cached, int dim, int append, float scale, int brgemm,
                                 int threads) {
     const Job job = {rows_of(q, strides), rows_of(k, strides + 3), rows_of(v, strides + 6), rows_of(keys, strides + 9),
                      rows_of(values, strides + 12), (const float *)head_scale, out, sequences, heads, kept, own, cached,
                      dim, append, scale, brgemm};
-    const size_t bytes = (ISAS[isa].bytes[is_bfloat16](job) + 63) / 64 * 64;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        char *scratch = (char *)aligned_alloc(64, bytes);
-        if (scratch == nullptr) {
-#pragma omp atomic write
-            failed = 1;
-        }
+        const Scratch scratch(ISAS[isa].bytes[kind](job), failed);
 #pragma omp for schedule(dynamic, 1)
         for (int item = 0; item < sequences * heads; item++)
-            if (scratch != nullptr) ISAS[isa].runs[is_bfloat16](job, item / heads, item % heads, scratch);
-        free(scratch);
+            if (scratch.bytes != nullptr) ISAS[isa].runs[kind](job, item / heads, item % heads, scratch.bytes);
         if (brgemm) BRGEMM.release(true);
     }
     return failed;

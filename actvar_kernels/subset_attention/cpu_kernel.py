@@ -26,7 +26,7 @@ def subset_attention(
     """Run the operator `subset_attention`, or with `append` `subset_attention_append`, with sums in float32.
 
     Args:
-        q, k, v, keys, values: as in the operators, float32 or bfloat16, all in one dtype.
+        q, k, v, keys, values: as in the operators, one of `cpu.DTYPES` for all.
         cached: rows of the cache that are attended to.
         head_scale: `[H]`, floating-point, or None.
         softmax_scale: factor of the scores.
@@ -41,8 +41,8 @@ def subset_attention(
     """
     isa = cpu.best_isa() if isa is None else isa
     if by_pytorch is None:
-        by_pytorch = brgemm.has_tiles()
-    by_pytorch = by_pytorch and q.dtype == torch.bfloat16 and cpu.layout_of(isa).step == 2
+        by_pytorch = brgemm.has_tiles(q.dtype)
+    by_pytorch = by_pytorch and cpu.layout_of(isa, q.dtype).step == 2
     R, H, K, d = q.shape
     tensors = [t if t is None or t.stride(3) == 1 else t.contiguous() for t in (q, k, v, keys, values)]
     if append and (tensors[3] is not keys or tensors[4] is not values):
@@ -56,7 +56,7 @@ def subset_attention(
     sizes = cpu.checked_sizes(R, H, K, k.shape[2], cached, d)
     failed = _library().subset_attention(
         isa,
-        q.dtype == torch.bfloat16,
+        cpu.kind_of(q.dtype),
         *[None if tensor is None else tensor.data_ptr() for tensor in (*tensors, head_scale, out)],
         strides,
         *sizes,

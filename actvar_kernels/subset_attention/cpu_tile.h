@@ -17,76 +17,56 @@ inline float largest_lane(vec x) {
     return x[0];
 }
 
-// Copy a token's `dim` numbers, scaled to length `factor` where `norm` is set, with zeros up to `depth`.
-template <class T> void normalize(const T *from, bool norm, float factor, int dim, int depth, T *to) {
-    if (!norm) {
-        memcpy(to, from, dim * sizeof(T));
-    } else {
-        const int whole = dim / LANES * LANES;
+// Copy a token's `dim` numbers as factors, scaled to length `factor` where `norm` is set, with zeros up to `depth`.
+template <class T> void normalize(const T *from, bool norm, float factor, int dim, int depth, Factor<T> *to) {
+    if (norm) {
         vec squares = {};
-        for (int c = 0; c < whole; c += LANES) squares += wide(from + c) * wide(from + c);
-        float total = sum_of(squares);
-        for (int c = whole; c < dim; c++) total += to_float(from[c]) * to_float(from[c]);
-        const float length = __builtin_sqrtf(total);
+        for (int c = 0; c < dim; c += LANES) {
+            const vec x = first_columns(from + c, dim - c);
+            squares += x * x;
+        }
+        const float length = __builtin_sqrtf(sum_of(squares));
         factor /= length > 1e-12f ? length : 1e-12f;
-        for (int c = 0; c < whole; c += LANES) Product<T>::put(to + c, wide(from + c) * factor);
-        for (int c = whole; c < dim; c++) to[c] = from_float<T>(to_float(from[c]) * factor);
+        for (int c = 0; c < dim; c += LANES)
+            put_columns(to + c, Product<T>::factor(first_columns(from + c, dim - c) * factor), dim - c);
+    } else {
+        copy(from, dim, to);
     }
-    for (int c = dim; c < depth; c++) to[c] = T(0);
+    for (int c = dim; c < depth; c++) to[c] = {};
 }
 
 // Copy key number `token` into its panel, whose columns are keys.
-template <class T> void pack_key(const T *key, int token, int depth, T *panels) {
-    constexpr int STEP = Product<T>::STEP;
-    T *to = panels + (size_t)(token / PANEL) * PANEL * depth + (token % PANEL) * STEP;
-    for (int c = 0; c < depth; c += STEP) memcpy(to + (size_t)c * PANEL, key + c, STEP * sizeof(T));
+template <class F> void pack_key(const F *key, int token, int depth, F *panels) {
+    constexpr int STEP = Product<F>::STEP;
+    F *to = panels + (size_t)(token / PANEL) * PANEL * depth + (token % PANEL) * STEP;
+    for (int c = 0; c < depth; c += STEP) memcpy(to + (size_t)c * PANEL, key + c, STEP * sizeof(F));
 }
 
-// Store LANES numbers of each of STEP rows side by side.
-inline void interleave(const float *const *rows, int c, float *to) { store(to, load<vec>(rows[0] + c)); }
+// Store LANES numbers of each of STEP rows side by side, as factors.
+template <class T> inline void interleave(const T *const *rows, int c, float *to) { store(to, wide(rows[0] + c)); }
 inline void interleave(const bfloat16 *const *rows, int c, bfloat16 *to) {
-#if DOT
     const uvec first = __builtin_convertvector(load<hvec>(rows[0] + c), uvec);
     const uvec second = __builtin_convertvector(load<hvec>(rows[1] + c), uvec);
     store(to, first | second << 16);
-#else
-    store(to, load<hvec>(rows[0] + c));
-#endif
 }
 
 // Copy STEP values from `token` on into the panels, whose rows are all `tokens`. Whole vectors are read from each
 // value, also at its end.
-template <class T> void pack_values(const T *const *step, int token, int tokens, int dim, T *panels) {
+template <class T> void pack_values(const T *const *step, int token, int tokens, int dim, Factor<T> *panels) {
     constexpr int STEP = Product<T>::STEP;
     const int columns = padded(dim, LANES);
     for (int column = 0; column < columns; column += PANEL) {
         const int width = smaller(columns - column, PANEL);
-        T *to = panels + (size_t)column * tokens + (size_t)token * width;
+        Factor<T> *to = panels + (size_t)column * tokens + (size_t)token * width;
         for (int c = 0; c < width; c += LANES) interleave(step, column + c, to + c * STEP);
     }
 }
 
-template <class T, int V, int R = ROWS>
-void product(int count, const T *const *rows, const T *panel, int depth, float factor, float *const *out) {
-    if constexpr (R > 1)
-        if (count < R) return product<T, V, R - 1>(count, rows, panel, depth, factor, out);
-    vec sums[R][V] = {};
-    multiply<T, R, V>(rows, panel, depth, sums);
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < V; j++) store(out[r] + j * LANES, sums[r][j] * factor);
-}
-template <class T, int V = VECTORS>
-void panel_product(int vectors, int count, const T *const *rows, const T *panel, int depth, float factor,
-                   float *const *out) {
-    if constexpr (V > 1)
-        if (vectors < V) return panel_product<T, V - 1>(vectors, count, rows, panel, depth, factor, out);
-    product<T, V>(count, rows, panel, depth, factor, out);
-}
-
-// Write exp(score - largest) to `weights`, with zeros up to `depth`, and return the sum. `largest` becomes the largest
-// score if that is larger.
-template <class T> float softmax(float *scores, int tokens, int depth, T *weights, float &largest) {
+// Multiply scores by `scale`, write exp(score - largest) to `weights`, with zeros up to `depth`, and return the sum.
+// `largest` becomes the largest score if that is larger.
+template <class T> float softmax(float *scores, float scale, int tokens, int depth, T *weights, float &largest) {
     const int whole = tokens / LANES * LANES, stride = padded(tokens, LANES);
+    for (int t = 0; t < stride; t += LANES) store(scores + t, load<vec>(scores + t) * scale);
     for (int t = tokens; t < stride; t++) scores[t] = -__builtin_inff();
     vec highest = load<vec>(scores);
     for (int t = LANES; t < stride; t += LANES) {
@@ -122,32 +102,21 @@ template <class T> Sizes sizes_of(const Job &job) {
 template <class T> size_t scratch_bytes(const Job &job) {
     const Sizes n = sizes_of<T>(job);
     const size_t packed = (size_t)n.key_stride * n.depth + (size_t)n.weight_stride * n.columns;
-    const size_t query_bytes = sizeof(T) * (n.depth + n.weight_stride) + sizeof(float) * (n.key_stride + n.columns);
-    return sizeof(T) * (packed + n.depth + 3 * n.columns) + QUERIES * query_bytes +
+    const size_t query_bytes = sizeof(Factor<T>) * (n.depth + n.weight_stride) + sizeof(float) * (n.key_stride + n.columns);
+    return sizeof(Factor<T>) * (packed + n.depth + 3 * n.columns) + QUERIES * query_bytes +
            sizeof(float) * job.kept * (size_t)(n.columns + 2) + 11 * 64;
 }
 
-template <class T> T *take(char *&scratch, size_t count) {
-    T *part = (T *)scratch;
-    scratch += (count * sizeof(T) + 63) / 64 * 64;
-    return part;
-}
-
-// Multiply `count` rows of `from` by the columns of a matrix [depth, columns] in panels, and store the products times
-// `factor` in `to`. Strides count numbers.
+// Multiply `count` rows of `from` by the columns of a matrix [depth, columns] in panels, and store the products in `to`.
+// Strides count numbers.
 template <class T>
-void multiply_rows(bool brgemm, int count, int columns, int depth, const T *from, int stride, const T *panels,
-                   float factor, float *to, int to_stride) {
+void multiply_rows(bool brgemm, int count, int columns, int depth, const T *from, int stride, const T *panels, float *to,
+                   int to_stride) {
     for (int column = 0; column < columns; column += PANEL) {
         const T *panel = panels + (size_t)column * depth;
         const int width = smaller(columns - column, PANEL);
-        if (brgemm) {
-            BRGEMM.bfloat16(count, width, depth, stride, width, to_stride, false, from, panel, to + column, true);
-            for (int i = 0; i < count && factor != 1; i++)
-                for (int c = column; c < column + width; c++) to[(size_t)i * to_stride + c] *= factor;
-            continue;
-        }
-        for (int i = 0; i < count; i += ROWS) {
+        if (brgemm) BRGEMM.bfloat16(count, width, depth, stride, width, to_stride, false, from, panel, to + column, true);
+        for (int i = 0; i < count && !brgemm; i += ROWS) {
             const int group = smaller(count - i, ROWS);
             const T *rows[ROWS];
             float *out[ROWS];
@@ -155,14 +124,15 @@ void multiply_rows(bool brgemm, int count, int columns, int depth, const T *from
                 rows[r] = from + (size_t)(i + r) * stride;
                 out[r] = to + (size_t)(i + r) * to_stride + column;
             }
-            panel_product<T>(width / LANES, group, rows, panel, depth, factor, out);
+            add_product<T>(width / LANES, group, rows, panel, depth, {nullptr, 0}, true, out);
         }
     }
 }
 
 // Hold keys and values of a part of the tokens in panels.
 template <class T> struct Panels {
-    T *keys, *values, *key, *value;
+    Factor<T> *keys, *values, *key;
+    T *value;
 };
 
 // Pack the tokens from `first` to `first + count`, and append those of the own scale to the cache.
@@ -175,13 +145,12 @@ void pack(const Job &job, const Sizes &n, int sequence, int head, int first, int
         const int t = first + i;
         const bool is_own = t >= job.cached;
         if (i >= count)
-            memset(to.key, 0, n.depth * sizeof(T));
+            memset(to.key, 0, n.depth * sizeof *to.key);
         else
             normalize(is_own ? row<T>(job.k, sequence, head, t - job.cached) : row<T>(job.keys, sequence, head, t),
                       is_own && norm, 1, job.dim, n.depth, to.key);
         pack_key(to.key, i, n.depth, to.keys);
-        if (is_own && job.append && i < count)
-            memcpy((T *)row<T>(job.keys, sequence, head, t), to.key, job.dim * sizeof(T));
+        if (is_own && job.append && i < count) copy(to.key, job.dim, (T *)row<T>(job.keys, sequence, head, t));
     }
     const int rows_of_values = padded(count, STEP);
     for (int i = 0; i < rows_of_values; i += STEP) {
@@ -208,14 +177,15 @@ void pack(const Job &job, const Sizes &n, int sequence, int head, int first, int
 // Attend with one head of one sequence, over all tokens or one part of them after the other. For each query there are
 // the largest score so far, the sum of exp(score - largest), and the sum of the values with these weights.
 template <class T> void run(const Job &job, int sequence, int head, char *scratch) {
+    typedef Factor<T> F;
     constexpr int STEP = Product<T>::STEP;
     const Sizes n = sizes_of<T>(job);
     const bool norm = job.head_scale != nullptr;
     Panels<T> panels;
-    panels.keys = take<T>(scratch, (size_t)n.key_stride * n.depth);
-    panels.values = take<T>(scratch, (size_t)padded(n.tokens, STEP) * n.columns);
-    T *queries = take<T>(scratch, QUERIES * n.depth), *weights = take<T>(scratch, QUERIES * n.weight_stride);
-    panels.key = take<T>(scratch, n.depth), panels.value = take<T>(scratch, STEP * n.columns);
+    panels.keys = take<F>(scratch, (size_t)n.key_stride * n.depth);
+    panels.values = take<F>(scratch, (size_t)padded(n.tokens, STEP) * n.columns);
+    F *queries = take<F>(scratch, QUERIES * n.depth), *weights = take<F>(scratch, QUERIES * n.weight_stride);
+    panels.key = take<F>(scratch, n.depth), panels.value = take<T>(scratch, STEP * n.columns);
     T *zeros = take<T>(scratch, n.columns);
     float *scores = take<float>(scratch, QUERIES * n.key_stride), *product = take<float>(scratch, QUERIES * n.columns);
     float *sums = take<float>(scratch, (size_t)job.kept * n.columns);
@@ -232,20 +202,18 @@ template <class T> void run(const Job &job, int sequence, int head, char *scratc
             for (int i = 0; i < count; i++)
                 normalize(row<T>(job.q, sequence, head, first + i), norm, norm ? job.head_scale[head] : 1, job.dim,
                           n.depth, queries + (size_t)i * n.depth);
-            multiply_rows(job.brgemm, count, keys, n.depth, queries, n.depth, panels.keys, job.scale, scores,
-                          n.key_stride);
+            multiply_rows(job.brgemm, count, keys, n.depth, queries, n.depth, panels.keys, scores, n.key_stride);
             for (int i = 0; i < count; i++) {
                 const int q = first + i;
                 const float before = largest[q];
-                const float sum = softmax(scores + (size_t)i * n.key_stride, tokens, depth,
+                const float sum = softmax(scores + (size_t)i * n.key_stride, job.scale, tokens, depth,
                                           weights + (size_t)i * n.weight_stride, largest[q]);
                 const float factor = key ? exponential(vec{} + (before - largest[q]))[0] : 0;
                 total[q] = key ? total[q] * factor + sum : sum;
                 for (int c = 0; c < n.columns && key && factor != 1; c++) sums[(size_t)q * n.columns + c] *= factor;
             }
             float *of_queries = sums + (size_t)first * n.columns, *to = key ? product : of_queries;
-            multiply_rows(job.brgemm, count, n.columns, depth, weights, n.weight_stride, panels.values, 1, to,
-                          n.columns);
+            multiply_rows(job.brgemm, count, n.columns, depth, weights, n.weight_stride, panels.values, to, n.columns);
             for (int c = 0; c < count * n.columns && key; c += LANES)
                 store(of_queries + c, load<vec>(of_queries + c) + load<vec>(product + c));
         }

@@ -30,7 +30,7 @@ def subset_attention(
     """Return `softmax(softmax_scale * q k^T + mask) v` per head, with the softmax in float32.
 
     Triton takes one launch, for float32, float16 and bfloat16 and d of 16, 32, 64 or 128. Two more launches copy the
-    past where the cache is kept and has no room. On the CPU a C++ kernel runs without a mask, for float32 and bfloat16.
+    past where the cache is kept and has no room. On the CPU a C++ kernel runs without a mask, for the same dtypes.
 
     Args:
         q: `[R, H, K, d]`, floating-point, queries of the kept tokens before QK norm.

@@ -38,7 +38,7 @@ def sample_tokens(
         noise: `[B, L, V]`, floating-point, any strides, instead of a seed; or None.
     """
     rows, L, V = cpu.checked_sizes(*logits.shape)
-    logits = logits.detach() if logits.dtype in cpu.DTYPES else logits.detach().float()
+    logits = logits.detach() if logits.dtype == torch.bfloat16 else logits.detach().float()
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     noise = None if noise is None else noise.detach().float().contiguous()
     tokens = logits.new_empty(rows if guidance is None else rows // 2, L, dtype=torch.int64)

@@ -23,7 +23,7 @@ _BOTH, _MASS = 1, 2  # filters that a row is still to go through, as in public.c
 
 
 def runs(logits: torch.Tensor) -> bool:
-    """Return whether the C++ code takes these logits under the chosen backend: on the CPU in float32 or bfloat16.
+    """Return whether the C++ code takes these logits under the chosen backend: on the CPU, one of `cpu.DTYPES`.
 
     Raises:
         BackendUnavailableError: `"cpu"` was asked for by name and does not take them.
@@ -37,7 +37,7 @@ def runs(logits: torch.Tensor) -> bool:
 def why_not(logits: torch.Tensor) -> str | None:
     """Return why the C++ code does not take logits on the CPU, or None."""
     if logits.dtype not in cpu.DTYPES:
-        return f"it takes float32 and bfloat16, got {logits.dtype}"
+        return f"it takes {cpu.TAKEN}, got {logits.dtype}"
     return None if available() else why_unavailable()
 
 
@@ -48,7 +48,7 @@ def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: f
     so with both filters where logits are not finite.
 
     Args:
-        logits: `[2B, L, V]`, float32 or bfloat16, conditional half first.
+        logits: `[2B, L, V]`, one of `cpu.DTYPES`, conditional half first.
         guidance: strength t: logits are `(1 + t) * cond - t * uncond`.
         top_k: 0 ... V; 0 keeps all.
         top_p: 0 ... 1; 0 keeps all.
@@ -60,6 +60,7 @@ def guide_and_filter(logits: torch.Tensor, guidance: float, top_k: int, top_p: f
     rows, L, V = logits.shape
     if top_k > V:
         raise ValueError(f"top_k: expected at most {V}, got {top_k}")
+    logits = logits.float() if logits.dtype == torch.float16 else logits
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
     out = logits.new_empty(rows // 2, L, V, dtype=torch.float32)
     left = logits.new_empty(rows // 2, L, dtype=torch.uint8)

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from actvar_kernels.conv3x3.codes import add_codes
 from actvar_kernels.conv3x3.triton_kernel import conv3x3 as triton_conv3x3
+from actvar_kernels.linear.linears import linears
 from actvar_kernels.linear.op import linear
 from actvar_kernels.operations import table
 from actvar_kernels.operations.inputs import BlockInputs, empty_inputs
@@ -23,6 +25,8 @@ from actvar_kernels.triton_backend.row_form import RowForm
 from actvar_kernels.triton_backend.tiles import ExpertTiles, architecture, expert_ffn_candidates, using_expert_tiles
 from actvar_kernels.triton_backend.tuning_table import SCHEDULES
 
+CODE_SIZE = 32
+"""Channels of the official autoencoder's codes."""
 Cases = Iterator[tuple[str, Call]]
 
 
@@ -36,8 +40,10 @@ def cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
         inputs = empty_inputs(shape, dtype, "cuda")
         yield from _calls(table.BLOCK, inputs)
         yield from _byte_cases(inputs)
+    yield "linears of the conditions", functools.partial(_all_modulations, inputs.u)
     yield from _tuned_cases(inputs, dtype)
     yield from _sampling_cases(batch, last.tokens)
+    yield "add_codes of a scale", functools.partial(_codes_added, batch, MODELS[model].sides, dtype)
     yield from _decoder_cases(batch, MODELS[model].sides[-1], dtype)
 
 
@@ -74,6 +80,21 @@ def _byte_cases(inputs: BlockInputs) -> Cases:
         if "tile_list" not in name:
             call = functools.partial(table.expert_ffn_scatter, **arguments, int8=True)
             yield f"expert_ffn_scatter {name} in int8", call
+
+
+def _all_modulations(u: torch.Tensor) -> torch.Tensor:
+    """Return AdaLN of all blocks, of which there is one for 64 channels, for rows like `u` `[R, K, C]`."""
+    C = u.shape[-1]
+    layers = [(u.new_empty(6 * C, C), u.new_empty(6 * C)) for _ in range(C // 64)]
+    return linears(u.new_empty(len(u), C), *zip(*layers, strict=True))
+
+
+def _codes_added(B: int, sides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return the next input of a sample after its last but one scale; the quantizer is in float32."""
+    empty = functools.partial(torch.empty, device="cuda")
+    layers = empty(VOCABULARY, CODE_SIZE), empty(CODE_SIZE, CODE_SIZE, 3, 3), empty(CODE_SIZE)
+    tokens = empty(B, sides[-2] ** 2, dtype=torch.int64)
+    return add_codes(empty(B, CODE_SIZE, sides[-1], sides[-1]), tokens, *layers, 0.5, sides[-1], dtype)
 
 
 def _calls(operations: tuple[Operation, ...], *inputs: object) -> Cases:

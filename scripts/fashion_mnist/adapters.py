@@ -6,6 +6,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from actvar.baselines.static_pruning import SCORES, fix_experts
 from actvar.config import ActVARConfig
 from actvar.distill.data import Source, fashion_mnist_source
@@ -15,6 +18,7 @@ from actvar.models import VAR, VQVAE
 from actvar.models.checkpoint import load_var
 from actvar.patching.adapter import describe_adapter, read_adapter_config, save_adapter
 from actvar.patching.patch import load_adapter, patched_silently, remove_patch
+from actvar.utils.files import replacing
 from actvar.zoo.checksums import checked, save_checksums
 from actvar_kernels.cpu_backend import cpu
 
@@ -91,8 +95,21 @@ def ship(adapter: Path, name: str, folder: Path, kind: str = "adapter") -> None:
     _, var = _dense(folder)
     load_adapter(var, adapter)
     var.half()
-    save_adapter(var, folder / f"{kind}-{name}.safetensors", describe_adapter(adapter)["training"])
+    shipped = folder / f"{kind}-{name}.safetensors"
+    save_adapter(var, shipped, describe_adapter(adapter)["training"])
+    _halve_factors(shipped)
     save_checksums(folder)
+
+
+def _halve_factors(adapter: Path) -> None:
+    """Write the low-rank factors of an adapter, which no conversion of the model reaches, in float16 as well."""
+    with safe_open(adapter, "pt") as file:
+        metadata = file.metadata()
+    tensors = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(adapter).items()
+    }
+    with replacing(adapter) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
 def _of_steps(how: Distillation, steps: int, seed: int, source: Source) -> Distillation:

@@ -8,19 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-NOUNS = (
-    ("t-shirt", "tee"),
-    ("trousers", "pants"),
-    ("pullover", "sweater"),
-    ("dress",),
-    ("coat",),
-    ("sandal",),
-    ("shirt",),
-    ("sneaker", "trainer"),
-    ("bag", "handbag"),
-    ("ankle boot", "boot"),
-)
-"""Names of each class, in the order of `data.CLASSES`."""
+from actvar.zoo.fashion_mnist_text.prompts import NOUNS
+
 ADJECTIVES = (
     (("dark", "black"), ("bright", "light", "white")),
     (("narrow", "slim"), ("wide", "broad")),

@@ -18,7 +18,8 @@ from actvar.models.checkpoint import load_infinity
 from actvar.patching.adapter import describe_adapter, save_adapter
 from actvar.patching.patch import load_adapter, reconfigure, remove_patch
 from actvar.zoo.checksums import checked, save_checksums
-from actvar.zoo.fashion_mnist_text.architecture import DRAW, PROMPTS, SQUARE
+from actvar.zoo.fashion_mnist_text.architecture import DRAW, SQUARE
+from actvar.zoo.fashion_mnist_text.prompts import PROMPTS
 from actvar.zoo.pretrained import load_text_encoder
 
 SAMPLES, RANK = 3072, 16

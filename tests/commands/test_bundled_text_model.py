@@ -41,22 +41,10 @@ def test_prompts_are_drawn_as_one_grid(tmp_path, capsys):
     assert np.array_equal(first, drawn(["a sandal"], SQUARE, 3)[0])
 
 
-def test_a_wide_image_of_two_garments_with_numbers_of_ones_own(tmp_path, capsys):
-    numbers = ["--cfg", "1.5", "--tau", "0.9", "--aspect", "2:1"]
-    main(
-        [
-            "sample",
-            *MODEL,
-            "--prompt",
-            "a bag and a boot",
-            *numbers,
-            "--dense",
-            "--format",
-            "png",
-            "--out",
-            str(tmp_path),
-        ]
-    )
+@pytest.mark.parametrize("aspect", [[], ["--aspect", "2:1"]], ids=["as the prompt says", "as asked"])
+def test_a_wide_image_of_two_garments_with_numbers_of_ones_own(aspect, tmp_path, capsys):
+    numbers = ["--cfg", "1.5", "--tau", "0.9", "--format", "png"]
+    main(["sample", *MODEL, "--prompt", "a bag and a boot", *numbers, *aspect, "--dense", "--out", str(tmp_path)])
     assert "images of 64x32 pixels, the template nearest to 2:1; 241 tokens in 5 scales" in capsys.readouterr().out
     expected = drawn(["a bag and a boot"], WIDE, 0, cfg=1.5, tau=0.9)[0]
     assert np.array_equal(pixels(tmp_path / "dense-00000.png"), expected)
@@ -113,7 +101,20 @@ def test_inspect_verify_flops_and_models_know_it(tmp_path, capsys):
         (["sample", "--model", "fashion-mnist", "--prompt", "bag"], "--prompt: expected --infinity.* or --model"),
         (["verify", *MODEL, "--weights", "int8"], "--weights is not for"),
         (["flops", *MODEL, "--pn", "1M"], "--pn: fashion-mnist-text has one size"),
-        (["demo", *MODEL], "--model: expected a model of classes"),
+        (["push", "mine.safetensors", "me/mine", *MODEL], "--model: expected a model of classes"),
+        (["sample", *MODEL, "--prompt", "a bag a boot"], "prompt: expected a garment, or two that one of and"),
+        (
+            ["sample", *MODEL, "--prompt", "a bag and a boot", "--aspect", "1:1"],
+            "--aspect: expected 2:1, since .* images of two garments, got 1:1 with the prompt 'a bag and a boot'",
+        ),
+        (
+            ["inspect", *MODEL, "--prompt", "a bag", "--aspect", "2:1"],
+            "--aspect: expected 1:1, since .* images of one garment, got 2:1 with the prompt 'a bag'; leave it out",
+        ),
+        (
+            ["sample", *MODEL, "--prompt", "a bag", "--prompt", "a bag and a boot"],
+            "--prompts: expected one garment in each or two in each, .*draw them one after the other",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message, capsys, tmp_path, monkeypatch):

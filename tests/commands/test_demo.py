@@ -18,7 +18,8 @@ from support.helpers import ROOT, make_tiny_var
 from actvar import ActVARConfig, apply_patch, load_pretrained, record, remove_patch, save_adapter
 from actvar.cli import main, top_parser
 from actvar.reports.demo.drawing import Drawing
-from actvar.reports.demo.page import ALL, answers
+from actvar.reports.demo.page import answers
+from actvar.reports.demo.subjects import ALL, Classes
 from actvar.reports.token_overlay import times_updated, tinted_by_updates
 from actvar.sampling.request import Sampling
 from actvar.utils.pictures import as_grid
@@ -40,21 +41,21 @@ def drawing(tmp_path) -> Drawing:
         files[name] = tmp_path / f"{name}.safetensors"
         save_adapter(apply_patch(var, config), files[name])
     remove_patch(var)
-    return Drawing(var, NAMES, dict(reversed(files.items())))
+    return Drawing(var, Classes(NAMES), dict(reversed(files.items())))
 
 
 def test_the_stops_are_in_the_order_of_what_they_save_and_say_it(drawing):
     assert drawing.stops == ("lossless", "less", "least")
     assert "all tokens, experts and rows at every scale" in drawing.describe("lossless")
     assert "no guidance" in drawing.describe("least")
-    assert not hasattr(drawing.var, "actvar")
+    assert not hasattr(drawing.model, "actvar")
 
 
-@pytest.mark.parametrize("label", [None, 3], ids=["all classes", "one class"])
-def test_three_ways_draw_the_same_request(drawing, label):
-    dense, accelerated, sparse = drawing.draw(label, 5, 2.0, "less")
-    sampling = Sampling(tuple(range(10)) if label is None else (label,), 2.0, seed=5)
-    assert np.array_equal(np.asarray(dense.picture), np.asarray(as_grid(sampling.run(drawing.var), 5)))
+@pytest.mark.parametrize(("name", "labels"), [(ALL, tuple(range(10))), ("class 3", (3,))])
+def test_three_ways_draw_the_same_request(drawing, name, labels):
+    dense, accelerated, sparse = drawing.draw(drawing.subject.request(name, 5.0, 2), "less")
+    images, columns = Sampling(labels, 2.0, seed=5).run(drawing.model), min(5, len(labels))
+    assert np.array_equal(np.asarray(dense.picture), np.asarray(as_grid(images, columns, 64 * 5 // columns)))
     assert [each.title for each in (dense, accelerated, sparse)] == ["dense", "accelerated", "less"]
     assert all(each.seconds > 0 for each in (dense, accelerated, sparse))
     difference = np.asarray(accelerated.picture).astype(int) - np.asarray(dense.picture)
@@ -64,14 +65,14 @@ def test_three_ways_draw_the_same_request(drawing, label):
     assert sparse.tinted.size == sparse.picture.size
     assert any("of the tokens" in line for line in sparse.lines)
     assert sparse.lines[1].startswith("PSNR ")
-    assert not hasattr(drawing.var, "actvar")
+    assert not hasattr(drawing.model, "actvar")
 
 
 def test_what_cannot_be_drawn_is_refused(drawing):
     with pytest.raises(ValueError, match=r"stop: expected one of \['lossless', 'less', 'least'\], got 'more'"):
-        drawing.draw(0, 0, 1.5, "more")
-    with pytest.raises(ValueError, match="label: expected a class of 0-9, or None for all, got 10"):
-        drawing.draw(10, 0, 1.5, "less")
+        drawing.draw(drawing.subject.first, "more")
+    with pytest.raises(ValueError, match=r"class: expected one of .*'class 9'\], got 'class 10'"):
+        drawing.subject.request("class 10", 0, 1.5)
 
 
 @pytest.mark.parametrize("until", [None, -1], ids=["with guidance", "without in the last scale"])
@@ -95,7 +96,7 @@ def test_the_tint_is_the_share_of_the_blocks_that_updated_a_token(until):
 
 def test_the_answers_of_the_page_are_pictures_and_texts(drawing):
     found = answers(drawing, "class 3", 5.0, 2.0, 1.0)
-    ways = drawing.draw(3, 5, 2.0, "less")
+    ways = drawing.draw(drawing.subject.request("class 3", 5, 2.0), "less")
     for picture, text, way in zip(found[0::2], found[1::2], ways, strict=False):
         assert np.array_equal(np.asarray(picture), np.asarray(way.picture))
         assert text.startswith(f"**{way.title}**: ")
@@ -117,8 +118,8 @@ def test_the_command_serves_the_bundled_model_to_this_machine_alone_by_default(s
     ((drawing, title, host, port),) = served
     assert (title, host, port) == ("ActVAR: fashion-mnist", "127.0.0.1", 7860)
     assert drawing.stops[0] == "lossless"
-    assert set(drawing.stops) == {"lossless", "near", "fast", "best", "paper", "paper-stage1"}
-    assert drawing.classes[5] == "sandal"
+    assert set(drawing.stops) == {"lossless", "near", "fast", "fastest", "best", "paper", "paper-stage1"}
+    assert drawing.subject.names[5] == "sandal"
     assert "the page is at http://127.0.0.1:7860" in capsys.readouterr().out
 
 
@@ -149,10 +150,10 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def address(tmp_path):
-    """Serve the page of the small bundled model, and return its address."""
+def address(tmp_path, model):
+    """Serve the page of a bundled model, and return its address."""
     port = free_port()
-    command = [sys.executable, "-m", "actvar", "demo", "--model", "fashion-mnist", "--port", str(port)]
+    command = [sys.executable, "-m", "actvar", "demo", "--model", model, "--port", str(port)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     try:
@@ -174,7 +175,12 @@ def address(tmp_path):
     not (find_spec("gradio") and find_spec("playwright") and CHROMIUM), reason="needs gradio, playwright and Chromium"
 )
 @pytest.mark.parametrize("width", [1400, 390], ids=["desktop", "phone"])
-def test_the_page_draws_in_a_browser_and_asks_no_other_host(address, width, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "number", "stop", "pictures"),
+    [("fashion-mnist", 3, "best", 4), ("fashion-mnist-text", 2, "fast", 3)],
+    ids=["classes", "texts"],
+)
+def test_the_page_draws_in_a_browser_and_asks_no_other_host(address, number, stop, pictures, width, tmp_path):
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as playwright:
@@ -184,13 +190,13 @@ def test_the_page_draws_in_a_browser_and_asks_no_other_host(address, width, tmp_
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
         position = page.get_by_role("spinbutton", name="number input for preset")
-        position.fill("3")
+        position.fill(str(number))
         position.press("Enter")
-        expect(page.get_by_text("best: ")).to_be_visible(timeout=60_000)
+        expect(page.get_by_text(f"{stop}: ")).to_be_visible(timeout=60_000)
         page.get_by_role("button", name="Draw").click()
         expect(page.get_by_text("updated tokens:")).to_be_visible(timeout=120_000)
         expect(page.get_by_text("as fast as dense").first).to_be_visible()
-        assert page.locator("img").count() >= 4
+        assert page.locator("img").count() >= pictures
         assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         browser.close()

@@ -114,8 +114,9 @@ def test_the_cases_call_every_operation():
 def has_triton_kernel(exported: object) -> bool:
     """Return whether an exported name is an operation with a Triton kernel in its folder."""
     folder, _, file = getattr(exported, "__module__", "").rpartition(".")
-    is_operation = callable(exported) and not isinstance(exported, type) and file == "op"
-    return is_operation and importlib.util.find_spec(f"{folder}.triton_kernel") is not None
+    is_operation = callable(exported) and not isinstance(exported, type) and file in ("op", "linears", "codes")
+    kernel = "triton_kernel" if file == "op" else f"triton_{file}"
+    return is_operation and importlib.util.find_spec(f"{folder}.{kernel}") is not None
 
 
 def meta_cases() -> list:

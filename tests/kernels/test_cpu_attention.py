@@ -13,7 +13,7 @@ from actvar_kernels.subset_attention import cpu_kernel, reference
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 ISAS = range(cpu.best_isa() + 1) if cpu.why_unavailable() is None else ()
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = cpu.DTYPES
 KINDS = [pytest.param(dtype, isa, False, id=f"{dtype}-{cpu.isa_name(isa)}") for dtype in DTYPES for isa in ISAS]
 if brgemm.runs(torch.bfloat16):
     KINDS.append(pytest.param(torch.bfloat16, ISAS[-1], True, id="PyTorch's products"))

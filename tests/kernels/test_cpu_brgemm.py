@@ -1,22 +1,28 @@
-"""Linear layers and experts on PyTorch's products, in bfloat16 and in eight bits, for every instruction set."""
+"""Linear layers and experts on PyTorch's products, in 16 and in eight bits, for every instruction set."""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from actvar_kernels import expert_ffn, linear
 from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.expert_ffn import cpu_brgemm, reference
 from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.linear import cpu_brgemm as linear_brgemm
-from actvar_kernels.linear.quantized import quantized_linear
+from actvar_kernels.linear.quantized import quantized_linear, quantized_weight
 
 ISAS = range(cpu.best_isa() + 1) if cpu.why_unavailable() is None else ()
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = cpu.DTYPES
 LAYERS = [(1, 64, 64), (7, 70, 33), (2, 4, 1), (130, 192, 576), (600, 36, 70), (513, 129, 65)]
 FFNS = [(1, 64, 16, 4), (7, 70, 9, 4), (200, 192, 48, 16), (700, 130, 70, 8), (70, 64, 256, 4), (530, 66, 320, 3)]
 
@@ -113,6 +119,72 @@ def test_experts_in_bfloat16_err_no_more_than_the_reference(T, C, width, experts
     assert (found - exact).norm() <= 1.1 * (due - exact).norm() + 1e-6
 
 
+@contextmanager
+def products_of_float16(step: int) -> Iterator[None]:
+    """Let C++ call a stand-in for PyTorch's products of float16, which need tiles of it (AMX-FP16).
+
+    Args:
+        step: rows of the second factor that lie side by side.
+    """
+    of_pytorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    pointers = [ctypes.cast(getattr(of_pytorch, symbol), ctypes.c_void_p) for symbol in brgemm._SYMBOLS]
+
+    def multiply(M, N, K, a_stride, b_stride, c_stride, adds, a, b, c, packed) -> None:
+        rows = numbers(a, (M, K), (a_stride, 1), ctypes.c_int16).view(torch.float16)
+        shape, strides = (K // step, step, N), (step * b_stride, 1, step)
+        columns = numbers(b, shape, strides, ctypes.c_int16).view(torch.float16).reshape(K, N)
+        sums = numbers(c, (M, N), (c_stride, 1), ctypes.c_float)
+        product = rows.double() @ columns.double()
+        sums.copy_(sums + product if adds else product)
+
+    stand_in = ctypes.CFUNCTYPE(None, *6 * [ctypes.c_int64], ctypes.c_bool, *3 * [ctypes.c_void_p], ctypes.c_bool)
+    kept = stand_in(multiply)
+    library = brgemm.library()
+    try:
+        library.set_brgemm(*pointers[:2], ctypes.cast(kept, ctypes.c_void_p), pointers[3])
+        yield
+    finally:
+        library.set_brgemm(*pointers)
+
+
+def numbers(address: int, shape: tuple[int, ...], strides: tuple[int, ...], kind: type) -> torch.Tensor:
+    """Return a view of memory."""
+    dtype = {ctypes.c_int16: torch.int16, ctypes.c_float: torch.float32}[kind]
+    count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    memory = torch.frombuffer((kind * count).from_address(address), dtype=dtype)
+    return memory.as_strided(shape, strides)
+
+
+@needs_bytes
+def test_products_of_float16_are_taken_where_they_read_pairs_of_rows():
+    library = brgemm.library()
+    for step in (1, 2):
+        with products_of_float16(step):
+            assert library.brgemm_works(list(brgemm.LAYOUTS).index(torch.float16)) == (step == 2)
+
+
+@needs_bytes
+@pytest.mark.parametrize(("T", "C", "D"), LAYERS)
+def test_a_layer_in_float16_errs_no_more_than_pytorch(T, C, D):
+    x, weight, bias = layer(T, C, D, torch.float16)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    with products_of_float16(2):
+        found, due = linear_brgemm.linear(x, weight, bias, int8=False), F.linear(x, weight, bias)
+    assert (found.double() - exact).abs().max() <= 1.1 * (due.double() - exact).abs().max() + 1e-6
+
+
+@needs_bytes
+@pytest.mark.parametrize("skips", [True, False], ids=["skips", "zeros"])
+@pytest.mark.parametrize(("T", "C", "width", "experts"), FFNS)
+def test_experts_in_float16_err_no_more_than_the_reference(T, C, width, experts, skips):
+    u, mask, weights = ffn(T, C, width, experts, torch.float16)
+    exact = reference.expert_ffn(u.double(), mask, *(weight.double() for weight in weights))
+    due = reference.expert_ffn(u, mask, *weights).double()
+    with products_of_float16(2):
+        found = cpu_brgemm.expert_ffn(u, mask, weights, int8=False, skips=skips).double()
+    assert (found - exact).norm() <= 1.1 * (due - exact).norm() + 1e-6
+
+
 @needs_bytes
 def test_results_do_not_depend_on_the_number_of_threads():
     u, mask, weights = ffn(600, 130, 70, 8, torch.bfloat16)
@@ -132,7 +204,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 @needs_bfloat16
 def test_a_processor_with_tiles_takes_the_products_of_pytorch(monkeypatch):
-    monkeypatch.setattr(brgemm, "has_tiles", lambda: True)
+    monkeypatch.setattr(brgemm, "has_tiles", lambda dtype: dtype == torch.bfloat16)
     called = []
     for module, name in ((linear_brgemm, "linear"), (cpu_brgemm, "expert_ffn")):
         original = getattr(module, name)
@@ -163,6 +235,29 @@ def test_packed_bytes_take_half_of_the_memory_of_bfloat16():
     weight = normal(256, 128)
     copy = linear_brgemm.pack(weight.t().unsqueeze(0).to(torch.int8), torch.ones(256))
     assert copy.panels.nbytes == weight.bfloat16().nbytes / 2
+
+
+class Outputs(TorchDispatchMode):
+    """Note bytes and dtypes of what operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, torch.dtype]] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        self.found += [(part.nbytes, part.dtype) for part in tree_leaves(result) if isinstance(part, torch.Tensor)]
+        return result
+
+
+@needs_bytes
+def test_weights_are_packed_in_bytes_without_a_wider_copy_of_all():
+    weight = normal(3072, 1024)
+    with Outputs() as outputs:
+        rows, scales = quantized_weight(weight)
+        linear_brgemm.pack(rows.t().unsqueeze(0), scales.flatten())
+    wider = [size for size, dtype in outputs.found if dtype in (torch.float32, torch.int32)]
+    assert 0 < max(wider) <= 2**20
 
 
 @needs_bytes

@@ -29,7 +29,7 @@ SHAPES = [
     (1, 160, 16, 16, 33),
     (2, 64, 33, 31, 128),
 ]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = cpu.DTYPES
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,8 @@ def expect_small_errors(found, known, wanted):
 def skip_what_onednn_lacks(how: dict, dtype: torch.dtype) -> None:
     if how["engine"] == "oneDNN" and dtype == torch.bfloat16 and not cpu.multiplies_bfloat16():
         pytest.skip("oneDNN has no bfloat16 on this processor")
+    if how["engine"] == "oneDNN" and dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        pytest.skip("oneDNN has no float16 on this processor")
 
 
 def winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, points: tuple[float, ...]) -> torch.Tensor:
@@ -90,25 +92,35 @@ def winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, points: 
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
-@pytest.mark.parametrize(("dtype", "outputs"), [*((dtype, 2) for dtype in DTYPES), (torch.float32, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "outputs"), [*((dtype, 2) for dtype in DTYPES), (torch.float32, 4), (torch.float16, 4)], ids=str
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_instruction_set_errs_at_most_four_times_as_much_as_pytorch(shape, dtype, outputs, isa):
-    """By small tiles beside a direct convolution, by large ones, which err more, beside the same algorithm."""
+    """By small tiles beside a direct convolution, by large ones, which err more, beside the same algorithm.
+
+    Both convolve float16 in float32.
+    """
     tensors = inputs(shape, dtype)
     found = cpu_kernel.conv3x3(*tensors, engine="C++", isa=isa, outputs=outputs)
     wanted = exact(*tensors)
+    computed = [t.float() for t in tensors] if dtype == torch.float16 else tensors
     if outputs == 2:
-        known = F.conv2d(*tensors, padding=1)
+        known = F.conv2d(*computed, padding=1)
     else:
         points = cpu_kernel.POINTS[outputs]
         torch.testing.assert_close(winograd(*(t.double() for t in tensors), points), wanted)
-        known = winograd(*tensors, points)
+        known = winograd(*computed, points)
     assert found.dtype == dtype
-    expect_small_errors(found, known, wanted)
+    expect_small_errors(found, known.to(dtype), wanted)
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
-@pytest.mark.parametrize(("dtype", "outputs"), [(torch.float32, 2), (torch.float32, 4), (torch.bfloat16, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "outputs"),
+    [(torch.float32, 2), (torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2), (torch.float16, 4)],
+    ids=str,
+)
 @pytest.mark.parametrize("columns", [40, 3])
 def test_a_residual_is_added_with_one_rounding(columns, dtype, outputs, isa):
     x, weight, bias = inputs((2, 32, 10, 14, columns), dtype)
@@ -172,6 +184,15 @@ print(*ran)
 """
 
 
+def test_float16_is_transformed_without_leaving_its_range():
+    x, weight, bias = inputs((1, 32, 9, 10, 16), torch.float16)
+    x *= 6e4 / x.abs().max()
+    for outputs in (2, 4):
+        found = cpu_kernel.conv3x3(x, weight / 32, bias, engine="C++", outputs=outputs)
+        expect_small_errors(found, exact(x, weight / 32, bias).half(), exact(x, weight / 32, bias))
+    assert cpu_kernel.conv3x3(x, weight * 0 + 1, bias, engine="C++").isinf().any()
+
+
 @pytest.mark.parametrize("instructions", ["AVX512_CORE_BF16", "AVX512_CORE", "AVX2"])
 def test_with_amx_onednn_convolves_in_bfloat16_where_it_can(instructions):
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
@@ -188,7 +209,7 @@ def test_without_amx_cpp_convolves(monkeypatch: pytest.MonkeyPatch):
 
 def test_larger_tiles_are_for_maps_that_are_large_beside_their_channels():
     x, weight, bias = inputs((1, 32, 16, 16, 40), torch.float32)
-    for image, outputs in ((x, 4), (x[:, :, :, :9], 2), (x.bfloat16(), 2)):
+    for image, outputs in ((x, 4), (x[:, :, :, :9], 2), (x.bfloat16(), 2), (x.half(), 4)):
         assert torch.equal(conv3x3(image, weight, bias), cpu_kernel.conv3x3(image, weight, bias, outputs=outputs))
 
 

@@ -21,7 +21,7 @@ SHAPES = [
     (2, 160, 8, 8, 32),
     (1, 96, 33, 31, 32),
 ]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = cpu.DTYPES
 
 
 @pytest.fixture(autouse=True)

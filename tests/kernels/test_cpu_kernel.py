@@ -23,7 +23,7 @@ from actvar_kernels.linear import cpu_kernel as linear_kernel
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=f"the C++ kernel: {cpu.why_unavailable()}")
 ISAS = range(cpu.best_isa() + 1) if cpu.why_unavailable() is None else ()
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = cpu.DTYPES
 
 
 @pytest.fixture
@@ -178,6 +178,23 @@ def test_a_linear_layer_on_a_weight_as_it_is_is_the_plain_one_to_rounding(R, C, 
     assert (found.double() - exact).abs().max() <= 4 * plain + torch.finfo(dtype).eps * exact.abs().max() / 4
 
 
+@pytest.mark.parametrize("isa", ISAS, ids=cpu.isa_name)
+@pytest.mark.parametrize("kernel", [linear_kernel.linear, linear_kernel.unpacked_linear], ids=["packed", "as it is"])
+def test_float16_ends_where_pytorchs_does(kernel, isa):
+    """Sums that are too large become infinite, small ones subnormal, and NaN stays in its row and column."""
+    x, weight, bias = torch.zeros(6, 32).half(), torch.zeros(5, 32).half(), torch.zeros(5).half()
+    x[:, 0] = torch.tensor([6e4, -6e4, 6e-8, 3e-5, torch.nan, torch.inf])
+    x[:, 1] = torch.tensor([6e4, -6e4, 6e-8, 6e-8, 1.0, 1.0])
+    weight[:, 0], weight[:, 1] = (
+        torch.tensor([1.0, 0.5, -1.0, 0.25, torch.nan]),
+        torch.tensor([1.0, 0.5, -1.0, 0.25, 1.0]),
+    )
+    due = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).half()
+    assert due.isinf().any()
+    assert ((due != 0) & (due.abs() < torch.finfo(torch.float16).tiny)).any()
+    torch.testing.assert_close(kernel(x, weight, bias, isa=isa), due, rtol=0, atol=0, equal_nan=True)
+
+
 @torch.no_grad()
 def test_a_weight_stays_as_it_is_where_rows_are_few_and_fit(monkeypatch):
     calls = []
@@ -236,7 +253,7 @@ def test_asked_for_by_name_it_runs_or_raises(cpu_backend, monkeypatch):
     expected = u.clone().requires_grad_()
     reference.expert_ffn(expected, mask, *weights).sum().backward()
     torch.testing.assert_close(leaf.grad, expected.grad)
-    with pytest.raises(BackendUnavailableError, match=r"takes float32 and bfloat16, .* got torch.float64"):
+    with pytest.raises(BackendUnavailableError, match=r"takes float32, bfloat16 and float16, .* got torch.float64"):
         expert_ffn(u.double(), mask, 3, *(w.double() for w in weights))
     with pytest.raises(BackendUnavailableError, match=r"got .* mask in torch.float32"):
         expert_ffn(u, mask.float(), 3, *weights)

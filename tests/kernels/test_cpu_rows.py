@@ -16,7 +16,8 @@ from actvar_kernels.token_select import reference as token_reference
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 
 ISAS = range(cpu.best_isa() + 1) if cpu.why_unavailable() is None else ()
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = cpu.DTYPES
+HALVES = [torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1, 1), (2, 9, 5, 65), (3, 6, 6, 192), (2, 25, 19, 1024)]
 """Sequences, tokens, kept tokens, channels."""
 
@@ -64,6 +65,34 @@ def test_residual_and_norm_are_those_of_float64(R, L, K, C, dtype, with_index) -
     assert_close(u, token_reference.normalize_modulate(rows.double(), scale.double(), shift.double()))
     exact = token_reference.normalize_modulate(x.double(), scale.double(), shift.double())
     assert_close(row_ops.normalize_modulate(x, scale, shift), exact)
+
+
+@pytest.mark.usefixtures("every_level")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_number_of_16_bits_is_read_and_stored_as_it_is(dtype: torch.dtype) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(1, 1, -1)
+    numbers, zeros = bits.view(dtype), torch.zeros(1, 1, 2**16)
+    stored = torch.empty_like(numbers)
+    row_ops.scatter_rows(stored, None, numbers, zeros.to(dtype), -zeros)  # -0 leaves 0 and -0 as they are
+    assert torch.equal(stored.isnan(), numbers.isnan())
+    assert torch.equal(stored.view(torch.int16)[~numbers.isnan()], bits[~numbers.isnan()])
+
+
+@pytest.mark.usefixtures("every_level")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_float32_is_rounded_to_16_bits_as_pytorch_does(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (2**16,), generator=generator).to(torch.int32)
+    ties = bits[: 2**14, None] // 2**16 * 2**16 + torch.tensor([0x7FFF, 0x8000, 0x8001, 0x1000, 0x0FFF, 0x3000])
+    near = torch.randn(2**15, generator=generator) * 2.0 ** torch.randint(-27, 18, (2**15,), generator=generator)
+    bits_near = near.view(torch.int32) // 2**13 * 2**13
+    steps = torch.cat([bits_near + step for step in (0xFFF, 0x1000, 0x1001)])
+    edges = torch.tensor([65504.0, 65519.9, 65520.0, 65536.0, 2.0**-24, 2.0**-25, 1.5 * 2.0**-25, 0.0, -0.0, torch.inf])
+    numbers = torch.cat([bits, ties.flatten().int(), steps.int()]).view(torch.float32)
+    numbers = torch.cat([numbers, near, edges, -edges]).view(1, 1, -1)
+    stored = torch.empty(numbers.shape, dtype=dtype)
+    row_ops.scatter_rows(stored, None, -torch.zeros_like(stored), torch.ones_like(stored), numbers)
+    torch.testing.assert_close(stored, numbers.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_sums_in_bfloat16_are_rounded_to_the_nearest_and_nan_stays_nan() -> None:

@@ -93,9 +93,9 @@ def test_triton_on_the_cpu_is_refused():
 
 
 @needs_bytes
-def test_float16_is_refused():
-    with pytest.raises(BackendUnavailableError, match=r"takes float32 and bfloat16, got torch\.float16"):
-        linear(*layer(3, 16, 5, torch.float16), int8=True)
+def test_float64_is_refused():
+    with pytest.raises(BackendUnavailableError, match=r"takes float32, bfloat16 and float16, got torch\.float64"):
+        linear(*layer(3, 16, 5, torch.float64), int8=True)
 
 
 def test_gates_are_refused():
@@ -130,7 +130,7 @@ try:
     int8 = "runs"
 except BackendUnavailableError as error:
     int8 = str(error)
-print(brgemm.runs(torch.bfloat16), brgemm.has_tiles(), int8)
+print(brgemm.runs(torch.bfloat16), brgemm.has_tiles(torch.bfloat16), brgemm.runs(torch.float16), int8)
 """
 
 
@@ -141,8 +141,8 @@ def test_a_lesser_processor_runs_what_it_can_and_refuses_the_rest(most):
     found = subprocess.run(
         [sys.executable, "-c", IMITATED], env=environment, capture_output=True, text=True, check=True
     )
-    bfloat16, tiles, int8 = found.stdout.strip().split(" ", 2)
-    assert tiles == "False"
+    bfloat16, tiles, float16, int8 = found.stdout.strip().split(" ", 3)
+    assert tiles == float16 == "False"
     assert bfloat16 == str(most == "AVX512_CORE_BF16" and brgemm.runs(torch.bfloat16))
     if most == "AVX2" or not brgemm.runs(torch.int8):
         assert "no products of bytes (AVX-512 with VNNI)" in int8

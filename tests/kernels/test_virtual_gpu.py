@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from actvar.models.basic_vae import AttnBlock, ResnetBlock
 from actvar.models.vqvae import VQVAE
-from actvar_kernels import add_normalize_route, expert_ffn_scatter, select_tokens
+from actvar_kernels import add_codes, add_normalize_route, expert_ffn_scatter, linears, select_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.tools.virtual import (
     HostSyncError,
@@ -52,6 +52,37 @@ def test_experts_in_a_tile_list_are_three_launches_without_copies():
 
     names = [launch.name for launch in recorded(90, run) if launch.launches]
     assert names == ["_sort_rows", "_up", "_down"]
+
+
+def test_several_layers_of_one_input_are_one_launch_that_copies_no_weight():
+    layers, R, C, D = 3, 2, 64, 128
+
+    def run(gpu):
+        weights, biases = [cuda(D, C) for _ in range(layers)], [cuda(D) for _ in range(layers)]
+        with using_backend("triton"):
+            assert linears(cuda(R, C), weights, biases).shape == (layers, R, D)
+
+    (launch,) = recorded(90, run)
+    assert launch.name == "_linears"
+    assert launch.bytes == 4 * (layers * (D * C + D + R * D) + R * C)
+
+
+def test_the_codes_of_a_scale_are_added_in_two_launches_and_averaged_in_one():
+    B, C, side, places, following = 2, 32, 16, 9, 4
+
+    def run(gpu):
+        tokens = cuda(B, places, dtype=torch.int64)
+        with using_backend("triton"):
+            add_codes(cuda(B, C, side, side), tokens, cuda(4096, C), cuda(C, C, 3, 3), cuda(C), 0.5, following)
+
+    launches = recorded(90, run)
+    assert [launch.name for launch in launches] == ["_enlarge", "_convolve_and_add", "_average"]
+    features = 4 * B * C * side * side
+    assert [launch.bytes for launch in launches] == [
+        features + B * places * (8 + 4 * C),
+        3 * features + 4 * (9 * C * C + C),
+        features + 4 * B * C * following**2,
+    ]
 
 
 @pytest.mark.parametrize("R", [2, 128])

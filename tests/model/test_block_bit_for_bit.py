@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import actvar
 from actvar import ActVARConfig
-from actvar.sparse.state import BlockRecord
+from actvar.sparse.record import BlockRecord
 from actvar_kernels.backend import using_backend
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from actvar import ActVARConfig, Execution, Texts, apply_patch, load_adapter, patched, remove_patch, save_adapter
 from actvar.calibrate import calibrate
+from actvar.calibrate.goal import Goal
+from actvar.calibrate.plan import plan
 from actvar.distill import Stage1, Stage2
 from actvar.distill.data import sampled_source
 from actvar.models import Infinity
@@ -216,6 +218,33 @@ def test_it_is_calibrated_as_ours_is_and_the_patch_comes_off_bit_for_bit(pair):
     config = ActVARConfig(token_rates=(0.5, 0.75), ffn_rate=0.5, num_experts=8)
     reports = [calibrate(model, config, images=4, texts=texts) for model in pair]
     assert reports[0] == reports[1]
+    for ours, theirs in zip(own.unregistered_blocks, public.unregistered_blocks, strict=True):
+        assert torch.equal(ours.actvar.hidden_order, theirs.actvar.hidden_order)
+        assert same(list(ours.actvar.parameters()), list(theirs.actvar.parameters()))
+    remove_patch(public)
+    assert_same_fingerprint(before, fingerprint(public))
+
+
+def test_it_is_planned_by_ours_which_a_tokenizer_is_given_for(pair, tmp_path):
+    public, own = pair
+    tokenizer, goal, levers = own.vae_proxy[0], Goal(kl=0.5), ["tokens", "experts", "guidance"]
+    features, lengths = tiny_text(LENGTHS)
+    texts = Texts(features.split(lengths), SCHEDULE[:4])
+    before = fingerprint(public)
+    with pytest.raises(ValueError, match="tokenizer: expected that of the model, which holds none, got NoneType"):
+        plan(public, goal, levers, texts=texts)
+    with pytest.raises(ValueError, match="tokenizer: expected None, since the model has its own"):
+        plan(own, goal, levers, texts=texts, tokenizer=tokenizer)
+    with pytest.raises(TypeError, match=r"tokenizer: expected an actvar\.models\.InfinityTokenizer, got Linear"):
+        plan(public, goal, levers, texts=texts, tokenizer=nn.Linear(1, 1))
+    assert_same_fingerprint(before, fingerprint(public))
+    numbers = dict(images=4, batch=1, num_experts=8, repeats=1)
+    report = plan(public, goal, levers, texts=texts, tokenizer=tokenizer, **numbers)
+    assert report.is_met
+    assert public.actvar.config == report.chosen.config
+    assert public.actvar.execution == report.chosen.execution
+    save_adapter(public, tmp_path / "plan.safetensors")
+    load_adapter(own, tmp_path / "plan.safetensors")
     for ours, theirs in zip(own.unregistered_blocks, public.unregistered_blocks, strict=True):
         assert torch.equal(ours.actvar.hidden_order, theirs.actvar.hidden_order)
         assert same(list(ours.actvar.parameters()), list(theirs.actvar.parameters()))

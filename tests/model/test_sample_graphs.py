@@ -15,7 +15,7 @@ from actvar import ActVARConfig, Execution, GraphedSampling, apply_patch, refres
 from actvar.patching.patch import patched_silently, reconfigure
 from actvar.sampling.timing import block_seconds
 from actvar.sparse import sample_graphs
-from actvar.sparse.state import record
+from actvar.sparse.contexts import record
 
 CONFIG = ActVARConfig(num_experts=8)
 FAST = Execution(sampler="fast")

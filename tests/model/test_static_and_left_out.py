@@ -16,7 +16,7 @@ from actvar.families.var import VARFamily
 from actvar.flops import counted_flops, model_flops
 from actvar.patching.patch import reconfigure
 from actvar.sampling.summary import summary
-from actvar.sparse.state import record
+from actvar.sparse.contexts import record
 from actvar_kernels.backend import using_backend
 from actvar_kernels.cpu_backend import brgemm
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import actvar
 from actvar import ActVARConfig
 from actvar.models import build_vae_var
-from actvar.sparse.state import BlockRecord
+from actvar.sparse.record import BlockRecord
 from actvar.verify.rounding import moved
 from support import oracle
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import shutil
+import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +15,17 @@ from safetensors.torch import load_file
 from support.helpers import write_idx
 
 import actvar
+from actvar.distill.data import examples
 from actvar.models.infinity import InfinityTokenizer
 from actvar.zoo import load_feature_network, load_pretrained, load_text_encoder
 from actvar.zoo.checksums import checked
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.fashion_mnist_text.architecture import DRAW, SQUARE, WIDE, nearest_schedule
+from actvar.zoo.fashion_mnist_text.prompts import NOUNS, PAIRS, schedule_of_prompts
+from actvar.zoo.fashion_mnist_text.prompts import PROMPTS as ALONE
 from actvar.zoo.pretrained import TEXT_MODEL, weights_folder
-from scripts.fashion_mnist_text.captions import NOUNS, attributes, caption, caption_of_pair, vocabulary
+from scripts.fashion_mnist_text import presets
+from scripts.fashion_mnist_text.captions import attributes, caption, caption_of_pair, vocabulary
 from scripts.fashion_mnist_text.export import export
 from scripts.fashion_mnist_text.train import Build, train
 from scripts.fashion_mnist_text.transformer import corrupted
@@ -114,14 +121,42 @@ def test_the_schedule_is_the_nearest_to_a_ratio():
     assert [w for _, _, w in WIDE[1:]] == [2 * h for _, h, _ in WIDE[1:]]
 
 
-def test_all_words_of_captions_are_known():
+def test_all_words_of_captions_are_known_and_tell_the_schedule_that_they_were_trained_with():
     encoder, rng = load_text_encoder(), random.Random(0)
     assert list(encoder.vocabulary) == vocabulary()
     for number in range(300):
         facts = [rng.choice((-1, 0, 1)) for _ in range(3)]
-        captions = [caption(number % 10, facts, rng), caption_of_pair((number % 10, 3), (facts, facts), rng)]
-        encoder(captions, 16)
+        alone, pair = caption(number % 10, facts, rng), caption_of_pair((number % 10, 3), (facts, facts), rng)
+        encoder([alone, pair], 16)
+        assert schedule_of_prompts([alone], encoder) == SQUARE
+        assert schedule_of_prompts([pair], encoder) == WIDE
     assert len(NOUNS) == len(CLASSES)
+
+
+def test_texts_to_fit_to_are_of_one_garment_or_of_every_pair():
+    encoder = load_text_encoder()
+    assert schedule_of_prompts(ALONE, encoder) == SQUARE
+    assert schedule_of_prompts(PAIRS, encoder) == WIDE
+    assert (len(set(ALONE)), len(set(PAIRS))) == (40, 100)
+    kinds = {tuple(" ".join(part.split()[-1:]) for part in prompt.split(" and ")) for prompt in PAIRS}
+    assert len(kinds) == 100
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (["a bag", "a horse"], "expected words among .*got 'horse'"),
+        (["a bag", "a bag and a dress"], "one garment in each or two in each.*got 'a bag' and 'a bag and a dress'"),
+        (["dark"], "expected a garment, or two that one of and, beside, next joins.*got 'dark'"),
+        (["a bag a dress"], "expected a garment, or two that .*got 'a bag a dress'"),
+        (["beside a bag"], "expected a garment, or two that .*got 'beside a bag'"),
+        (["a bag and a dress and a coat"], "expected at most 2 parts"),
+        ([" ".join(["dark"] * 16 + ["bag"])], "expected from 1 to 16 words, got 17"),
+    ],
+)
+def test_prompts_that_no_image_was_trained_with_are_named(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        schedule_of_prompts(prompts, load_text_encoder())
 
 
 def test_attributes_are_low_middling_and_high_within_a_class():
@@ -163,3 +198,32 @@ def test_the_scripts_rebuild_the_files(tmp_path: Path):
     names = {checked(path).stem for path in (tmp_path / "weights").glob("*.safetensors")}
     assert names == {"infinity", "tokenizer", "words"}
     actvar.load_infinity(tmp_path / "weights" / "infinity.safetensors", tmp_path / "weights" / "tokenizer.safetensors")
+
+
+@pytest.mark.slow
+def test_an_interrupted_preset_ends_as_one_that_was_not_and_ships_in_half_precision(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(presets, "SAMPLES", 32)
+    monkeypatch.setattr(presets, "HOW", replace(presets.HOW, batch=8, epochs=1))
+    folder, calls = tmp_path / "weights", []
+    shutil.copytree(weights_folder(TEXT_MODEL), folder)
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return examples(*arguments)
+
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = presets.train_preset("fast", folder, tmp_path / "whole")
+    monkeypatch.setattr("actvar.distill.run.examples", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        presets.train_preset("fast", folder, tmp_path / "cut")
+    assert len(calls) == 2
+    resumed = presets.train_preset("fast", folder, tmp_path / "cut")
+    assert len(calls) == 4, "it goes on with the third step"
+    expected, found = load_file(whole), load_file(resumed)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    presets.ship(resumed, folder)
+    assert {tensor.dtype for tensor in load_file(checked(folder / resumed.name)).values()} & {torch.float16}

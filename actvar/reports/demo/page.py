@@ -6,8 +6,8 @@ from importlib import import_module
 from typing import Any
 
 from actvar.reports.demo.drawing import Drawing, Drawn
+from actvar.reports.demo.subjects import ALL, Classes, Texts
 
-ALL = "all classes"
 HOST, PORT = "127.0.0.1", 7860
 FONTS = ["system-ui", "sans-serif"]
 
@@ -18,22 +18,19 @@ def caption(drawn: Drawn) -> str:
     return "  \n".join([first, *drawn.lines])  # two spaces: a new line, not a new paragraph
 
 
-def answers(drawing: Drawing, label: str, seed: float, cfg: float, stop: float) -> list[Any]:
+def answers(drawing: Drawing, *values: Any) -> list[Any]:
     """Return pictures and texts in the order of the page, for the values of its controls.
 
     Args:
         drawing: draws the images.
-        label: a name of a class, or `ALL`.
-        seed: a whole number.
-        cfg: guidance strength.
-        stop: position of the slider.
+        values: arguments of the request of the drawing's subject, then the position of the slider.
 
     Returns:
         a picture and a text for each way, then the picture of the updated tokens, or None, and a text about it.
     """
-    number = None if label == ALL else drawing.classes.index(label)
+    *asked, stop = values
     found: list[Any] = []
-    ways = drawing.draw(number, int(seed), float(cfg), drawing.stops[int(stop)])
+    ways = drawing.draw(drawing.subject.request(*asked), drawing.stops[int(stop)])
     for drawn in ways:
         found += [drawn.picture, caption(drawn)]
     tinted = ways[-1].tinted
@@ -58,16 +55,17 @@ def page(drawing: Drawing, title: str) -> Any:
         return f"**{name}**: {'; '.join(drawing.describe(name).splitlines())}"
 
     def draw(*values: Any) -> list[Any]:
-        found = answers(drawing, *values)
+        try:
+            found = answers(drawing, *values)
+        except (TypeError, ValueError, OSError, ImportError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
         found[-2] = gr.Image(found[-2], visible=found[-2] is not None)
         return found
 
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         gr.Markdown(f"# {title}\nThe same seed in three ways. Each is drawn twice, and the second time counts.")
         with gr.Row():
-            label = gr.Dropdown([ALL, *drawing.classes], value=ALL, label="class")
-            seed = gr.Number(0, label="seed", precision=0)
-            cfg = gr.Slider(0, 8, value=1.5, step=0.1, label="guidance")
+            asked = _controls(gr, drawing.subject)
             last = len(drawing.stops) - 1
             stops = ", ".join(f"{number}: {name}" for number, name in enumerate(drawing.stops))
             first = drawing.stops.index("near") if "near" in drawing.stops else last
@@ -82,11 +80,26 @@ def page(drawing: Drawing, title: str) -> Any:
                         label=name, show_label=False, interactive=False, buttons=["fullscreen", "download"]
                     )
                     outputs += [picture, gr.Markdown()]
-        controls = [label, seed, cfg, stop]
+        controls = [*asked, stop]
         one_at_a_time = {"concurrency_limit": 1, "concurrency_id": "model"}
         button.click(draw, controls, outputs, api_name="draw", **one_at_a_time)
         stop.change(about, stop, chosen, api_name="about", **one_at_a_time)
     return blocks
+
+
+def _controls(gr: Any, subject: Classes | Texts) -> list[Any]:
+    """Put the controls on the page whose values are the arguments of the subject's request, and return them."""
+    if isinstance(subject, Classes):
+        what = [gr.Dropdown([ALL, *subject.names], value=ALL, label="class")]
+    else:
+        aspects, first = subject.aspects, subject.first
+        what = [
+            gr.Textbox("\n".join(first.prompts), lines=3, label="prompts, one in each line"),
+            gr.Dropdown(aspects, value=aspects[0] if aspects else None, label="aspect", visible=bool(aspects)),
+            gr.Slider(0.1, 2, value=first.tau, step=0.1, label="temperature"),
+        ]
+    seed = gr.Number(0, label="seed", precision=0)
+    return [*what, seed, gr.Slider(0, 8, value=subject.first.cfg, step=0.1, label="guidance")]
 
 
 def serve(drawing: Drawing, title: str, host: str, port: int) -> None:

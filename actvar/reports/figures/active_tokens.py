@@ -7,7 +7,8 @@ from pathlib import Path
 
 from actvar.reports.token_overlay import save_token_overlay, times_updated
 from actvar.sampling.request import Sampling
-from actvar.sparse.state import BlockRecord, record
+from actvar.sparse.contexts import record
+from actvar.sparse.record import BlockRecord
 from actvar.utils.pictures import save_table
 from actvar.zoo import load_pretrained
 from actvar.zoo.fashion_mnist.data import CLASSES

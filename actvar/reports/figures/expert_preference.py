@@ -17,7 +17,8 @@ from actvar.distill.losses import expert_distances, router_target
 from actvar.families import blocks_of, family_of
 from actvar.patching.patch import unpatched
 from actvar.sampling.request import Sampling
-from actvar.sparse.state import patch_state, record
+from actvar.sparse.contexts import record
+from actvar.sparse.state import patch_state
 from actvar.utils.pictures import save_figure, save_table
 from actvar.zoo import load_pretrained
 from actvar.zoo.fashion_mnist.data import CLASSES

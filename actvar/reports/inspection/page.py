@@ -17,7 +17,7 @@ from PIL import Image
 
 from actvar.flops import total_flops
 from actvar.reports.inspection.sample import Inspection
-from actvar.sparse.state import BlockRecord
+from actvar.sparse.record import BlockRecord
 from actvar.utils.files import replacing
 from actvar.utils.pictures import pixel_values
 

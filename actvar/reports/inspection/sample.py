@@ -18,7 +18,8 @@ from actvar.reports.compare import all_ways, flops_by_scale
 from actvar.sampling.request import Sampling
 from actvar.sampling.text_request import TextSampling
 from actvar.sampling.timing import interleaved_seconds, step_seconds
-from actvar.sparse.state import BlockRecord, record
+from actvar.sparse.contexts import record
+from actvar.sparse.record import BlockRecord
 from actvar.utils.progress import progress
 
 

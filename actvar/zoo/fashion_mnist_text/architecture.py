@@ -16,10 +16,6 @@ TOKEN_PIXELS = 4
 DRAW: dict[str, float] = dict(cfg=1.5, tau=1.0, top_k=0, top_p=0.0)
 """Say how bits are drawn unless something else is asked for, as arguments of `Infinity.sample`."""
 
-GARMENTS = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-PROMPTS = tuple(f"{shade} {garment}".strip() for shade in ("", "dark", "bright", "patterned") for garment in GARMENTS)
-"""Texts of all kinds of clothes, to which an adapter is fitted where no others are given."""
-
 
 def nearest_schedule(ratio: float) -> Schedule:
     """Return the schedule whose images are nearest to a ratio, height divided by width."""

@@ -27,6 +27,7 @@ SORT_INSTRUCTIONS = 160
 GATHER_INSTRUCTIONS = 11.9
 SAMPLE_INSTRUCTIONS, GUIDE_INSTRUCTIONS = 171, 6
 MOMENTS_INSTRUCTIONS = 6
+AVERAGE_INSTRUCTIONS = 8  # per number of a window; assumed
 RESIDUAL_INSTRUCTIONS = 6  # of `_add_and_measure`, beside those of the moments; assumed
 
 
@@ -172,6 +173,29 @@ def _conv3x3(a: Arguments, _share: Share) -> Cost:
     return Cost(_bytes(a, "taps_tail"), flops, a["out_ptr"].dtype, tile=(a["BLOCK_P"], columns))
 
 
+def _linears(a: Arguments, _share: Share) -> Cost:
+    weights, biases, x = a["weights"], a["biases"], a["x_ptr"]
+    rows = math.ceil(a["R"] / a["BLOCK_R"]) * a["BLOCK_R"]
+    moved = _bytes(a) + sum(tensor.bytes for tensor in (*weights, *biases))
+    return Cost(moved, 2 * rows * sum(map(math.prod, (weight.shape for weight in weights))), x.dtype)
+
+
+def _enlarge(a: Arguments, _share: Share) -> Cost:
+    codebook = a["codebook_ptr"]
+    looked_up = math.prod(a["tokens_ptr"].shape) * a["C"] * codebook.dtype.itemsize
+    return Cost(_bytes(a, "codebook_ptr") + looked_up)
+
+
+def _convolve_and_add(a: Arguments, _share: Share) -> Cost:
+    places = math.ceil(a["SIDE"] ** 2 / a["PLACES"]) * a["PLACES"] * a["features_ptr"].shape[0]
+    moved = _bytes(a) + a["features_ptr"].bytes
+    return Cost(moved, 2 * 9 * places * a["BLOCK_C"] ** 2, torch.float32, tile=(a["PLACES"], a["BLOCK_C"]))
+
+
+def _average(a: Arguments, _share: Share) -> Cost:
+    return Cost(_bytes(a), instructions=AVERAGE_INSTRUCTIONS * a["WINDOW"] ** 2 * math.prod(a["out_ptr"].shape))
+
+
 def _run(a: Arguments, share: Share) -> tuple[float, int]:
     """Return the share of the (tile, expert) blocks that run, and the rows of all tiles."""
     rows = math.ceil(a["T"] / a["BLOCK_T"]) * a["BLOCK_T"]
@@ -195,4 +219,8 @@ COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
     "_down": _down,
     "_multiply_bytes": _multiply_bytes,
     "_conv3x3": _conv3x3,
+    "_linears": _linears,
+    "_enlarge": _enlarge,
+    "_convolve_and_add": _convolve_and_add,
+    "_average": _average,
 }
