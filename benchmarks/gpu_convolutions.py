@@ -1,4 +1,4 @@
-"""Time every convolution of the official decoder by shape on a GPU, and three ways to convolve an enlarged map."""
+"""Time every convolution of the official decoder by shape on a GPU: cuDNN's, this package's kernel, enlarged maps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from torch.nn import functional as F
 from actvar.models.basic_vae import Upsample
 from actvar.models.build import OFFICIAL_CHANNEL_MULTIPLIERS
 from actvar.models.vqvae import VQVAE
-from actvar_kernels.conv3x3 import gpu
+from actvar_kernels import add_residual_moments
+from actvar_kernels.conv3x3 import gpu, triton_kernel
 from actvar_kernels.operations.shapes import SIZES
+from actvar_kernels.triton_backend.conv_tiles import ConvTiles, candidates
+from actvar_kernels.triton_backend.tiles import architecture
 
 
 class Layer(NamedTuple):
@@ -85,13 +88,38 @@ def ways(layer: Layer, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
     if layer.kernel == 1:
         return {"conv2d": lambda: gpu.conv1x1(x, weight)}
     if not layer.enlarges:
-        return {"conv2d": lambda: gpu.conv3x3(x, weight, None, enlarge=False)}
+        return {"conv2d": lambda: gpu.conv3x3(x, weight, None, enlarge=False), **own_ways(x, weight)}
     phases = four_pixels(weight)
     return {
         "transposed": lambda: gpu.conv3x3(x, weight, None, enlarge=True),
         "enlarged copy": lambda: F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1),
         "2x2 without shuffle": lambda: F.conv2d(x, phases, padding=1),
     }
+
+
+def own_ways(x: torch.Tensor, weight: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return calls of this package's kernel with each of its tiles; with a residual where the widths are equal.
+
+    A residual is added and measured, for which `conv2d` takes another launch of `add_residual_moments`.
+    """
+    (D, C), bias = weight.shape[:2], torch.randn(weight.shape[0], device=x.device)
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    if C == D:
+        found["conv2d, add_residual_moments"] = lambda: add_residual_moments(
+            x, gpu.conv3x3(x, weight, None, enlarge=False), bias
+        )[0]
+    for size in candidates(architecture(x), x.dtype, C, D):
+
+        def own(size: ConvTiles = size) -> torch.Tensor:
+            return triton_kernel.conv3x3(x, weight, None, None, measured=False, tiles=size)[0]
+
+        def with_residual(size: ConvTiles = size) -> torch.Tensor:
+            return triton_kernel.conv3x3(x, weight, bias, x, measured=True, tiles=size)[0]
+
+        found[f"Triton, {size.pixels} pixels"] = own
+        if C == D:
+            found[f"Triton with a residual, {size.pixels} pixels"] = with_residual
+    return found
 
 
 def four_pixels(weight: torch.Tensor) -> torch.Tensor:

@@ -129,12 +129,14 @@ class Map(NamedTuple):
     Attributes:
         x: `[B, C, H, W]`.
         offset: `[C]`, a bias that is still to be added, or None.
-        moments: those of x that `add_residual_moments` gave, or None.
+        moments: those of x that `add_residual_moments` or a convolution gave, or None.
+        part: positions of a part of a convolution's moments, or None.
     """
 
     x: torch.Tensor
     offset: torch.Tensor | None = None
     moments: torch.Tensor | None = None
+    part: int | None = None
 
     def sum(self) -> torch.Tensor:
         """Return the map with its offset, `[B, C, H, W]`."""
@@ -144,7 +146,8 @@ class Map(NamedTuple):
 class Fused(NamedTuple):
     """Compute modules of `actvar.models.basic_vae` by kernels; every method takes the module and its input.
 
-    On Triton the convolutions are PyTorch's, and the operations between them are fused. The operation after a
+    On Triton the convolutions are PyTorch's unless a measured table says otherwise, and the operations between them are
+    fused. The operation after a
     convolution adds the convolution's bias, which would otherwise need a pass of its own. The launch that adds a
     residual also measures the sum for the norm that follows.
 
@@ -205,10 +208,12 @@ class Fused(NamedTuple):
         if self._reads(block.norm1, block.conv1, block.norm2, block.conv2, block.nin_shortcut):
             update = conv3x3(self.norm_silu(block.norm1, h), block.conv1.weight, None)
             update = self.norm_silu(block.norm2, Map(update, block.conv1.bias))
-            update = conv3x3(update, block.conv2.weight, None)
             shortcut, bias = _shortcut(block.nin_shortcut, h.x, h.offset)
             bias = block.conv2.bias if bias is None else _sum_of_biases(h.x, block.conv2.bias, bias)
-            return _added(shortcut, update, bias, norm_follows)
+            measured = gpu.conv3x3_measured(update, block.conv2.weight, bias, shortcut) if norm_follows else None
+            if measured is not None:
+                return Map(measured.x, moments=measured.moments, part=measured.part)
+            return _added(shortcut, conv3x3(update, block.conv2.weight, None), bias, norm_follows)
         x = h.sum()
         update = self.conv(block.conv1, self.norm_silu(block.norm1, Map(x)))
         update = self.norm_silu(block.norm2, Map(update), overwrite=True)
@@ -261,7 +266,9 @@ class Fused(NamedTuple):
         """
         if (self.on_triton or self.in_cpp) and is_plain(norm, nn.GroupNorm):
             layer = norm.weight, norm.bias, norm.num_groups, norm.eps
-            return group_norm_silu(h.x, *layer, silu=silu, offset=h.offset, moments=h.moments, overwrite=overwrite)
+            return group_norm_silu(
+                h.x, *layer, silu=silu, offset=h.offset, overwrite=overwrite, moments=h.moments, part=h.part
+            )
         x = h.sum()
         return F.silu(norm(x)) if silu else norm(x)
 

@@ -1,15 +1,22 @@
-"""Convolve on a GPU by PyTorch's library, with copies of weights that are made once."""
+"""Convolve on a GPU with copies of weights that are made once: by PyTorch's library, or as a measured table says."""
 
 from __future__ import annotations
 
 import functools
+import os
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
+from actvar_kernels.backend import KERNEL_DTYPES, get_backend, triton_installed
 from actvar_kernels.cpu_backend import cpu
 from actvar_kernels.cpu_backend.packing import packed
-from actvar_kernels.situation import TORCH, situation
+from actvar_kernels.cpu_backend.table_file import ENVIRONMENT_VARIABLE
+from actvar_kernels.situation import DIRECT, TORCH, situation
+
+if TYPE_CHECKING:
+    from actvar_kernels.triton_backend.conv_tiles import ConvTiles
 
 ENLARGING = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
 """The four weights of a transposed convolution that makes two pixels of each, from three weights of a kernel."""
@@ -41,6 +48,11 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, en
         bias: `[D]`, floating-point, or None.
         enlarge: whether x is doubled in height and width first.
     """
+    tiles = None if enlarge else measured_tiles(x, weight, fused=False)
+    if tiles is not None:
+        from actvar_kernels.conv3x3 import triton_kernel
+
+        return triton_kernel.conv3x3(x, weight, bias, None, measured=False, tiles=tiles)[0]
     dtype, D = cpu.computed_dtype(x), weight.shape[0]
     bias = None if bias is None else kept(bias, dtype)
     if enlarge:
@@ -57,6 +69,61 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, en
     if bias is not None:
         bias = packed((bias,), ("filled up", missing), functools.partial(F.pad, bias, (0, missing)))
     return F.conv2d(x, packed((weight,), ("filled up", dtype), filled_up), bias, padding=1)[:, :D]
+
+
+class Measured(NamedTuple):
+    """Hold images and what a norm needs to know of them.
+
+    Attributes:
+        x: `[B, D, H, W]`.
+        moments: `[B, 2, parts, D]` float32, as `group_norm_silu` takes them.
+        part: positions of a part.
+    """
+
+    x: torch.Tensor
+    moments: torch.Tensor
+    part: int
+
+
+def conv3x3_measured(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor
+) -> Measured | None:
+    """Return `F.conv2d(x, weight, bias, padding=1) + residual` and its moments, from one launch.
+
+    The result is None where no measured table says that this is the fastest way.
+
+    Args:
+        x: `[B, C, H, W]`, floating-point.
+        weight: `[D, C, 3, 3]`, floating-point.
+        bias: `[D]`, floating-point.
+        residual: `[B, D, H, W]`, floating-point.
+    """
+    tiles = measured_tiles(x, weight, fused=True)
+    if tiles is None or residual.dtype != x.dtype or not takes(residual):
+        return None
+    from actvar_kernels.conv3x3 import triton_kernel
+
+    out, moments = triton_kernel.conv3x3(x, weight, bias, residual, measured=True, tiles=tiles)
+    assert moments is not None
+    return Measured(out, moments, tiles.pixels)
+
+
+def measured_tiles(x: torch.Tensor, weight: torch.Tensor, fused: bool) -> ConvTiles | None:
+    """Return the tiles of this package's kernel where the table of `ACTVAR_TUNED` has it faster, otherwise None.
+
+    Args:
+        x: `[B, C, H, W]`, floating-point.
+        weight: `[D, C, 3, 3]`, floating-point.
+        fused: whether a residual is added and measured.
+    """
+    if not os.environ.get(ENVIRONMENT_VARIABLE) or get_backend() == "reference" or not triton_installed():
+        return None
+    computes_as_stored = cpu.computed_dtype(x) == x.dtype and x.dtype in KERNEL_DTYPES
+    if not computes_as_stored or not takes(x) or situation(x, weight) != DIRECT:
+        return None
+    from actvar_kernels.triton_backend.tuning_table import tuned_conv3x3
+
+    return tuned_conv3x3(x, weight.shape[0], fused)
 
 
 def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -25,6 +25,7 @@ def group_norm_silu(
     offset: torch.Tensor | None = None,
     overwrite: bool = False,
     moments: torch.Tensor | None = None,
+    part: int | None = None,
 ) -> torch.Tensor:
     """Return `F.silu(F.group_norm(x + offset, groups, weight, bias, eps))`, computed in float32.
 
@@ -41,12 +42,14 @@ def group_norm_silu(
         offset: `[C]`, floating-point, the bias of the convolution that x comes from; None: nothing is added.
         overwrite: whether x is not needed any more; in C++ the result takes its place.
         moments: those of x that `add_residual_moments` gave, or None. Only Triton reads them.
+        part: positions of a part of the moments; None for the parts of `add_residual_moments`.
 
     Returns:
         `[B, C, H, W]` in x's dtype.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or groups that do not divide C.
+        ValueError: shapes or devices that do not fit, groups that do not divide C, or a part that does not give as
+            many parts as there are.
         BackendUnavailableError: see `actvar_kernels.set_backend`.
     """
     expect_shape("x", x, (None, None, None, None))
@@ -59,8 +62,14 @@ def group_norm_silu(
         raise ValueError(f"groups: expected a divisor of {C} channels, got {groups}")
     if moments is not None:
         expect_shape("moments", moments, (x.shape[0], 2, None, C))
+        if part is not None:
+            positions, part = x.shape[2] * x.shape[3], as_integer("part", part)
+            if part < 1 or -(-positions // part) != moments.shape[2]:
+                raise ValueError(
+                    f"part: expected {moments.shape[2]} parts of {positions} positions, got {part} in each"
+                )
     expect_one_device(x, weight, bias, offset, moments)
-    arguments = (x, weight, bias, groups, eps, silu, offset, moments)
+    arguments = (x, weight, bias, groups, eps, silu, offset, moments, part)
     backend = _choose_norm(x, weight, bias, offset)
     if backend.calls_operator:
         return torch.ops.actvar_kernels.group_norm_silu(*arguments)
@@ -156,14 +165,14 @@ def _choose_residual(
     return choose(operation, x, update, bias, takes_triton=takes_triton, limits=LIMITS)
 
 
-def _normalize(backend, x, weight, bias, groups, eps, silu, offset, moments, overwrite=False) -> torch.Tensor:
+def _normalize(backend, x, weight, bias, groups, eps, silu, offset, moments, part, overwrite=False) -> torch.Tensor:
     if backend.name == "cpu":
         return cpu_kernel.group_norm_silu(x, weight, bias, groups, eps, silu, overwrite)
     if backend.name == "reference":
         return reference.group_norm_silu(x, weight, bias, groups, eps, silu, offset)
     from actvar_kernels.group_norm import triton_kernel
 
-    return triton_kernel.group_norm_silu(x, weight, bias, groups, eps, silu, offset, moments)
+    return triton_kernel.group_norm_silu(x, weight, bias, groups, eps, silu, offset, moments, part)
 
 
 def _add(backend, x, update, bias) -> torch.Tensor:
@@ -192,12 +201,13 @@ def _group_norm_silu(
     silu: bool,
     offset: torch.Tensor | None,
     moments: torch.Tensor | None,
+    part: int | None,
 ) -> torch.Tensor:
-    return _normalize(_choose_norm(x, weight, bias, offset), x, weight, bias, groups, eps, silu, offset, moments)
+    return _normalize(_choose_norm(x, weight, bias, offset), x, weight, bias, groups, eps, silu, offset, moments, part)
 
 
 @_group_norm_silu.register_fake
-def _(x, weight, bias, groups, eps, silu, offset, moments):
+def _(x, weight, bias, groups, eps, silu, offset, moments, part):
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 

@@ -17,6 +17,7 @@ def group_norm_silu(
     silu: bool,
     offset: torch.Tensor | None,
     moments: torch.Tensor | None = None,
+    part: int | None = None,
 ) -> torch.Tensor:
     """Return what `op.group_norm_silu` does; the moments follow from x."""
     dtype = torch.promote_types(x.dtype, torch.float32)

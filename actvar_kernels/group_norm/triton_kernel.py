@@ -21,11 +21,13 @@ def group_norm_silu(
     silu: bool,
     offset: torch.Tensor | None,
     moments: torch.Tensor | None = None,
+    part: int | None = None,
 ) -> torch.Tensor:
     """Return what `reference.group_norm_silu` does, in the memory format `channels_last`.
 
     The first launch reads x for mean and sum of squared deviations of every channel in every part of an image, except
-    where `moments` are these already. The second joins them in a fixed order. The third reads x again.
+    where `moments` are these already, of parts of `part` positions or of the tiles'. The second joins them in a fixed
+    order. The third reads x again.
     """
     B, C, H, W = x.shape
     rows = _rows(x)
@@ -57,13 +59,13 @@ def group_norm_silu(
         weight.contiguous(),
         affine,
         positions,
-        tiles.part,
-        tiles.parts,
+        tiles.part if part is None else part,
+        moments.shape[2],
         eps,
         C=C,
         SIZE=C // groups,
         BLOCK_S=triton.next_power_of_2(C // groups),
-        BLOCK_P=triton.next_power_of_2(tiles.parts),
+        BLOCK_P=triton.next_power_of_2(moments.shape[2]),
         num_warps=4,
         enable_fp_fusion=True,
     )

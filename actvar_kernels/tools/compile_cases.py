@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from actvar_kernels.conv3x3.codes import add_codes
+from actvar_kernels.conv3x3.triton_kernel import conv3x3 as triton_conv3x3
 from actvar_kernels.linear.linears import linears
 from actvar_kernels.linear.op import linear
 from actvar_kernels.operations import table
@@ -19,6 +20,7 @@ from actvar_kernels.operations.table import Call, Operation, expert_ffn_scatter_
 from actvar_kernels.residual_norm.op import add_normalize, add_normalize_route
 from actvar_kernels.rotary.op import rotate_heads
 from actvar_kernels.token_select.op import normalize_modulate, select_tokens
+from actvar_kernels.triton_backend.conv_tiles import candidates as conv_candidates
 from actvar_kernels.triton_backend.row_form import RowForm
 from actvar_kernels.triton_backend.tiles import ExpertTiles, architecture, expert_ffn_candidates, using_expert_tiles
 from actvar_kernels.triton_backend.tuning_table import SCHEDULES
@@ -127,3 +129,8 @@ def _decoder_cases(B: int, side: int, dtype: torch.dtype) -> Cases:
     for C, scale in ((640, 2), (320, 8), (160, 16)):
         x = torch.empty(B, scale * side, scale * side, C, dtype=dtype, device="cuda").permute(0, 3, 1, 2)
         yield from _calls(table.DECODER, x, torch.empty(C, device="cuda"))
+        weight, bias = torch.empty(C, C, 3, 3, device="cuda"), torch.empty(C, device="cuda")
+        for tiles in conv_candidates(architecture(x), dtype, C, C):
+            for name, arguments in (("", (bias, None, False)), (" with a residual", (bias, x, True))):
+                call = functools.partial(triton_conv3x3, x, weight, *arguments, tiles)
+                yield f"conv3x3 of {C} channels, tiles of {tiles.pixels}{name}", call

@@ -1,4 +1,4 @@
-"""Time the expert FFN's schedules and tiles on this GPU and write what is fastest to a table.
+"""Time the expert FFN's schedules and tiles, and the decoder's convolutions, on this GPU; write the fastest to a table.
 
     python -m actvar_kernels.tools.tune --models d16 --out tuned.json
     ACTVAR_TUNED=tuned.json actvar sample ...
@@ -10,22 +10,32 @@ schedule may be faster.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import triton
 from tqdm import tqdm
 
-from actvar_kernels import expert_ffn_scatter, route_experts
+from actvar_kernels import add_residual_moments, expert_ffn_scatter, route_experts
+from actvar_kernels.conv3x3 import gpu, triton_kernel
 from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, DTYPES, EXPERTS, MODELS
 from actvar_kernels.tools.compile_check import LineParser
 from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.conv_tiles import candidates
 from actvar_kernels.triton_backend.tiles import expert_ffn_candidates, using_expert_tiles
-from actvar_kernels.triton_backend.tuning_table import ENVIRONMENT_VARIABLE, SCHEDULES, Entry, Table, write_table
+from actvar_kernels.triton_backend.tuning_table import (
+    ENVIRONMENT_VARIABLE,
+    SCHEDULES,
+    ConvEntry,
+    Entry,
+    Table,
+    write_table,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,12 +47,21 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.pop(ENVIRONMENT_VARIABLE, None)  # of an earlier run, maybe on another GPU
     device = torch.device("cuda")
     torch.manual_seed(0)
-    entries = tuple(measure(shapes(options.models, options.batches), DTYPES[options.dtype], device, milliseconds))
-    table = Table(torch.cuda.get_device_name(device), _capability(device), triton.__version__, entries)
-    write_table(table, options.out)
+    dtype = DTYPES[options.dtype]
+    entries = tuple(measure(shapes(options.models, options.batches), dtype, device, milliseconds))
+    sides = sorted({MODELS[model].sides[-1] for model in options.models})
+    with torch.no_grad():
+        convolutions = tuple(measure_convolutions(maps(sides, options.batches), dtype, device, milliseconds))
+    name = torch.cuda.get_device_name(device)
+    write_table(Table(name, _capability(device), triton.__version__, entries, convolutions), options.out)
     for entry in entries:
         tile = f"{entry.rows} x {entry.columns}"
         print(f"{entry.tokens:6d} x {entry.channels:4d}  {entry.schedule:9s} {tile:9s} {entry.milliseconds:8.3f} ms")
+    for entry in convolutions:
+        way = f"{entry.pixels} pixels" if entry.pixels else "library"
+        map_size = f"{entry.images} x {entry.height} x {entry.width}"
+        epilogue = "with residual" if entry.fused else ""
+        print(f"{map_size} {entry.inputs:3d} -> {entry.outputs:3d}  {way:10s} {entry.milliseconds:8.3f} ms {epilogue}")
     print(f"{options.out}: use it by {ENVIRONMENT_VARIABLE}={options.out}")
     return 0
 
@@ -94,6 +113,69 @@ def measure(
         )
 
 
+class ImageMap(NamedTuple):
+    """Describe what a convolution reads and writes: images, their side, channels and outputs."""
+
+    images: int
+    side: int
+    inputs: int
+    outputs: int
+
+
+def maps(sides: list[int], batches: list[int]) -> list[ImageMap]:
+    """Return the maps of the official decoder's convolutions by 3x3, without those of an enlarged map, each once.
+
+    Args:
+        sides: of the last scale's tokens.
+        batches: numbers of images.
+    """
+    layers = [(1, 640, 640), (2, 640, 320), (2, 320, 320), (4, 320, 320), (8, 320, 160), (8, 160, 160), (16, 160, 160)]
+    return [ImageMap(images, side * times, *sizes) for images in batches for side in sides for times, *sizes in layers]
+
+
+def measure_convolutions(
+    todo: list[ImageMap], dtype: torch.dtype, device: torch.device, time: Callable[[Callable], float]
+) -> Iterator[ConvEntry]:
+    """Yield the fastest way to convolve each map, alone and with a residual that is measured.
+
+    Args:
+        todo: maps.
+        dtype: float32, float16 or bfloat16.
+        device: where the calls run.
+        time: gives the milliseconds of a call.
+    """
+    name = str(dtype).removeprefix("torch.")
+    for images, side, inputs, outputs in tqdm(todo, desc="convolutions", leave=False):
+
+        def image(channels: int, images: int = images, side: int = side) -> torch.Tensor:
+            return torch.randn(images, side, side, channels, device=device).to(dtype).permute(0, 3, 1, 2)
+
+        x, residual, bias = image(inputs), image(outputs), torch.randn(outputs, device=device)
+        weight = torch.randn(outputs, inputs, 3, 3, device=device).to(dtype)
+        for fused in (False, True):
+            ways = _ways(x, weight, bias, residual if fused else None)
+            times = {pixels: time(run) for pixels, run in ways.items()}
+            pixels = min(times, key=times.__getitem__)
+            sizes = (side, side, inputs, outputs)
+            yield ConvEntry(name, *sizes, int(fused), images, pixels, round(times[pixels], 6))
+
+
+def _ways(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor | None
+) -> dict[int, Callable[[], object]]:
+    """Return calls that convolve, by the pixels of the tiles, 0 for PyTorch's library.
+
+    With a residual it is added and measured, in another launch where the library convolves.
+    """
+    ways: dict[int, Callable[[], object]] = {0: lambda: gpu.conv3x3(x, weight, None, enlarge=False)}
+    if residual is not None:
+        ways[0] = lambda: add_residual_moments(residual, gpu.conv3x3(x, weight, None, enlarge=False), bias)
+    for size in candidates(_capability(x.device), x.dtype, x.shape[1], weight.shape[0]):
+        arguments = (None, None, False) if residual is None else (bias, residual, True)
+        ways[size.pixels] = functools.partial(triton_kernel.conv3x3, x, weight, *arguments, size)
+    return ways
+
+
 def _call(tokens: int, channels: int, dtype: torch.dtype, device: torch.device) -> Callable[[str], torch.Tensor]:
     """Return a function that calls `expert_ffn_scatter` with random numbers under a schedule."""
 
@@ -106,7 +188,7 @@ def _call(tokens: int, channels: int, dtype: torch.dtype, device: torch.device) 
     return lambda schedule: expert_ffn_scatter(None, None, rows, u, mask, ACTIVE_EXPERTS, *weights, gamma, schedule)
 
 
-def milliseconds(run: Callable[[], torch.Tensor]) -> float:
+def milliseconds(run: Callable[[], object]) -> float:
     """Return the median of a call's time in a CUDA graph, so that no time of Python's is in it."""
     from triton.testing import do_bench_cudagraph
 

@@ -1,8 +1,9 @@
-"""Read measured choices for the expert FFN on one GPU.
+"""Read measured choices for the expert FFN and for convolutions on one GPU.
 
-`actvar_kernels.tools.tune` writes the table as JSON, and `ACTVAR_TUNED` names it. A call takes the entry of its type,
-channels and expert width whose number of tokens is nearest, by at most a factor of two. Other calls take what
-`tiles.py` says.
+`actvar_kernels.tools.tune` writes the table as JSON, and `ACTVAR_TUNED` names it. An expert FFN takes the entry of its
+type, channels and expert width whose number of tokens is nearest, by at most a factor of two. Other calls take what
+`tiles.py` says. A convolution takes the entry of its type, sizes and epilogue with the nearest number of images, by the
+same factor. Others are PyTorch's.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import functools
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from actvar_kernels.cpu_backend import table_file
 from actvar_kernels.cpu_backend.table_file import ENVIRONMENT_VARIABLE, GPU, of_fields
 from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.conv_tiles import ConvTiles, candidates
 
 SCHEDULES = ("dense", "tile_list")
 FACTOR = 2.0
@@ -45,6 +47,29 @@ class Entry(NamedTuple):
     milliseconds: float
 
 
+class ConvEntry(NamedTuple):
+    """Say what was fastest for a 3x3 convolution.
+
+    Attributes:
+        dtype: type of the numbers.
+        height, width, inputs, outputs: pixels and channels of an image.
+        fused: whether a residual is added and measured in the same call.
+        images: number of images.
+        pixels: names one of `conv_tiles.candidates`; 0 for PyTorch's library.
+        milliseconds: time of a call.
+    """
+
+    dtype: str
+    height: int
+    width: int
+    inputs: int
+    outputs: int
+    fused: int
+    images: int
+    pixels: int
+    milliseconds: float
+
+
 class Table(NamedTuple):
     """Hold what was measured on a GPU.
 
@@ -52,13 +77,14 @@ class Table(NamedTuple):
         device: name of the GPU.
         capability: the one of `tiles.ARCHITECTURES` that it counts as.
         triton: version of Triton.
-        expert_ffn: the entries.
+        expert_ffn, conv3x3: the entries.
     """
 
     device: str
     capability: int
     triton: str
     expert_ffn: tuple[Entry, ...]
+    conv3x3: tuple[ConvEntry, ...] = ()
 
 
 def write_table(table: Table, path: Path) -> None:
@@ -67,7 +93,11 @@ def write_table(table: Table, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    table_file.write(GPU, table._asdict() | {"expert_ffn": [entry._asdict() for entry in table.expert_ffn]}, path)
+    entries = {
+        "expert_ffn": [entry._asdict() for entry in table.expert_ffn],
+        "conv3x3": [entry._asdict() for entry in table.conv3x3],
+    }
+    table_file.write(GPU, table._asdict() | entries, path)
 
 
 def read_table(path: Path) -> Table | None:
@@ -88,18 +118,27 @@ def read_table(path: Path) -> Table | None:
         _checked_entry(of_fields(Entry, entry, f"{path}: expert_ffn[{position}]:"), table.capability, path, position)
         for position, entry in enumerate(table.expert_ffn)
     )
+    convolutions = tuple(
+        _checked_convolution(
+            of_fields(ConvEntry, entry, f"{path}: conv3x3[{position}]:"),
+            table.capability,
+            f"{path}: conv3x3[{position}]",
+        )
+        for position, entry in enumerate(table.conv3x3)
+    )
     shapes = [entry[:4] for entry in entries]
     if len(set(shapes)) != len(shapes):
         raise ValueError(f"{path}: expected one entry for a dtype, tokens, channels and width, got several")
-    return table._replace(expert_ffn=entries)
+    shapes = [entry[:7] for entry in convolutions]
+    if len(set(shapes)) != len(shapes):
+        raise ValueError(f"{path}: conv3x3: expected one entry for a dtype, sizes, fused and images, got several")
+    return table._replace(expert_ffn=entries, conv3x3=convolutions)
 
 
 def _checked_entry(entry: Entry, capability: int, path: Path, position: int) -> Entry:
     """Return an entry; raise ValueError unless it names what is shipped."""
     where = f"{path}: expert_ffn[{position}]"
-    dtype = getattr(torch, entry.dtype, None)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{where}: dtype: expected float32, float16 or bfloat16, got {entry.dtype!r}")
+    dtype = _checked_dtype(entry.dtype, where)
     if min(entry.tokens, entry.channels, entry.width) < 1:
         raise ValueError(f"{where}: expected tokens, channels and width above 0")
     if entry.schedule not in SCHEDULES:
@@ -110,6 +149,27 @@ def _checked_entry(entry: Entry, capability: int, path: Path, position: int) -> 
     if (entry.rows, entry.columns) not in sizes:
         raise ValueError(f"{where}: rows, columns: expected one of {sizes}, got {(entry.rows, entry.columns)}")
     return entry
+
+
+def _checked_convolution(entry: ConvEntry, capability: int, where: str) -> ConvEntry:
+    """Return an entry; raise ValueError unless it names what is shipped."""
+    dtype = _checked_dtype(entry.dtype, where)
+    if min(entry.height, entry.width, entry.inputs, entry.outputs, entry.images) < 1:
+        raise ValueError(f"{where}: expected height, width, inputs, outputs and images above 0")
+    if entry.fused not in (0, 1):
+        raise ValueError(f"{where}: fused: expected 0 or 1, got {entry.fused}")
+    sizes = [0, *(size.pixels for size in candidates(capability, dtype, entry.inputs, entry.outputs))]
+    if entry.pixels not in sizes:
+        raise ValueError(f"{where}: pixels: expected one of {sizes}, got {entry.pixels}")
+    return entry
+
+
+def _checked_dtype(name: str, where: str) -> torch.dtype:
+    """Return the dtype of a name; raise ValueError unless kernels take it."""
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{where}: dtype: expected float32, float16 or bfloat16, got {name!r}")
+    return dtype
 
 
 def tuned_expert_ffn(u: torch.Tensor, width: int) -> Entry | None:
@@ -123,17 +183,54 @@ def tuned_expert_ffn(u: torch.Tensor, width: int) -> Entry | None:
         OSError: see `read_table`.
         ValueError: see `read_table`; or the table is that of another GPU.
     """
+    table = _table_of(u)
+    if table is None:
+        return None
+    tokens, channels = u.shape
+    key = (_name(u.dtype), channels, width)
+    same = {entry.tokens: entry for entry in table.expert_ffn if (entry.dtype, entry.channels, entry.width) == key}
+    return _nearest(same, tokens)
+
+
+def tuned_conv3x3(x: torch.Tensor, outputs: int, fused: bool) -> ConvTiles | None:
+    """Return the tiles of a convolution by the table that `ACTVAR_TUNED` names; None where PyTorch's library runs.
+
+    Args:
+        x: images `[B, C, H, W]`, float32, float16 or bfloat16.
+        outputs: channels of the result.
+        fused: whether a residual is added and measured.
+
+    Raises:
+        OSError: see `read_table`.
+        ValueError: see `read_table`; or the table is that of another GPU.
+    """
+    table = _table_of(x)
+    if table is None:
+        return None
+    images, inputs, height, width = x.shape
+    key = (_name(x.dtype), height, width, inputs, outputs, int(fused))
+    entry = _nearest({entry.images: entry for entry in table.conv3x3 if entry[:6] == key}, images)
+    if entry is None or not entry.pixels:
+        return None
+    found = candidates(table.capability, x.dtype, inputs, outputs)
+    return next(size for size in found if size.pixels == entry.pixels)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _table_of(tensor: torch.Tensor) -> Table | None:
+    """Return the table that `ACTVAR_TUNED` names for the GPU of a tensor; None without one, or with one of a CPU."""
     path = os.environ.get(ENVIRONMENT_VARIABLE)
     if not path:
         return None
-    name = torch.cuda.get_device_name(u.device) if torch.cuda.is_available() else None
-    return _nearest(path, name, tiles.architecture(u), str(u.dtype).removeprefix("torch."), *u.shape, width)
+    name = torch.cuda.get_device_name(tensor.device) if torch.cuda.is_available() else None
+    return _table(path, name, tiles.architecture(tensor))
 
 
 @functools.cache
-def _nearest(
-    path: str, device: str | None, capability: int, dtype: str, tokens: int, channels: int, width: int
-) -> Entry | None:
+def _table(path: str, device: str | None, capability: int) -> Table | None:
     table = read_table(Path(path))
     if table is None:
         return None
@@ -142,10 +239,17 @@ def _nearest(
             f"{ENVIRONMENT_VARIABLE}: {path} was measured on {table.device}, sm_{table.capability}; this is {device}, "
             f"sm_{capability}: run python -m actvar_kernels.tools.tune here, or unset the variable"
         )
+    return table
 
-    def distance(entry: Entry) -> float:
-        return abs(math.log(entry.tokens / tokens))
 
-    same = (e for e in table.expert_ffn if (e.dtype, e.channels, e.width) == (dtype, channels, width))
-    near = [entry for entry in same if distance(entry) <= math.log(FACTOR)]
-    return min(near, key=distance, default=None)
+T = TypeVar("T")
+
+
+def _nearest(entries: dict[int, T], number: int) -> T | None:
+    """Return the entry whose number is nearest, None where none is within a factor of `FACTOR`."""
+
+    def distance(measured: int) -> float:
+        return abs(math.log(measured / number))
+
+    near = [measured for measured in entries if distance(measured) <= math.log(FACTOR)]
+    return entries[min(near, key=distance)] if near else None

@@ -205,12 +205,14 @@ def test_no_images_give_none() -> None:
 def test_the_operators_pass_the_checks_of_torch() -> None:
     x, *vectors = (t.detach().requires_grad_() for t in inputs(2, 8, 3, 2))
     operators = torch.ops.actvar_kernels
-    torch.library.opcheck(operators.group_norm_silu.default, (x, *vectors[:2], 4, EPS, True, vectors[2], None))
-    torch.library.opcheck(operators.group_norm_silu.default, (x.contiguous(), *vectors[:2], 4, EPS, False, None, None))
+    torch.library.opcheck(operators.group_norm_silu.default, (x, *vectors[:2], 4, EPS, True, vectors[2], None, None))
+    torch.library.opcheck(
+        operators.group_norm_silu.default, (x.contiguous(), *vectors[:2], 4, EPS, False, None, None, None)
+    )
     torch.library.opcheck(operators.add_residual.default, (x, x.detach().half(), vectors[0]))
     torch.library.opcheck(operators.add_residual_moments.default, (x, x.detach().half(), vectors[0]))
     moments = add_residual_moments(x.detach(), x.detach(), vectors[0].detach())[1]
-    torch.library.opcheck(operators.group_norm_silu.default, (x, *vectors[:2], 4, EPS, True, None, moments))
+    torch.library.opcheck(operators.group_norm_silu.default, (x, *vectors[:2], 4, EPS, True, None, moments, None))
 
 
 def test_the_gradients_are_those_of_the_reference() -> None:

@@ -10,30 +10,45 @@ import torch
 
 pytest.importorskip("triton")
 
+from actvar_kernels.conv3x3.op import conv3x3
 from actvar_kernels.tools import tune
 from actvar_kernels.tools.virtual import virtual_gpu, why_unavailable
 from actvar_kernels.triton_backend.tiles import expert_ffn_candidates
 from actvar_kernels.triton_backend.tuning_table import (
     ENVIRONMENT_VARIABLE,
     SCHEDULES,
+    ConvEntry,
     Entry,
     Table,
     read_table,
+    tuned_conv3x3,
     write_table,
 )
 
 ENTRY = Entry("bfloat16", 384, 1024, 256, "tile_list", 64, 64, 0.02)
-TABLE = Table("NVIDIA H100 80GB HBM3", 90, "3.7.1", (ENTRY, ENTRY._replace(tokens=3072, rows=128, columns=256)))
+CONVOLUTION = ConvEntry("bfloat16", 32, 32, 320, 160, 0, 8, 128, 0.03)
+CONVOLUTIONS = (CONVOLUTION, CONVOLUTION._replace(images=64, pixels=64), CONVOLUTION._replace(fused=1, pixels=0))
+TABLE = Table(
+    "NVIDIA H100 80GB HBM3", 90, "3.7.1", (ENTRY, ENTRY._replace(tokens=3072, rows=128, columns=256)), CONVOLUTIONS
+)
 
 needs_virtual_gpu = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
 
 def content(**changes) -> dict:
-    return TABLE._asdict() | {"expert_ffn": [entry._asdict() for entry in TABLE.expert_ffn]} | changes
+    lists = {
+        name: [entry._asdict() for entry in found]
+        for name, found in (("expert_ffn", TABLE.expert_ffn), ("conv3x3", TABLE.conv3x3))
+    }
+    return TABLE._asdict() | lists | changes
 
 
 def entries(**changes) -> dict:
     return content(expert_ffn=[ENTRY._asdict() | changes])
+
+
+def convolutions(**changes) -> dict:
+    return content(conv3x3=[CONVOLUTION._asdict() | changes])
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path: Path):
@@ -44,9 +59,9 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path):
 
 
 BAD = {
-    "no object": ([], "expected an object with device, capability, triton, expert_ffn, got list"),
+    "no object": ([], "expected an object with device, capability, triton, expert_ffn, conv3x3, got list"),
     "a field too few": ({"device": "x"}, "got device"),
-    "a field too many": (content(more=1), "got capability, device, expert_ffn, more, triton"),
+    "a field too many": (content(more=1), "got capability, conv3x3, device, expert_ffn, more, triton"),
     "a capability that is not supported": (content(capability=75), "capability: expected one of 80"),
     "a capability as text": (content(capability="90"), "capability: got '90'"),
     "entries that are none": (content(expert_ffn={}), "expert_ffn: got {}"),
@@ -56,6 +71,11 @@ BAD = {
     "tokens as truth value": (entries(tokens=True), "tokens: got True"),
     "a schedule that was removed": (entries(schedule="snap"), "schedule: expected one of dense, tile_list"),
     "tiles that are not shipped": (entries(rows=32), r"expected one of \[\(128, 256\), .*got \(32, 64\)"),
+    "a convolution of another type": (convolutions(dtype="int8"), r"conv3x3\[0\]: dtype: expected float32"),
+    "no images": (convolutions(images=0), r"conv3x3\[0\]: expected height, .* above 0"),
+    "an epilogue that is none": (convolutions(fused=2), "fused: expected 0 or 1, got 2"),
+    "pixels that are not shipped": (convolutions(pixels=256), r"pixels: expected one of \[0, 128, 64\], got 256"),
+    "a convolution twice": (content(conv3x3=[CONVOLUTION._asdict()] * 2), "conv3x3: expected one entry"),
     "a shape twice": (content(expert_ffn=[ENTRY._asdict()] * 2), "got several"),
 }
 
@@ -113,6 +133,62 @@ def test_a_table_of_another_gpu_is_refused(tmp_path: Path, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "tuned.json"))
     with pytest.raises(ValueError, match=r"was measured on NVIDIA A100, sm_80; this is .* sm_90"):
         launched(384)
+
+
+def tiles_of(images: int, fused: bool, channels: int = 320) -> int | None:
+    """Return the pixels of the tiles that the table has for a convolution; None where the library runs."""
+    with virtual_gpu(90):
+        x = torch.empty(images, 32, 32, channels, dtype=torch.bfloat16, device="cuda").permute(0, 3, 1, 2)
+        found = tuned_conv3x3(x, 160, fused)
+        return None if found is None else found.pixels
+
+
+@needs_virtual_gpu
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        pytest.param((8, False), 128, id="the shape of an entry"),
+        pytest.param((5, False), 128, id="less than twice as many images"),
+        pytest.param((40, False), 64, id="nearer to another entry"),
+        pytest.param((1, False), None, id="less than half: the library"),
+        pytest.param((8, True), None, id="the library was faster"),
+        pytest.param((8, False, 640), None, id="another shape"),
+    ],
+)
+def test_convolutions_take_the_nearest_entry(call: tuple, expected: int | None, tmp_path: Path, monkeypatch):
+    write_table(TABLE, tmp_path / "tuned.json")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "tuned.json"))
+    assert tiles_of(*call) == expected
+
+
+@needs_virtual_gpu
+def test_without_a_table_every_convolution_is_the_librarys(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    assert tiles_of(8, False) is None
+    with torch.no_grad(), virtual_gpu(90) as gpu:
+        x = torch.empty(8, 32, 32, 320, dtype=torch.bfloat16, device="cuda").permute(0, 3, 1, 2)
+        conv3x3(x, torch.empty(160, 320, 3, 3, dtype=torch.bfloat16, device="cuda"), None)
+        assert "_conv3x3" not in [launch.name for launch in gpu.launches]
+
+
+@needs_virtual_gpu
+def test_the_fastest_way_to_convolve_is_chosen(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    times, launched = iter([3.0, 2.0, 1.0, 1.0, 2.0, 3.0]), []
+    with torch.no_grad(), virtual_gpu(90) as gpu:
+
+        def time(run) -> float:
+            gpu.launches.clear()
+            run()
+            launched.append([launch.name for launch in gpu.launches if "conv" in launch.name or "add" in launch.name])
+            return next(times)
+
+        todo = [tune.ImageMap(images=2, side=8, inputs=320, outputs=160)]
+        found = list(tune.measure_convolutions(todo, torch.bfloat16, torch.device("cuda"), time))
+    own = ["_conv3x3"]
+    assert launched == [["aten.convolution"], own, own, ["aten.convolution", "_add_and_measure"], own, own]
+    sizes = ("bfloat16", 8, 8, 320, 160)
+    assert found == [ConvEntry(*sizes, 0, 2, 64, 1.0), ConvEntry(*sizes, 1, 2, 0, 1.0)]
 
 
 @needs_virtual_gpu

@@ -165,6 +165,14 @@ def _multiply_bytes(a: Arguments, _share: Share) -> Cost:
     return Cost(moved, 2 * rows * a["C"] * a["D"], torch.int8, tile=(a["BLOCK_T"], a["BLOCK_D"]))
 
 
+def _conv3x3(a: Arguments, _share: Share) -> Cost:
+    images, outputs, height, width = a["out_ptr"].shape
+    pixels = math.ceil(height * width / a["BLOCK_P"]) * a["BLOCK_P"]
+    columns = a["BLOCK_D"] + a["TAIL_D"]
+    flops = 2 * 9 * images * pixels * math.ceil(outputs / columns) * columns * a["C"]
+    return Cost(_bytes(a, "taps_tail"), flops, a["out_ptr"].dtype, tile=(a["BLOCK_P"], columns))
+
+
 def _linears(a: Arguments, _share: Share) -> Cost:
     weights, biases, x = a["weights"], a["biases"], a["x_ptr"]
     rows = math.ceil(a["R"] / a["BLOCK_R"]) * a["BLOCK_R"]
@@ -210,6 +218,7 @@ COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
     "_up": _up,
     "_down": _down,
     "_multiply_bytes": _multiply_bytes,
+    "_conv3x3": _conv3x3,
     "_linears": _linears,
     "_enlarge": _enlarge,
     "_convolve_and_add": _convolve_and_add,
