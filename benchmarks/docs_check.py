@@ -43,8 +43,7 @@ FILES = {
     "evaluation": "docs/evaluation/fashion-mnist-5000.json",
     "presets": "docs/evaluation/fashion-mnist-presets-avx2.json",
     "int8": "docs/evaluation/fashion-mnist-int8.json",
-    "presets-int8": "docs/evaluation/fashion-mnist-presets-int8.json",
-    "seeds": "docs/evaluation/fashion-mnist-5-seeds.json",
+    "all": "docs/evaluation/fashion-mnist-all.json",
     "text": "docs/evaluation/fashion-mnist-text.json",
 }
 SPAN = re.compile(r"(<!-- (rows?|output) (.*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
