@@ -46,6 +46,7 @@ FILES = {
     "presets-int8": "docs/evaluation/fashion-mnist-presets-int8.json",
     "seeds": "docs/evaluation/fashion-mnist-5-seeds.json",
     "text": "docs/evaluation/fashion-mnist-text.json",
+    "text-pairs": "docs/evaluation/fashion-mnist-text-pairs.json",
 }
 SPAN = re.compile(r"(<!-- (rows?|output) (.*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
