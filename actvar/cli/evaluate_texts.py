@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from actvar.cli.options import sampler_of, write_json
+from actvar.cli.options import sampler_of, usable_device, write_json
 from actvar.cli.sample_infinity import load_to_sample_texts, request_of_texts, title_of, use_default_prompts
 from actvar.reports.method_sheet import save_method_sheet
 from actvar.utils.devices import device_of
@@ -38,7 +38,8 @@ def run_texts(options: argparse.Namespace) -> None:
     use_default_prompts(options)
     sampling = replace(request_of_texts(options, at_once=False), seed=options.seed)
     batch = options.batch or 1
-    methods = chosen_methods(options.methods, text_methods(len(sampling.schedule), batch, options.model))
+    device = usable_device(options.device)
+    methods = chosen_methods(options.methods, text_methods(len(sampling.schedule), batch, options.model, device))
     how = TextEvaluation(
         sampling, options.num or len(sampling.prompts), options.seeds, batch, options.rounds, sampler_of(options)
     )

@@ -29,6 +29,7 @@ from actvar.zoo.pretrained import (
     load_pretrained,
     preset_path,
 )
+from actvar_kernels.backend import triton_installed
 from actvar_kernels.cpu_backend import brgemm
 
 logger = logging.getLogger(__name__)
@@ -63,12 +64,12 @@ def methods_of(model: str | None = None, **placement: Any) -> dict[str, Method]:
     """Return all methods by name.
 
     CoDe is left out, with a logged warning, while a bundled model has no small one, and so are methods in eight bits
-    where the processor has no products of bytes.
+    where the device of the models has no products of bytes.
 
     Args:
         model: name of a bundled model, whose adapters, presets with files, and trained baselines are methods too; None
             for the methods that any VAR has.
-        placement: device and dtype of the small model, for `load_pretrained`.
+        placement: device and dtype of the models, for `load_pretrained`; the CPU without a device.
     """
     found = [Method("dense", unpatched), Method("accelerated", lambda var: patched_silently(var, DENSE, None))]
     if model:
@@ -90,17 +91,19 @@ def methods_of(model: str | None = None, **placement: Any) -> dict[str, Method]:
             logger.warning("code is left out: it needs a smaller model of the same autoencoder: %s", error)
         else:
             found += [code(small, count) for count in COUNTS]
-    return by_name([*found, INT8])
+    return by_name([*found, INT8], placement.get("device", "cpu"))
 
 
 INT8 = Method("int8", lambda model: patched_silently(model, DENSE, None, Execution(weights="int8")))
 
 
-def by_name(methods: Sequence[Method]) -> dict[str, Method]:
-    """Return methods by name, without those in eight bits where these do not run, which is logged."""
-    if brgemm.runs(torch.int8):
+def by_name(methods: Sequence[Method], device: torch.device | str) -> dict[str, Method]:
+    """Return methods by name, without those in eight bits where a model on `device` has none, which is logged."""
+    on_gpu = torch.device(device).type == "cuda"
+    if triton_installed() if on_gpu else brgemm.runs(torch.int8):
         return {method.name: method for method in methods}
-    logger.warning("methods in eight bits are left out: this processor has no products of bytes")
+    missing = "the package triton is not there" if on_gpu else "this processor has no products of bytes"
+    logger.warning("methods in eight bits are left out: %s", missing)
     return {method.name: method for method in methods if not method.name.endswith("int8")}
 
 

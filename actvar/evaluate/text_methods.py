@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 
+import torch
+
 from actvar import baselines
 from actvar.baselines.fastvar import PUBLIC_INFINITY
 from actvar.baselines.skipvar import DECIDED_AFTER
@@ -19,13 +21,16 @@ RATES = (0.75, 0.5)
 LEFT_OUT, UNGUIDED = (1, 2), (1, 2, 3)
 
 
-def text_methods(scales: int, batch: int, model: str | None = None) -> dict[str, Method]:
+def text_methods(
+    scales: int, batch: int, model: str | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Method]:
     """Return all methods by name; those that do not fit are left out, with a logged warning.
 
     Args:
         scales: number of scales of the images, at least two.
         batch: images per batch.
         model: name of a bundled model, whose adapters and presets are methods too; None for another one.
+        device: where it is.
     """
     found = [
         Method("dense", unpatched),
@@ -51,4 +56,4 @@ def text_methods(scales: int, batch: int, model: str | None = None) -> dict[str,
         logger.warning("skipvar is left out: expected at least %d scales, got %d", 1 - DECIDED_AFTER, scales)
     else:
         found.append(Method("skipvar", baselines.skipvar))
-    return by_name([*found, INT8])
+    return by_name([*found, INT8], device)

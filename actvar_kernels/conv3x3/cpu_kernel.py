@@ -58,8 +58,11 @@ def conv3x3(
     def pack() -> torch.Tensor:
         """Return the transformed weight in panels, flat."""
         transform = _weight_transform(outputs)
-        by_position = torch.einsum("ai,dcij,bj->abcd", transform, weight.detach().double(), transform)
-        return cpu.panels(by_position.flatten(0, 1).to(factors), layout).flatten()
+        by_position = [
+            torch.einsum("ai,dcij,bj->abcd", transform, part.double(), transform).flatten(0, 1).to(factors)
+            for part in weight.detach().split(64)  # since there are four times as many numbers, of 8 bytes
+        ]
+        return cpu.panels(torch.cat(by_position, dim=2), layout).flatten()
 
     copy = packed((weight,), ("winograd", outputs, factors, isa), pack)
     bias = cpu.padded(bias.detach().float(), layout.lanes)

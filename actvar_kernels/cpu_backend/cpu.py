@@ -142,12 +142,15 @@ def panels(weight: torch.Tensor, layout: Layout) -> torch.Tensor:
         weight: `[N, K, columns]`, one of `DTYPES` or int8.
         layout: how weights are packed.
     """
-    step, missing = layout.step, (-weight.shape[2] % layout.lanes, -weight.shape[1] % layout.step)
+    missing = -weight.shape[2] % layout.lanes, -weight.shape[1] % layout.step
     weight = F.pad(weight, (0, missing[0], 0, missing[1])) if any(missing) else weight
-    columns = weight.split(layout.lanes * layout.vectors, dim=2)
-    if step > 1:
-        columns = [c.unflatten(1, (-1, step)).transpose(2, 3) for c in columns]
-    return memory.kept(torch.cat([c.flatten(1) for c in columns], dim=1))
+    N, K, columns = weight.shape
+    out, begin = memory.empty_for_long((N, K * columns), weight.dtype), 0
+    for panel in weight.split(layout.lanes * layout.vectors, dim=2):  # no copy lies between weight and panels
+        rows = panel.unflatten(1, (-1, layout.step)).transpose(2, 3)  # [N, K / step, columns, step]
+        out[:, begin : begin + K * panel.shape[2]].view(rows.shape).copy_(rows)
+        begin += K * panel.shape[2]
+    return out
 
 
 def padded(vector: torch.Tensor, lanes: int) -> torch.Tensor:

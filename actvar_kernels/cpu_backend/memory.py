@@ -46,19 +46,20 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return _tensor(memory, shape, dtype)
 
 
-def kept(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous copy that is kept for long, such as weights, in huge pages as those of `empty`.
+def empty_for_long(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor without values that is kept for long, such as weights, in huge pages as those of `empty`.
 
     With smaller pages the processor looks up hundreds of addresses for each layer at every step.
 
     Args:
-        tensor: of any shape and dtype, on the CPU.
+        shape: sizes of the tensor.
+        dtype: type of its numbers.
     """
-    size = tensor.numel() * tensor.element_size()
+    size = math.prod(shape) * dtype.itemsize
     block = _new(size) if _is_large(size) else None
     if block is None:
-        return tensor.contiguous()
-    return _tensor(memoryview(block), tuple(tensor.shape), tensor.dtype).copy_(tensor)
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return _tensor(memoryview(block), shape, dtype)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.cpu_backend.packing import packed
 from actvar_kernels.expert_ffn.weights import FFNWeights
-from actvar_kernels.linear.cpu_brgemm import PackedWeight, pack
+from actvar_kernels.linear.cpu_brgemm import PackedWeight, column_sums, pack
 from actvar_kernels.linear.quantized import quantized_weight
 
 WIDTH = brgemm.LAYOUTS[torch.int8].lanes
@@ -80,7 +80,7 @@ def _packed(weights: FFNWeights, groups: int, dtype: torch.dtype) -> Packed:
     down = F.pad(down, (0, 0, 0, -down.shape[1] % WIDTH))
     second = pack(down.flatten(0, 1).unsqueeze(0), scales[1])
     if dtype == torch.int8:
-        offsets = 128 * down.sum(1, dtype=torch.int32)  # those of experts that are off are not subtracted
+        offsets = 128 * column_sums(down)  # those of experts that are off are not subtracted
         second = second._replace(offsets=cpu.padded(offsets, WIDTH))
     bias1, bias2 = weights.fc1_bias.float().view(groups, -1), weights.fc2_bias.float()
     return Packed(pack(up, scales[0]), cpu.padded(bias1, WIDTH), second, cpu.padded(bias2, WIDTH))

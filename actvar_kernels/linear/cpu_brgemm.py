@@ -84,8 +84,14 @@ def pack(matrices: torch.Tensor, scales: torch.Tensor | None) -> PackedWeight:
     panels = cpu.panels(matrices, layout)
     if scales is None:
         return PackedWeight(panels, None, None)
-    offsets = 128 * matrices.sum(1, dtype=torch.int32)
+    offsets = 128 * column_sums(matrices)
     return PackedWeight(panels, cpu.padded(scales, layout.lanes), cpu.padded(offsets, layout.lanes))
+
+
+def column_sums(matrices: torch.Tensor) -> torch.Tensor:
+    """Return int32 sums `[N, columns]` of int8 `[N, K, columns]`; PyTorch widens what it sums, so in parts."""
+    columns = max(1, 2**18 // (matrices.shape[0] * matrices.shape[1]))
+    return torch.cat([part.sum(1, dtype=torch.int32) for part in matrices.split(columns, dim=2)], dim=1)
 
 
 @functools.cache

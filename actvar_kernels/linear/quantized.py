@@ -29,8 +29,12 @@ def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def quantized_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `quantized` returns for `weight` `[D, C]`, in parts whose copies in float32 stay small."""
-    parts = [quantized(part) for part in weight.split(256)]
-    return torch.cat([rows for rows, _ in parts]), torch.cat([scales for _, scales in parts])
+    found = weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight), 1, dtype=torch.float32)
+    rows = max(1, 2**18 // weight.shape[1])
+    for part, *results in zip(weight.split(rows), *(result.split(rows) for result in found), strict=True):
+        for result, numbers in zip(results, quantized(part), strict=True):
+            result.copy_(numbers)
+    return found
 
 
 def quantized_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

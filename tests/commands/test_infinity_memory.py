@@ -15,6 +15,7 @@ from actvar.models.infinity.build import OFFICIAL_SIZES
 from actvar.reports.infinity.memory import CALIBRATED, calibration_bytes, decoder_bytes, memory_by_part
 from actvar.sampling.token_maps import sampled_inputs
 from actvar.utils.live_memory import peak_live_bytes
+from actvar_kernels.linear.quantized import quantized_weight
 
 WITHOUT_LAST, ALL, PUBLIC = "K/V without the last scale's", "K/V of all scales", "K/V as the public code keeps them"
 SCHEDULE = scale_schedule(1.0, "0.06M")
@@ -77,6 +78,17 @@ def test_weights_are_those_of_a_model_in_bfloat16():
     assert memory["weights of the blocks"] == in_blocks
     assert memory["other weights of the transformer"] == sum(p.nbytes for p in infinity.parameters()) - in_blocks
     assert memory["weights of the tokenizer"] == sum(p.nbytes for p in tokenizer.parameters())
+
+
+def test_eight_bits_keep_a_byte_a_number_and_the_scales_beside_the_weights():
+    _, infinity = tiny_infinity()
+    layers = [
+        layer
+        for block in infinity.unregistered_blocks
+        for layer in (block.sa.mat_qkv, block.sa.proj, block.ffn.fc1, block.ffn.fc2)
+    ]
+    kept = sum(part.nbytes for layer in layers for part in quantized_weight(layer.weight))
+    assert memory_by_part(meta_copy(), TINY_SCHEDULE, 1, 5)["their copies in eight bits, with int8"] == kept
 
 
 def test_activations_are_the_residual_stream_and_the_operands_of_the_ffn():

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from actvar_kernels import expert_ffn, linear
 from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.expert_ffn import cpu_brgemm, reference
 from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.linear import cpu_brgemm as linear_brgemm
-from actvar_kernels.linear.quantized import quantized_linear
+from actvar_kernels.linear.quantized import quantized_linear, quantized_weight
 
 ISAS = range(cpu.best_isa() + 1) if cpu.why_unavailable() is None else ()
 DTYPES = cpu.DTYPES
@@ -233,6 +235,29 @@ def test_packed_bytes_take_half_of_the_memory_of_bfloat16():
     weight = normal(256, 128)
     copy = linear_brgemm.pack(weight.t().unsqueeze(0).to(torch.int8), torch.ones(256))
     assert copy.panels.nbytes == weight.bfloat16().nbytes / 2
+
+
+class Outputs(TorchDispatchMode):
+    """Note bytes and dtypes of what operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, torch.dtype]] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        self.found += [(part.nbytes, part.dtype) for part in tree_leaves(result) if isinstance(part, torch.Tensor)]
+        return result
+
+
+@needs_bytes
+def test_weights_are_packed_in_bytes_without_a_wider_copy_of_all():
+    weight = normal(3072, 1024)
+    with Outputs() as outputs:
+        rows, scales = quantized_weight(weight)
+        linear_brgemm.pack(rows.t().unsqueeze(0), scales.flatten())
+    wider = [size for size, dtype in outputs.found if dtype in (torch.float32, torch.int32)]
+    assert 0 < max(wider) <= 2**20
 
 
 @needs_bytes

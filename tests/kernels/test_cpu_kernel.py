@@ -15,6 +15,8 @@ from support.helpers import make_tiny_var, sample
 
 from actvar import ActVARConfig, accelerate, apply_patch, load_pretrained, remove_patch
 from actvar.config import DENSE
+from actvar.families import family_of
+from actvar.utils.wrappers import unwrapped
 from actvar_kernels import BackendUnavailableError, expert_ffn, linear, linear_once, select_tokens
 from actvar_kernels.backend import using_backend
 from actvar_kernels.cpu_backend import cpu, packing
@@ -286,6 +288,26 @@ def test_the_bundled_model_draws_the_reference_tokens():
             _, var = load_pretrained("fashion-mnist", adapter="paper")
             images[backend] = var.autoregressive_infer_cfg(10, torch.arange(10), g_seed=0)
     torch.testing.assert_close(images["cpu"], images["reference"], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_bundled_model_errs_no_more_in_cpp_than_by_pytorch(dtype):
+    labels, generator = torch.tensor([3, 7]), torch.Generator().manual_seed(0)
+
+    def logits(dtype: torch.dtype, backend: str) -> torch.Tensor:
+        _, var = load_pretrained("fashion-mnist")
+        accelerate(var.to(dtype))
+        family = family_of(var)
+        found = family.scale_logits(unwrapped(var), labels, family.teacher_input(var, labels, maps))
+        with using_backend(backend):
+            return torch.cat([logits for _, logits in found], dim=1).double()
+
+    _, var = load_pretrained("fashion-mnist")
+    maps = torch.randint(var.V, (2, sum(side * side for side in var.patch_nums)), generator=generator)
+    exact = logits(torch.float64, "reference")
+    in_cpp, by_pytorch = ((logits(dtype, backend) - exact).norm() for backend in ("cpu", "reference"))
+    assert 0 < in_cpp <= 1.1 * by_pytorch
 
 
 @pytest.mark.parametrize("forced", [False, True])

@@ -13,7 +13,7 @@ import torch
 
 from actvar import accelerate, load_pretrained, release_cache
 from actvar_kernels.cpu_backend import memory
-from actvar_kernels.cpu_backend.memory import HUGE_PAGE, empty, kept, release, reused_memory
+from actvar_kernels.cpu_backend.memory import HUGE_PAGE, empty, empty_for_long, release, reused_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
 MIB = 2**20
@@ -58,7 +58,7 @@ def test_a_copy_for_long_takes_no_memory_that_is_to_be_used_again(size):
     with reused_memory():
         place = empty((3 * MIB,), torch.float32).data_ptr()
         source = torch.arange(2 * size, dtype=torch.float32)[::2]
-        copy = kept(source)
+        copy = empty_for_long(tuple(source.shape), source.dtype).copy_(source)
         assert copy.data_ptr() != place
         assert torch.equal(copy, source)
         assert copy.is_contiguous()
@@ -151,7 +151,7 @@ def test_where_the_system_has_no_huge_pages_or_no_such_memory_tensors_are_made_a
     monkeypatch.setattr(mmap, "mmap", Limited)
     with reused_memory() if reuses else nullcontext():
         first = empty((3, MIB), torch.float32).fill_(1)
-        second = kept(torch.full((2 * MIB,), 2.0)[::2])
+        second = empty_for_long((MIB,), torch.float32).fill_(2)
         third = empty((MIB,), torch.bfloat16).fill_(3)
     for value, tensor in zip((1, 2, 3), (first, second, third), strict=True):
         assert (tensor == value).all()

@@ -12,12 +12,14 @@ from torch import nn
 
 import actvar
 from actvar.config import DENSE
+from actvar.evaluate import methods as methods_module
 from actvar.evaluate.methods import Method, chosen_methods, methods_of
 from actvar.evaluate.precision_recall import precision_recall, radii
 from actvar.evaluate.predictions import DensePredictions
 from actvar.evaluate.quality import ImageQuality, RealImages, real_images
 from actvar.evaluate.report import Mean, Report, save_quality_plot
 from actvar.evaluate.run import Evaluation, Result, evaluate, image_seconds
+from actvar.evaluate.text_methods import text_methods
 from actvar.patching.patch import patched_silently, unpatched
 from actvar.utils.parts import Parts
 from actvar.zoo import load_feature_network, pretrained
@@ -270,6 +272,16 @@ def test_unknown_methods_list_the_known_ones(tmp_path):
         chosen_methods("dense,tom", methods_of())
     with pytest.raises(FileNotFoundError, match="no such adapter"):
         chosen_methods(str(tmp_path / "none.safetensors"), methods_of())
+
+
+@pytest.mark.parametrize(("device", "has_bytes"), [("cpu", True), ("cpu", False), ("cuda", True), ("cuda:1", False)])
+def test_methods_in_eight_bits_are_those_of_the_device_of_the_model(monkeypatch, caplog, device, has_bytes):
+    on_cpu = device == "cpu"
+    monkeypatch.setattr(methods_module.brgemm, "runs", lambda dtype: has_bytes is on_cpu)
+    monkeypatch.setattr(methods_module, "triton_installed", lambda: has_bytes is not on_cpu)
+    assert ("int8" in methods_of(device=device)) is has_bytes
+    assert ("int8" in text_methods(5, 1, device=device)) is has_bytes
+    assert ("methods in eight bits are left out" in caplog.text) is not has_bytes
 
 
 def test_families_adapters_and_their_parts_are_methods(tiny_var, tmp_path):
