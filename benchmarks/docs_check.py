@@ -45,6 +45,7 @@ FILES = {
     "int8": "docs/evaluation/fashion-mnist-int8.json",
     "all": "docs/evaluation/fashion-mnist-all.json",
     "text": "docs/evaluation/fashion-mnist-text.json",
+    "text-pairs": "docs/evaluation/fashion-mnist-text-pairs.json",
 }
 SPAN = re.compile(r"(<!-- (rows?|output) (.*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
