@@ -21,7 +21,7 @@ from support.small_libraries import (
     script,
 )
 
-from actvar_kernels.cpu_backend import building, cpu
+from actvar_kernels.cpu_backend import brgemm, building, cpu
 from actvar_kernels.cpu_backend.building import BuildError, load
 from actvar_kernels.token_draw import cpu_kernel
 
@@ -242,7 +242,7 @@ def test_where_a_file_system_has_no_locks_it_is_built_without(compiled_cache, tm
 def forgotten(monkeypatch):
     """Let the kernels' libraries be looked for again, in the test and after it."""
     caches = (cpu.why_unavailable, cpu.available, cpu.library, cpu_kernel._why_not_loaded, cpu_kernel._loads)
-    caches += (cpu_kernel.library,)
+    caches += (cpu_kernel.library, brgemm.library, brgemm.runs)
     kernels = [module for name, module in sys.modules.items() if name.startswith("actvar_kernels.")]
     caches += tuple(module._library for module in kernels if hasattr(getattr(module, "_library", None), "cache_clear"))
     for cached in caches:

@@ -12,14 +12,16 @@ import pytest
 import torch
 from support.verify_runs import LAST, exit_code, report_of, tiny, write_model
 
+import actvar.families.var_layers
 import actvar.families.var_mixin
+import actvar.models.quantizer
 import actvar.patching.patch
 import actvar.sparse.block
 import actvar.sparse.selection
 import actvar_kernels
 from actvar.verify.comparisons import CALLERS
 from actvar.verify.operations import OPERATIONS
-from actvar_kernels import backend, get_backend, normalize_modulate
+from actvar_kernels import add_codes, backend, get_backend, linears, normalize_modulate
 from actvar_kernels.backend import using_backend
 from actvar_kernels.cpu_backend import cpu
 
@@ -144,7 +146,12 @@ def break_backend(monkeypatch) -> Callable[[str, Callable], Callable]:
             for name in OPERATIONS:
                 if hasattr(caller, name):
                     monkeypatch.setattr(caller, name, as_triton(getattr(caller, name)))
-        monkeypatch.setattr(actvar.families.var_mixin, "normalize_modulate", as_triton(normalize_modulate))
+        for caller, operation in (
+            (actvar.families.var_mixin, normalize_modulate),
+            (actvar.families.var_layers, linears),
+            (actvar.models.quantizer, add_codes),
+        ):
+            monkeypatch.setattr(caller, operation.__name__, as_triton(operation))
 
         def load(dtype: torch.dtype) -> torch.nn.Module:
             var = tiny(dtype)
