@@ -25,6 +25,7 @@ NOT_RUN = {
     r"mine\.safetensors|gpu\.json": "it reads a file that the reader made",
     r"ACTVAR_PUBLIC_(VAR|INFINITY)": "it needs the public code, which is a download",
     r"actvar_kernels\.tools\.tune": "it needs a GPU",
+    r"test_aarch64": "it needs a cross-compiler and an emulator",
     r"actvar demo": "it serves a page until Ctrl-C",
     r"actvar bench": "it measures time, and its exit code is that of the measurement",
     r"ACTVAR_TUNED=table": "it reads a table that actvar bench wrote",

@@ -192,7 +192,8 @@ def test_single_garments_of_the_bundled_model_are_judged_by_both_networks(tmp_pa
     assert [entry["fid"] for entry in found["methods"].values()] == [1, 2]
     assert {"psnr", "ssim", "distance_lite0", "fid_lite0"} <= found["methods"]["unguided@1"].keys()
     assert seen == [(20, 1, 32, 32)] * 2
-    main([*call, "--num", "2", "--aspect", "2:1"])
+    (tmp_path / "prompts.txt").write_text("a sandal and a dress\na dark coat and a bag", "utf-8")
+    main([*call, "--num", "2"])
     assert "fid" not in json.loads((tmp_path / "found.json").read_text())["methods"]["dense"]
     assert "FID is left out: expected at least 20 images of one garment each" in caplog.text
 
