@@ -60,7 +60,7 @@ def test_models_lists_presets_and_adapters(capsys):
         "fashion-mnist",
         "  size:      6 blocks, width 192, 10 classes",
         "  classes:   T-shirt, trousers, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot",
-        "  presets:   lossless, fast, near",
+        "  presets:   lossless, fast, fastest, near",
     ]
     main(["models", "--json"])
     found = json.loads(capsys.readouterr().out)
