@@ -168,13 +168,12 @@ def plan(
     here = {"batch": batch, "repeats": repeats, "first": first, "ways": ways, "guidance": guides}
     here |= {"dtype": str(next(model.parameters()).dtype), "machine": processor(), "threads": torch.get_num_threads()}
 
-    def times_of(execution: Execution) -> SampleTimes:
-        def measure() -> list:
-            return measured_times(model, execution, timed, cfg, first, guides, ways, repeats).as_lists()
+    def measure() -> list:
+        found = measured_times(model, executions, timed, cfg, first, guides, ways, repeats)
+        return [of_execution.as_lists() for of_execution in found]
 
-        return SampleTimes.from_lists(kept.part("times", here | asdict(execution), measure))
-
-    times = [times_of(each) for each in executions]
+    here["executions"] = list(map(asdict, executions))
+    times = [SampleTimes.from_lists(lists) for lists in kept.part("times", here, measure)]
     if adapter is None:
         sensitivity = kept.sensitivity(lambda: divergence_per_block(model, base, *held_out_samples(batches)))
         unguided, unpredicted = dense.divergences_without_guidance(), dense.divergences_from_uniform

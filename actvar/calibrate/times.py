@@ -99,21 +99,22 @@ class SampleTimes(NamedTuple):
 
 def measured_times(
     var: nn.Module,
-    execution: Execution,
+    executions: Sequence[Execution],
     conditions: Conditions,
     cfg: float,
     first: int,
     drops_guidance: bool,
     ways: Sequence[bool],
     repeats: int,
-) -> SampleTimes:
-    """Measure the times of a patched model, whose configuration and Execution are put back.
+) -> list[SampleTimes]:
+    """Measure the times of a patched model by Execution; its configuration and Execution are put back.
 
-    Each sample has the same rates in every block and in all scales from `first` on.
+    Each sample has the same rates in every block and in all scales from `first` on. All are timed in turn, so that a
+    machine that gets slower or faster does so for all of them.
 
     Args:
         var: the model, with fitted gates.
-        execution: how it is run.
+        executions: the ways to run it.
         conditions: of the images of a sample.
         cfg: strength of the guidance.
         first: number of the first scale that may change.
@@ -142,10 +143,22 @@ def measured_times(
     if drops_guidance:
         kinds |= {kind._replace(guided=False) for kind in kinds}
     try:
-        setups = {kind: (config_of(kind), execution) for kind in sorted(kinds, reverse=True)}
+        setups = {
+            (number, kind): (config_of(kind), execution)
+            for kind in sorted(kinds, reverse=True)
+            for number, execution in enumerate(executions)
+        }
         laps = sample_laps(model, setups, conditions, cfg, repeats)
     finally:
         reconfigure(model, before, state.execution)
+    return [
+        _times_of({kind: runs for (of, kind), runs in laps.items() if of == number}, scales, drops_guidance)
+        for number in range(len(executions))
+    ]
+
+
+def _times_of(laps: Mapping[_Kind, list[list[float]]], scales: Iterable[int], drops_guidance: bool) -> SampleTimes:
+    """Return the times of the samples of one Execution."""
     medians = {kind: [statistics.median(lap) for lap in zip(*runs, strict=True)] for kind, runs in laps.items()}
 
     def times_of(guided: bool, scale: int) -> ScaleTimes:

@@ -53,7 +53,7 @@ def test_a_preset_is_a_divergence_in_proportion_to_that_of_the_uniform_distribut
     def times(*_):
         shares = 3 * [[2.0, 1.6, 1.2]]
         scales = {(guided, scale): ScaleTimes(*shares) for guided in (True, False) for scale in range(1, 4)}
-        return SampleTimes(8.0, scales)
+        return [SampleTimes(8.0, scales)]
 
     monkeypatch.setattr("actvar.calibrate.plan.measured_times", times)
     options = ["--prompt", "a cat", "--levers", "tokens,experts", "--repeats", "1", "--batch", "1", "--samples", "4"]

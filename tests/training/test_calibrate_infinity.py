@@ -119,7 +119,7 @@ def test_a_plan_takes_tokens_experts_and_guidance_by_their_times(monkeypatch):
             for guided, rows in ((True, 2.0), (False, 1.0))
             for scale in (1, 2)
         }
-        return SampleTimes(8.0, of_scale)
+        return [SampleTimes(8.0, of_scale)]
 
     monkeypatch.setattr("actvar.calibrate.plan.measured_times", times)
     _, infinity = tiny_infinity()
