@@ -159,7 +159,7 @@ def distill(
         raise ValueError("stage 2 trains the weights for given selectors and routers: give the adapter of stage 1")
     if how.stage == 1 and how.recipe.calibrated:
         return _calibrate(var, config, source, how, out)
-    if how.recipe.losses == ("guided",):
+    if "guided" in how.recipe.losses and config.guidance_until is not None:
         config = replace(config, guidance_strength=how.cfg)
     folder = out.with_suffix(".training")
     plan = how.plan(len(source.conditions), folder)

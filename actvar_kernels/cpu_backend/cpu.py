@@ -20,7 +20,7 @@ HEADERS = (*sorted(FOLDER.glob("*.h")), *sorted(FOLDER.parent.glob("*/cpu_*.h"))
 FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes")
 LIBRARY = Library("actvar_cpu", "the C++ kernels", "about a minute", SOURCES, HEADERS, FLAGS, "isa_name")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels take, in the order of FOR_EVERY_KIND in isa.h."""
+"""Name what the kernels take, in the order of FOR_EVERY_KIND in isa.h."""
 TAKEN = "float32, bfloat16 and float16"
 MOST = 2**30  # sizes and their sums are 32-bit integers in C++, offsets 64-bit ones
 

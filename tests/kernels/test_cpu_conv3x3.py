@@ -97,7 +97,7 @@ def winograd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, points: 
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_instruction_set_errs_at_most_four_times_as_much_as_pytorch(shape, dtype, outputs, isa):
-    """By small tiles beside a direct convolution, by large ones, which err more, beside the same algorithm.
+    """Compare small tiles with a direct convolution, and large ones, which err more, with the same algorithm.
 
     Both convolve float16 in float32.
     """
