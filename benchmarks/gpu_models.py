@@ -15,6 +15,8 @@ from actvar.config import DENSE
 from actvar.models.public_code import public_classes, public_twin
 from actvar.patching.patch import patched_silently
 from actvar.sparse.block import ActVARBlock
+from actvar_kernels.backend import why_not_in_eight_bits
+from actvar_kernels.constants import FORMATS
 from benchmarks.sampling import autocast, model
 
 EXECUTION = Execution(sampler="fast", decoder_dtype="bfloat16", cuda_graph=False)  # `GraphedSampling` has its own
@@ -53,7 +55,7 @@ def model_times(name: str, batch: int, public_folder: Path | None) -> Iterator[d
             yield row("public code", sample_eager_ms=eager(public))
         del public
     var.to(torch.bfloat16)
-    for way, (config, execution) in PATCHES.items():
+    for way, (config, execution) in (PATCHES | _in_eight_bits(torch.device("cuda"))).items():
         with patched_silently(var, config, None, execution):
             of_eager = eager(var)
             with recorded_blocks(var) as events:
@@ -67,6 +69,16 @@ def model_times(name: str, batch: int, public_folder: Path | None) -> Iterator[d
                 del sample
             times = dict(sample_eager_ms=of_eager, sample_graph_ms=of_graph, blocks_graph_ms=blocks, kernels=kernels)
             yield row(way, graph_is_eager=is_eager, **times)
+
+
+def _in_eight_bits(device: torch.device) -> dict[str, tuple[ActVARConfig, Execution]]:
+    """Return the ways with products in the formats of eight bits that the GPU has."""
+    formats = [name for name, dtype in FORMATS.items() if why_not_in_eight_bits(dtype, device) is None]
+    return {
+        f"{way} {name}": (PATCHES[way][0], replace(EXECUTION, weights=name))
+        for way in ("dense", "ActVAR")
+        for name in formats
+    }
 
 
 @contextmanager
