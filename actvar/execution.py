@@ -93,7 +93,7 @@ class Execution:
         by_block = self.weights if isinstance(self.weights, tuple) else blocks * (self.weights,)
         if len(by_block) != blocks:
             raise ValueError(f"weights: the model has {blocks} blocks, got {len(by_block)} of them")
-        return tuple(None if weights is None else FORMATS[weights] for weights in by_block)
+        return tuple(FORMATS[weights] if isinstance(weights, str) else None for weights in by_block)
 
     def to_json(self) -> str:
         """Return all fields as the text of a JSON object."""

@@ -103,7 +103,7 @@ EIGHT_BITS = [_dense_in(weights) for weights in FORMATS]
 
 
 def by_name(methods: Sequence[Method], device: torch.device | str) -> dict[str, Method]:
-    """Return methods by name, without those in a format of eight bits that does not run on `device`, which is logged."""
+    """Return methods by name, without those in a format that `device` does not multiply, which is logged."""
     found = {method.name: method for method in methods}
     for name, quantized in FORMATS.items():
         missing = why_not_in_eight_bits(quantized, torch.device(device))

@@ -24,9 +24,9 @@ def quantized_ffn(block: Any, u: torch.Tensor | ByteRows) -> torch.Tensor:
     experts, quantized = block.actvar.shared.config.num_experts, block.actvar.quantized
     weights = block.actvar.family.ffn_weights(block)
     if isinstance(u, ByteRows) or choose_fused(u).fuses_residual:
-        return static_ffn(u, experts, experts, *weights, quantized)
+        return static_ffn(u, experts, experts, *weights, quantized=quantized)
     every = u.new_ones(*u.shape[:-1], experts, dtype=torch.bool)
-    return expert_ffn(u, every, experts, *weights, quantized)
+    return expert_ffn(u, every, experts, *weights, quantized=quantized)
 
 
 def first_experts(block: Any, u: torch.Tensor | ByteRows, scale: Scale) -> torch.Tensor:

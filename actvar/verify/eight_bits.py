@@ -79,7 +79,7 @@ def _distances(weights: Any, generator: torch.Generator, backend: str, quantized
     u = _rows(weights[0], generator)
     mask = (torch.rand(ROWS, experts, generator=generator) < 0.75).to(u.device)
     exact = reference.expert_ffn(u.double(), mask, *(weight.double() for weight in weights))
-    due = reference.quantized_expert_ffn(u, mask, *weights, quantized).double()
+    due = reference.quantized_expert_ffn(u, mask, *weights, quantized=quantized).double()
     with using_backend(backend):
-        found = expert_ffn(u, mask, max(1, experts - 1), *weights, quantized).double()
+        found = expert_ffn(u, mask, max(1, experts - 1), *weights, quantized=quantized).double()
     return (found - due).norm().item(), MOST_APART * (due - exact).norm().item()

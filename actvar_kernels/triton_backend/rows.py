@@ -12,6 +12,8 @@ _EPS = tl.constexpr(NORM_EPS)
 _LOWEST = tl.constexpr(-(2**31))
 _HIGHEST = tl.constexpr(2**31 - 1)
 _HALF_TO_EVEN = tl.constexpr(1.5 * 2**23)
+_LARGEST_INT8 = tl.constexpr(127.0)
+_LARGEST_E4M3 = tl.constexpr(448.0)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -55,7 +57,7 @@ def row_bytes(x, values_ptr):
     Without fused sums every number is that of the reference.
     """
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # NaN is above infinity, and infinity above all numbers
-    MOST: tl.constexpr = 127.0 if values_ptr.dtype.element_ty == tl.int8 else 448.0
+    MOST: tl.constexpr = _LARGEST_INT8 if values_ptr.dtype.element_ty == tl.int8 else _LARGEST_E4M3
     scale = tl.div_rn(tl.max(bits, axis=1).to(tl.float32, bitcast=True), MOST)
     divides = (scale > 0) & (scale < float("inf"))
     quotient = tl.div_rn(x, tl.where(divides, scale, 1.0)[:, None])

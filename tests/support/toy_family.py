@@ -366,8 +366,7 @@ class ToyFamily(BaseFamily):
         _call: BlockCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         attention = block.self_attention
-        quantized = block.actvar.quantized
-        if quantized is not None:
+        if (quantized := block.actvar.quantized) is not None:
             ours, theirs = (linear(rows, attention.into.weight, bias, quantized) for rows in (queries_from, keys_from))
             parts = ours.chunk(3, dim=-1)[0], *theirs.chunk(3, dim=-1)[1:]
             q, k, v = (attention.split(part) for part in parts)
@@ -382,8 +381,7 @@ class ToyFamily(BaseFamily):
         return block.self_attention.scale
 
     def attention_output(self, block: nn.Module, out: Tensor) -> Tensor:
-        layer = block.self_attention.out
-        quantized = block.actvar.quantized
+        layer, quantized = block.self_attention.out, block.actvar.quantized
         return layer(out) if quantized is None else linear(out, layer.weight, layer.bias, quantized)
 
     def between_norm(self, block: nn.Module, rows: int) -> AdaLN:
