@@ -34,8 +34,11 @@ from benchmarks.operations import allowed_error, operations
 
 SECTIONS = ("numerics", "graphs", "models", "convolutions", "times")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MOST_APART = 0.02
-"""Most that layers in fp8 may differ from the reference, as a part of the reference's own error."""
+MOST_APART = 0.1
+"""Most that layers in fp8 may differ from the reference, as a part of the reference's own error.
+
+The tensor cores of sm_90 keep about 14 bits of a sum (DeepSeek-V3 Technical Report, 2024, section 3.3.2).
+"""
 ODD = BlockShape(rows=2, tokens=77, keep=53, cached=19, width=192, num_experts=8, active=5)
 
 
