@@ -198,6 +198,25 @@ def test_a_planned_model_has_the_divergence_that_its_report_says(tmp_path):
     assert again.chosen.divergence == min(each.divergence for each in again.curve)
 
 
+@pytest.mark.parametrize(("slowdown", "speedup"), [(0.9, 1.1), (1.0, 1.05), (1.1, 1.05)])
+def test_a_plan_that_is_faster_or_slower_than_predicted_corrects_the_choice(slowdown, speedup, monkeypatch):
+    monkeypatch.setattr(planning, "measured_times", lambda *_: [sample_times()])
+    measured = []
+
+    def on_a_machine_that_is_off(model, chosen, *_):
+        measured.append(chosen)
+        return 20.0, slowdown * chosen.seconds
+
+    monkeypatch.setattr(planning, "_measured", on_a_machine_that_is_off)
+    goal = Goal(speedup=speedup)
+    report = planning.plan(make_tiny_var(), goal, ["tokens"], num_experts=8, batch=2, images=4, repeats=1)
+    assert report.is_met
+    assert report.predicted_ms == pytest.approx(report.measured_ms, rel=0.05)
+    real = [replace(each, seconds=slowdown * each.seconds if each.total else 20.0) for each in report.curve]
+    assert report.chosen.config == goal.best(real, accelerated=20.0)[0].config
+    assert len(measured) == (1 if slowdown == 1 else 2)
+
+
 def test_an_adapter_with_an_end_of_guidance_keeps_it(tmp_path):
     var = make_tiny_var()
     apply_patch(var, ActVARConfig(num_experts=8, guidance_until=1, weights_from=1))
