@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,8 +60,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MOST_PLANS = 24
-"""Plans whose divergence is measured; the others are too near to one of these."""
+MOST_PLANS, FEWEST_PLANS, SECONDS_OF_PLANS = 24, 6, 240.0
+"""Plans whose divergence is measured, the others being too near to one of these: as many as take so many seconds."""
 MOST_TRIALS, TOLERANCE = 3, 0.05
 """Plans that are tried until one takes the time predicted, and by what share it may be off."""
 SECONDS_OF_TRIAL = 60.0
@@ -196,10 +197,13 @@ def plan(
         for config, guess in plans:
             seconds = of_format.predicted(config, maps, depth)
             guesses[config, execution] = Candidate(config, seconds, 0, least + guess, execution)
-    curve = []
+    curve, begin = [], time.perf_counter()
     for guess in progress(_worth_measuring([*guesses.values()]), desc="plans"):
+        if len(curve) >= FEWEST_PLANS and time.perf_counter() - begin > SECONDS_OF_PLANS:
+            break
         divergence, total = divergence_of(guess.config, guess.execution)
         curve.append(replace(guess, divergence=divergence, total=total))
+    curve.sort(key=lambda each: -each.seconds)
     is_met, chosen, *seconds = _choose(
         goal, curve, times[0].accelerated, lambda chosen: _measured(model, chosen, given, timed, cfg, repeats)
     )
@@ -330,14 +334,19 @@ def _first_scale(base: ActVARConfig, levers: Sequence[str], count: int) -> int:
 
 
 def _worth_measuring(guesses: list[Candidate]) -> list[Candidate]:
-    """Return at most `MOST_PLANS` plans, the fastest last, without those that another plan is expected to beat."""
+    """Return at most `MOST_PLANS` plans without those that another plan is expected to beat.
+
+    The slowest and the fastest come first. Every first part of the others is spread over their times.
+    """
     kept: list[Candidate] = []
     for guess in sorted(guesses, key=lambda guess: (guess.seconds, guess.total)):
         if not kept or guess.total < kept[-1].total or guess.total == 0:
             kept.append(guess)
     if len(kept) > MOST_PLANS:
         kept = [kept[round(place)] for place in np.linspace(0, len(kept) - 1, MOST_PLANS)]
-    return kept[::-1]
+    fastest, *between, slowest = kept if len(kept) > 1 else (*kept, *kept)
+    order = sorted(range(len(between)), key=lambda place: f"{place:08b}"[::-1])
+    return [slowest, fastest, *(between[place] for place in order)][: len(kept)]
 
 
 def _configure(model: Any, fits: list[BlockFit], config: ActVARConfig, execution: Execution) -> None:
