@@ -37,7 +37,7 @@ class Execution:
         decoder_dtype: `"bfloat16"` or `"float16"` decodes images under autocast to that dtype, which changes them
             slightly. None leaves the autoencoder as it is. For our `VAR` and `Infinity` only.
         expert_execution: how the Triton backend runs the experts; results are equal to rounding. `"dense"` computes all
-            experts and writes zeros for those that are off. `"tile_list"` sorts tokens by their experts, and a tile of
+            experts and reads zeros for those that are off. `"tile_list"` sorts tokens by their experts, and a tile of
             tokens skips the experts that none of them wants. `"auto"` takes the one that was measured to be faster on
             the GPU.
         weights: `"int8"` or `"fp8"` multiplies in eight bits in the blocks: queries, keys and values, the projection

@@ -10,6 +10,7 @@ from torch import nn
 
 from actvar.families import family_of
 from actvar.models import VAR, Infinity
+from actvar.utils.attributes import replaced
 from actvar_kernels.checks import as_integer
 
 
@@ -20,14 +21,8 @@ def with_methods(module: nn.Module, **methods: Callable) -> Iterator[None]:
     Args:
         methods: by the method's name, a function that gets the module as its first argument.
     """
-    before = {name: module.__dict__[name] for name in methods if name in module.__dict__}
-    module.__dict__.update({name: MethodType(method, module) for name, method in methods.items()})
-    try:
+    with replaced(module, **{name: MethodType(method, module) for name, method in methods.items()}):
         yield
-    finally:
-        for name in methods:
-            del module.__dict__[name]
-        module.__dict__.update(before)
 
 
 @contextmanager

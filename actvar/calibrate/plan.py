@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,10 +60,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MOST_PLANS = 24
-"""Plans whose divergence is measured; the others are too near to one of these."""
+MOST_PLANS, FEWEST_PLANS, SECONDS_OF_PLANS = 24, 6, 240.0
+"""Plans whose divergence is measured, the others being too near to one of these: as many as take so many seconds."""
 MOST_TRIALS, TOLERANCE = 3, 0.05
-"""Plans that are tried until one is as fast as predicted, and by how much it may be slower."""
+"""Plans that are tried until one takes the time predicted, and by what share it may be off."""
+SECONDS_OF_TRIAL = 60.0
+"""Seconds of a trial after which no further turn of samples begins."""
 
 
 def plan(
@@ -79,7 +82,7 @@ def plan(
     cfg: float | None = None,
     texts: Texts | None = None,
     tokenizer: Any = None,
-    repeats: int = 3,
+    repeats: int = 5,
     folder: Path | None = None,
 ) -> PlanReport:
     """Patch `var` with the plan that meets a goal best; `save_adapter` writes it.
@@ -101,7 +104,7 @@ def plan(
         texts: what a model that draws from texts samples; None for classes.
         tokenizer: an `actvar.models.InfinityTokenizer` for the public class of Infinity, which holds none; times are
             then those of our class with its weights. None for another model.
-        repeats: samples of each kind that are timed.
+        repeats: samples of each kind that are timed, fewer where that takes minutes.
         folder: keeps fits, times and divergences, so that the same call goes on after an interruption; None: they are
             not kept.
 
@@ -194,25 +197,49 @@ def plan(
         for config, guess in plans:
             seconds = of_format.predicted(config, maps, depth)
             guesses[config, execution] = Candidate(config, seconds, 0, least + guess, execution)
-    curve = []
+    curve, begin = [], time.perf_counter()
     for guess in progress(_worth_measuring([*guesses.values()]), desc="plans"):
+        if len(curve) >= FEWEST_PLANS and time.perf_counter() - begin > SECONDS_OF_PLANS:
+            break
         divergence, total = divergence_of(guess.config, guess.execution)
         curve.append(replace(guess, divergence=divergence, total=total))
-    factor, dense_seconds = 1.0, times[0].accelerated
-    for _ in range(MOST_TRIALS):
-        corrected = [replace(each, seconds=each.seconds * factor) for each in curve]
-        chosen, is_met = goal.best(corrected, dense_seconds)
-        accelerated, measured = _measured(model, chosen, given, timed, cfg, repeats)
-        slowdown = measured / accelerated * dense_seconds / chosen.seconds
-        if not is_met or slowdown <= 1 + TOLERANCE:
-            break
-        factor *= slowdown
-    chosen = curve[corrected.index(chosen)]
+    curve.sort(key=lambda each: -each.seconds)
+    is_met, chosen, *seconds = _choose(
+        goal, curve, times[0].accelerated, lambda chosen: _measured(model, chosen, given, timed, cfg, repeats)
+    )
     _configure(model, fits, chosen.config, chosen.execution)
-    predicted = chosen.seconds / dense_seconds * accelerated  # the machine may be busier or quieter by now
-    milliseconds = (1e3 * seconds for seconds in (accelerated, predicted, measured))
     kept.remove()
-    return PlanReport(goal, chosen, is_met, tuple(curve), *milliseconds)
+    return PlanReport(goal, chosen, is_met, tuple(curve), *(1e3 * each for each in seconds))
+
+
+def _choose(
+    goal: Goal, curve: Sequence[Candidate], dense_seconds: float, measure: Callable[[Candidate], tuple[float, float]]
+) -> tuple[bool, Candidate, float, float, float]:
+    """Return whether a plan of `curve` meets the goal, the one that does so best, and what its trial gave.
+
+    A plan whose time is not the predicted one corrects all predictions, and the choice is made again.
+
+    Args:
+        dense_seconds: of a batch of the accelerated model, when the times of the curve were measured.
+        measure: returns the seconds of a batch of the accelerated model and of a plan, measured in turn.
+
+    Returns:
+        after the plan the seconds of the accelerated model, of the plan as predicted beside it, and as measured.
+    """
+    factor, is_met, tried = 1.0, False, []
+    for _ in range(MOST_TRIALS):
+        corrected = [replace(each, seconds=factor * each.seconds) if each.total else each for each in curve]
+        best, is_met = goal.best(corrected, dense_seconds)
+        chosen = curve[corrected.index(best)]
+        if tried and chosen is tried[-1][0]:
+            break
+        accelerated, measured = measure(chosen)
+        predicted = best.seconds / dense_seconds * accelerated
+        tried.append((chosen, accelerated, predicted, measured))
+        if abs(measured / predicted - 1) <= TOLERANCE:
+            break
+        factor *= measured / predicted
+    return is_met, *tried[-1]
 
 
 class _Kept:
@@ -307,14 +334,19 @@ def _first_scale(base: ActVARConfig, levers: Sequence[str], count: int) -> int:
 
 
 def _worth_measuring(guesses: list[Candidate]) -> list[Candidate]:
-    """Return at most `MOST_PLANS` plans, the fastest last, without those that another plan is expected to beat."""
+    """Return at most `MOST_PLANS` plans without those that another plan is expected to beat.
+
+    The slowest and the fastest come first. Every first part of the others is spread over their times.
+    """
     kept: list[Candidate] = []
     for guess in sorted(guesses, key=lambda guess: (guess.seconds, guess.total)):
         if not kept or guess.total < kept[-1].total or guess.total == 0:
             kept.append(guess)
     if len(kept) > MOST_PLANS:
         kept = [kept[round(place)] for place in np.linspace(0, len(kept) - 1, MOST_PLANS)]
-    return kept[::-1]
+    fastest, *between, slowest = kept if len(kept) > 1 else (*kept, *kept)
+    order = sorted(range(len(between)), key=lambda place: f"{place:08b}"[::-1])
+    return [slowest, fastest, *(between[place] for place in order)][: len(kept)]
 
 
 def _configure(model: Any, fits: list[BlockFit], config: ActVARConfig, execution: Execution) -> None:
@@ -360,6 +392,6 @@ def _measured(
     """Return the seconds of a batch of the accelerated model, run as `execution` says, and of a plan, in turn."""
     dense = replace(DENSE, num_experts=plan.config.num_experts)
     setups = {"accelerated": (dense, execution), "plan": (plan.config, plan.execution)}
-    laps = sample_laps(model, setups, conditions, cfg, repeats + 2)
+    laps = sample_laps(model, setups, conditions, cfg, repeats + 2, SECONDS_OF_TRIAL)
     accelerated, measured = (statistics.median(map(sum, laps[name])) for name in ("accelerated", "plan"))
     return accelerated, measured

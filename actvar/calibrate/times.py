@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from actvar.utils.wrappers import unwrapped
 
 SHARES = (1.0, 0.75, 0.5)
 """Shares of tokens and of experts that are timed; between them times are interpolated, and below extrapolated."""
+MOST_SECONDS = 240.0
+"""Seconds after which no further turn of samples begins."""
 
 
 class ScaleTimes(NamedTuple):
@@ -120,7 +122,7 @@ def measured_times(
         first: number of the first scale that may change.
         drops_guidance: whether scales without guidance are timed as well.
         ways: of experts that are timed: False for those that routers choose, True for static ones.
-        repeats: samples of each kind.
+        repeats: samples of each kind, fewer where they take longer than `MOST_SECONDS`.
     """
     model = unwrapped(var)
     state = model.actvar
@@ -148,7 +150,8 @@ def measured_times(
             for kind in sorted(kinds, reverse=True)
             for number, execution in enumerate(executions)
         }
-        laps = sample_laps(model, setups, conditions, cfg, repeats)
+        decoded = {(number, _Kind()) for number in range(len(executions))}
+        laps = sample_laps(model, setups, conditions, cfg, repeats, MOST_SECONDS, decoded)
     finally:
         reconfigure(model, before, state.execution)
     return [
@@ -189,6 +192,8 @@ def sample_laps(
     conditions: Conditions,
     cfg: float,
     repeats: int,
+    at_most: float,
+    decoded: Collection[Any] | None = None,
 ) -> dict[Any, list[list[float]]]:
     """Return the seconds of every scale and of the decoder, for `repeats` samples of each setup in turn.
 
@@ -198,15 +203,18 @@ def sample_laps(
         conditions: of the images of a sample.
         cfg: strength of the guidance.
         repeats: samples of each setup.
+        at_most: seconds after which no further turn begins, once each setup has a sample.
+        decoded: names of the setups whose images are decoded, None for all; the others' decoder takes no time.
     """
     family = family_of(var)
 
-    def run(config: ActVARConfig, execution: Execution) -> list[float]:
-        reconfigure(var, config, execution)
-        return step_seconds(var, lambda: family.images(var, conditions, 0, cfg))
+    def run(name: Any) -> list[float]:
+        reconfigure(var, *setups[name])
+        draw = family.images if decoded is None or name in decoded else family.token_maps
+        return step_seconds(var, lambda: draw(var, conditions, 0, cfg))
 
-    runs = {name: functools.partial(run, *setup) for name, setup in setups.items()}
-    return interleaved_seconds(runs, repeats, "times")
+    runs = {name: functools.partial(run, name) for name in setups}
+    return interleaved_seconds(runs, repeats, "times", at_most)
 
 
 def _interpolated(share: float, seconds: Iterable[float]) -> float:

@@ -66,7 +66,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help=f"what may change, of {','.join(LEVERS)} (default: all but scales that run here)",
     )
     goal.add_argument("--batch", type=at_once, default=8, help="images whose time is measured (default 8)")
-    goal.add_argument("--repeats", type=positive, default=3, help="samples of each kind that are timed (default 3)")
+    goal.add_argument(
+        "--repeats",
+        type=positive,
+        default=5,
+        help="samples of each kind that are timed, fewer where that takes minutes (default 5)",
+    )
     command.add_argument(
         "--uniform", action="store_true", help="these rates in every block, not the best at their FLOPs"
     )

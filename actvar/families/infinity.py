@@ -25,6 +25,7 @@ from actvar.models.infinity import Infinity, scale_schedule
 from actvar.models.infinity.layers import BlockContext, InfinityBlock, RotarySelfAttention, query_scale, widened
 from actvar.models.infinity.schedules import tokens_of
 from actvar.models.vqvae import without_decoder
+from actvar.utils.attributes import replaced
 from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import rotate_heads
@@ -160,11 +161,8 @@ class InfinityFamily(NamedLayersFamily):
             on_scale(scale, None, features)
             return features
 
-        model.add_scale = add_and_call
-        try:
+        with replaced(model, add_scale=add_and_call):
             yield
-        finally:
-            del model.add_scale
 
     def finetuned_names(self, model: Any) -> list[str]:
         """Return the names of the parameters of self-attention, FFN and head; not of AdaLN, norms and texts."""

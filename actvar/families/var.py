@@ -31,6 +31,7 @@ from actvar.families.var_mixin import PatchedVAR
 from actvar.families.var_scales import adding_method, logits_by_scale
 from actvar.models.transformer_block import MAX_LOG_SCALE, TransformerBlock
 from actvar.models.var import VAR
+from actvar.utils.attributes import replaced
 from actvar.utils.class_swap import own_class
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import linear_once
@@ -131,12 +132,11 @@ class VARFamily(NamedLayersFamily):
             return added
 
         handle = quantizer.embedding.register_forward_pre_hook(lambda _, arguments: tokens.append(arguments[0]))
-        setattr(quantizer, method, add_and_call)
         try:
-            yield
+            with replaced(quantizer, **{method: add_and_call}):
+                yield
         finally:
             handle.remove()
-            delattr(quantizer, method)
 
     def teacher_input(self, model: Any, conditions: Any, token_maps: Tensor) -> Tensor:
         quantizer = model.vae_proxy[0].quantize

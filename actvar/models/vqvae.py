@@ -12,6 +12,7 @@ from torch import nn
 from actvar.models.basic_vae import Conv3x3, Decoder, Encoder
 from actvar.models.fused_vae import channels_last, decoded, encoded
 from actvar.models.quantizer import VectorQuantizer
+from actvar.utils.attributes import replaced
 from actvar_kernels.situation import TORCH, situation
 
 OFFICIAL_CHANNEL_MULTIPLIERS = (1, 1, 2, 2, 4)
@@ -98,11 +99,5 @@ class VQVAE(nn.Module):
 @contextmanager
 def without_decoder(module: Any, decode: str) -> Iterator[None]:
     """Let the method `decode` of `module` return its argument unchanged while the context is open."""
-    replaced = module.__dict__.get(decode)
-    setattr(module, decode, lambda features: features)
-    try:
+    with replaced(module, **{decode: lambda features: features}):
         yield
-    finally:
-        delattr(module, decode)
-        if replaced is not None:
-            setattr(module, decode, replaced)

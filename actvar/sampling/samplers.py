@@ -11,6 +11,7 @@ from actvar.models import Infinity
 from actvar.models.token_draw import fast_draw
 from actvar.patching.patch import reconfigure
 from actvar.sparse.state import is_patched, patch_state
+from actvar.utils.attributes import replaced
 from actvar.utils.wrappers import unwrapped
 
 
@@ -35,14 +36,8 @@ def drawn_by(var: Any, sampler: str | None) -> Iterator[None]:
             return
     elif sampler == "fast":
         method, draw = ("draw_bits", _fast_bits) if isinstance(model, Infinity) else ("draw", fast_draw)
-        before = vars(model).get(method)
-        setattr(model, method, draw)
-        try:
+        with replaced(model, **{method: draw}):
             yield
-        finally:
-            delattr(model, method)
-            if before is not None:
-                setattr(model, method, before)
         return
     yield
 

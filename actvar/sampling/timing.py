@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +37,7 @@ def interleaved_medians(
 
 
 def interleaved_seconds(
-    runs: Mapping[str, Callable[[], Measured]], repeats: int, describe: str = "timing"
+    runs: Mapping[str, Callable[[], Measured]], repeats: int, describe: str = "timing", at_most: float = math.inf
 ) -> dict[str, list[Measured]]:
     """Run each of `runs` once to warm up, then all of them in turn `repeats` times.
 
@@ -44,12 +45,16 @@ def interleaved_seconds(
         runs: functions that return their own measurement in seconds, or several measurements.
         repeats: measurements of each function.
         describe: title of the progress bar.
+        at_most: seconds after which no further turn begins; each function is measured at least once.
 
     Returns:
         the measurements of each name, in seconds.
     """
     seconds: dict[str, list[Measured]] = {name: [] for name in runs}
+    begin = time.perf_counter()
     for repeat in progress(range(repeats + 1), desc=describe, leave=False):
+        if repeat > 1 and time.perf_counter() - begin > at_most:
+            break
         for name, run in runs.items():
             measured = run()
             if repeat:  # the first warms up

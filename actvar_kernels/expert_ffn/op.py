@@ -39,8 +39,8 @@ def expert_ffn(
     This is Eq. 4 of the paper. Expert e owns the e-th of N equal groups of the D hidden units. With every expert on,
     the result is that of the dense FFN.
 
-    Triton takes three launches, for float32, float16 and bfloat16, bool masks and up to 32 experts. On the CPU a C++
-    kernel runs the chosen experts only, for the same dtypes, bool masks and even C. C++ keeps a packed copy of the
+    Triton takes two or three launches, for float32, float16 and bfloat16, bool masks and up to 32 experts. On the CPU a
+    C++ kernel runs the chosen experts only, for the same dtypes, bool masks and even C. C++ keeps a packed copy of the
     weights, which is made anew when their versions, addresses or dtypes change. PyTorch does not count changes through
     `.data` and by fused optimizers: after these call `actvar.refresh` on the module of the weights.
 
@@ -88,7 +88,7 @@ def expert_ffn_scatter(
 ) -> torch.Tensor:
     """Return `rest` after `rest[r, index[r, j]] = rows[r, j] + gamma[r] * expert_ffn(u)[r, j]`.
 
-    Triton takes three launches. There, and in C++, without gradients `rest` is written to and returned.
+    Triton takes two or three launches. There, and in C++, without gradients `rest` is written to and returned.
 
     Args:
         rest: `[R, L, C]`, the tokens that keep their value; None without an index.

@@ -1,8 +1,8 @@
-"""Run the expert FFN in three launches.
+"""Run the expert FFN in two or three launches.
 
-Two launches make the hidden units `[T, D]`, which are 0 where a token did not choose the expert. The third makes the
-output with its residual. There are two schedules, see `docs/kernels/expert_ffn.md`: `"tile_list"` skips experts that no
-row of a tile of sorted tokens wants, `"dense"` runs all of them.
+The last one makes the output, with its residual, of the hidden units `[T, D]`. There are two schedules, see
+`docs/kernels/expert_ffn.md`: `"tile_list"` sorts the tokens and skips experts that no row of a tile wants, `"dense"`
+runs all of them.
 """
 
 # A launch takes options that the kernel does not name.
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from actvar_kernels.expert_ffn.triton_dense import chosen_hidden
 from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
 from actvar_kernels.expert_ffn.weights import FFNWeights
+from actvar_kernels.linear.products import gelu_linear
 from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.triton_backend import tiles
 from actvar_kernels.triton_backend.products import add_product, gelu, load_columns, row_pointers, store_product
@@ -95,7 +95,7 @@ def _launch(
     up, down = tile.up, tile.down
     if schedule == "dense":
         order = choice = None
-        hidden = chosen_hidden(u, mask, fc1_weight, fc1_bias)
+        hidden = gelu_linear(u, fc1_weight, fc1_bias)  # takes less time than tiles that skip nothing
     else:
         order, choice = sort_by_experts(mask)
         hidden = u.new_empty(T, D)
@@ -135,9 +135,10 @@ def _launch(
             **tiles.most_registers(up.registers),
         )
     _down[(triton.cdiv(C, down.columns), row_tiles)](
-        matrix(hidden, tile.rows, down.depth),
+        hidden if order is None else matrix(hidden, tile.rows, down.depth),
         matrix(fc2_weight, down.columns, down.depth),
         fc2_bias,
+        mask if order is None else None,
         choice,
         order,
         rows,
@@ -269,6 +270,7 @@ def _down(
     h_ptr,
     w2_ptr,
     b2_ptr,
+    mask_ptr,
     choice_ptr,
     order_ptr,
     rows_ptr,
@@ -292,33 +294,44 @@ def _down(
     BLOCK_H: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Sum over the hidden units of a tile of rows, for some output channels, and add the residual."""
+    """Sum over the hidden units of a tile of rows, for some output channels, and add the residual.
+
+    With a mask the hidden units of all experts are given, and those that a row did not choose are read as zeros.
+    Without one the rows are in the order of the sort, which has zeros there.
+    """
     steps: tl.constexpr = (WIDTH + BLOCK_H - 1) // BLOCK_H
     channel = tl.program_id(0) * BLOCK_C
     first = tl.program_id(1) * BLOCK_T
     row = first + tl.arange(0, BLOCK_T)
-    if order_ptr is None:
+    if mask_ptr is not None:
         experts = EXPERTS
+        chosen = _chosen(mask_ptr, row, T, EXPERTS)
     else:
         live = _tile_experts(choice_ptr, first, T, BLOCK_T)
         experts = tl.sum((live >> tl.arange(0, 32)) & 1, 0)
-    if not DESCRIPTORS:
+    if mask_ptr is not None or not DESCRIPTORS:
         h_rows = row_pointers(h_ptr, tl.minimum(row, T - 1), EXPERTS * WIDTH, BLOCK_H)
+    if not DESCRIPTORS:
         w2_rows = row_pointers(w2_ptr, tl.minimum(channel + tl.arange(0, BLOCK_C), C - 1), EXPERTS * WIDTH, BLOCK_H)
 
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for i in range(0, experts * steps):
         step = i % steps
-        if order_ptr is None:
+        if mask_ptr is not None:
             expert = i // steps
+            unit = step * BLOCK_H + tl.arange(0, BLOCK_H)
+            on = ((chosen >> expert) & 1 != 0)[:, None] & (unit < WIDTH)[None, :]
+            h = tl.load(h_rows + expert * WIDTH + step * BLOCK_H, mask=on, other=0.0)
         else:
             expert = _lowest_bit(live)
             live = tl.where(step == steps - 1, live & (live - 1), live)
+            if DESCRIPTORS:
+                h = h_ptr.load([first, expert * WIDTH + step * BLOCK_H])
+            else:
+                h = load_columns(h_rows + expert * WIDTH, step * BLOCK_H, WIDTH, BLOCK_H)
         if DESCRIPTORS:
-            h = h_ptr.load([first, expert * WIDTH + step * BLOCK_H])
             w2 = w2_ptr.load([channel, expert * WIDTH + step * BLOCK_H])
         else:
-            h = load_columns(h_rows + expert * WIDTH, step * BLOCK_H, WIDTH, BLOCK_H)
             w2 = load_columns(w2_rows + expert * WIDTH, step * BLOCK_H, WIDTH, BLOCK_H)
         acc = add_product(acc, h, w2)
 
@@ -327,6 +340,16 @@ def _down(
     places = (rows_ptr, update_ptr, gate_ptr, gamma_ptr, index_ptr, out_ptr)
     strides = (rows_strides, gate_stride, gamma_stride, out_strides)
     store_product(acc, row, row < T, channel, b2_ptr, *places, *strides, tokens, C, PARTS)
+
+
+@triton.jit
+def _chosen(mask_ptr, row, T, EXPERTS: tl.constexpr):
+    """Return the experts that each of some rows chose, as bits, expert 0 the lowest."""
+    chosen = tl.zeros(row.shape, tl.int32)
+    for expert in tl.static_range(EXPERTS):
+        on = tl.load(mask_ptr + row * EXPERTS + expert, mask=row < T, other=0)
+        chosen |= on.to(tl.int32) << expert
+    return chosen
 
 
 @triton.jit

@@ -137,7 +137,7 @@ def test_a_small_model_samples_on_the_virtual_gpu(monkeypatch, capsys, tmp_path)
     for name in ("dense", "actvar"):
         steps = report[name]["steps"]
         assert [step["tokens"] for step in steps] == [1, 4, 9, 25]
-        assert max(step["launches_per_block"] for step in steps[-2:]) <= 9
+        assert max(step["launches_per_block"] for step in steps[-2:]) <= 8
         parts = sum(step["blocks_ms"] + step["rest_ms"] for step in steps)
         assert 0 < report[name]["last_two_steps_ms"] < parts < report[name]["whole_run_ms"]
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from actvar.families.base import BlockCall, Called, Embedded, OnScale, Rows, Sizes
 from actvar.families.defaults import BaseFamily
+from actvar.utils.attributes import replaced
 from actvar.utils.weight_override import own_weights
 from actvar_kernels import linear
 from actvar_kernels.residual_norm.reference import AdaLN
@@ -322,11 +323,8 @@ class ToyFamily(BaseFamily):
             on_scale(scale, tokens, features)
             return features
 
-        codes.added = add_and_call
-        try:
+        with replaced(codes, added=add_and_call):
             yield
-        finally:
-            del codes.added
 
     def teacher_input(self, model: nn.Module, _labels: Tensor, token_maps: Tensor) -> Tensor:
         codes, features, inputs = model.codes[0], torch.zeros(len(token_maps), CODE_SIZE, *MAPS[-1]), []

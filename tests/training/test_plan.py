@@ -198,6 +198,45 @@ def test_a_planned_model_has_the_divergence_that_its_report_says(tmp_path):
     assert again.chosen.divergence == min(each.divergence for each in again.curve)
 
 
+@pytest.mark.parametrize(("slowdown", "speedup"), [(0.9, 1.1), (1.0, 1.05), (1.1, 1.05)])
+def test_a_plan_that_is_faster_or_slower_than_predicted_corrects_the_choice(slowdown, speedup, monkeypatch):
+    monkeypatch.setattr(planning, "measured_times", lambda *_: [sample_times()])
+    measured = []
+
+    def on_a_machine_that_is_off(model, chosen, *_):
+        measured.append(chosen)
+        return 20.0, slowdown * chosen.seconds
+
+    monkeypatch.setattr(planning, "_measured", on_a_machine_that_is_off)
+    goal = Goal(speedup=speedup)
+    report = planning.plan(make_tiny_var(), goal, ["tokens"], num_experts=8, batch=2, images=4, repeats=1)
+    assert report.is_met
+    assert report.predicted_ms == pytest.approx(report.measured_ms, rel=0.05)
+    real = [replace(each, seconds=slowdown * each.seconds if each.total else 20.0) for each in report.curve]
+    assert report.chosen.config == goal.best(real, accelerated=20.0)[0].config
+    assert len(measured) == (1 if slowdown == 1 else 2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_plans_are_measured_from_the_ends_inwards(count):
+    guesses = [Candidate(DENSE, float(seconds), 0, float(count - seconds)) for seconds in range(count)]
+    beaten = Candidate(DENSE, count - 0.5, 0, count + 1.0)
+    found = [guess.seconds for guess in planning._worth_measuring([*guesses, beaten])]
+    assert len(found) == min(count, planning.MOST_PLANS)
+    assert found[:2] == [count - 1, 0][:count]
+    gaps = [max(b - a for a, b in itertools.pairwise(sorted(found[:measured]))) for measured in range(2, len(found))]
+    assert all(gap <= 1.2 * 2 * count / (measured - 1) for measured, gap in enumerate(gaps, 2)), "evenly spread"
+
+
+def test_plans_that_take_long_are_as_many_as_there_is_time_for(monkeypatch):
+    monkeypatch.setattr(planning, "SECONDS_OF_PLANS", 0)
+    monkeypatch.setattr(planning, "measured_times", lambda *_: [sample_times()])
+    report = planning.plan(make_tiny_var(), Goal(kl=0.05), ["tokens"], num_experts=8, batch=2, images=4, repeats=1)
+    assert len(report.curve) == planning.FEWEST_PLANS
+    assert [each.seconds for each in report.curve] == sorted((each.seconds for each in report.curve), reverse=True)
+    assert report.is_met
+
+
 def test_an_adapter_with_an_end_of_guidance_keeps_it(tmp_path):
     var = make_tiny_var()
     apply_patch(var, ActVARConfig(num_experts=8, guidance_until=1, weights_from=1))

@@ -125,11 +125,6 @@ def _sample(a: Arguments, _share: Share) -> Cost:
     return Cost(_bytes(a), instructions=(SAMPLE_INSTRUCTIONS + GUIDE_INSTRUCTIONS * a["GUIDED"]) * logits)
 
 
-def _zero_unchosen(a: Arguments, _share: Share) -> Cost:
-    hidden = a["h_ptr"].bytes
-    return Cost(a["mask_ptr"].bytes + hidden - hidden * ACTIVE_EXPERTS // EXPERTS)
-
-
 def _channel_moments(a: Arguments, _share: Share) -> Cost:
     return Cost(_bytes(a), instructions=MOMENTS_INSTRUCTIONS * math.prod(a["x_ptr"].shape))
 
@@ -152,7 +147,8 @@ def _down(a: Arguments, share: Share) -> Cost:
     run, rows = _run(a, share)
     hidden, weight = a["h_ptr"], a["w2_ptr"]
     of_rows = (a[name] for name in ("out_ptr", "rows_ptr") if a[name] is not None)
-    moved = _bytes(a, "h_ptr", "out_ptr", "rows_ptr") + round(run * hidden.bytes)
+    read = run * hidden.bytes if a["mask_ptr"] is None else hidden.bytes * ACTIVE_EXPERTS / EXPERTS
+    moved = _bytes(a, "h_ptr", "out_ptr", "rows_ptr") + round(read)
     moved += sum(a["T"] * a["C"] * tensor.dtype.itemsize for tensor in of_rows)
     flops = round(2 * rows * weight.shape[0] * weight.shape[1] * run)
     return Cost(moved, flops, weight.dtype, tile=(a["BLOCK_T"], a["BLOCK_C"]))
@@ -212,7 +208,6 @@ COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
     "_attention": _attention,
     "_sort_rows": _sort,
     "_sample": _sample,
-    "_zero_unchosen": _zero_unchosen,
     "_channel_moments": _channel_moments,
     "_add_and_measure": _add_and_measure,
     "_up": _up,
