@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.linear.products import gelu_linear
+from actvar_kernels.triton_backend.early_launch import begin, early_launch
 from actvar_kernels.triton_backend.products import row_pointers
 
 
@@ -36,6 +37,7 @@ def chosen_hidden(u: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, bia
         ROWS=rows,
         num_warps=4,
         enable_fp_fusion=True,
+        **early_launch(hidden),
     )
     return hidden
 
@@ -49,8 +51,10 @@ def _zero_unchosen(
     BLOCK_H: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Store zeros into the hidden units of one expert, in those of some rows that did not choose it."""
+    begin(PDL)
     expert = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     unit = tl.arange(0, BLOCK_H)

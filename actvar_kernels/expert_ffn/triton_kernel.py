@@ -19,6 +19,7 @@ from actvar_kernels.expert_ffn.triton_sort import sort_by_experts
 from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.early_launch import begin, early_launch
 from actvar_kernels.triton_backend.products import add_product, gelu, load_columns, row_pointers, store_product
 from actvar_kernels.triton_backend.tuning_table import tuned_expert_ffn
 
@@ -133,6 +134,7 @@ def _launch(
             enable_fp_fusion=True,
             num_stages=up.stages,
             **tiles.most_registers(up.registers),
+            **early_launch(u),
         )
     _down[(triton.cdiv(C, down.columns), row_tiles)](
         matrix(hidden, tile.rows, down.depth),
@@ -159,6 +161,7 @@ def _launch(
         num_warps=down.warps,
         enable_fp_fusion=True,
         num_stages=down.stages,
+        **early_launch(u),
     )
 
 
@@ -190,11 +193,13 @@ def _up(
     BLOCK_H: tl.constexpr,
     TAIL_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Compute `BLOCK_H + TAIL_H` hidden units of one expert for one tile of rows.
 
     Neighbouring programs share the rows.
     """
+    begin(PDL)
     per_expert: tl.constexpr = (WIDTH + BLOCK_H + TAIL_H - 1) // (BLOCK_H + TAIL_H)
     expert = tl.program_id(0) // per_expert
     unit = tl.program_id(0) % per_expert * (BLOCK_H + TAIL_H)
@@ -291,8 +296,10 @@ def _down(
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Sum over the hidden units of a tile of rows, for some output channels, and add the residual."""
+    begin(PDL)
     steps: tl.constexpr = (WIDTH + BLOCK_H - 1) // BLOCK_H
     channel = tl.program_id(0) * BLOCK_C
     first = tl.program_id(1) * BLOCK_T
