@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,15 +16,17 @@ from actvar.config import DENSE
 from actvar.models.public_code import public_classes, public_twin
 from actvar.patching.patch import patched_silently
 from actvar.sparse.block import ActVARBlock
+from actvar_kernels.triton_backend.early_launch import using_early_launch
 from benchmarks.sampling import autocast, model
 
 EXECUTION = Execution(sampler="fast", decoder_dtype="bfloat16", cuda_graph=False)  # `GraphedSampling` has its own
-PATCHES = {
-    "dense": (DENSE, EXECUTION),
-    "ActVAR": (ActVARConfig(), EXECUTION),
-    "dense, cuDNN benchmark": (DENSE, replace(EXECUTION, cudnn_benchmark=True)),
-    "ActVAR, cuDNN benchmark": (ActVARConfig(), replace(EXECUTION, cudnn_benchmark=True)),
+CONFIGS = {"dense": DENSE, "ActVAR": ActVARConfig()}
+WAYS = {
+    "": (EXECUTION, False),
+    ", early launches": (EXECUTION, True),
+    ", cuDNN benchmark": (replace(EXECUTION, cudnn_benchmark=True), False),
 }
+"""Suffix of a way, how it is run, and whether kernels are launched early, which GPUs from sm_90 on do."""
 SAMPLING = dict(cfg=1.5, top_k=900, top_p=0.96)
 QUANTILES = [0.2, 0.5, 0.8]
 
@@ -53,8 +56,11 @@ def model_times(name: str, batch: int, public_folder: Path | None) -> Iterator[d
             yield row("public code", sample_eager_ms=eager(public))
         del public
     var.to(torch.bfloat16)
-    for way, (config, execution) in PATCHES.items():
-        with patched_silently(var, config, None, execution):
+    can_launch_early = torch.cuda.get_device_capability() >= (9, 0)
+    for (suffix, (execution, early)), (label, config) in product(WAYS.items(), CONFIGS.items()):
+        if early and not can_launch_early:
+            continue
+        with patched_silently(var, config, None, execution), using_early_launch(early):
             of_eager = eager(var)
             with recorded_blocks(var) as events:
                 sample = GraphedSampling(var, **SAMPLING)
@@ -66,7 +72,7 @@ def model_times(name: str, batch: int, public_folder: Path | None) -> Iterator[d
                 is_eager = torch.equal(sample(labels, 0), drawn(var))
                 del sample
             times = dict(sample_eager_ms=of_eager, sample_graph_ms=of_graph, blocks_graph_ms=blocks, kernels=kernels)
-            yield row(way, graph_is_eager=is_eager, **times)
+            yield row(label + suffix, graph_is_eager=is_eager, **times)
 
 
 @contextmanager
