@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from einops import repeat
-from matplotlib.figure import Figure
 from PIL import Image
 
 from actvar.utils.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GAP = 2
 """Pixels between the images of a grid."""
@@ -86,6 +89,8 @@ def save_loss_plot(log: Path, path: Path) -> Path:
         log: a CSV file of `actvar.training.loop.fit`, with a column `step` and one per loss.
         path: the file to write.
     """
+    from matplotlib.figure import Figure  # imported late, since most commands draw no figure
+
     names = log.read_text().splitlines()[0].split(",")[1:]
     columns = np.loadtxt(log, delimiter=",", skiprows=1, ndmin=2).T
     figure = Figure(figsize=(3.2 * len(names), 2.6), layout="constrained")
