@@ -46,7 +46,7 @@ def last_scale_seconds(
 
 
 @functools.cache
-def one_block(way: str, model: str, device: str, dtype: torch.dtype, weights: str | None = None) -> nn.Module:
+def one_block(way: str, model: str, device: str, dtype: torch.dtype, weights: str | None) -> nn.Module:
     """Build a transformer of one block of an official width, with random weights and the smallest autoencoder.
 
     Arguments are those of `last_scale_seconds`.
