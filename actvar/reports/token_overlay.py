@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from actvar.sparse.record import BlockRecord
-from actvar.utils.pictures import save_figure
+from actvar.utils.pictures import new_figure, save_figure
 
 UPDATED_COLOUR = np.array([1.0, 0.55, 0.1])
 GAP, HEADING, LETTER = 0.1, 0.3, 0.07
@@ -36,8 +36,6 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
     Raises:
         ValueError: no record has selected tokens.
     """
-    from matplotlib.figure import Figure  # imported late, since it takes a third of a second
-
     scales = sorted({r.scale.index for r in records if r.index is not None})
     if not scales:
         raise ValueError("expected records of a run that selects tokens, got none")
@@ -49,7 +47,7 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
     lefts = [GAP, *(2 * GAP + first_width + (1 + GAP) * column for column in range(len(blocks) + 1))]
     row_height = HEADING + panel_height
     figure_size = (lefts[-1] + 1 + GAP, len(images) * len(scales) * row_height + GAP)
-    figure = Figure(figsize=figure_size)
+    figure = new_figure(*figure_size, layout=None)
     axis = figure.add_axes((0, 0, 1, 1))  # a single one, since each takes longer than all pictures
     axis.set_axis_off()
 

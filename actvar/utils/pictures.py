@@ -89,15 +89,23 @@ def save_loss_plot(log: Path, path: Path) -> Path:
         log: a CSV file of `actvar.training.loop.fit`, with a column `step` and one per loss.
         path: the file to write.
     """
-    from matplotlib.figure import Figure  # imported late, since most commands draw no figure
-
     names = log.read_text().splitlines()[0].split(",")[1:]
     columns = np.loadtxt(log, delimiter=",", skiprows=1, ndmin=2).T
-    figure = Figure(figsize=(3.2 * len(names), 2.6), layout="constrained")
+    figure = new_figure(3.2 * len(names), 2.6)
     for axis, name, values in zip(figure.subplots(1, len(names), squeeze=False)[0], names, columns[1:], strict=True):
         axis.plot(columns[0], values, linewidth=1)
         axis.set(title=name, xlabel="step")
     return save_figure(figure, path)
+
+
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+    """Return an empty figure of so many inches, with a layout of matplotlib.
+
+    Matplotlib is imported here alone, since that takes a third of a second and few commands draw a figure.
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
