@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -98,8 +98,8 @@ def save_loss_plot(log: Path, path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
-    """Return an empty figure of so many inches, with a layout of matplotlib.
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """Return an empty figure of so many inches, with a layout of matplotlib or none.
 
     Matplotlib is imported here alone, since that takes a third of a second and few commands draw a figure.
     """
