@@ -77,9 +77,8 @@ class Change:
         )
 
 
-def changes(cases: Sequence[str], earlier: Timer, present: Timer, repeats: int = REPEATS) -> list[Change]:
-    """Measure every case in both commits, which take turns in going first; the first repeat warms up."""
-    found = []
+def changes(cases: Sequence[str], earlier: Timer, present: Timer, repeats: int = REPEATS) -> Iterator[Change]:
+    """Yield every case, measured in both commits, which take turns in going first; the first repeat warms up."""
     for case in tqdm(cases, desc="cases", leave=False):
         seconds: dict[str, list[float]] = {"earlier": [], "present": []}
         timers = {"earlier": earlier, "present": present}
@@ -88,12 +87,21 @@ def changes(cases: Sequence[str], earlier: Timer, present: Timer, repeats: int =
                 measured = timers[name](case)
                 if repeat:
                     seconds[name].append(measured)
-        found.append(Change.of(case, seconds["earlier"], seconds["present"]))
-    return found
+        yield Change.of(case, seconds["earlier"], seconds["present"])
+
+
+def printed(found: Iterator[Change]) -> list[Change]:
+    """Print each change as soon as it is measured, and return all."""
+    kept = []
+    for change in found:
+        tqdm.write(str(change))
+        sys.stdout.flush()
+        kept.append(change)
+    return kept
 
 
 def compare(revision: str, subset: str, only: str = "", repeats: int = REPEATS, root: Path = ROOT) -> int:
-    """Print every case of a subset whose name contains `only`, and return the exit code: 1 if one is slower.
+    """Print every case of a subset whose name contains `only`, and a verdict; return the exit code: 1 if one is slower.
 
     Raises:
         ValueError: there is no such revision, or no such case in both commits.
@@ -105,21 +113,19 @@ def compare(revision: str, subset: str, only: str = "", repeats: int = REPEATS, 
             chosen = [case for case in shared if only in case]
             if not chosen:
                 raise ValueError(f"expected a case of both commits that contains {only!r}, have {', '.join(shared)}")
-            print(f"{'milliseconds':56s}{revision[:10]:>11s}{'present':>11s}{'ratio':>9s}{'noise':>8s}")
-            first = changes(chosen, earlier.seconds, present.seconds, repeats)
-            print("\n".join(map(str, first)))
+            print(f"{'milliseconds':56s}{revision[:10]:>11s}{'present':>11s}{'ratio':>9s}{'noise':>8s}", flush=True)
+            first = printed(changes(chosen, earlier.seconds, present.seconds, repeats))
             for worker in (earlier, present):
                 for case in worker.cases:
                     if case not in shared and only in case:
                         print(f"{case:56s}  not compared, only in {worker.commit}")
-            sys.stdout.flush()
         suspects = [change.case for change in first if change.slower]
         if not suspects:
+            print(f"none of {len(first)} cases is slower than {revision}")
             return 0
-        print("again, by new processes:")
+        print("again, by new processes:", flush=True)
         with _workers(revision, folder, root, subset) as (earlier, present):
-            second = changes(suspects, earlier.seconds, present.seconds, repeats)
-            print("\n".join(map(str, second)))
+            second = printed(changes(suspects, earlier.seconds, present.seconds, repeats))
     regressions = [change.case for change in second if change.slower]
     print(f"slower than {revision}: {', '.join(regressions)}" if regressions else "not confirmed")
     return 1 if regressions else 0

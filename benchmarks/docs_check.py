@@ -39,6 +39,7 @@ FILES = {
     "h100": "benchmarks/results/nvidia-h100-80gb-hbm3.csv",
     "predicted-h100": "docs/evaluation/predicted-h100.json",
     "predicted-infinity": "docs/evaluation/predicted-infinity-h100.json",
+    "gpu-memory": "docs/evaluation/gpu-memory.json",
     "predicted-h100-before": "docs/evaluation/predicted-h100-before.json",
     "evaluation": "docs/evaluation/fashion-mnist-5000.json",
     "presets": "docs/evaluation/fashion-mnist-presets-avx2.json",

@@ -1,9 +1,9 @@
 """Measure everything that needs a GPU, in one command and one file: `python -m benchmarks.gpu --json gpu.json`.
 
-Numerics of every operation against a float64 run, in three types; CUDA graphs against eager; whole models with the
-table of their kernels; the decoder's convolutions by shape; times of the operations. Operations need only torch and
-Triton; the others also what the package depends on. The file is written after every row. What does not begin within
-`--seconds` is left out, from the end.
+Numerics of every operation against a float64 run, in three types; CUDA graphs against eager; a block with and without
+early launches; whole models with the table of their kernels; the decoder's convolutions by shape; tiles of attention;
+times of the operations. Operations need only torch and Triton; the others also what the package depends on. The file is
+written after every row. What does not begin within `--seconds` is left out, from the end.
 """
 
 from __future__ import annotations
@@ -30,15 +30,21 @@ from actvar_kernels.backend import why_not_in_eight_bits
 from actvar_kernels.constants import FORMATS
 from actvar_kernels.operations.inputs import random_inputs
 from actvar_kernels.operations.shapes import BlockShape, last_scale
+from actvar_kernels.tools.block_step import block_step
+from actvar_kernels.triton_backend.attention_tiles import candidates, using_attention_tiles
+from actvar_kernels.triton_backend.early_launch import using_early_launch
+from actvar_kernels.triton_backend.tiles import architecture
 from benchmarks.operations import allowed_error, operations
 
-SECTIONS = ("numerics", "graphs", "models", "convolutions", "times")
+SECTIONS = ("numerics", "graphs", "launches", "models", "convolutions", "attention", "times")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_APART = 0.1
 """Most that layers in fp8 may differ from the reference, as a part of the reference's own error.
 
 The tensor cores of sm_90 keep about 14 bits of a sum (DeepSeek-V3 Technical Report, 2024, section 3.3.2).
 """
+REPLAYS = 20
+"""Runs of a block in a row, so that launches of one run meet those of the next."""
 ODD = BlockShape(rows=2, tokens=77, keep=53, cached=19, width=192, num_experts=8, active=5)
 
 
@@ -57,13 +63,15 @@ def main() -> int:
     sections: dict[str, Callable[[], Iterable[dict]]] = {
         "numerics": lambda: chain(numerics(), eight_bit_numerics()),
         "graphs": graphs,
+        "launches": lambda: launches(options.models, options.batches),
         "models": lambda: models(options.models, options.batches, options.public_var),
         "convolutions": lambda: decoder_convolutions(options.batches),
+        "attention": lambda: attention(options.models, options.batches),
         "times": lambda: times(options.models, options.batches),
     }
     report: dict[str, Any] = {"machine": machine(), **{name: [] for name in SECTIONS}}
     measure({name: sections[name] for name in SECTIONS if name in options.only}, report, options.json, options.seconds)
-    failures = [row for name in ("numerics", "graphs") for row in report[name] if not row["passed"]]
+    failures = [row for name in SECTIONS for row in report[name] if not row.get("passed", True)]
     print(f"{len(failures)} failures; everything is in {options.json}")
     return 1 if failures else 0
 
@@ -175,6 +183,46 @@ def graphs() -> Iterator[dict]:
         replay, captured = captured_call(run)
         replay()
         yield {"operation": name, "passed": torch.equal(captured, expected)}
+
+
+@torch.no_grad()
+def launches(names: list[str], batches: list[int]) -> Iterator[dict]:
+    """Yield milliseconds of a block in a CUDA graph with kernels launched late and early.
+
+    A row passes if both give the same bits, as whatever is written and read at the wrong time would change them.
+    """
+    if torch.cuda.get_device_capability() < (9, 0):
+        yield {"skipped": "programmatic dependent launch: needs sm_90 or newer"}
+        return
+    for model in names:
+        for batch in batches:
+            inputs = random_inputs(last_scale(model, batch), torch.bfloat16, "cuda")
+            before, run = inputs.x.clone(), block_step(inputs)
+            row, results = {"model": model, "batch": batch}, []
+            for label, early in (("late", False), ("early", True)):
+                with using_early_launch(early):
+                    replay, captured = captured_call(run)
+                    inputs.x.copy_(before)
+                    for _ in range(REPLAYS):
+                        replay()
+                    results.append(captured.clone())
+                    row[f"{label}_ms"] = milliseconds("triton", run)
+                inputs.x.copy_(before)
+            yield row | {"passed": torch.equal(*results)}
+
+
+@torch.no_grad()
+def attention(names: list[str], batches: list[int]) -> Iterator[dict]:
+    """Yield milliseconds of attention by queries and keys of a tile, which `actvar_kernels.tools.tune` chooses from."""
+    for model in names:
+        for batch in batches:
+            shape = last_scale(model, batch)
+            inputs = random_inputs(shape, torch.bfloat16, "cuda")
+            run = operations(inputs)["subset_attention"]
+            for size in candidates(architecture(inputs.x), torch.bfloat16, shape.head_dim):
+                with using_attention_tiles(size):
+                    row = {"model": model, "batch": batch, "queries": size.queries, "keys": size.keys}
+                    yield row | {"triton_ms": milliseconds("triton", run)}
 
 
 def captured_call(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -17,15 +18,17 @@ from actvar.patching.patch import patched_silently
 from actvar.sparse.block import ActVARBlock
 from actvar_kernels.backend import why_not_in_eight_bits
 from actvar_kernels.constants import FORMATS
+from actvar_kernels.triton_backend.early_launch import using_early_launch
 from benchmarks.sampling import autocast, model
 
 EXECUTION = Execution(sampler="fast", decoder_dtype="bfloat16", cuda_graph=False)  # `GraphedSampling` has its own
-PATCHES = {
-    "dense": (DENSE, EXECUTION),
-    "ActVAR": (ActVARConfig(), EXECUTION),
-    "dense, cuDNN benchmark": (DENSE, replace(EXECUTION, cudnn_benchmark=True)),
-    "ActVAR, cuDNN benchmark": (ActVARConfig(), replace(EXECUTION, cudnn_benchmark=True)),
+CONFIGS = {"dense": DENSE, "ActVAR": ActVARConfig()}
+WAYS = {
+    "": (EXECUTION, False),
+    ", early launches": (EXECUTION, True),
+    ", cuDNN benchmark": (replace(EXECUTION, cudnn_benchmark=True), False),
 }
+"""Suffix of a way, how it is run, and whether kernels are launched early, which GPUs from sm_90 on do."""
 SAMPLING = dict(cfg=1.5, top_k=900, top_p=0.96)
 QUANTILES = [0.2, 0.5, 0.8]
 
@@ -55,8 +58,12 @@ def model_times(name: str, batch: int, public_folder: Path | None) -> Iterator[d
             yield row("public code", sample_eager_ms=eager(public))
         del public
     var.to(torch.bfloat16)
-    for way, (config, execution) in (PATCHES | _in_eight_bits(torch.device("cuda"))).items():
-        with patched_silently(var, config, None, execution):
+    ways = WAYS | _in_eight_bits(torch.device("cuda"))
+    can_launch_early = torch.cuda.get_device_capability() >= (9, 0)
+    for (suffix, (execution, early)), (label, config) in product(ways.items(), CONFIGS.items()):
+        if early and not can_launch_early:
+            continue
+        with patched_silently(var, config, None, execution), using_early_launch(early):
             of_eager = eager(var)
             with recorded_blocks(var) as events:
                 sample = GraphedSampling(var, **SAMPLING)
@@ -68,17 +75,13 @@ def model_times(name: str, batch: int, public_folder: Path | None) -> Iterator[d
                 is_eager = torch.equal(sample(labels, 0), drawn(var))
                 del sample
             times = dict(sample_eager_ms=of_eager, sample_graph_ms=of_graph, blocks_graph_ms=blocks, kernels=kernels)
-            yield row(way, graph_is_eager=is_eager, **times)
+            yield row(label + suffix, graph_is_eager=is_eager, **times)
 
 
-def _in_eight_bits(device: torch.device) -> dict[str, tuple[ActVARConfig, Execution]]:
-    """Return the ways with products in the formats of eight bits that the GPU has."""
+def _in_eight_bits(device: torch.device) -> dict[str, tuple[Execution, bool]]:
+    """Return ways with products in the formats of eight bits that the GPU has, as in `WAYS`."""
     formats = [name for name, dtype in FORMATS.items() if why_not_in_eight_bits(dtype, device) is None]
-    return {
-        f"{way} {name}": (PATCHES[way][0], replace(EXECUTION, weights=name))
-        for way in ("dense", "ActVAR")
-        for name in formats
-    }
+    return {f", {name}": (replace(EXECUTION, weights=name), False) for name in formats}
 
 
 @contextmanager

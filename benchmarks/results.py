@@ -177,10 +177,13 @@ def add(path: Path, rows: Iterable[Result]) -> None:
 def gpu_rows(report: dict) -> list[Result]:
     """Return rows of the times in a report of `benchmarks.gpu`, and of launches and times of every kernel by name.
 
+    A report of an earlier commit may have no early launches and no tiles of attention.
+
     Raises:
         ValueError: operations whose numerics disagreed.
     """
-    failed = {row["operation"] for name in ("numerics", "graphs") for row in report[name] if not row["passed"]}
+    checked = (row for name in ("numerics", "graphs", "launches") for row in report.get(name, []))
+    failed = {row.get("operation", "a block") for row in checked if not row.get("passed", True)}
     if failed:
         raise ValueError(f"expected numerics that agree, got failures of {', '.join(sorted(failed))}; not reported")
     machine, rows = report["machine"], []
@@ -191,6 +194,13 @@ def gpu_rows(report: dict) -> list[Result]:
         rows.append(replace(row, **rounded))
 
     origin = {name: machine[name] for name in ("torch", "triton", "commit", "time")}
+    for row in (row for name in ("launches", "attention") for row in report.get(name, []) if "skipped" not in row):
+        shape = Shape(row["model"], row["batch"], "bf16", 0.75, SIZES[row["model"]].sides[-1])
+        if "queries" in row:
+            add_row(shape, f"triton, {row['queries']} x {row['keys']}", "subset_attention", row["triton_ms"])
+        else:
+            for when in ("late", "early"):
+                add_row(shape, f"triton, launched {when}", "a block of the last scale", row[f"{when}_ms"])
     for row in (*report["times"], *(row for row in report["models"] if "skipped" not in row)):
         shape = Shape(row["model"], row["batch"], "bf16", 0.75, SIZES[row["model"]].sides[-1])
         if "operation" in row:

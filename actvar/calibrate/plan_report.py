@@ -6,12 +6,10 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from actvar.calibrate.goal import Goal
 from actvar.config import ActVARConfig, Rate
 from actvar.execution import Execution
-from actvar.utils.pictures import save_figure, save_table
+from actvar.utils.pictures import new_figure, save_figure, save_table
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class PlanReport:
         """Write all plans as CSV, and plot their divergence over their time as PNG, with the chosen one marked."""
         rows = [self._row(each) for each in self.curve]
         save_table(table, [*rows[0]], [[*row.values()] for row in rows])
-        figure = Figure(figsize=(5, 3.4), layout="constrained")
+        figure = new_figure(5, 3.4)
         axis = figure.subplots()
         axis.plot([1e3 * each.seconds for each in self.curve], [each.total for each in self.curve], "o", markersize=3)
         axis.plot([1e3 * self.chosen.seconds], [self.chosen.total], "s", label="chosen")

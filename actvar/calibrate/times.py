@@ -214,7 +214,7 @@ def sample_laps(
         return step_seconds(var, lambda: draw(var, conditions, 0, cfg))
 
     runs = {name: functools.partial(run, name) for name in setups}
-    return interleaved_seconds(runs, repeats, "times", at_most)
+    return interleaved_seconds(runs, repeats, "times", at_most=at_most)
 
 
 def _interpolated(share: float, seconds: Iterable[float]) -> float:

@@ -11,7 +11,7 @@ from actvar.families import family_of
 from actvar.patching.adapter import read_adapter
 from actvar.patching.hub import adapter_file, push_adapter
 from actvar.patching.patch import patched_silently
-from actvar.reports.compare import compare
+from actvar.reports.compare import compare, first_samples
 from actvar.reports.model_card import model_card
 from actvar.sampling.token_maps import sampled_inputs
 from actvar.sparse.state import patch_state
@@ -39,9 +39,9 @@ def run(options: argparse.Namespace) -> None:
     labels = tuple(image % var.num_classes for image in range(options.batch))
     sampling = replace(sampling, labels=labels)
     fingerprint = model_fingerprint(var, family_of(var).autoencoder(var))
-    comparison = compare(var, adapter.config, file, sampling, repeats=3)
     maps = sampled_inputs(var, options.batch, 8, options.seed, options.cfg)
     with patched_silently(var, adapter.config, file, None):
+        comparison = compare(var, sampling, first_samples(var, sampling), repeats=3)
         divergence, schedules = divergence_by_scale(var, maps), patch_state(var).schedules
     base = {"name": options.model} if options.model else {"var": options.var, "vae": options.vae}
     place = {"machine": processor() if options.device == "cpu" else options.device, "dtype": options.dtype}

@@ -51,7 +51,7 @@ from actvar.config import DENSE, ActVARConfig
 from actvar.execution import SAMPLERS, Execution
 from actvar.patching.adapter import describe_adapter
 from actvar.patching.patch import patched_silently
-from actvar.reports.compare import compare, save_comparison
+from actvar.reports.compare import compare, first_samples, save_comparison
 from actvar.sampling.layouts import Layout
 from actvar.sampling.request import Sampling
 from actvar.sampling.shards import Bulk, sample_many, write_npz
@@ -93,8 +93,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--repeats",
         type=positive,
         default=1,
-        help="timed runs of each way for --compare, after one to warm up; their median is shown (default 1, the "
-        "soonest to end; 5 for steadier times)",
+        help="timed runs of each way for --compare, after the one that draws the pictures; their median is shown "
+        "(default 1, the soonest to end; 5 for steadier times)",
     )
     ways.add_argument(
         "--preset",
@@ -204,11 +204,11 @@ def _compare(
         titles = [title_of(sampling, label) for label in labels]
     else:
         titles = [class_name(options, label) for label in labels]
-    files = save_comparison(
-        var, config, adapter, sampling, options.out, options.per_class or 1, titles, execution, single
-    )
-    _say_written(files)
-    result = compare(var, config, adapter, sampling, options.repeats, execution)
+    with patched_silently(var, config, adapter, execution):
+        first = first_samples(var, sampling)
+        files = save_comparison(first, options.out, options.per_class or 1, titles, single)
+        _say_written(files)
+        result = compare(var, sampling, first, options.repeats)
     threads = torch.get_num_threads()
     described = "no adapter" if config is DENSE else describe(config)
     print(f"{len(labels)} images, cfg {sampling.cfg}, {options.dtype}, {threads} threads,", end=" ")

@@ -7,16 +7,18 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy import stats
 
 from actvar.evaluate.quality import METRICS
 from actvar.evaluate.run import Evaluation, Result
 from actvar.evaluate.texts import TextEvaluation
-from actvar.utils.pictures import COLOURS, save_figure, save_table
+from actvar.utils.pictures import COLOURS, new_figure, save_figure, save_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DENSE = "dense"
 TITLES = {
@@ -181,7 +183,7 @@ def save_quality_plot(report: Report, path: Path) -> Path:
     names = names or [name for name in PLOTTED if name in report.metrics()]
     if not names:
         raise ValueError("expected an evaluation with images to plot")
-    figure = Figure(figsize=(8.5 * len(names), 5.5), layout="constrained")
+    figure = new_figure(8.5 * len(names), 5.5)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         _plot_metric(axes, report, name)
     return save_figure(figure, path)

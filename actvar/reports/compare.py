@@ -11,12 +11,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from actvar.config import DENSE, ActVARConfig
+from actvar.config import DENSE
 from actvar.evaluate.similarity import psnr, ssim
-from actvar.execution import Execution
-from actvar.families import family_of
 from actvar.flops import StepFlops, counted_flops, model_flops, total_flops
 from actvar.models.arguments import checked_integer
+from actvar.models.vqvae import without_decoder
 from actvar.patching.patch import patched_silently, unpatched
 from actvar.reports.infinity.flops import counted_infinity_flops, infinity_flops
 from actvar.reports.token_overlay import save_token_overlay
@@ -25,10 +24,11 @@ from actvar.sampling.samplers import drawn_by
 from actvar.sampling.text_request import TextSampling
 from actvar.sampling.timing import block_seconds, interleaved_medians, seconds_of
 from actvar.sparse.contexts import record
-from actvar.sparse.schedule import build_schedule
+from actvar.sparse.record import BlockRecord
 from actvar.sparse.state import patch_state
-from actvar.utils.devices import device_of
+from actvar.utils.devices import device_of, is_on_gpu
 from actvar.utils.pictures import save_images
+from actvar.utils.wrappers import unwrapped
 
 Measured = TypeVar("Measured")
 
@@ -102,66 +102,70 @@ class Comparison:
         return facts
 
 
-def compare(
-    var: nn.Module,
-    config: ActVARConfig,
-    adapter: str | Path | None,
-    sampling: Sampling | TextSampling,
-    repeats: int,
-    execution: Execution | None = None,
-) -> Comparison:
-    """Measure the dense model, the same on the kernels, and with ActVAR, in turn.
-
-    ActVAR is left out where `config` is `DENSE`, by which it is the dense model on the kernels.
+@dataclass(frozen=True)
+class FirstSamples:
+    """Hold the same images as each way draws them first, which also warms it up.
 
     Args:
-        var: an unpatched model.
-        config: of ActVAR.
-        adapter: file of the gates; None for gates without training.
+        images: `[B, C, H, W]` in [0, 1] by the names `dense`, `accelerated` and `actvar`.
+        records: what the blocks of ActVAR chose; empty where the dense model alone is drawn.
+    """
+
+    images: dict[str, torch.Tensor]
+    records: list[BlockRecord]
+
+
+def first_samples(var: nn.Module, sampling: Sampling | TextSampling) -> FirstSamples:
+    """Draw the same images dense, by the dense model on the kernels, and with ActVAR.
+
+    ActVAR is left out where the patch has the configuration `DENSE`, by which it is the dense model on the kernels.
+
+    Args:
+        var: a patched model.
+        sampling: the images.
+    """
+    ways = ways_of(var, lambda: sampling.run(var))
+    with record(var) as records:
+        return FirstSamples({name: way() for name, way in ways.items()}, records)
+
+
+def compare(var: nn.Module, sampling: Sampling | TextSampling, first: FirstSamples, repeats: int) -> Comparison:
+    """Measure the dense model, the same on the kernels, and with ActVAR, in turn.
+
+    On a GPU each way is warmed up once more: what is recorded, or timed by blocks, runs without a CUDA graph.
+
+    Args:
+        var: a model whose patch is the same as for `first`, so that its packed weights stay.
         sampling: the images to draw.
+        first: these images, as each way drew them.
         repeats: of every measurement, whose median is taken.
-        execution: of ActVAR and of the dense model on the kernels; None for what the adapter recommends.
 
     Raises:
         TypeError: repeats that are no integer.
-        ValueError: a configuration or adapter that does not fit the model, repeats below 1.
+        ValueError: repeats below 1.
     """
     repeats = checked_integer("repeats", repeats, 1)
-    device = device_of(var)
-    maps, blocks_of_model = sampling.maps(var), family_of(var).blocks(var)
-    schedules = [build_schedule(config, maps, block) for block in range(len(blocks_of_model))]
-    active_tokens = {scale.tokens for schedule in schedules for scale in schedule if scale.active}
+    device, warm_ups = device_of(var), int(is_on_gpu(var))
+    active_tokens = {scale.tokens for schedule in patch_state(var).schedules for scale in schedule if scale.active}
 
     def blocks() -> float:
-        with block_seconds(var) as seconds:
+        with block_seconds(var) as seconds, without_decoder(unwrapped(var), "decode"):
             sampling.run(var)
         return sum(seconds[tokens] for tokens in active_tokens)
 
-    drawn: dict[str, torch.Tensor] = {}
-
-    def whole(name: str, draw: Callable[[], float]) -> Callable[[], float]:
-        def timed_and_kept() -> float:
-            seconds = draw()
-            drawn[name] = drawn.pop("last")
-            return seconds
-
-        return timed_and_kept
-
-    def draw() -> float:
-        return seconds_of(lambda: drawn.update(last=sampling.run(var)), device)
-
-    formula, counted = {}, {}
-    formula["dense"], counted["dense"] = transformer_flops(var, sampling)
-    with patched_silently(var, config, adapter, execution):  # patched once, so that packed weights of the adapter stay
-        ways = {name: whole(name, way) for name, way in all_ways(var, draw).items()}
-        if config == DENSE:
-            del ways["actvar"]
-        seconds = interleaved_medians(ways, repeats, "whole samples")
-        block_times = interleaved_medians(all_ways(var, blocks), repeats, "blocks") if active_tokens else {}
-        if config != DENSE:
-            formula["actvar"], counted["actvar"] = transformer_flops(var, sampling)
-    others = [name for name in ways if name != "dense"]
-    near, alike = ({name: measure(drawn[name], drawn["dense"]) for name in others} for measure in (psnr, ssim))
+    ways = ways_of(var, lambda: seconds_of(lambda: sampling.run(var), device))
+    seconds = interleaved_medians(ways, repeats, "whole samples", warm_ups)
+    block_times = {}
+    if active_tokens:
+        block_times = interleaved_medians(all_ways(var, blocks), repeats, "blocks", warm_ups)
+    flops = {}
+    with unpatched(var):
+        flops["dense"] = transformer_flops(var, sampling)
+    if "actvar" in ways:
+        flops["actvar"] = transformer_flops(var, sampling)
+    formula, counted = ({name: both[i] for name, both in flops.items()} for i in range(2))
+    dense, others = first.images["dense"], [name for name in ways if name != "dense"]
+    near, alike = ({name: measure(first.images[name], dense) for name in others} for measure in (psnr, ssim))
     return Comparison(len(sampling.labels), seconds, block_times, formula, counted, near, alike)
 
 
@@ -211,48 +215,37 @@ def all_ways(var: nn.Module, measure: Callable[[], Measured]) -> dict[str, Calla
     return {"dense": dense, "accelerated": accelerated, "actvar": measure}
 
 
+def ways_of(var: nn.Module, measure: Callable[[], Measured]) -> dict[str, Callable[[], Measured]]:
+    """Return `all_ways`, without `actvar` where the patch has the configuration `DENSE`; arguments are the same."""
+    ways = all_ways(var, measure)
+    if patch_state(var).config == DENSE:
+        del ways["actvar"]
+    return ways
+
+
 def save_comparison(
-    var: nn.Module,
-    config: ActVARConfig,
-    adapter: str | Path | None,
-    sampling: Sampling | TextSampling,
-    folder: Path,
-    columns: int,
-    titles: Sequence[str],
-    execution: Execution | None = None,
-    single: bool = False,
+    first: FirstSamples, folder: Path, columns: int, titles: Sequence[str], single: bool = False
 ) -> list[Path]:
     """Write `dense.png`, `actvar.png`, `difference.png` and, where tokens are selected, `tokens.png`.
 
-    `accelerated.png` takes the place of `actvar.png` where `config` is `DENSE`.
+    `accelerated.png` takes the place of `actvar.png` where the dense model alone was drawn.
 
     Args:
-        var: an unpatched model.
-        config: of ActVAR.
-        adapter: file of the gates; None for gates without training.
-        sampling: the images to draw.
+        first: the images.
         folder: of the pictures.
         columns: images per row of the grids.
         titles: a label per image, for the token overlay, which shows the first image of up to five rows.
-        execution: of ActVAR; None for what the adapter recommends.
         single: whether each image is a PNG of its own, such as `dense-00000.png`, in place of a grid.
 
     Returns:
         The files.
     """
-    with patched_silently(var, config, adapter, execution), record(var) as records:
-        sparse = sampling.run(var)
-        state = patch_state(var)
-        selects = any(scale.select for scale in state.schedule)
-    with drawn_by(var, state.execution.sampler):
-        dense = sampling.run(var)
-    name = "accelerated" if config == DENSE else "actvar"
-    shown = {"dense": dense, name: sparse, "difference": (dense - sparse).abs()}
+    dense, (name, other) = first.images["dense"], list(first.images.items())[-1]
     written = []
-    for name, images in shown.items():
-        written += save_images(images, folder, name, columns, single)
-    if selects:
-        first = list(range(0, len(sparse), columns))[:5]
-        first_records, names = [r.only(first) for r in records], [titles[i] for i in first]
-        written.append(save_token_overlay(sparse[first], first_records, folder / "tokens.png", names))
+    for shown, images in {"dense": dense, name: other, "difference": (dense - other).abs()}.items():
+        written += save_images(images, folder, shown, columns, single)
+    if any(block_record.index is not None for block_record in first.records):
+        rows = list(range(0, len(other), columns))[:5]
+        records, names = [r.only(rows) for r in first.records], [titles[i] for i in rows]
+        written.append(save_token_overlay(other[rows], records, folder / "tokens.png", names))
     return written

@@ -8,7 +8,6 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from actvar.config import DENSE, ActVARConfig
@@ -17,7 +16,7 @@ from actvar.flops import BY_LAST_WEIGHT, MODULES, StepFlops, counted_flops, mode
 from actvar.models import VAR, VQVAE, build_vae_var
 from actvar.patching.patch import patch_silently
 from actvar.reports.paper_tables import FIXED_FLOPS_PER_ROW, ROWS, Reproduced, reproduce
-from actvar.utils.pictures import COLOURS, save_figure
+from actvar.utils.pictures import COLOURS, new_figure, save_figure
 from actvar.utils.progress import progress
 from actvar.zoo.fashion_mnist import architecture
 from actvar_kernels.operations.shapes import HEAD_DIM, MODELS
@@ -194,7 +193,7 @@ def _paper_table(table: int, rows: Sequence[Reproduced]) -> list[str]:
 
 def save_plot(report: FlopsReport, path: Path) -> Path:
     """Write a PNG with the FLOPs by module over all steps, and by step, of the dense model beside ActVAR."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     by_module, by_step = figure.subplots(1, 2, width_ratios=(1, 2))
     steps = range(1, len(report.maps) + 1)
     modules = report.modules

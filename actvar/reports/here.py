@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import actvar
 from actvar.reports.one_block import last_scale_seconds
 from actvar.sampling.timing import interleaved_seconds, mean_seconds
 from actvar_kernels.backend import using_backend
-from actvar_kernels.cpu_backend import choices, cpu
+from actvar_kernels.cpu_backend import brgemm, choices, cpu
 from actvar_kernels.operations.inputs import random_inputs
 from actvar_kernels.operations.shapes import VOCABULARY, last_scale
 from actvar_kernels.operations.table import BLOCK, DECODER, SAMPLING, Operation
@@ -32,6 +32,9 @@ AT_FIRST, AGAIN = (0.3, 3, 9), (2.0, 7, 25)
 SHAPES = (("fashion-mnist", 1), ("fashion-mnist", 8), ("d16", 1), ("d16", 8))
 """Models and images, which have two rows each."""
 BLOCKS = (("fashion-mnist", 1), ("d16", 1))
+"""Those of whole blocks, and of operations in float16."""
+INT8 = "int8"
+"""Blocks with weights in eight bits; the rest of them is in the dtype that PyTorch takes."""
 VOCABULARIES = {"fashion-mnist": 512, "d16": VOCABULARY}
 MAPS = {"fashion-mnist": (64, 16), "d16": (320, 64)}
 """Channels and side of a map in the middle of the autoencoder's decoder."""
@@ -47,7 +50,7 @@ class Case:
         operation: name of an operation, or `"block"`.
         model: whose sizes it has.
         batch: images.
-        dtype: name of the dtype of all tensors.
+        dtype: name of the dtype of all tensors, or `INT8`.
     """
 
     operation: str
@@ -55,11 +58,28 @@ class Case:
     batch: int
     dtype: str
 
-    def prepared(self) -> tuple[Measurement, int]:
-        """Return what measures the seconds of one run, and the numbers of the call's first tensor, 0 for a block."""
-        dtype = choices.DTYPES[self.dtype]
+    @property
+    def plain(self) -> str:
+        """Return the dtype in which PyTorch runs: the fastest with as many digits that the processor multiplies."""
+        if self.dtype == INT8:
+            return "bfloat16" if cpu.multiplies_bfloat16() else "float32"
+        return "float32" if self.dtype == "float16" and not cpu.multiplies_float16() else self.dtype
+
+    def prepared(self) -> tuple[dict[str, Measurement], int]:
+        """Return what measures the seconds of one run by what runs it, one of `choices.RUNS`.
+
+        The second value is the numbers of the call's first tensor, 0 for a block.
+        """
+        kernels, plain = choices.DTYPES.get(self.dtype), choices.DTYPES[self.plain]
         if self.operation == "block":
-            return partial(last_scale_seconds, "ActVAR", self.model, self.batch, "cpu", dtype), 0
+            block = partial(last_scale_seconds, "ActVAR", self.model, self.batch, "cpu")
+            mine = partial(block, plain, INT8) if kernels is None else partial(block, kernels)
+            return {"cpu": mine, "reference": partial(block, plain)}, 0
+        calls = {dtype: self._call(dtype) for dtype in {kernels, plain} if dtype is not None}
+        return {"cpu": calls[kernels][0], "reference": calls[plain][0]}, calls[plain][1]
+
+    def _call(self, dtype: torch.dtype) -> tuple[Measurement, int]:
+        """Return what measures a call in a dtype, and the numbers of its first tensor."""
         operation, inputs = self._operation(), self._inputs(dtype)
         arguments = next(iter(operation.arguments(*inputs).values()))
         if "top_k" in arguments:
@@ -126,22 +146,23 @@ class Row(Case):
         mark = "slower" if self.is_slower else "slower, within noise" if self.is_over else ""
         return (
             f"{self.operation:<20}{self.model:<14}{self.batch:>5}  {self.dtype:<9}{self.kernels:>11.3f}"
-            f"{self.pytorch:>11.3f}{self.ratio:>7.2f}{self.noise:>7.0%}  {mark}"
+            f"  {self.plain:<9}{self.pytorch:>11.3f}{self.ratio:>7.2f}{self.noise:>7.0%}  {mark}"
         ).rstrip()
 
 
 HEADER = (
-    f"{'operation':<20}{'shapes of':<14}{'batch':>5}  {'dtype':<9}{'kernels ms':>11}{'PyTorch ms':>11}"
+    f"{'operation':<20}{'shapes of':<14}{'batch':>5}  {'dtype':<9}{'kernels ms':>11}  {'against':<9}{'PyTorch ms':>11}"
     f"{'ratio':>7}{'noise':>7}"
 )
 
 
 def cases() -> list[Case]:
-    """Return what is timed, the short ones first; bfloat16 where the processor has instructions for it."""
+    """Return what is timed, the short ones first; bfloat16 and int8 where the processor has instructions for them."""
     dtypes = ["float32", "bfloat16"] if cpu.multiplies_bfloat16() else ["float32"]
-    blocks = [Case("block", *of, dtype) for of in BLOCKS for dtype in dtypes]
-    operations = [Case(name, *of, dtype) for of in SHAPES for dtype in dtypes for name in choices.OPERATIONS]
-    return blocks + operations
+    of_blocks = [*dtypes, "float16", INT8] if brgemm.runs(torch.int8) else [*dtypes, "float16"]
+    of_shapes = [(of, dtype) for of in SHAPES for dtype in (*dtypes, *(["float16"] if of in BLOCKS else []))]
+    blocks = [Case("block", *of, dtype) for of in BLOCKS for dtype in of_blocks]
+    return blocks + [Case(name, *of, dtype) for of, dtype in of_shapes for name in choices.OPERATIONS]
 
 
 @torch.no_grad()
@@ -155,30 +176,30 @@ def measured(todo: Sequence[Case], seconds: float = SECONDS) -> Iterator[Row]:
     for case in todo:
         if time.perf_counter() - start > seconds:
             return
-        run, numbers = case.prepared()
-        row = row_of(case, numbers, measure(run, *AT_FIRST))
-        yield row_of(case, numbers, measure(run, *AGAIN)) if row.is_over else row
+        runs, numbers = case.prepared()
+        row = row_of(case, numbers, measure(runs, *AT_FIRST))
+        yield row_of(case, numbers, measure(runs, *AGAIN)) if row.is_over else row
 
 
-def measure(run: Measurement, seconds: float, least: int, most: int) -> dict[str, list[float]]:
+def measure(runs: Mapping[str, Measurement], seconds: float, least: int, most: int) -> dict[str, list[float]]:
     """Return the seconds of runs by the C++ kernels (`"cpu"`) and by plain PyTorch (`"reference"`), in turn.
 
     Args:
-        run: a measurement.
+        runs: a measurement for each of the two.
         seconds: about how long to measure, if that fits.
         least, most: how many measurements each of the two gets.
     """
 
     def on(backend: str) -> float:
         with using_backend(backend):
-            return run()
+            return runs[backend]()
 
     start = time.perf_counter()
-    runs: dict[str, Measurement] = {backend: partial(on, backend) for backend in choices.RUNS}
-    for first in runs.values():
+    by_backend: dict[str, Measurement] = {backend: partial(on, backend) for backend in choices.RUNS}
+    for first in by_backend.values():
         first()
     repeats = int(seconds / (time.perf_counter() - start))
-    return interleaved_seconds(runs, min(max(repeats, least), most))
+    return interleaved_seconds(by_backend, min(max(repeats, least), most), warm_ups=0)
 
 
 def row_of(case: Case, numbers: int, seconds: dict[str, list[float]]) -> Row:
@@ -218,7 +239,7 @@ def warning(found: float) -> str:
 
 def as_dict(row: Row) -> dict[str, object]:
     """Return a row with its ratio and verdict, for JSON."""
-    return asdict(row) | {"ratio": row.ratio, "slower": row.is_slower}
+    return asdict(row) | {"plain": row.plain, "ratio": row.ratio, "slower": row.is_slower}
 
 
 def summary(rows: Sequence[Row], todo: int) -> str:
@@ -231,12 +252,12 @@ def summary(rows: Sequence[Row], todo: int) -> str:
 
 
 def table_of(rows: Sequence[Row]) -> choices.Table:
-    """Return who runs each operation and dtype among `rows`."""
+    """Return who runs each operation and dtype among `rows`, where PyTorch ran in that dtype as well."""
 
     def kind(row: Row) -> tuple[str, str]:
         return row.operation, row.dtype
 
-    operations = sorted((row for row in rows if row.numbers), key=kind)
+    operations = sorted((row for row in rows if row.numbers and row.plain == row.dtype), key=kind)
     found = tuple(_choice(*of, list(same)) for of, same in itertools.groupby(operations, kind))
     return choices.Table(choices.processor(), choices.instructions(), torch.get_num_threads(), found)
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from actvar.utils.pictures import save_figure
+from actvar.utils.pictures import new_figure, save_figure
 
 WIDTH = 1.6
 """Inches of an image."""
@@ -27,7 +26,7 @@ def save_method_sheet(path: Path, rows: Mapping[str, Sequence[np.ndarray]], titl
     """
     height, width, _ = next(iter(rows.values()))[0].shape
     size = (WIDTH * len(titles) + 1.2, WIDTH * height / width * len(rows) + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(*size)
     all_axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for of_row, (name, images) in zip(all_axes, rows.items(), strict=True):
         for axes, pixels in zip(of_row, images, strict=True):

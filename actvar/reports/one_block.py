@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from actvar.config import ActVARConfig
+from actvar.execution import Execution
 from actvar.models import build_vae_var
 from actvar.patching.patch import accelerate, patch_silently
 from actvar.sampling.timing import seconds_of
@@ -18,9 +19,20 @@ WAYS = ("dense", "accelerated", "ActVAR")
 
 
 @torch.no_grad()
-def last_scale_seconds(way: str, model: str, batch: int, device: str, dtype: torch.dtype) -> float:
-    """Return the seconds of one block at the last scale, after all scales before it have filled its K/V cache."""
-    var = one_block(way, model, device, dtype)
+def last_scale_seconds(
+    way: str, model: str, batch: int, device: str, dtype: torch.dtype, weights: str | None = None
+) -> float:
+    """Return the seconds of one block at the last scale, after all scales before it have filled its K/V cache.
+
+    Args:
+        way: one of `WAYS`.
+        model: a name of `SIZES`.
+        batch: images, with two rows each.
+        device: where the block runs.
+        dtype: of the block.
+        weights: as in `Execution`, for ActVAR.
+    """
+    var = one_block(way, model, device, dtype, weights)
     modulation, maps = scales(model, batch, device, dtype)
     block: Any = var.get_submodule("blocks.0")
     block.attn.kv_caching(True)
@@ -34,8 +46,11 @@ def last_scale_seconds(way: str, model: str, batch: int, device: str, dtype: tor
 
 
 @functools.cache
-def one_block(way: str, model: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """Build a transformer of one block of an official width, with random weights and the smallest autoencoder."""
+def one_block(way: str, model: str, device: str, dtype: torch.dtype, weights: str | None) -> nn.Module:
+    """Build a transformer of one block of an official width, with random weights and the smallest autoencoder.
+
+    Arguments are those of `last_scale_seconds`.
+    """
     width, sides = SIZES[model]
     small = dict(V=64, ch=32, ch_mult=(1,), num_res_blocks=1, num_classes=10)
     _, var = build_vae_var(depth=1, width=width, patch_nums=sides, **small)
@@ -43,7 +58,7 @@ def one_block(way: str, model: str, device: str, dtype: torch.dtype) -> nn.Modul
     if way == "accelerated":
         accelerate(var)
     elif way == "ActVAR":
-        patch_silently(var, ActVARConfig())
+        patch_silently(var, ActVARConfig(), Execution(weights=weights))
     return var
 
 

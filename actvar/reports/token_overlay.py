@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from actvar.sparse.record import BlockRecord
-from actvar.utils.pictures import save_figure
+from actvar.utils.pictures import new_figure, save_figure
 
 UPDATED_COLOUR = np.array([1.0, 0.55, 0.1])
+GAP, HEADING, LETTER = 0.1, 0.3, 0.07
+"""Inches between panels, above them for a title, and of a letter of a title."""
 
 
 def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], path: Path, titles: Sequence[str]) -> Path:
@@ -40,31 +42,39 @@ def save_token_overlay(images: torch.Tensor, records: Sequence[BlockRecord], pat
     blocks = sorted({r.block for r in records})
     kept = {(r.block, r.scale.index): r.index for r in records}
     sizes = {r.scale.index: (r.scale.height, r.scale.width) for r in records}
-    rows = len(images) * len(scales)
-    figure = Figure(figsize=(1.1 * (len(blocks) + 2), 1.3 * rows + 0.3), layout="constrained")
-    axes = figure.subplots(rows, len(blocks) + 2, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
+    panel_height = images.shape[-2] / images.shape[-1]  # a panel is one inch wide
+    first_width = max([1.0, *(LETTER * len(f"{title}, 00x00") for title in titles)])
+    lefts = [GAP, *(2 * GAP + first_width + (1 + GAP) * column for column in range(len(blocks) + 1))]
+    row_height = HEADING + panel_height
+    figure_size = (lefts[-1] + 1 + GAP, len(images) * len(scales) * row_height + GAP)
+    figure = new_figure(*figure_size, layout=None)
+    axis = figure.add_axes((0, 0, 1, 1))  # a single one, since each takes longer than all pictures
+    axis.set_axis_off()
+
+    def show(panel: np.ndarray, row: int, column: int, title: str = "", **colours: Any) -> None:
+        left, top = lefts[column], row * row_height + HEADING
+        axis.imshow(panel, extent=(left, left + 1, top + panel_height, top), aspect="auto", **colours)
+        axis.text(left, top - 0.05, title, fontsize=8)
+
     for i, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
         picture = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()
         for j, scale in enumerate(scales):
-            row = axes[i * len(scales) + j]
+            row = i * len(scales) + j
             height, width = sizes[scale]
-            row[0].imshow(picture)
-            row[0].set_title(f"{titles[i]}, {height}x{width}", fontsize=8)
-            for axis, block in zip(row[1:-1], blocks, strict=True):
+            show(picture, row, 0, f"{titles[i]}, {height}x{width}")
+            for column, block in enumerate(blocks, 1):
                 index = kept.get((block, scale))  # None: the block updates all tokens
                 updated = torch.arange(height * width, device="cpu") if index is None else index[i]
-                axis.imshow(_tinted(picture, updated, height, width))
-                if i == 0 and j == 0:
-                    axis.set_title(f"block {block + 1}", fontsize=8)
+                show(_tinted(picture, updated, height, width), row, column, f"block {block + 1}" if row == 0 else "")
             times = times_updated([r.only([i]) for r in records if r.scale.index == scale])[0]
             times = times.view(height, width).numpy()
-            row[-1].imshow(times, cmap="cividis", vmin=0, vmax=len(blocks))
-            row[-1].set_title(f"covered: {(times > 0).mean():.0%}", fontsize=8)
+            show(times, row, -1, f"covered: {(times > 0).mean():.0%}", cmap="cividis", vmin=0, vmax=len(blocks))
             for (y, x), count in np.ndenumerate(times if max(height, width) <= 10 else times[:0]):
                 colour = "black" if count > len(blocks) / 2 else "white"
-                row[-1].text(x, y, count, ha="center", va="center", fontsize=5, color=colour)
+                down = row * row_height + HEADING + (y + 0.5) / height * panel_height
+                right = lefts[-1] + (x + 0.5) / width
+                axis.text(right, down, str(count), ha="center", va="center", fontsize=5, color=colour)
+    axis.set(xlim=(0, figure_size[0]), ylim=(figure_size[1], 0))
     return save_figure(figure, path)
 
 

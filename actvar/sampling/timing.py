@@ -30,21 +30,27 @@ def _synchronize(device: torch.device) -> None:
 
 
 def interleaved_medians(
-    runs: Mapping[str, Callable[[], float]], repeats: int, describe: str = "timing"
+    runs: Mapping[str, Callable[[], float]], repeats: int, describe: str = "timing", warm_ups: int = 1
 ) -> dict[str, float]:
     """Return the median of `interleaved_seconds` for each name, in seconds; arguments are the same."""
-    return {name: statistics.median(values) for name, values in interleaved_seconds(runs, repeats, describe).items()}
+    seconds = interleaved_seconds(runs, repeats, describe, warm_ups)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def interleaved_seconds(
-    runs: Mapping[str, Callable[[], Measured]], repeats: int, describe: str = "timing", at_most: float = math.inf
+    runs: Mapping[str, Callable[[], Measured]],
+    repeats: int,
+    describe: str = "timing",
+    warm_ups: int = 1,
+    at_most: float = math.inf,
 ) -> dict[str, list[Measured]]:
-    """Run each of `runs` once to warm up, then all of them in turn `repeats` times.
+    """Run each of `runs` to warm up, then all of them in turn `repeats` times.
 
     Args:
         runs: functions that return their own measurement in seconds, or several measurements.
         repeats: measurements of each function.
         describe: title of the progress bar.
+        warm_ups: runs of each function that are not measured; 0 where all have just run.
         at_most: seconds after which no further turn begins; each function is measured at least once.
 
     Returns:
@@ -52,12 +58,12 @@ def interleaved_seconds(
     """
     seconds: dict[str, list[Measured]] = {name: [] for name in runs}
     begin = time.perf_counter()
-    for repeat in progress(range(repeats + 1), desc=describe, leave=False):
-        if repeat > 1 and time.perf_counter() - begin > at_most:
+    for repeat in progress(range(-warm_ups, repeats), desc=describe, leave=False):
+        if repeat > 0 and time.perf_counter() - begin > at_most:
             break
         for name, run in runs.items():
             measured = run()
-            if repeat:  # the first warms up
+            if repeat >= 0:
                 seconds[name].append(measured)
     return seconds
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from einops import repeat
-from matplotlib.figure import Figure
 from PIL import Image
 
 from actvar.utils.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GAP = 2
 """Pixels between the images of a grid."""
@@ -88,11 +91,21 @@ def save_loss_plot(log: Path, path: Path) -> Path:
     """
     names = log.read_text().splitlines()[0].split(",")[1:]
     columns = np.loadtxt(log, delimiter=",", skiprows=1, ndmin=2).T
-    figure = Figure(figsize=(3.2 * len(names), 2.6), layout="constrained")
+    figure = new_figure(3.2 * len(names), 2.6)
     for axis, name, values in zip(figure.subplots(1, len(names), squeeze=False)[0], names, columns[1:], strict=True):
         axis.plot(columns[0], values, linewidth=1)
         axis.set(title=name, xlabel="step")
     return save_figure(figure, path)
+
+
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """Return an empty figure of so many inches, with a layout of matplotlib or none.
+
+    Matplotlib is imported here alone, since that takes a third of a second and few commands draw a figure.
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

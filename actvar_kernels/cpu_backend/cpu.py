@@ -47,6 +47,11 @@ def multiplies_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def multiplies_float16() -> bool:
+    """Return whether this processor has instructions for products of float16, as PyTorch sees it."""
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
 def has_tiles() -> bool:
     """Return whether PyTorch multiplies tiles of bfloat16 (AMX), which takes a third of the time of vectors, or less.
 

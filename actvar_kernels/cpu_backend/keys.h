@@ -16,11 +16,16 @@
 
 namespace {
 
+// Return the number of type To with the bits of x.
+template <class To, class From> INLINED To same_bits(From x) {
+    To out;
+    std::memcpy(&out, &x, sizeof out);
+    return out;
+}
+
 // Return an integer that orders like x, which is not NaN; 0 and -0 give the same integer.
 INLINED int32_t order_key(float x) {
-    x += 0.0f;
-    int32_t bits;
-    std::memcpy(&bits, &x, 4);
+    const int32_t bits = same_bits<int32_t>(x + 0.0f);
     return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 

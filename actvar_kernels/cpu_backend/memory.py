@@ -1,7 +1,7 @@
 """Allocate memory for large tensors on the CPU.
 
-The system fills every new page with zeros at a fault. So huge pages are asked for, and within `reused_memory` a tensor
-takes the memory that another one left.
+The system fills every new page with zeros at a fault. So huge pages are asked for, and a tensor takes the memory that
+another one left.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 HUGE_PAGE = 2 * 2**20
 KEPT = 2**30
-"""Bytes that stay when `reused_memory` ends, for the next time."""
+"""Bytes that stay outside of `reused_memory`, for the next time."""
 
 _free: list[mmap.mmap] = []
 _reusing: ContextVar[bool] = ContextVar("actvar_kernels_reusing", default=False)
@@ -27,8 +27,8 @@ _reusing: ContextVar[bool] = ContextVar("actvar_kernels_reusing", default=False)
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor without values.
 
-    From 2 MiB on the tensor lies in huge pages on Linux, where the system has them. Within `reused_memory` it takes
-    memory that another one left.
+    From 2 MiB on the tensor lies in huge pages on Linux, where the system has them, and takes memory that another one
+    left.
 
     Args:
         shape: sizes of the tensor.
@@ -37,12 +37,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     size = math.prod(shape) * dtype.itemsize
     if not _is_large(size):
         return torch.empty(shape, dtype=dtype, device="cpu")
-    block = (_taken(size) if _reusing.get() else None) or _new(size)
+    block = _taken(size) or _new(size)
     if block is None:
         return torch.empty(shape, dtype=dtype, device="cpu")
     memory = memoryview(block)  # lives as long as the tensor's storage
-    if _reusing.get():
-        weakref.finalize(memory, _give_back, block)
+    weakref.finalize(memory, _give_back, block)
     return _tensor(memory, shape, dtype)
 
 
@@ -64,10 +63,7 @@ def empty_for_long(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 @contextmanager
 def reused_memory() -> Iterator[None]:
-    """Let tensors made in the context take the memory of others that were.
-
-    At the end of the context `KEPT` bytes stay at most.
-    """
+    """Keep all memory that tensors leave in the context for the tensors that follow, and `KEPT` bytes after it."""
     token = _reusing.set(True)
     try:
         yield

@@ -25,13 +25,7 @@ inline vec only_first(vec x, int columns) {
     return x;
 }
 
-inline float sum_of(const vec (&parts)[4]) {
-    float all[LANES];
-    store(all, (parts[0] + parts[1]) + (parts[2] + parts[3]));
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; j++) all[j] += all[j + half];
-    return all[0];
-}
+inline float sum_of(const vec (&parts)[4]) { return sum_of((parts[0] + parts[1]) + (parts[2] + parts[3])); }
 
 // Store the first columns, rounded to the nearest, and return the stored numbers.
 inline vec put_first(float *to, vec x, int columns) {

@@ -70,6 +70,12 @@ inline void put(bfloat16 *to, vec x) { store(to, _mm512_cvtneps_pbh((__m512)x));
 inline void put(bfloat16 *to, vec x) { store(to, rounded<bfloat16>(x)); }
 #endif
 
+inline float sum_of(vec x) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+
 // Round to numbers of type T.
 template <class T> inline vec as_stored(vec x) { return widened<T>(rounded<T>(x)); }
 template <> inline vec as_stored<float>(vec x) { return x; }

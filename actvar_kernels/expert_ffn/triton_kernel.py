@@ -19,6 +19,7 @@ from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.linear.products import gelu_linear
 from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.early_launch import begin, early_launch
 from actvar_kernels.triton_backend.products import add_product, gelu, load_columns, row_pointers, store_product
 from actvar_kernels.triton_backend.tuning_table import tuned_expert_ffn
 
@@ -133,6 +134,7 @@ def _launch(
             enable_fp_fusion=True,
             num_stages=up.stages,
             **tiles.most_registers(up.registers),
+            **early_launch(u),
         )
     _down[(triton.cdiv(C, down.columns), row_tiles)](
         hidden if order is None else matrix(hidden, tile.rows, down.depth),
@@ -160,6 +162,7 @@ def _launch(
         num_warps=down.warps,
         enable_fp_fusion=True,
         num_stages=down.stages,
+        **early_launch(u),
     )
 
 
@@ -191,11 +194,13 @@ def _up(
     BLOCK_H: tl.constexpr,
     TAIL_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Compute `BLOCK_H + TAIL_H` hidden units of one expert for one tile of rows.
 
     Neighbouring programs share the rows.
     """
+    begin(PDL)
     per_expert: tl.constexpr = (WIDTH + BLOCK_H + TAIL_H - 1) // (BLOCK_H + TAIL_H)
     expert = tl.program_id(0) // per_expert
     unit = tl.program_id(0) % per_expert * (BLOCK_H + TAIL_H)
@@ -293,12 +298,14 @@ def _down(
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Sum over the hidden units of a tile of rows, for some output channels, and add the residual.
 
     With a mask the hidden units of all experts are given, and those that a row did not choose are read as zeros.
     Without one the rows are in the order of the sort, which has zeros there.
     """
+    begin(PDL)
     steps: tl.constexpr = (WIDTH + BLOCK_H - 1) // BLOCK_H
     channel = tl.program_id(0) * BLOCK_C
     first = tl.program_id(1) * BLOCK_T

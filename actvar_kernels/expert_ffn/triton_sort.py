@@ -10,6 +10,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.early_launch import begin, early_launch
 
 
 def sort_by_experts(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +36,7 @@ def sort_by_experts(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         CHUNK=tile.chunk,
         num_warps=tile.warps,
         enable_fp_fusion=True,
+        **early_launch(mask),
     )
     return order, bits
 
@@ -48,12 +50,14 @@ def _sort_rows(
     WORDS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Find the places of one block of rows.
 
     The program puts the block in order. Then it counts for each row the tokens before the block whose key is not
     higher, and the tokens after the block whose key is lower.
     """
+    begin(PDL)
     first = tl.program_id(0) * BLOCK_T
     local = tl.arange(0, BLOCK_T)
     row = first + local

@@ -48,7 +48,7 @@ def product_candidates(arch: int) -> list[ByteTiles]:
     """Return tiles of a product of bytes from large to small."""
     deep = 128 if arch in (90, 100) else 64
     return [
-        ByteTiles(128, ProductTiles(128, 0, deep, warps=8, stages=4), parts=2),
+        ByteTiles(128, ProductTiles(128, 0, deep, warps=8, stages=4), parts=4 if arch == 100 else 2),
         ByteTiles(64, ProductTiles(64, 0, 128, warps=4, stages=4), parts=1),
         ByteTiles(32, ProductTiles(64, 0, 128, warps=4, stages=4), parts=1),
         ByteTiles(16, ProductTiles(32, 0, 128, warps=4, stages=4), parts=1),

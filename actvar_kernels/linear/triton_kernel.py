@@ -11,6 +11,7 @@ import triton.language as tl
 from actvar_kernels.linear.tiles import product_tiles, quantizing_tiles
 from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend.early_launch import begin, early_launch
 from actvar_kernels.triton_backend.products import add_product, gelu, load_columns, row_pointers, store_product
 from actvar_kernels.triton_backend.rows import row_bytes
 
@@ -44,6 +45,7 @@ def quantize_rows(
         ROWS=tile.rows,
         num_warps=tile.warps,
         enable_fp_fusion=False,
+        **early_launch(x),
     )
     return values, scales
 
@@ -108,6 +110,7 @@ def multiply_bytes(
         num_warps=product.warps,
         num_stages=product.stages,
         enable_fp_fusion=False,
+        **early_launch(values),
     )
 
 
@@ -122,8 +125,10 @@ def _quantize_rows(
     EXPERTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Quantize `ROWS` rows, of which groups of channels are left out."""
+    begin(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
     written = (row < T)[:, None] & (channel < C)[None, :]
@@ -164,8 +169,10 @@ def _multiply_bytes(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Multiply a tile of rows with some columns of the weight; sums of int8 are exact in int32."""
+    begin(PDL)
     first = tl.program_id(0) * BLOCK_D
     row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.minimum(first + tl.arange(0, BLOCK_D), D - 1)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.residual_norm.reference import AdaLN
+from actvar_kernels.triton_backend.early_launch import begin, early_launch
 from actvar_kernels.triton_backend.row_form import RowForm, formed
 from actvar_kernels.triton_backend.rows import (
     TRITON_DTYPES,
@@ -114,6 +115,7 @@ def _launch(
         DTYPE=TRITON_DTYPES[form.dtype],
         num_warps=tiles.warps,
         enable_fp_fusion=True,
+        **early_launch(x),
     )
     return out, formed(u, scales, form), mask, logits
 
@@ -146,11 +148,13 @@ def _add_normalize_route(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Add, normalise and route `ROWS` rows of a sequence, those of x by their index if there is one.
 
     Without experts there is no routing. Without `out_ptr` the sum is not kept. With `u_scales_ptr` the rows are bytes.
     """
+    begin(PDL)
     sequence = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)

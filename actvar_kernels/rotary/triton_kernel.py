@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from actvar_kernels.triton_backend.early_launch import begin, early_launch
 from actvar_kernels.triton_backend.tiles import next_power_of_2
 
 NUMBERS, WARPS = 4096, 4
@@ -37,6 +38,7 @@ def rotate_heads(
         HEAD_DIM=d,
         ROWS=rows,
         num_warps=WARPS,
+        **early_launch(x),
     )
     return out
 
@@ -55,8 +57,10 @@ def _rotate_heads(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Normalise and rotate `ROWS` rows of one head of a sequence; sines lie `sines` numbers behind the cosines."""
+    begin(PDL)
     sequence = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

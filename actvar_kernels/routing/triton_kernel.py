@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from actvar_kernels.triton_backend.early_launch import begin, early_launch
 from actvar_kernels.triton_backend.rows import route
 from actvar_kernels.triton_backend.tiles import architecture, route_tiles
 
@@ -37,6 +38,7 @@ def route_experts(
         SPLITS=tiles.splits,
         num_warps=tiles.warps,
         enable_fp_fusion=True,
+        **early_launch(u),
     )
     return mask, logits
 
@@ -55,8 +57,10 @@ def _route_experts(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Route `ROWS` tokens."""
+    begin(PDL)
     token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
     inside = (token < tokens)[:, None] & (channel < C)[None, :]

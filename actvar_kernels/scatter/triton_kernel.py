@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from actvar_kernels.triton_backend.early_launch import begin, early_launch
 from actvar_kernels.triton_backend.rows import channels_last, load_rows, load_vector
 from actvar_kernels.triton_backend.tiles import row_tiles
 
@@ -36,6 +37,7 @@ def scatter_rows(
         ROWS=tiles.rows,
         num_warps=tiles.warps,
         enable_fp_fusion=True,
+        **early_launch(rows),
     )
 
 
@@ -55,8 +57,10 @@ def _scatter_rows(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Scatter `ROWS` rows of a sequence."""
+    begin(PDL)
     sequence = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)

@@ -6,11 +6,6 @@ template <class T> inline const T *row(const Rows &rows, int sequence, int head,
     return (const T *)rows.data + sequence * rows.sequence + head * rows.head + token * rows.token;
 }
 
-inline float sum_of(vec x) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) x[i] += x[i + half];
-    return x[0];
-}
 inline float largest_lane(vec x) {
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];

@@ -10,7 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from actvar_kernels.triton_backend.tiles import architecture, attention_tiles
+from actvar_kernels.triton_backend.attention_tiles import attention_tiles
+from actvar_kernels.triton_backend.early_launch import begin, early_launch
+from actvar_kernels.triton_backend.tiles import architecture
+from actvar_kernels.triton_backend.tuning_table import tuned_attention
 
 
 def subset_attention(
@@ -47,7 +50,8 @@ def subset_attention(
         keys, values = k, v
     if mask is not None:
         mask = mask.expand(R, H, K, cached + T)
-    tiles = attention_tiles(architecture(q), v.dtype, d, mask is not None)
+    measured = None if mask is not None else tuned_attention(q, v.dtype, keys=cached + T)
+    tiles = attention_tiles(architecture(q), v.dtype, d, mask is not None, measured)
     query_tiles = triton.cdiv(K, tiles.queries)
     _attention[(query_tiles * R * H,)](
         q,
@@ -79,6 +83,7 @@ def subset_attention(
         num_warps=tiles.warps,
         enable_fp_fusion=True,
         num_stages=tiles.stages,
+        **early_launch(q),
     )
     return out
 
@@ -111,11 +116,13 @@ def _attention(
     BLOCK_K: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     OWN_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Attend with one tile of queries of one head; neighbouring programs share the keys of the head.
 
     Scores are in units of log 2.
     """
+    begin(PDL)
     query_tiles = tl.cdiv(queries, BLOCK_Q)
     query_tile = tl.program_id(0) % query_tiles
     row = (tl.program_id(0) // query_tiles // HEADS).to(tl.int64)

@@ -21,20 +21,14 @@ INLINED float exponential(float x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return p * power;
+    return p * same_bits<float>((int32_t(n) + 127) << 23);
 }
 
 // Return log(x) for 0 < x <= 1 with a relative error of 2e-7 (Cephes logf). `minus_1` is x - 1, perhaps more exact.
 INLINED float logarithm(float x, float minus_1) {
-    int32_t bits;
-    std::memcpy(&bits, &x, 4);
+    const int32_t bits = same_bits<int32_t>(x);
     const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // The mantissa will be in [sqrt(1/2), sqrt(2)).
-    bits -= exponent * (1 << 23);
-    float mantissa;
-    std::memcpy(&mantissa, &bits, 4);
+    const float mantissa = same_bits<float>(bits - exponent * (1 << 23));
     const float f = exponent == 0 ? minus_1 : mantissa - 1.0f, square = f * f, n = float(exponent);
     float p = 7.0376836292e-2f * f - 1.1514610310e-1f;
     p = p * f + 1.1676998740e-1f;
@@ -48,20 +42,11 @@ INLINED float logarithm(float x, float minus_1) {
 }
 
 INLINED float masked(float x, bool stays) {  // Selecting bits needs no branch.
-    int32_t bits;
-    std::memcpy(&bits, &x, 4);
-    bits &= -int32_t(stays);
-    std::memcpy(&x, &bits, 4);
-    return x;
+    return same_bits<float>(same_bits<int32_t>(x) & -int32_t(stays));
 }
 
 // Return the number whose `order_key` is key.
-INLINED float number_of(int32_t key) {
-    const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
+INLINED float number_of(int32_t key) { return same_bits<float>(key ^ ((key >> 31) & 0x7fffffff)); }
 
 INLINED double mass_below(const int32_t *keys, const float *weights, int size, int32_t key) {
     double mass = 0;

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.constants import NORM_EPS
+from actvar_kernels.triton_backend.early_launch import begin, early_launch
 from actvar_kernels.triton_backend.row_form import RowForm, formed
 from actvar_kernels.triton_backend.rows import (
     TRITON_DTYPES,
@@ -72,10 +73,13 @@ def select_tokens(
         ROWS=rows.rows,
         num_warps=rows.warps,
         enable_fp_fusion=True,
+        **early_launch(x),
     )
     if L > RANKED_TOKENS:
         ranked = x.new_empty(deciding, L, dtype=torch.int32)
-        _rank[(deciding,)](scores, ranked, L, keep, BLOCK_L=triton.next_power_of_2(L), num_warps=16)
+        _rank[(deciding,)](
+            scores, ranked, L, keep, BLOCK_L=triton.next_power_of_2(L), num_warps=16, **early_launch(scores)
+        )
     tiles = select_tiles(R, slots, C)
     _select[(triton.cdiv(slots, tiles.rows * tiles.steps), R)](
         x,
@@ -102,6 +106,7 @@ def select_tokens(
         DTYPE=TRITON_DTYPES[form.dtype],
         num_warps=tiles.warps,
         enable_fp_fusion=True,
+        **early_launch(x),
     )
     return index, formed(modulated, modulated_scales, form), scores, x if base is None else base
 
@@ -133,6 +138,7 @@ def normalize_modulate(
         DTYPE=TRITON_DTYPES[form.dtype],
         num_warps=tiles.warps,
         enable_fp_fusion=True,
+        **early_launch(x),
     )
     return formed(out, out_scales, form)
 
@@ -149,11 +155,13 @@ def _score(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Store `LN(x) @ weight + bias` of `ROWS` rows of a sequence, and the moments of their LN.
 
     Each row is summed in the same order.
     """
+    begin(PDL)
     sequence = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)
@@ -171,8 +179,9 @@ def _score(
 
 
 @triton.jit(do_not_specialize=["length", "keep"])
-def _rank(scores_ptr, ranked_ptr, length, keep, BLOCK_L: tl.constexpr):
+def _rank(scores_ptr, ranked_ptr, length, keep, BLOCK_L: tl.constexpr, PDL: tl.constexpr):
     """Store the tokens of a sequence in the order of their places."""
+    begin(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     token = tl.arange(0, BLOCK_L)
     places = _places(scores_ptr + sequence * length, length, keep, BLOCK_L)
@@ -203,6 +212,7 @@ def _select(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Put `STEPS * ROWS` rows of a sequence in the order of their places.
 
@@ -210,6 +220,7 @@ def _select(
     their own, the ones after them take it over. Without `ranked` tokens by place each program ranks its sequence. The
     last sequences come first: the launch before has read them last, so that they are in the cache.
     """
+    begin(PDL)
     sequence = tl.num_programs(1) - 1 - tl.program_id(1)
     decides = sequence % deciding
     token = tl.arange(0, BLOCK_L)
@@ -286,8 +297,10 @@ def _normalize_modulate(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Normalise and modulate `ROWS` rows of a sequence."""
+    begin(PDL)
     sequence = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK_C)

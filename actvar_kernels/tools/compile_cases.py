@@ -22,10 +22,13 @@ from actvar_kernels.operations.table import Call, Operation, expert_ffn_scatter_
 from actvar_kernels.residual_norm.op import add_normalize, add_normalize_route
 from actvar_kernels.rotary.op import rotate_heads
 from actvar_kernels.token_select.op import normalize_modulate, select_tokens
+from actvar_kernels.triton_backend.attention_tiles import AttentionTiles, using_attention_tiles
+from actvar_kernels.triton_backend.attention_tiles import candidates as attention_candidates
 from actvar_kernels.triton_backend.conv_tiles import candidates as conv_candidates
+from actvar_kernels.triton_backend.early_launch import using_early_launch
 from actvar_kernels.triton_backend.row_form import RowForm
 from actvar_kernels.triton_backend.tiles import ExpertTiles, architecture, expert_ffn_candidates, using_expert_tiles
-from actvar_kernels.triton_backend.tuning_table import SCHEDULES
+from actvar_kernels.triton_backend.tuning_table import FIRST_WITH_EARLY_LAUNCH, SCHEDULES
 
 CODE_SIZE = 32
 """Channels of the official autoencoder's codes."""
@@ -42,6 +45,7 @@ def cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
         inputs = empty_inputs(shape, dtype, "cuda")
         yield from _calls(table.BLOCK, inputs)
         yield from _eight_bit_cases(inputs)
+    yield from _early_cases(inputs, batch)
     yield "linears of the conditions", functools.partial(_all_modulations, inputs.u)
     yield from _tuned_cases(inputs, dtype)
     yield from _sampling_cases(batch, last.tokens)
@@ -64,6 +68,20 @@ def _infinity_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
             if "fused residual" not in name:
                 yield name, call
     yield from _eight_bit_cases(inputs)
+    yield from _early_cases(replace(inputs, head_scale=None), batch)
+
+
+def _early_cases(inputs: BlockInputs, batch: int) -> Cases:
+    """Yield the operations of a block at batch 1 as they are launched early, where the GPU can do that."""
+    if batch > 1 or architecture(inputs.u) < FIRST_WITH_EARLY_LAUNCH:
+        return
+
+    def run(call: Call) -> None:
+        with using_early_launch(True):
+            call()
+
+    for name, call in (*_calls(table.BLOCK, inputs), *_eight_bit_cases(inputs)):
+        yield f"{name} launched early", functools.partial(run, call)
 
 
 def _eight_bit_cases(inputs: BlockInputs) -> Cases:
@@ -127,6 +145,16 @@ def _tuned_cases(inputs: BlockInputs, dtype: torch.dtype) -> Cases:
         for schedule in SCHEDULES:
             name = f"expert_ffn_scatter {schedule}, tiles of {tile.rows} x {tile.down.columns}"
             yield name, functools.partial(run, tile, schedule)
+
+    def attend(tile: AttentionTiles, call: Call) -> None:
+        with using_attention_tiles(tile):
+            call()
+
+    calls = dict(_calls(table.BLOCK, inputs))
+    for tile in attention_candidates(architecture(inputs.u), dtype, inputs.shape.head_dim)[1:]:
+        for label in ("with room", "without QK norm"):
+            name, call = f"{label}, tiles of {tile.queries} x {tile.keys}", calls[f"subset_attention {label}"]
+            yield f"subset_attention {name}", functools.partial(attend, tile, call)
 
 
 def _sampling_cases(B: int, L: int) -> Cases:

@@ -4,7 +4,7 @@
 
 needs no GPU: the operations are called on a virtual one. A kernel passes if nothing is spilled, its shared memory fits,
 and its matrix products run on tensor cores with asynchronous copies in their loop. AMD's cores have no such copies, and
-`--arch gfx942` asks for none.
+`--arch gfx942` asks for none. A kernel that is launched early waits before it reads or writes memory.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ WARP_GROUP_ROWS = 64
 AMD_ARCHITECTURES = ("gfx942", "gfx1100")
 AMD_PRODUCTS = ("v_mfma", "v_wmma")
 ASYNCHRONOUS_COPIES = ("LDGSTS", "UTMALDG")
+# What a kernel that is launched early may not do before its wait: read or write global memory, or jump.
+_TOO_EARLY = re.compile("(LD|ST)G?|ATOMG?|RED|REDG|LDGSTS|UTMA.*|UBLK.*|CCTL.*|BR.*|CALL.*|JM.*|EXIT|PREEXIT")
 _PRODUCT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \*")
 
 
@@ -224,6 +226,7 @@ def faults(kernel: CompiledKernel) -> Iterator[str]:
         yield f"spills {found.stack + found.local} bytes per thread"
     if kernel.shared > limit:
         yield f"{kernel.shared} bytes of shared memory, of {limit}"
+    yield from _early_faults(kernel.early, found)
     rows = [int(rows) for rows, dtype in _PRODUCT.findall(kernel.ttir) if dtype in ("f16", "bf16", "i8", "f8E4M3FN")]
     if rows and kernel.assembly is not None:
         if not any(name.startswith(AMD_PRODUCTS) for name in found.instructions):
@@ -235,6 +238,20 @@ def faults(kernel: CompiledKernel) -> Iterator[str]:
             yield f"no {wanted} in the main loop"
         if not any(loop[name] for name in ASYNCHRONOUS_COPIES):
             yield "no asynchronous copy in the main loop"
+
+
+def _early_faults(early: bool, found: Resources) -> Iterator[str]:
+    """Yield what is wrong with the wait of a kernel that is launched early, or that one of another waits at all."""
+    if not early:
+        if found.instructions["ACQBULK"]:
+            yield "waits for the kernels ahead, and is not launched early"
+        return
+    if found.before_wait is None:
+        yield "is launched early, and not every program waits"
+        return
+    wrong = sorted(name for name in found.before_wait if _TOO_EARLY.fullmatch(name))
+    if wrong:
+        yield f"{', '.join(wrong)} before the wait"
 
 
 def table(rows: list[Row]) -> str:

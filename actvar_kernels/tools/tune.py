@@ -1,4 +1,4 @@
-"""Time the expert FFN's schedules and tiles, and the decoder's convolutions, on this GPU; write the fastest to a table.
+"""Time schedules, tiles, convolutions and early launches on this GPU, and write the fastest to a table.
 
     python -m actvar_kernels.tools.tune --models d16 --out tuned.json
     ACTVAR_TUNED=tuned.json actvar sample ...
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,16 +22,22 @@ import torch
 import triton
 from tqdm import tqdm
 
-from actvar_kernels import add_residual_moments, expert_ffn_scatter, route_experts
+from actvar_kernels import add_residual_moments, expert_ffn_scatter, route_experts, subset_attention
 from actvar_kernels.conv3x3 import gpu, triton_kernel
-from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, DTYPES, EXPERTS, MODELS
+from actvar_kernels.operations.inputs import random_inputs
+from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, DTYPES, EXPERTS, HEAD_DIM, MODELS, last_scale
+from actvar_kernels.tools.block_step import block_step
 from actvar_kernels.tools.compile_check import LineParser
-from actvar_kernels.triton_backend import tiles
+from actvar_kernels.triton_backend import attention_tiles, tiles
+from actvar_kernels.triton_backend.attention_tiles import using_attention_tiles
 from actvar_kernels.triton_backend.conv_tiles import candidates
+from actvar_kernels.triton_backend.early_launch import using_early_launch
 from actvar_kernels.triton_backend.tiles import expert_ffn_candidates, using_expert_tiles
 from actvar_kernels.triton_backend.tuning_table import (
     ENVIRONMENT_VARIABLE,
+    FIRST_WITH_EARLY_LAUNCH,
     SCHEDULES,
+    AttentionEntry,
     ConvEntry,
     Entry,
     Table,
@@ -52,8 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
     sides = sorted({MODELS[model].sides[-1] for model in options.models})
     with torch.no_grad():
         convolutions = tuple(measure_convolutions(maps(sides, options.batches), dtype, device, milliseconds))
-    name = torch.cuda.get_device_name(device)
-    write_table(Table(name, _capability(device), triton.__version__, entries, convolutions), options.out)
+        calls = attention_calls(options.models, options.batches)
+        attention = tuple(measure_attention(calls, dtype, device, milliseconds))
+        launches = list(measure_launches(options.models, options.batches, dtype, device, milliseconds))
+    name, capability = torch.cuda.get_device_name(device), _capability(device)
+    measured = entries, convolutions, attention, int(early_launch_is_faster(launches))
+    write_table(Table(name, capability, triton.__version__, *measured), options.out)
     for entry in entries:
         tile = f"{entry.rows} x {entry.columns}"
         print(f"{entry.tokens:6d} x {entry.channels:4d}  {entry.schedule:9s} {tile:9s} {entry.milliseconds:8.3f} ms")
@@ -62,6 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
         map_size = f"{entry.images} x {entry.height} x {entry.width}"
         epilogue = "with residual" if entry.fused else ""
         print(f"{map_size} {entry.inputs:3d} -> {entry.outputs:3d}  {way:10s} {entry.milliseconds:8.3f} ms {epilogue}")
+    for entry in attention:
+        size = f"{entry.heads:5d} heads, {entry.queries} x {entry.keys}"
+        print(f"{size}  {entry.tile_queries} x {entry.tile_keys} a tile {entry.milliseconds:8.3f} ms")
+    for model, batch, late, early in launches:
+        print(f"a block of {model}, batch {batch}: {late:.3f} ms, {early:.3f} ms launched early")
     print(f"{options.out}: use it by {ENVIRONMENT_VARIABLE}={options.out}")
     return 0
 
@@ -174,6 +190,95 @@ def _ways(
         arguments = (None, None, False) if residual is None else (bias, residual, True)
         ways[size.pixels] = functools.partial(triton_kernel.conv3x3, x, weight, *arguments, size)
     return ways
+
+
+class AttentionCall(NamedTuple):
+    """Describe a call of attention: heads of all sequences, queries, cached keys, and own ones."""
+
+    heads: int
+    queries: int
+    cached: int
+    own: int
+
+
+def attention_calls(models: list[str], batches: list[int]) -> list[AttentionCall]:
+    """Return the calls at each model's last two scales under guidance, of kept tokens and of all, each once.
+
+    A dense scale follows dense scales, so that it has more cached keys.
+    """
+    found = set()
+    for model in models:
+        before, last = MODELS[model].active_scales()
+        kept = [(scale.keep, scale.cached) for scale in (before, last)]
+        dense = [(before.tokens, before.cached), (last.tokens, before.cached + before.tokens)]
+        heads = MODELS[model].width // HEAD_DIM
+        found |= {AttentionCall(2 * batch * heads, *call, call[0]) for batch in batches for call in kept + dense}
+    return sorted(found)
+
+
+def measure_attention(
+    todo: list[AttentionCall], dtype: torch.dtype, device: torch.device, time: Callable[[Callable], float]
+) -> Iterator[AttentionEntry]:
+    """Yield the fastest tiles for each call.
+
+    Args:
+        todo: calls.
+        dtype: float32, float16 or bfloat16.
+        device: where the calls run.
+        time: gives the milliseconds of a call.
+    """
+    sizes = attention_tiles.candidates(_capability(device), dtype, HEAD_DIM)
+    for heads, queries, cached, own in tqdm(todo, desc="attention", leave=False):
+
+        def random(tokens: int, heads: int = heads) -> torch.Tensor:
+            return torch.randn(1, heads, tokens, HEAD_DIM, device=device).to(dtype)
+
+        q, k, v = random(queries), random(own), random(own)
+        room = random(cached + own), random(cached + own)
+        past = room[0][:, :, :cached], room[1][:, :, :cached]
+        scale = torch.ones(heads, device=device, dtype=dtype)
+        run = functools.partial(subset_attention, q, k, v, past, scale, 1.0, None, room, False)
+        times = {}
+        for size in sizes:
+            with using_attention_tiles(size):
+                times[size.queries, size.keys] = time(run)
+        tile, keys = min(times, key=times.__getitem__), cached + own
+        name = str(dtype).removeprefix("torch.")
+        yield AttentionEntry(name, HEAD_DIM, queries, keys, heads, tile[0], tile[1], round(times[tile], 6))
+
+
+class LaunchTimes(NamedTuple):
+    """Hold the milliseconds of a block whose kernels are launched after, and before, the kernel ahead has ended."""
+
+    model: str
+    batch: int
+    late: float
+    early: float
+
+
+def measure_launches(
+    models: list[str],
+    batches: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    time: Callable[[Callable], float],
+) -> Iterator[LaunchTimes]:
+    """Yield the times of a block of each model and batch at the last scale; none where a GPU has no early launches."""
+    if _capability(device) < FIRST_WITH_EARLY_LAUNCH:
+        return
+    for model in models:
+        for batch in batches:
+            run = block_step(random_inputs(last_scale(model, batch), dtype, device))
+            times = []
+            for early in (False, True):
+                with using_early_launch(early):
+                    times.append(time(run))
+            yield LaunchTimes(model, batch, *times)
+
+
+def early_launch_is_faster(times: list[LaunchTimes]) -> bool:
+    """Return whether early launches take less time in the geometric mean over models and batches."""
+    return sum(math.log(early / late) for _, _, late, early in times) < 0
 
 
 def _call(tokens: int, channels: int, dtype: torch.dtype, device: torch.device) -> Callable[[str], torch.Tensor]:

@@ -162,50 +162,6 @@ def _row_tiles(tokens: int, width: int, numbers: int, programs: int) -> RowTiles
     return RowTiles(rows, warps if rows > 1 or block <= 1024 else 8)
 
 
-class AttentionTiles(NamedTuple):
-    """Describe attention.
-
-    Attributes:
-        queries, keys, own_keys: queries, cached keys and own keys of a tile.
-        warps: warps of a program.
-        stages, own_stages: pipeline stages of the loops over cached and own keys.
-    """
-
-    queries: int
-    keys: int
-    own_keys: int
-    warps: int
-    stages: int
-    own_stages: int
-
-
-def attention_tiles(arch: int, dtype: torch.dtype, head_dim: int, masked: bool) -> AttentionTiles:
-    """Return tiles without spilled registers for head sizes up to 128, with a mask too.
-
-    Float32 has no tensor cores.
-
-    Args:
-        arch: compute capability.
-        dtype: float32, float16 or bfloat16.
-        head_dim: channels of a head.
-        masked: whether there is a mask.
-    """
-    wide = head_dim > 64
-    if dtype == torch.float32:
-        queries, keys, own_keys = (16, 16, 16) if wide or arch == RDNA else (32, 16, 16)
-        return AttentionTiles(queries, keys, own_keys, warps=8, stages=2, own_stages=1)
-    if wide:
-        if arch in (90, 100) and not masked:
-            return AttentionTiles(queries=128, keys=64, own_keys=64, warps=8, stages=2, own_stages=1)
-        queries = 32 if masked else 64
-        return AttentionTiles(queries, keys=32, own_keys=32, warps=queries // 8, stages=2, own_stages=1)
-    if arch == RDNA:
-        return AttentionTiles(queries=64, keys=32, own_keys=32, warps=8, stages=2, own_stages=1)
-    if arch == 90:
-        return AttentionTiles(queries=64, keys=64, own_keys=64, warps=4, stages=3, own_stages=2)
-    return AttentionTiles(queries=64, keys=32 if masked else 64, own_keys=32, warps=4, stages=3, own_stages=1)
-
-
 class SortTiles(NamedTuple):
     """Describe the sort.
 

@@ -1,9 +1,10 @@
-"""Read measured choices for the expert FFN and for convolutions on one GPU.
+"""Read measured choices for the expert FFN, convolutions, attention and launches on one GPU.
 
 `actvar_kernels.tools.tune` writes the table as JSON, and `ACTVAR_TUNED` names it. An expert FFN takes the entry of its
 type, channels and expert width whose number of tokens is nearest, by at most a factor of two. Other calls take what
 `tiles.py` says. A convolution takes the entry of its type, sizes and epilogue with the nearest number of images, by the
-same factor. Others are PyTorch's.
+same factor. Others are PyTorch's. Attention takes the entry of its type and sizes with the nearest number of heads, or
+what `attention_tiles.py` says. Kernels are launched early only if the table says so.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import torch
 
 from actvar_kernels.cpu_backend import table_file
 from actvar_kernels.cpu_backend.table_file import ENVIRONMENT_VARIABLE, GPU, of_fields
-from actvar_kernels.triton_backend import tiles
-from actvar_kernels.triton_backend.conv_tiles import ConvTiles, candidates
+from actvar_kernels.triton_backend import attention_tiles, conv_tiles, tiles
+from actvar_kernels.triton_backend.conv_tiles import ConvTiles
 
 SCHEDULES = ("dense", "tile_list")
 FACTOR = 2.0
+FIRST_WITH_EARLY_LAUNCH = 90
+"""Lowest compute capability with programmatic dependent launch."""
 
 
 class Entry(NamedTuple):
@@ -70,6 +73,28 @@ class ConvEntry(NamedTuple):
     milliseconds: float
 
 
+class AttentionEntry(NamedTuple):
+    """Say what was fastest for attention without a mask.
+
+    Attributes:
+        dtype: type of the numbers.
+        head_dim: channels of a head.
+        queries, keys: of a head, with the cached keys.
+        heads: heads of all sequences.
+        tile_queries, tile_keys: name one of `attention_tiles.candidates`.
+        milliseconds: time of a call.
+    """
+
+    dtype: str
+    head_dim: int
+    queries: int
+    keys: int
+    heads: int
+    tile_queries: int
+    tile_keys: int
+    milliseconds: float
+
+
 class Table(NamedTuple):
     """Hold what was measured on a GPU.
 
@@ -77,7 +102,8 @@ class Table(NamedTuple):
         device: name of the GPU.
         capability: the one of `tiles.ARCHITECTURES` that it counts as.
         triton: version of Triton.
-        expert_ffn, conv3x3: the entries.
+        expert_ffn, conv3x3, attention: the entries.
+        early_launch: whether a block took less time with kernels that are launched early (`early_launch.py`), 0 or 1.
     """
 
     device: str
@@ -85,6 +111,8 @@ class Table(NamedTuple):
     triton: str
     expert_ffn: tuple[Entry, ...]
     conv3x3: tuple[ConvEntry, ...] = ()
+    attention: tuple[AttentionEntry, ...] = ()
+    early_launch: int = 0
 
 
 def write_table(table: Table, path: Path) -> None:
@@ -96,6 +124,7 @@ def write_table(table: Table, path: Path) -> None:
     entries = {
         "expert_ffn": [entry._asdict() for entry in table.expert_ffn],
         "conv3x3": [entry._asdict() for entry in table.conv3x3],
+        "attention": [entry._asdict() for entry in table.attention],
     }
     table_file.write(GPU, table._asdict() | entries, path)
 
@@ -126,13 +155,30 @@ def read_table(path: Path) -> Table | None:
         )
         for position, entry in enumerate(table.conv3x3)
     )
+    attention = tuple(
+        _checked_attention(
+            of_fields(AttentionEntry, entry, f"{path}: attention[{position}]:"),
+            table.capability,
+            f"{path}: attention[{position}]",
+        )
+        for position, entry in enumerate(table.attention)
+    )
     shapes = [entry[:4] for entry in entries]
     if len(set(shapes)) != len(shapes):
         raise ValueError(f"{path}: expected one entry for a dtype, tokens, channels and width, got several")
     shapes = [entry[:7] for entry in convolutions]
     if len(set(shapes)) != len(shapes):
         raise ValueError(f"{path}: conv3x3: expected one entry for a dtype, sizes, fused and images, got several")
-    return table._replace(expert_ffn=entries, conv3x3=convolutions)
+    shapes = [entry[:5] for entry in attention]
+    if len(set(shapes)) != len(shapes):
+        raise ValueError(f"{path}: attention: expected one entry for a dtype, sizes and heads, got several")
+    choices = (0, 1) if table.capability >= FIRST_WITH_EARLY_LAUNCH else (0,)
+    if table.early_launch not in choices:
+        expected = " or ".join(map(str, choices))
+        raise ValueError(
+            f"{path}: early_launch: expected {expected} on sm_{table.capability}, got {table.early_launch}"
+        )
+    return table._replace(expert_ffn=entries, conv3x3=convolutions, attention=attention)
 
 
 def _checked_entry(entry: Entry, capability: int, path: Path, position: int) -> Entry:
@@ -158,9 +204,21 @@ def _checked_convolution(entry: ConvEntry, capability: int, where: str) -> ConvE
         raise ValueError(f"{where}: expected height, width, inputs, outputs and images above 0")
     if entry.fused not in (0, 1):
         raise ValueError(f"{where}: fused: expected 0 or 1, got {entry.fused}")
-    sizes = [0, *(size.pixels for size in candidates(capability, dtype, entry.inputs, entry.outputs))]
+    sizes = [0, *(size.pixels for size in conv_tiles.candidates(capability, dtype, entry.inputs, entry.outputs))]
     if entry.pixels not in sizes:
         raise ValueError(f"{where}: pixels: expected one of {sizes}, got {entry.pixels}")
+    return entry
+
+
+def _checked_attention(entry: AttentionEntry, capability: int, where: str) -> AttentionEntry:
+    """Return an entry; raise ValueError unless it names what is shipped."""
+    dtype = _checked_dtype(entry.dtype, where)
+    if min(entry.head_dim, entry.queries, entry.keys, entry.heads) < 1:
+        raise ValueError(f"{where}: expected head_dim, queries, keys and heads above 0")
+    candidates = attention_tiles.candidates(capability, dtype, entry.head_dim)
+    sizes, found = [(size.queries, size.keys) for size in candidates], (entry.tile_queries, entry.tile_keys)
+    if found not in sizes:
+        raise ValueError(f"{where}: tile_queries, tile_keys: expected one of {sizes}, got {found}")
     return entry
 
 
@@ -212,8 +270,40 @@ def tuned_conv3x3(x: torch.Tensor, outputs: int, fused: bool) -> ConvTiles | Non
     entry = _nearest({entry.images: entry for entry in table.conv3x3 if entry[:6] == key}, images)
     if entry is None or not entry.pixels:
         return None
-    found = candidates(table.capability, x.dtype, inputs, outputs)
+    found = conv_tiles.candidates(table.capability, x.dtype, inputs, outputs)
     return next(size for size in found if size.pixels == entry.pixels)
+
+
+def tuned_attention(q: torch.Tensor, dtype: torch.dtype, keys: int) -> tuple[int, int] | None:
+    """Return queries and keys of a tile of attention by the table of `ACTVAR_TUNED`; None without a near entry.
+
+    Args:
+        q: queries `[R, H, K, d]`, on the GPU.
+        dtype: of the values, float32, float16 or bfloat16.
+        keys: cached keys and own ones.
+
+    Raises:
+        OSError: see `read_table`.
+        ValueError: see `read_table`; or the table is that of another GPU.
+    """
+    table = _table_of(q)
+    if table is None:
+        return None
+    R, H, queries, head_dim = q.shape
+    key = (_name(dtype), head_dim, queries, keys)
+    entry = _nearest({entry.heads: entry for entry in table.attention if entry[:4] == key}, R * H)
+    return None if entry is None else (entry.tile_queries, entry.tile_keys)
+
+
+def tuned_early_launch(tensor: torch.Tensor) -> bool:
+    """Return whether the table that `ACTVAR_TUNED` names has kernels launched early; False without a table.
+
+    Raises:
+        OSError: see `read_table`.
+        ValueError: see `read_table`; or the table is that of another GPU.
+    """
+    table = _table_of(tensor)
+    return table is not None and bool(table.early_launch)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -117,7 +117,9 @@ def test_cases_of_one_commit_are_listed_as_not_compared(repository, capsys):
     assert found["old"] == found["left out, old"] == ["not", "compared,", "only", "in", "HEAD"]
     assert found["new one"] == found["new two"] == ["not", "compared,", "only", "in", "the", "present"]
     repository.compare(only="d")
-    assert list(rows(capsys.readouterr().out)) == ["milliseconds", "shared", "old", "left out, old"]
+    *listed, verdict = capsys.readouterr().out.splitlines()
+    assert list(rows("\n".join(listed))) == ["milliseconds", "shared", "old", "left out, old"]
+    assert verdict == "none of 1 cases is slower than HEAD"
     with pytest.raises(ValueError, match="expected a case of both commits that contains 'new', have shared"):
         repository.compare(only="new")
 
@@ -129,6 +131,20 @@ def test_the_exit_code_says_whether_a_case_got_slower(repository, capsys, second
     repository.write(f"{{'one': 1.0, 'two': {seconds}}}")
     assert repository.compare() == code
     assert ("slower than HEAD: two\n" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_case_is_printed_before_the_next_one_is_measured(capsys):
+    seen = []
+
+    def timer(case: str) -> float:
+        seen.append((case, "one" in capsys.readouterr().out))
+        return 1.0
+
+    assert [change.case for change in against.printed(against.changes(["one", "two"], timer, timer, 1))] == [
+        "one",
+        "two",
+    ]
+    assert [shown for case, shown in seen if case == "two"] == [True, False, False, False]
 
 
 def test_a_slowdown_that_new_processes_do_not_see_is_none(repository, capsys):
@@ -278,7 +294,7 @@ against_worker.main()
 @pytest.mark.parametrize("way", one_block.WAYS)
 def test_the_block_that_is_timed_has_the_cache_of_a_sample(way, dtype):
     cached = []
-    block = one_block.one_block(way, "fashion-mnist", "cpu", dtype).blocks[0]
+    block = one_block.one_block(way, "fashion-mnist", "cpu", dtype, None).blocks[0]
 
     def note(module, _arguments):
         cached.append(0 if module.attn.cached_k is None else module.attn.cached_k.shape[2])

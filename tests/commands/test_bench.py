@@ -11,7 +11,7 @@ import torch
 from actvar.cli import main
 from actvar.reports import here
 from actvar.reports.here import Case, Row
-from actvar_kernels.cpu_backend import choices, cpu
+from actvar_kernels.cpu_backend import brgemm, choices, cpu
 
 CASES = [Case("block", "d16", 1, "float32"), Case("scatter_rows", "d16", 1, "float32")]
 needs_cpp = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
@@ -90,7 +90,7 @@ def test_the_files_have_all_rows_the_machine_and_a_table(ratios, tmp_path):
     assert found["machine"].keys() == {"processor", "isa", "threads", "actvar", "torch", "load"}
     assert [of["operation"] for of in found["rows"]] == ["block", "scatter_rows"]
     expected = {"operation", "model", "batch", "dtype", "numbers", "kernels", "pytorch", "best", "noise"}
-    expected |= {"ratio", "slower"}
+    expected |= {"plain", "ratio", "slower"}
     assert all(of.keys() == expected for of in found["rows"])
     assert [of["slower"] for of in found["rows"]] == [False, True]
     written = choices.read_table(tmp_path / "table.json")
@@ -112,6 +112,48 @@ def test_the_files_have_all_rows_the_machine_and_a_table(ratios, tmp_path):
 @needs_cpp
 def test_the_table_takes_what_was_faster(rows, expected):
     assert [choice[2:] for choice in here.table_of(rows).choices] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multiplied", "plain"),
+    [
+        ("float32", (), "float32"),
+        ("bfloat16", ("bfloat16",), "bfloat16"),
+        ("float16", ("bfloat16",), "float32"),
+        ("float16", ("bfloat16", "float16"), "float16"),
+        ("int8", ("bfloat16",), "bfloat16"),
+        ("int8", (), "float32"),
+    ],
+)
+def test_pytorch_runs_in_a_dtype_that_the_processor_multiplies(dtype, multiplied, plain, monkeypatch):
+    for name in ("bfloat16", "float16"):
+        monkeypatch.setattr(cpu, f"multiplies_{name}", lambda found=name in multiplied: found)
+    assert Case("block", "d16", 1, dtype).plain == plain
+
+
+@needs_cpp
+@pytest.mark.parametrize("has_bytes", [True, False])
+def test_blocks_are_timed_in_eight_bits_where_the_processor_multiplies_them(has_bytes, monkeypatch):
+    monkeypatch.setattr(here.brgemm, "runs", lambda dtype: has_bytes and dtype == torch.int8)
+    timed = {(case.operation, case.dtype) for case in here.cases()}
+    assert ((("block", "int8") in timed), ("scatter_rows", "int8") in timed) == (has_bytes, False)
+    assert {("block", "float16"), ("scatter_rows", "float16"), ("scatter_rows", "float32")} <= timed
+
+
+@pytest.mark.skipif(not brgemm.runs(torch.int8), reason="no products of bytes here")
+def test_a_block_in_eight_bits_runs_beside_one_in_the_dtype_of_pytorch(monkeypatch):
+    seen = []
+    monkeypatch.setattr(here, "last_scale_seconds", lambda *given: seen.append(given) or 1.0)
+    case = Case("block", "fashion-mnist", 1, "int8")
+    runs, numbers = case.prepared()
+    assert [runs["cpu"](), runs["reference"](), numbers] == [1.0, 1.0, 0]
+    common = ("ActVAR", "fashion-mnist", 1, "cpu", choices.DTYPES[case.plain])
+    assert seen == [(*common, "int8"), common]
+
+
+def test_no_choice_is_made_from_another_dtype(monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_float16", lambda: False)
+    assert here.table_of([replace(row(2.0), dtype="float16")]).choices == ()
 
 
 def test_a_busy_machine_is_named():
@@ -144,9 +186,9 @@ def test_the_numbers_of_a_case_are_those_that_the_choice_sees(operation, monkeyp
     monkeypatch.setattr(choices, "what_runs", noted)
     case = Case(operation, "fashion-mnist", 1, "float32")
     monkeypatch.setattr(here, "mean_seconds", lambda run, _device: run())
-    run, numbers = case.prepared()
+    runs, numbers = case.prepared()
     with torch.no_grad():
-        run()
+        runs["cpu"]()
     assert seen[0] == (operation, numbers)  # parts of it may choose as well
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import gpu
+from benchmarks import gpu, results
 from benchmarks.gpu_convolutions import Layer, decoder_layers, four_pixels
 
 
@@ -71,3 +71,17 @@ def test_four_pixels_of_an_enlarged_map_are_one_convolution_by_two_times_two():
         for b in (0, 1):
             shifted = found[:, a, b, :, a : a + 5, b : b + 7]
             torch.testing.assert_close(shifted, exact[:, :, a::2, b::2], rtol=0, atol=1e-5)
+
+
+def test_early_launches_and_tiles_of_attention_become_rows():
+    machine, of = dict.fromkeys(("torch", "triton", "commit", "time"), "x"), {"model": "d16", "batch": 8}
+    report = {"machine": machine, **{name: [] for name in gpu.SECTIONS}}
+    report["launches"] = [of | {"late_ms": [2, 3, 4], "early_ms": [1, 2, 3], "passed": True}, {"skipped": "sm_80"}]
+    report["attention"] = [of | {"queries": 128, "keys": 64, "triton_ms": [5, 6, 7]}]
+    found = {(row.provider, row.operation): row.p50 for row in results.gpu_rows(report)}
+    assert found["triton, launched late", "a block of the last scale"] == 3
+    assert found["triton, launched early", "a block of the last scale"] == 2
+    assert found["triton, 128 x 64", "subset_attention"] == 6
+    report["launches"][0]["passed"] = False
+    with pytest.raises(ValueError, match="got failures of a block"):
+        results.gpu_rows(report)

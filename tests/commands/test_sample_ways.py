@@ -12,6 +12,7 @@ from support.helpers import make_tiny_var
 
 import actvar
 from actvar.cli import main
+from actvar.config import DENSE
 from actvar.reports.compare import compare
 from actvar_kernels.cpu_backend import brgemm
 
@@ -118,17 +119,27 @@ def test_what_does_not_go_together_is_refused_before_anything_is_read(
 
 
 def test_pictures_are_there_and_named_before_anything_is_timed(checkpoint, tmp_path, capsys, monkeypatch):
-    def checked(var, config, adapter, sampling, repeats, execution):
+    def checked(var, sampling, first, repeats):
         assert "wrote " in capsys.readouterr().out
         assert {path.name for path in tmp_path.iterdir()} == {"dense.png", "accelerated.png", "difference.png"}
         assert repeats == 1, "the default, so that the command ends soon"
-        return compare(var, config, adapter, sampling, repeats, execution)
+        return compare(var, sampling, first, repeats)
 
     monkeypatch.setattr("actvar.cli.sample.compare", checked)
     main(["sample", *checkpoint, "--labels", "0", "--compare", "--out", str(tmp_path)])
     titles, seconds = capsys.readouterr().out.splitlines()[-7:-5]
     assert titles.split() == ["dense", "accelerated", "vs", "dense"], "no third column without an adapter"
     assert re.fullmatch(r"whole sample, ms +[\d.]+ +[\d.]+ +[\d.]+x", seconds)
+
+
+def test_the_pictures_of_a_comparison_are_what_warms_up(tmp_path, patches):
+    main(
+        ["sample", *MODEL, "--adapter", "best", "--labels", "0", "--compare", "--repeats", "2", "--out", str(tmp_path)]
+    )
+    runs = [None if patch is None else patch[0] for patch in patches]
+    assert runs[:2] == [None, DENSE]
+    assert runs[2] not in runs[:2]
+    assert runs == runs[:3] * 5, "one for the pictures, two that are timed, and two whose blocks are timed"
 
 
 def test_folders_above_outputs_are_made(tmp_path):

@@ -44,6 +44,12 @@ assert not {{"torch", "matplotlib", "numpy"}} & sys.modules.keys()
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
+def test_matplotlib_is_not_imported_before_a_figure_is_drawn():
+    code = "import sys; " + "; ".join(f"import actvar.cli.{command}" for command in COMMANDS)
+    code += "; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_options_and_a_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -66,10 +66,16 @@ def test_a_copy_for_long_takes_no_memory_that_is_to_be_used_again(size):
         assert bytes_kept() == 12 * MIB
 
 
-def test_outside_nothing_is_kept_and_inside_a_limit_stays(monkeypatch):
-    empty((MIB,), torch.float32)
-    assert bytes_kept() == 0
+def test_outside_a_limit_stays_and_inside_all_does(monkeypatch):
+    place = empty((MIB,), torch.float32).data_ptr()
+    assert bytes_kept() == 4 * MIB
+    assert empty((MIB,), torch.float32).data_ptr() == place
+    release()
     monkeypatch.setattr(memory, "KEPT", 20 * MIB)
+    tensors = [empty((2 * MIB,), torch.float32) for _ in range(4)]
+    tensors.clear()
+    assert bytes_kept() == 16 * MIB
+    release()
     with reused_memory():
         tensors = [empty((2 * MIB,), torch.float32) for _ in range(4)]
         escaped = tensors.pop()
@@ -82,7 +88,8 @@ def test_outside_nothing_is_kept_and_inside_a_limit_stays(monkeypatch):
     assert bytes_kept() == 0
 
 
-def test_an_exception_ends_the_context_and_threads_do_not_share_a_tensor():
+def test_an_exception_ends_the_context_and_threads_do_not_share_a_tensor(monkeypatch):
+    monkeypatch.setattr(memory, "KEPT", 0)
     with pytest.raises(KeyError), reused_memory():
         raise KeyError
     empty((MIB,), torch.float32)

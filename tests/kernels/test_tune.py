@@ -10,13 +10,17 @@ import torch
 
 pytest.importorskip("triton")
 
+from actvar_kernels import subset_attention
+from actvar_kernels.backend import using_backend
 from actvar_kernels.conv3x3.op import conv3x3
+from actvar_kernels.operations.inputs import empty_inputs
 from actvar_kernels.tools import tune
 from actvar_kernels.tools.virtual import virtual_gpu, why_unavailable
 from actvar_kernels.triton_backend.tiles import expert_ffn_candidates
 from actvar_kernels.triton_backend.tuning_table import (
     ENVIRONMENT_VARIABLE,
     SCHEDULES,
+    AttentionEntry,
     ConvEntry,
     Entry,
     Table,
@@ -28,18 +32,24 @@ from actvar_kernels.triton_backend.tuning_table import (
 ENTRY = Entry("bfloat16", 384, 1024, 256, "tile_list", 64, 64, 0.02)
 CONVOLUTION = ConvEntry("bfloat16", 32, 32, 320, 160, 0, 8, 128, 0.03)
 CONVOLUTIONS = (CONVOLUTION, CONVOLUTION._replace(images=64, pixels=64), CONVOLUTION._replace(fused=1, pixels=0))
+ATTENTION = AttentionEntry("bfloat16", 64, 192, 574, 32, 128, 32, 0.04)
 TABLE = Table(
-    "NVIDIA H100 80GB HBM3", 90, "3.7.1", (ENTRY, ENTRY._replace(tokens=3072, rows=128, columns=256)), CONVOLUTIONS
+    "NVIDIA H100 80GB HBM3",
+    90,
+    "3.7.1",
+    (ENTRY, ENTRY._replace(tokens=3072, rows=128, columns=256)),
+    CONVOLUTIONS,
+    (ATTENTION, ATTENTION._replace(heads=256, tile_queries=64, tile_keys=64)),
+    early_launch=1,
 )
+
+LISTS = ("expert_ffn", "conv3x3", "attention")
 
 needs_virtual_gpu = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
 
 def content(**changes) -> dict:
-    lists = {
-        name: [entry._asdict() for entry in found]
-        for name, found in (("expert_ffn", TABLE.expert_ffn), ("conv3x3", TABLE.conv3x3))
-    }
+    lists = {name: [entry._asdict() for entry in getattr(TABLE, name)] for name in LISTS}
     return TABLE._asdict() | lists | changes
 
 
@@ -51,6 +61,10 @@ def convolutions(**changes) -> dict:
     return content(conv3x3=[CONVOLUTION._asdict() | changes])
 
 
+def attention(**changes) -> dict:
+    return content(attention=[ATTENTION._asdict() | changes])
+
+
 def test_a_table_is_read_as_it_was_written(tmp_path: Path):
     path = tmp_path / "tuned.json"
     write_table(TABLE, path)
@@ -59,9 +73,12 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path):
 
 
 BAD = {
-    "no object": ([], "expected an object with device, capability, triton, expert_ffn, conv3x3, got list"),
+    "no object": (
+        [],
+        "expected an object with device, capability, triton, expert_ffn, conv3x3, attention, early_launch, got list",
+    ),
     "a field too few": ({"device": "x"}, "got device"),
-    "a field too many": (content(more=1), "got capability, conv3x3, device, expert_ffn, more, triton"),
+    "a field too many": (content(more=1), "got attention, capability, .*, expert_ffn, more, triton"),
     "a capability that is not supported": (content(capability=75), "capability: expected one of 80"),
     "a capability as text": (content(capability="90"), "capability: got '90'"),
     "entries that are none": (content(expert_ffn={}), "expert_ffn: got {}"),
@@ -76,6 +93,17 @@ BAD = {
     "an epilogue that is none": (convolutions(fused=2), "fused: expected 0 or 1, got 2"),
     "pixels that are not shipped": (convolutions(pixels=256), r"pixels: expected one of \[0, 128, 64\], got 256"),
     "a convolution twice": (content(conv3x3=[CONVOLUTION._asdict()] * 2), "conv3x3: expected one entry"),
+    "attention without heads": (attention(heads=0), r"attention\[0\]: expected head_dim, .* above 0"),
+    "queries that are not shipped": (
+        attention(tile_keys=16),
+        r"tile_queries, tile_keys: .*\(128, 32\)\], got \(128, 16\)",
+    ),
+    "attention twice": (content(attention=[ATTENTION._asdict()] * 2), "attention: expected one entry"),
+    "early launches by half": (content(early_launch=2), "early_launch: expected 0 or 1 on sm_90, got 2"),
+    "early launches of an older GPU": (
+        Table("A100", 80, "3.7.1", (), early_launch=1)._asdict() | {name: [] for name in LISTS},
+        "early_launch: expected 0 on sm_80, got 1",
+    ),
     "a shape twice": (content(expert_ffn=[ENTRY._asdict()] * 2), "got several"),
 }
 
@@ -133,6 +161,80 @@ def test_a_table_of_another_gpu_is_refused(tmp_path: Path, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "tuned.json"))
     with pytest.raises(ValueError, match=r"was measured on NVIDIA A100, sm_80; this is .* sm_90"):
         launched(384)
+
+
+def queries_of_tile(heads: int, cached: int = 382, masked: bool = False) -> int:
+    """Return the queries of a tile of attention in bfloat16, of 192 queries and as many own keys."""
+    with torch.no_grad(), virtual_gpu(90) as gpu, using_backend("triton"):
+        q, k, v = (torch.empty(2, heads // 2, 192, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+        past = (torch.empty(2, heads // 2, cached, 64, dtype=torch.bfloat16, device="cuda"),) * 2
+        mask = torch.empty(1, 1, 192, cached + 192, dtype=torch.bfloat16, device="cuda") if masked else None
+        subset_attention(q, k, v, past, None, 1.0, mask, keep_cache=False)
+        return gpu.launches[-1].kernel.constants["BLOCK_Q"]
+
+
+@needs_virtual_gpu
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        pytest.param((32,), 128, id="the shape of an entry"),
+        pytest.param((40,), 128, id="less than twice as many heads"),
+        pytest.param((200,), 64, id="nearer to another entry"),
+        pytest.param((8,), 64, id="less than half: no entry"),
+        pytest.param((32, 383), 64, id="other keys: no entry"),
+        pytest.param((32, 382, True), 64, id="a mask"),
+    ],
+)
+def test_attention_takes_the_nearest_entry(call: tuple, expected: int, tmp_path: Path, monkeypatch):
+    write_table(TABLE, tmp_path / "tuned.json")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "tuned.json"))
+    assert queries_of_tile(*call) == expected
+
+
+@needs_virtual_gpu
+def test_the_fastest_tiles_of_attention_are_chosen(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    times, tried = iter([3.0, 2.5, 2.0]), []
+    with torch.no_grad(), virtual_gpu(90) as gpu:
+
+        def time(run) -> float:
+            gpu.launches.clear()
+            run()
+            (launch,) = [launch for launch in gpu.launches if launch.kernel is not None]
+            tried.append((launch.kernel.constants["BLOCK_Q"], launch.kernel.constants["BLOCK_K"]))
+            return next(times)
+
+        todo = [tune.AttentionCall(heads=32, queries=192, cached=382, own=192)]
+        found = list(tune.measure_attention(todo, torch.bfloat16, torch.device("cuda"), time))
+    assert tried == [(64, 64), (128, 64), (128, 32)]
+    assert found == [ATTENTION._replace(milliseconds=2.0)]
+
+
+def test_calls_of_attention_are_those_of_the_last_two_scales_sparse_and_dense():
+    calls = tune.attention_calls(["d16"], [1])
+    assert [call[1:] for call in calls] == [(127, 255, 127), (169, 255, 169), (192, 382, 192), (256, 424, 256)]
+    assert {call.heads for call in calls} == {32}
+
+
+@needs_virtual_gpu
+def test_a_block_is_timed_launched_late_and_early(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    times, tried = iter([3.0, 2.0]), []
+    monkeypatch.setattr(tune, "random_inputs", empty_inputs)
+    with torch.no_grad(), virtual_gpu(90) as gpu:
+
+        def time(run) -> float:
+            gpu.launches.clear()
+            run()
+            tried.append({launch.kernel.early for launch in gpu.launches if launch.kernel is not None})
+            return next(times)
+
+        found = list(tune.measure_launches(["d16"], [1], torch.bfloat16, torch.device("cuda"), time))
+    assert tried == [{False}, {True}]
+    assert found == [tune.LaunchTimes("d16", 1, 3.0, 2.0)]
+    assert tune.early_launch_is_faster(found)
+    assert not tune.early_launch_is_faster([*found, tune.LaunchTimes("d16", 8, 2.0, 3.5)])
+    assert not tune.early_launch_is_faster([])
 
 
 def tiles_of(images: int, fused: bool, channels: int = 320) -> int | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from actvar.config import DENSE, ActVARConfig
-from actvar.families import family_of
+from actvar.families import blocks_of, family_of
 from actvar.models import Infinity
 from actvar.models.infinity.layers import hidden_of
 from actvar.models.infinity.schedules import Schedule
@@ -55,15 +56,18 @@ def memory_by_part(
     }
 
 
-def eight_bit_bytes(infinity: Infinity) -> int:
+def eight_bit_bytes(model: nn.Module) -> int:
     """Return the bytes that products in eight bits keep beside the weights: a byte a number, four a scale.
 
     A weight of a block has a scale for each output.
+
+    Args:
+        model: of any family, also on the meta device.
     """
-    family = family_of(infinity)
+    family = family_of(model)
     weights = [
         weight
-        for block in infinity.unregistered_blocks
+        for block in blocks_of(model)
         for weight in (*family.packed_weights(block), family.ffn_weights(block)[2])
         if weight is not None
     ]

@@ -121,6 +121,7 @@ def _compiled(metadata, binary: bytes, constants: dict[str, object]) -> Compiled
         assembly=code("amdgcn") if metadata.target.backend == "hip" else None,
         ttir=code("ttir"),
         constants=constants,
+        early=getattr(metadata, "launch_pdl", False),
     )
 
 

@@ -41,6 +41,7 @@ class CompiledKernel:
         assembly: its text for a GPU of AMD, otherwise None.
         ttir: Triton's first intermediate code, in which matrix products are still `tt.dot`.
         constants: `tl.constexpr` arguments by name.
+        early: whether it is launched before the kernel ahead of it has ended, see `triton_backend/early_launch.py`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class CompiledKernel:
     assembly: str | None
     ttir: str
     constants: dict[str, object]
+    early: bool = False
 
 
 @dataclass(frozen=True)

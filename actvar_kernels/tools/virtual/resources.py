@@ -13,6 +13,7 @@ from actvar_kernels.tools.virtual.records import CompiledKernel
 
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+_WAIT = " ACQBULK "
 _AMD_INSTRUCTION = re.compile(r"^\s+([a-z]+_[a-z0-9_]+)\b", re.MULTILINE)
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*)")
 
@@ -25,6 +26,8 @@ class Resources(NamedTuple):
         stack, local: bytes of memory of a thread, which hold what was spilled.
         instructions: counts of all instructions by name.
         loops: such counts for each innermost loop that has a matrix product, `MMA`; none for GPUs of AMD.
+        before_wait: such counts of what comes before the wait for earlier kernels; None where no program, or not every
+            one, waits.
     """
 
     registers: int
@@ -32,6 +35,7 @@ class Resources(NamedTuple):
     local: int
     instructions: collections.Counter
     loops: tuple[collections.Counter, ...]
+    before_wait: collections.Counter | None
 
 
 def resources(kernel: CompiledKernel) -> Resources:
@@ -54,7 +58,7 @@ def _of_nvidia(cubin: bytes) -> Resources:
         lines = _output(knobs.nvidia.nvdisasm.path, "-c", file.name).splitlines()
     registers, stack, local = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK", "LOCAL"))
     loops = tuple(_count(lines[start:end]) for start, end in _product_loops(lines))
-    return Resources(registers, stack, local, _count(lines), loops)
+    return Resources(registers, stack, local, _count(lines), loops, _before_wait(lines))
 
 
 @functools.cache
@@ -63,7 +67,7 @@ def _of_amd(assembly: str) -> Resources:
     registers, scratch = (
         int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0]) for name in ("vgpr_count", "private_segment_fixed_size")
     )
-    return Resources(registers, scratch, 0, collections.Counter(_AMD_INSTRUCTION.findall(assembly)), ())
+    return Resources(registers, scratch, 0, collections.Counter(_AMD_INSTRUCTION.findall(assembly)), (), None)
 
 
 def _output(*command: str) -> str:
@@ -89,6 +93,19 @@ def _product_loops(lines: list[str]) -> list[tuple[int, int]]:
         if all(end <= other[0] or other[1] <= start for other in loops):
             loops.append((start, end))
     return loops
+
+
+def _before_wait(lines: list[str]) -> collections.Counter | None:
+    """Return the counts of instructions before `griddepcontrol.wait`, which must not hang on a condition or a label.
+
+    Before a first label the order of lines is the order in which they run, unless one of them is a jump.
+    """
+    for number, line in enumerate(lines):
+        if _LABEL.match(line.strip()):
+            return None
+        if _WAIT in line:
+            return None if "@" in line else _count(lines[:number])
+    return None
 
 
 def _count(lines: list[str]) -> collections.Counter:

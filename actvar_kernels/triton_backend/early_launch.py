@@ -1,0 +1,82 @@
+"""Let a Triton kernel be launched before the kernel ahead of it has ended: programmatic dependent launch.
+
+GPUs from sm_90 on begin such a kernel as soon as every program of the kernel ahead has called
+`griddepcontrol.launch_dependents` or ended. Its programs are then ready on the multiprocessors when the memory of that
+kernel is. `griddepcontrol.wait` blocks until all grids that the kernel depends on have ended and what they wrote is
+visible (PTX ISA, "Parallel Synchronization and Communication Instructions: griddepcontrol").
+
+Every kernel that takes `PDL` calls `begin` as its first statement, in every program, before it reads or writes memory.
+So three rules hold:
+
+1. It reads nothing that the kernel ahead has yet to write, and writes nothing that the kernel ahead has yet to read.
+2. The same is true of all earlier kernels. A kernel with `PDL` ends only after its own wait, hence after the kernel
+   ahead of it, and so on. A kernel without `PDL` begins only after all kernels before it have ended.
+3. No program waits for one that cannot begin: `launch_dependents` lets the next kernel in only once all programs of
+   this one have begun.
+
+PyTorch's own kernels, copies and the ends of CUDA graphs are launched without `PDL`, and wait as ever. Weights are read
+after the wait as well: a kernel that was launched just before may have converted or changed them.
+"""
+
+# Triton adds `tl.extra.cuda` when it finds its backends.
+# pyright: reportAttributeAccessIssue=false
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import triton
+import triton.language as tl
+
+from actvar_kernels.triton_backend.tiles import architecture
+from actvar_kernels.triton_backend.tuning_table import FIRST_WITH_EARLY_LAUNCH, tuned_early_launch
+
+
+def early_launch(tensor: torch.Tensor) -> dict[str, bool]:
+    """Return the arguments of a launch that say whether it may begin early; without a measured table it does not.
+
+    Args:
+        tensor: one of the kernel's, on its GPU.
+
+    Raises:
+        ValueError: `using_early_launch` asks for it and the GPU has none; or see `tuning_table.read_table`.
+        RuntimeError: this release of Triton has none.
+    """
+    wanted = tuned_early_launch(tensor) if _only is None else _only
+    if not wanted:
+        return {"PDL": False}
+    arch = architecture(tensor)
+    if arch < FIRST_WITH_EARLY_LAUNCH:
+        raise ValueError(
+            f"using_early_launch(True): expected a GPU of sm_{FIRST_WITH_EARLY_LAUNCH} or newer, got {tensor.device}, "
+            f"which counts as sm_{arch}; leave it out there"
+        )
+    if not hasattr(tl.extra.cuda, "gdc_wait"):
+        raise RuntimeError(
+            f"programmatic dependent launch: expected a Triton with gdc_wait, got {triton.__version__}; "
+            "install triton 3.6 or newer"
+        )
+    return {"PDL": True, "launch_pdl": True}
+
+
+_only: bool | None = None
+
+
+@contextmanager
+def using_early_launch(early: bool) -> Iterator[None]:
+    """Launch every kernel of a block early, or none, for the duration of the context, whatever a table says."""
+    global _only
+    before, _only = _only, early
+    try:
+        yield
+    finally:
+        _only = before
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Wait for all kernels ahead, then let the next one begin; without `PDL` this is no code."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
