@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
+import torch
+
 from actvar.utils.fields import check_choice, check_names, json_object
+from actvar_kernels.constants import FORMATS
 
 SAMPLERS = ("torch", "fast")
 DECODER_DTYPES = (None, "bfloat16", "float16")
 EXPERT_EXECUTIONS = ("auto", "dense", "tile_list")
-WEIGHTS = (None, "int8")
+WEIGHTS = (None, *FORMATS)
 CUDA_GRAPHS = ("auto", True, False)
 
 FIELDS_ONCE_IN_CONFIG = {
@@ -37,10 +40,11 @@ class Execution:
             experts and reads zeros for those that are off. `"tile_list"` sorts tokens by their experts, and a tile of
             tokens skips the experts that none of them wants. `"auto"` takes the one that was measured to be faster on
             the GPU.
-        weights: `"int8"` multiplies in eight bits in the blocks: queries, keys and values, the projection after
-            attention, both layers of the FFN and its experts. `actvar_kernels.linear.quantized` defines the result.
-            AdaLN, head and attention itself stay as they are. It runs on CPUs that multiply bytes, and on CUDA. None
-            leaves all as it is. A sequence has one of both for every block.
+        weights: `"int8"` or `"fp8"` multiplies in eight bits in the blocks: queries, keys and values, the projection
+            after attention, both layers of the FFN and its experts. `actvar_kernels.linear.quantized` defines the
+            result. AdaLN, head and attention itself stay as they are. `"int8"` runs on CPUs that multiply bytes, and on
+            CUDA. `"fp8"` (`torch.float8_e4m3fn`) runs on GPUs of NVIDIA from compute capability 8.9 on. None leaves all
+            as it is. A sequence has one of the three for every block.
         cuda_graph: whether a sample on a GPU is replayed as one CUDA graph, which the first sample of each shape
             captures. It takes `sampler="fast"` and `actvar.models.VAR` or `Infinity`. `"auto"` does so where it can,
             and elsewhere samples eagerly, which `actvar.summary` says. It gives up a graph whose first images differ
@@ -80,8 +84,8 @@ class Execution:
         else:
             check_choice("weights", self.weights, WEIGHTS)
 
-    def in_int8(self, blocks: int) -> tuple[bool, ...]:
-        """Return for each of a model's `blocks` whether it multiplies in eight bits.
+    def formats(self, blocks: int) -> tuple[torch.dtype | None, ...]:
+        """Return for each of a model's `blocks` the dtype in which it multiplies in eight bits, or None.
 
         Raises:
             ValueError: `weights` has another number of blocks.
@@ -89,7 +93,7 @@ class Execution:
         by_block = self.weights if isinstance(self.weights, tuple) else blocks * (self.weights,)
         if len(by_block) != blocks:
             raise ValueError(f"weights: the model has {blocks} blocks, got {len(by_block)} of them")
-        return tuple(weights == "int8" for weights in by_block)
+        return tuple(FORMATS[weights] if isinstance(weights, str) else None for weights in by_block)
 
     def to_json(self) -> str:
         """Return all fields as the text of a JSON object."""

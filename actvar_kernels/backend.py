@@ -12,9 +12,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from actvar_kernels.constants import FORMATS, format_name
 from actvar_kernels.cpu_backend import brgemm, choices, cpu
 from actvar_kernels.situation import DIRECT, RECORDED, TORCH, situation, wants_gradient
 
@@ -23,6 +25,8 @@ ENVIRONMENT_VARIABLE = "ACTVAR_BACKEND"
 MOST_SEQUENCES = 65535
 """Most programs along the second axis of a CUDA grid, where kernels have the rows R, or tiles of 64 or more tokens."""
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+E4M3_CAPABILITY = 89
+"""Least compute capability, times ten, of a GPU that multiplies float8_e4m3fn."""
 
 _chosen: str | None = None
 
@@ -214,50 +218,80 @@ def _expect_triton(operation: str, tensor: torch.Tensor) -> None:
         )
 
 
-def choose_int8(operation: str, *tensors: torch.Tensor) -> Backend:
+def choose_eight_bits(operation: str, quantized: torch.dtype, *tensors: torch.Tensor) -> Backend:
     """Return the backend that runs one call of an operation in eight bits: C++, Triton, or the reference.
 
     `auto` takes Triton for CUDA tensors and C++ for those on the CPU, and the reference while PyTorch traces or
-    transforms the call. It does not fall back to the reference where there are no products of bytes, since that would
-    take many times longer than other weights.
+    transforms the call. It does not fall back to the reference where there are no such products, since that would take
+    many times longer than other weights.
 
     Args:
         operation: name for errors.
+        quantized: dtype of the factors, one of `FORMATS`.
         tensors: floating-point tensors that the operation reads, the first of them its input.
 
     Raises:
-        BackendUnavailableError: the call wants a gradient, or the backend in force has no products of bytes here.
+        BackendUnavailableError: the call wants a gradient, or the backend in force has no such products here.
+        ValueError: another dtype.
     """
+    if quantized not in FORMATS.values():
+        raise ValueError(f"quantized: expected one of {', '.join(map(str, FORMATS.values()))}, got {quantized}")
     name, first, case = get_backend(), tensors[0], situation(*tensors)
-    reason = None
+    on_triton = name == "triton" or (name == "auto" and first.is_cuda)
     if wants_gradient(*tensors):
         reason = "it has no gradient; call it under torch.no_grad()"
-    elif name == "reference" or (name == "auto" and case == TORCH):
+    elif name == "reference" or (name == "auto" and (case == TORCH or (first.is_cpu and case != DIRECT))):
         return REFERENCE
-    elif name == "triton" or (name == "auto" and first.is_cuda):
-        _expect_triton(operation, first)
-        if case == TORCH:
-            reason = "Triton cannot run while PyTorch traces or transforms the call, or on tensors of a subclass"
-        elif cpu.computed_dtype(first) not in KERNEL_DTYPES:
-            reason = f"it takes {cpu.TAKEN}, got {cpu.computed_dtype(first)}"
-        else:
-            return _KINDS["triton", case == RECORDED]
-    elif not first.is_cpu:
-        reason = f"it runs on CPUs and on CUDA, got the device {first.device} and the backend {name!r}"
-    elif name == "auto" and case != DIRECT:
-        return REFERENCE
-    elif case != DIRECT:
-        reason = "C++ cannot run while PyTorch traces, exports or transforms the call, or on tensors of a subclass"
-    elif cpu.computed_dtype(first) not in cpu.DTYPES:
+    elif case == TORCH or (case != DIRECT and not on_triton):
+        reason = "kernels cannot run while PyTorch traces, exports or transforms the call, or on tensors of a subclass"
+    elif cpu.computed_dtype(first) not in KERNEL_DTYPES:
         reason = f"it takes {cpu.TAKEN}, got {cpu.computed_dtype(first)}"
-    elif not brgemm.runs(torch.int8):
-        reason = cpu.why_unavailable() or (
-            "this processor, or this PyTorch, has no products of bytes (AVX-512 with VNNI); use weights of 16 or 32 "
-            "bits, or the backend 'reference', which is slow"
-        )
-    if reason is not None:
-        raise BackendUnavailableError(f"{operation} in eight bits cannot run this call: {reason}")
-    return _KINDS["cpu", False]
+    else:
+        if on_triton:
+            _expect_triton(operation, first)
+        reason = why_not_in_eight_bits(quantized, first.device)
+        if reason is None:
+            return _KINDS["triton" if on_triton else "cpu", case == RECORDED]
+    raise BackendUnavailableError(f"{operation} in {format_name(quantized)} cannot run this call: {reason}")
+
+
+def why_not_in_eight_bits(quantized: torch.dtype, device: torch.device) -> str | None:
+    """Return why products in eight bits do not run on a device with the backend in force, or None.
+
+    Args:
+        quantized: dtype of the factors, one of `FORMATS`.
+        device: where they are.
+    """
+    name, floating = get_backend(), quantized.is_floating_point
+    if name == "reference":
+        return None
+    if name == "triton" or (name == "auto" and device.type == "cuda"):
+        if not triton_installed():
+            return "the package triton is not there"
+        return _why_not_e4m3() if floating and device.type == "cuda" else None
+    if device.type != "cpu":
+        return f"it runs on CPUs and on CUDA, got the device {device} and the backend {name!r}"
+    if floating:
+        return "C++ has no products of fp8; use int8, a GPU, or the backend 'reference', which is slow"
+    if brgemm.runs(torch.int8):
+        return None
+    return cpu.why_unavailable() or (
+        "this processor, or this PyTorch, has no products of bytes (AVX-512 with VNNI); use weights of 16 or 32 bits, "
+        "or the backend 'reference', which is slow"
+    )
+
+
+def _why_not_e4m3() -> str | None:
+    """Return why the GPU in use has no products of float8_e4m3fn, or None."""
+    import triton
+
+    target: Any = triton.runtime.driver.active.get_current_target()  # whose type does not tell what drivers give
+    if target.backend == "cuda" and target.arch >= E4M3_CAPABILITY:
+        return None
+    return (
+        "fp8 (e4m3fn) needs a GPU of NVIDIA with compute capability 8.9 or higher, "
+        f"got {target.backend} {target.arch}; use int8"
+    )
 
 
 def choose_fused(x: torch.Tensor) -> Backend:

@@ -131,7 +131,7 @@ def _functions(var: nn.Module) -> Iterator[tuple[object, str, str]]:
     yield family, "attention_output", "proj"
     yield family, "dense_ffn", "ffn"
     yield actvar.sparse.block, "subset_attention", "attention"
-    yield from ((actvar.sparse.block, name, "ffn") for name in ("expert_ffn_scatter", "scatter_rows", "int8_ffn"))
+    yield from ((actvar.sparse.block, name, "ffn") for name in ("expert_ffn_scatter", "scatter_rows", "quantized_ffn"))
     yield actvar.sparse.selection, "select_tokens", "select"
     yield actvar.sparse.block, "add_normalize_route", "route"
     of_model = sys.modules[getattr(type(var), "original_class", type(var)).__module__]

@@ -44,6 +44,7 @@ FILES = {
     "evaluation": "docs/evaluation/fashion-mnist-5000.json",
     "presets": "docs/evaluation/fashion-mnist-presets-avx2.json",
     "int8": "docs/evaluation/fashion-mnist-int8.json",
+    "fp8": "docs/evaluation/fashion-mnist-fp8.json",
     "all": "docs/evaluation/fashion-mnist-all.json",
     "text": "docs/evaluation/fashion-mnist-text.json",
     "text-pairs": "docs/evaluation/fashion-mnist-text-pairs.json",

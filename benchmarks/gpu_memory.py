@@ -16,7 +16,7 @@ import torch
 from actvar.config import DENSE, ActVARConfig
 from actvar.families import family_of
 from actvar.reports.flops import shapes_of
-from actvar.reports.infinity.memory import int8_bytes
+from actvar.reports.infinity.memory import eight_bit_bytes
 from actvar.sparse.schedule import build_schedule
 from benchmarks.memory import MIB
 
@@ -46,7 +46,7 @@ def rows_of(model: str) -> list[dict[str, object]]:
     rows = []
     for batch in BATCHES:
         row: dict[str, object] = {"model": model, "batch": batch, "weights": weights / MIB}
-        row["int8"] = int8_bytes(var) / MIB
+        row["int8"] = eight_bit_bytes(var) / MIB
         for way, config in (("dense", DENSE), ("ActVAR", ActVARConfig())):
             last = build_schedule(config, family.maps(var))[-1]
             row[way] = len(family.blocks(var)) * 2 * 2 * batch * last.cached_before * var.C * dtype.itemsize / MIB

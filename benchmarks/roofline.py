@@ -58,9 +58,12 @@ CONVOLUTION = 0.8
 # TFLOP/s of a convolution in 16 bits with fewer outputs than 64, which cuDNN runs without tensor cores: the decoder's
 # last one on an H100, 26.3 ms at batch 64 with 8 outputs.
 FEW_OUTPUTS_TFLOPS = 3.7
-# Times the rate of products in 16 bits: data sheets. On B200 Triton runs products of bytes by the instruction of older
+# Times the rate of products in 16 bits: data sheets. On B200 Triton runs products of int8 by the instruction of older
 # GPUs, whose rate is assumed.
-INT8 = {80: 2, 86: 2, 89: 2, 90: 2, 100: 0.5, 120: 2}
+EIGHT_BITS = {
+    torch.int8: {80: 2, 86: 2, 89: 2, 90: 2, 100: 0.5, 120: 2},
+    torch.float8_e4m3fn: {89: 2, 90: 2, 100: 2, 120: 2},
+}
 VECTOR = 0.7  # share of the fp32 rate, and of the instructions that could be issued, without tensor cores; assumed
 INSTRUCTIONS = 4 * 32  # of threads per cycle and multiprocessor: four schedulers, a warp each
 # Of these cuBLAS and cuDNN are given the best; assumed.
@@ -161,8 +164,8 @@ def rate(work: Work, card: Card) -> float:
     if convolves and work.dtype != torch.float32 and work.columns < 64:
         return FEW_OUTPUTS_TFLOPS * 1e12
     peak = card.bf16_tflops * 1e12
-    if work.dtype == torch.int8:
-        peak *= INT8[card.arch]
+    if work.dtype in EIGHT_BITS:
+        peak *= EIGHT_BITS[work.dtype][card.arch]
     if work.dtype == torch.float32:
         peak /= 2  # TF32, torch's default in convolutions
     if work.attention:

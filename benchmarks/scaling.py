@@ -31,6 +31,7 @@ from actvar.patching.patch import patched_silently
 from actvar.reports.flops import shapes_of
 from actvar.sampling.request import Sampling
 from actvar.sampling.timing import block_seconds
+from actvar_kernels.constants import FORMATS
 from actvar_kernels.operations.shapes import HEAD_DIM, SIZES
 from actvar_kernels.tools.compile_check import LineParser
 from benchmarks import results, sampling
@@ -252,7 +253,7 @@ def projection(gpu: str, dollars_per_hour: float, models: Sequence[str], batches
     for model in models:
         for batch in batches:
             configs = {"dense": virtual_gpu.DENSE, "ActVAR": virtual_gpu.ACTVAR}
-            for (way, config), weights in product(configs.items(), (None, "int8")):
+            for (way, config), weights in product(configs.items(), (None, *FORMATS)):
                 run = virtual_gpu.sampling_run(model, batch, card.arch, config, weights=weights)
                 times = virtual_gpu.summary(run, card, virtual_gpu.share_function("measured"))
                 milliseconds = times["whole_run_ms"] + times["decoder_ms"]

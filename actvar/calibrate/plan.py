@@ -53,7 +53,7 @@ from actvar.utils.parts import Parts
 from actvar.utils.progress import progress
 from actvar.utils.weight_override import tuned_parameters
 from actvar.utils.wrappers import unwrapped
-from actvar_kernels.backend import BackendUnavailableError, choose_int8
+from actvar_kernels.backend import BackendUnavailableError, choose_eight_bits
 from actvar_kernels.cpu_backend.choices import processor
 
 logger = logging.getLogger(__name__)
@@ -316,10 +316,10 @@ def _checked_levers(model: Any, levers: Sequence[str] | None, adapter: ActVARCon
     if "scales" in levers and not family_of(model).ends_early(model):
         raise ValueError(f"levers: {type(model).__name__} samples all scales in a loop of its own, got scales")
     if "int8" in levers:
-        if not family_of(model).takes_int8:
+        if not family_of(model).takes_eight_bits:
             raise ValueError(f"levers: {family_of(model).name} does not multiply in eight bits")
         with torch.no_grad():
-            choose_int8("levers: a product", next(model.parameters()))
+            choose_eight_bits("levers: a product", torch.int8, next(model.parameters()))
     return levers
 
 
@@ -374,7 +374,11 @@ def _divergence(
         scale.index
         for schedule in state.schedules
         for scale in schedule
-        if any(state.int8) or scale.active or not scale.guided or (weights_change and scale.tuned) or scale.left_out
+        if any(state.quantized)
+        or scale.active
+        or not scale.guided
+        or (weights_change and scale.tuned)
+        or scale.left_out
     }
     found, uniform = dense.divergences(model)["kl_drawn"], dense.divergences_from_uniform
     by_scale = [nothing if kl is None else kl for kl, nothing in zip(found, uniform, strict=True)]

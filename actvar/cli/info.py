@@ -18,6 +18,7 @@ from actvar.models.checkpoint import describe_checkpoint
 from actvar.patching.adapter import describe_adapter
 from actvar.text.encoder import HOW_TO_INSTALL, is_installed
 from actvar_kernels import get_backend
+from actvar_kernels.backend import why_not_in_eight_bits
 from actvar_kernels.cpu_backend import brgemm, choices, cpu
 from actvar_kernels.token_draw import cpu_kernel
 
@@ -32,6 +33,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print the description as lines or as JSON."""
     if options.file is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         facts = {
             "actvar": actvar.__version__,
             "torch": torch.__version__,
@@ -41,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
             "C++ kernels": cpu.why_unavailable() or f"{cpu.isa_name(cpu.best_isa())}, from {cpu.library()._name}",
             "kernels chosen": choices.description(),
             "products": brgemm.description(),
+            "fp8": why_not_in_eight_bits(torch.float8_e4m3fn, torch.device(device)) or "yes",
             "prompts": f"by transformers {version('transformers')}" if is_installed() else f"no, {HOW_TO_INSTALL}",
             "C++ samplers": cpu_kernel.why_unavailable() or f"from {cpu_kernel.library()._name}",
         }

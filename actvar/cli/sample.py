@@ -62,6 +62,7 @@ from actvar.utils.devices import is_on_gpu
 from actvar.utils.pictures import save_images
 from actvar.zoo.fashion_mnist.data import CLASSES
 from actvar.zoo.pretrained import LOSSLESS, bundled_presets, preset_path
+from actvar_kernels.constants import FORMATS
 
 AnySampling = Sampling | TextSampling
 FEWEST_ROWS = 1024
@@ -114,7 +115,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="decode images in half precision, which changes them slightly",
     )
     how.add_argument(
-        "--weights", choices=["int8"], help="multiply in eight bits in the blocks, which changes images slightly"
+        "--weights", choices=list(FORMATS), help="multiply in eight bits in the blocks, which changes images slightly"
     )
     command.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to (default samples)")
     command.add_argument(

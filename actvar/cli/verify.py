@@ -45,6 +45,7 @@ from actvar.verify.report import Report
 from actvar.verify.run import verify
 from actvar.zoo.fashion_mnist_text.architecture import DRAW
 from actvar_kernels.backend import BACKENDS
+from actvar_kernels.constants import FORMATS
 
 VERIFIED_SIZE = "0.06M"
 TEXT_TOKENS = 16
@@ -63,7 +64,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_rates(command)
     add_draw(command, filters=False, texts=True)
     command.add_argument("--batch", type=at_once, default=1, help="images per sample (default 1)")
-    command.add_argument("--weights", choices=["int8"], help="also check the products of the blocks in eight bits")
+    command.add_argument("--weights", choices=list(FORMATS), help="also check the products of the blocks in eight bits")
     command.add_argument("--public-var", type=Path, help="clone of the public VAR code: its class must agree as well")
     command.add_argument("--json", type=Path, help="file to write every comparison to")
 
@@ -115,7 +116,7 @@ def _verify_var(
         dtypes,
         options.backend,
         options.public_var,
-        int8=options.weights == "int8",
+        quantized=FORMATS.get(options.weights),
     )
 
 

@@ -29,8 +29,8 @@ from actvar.zoo.pretrained import (
     load_pretrained,
     preset_path,
 )
-from actvar_kernels.backend import triton_installed
-from actvar_kernels.cpu_backend import brgemm
+from actvar_kernels.backend import why_not_in_eight_bits
+from actvar_kernels.constants import FORMATS
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,8 @@ class Method:
 def methods_of(model: str | None = None, **placement: Any) -> dict[str, Method]:
     """Return all methods by name.
 
-    CoDe is left out, with a logged warning, while a bundled model has no small one, and so are methods in eight bits
-    where the device of the models has no products of bytes.
+    CoDe is left out, with a logged warning, while a bundled model has no small one, and so are methods in a
+    format of eight bits that the device of the models does not multiply.
 
     Args:
         model: name of a bundled model, whose adapters, presets with files, and trained baselines are methods too; None
@@ -91,20 +91,26 @@ def methods_of(model: str | None = None, **placement: Any) -> dict[str, Method]:
             logger.warning("code is left out: it needs a smaller model of the same autoencoder: %s", error)
         else:
             found += [code(small, count) for count in COUNTS]
-    return by_name([*found, INT8], placement.get("device", "cpu"))
+    return by_name([*found, *EIGHT_BITS], placement.get("device", "cpu"))
 
 
-INT8 = Method("int8", lambda model: patched_silently(model, DENSE, None, Execution(weights="int8")))
+def _dense_in(weights: str) -> Method:
+    """Return the dense model with products in eight bits, by a name of `FORMATS`."""
+    return Method(weights, lambda model: patched_silently(model, DENSE, None, Execution(weights=weights)))
+
+
+EIGHT_BITS = [_dense_in(weights) for weights in FORMATS]
 
 
 def by_name(methods: Sequence[Method], device: torch.device | str) -> dict[str, Method]:
-    """Return methods by name, without those in eight bits where a model on `device` has none, which is logged."""
-    on_gpu = torch.device(device).type == "cuda"
-    if triton_installed() if on_gpu else brgemm.runs(torch.int8):
-        return {method.name: method for method in methods}
-    missing = "the package triton is not there" if on_gpu else "this processor has no products of bytes"
-    logger.warning("methods in eight bits are left out: %s", missing)
-    return {method.name: method for method in methods if not method.name.endswith("int8")}
+    """Return methods by name, without those in a format that `device` does not multiply, which is logged."""
+    found = {method.name: method for method in methods}
+    for name, quantized in FORMATS.items():
+        missing = why_not_in_eight_bits(quantized, torch.device(device))
+        if missing is not None:
+            logger.warning("methods in %s are left out: %s", name, missing)
+            found = {other: method for other, method in found.items() if not other.endswith(name)}
+    return found
 
 
 def preset_methods(model: str) -> list[Method]:
@@ -114,7 +120,7 @@ def preset_methods(model: str) -> list[Method]:
         path = preset_path(model, name)
         if path:  # lossless has none, and is the method accelerated
             found.append(adapter_method(f"preset-{name}", path))
-            found.append(adapter_method(f"preset-{name}-int8", path, weights="int8"))
+            found += [adapter_method(f"preset-{name}-{weights}", path, weights) for weights in FORMATS]
     return found
 
 
@@ -178,7 +184,7 @@ def adapter_methods(name: str, path: Path) -> Iterator[Method]:
     all_tokens = (1.0,) * len(rates)
     same = tuple(statistics.fmean(rate) if isinstance(rate, tuple) else rate for rate in rates)
     yield adapter_method(name, path)
-    yield adapter_method(f"{name}-int8", path, weights="int8")
+    yield from (adapter_method(f"{name}-{weights}", path, weights) for weights in FORMATS)
     yield adapter_method(f"{name}-fixed-tokens", path, fixed_tokens=True, token_rates=same)
     yield adapter_method(f"{name}-no-experts", path, ffn_rate=1.0)
     yield adapter_method(f"{name}-no-selection", path, token_rates=all_tokens)

@@ -11,7 +11,7 @@ from actvar import baselines
 from actvar.baselines.fastvar import PUBLIC_INFINITY
 from actvar.baselines.skipvar import DECIDED_AFTER
 from actvar.config import DENSE
-from actvar.evaluate.methods import INT8, Method, adapter_method, by_name, preset_methods
+from actvar.evaluate.methods import EIGHT_BITS, Method, adapter_method, by_name, preset_methods
 from actvar.patching.patch import patched_silently, unpatched
 from actvar.zoo.pretrained import adapter_path, bundled_adapters
 
@@ -56,4 +56,4 @@ def text_methods(
         logger.warning("skipvar is left out: expected at least %d scales, got %d", 1 - DECIDED_AFTER, scales)
     else:
         found.append(Method("skipvar", baselines.skipvar))
-    return by_name([*found, INT8], device)
+    return by_name([*found, *EIGHT_BITS], device)

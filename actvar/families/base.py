@@ -132,8 +132,8 @@ class Family(Drawing, Protocol):
     """The axis of hidden units in each of a block's tensors that have one, by the tensor's name in the block."""
     leaves_out_guidance: bool
     """True where the mixin can sample on with the conditional rows alone, once the blocks return no others."""
-    takes_int8: bool
-    """True where `project` and `attention_output` multiply in eight bits if `block.actvar.int8` says so."""
+    takes_eight_bits: bool
+    """True where `project` and `attention_output` multiply in eight bits if `block.actvar.quantized` says so."""
     hands_on: bool
     """True where the model's own loop gives a block what the block before returned, and looks at it in no other way."""
     has_between: bool

@@ -22,7 +22,7 @@ class BaseFamily:
 
     leaves_out_guidance = False
     hands_on = False
-    takes_int8 = False
+    takes_eight_bits = False
     draws_from_texts = False
     default_cfg = 1.5
     has_between = False

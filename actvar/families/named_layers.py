@@ -29,7 +29,7 @@ SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 class NamedLayersFamily(BaseFamily):
     """Answer for blocks with the public names; a family inherits it and adds its own."""
 
-    takes_int8 = True
+    takes_eight_bits = True
     hidden_axes: Mapping[str, int] = {"ffn.fc1.weight": 0, "ffn.fc1.bias": 0, "ffn.fc2.weight": 1}
 
     def attention(self, block: Any) -> Any:
@@ -64,13 +64,13 @@ class NamedLayersFamily(BaseFamily):
         """Return queries `[R, H, K, d]`, keys and values `[R, H, T, d]` without position encodings, see `project`."""
         attention = self.attention(block)
         weight = attention.mat_qkv.weight
-        int8 = _in_int8(block)
+        quantized = _quantized(block)
         if queries_from is keys_from:
-            q, k, v = _heads(attention, linear(queries_from, weight, bias, int8), 3)
+            q, k, v = _heads(attention, linear(queries_from, weight, bias, quantized), 3)
             return q, k, v
-        if int8:  # bytes are packed for the whole weight
-            q, _, _ = _heads(attention, linear(queries_from, weight, bias, int8), 3)
-            _, k, v = _heads(attention, linear(keys_from, weight, bias, int8), 3)
+        if quantized is not None:  # bytes are packed for the whole weight
+            q, _, _ = _heads(attention, linear(queries_from, weight, bias, quantized), 3)
+            _, k, v = _heads(attention, linear(keys_from, weight, bias, quantized), 3)
             return q, k, v
         C = weight.shape[1]
         (q,) = _heads(attention, F.linear(queries_from, weight[:C], bias[:C]), 1)
@@ -84,7 +84,7 @@ class NamedLayersFamily(BaseFamily):
         proj = self.attention(block).proj
         if PROJECTION in self.called(block):
             return proj(out)
-        return linear(out, proj.weight, proj.bias, _in_int8(block))
+        return linear(out, proj.weight, proj.bias, _quantized(block))
 
     def dense_ffn(self, block: Any, u: Tensor, num_experts: int) -> Tensor:
         """Return the FFN of `u` `[R, K, C]`: in C++ as experts that are all on, on CUDA by `gelu_linear`."""
@@ -215,10 +215,10 @@ def _ffn_sizes(block: Any) -> tuple[int | None, int | None]:
     return getattr(fc1, "out_features", None), getattr(fc1, "in_features", None)
 
 
-def _in_int8(block: Any) -> bool:
-    """Return whether a block multiplies in eight bits, which one without a patch does not."""
+def _quantized(block: Any) -> torch.dtype | None:
+    """Return the dtype in which a block multiplies in eight bits, which one without a patch does not."""
     state = block._modules.get("actvar")
-    return state is not None and state.int8
+    return None if state is None else state.quantized
 
 
 def _heads(attn: Any, projected: Tensor, parts: int) -> tuple[Tensor, ...]:

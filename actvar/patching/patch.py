@@ -158,14 +158,14 @@ def _checked_state(model: Any, config: ActVARConfig, execution: Execution) -> Pa
     state.called = [family.parts_called(block) for block in blocks]
     state.head_called = family.head_called(model)
     for index, called in enumerate(state.called):
-        expect_readable(index, called, schedules[index], config.kv, state.int8[index])
+        expect_readable(index, called, schedules[index], config.kv, state.quantized[index])
     return state
 
 
 def _expect_runs(model: nn.Module, execution: Execution) -> None:
     """Raise a TypeError or ValueError if `execution` cannot run `model`."""
     checked_execution(execution)
-    if any(execution.in_int8(len(family_of(model).blocks(model)))) and not family_of(model).takes_int8:
+    if any(execution.formats(len(family_of(model).blocks(model)))) and not family_of(model).takes_eight_bits:
         raise ValueError(f"weights: {family_of(model).name} does not multiply in eight bits; leave it None")
     follows = family_of(model).loop_fields(model)
     for name in ("sampler", "decoder_dtype", "cuda_graph", "cudnn_benchmark"):

@@ -14,6 +14,7 @@ from actvar.sparse.schedule import Scale
 from actvar.sparse.state import PatchState, is_patched, patch_state
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels.backend import get_backend
+from actvar_kernels.constants import FORMATS
 
 
 def summary(var: nn.Module) -> str:
@@ -55,10 +56,12 @@ def summary(var: nn.Module) -> str:
 
 
 def _formats(state: PatchState) -> Iterator[str]:
-    """Yield a line about blocks that multiply in eight bits, if there are any."""
-    if any(state.int8):
-        count = "" if all(state.int8) else f"{sum(state.int8)} of {len(state.int8)} "
-        yield f"products of {count or 'the '}blocks in int8"
+    """Yield a line about the blocks that multiply in each format of eight bits, if there are any."""
+    for name, dtype in FORMATS.items():
+        count = state.quantized.count(dtype)
+        if count:
+            share = "the" if count == len(state.quantized) else f"{count} of {len(state.quantized)}"
+            yield f"products of {share} blocks in {name}"
 
 
 def _by_scale(state: PatchState) -> Iterator[str]:

@@ -13,7 +13,7 @@ from actvar.families.base import ATTENTION, NORM, BlockCall, Rows
 from actvar.families.kv_cache import Cache
 from actvar.sparse.block_cache import SampleState
 from actvar.sparse.block_state import BlockState
-from actvar.sparse.layer_calls import first_experts, int8_ffn
+from actvar.sparse.layer_calls import first_experts, quantized_ffn
 from actvar.sparse.passes import Pass, computing_again
 from actvar.sparse.record import BlockRecord
 from actvar.sparse.schedule import Scale
@@ -66,7 +66,7 @@ class ActVARBlock(nn.Module):
         state = self.actvar
         if call.mask is not None:
             state.shared.expect_same_weights()
-            if not state.int8 and not any(scale.active for scale in state.schedule):
+            if state.quantized is None and not any(scale.active for scale in state.schedule):
                 return self.dense_forward(call)
             state.shared.begin_block(state.block_index, self)
             return teacher_forced_block(self, call, current)
@@ -87,7 +87,7 @@ class ActVARBlock(nn.Module):
         if scale.index == 0 or scale.index == state.shared.first_tuned:
             state.shared.begin_block(state.block_index, self)
         backend = REFERENCE if NORM in state.called else choose_fused(call.x)
-        if scale.active or backend.fuses or state.int8:
+        if scale.active or backend.fuses or state.quantized is not None:
             return block_at_scale(self, call, scale, backend, current)
         if state.shared.leaves_out_rows(scale):
             call = state.family.conditional(call)
@@ -167,7 +167,9 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
     kept = index
     if family.has_between:
         gamma, between_scale, between_shift = family.between_norm(block, len(x))
-        x, u = add_normalize(x, index, update, gamma1, between_scale, between_shift, form and form._replace(int8=False))
+        x, u = add_normalize(
+            x, index, update, gamma1, between_scale, between_shift, form and form._replace(quantized=None)
+        )
         update, gamma1, kept = family.between(block, u, at, call), gamma, None
 
     # 3. FFN as experts; 4. scatter: the other tokens keep their value
@@ -176,7 +178,7 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
         defers = backend.fuses_residual and not family.has_between
         rows, u, mask, logits = add_normalize_route(x, kept, update, gamma1, scale2, shift2, *gate, defers, form)
         weights, execution = family.ffn_weights(block), shared.execution.expert_execution
-        x = expert_ffn_scatter(base, index, rows, u, mask, scale.experts, *weights, gamma2, execution, state.int8)
+        x = expert_ffn_scatter(base, index, rows, u, mask, scale.experts, *weights, gamma2, execution, state.quantized)
     else:
         rows, u = add_normalize(x, kept, update, gamma1, scale2, shift2, form)
         update = ffn_without_router(block, u, scale)
@@ -199,8 +201,9 @@ def _form_of(block: ActVARBlock, x: Tensor, dtype: torch.dtype | None) -> RowFor
         dtype: what `Family.layer_dtype` says.
     """
     # records have the rows themselves, and autocast converts them
-    int8 = block.actvar.int8 and block.actvar.shared.records is None and not torch.is_autocast_enabled(x.device.type)
-    return None if dtype is None and not int8 else RowForm(x.dtype if dtype is None else dtype, int8)
+    plain = block.actvar.shared.records is not None or torch.is_autocast_enabled(x.device.type)
+    quantized = None if plain else block.actvar.quantized
+    return None if dtype is quantized is None else RowForm(x.dtype if dtype is None else dtype, quantized)
 
 
 def ffn_without_router(block: ActVARBlock, u: Any, scale: Scale) -> Tensor:
@@ -208,7 +211,9 @@ def ffn_without_router(block: ActVARBlock, u: Any, scale: Scale) -> Tensor:
     state = block.actvar
     if scale.static:
         return first_experts(block, u, scale)
-    return int8_ffn(block, u) if state.int8 else state.family.dense_ffn(block, u, state.shared.config.num_experts)
+    if state.quantized is not None:
+        return quantized_ffn(block, u)
+    return state.family.dense_ffn(block, u, state.shared.config.num_experts)
 
 
 def sample_state_of(block: ActVARBlock, cond: Any, scale: Scale, fused: bool) -> SampleState:

@@ -85,9 +85,9 @@ class BlockState(nn.Module):
         return self.shared.called[self.block_index]
 
     @property
-    def int8(self) -> bool:
-        """Return whether the block multiplies in eight bits."""
-        return self.shared.int8[self.block_index]
+    def quantized(self) -> torch.dtype | None:
+        """Return the dtype in which the block multiplies in eight bits, or None where it does not."""
+        return self.shared.quantized[self.block_index]
 
     @property
     def changed_order(self) -> Tensor | None:

@@ -11,7 +11,9 @@ from actvar.sparse.schedule import Scale
 logger = logging.getLogger(__name__)
 
 
-def expect_readable(index: int, called: Mapping[str, Called], schedule: Sequence[Scale], kv: str, int8: bool) -> None:
+def expect_readable(
+    index: int, called: Mapping[str, Called], schedule: Sequence[Scale], kv: str, quantized: object
+) -> None:
     """Check that no operation of block number `index` has to read a layer that must be called.
 
     Args:
@@ -19,7 +21,7 @@ def expect_readable(index: int, called: Mapping[str, Called], schedule: Sequence
         called: parts of the block, by `Family.parts_called`.
         schedule: scales of the block.
         kv: `ActVARConfig.kv`.
-        int8: whether the block multiplies in eight bits.
+        quantized: the dtype in which the block multiplies in eight bits, or None.
 
     Raises:
         TypeError: an operation has to; the message names the layer, the reason, and the ways out.
@@ -32,7 +34,7 @@ def expect_readable(index: int, called: Mapping[str, Called], schedule: Sequence
         FFN: "the experts" if reads_ffn else None,
     }
     way_out = "patch with rates of 1 (actvar.accelerate)"
-    if int8:
+    if quantized is not None:
         readers = dict.fromkeys((NORM, ATTENTION, PROJECTION, FFN), "products in eight bits")
         way_out = "leave Execution.weights None for this block"
     for part, reader in readers.items():

@@ -16,19 +16,20 @@ def in_dtype(rows: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return rows if dtype is None else rows.to(dtype)
 
 
-def int8_ffn(block: Any, u: torch.Tensor | ByteRows) -> torch.Tensor:
+def quantized_ffn(block: Any, u: torch.Tensor | ByteRows) -> torch.Tensor:
     """Return the whole FFN of `u` `[R, K, C]` in eight bits.
 
     In C++ it runs as experts that are all on: they share a packed copy.
     """
-    experts = block.actvar.shared.config.num_experts
+    experts, quantized = block.actvar.shared.config.num_experts, block.actvar.quantized
+    weights = block.actvar.family.ffn_weights(block)
     if isinstance(u, ByteRows) or choose_fused(u).fuses_residual:
-        return static_ffn(u, experts, experts, *block.actvar.family.ffn_weights(block), int8=True)
+        return static_ffn(u, experts, experts, *weights, quantized=quantized)
     every = u.new_ones(*u.shape[:-1], experts, dtype=torch.bool)
-    return expert_ffn(u, every, experts, *block.actvar.family.ffn_weights(block), int8=True)
+    return expert_ffn(u, every, experts, *weights, quantized=quantized)
 
 
 def first_experts(block: Any, u: torch.Tensor | ByteRows, scale: Scale) -> torch.Tensor:
     """Return the output `[R, K, C]` of the first experts for rows `u` `[R, K, C]` of a scale with static experts."""
     experts, weights = block.actvar.shared.config.num_experts, block.actvar.family.ffn_weights(block)
-    return static_ffn(u, scale.experts, experts, *weights, int8=block.actvar.int8)
+    return static_ffn(u, scale.experts, experts, *weights, quantized=block.actvar.quantized)

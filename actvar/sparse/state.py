@@ -49,7 +49,7 @@ class PatchState:
         called: by block, the parts that kernels do not read.
         head_called: why kernels do not read the head, or None.
         called_is_new: whether `called` or `head_called` has changed and is not logged yet.
-        int8: by block, whether it multiplies in eight bits.
+        quantized: by block, the dtype in which it multiplies in eight bits, or None.
         schedule: the first block's, with a scale selected, routed or static where it is so in any block.
         first_tuned: number of the first scale with the adapter's weights; 0 where these hold at every scale.
         scale_is_tuned: whether the last call of a block was at a scale with the adapter's weights.
@@ -82,13 +82,13 @@ class PatchState:
     rows_stand_alone: bool = False
     strengths: StrengthWeights = field(init=False)
     first_tuned: int = field(init=False)
-    int8: tuple[bool, ...] = field(init=False)
+    quantized: tuple[torch.dtype | None, ...] = field(init=False)
     schedule: tuple[Scale, ...] = field(init=False)
     by_shape: tuple[dict[tuple[int, int], Scale], ...] = field(init=False)
 
     def __post_init__(self):
         self.called, self.strengths = [{} for _ in self.schedules], StrengthWeights(self)
-        self.int8 = self.execution.in_int8(len(self.schedules))
+        self.quantized = self.execution.formats(len(self.schedules))
         self._use_schedules()
 
     def _use_schedules(self) -> None:
@@ -241,7 +241,7 @@ class PatchState:
         self.called_is_new |= called != self.called[index]
         self.called[index] = called
         if called:
-            expect_readable(index, called, block.actvar.schedule, self.config.kv, self.int8[index])
+            expect_readable(index, called, block.actvar.schedule, self.config.kv, self.quantized[index])
         drop_changed([*self.family.packed_weights(block), block.actvar.router.weight])
 
     def begin_head(self, model: Any, tokens: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from actvar.families.base import ATTENTION, BlockCall, Rows
-from actvar.sparse.layer_calls import first_experts, in_dtype, int8_ffn
+from actvar.sparse.layer_calls import first_experts, in_dtype, quantized_ffn
 from actvar.sparse.passes import Pass, computing_again
 from actvar.sparse.record import BlockRecord
 from actvar.sparse.schedule import Scale
@@ -103,11 +103,11 @@ def _ffn(block: Any, u: torch.Tensor, kept: KeptTokens, call: BlockCall) -> torc
     if scale.route:
         mask, logits = route_experts(u, router.weight, router.bias, scale.experts)
         gate = mask * straight_through(logits) if is_trained(router) else mask
-        update = expert_ffn(u, gate, scale.experts, *family.ffn_weights(block), int8=block.actvar.int8)
+        update = expert_ffn(u, gate, scale.experts, *family.ffn_weights(block), quantized=block.actvar.quantized)
     elif scale.static:
         update = first_experts(block, u, scale)
-    elif block.actvar.int8:
-        update = int8_ffn(block, u)
+    elif block.actvar.quantized is not None:
+        update = quantized_ffn(block, u)
     else:
         update = family.called_ffn(block, u)
     if records is not None and scale.active and not computing_again():

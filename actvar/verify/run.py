@@ -26,7 +26,7 @@ from actvar.utils.devices import device_of
 from actvar.utils.fingerprint import fingerprint
 from actvar.utils.progress import progress
 from actvar.verify.comparisons import compared_blocks, compared_operations, dtype_of
-from actvar.verify.int8 import int8_checks
+from actvar.verify.eight_bits import eight_bit_checks
 from actvar.verify.report import Check, Report
 from actvar.verify.rounding import difference
 from actvar_kernels.backend import BackendUnavailableError, choose_fused, get_backend, using_backend
@@ -42,7 +42,7 @@ def verify(
     backends: Sequence[str] | None = None,
     public_folder: Path | None = None,
     execution: Execution | None = None,
-    int8: bool = False,
+    quantized: torch.dtype | None = None,
 ) -> Report:
     """Sample with every dtype and backend, and compare block by block and operation by operation.
 
@@ -58,7 +58,8 @@ def verify(
         public_folder: a clone of the public VAR code, whose class must give the same tokens.
         execution: how patched models are run, except that tokens are drawn by `sampler="torch"`, and products are those
             of the weights' own dtype; None for the one that the adapter recommends, otherwise the default.
-        int8: whether the products of the blocks in eight bits are checked as well, kernels against their reference.
+        quantized: `torch.int8` or `torch.float8_e4m3fn`, in which the products of the blocks are checked as well,
+            kernels against their reference; None for neither.
 
     Raises:
         BackendUnavailableError: a backend asked for cannot run here.
@@ -81,8 +82,8 @@ def verify(
         else:
             with patched(var, config, adapter):
                 checks += _checks_of_backends(var, patched, config, sampling, backends)
-        if int8:
-            checks += int8_checks(var)
+        if quantized is not None:
+            checks += eight_bit_checks(var, quantized)
         del var
     return Report(tuple(checks))
 

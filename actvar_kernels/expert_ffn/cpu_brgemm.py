@@ -70,8 +70,8 @@ class Packed(NamedTuple):
 def _packed(weights: FFNWeights, groups: int, dtype: torch.dtype) -> Packed:
     """Return the weights as C++ reads them. Hidden units are filled up with zeros to full panels in each group."""
     if dtype == torch.int8:
-        up, up_scales = quantized_weight(weights.fc1_weight)
-        down, down_scales = quantized_weight(weights.fc2_weight)
+        up, up_scales = quantized_weight(weights.fc1_weight, dtype)
+        down, down_scales = quantized_weight(weights.fc2_weight, dtype)
         scales = up_scales.view(groups, -1), down_scales.flatten()
     else:
         up, down, scales = weights.fc1_weight.to(dtype), weights.fc2_weight.to(dtype), (None, None)

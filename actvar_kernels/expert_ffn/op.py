@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, choose_int8, in_kernel_dtypes
+from actvar_kernels.backend import MOST_SEQUENCES, Backend, choose, choose_eight_bits, in_kernel_dtypes
 from actvar_kernels.checks import expect_count, expect_index, expect_one_device, expect_shape, expect_tensor
 from actvar_kernels.constants import MAX_EXPERTS
 from actvar_kernels.cpu_backend import brgemm, cpu
-from actvar_kernels.expert_ffn import cpu_brgemm, cpu_kernel, reference
-from actvar_kernels.expert_ffn import int8 as int8_kernels
+from actvar_kernels.expert_ffn import cpu_brgemm, cpu_kernel, eight_bits, reference
 from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.gradients import register_reference_gradient
 from actvar_kernels.residual_norm.reference import Residual
@@ -33,7 +32,7 @@ def expert_ffn(
     fc1_bias: torch.Tensor,
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
-    int8: bool = False,
+    quantized: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return the sum of the chosen experts' outputs: `fc2_bias + sum_e mask_e gelu_tanh(u W1_e^T + b1_e) W2_e^T`.
 
@@ -46,13 +45,14 @@ def expert_ffn(
     `.data` and by fused optimizers: after these call `actvar.refresh` on the module of the weights.
 
     Args:
-        u: `[..., C]`, floating-point; or such rows in eight bits, for `int8` on Triton.
+        u: `[..., C]`, floating-point; or such rows in eight bits, on Triton.
         mask: `[..., N]`: bool, or floating-point gates that multiply the experts' outputs (training).
         active: number of experts that are on for a token, 1 ... N; the FLOP count of a call is based on it.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`, in u's dtype, or in any under
             autocast; zeros for a bias that the layer does not have.
-        int8: whether both products are ones of bytes, as `reference.int8_expert_ffn` defines them, for a bool mask.
-            Triton runs all experts then, in four launches, or three for rows in eight bits.
+        quantized: `torch.int8` or `torch.float8_e4m3fn` for both products in eight bits, as
+            `reference.quantized_expert_ffn` defines them, for a bool mask. Triton runs all experts then, in four
+            launches, or three for rows in eight bits.
 
     Returns:
         `[..., C]` in u's dtype, or in that of autocast.
@@ -60,13 +60,13 @@ def expert_ffn(
     Raises:
         ValueError: shapes or devices that do not fit, or N that does not divide D.
         TypeError: another dtype than that of the weights without autocast, a mask in eight bits that is not bool.
-        BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_int8` for `int8`.
+        BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_eight_bits`.
     """
     weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     active = _expect_ffn(u, mask, active, weights)
-    if int8:
-        u, _, backend = _prepare_int8("expert_ffn", u, mask, active, weights)
-        return _run_int8(backend, u, mask, active, weights)
+    if quantized is not None:
+        u, _, backend = _prepare_quantized("expert_ffn", u, mask, active, weights, quantized)
+        return _run_quantized(backend, u, mask, active, weights, quantized)
     assert isinstance(u, torch.Tensor)
     return _ffn(_choose("expert_ffn", u, mask, weights), u, mask, active, weights)
 
@@ -84,7 +84,7 @@ def expert_ffn_scatter(
     fc2_bias: torch.Tensor,
     gamma: torch.Tensor,
     schedule: str = "auto",
-    int8: bool = False,
+    quantized: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return `rest` after `rest[r, index[r, j]] = rows[r, j] + gamma[r] * expert_ffn(u)[r, j]`.
 
@@ -105,7 +105,7 @@ def expert_ffn_scatter(
             experts that no row of a tile of sorted tokens wants. Both give results that are equal but for rounding.
             `"auto"` takes what a table of `actvar_kernels.tools.tune` says. Without a table it takes `"dense"`, which
             was faster on an H100 at every size.
-        int8: as in `expert_ffn`.
+        quantized: as in `expert_ffn`.
 
     Returns:
         `[R, L, C]` in the dtype of `rest`; without an index `[R, K, C]`.
@@ -114,7 +114,7 @@ def expert_ffn_scatter(
         TypeError: an index that is not int64, another dtype of `u` than that of the weights without autocast, a mask in
             eight bits that is not bool.
         ValueError: shapes or devices that do not fit, N that does not divide D, an unknown schedule.
-        BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_int8` for `int8`.
+        BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_eight_bits`.
     """
     if schedule not in SCHEDULES:
         hint = "; it was removed, use 'dense' or 'tile_list'" if schedule == "snap" else ""
@@ -123,14 +123,14 @@ def expert_ffn_scatter(
     active = _expect_ffn(u, mask, active, weights)
     parts = _expect_rows(rest, index, rows, u, gamma)
     x, update, gate = rows if isinstance(rows, Residual) else (rows, None, None)
-    if int8:
-        u, on, backend = _prepare_int8("expert_ffn_scatter", u, mask, active, weights)
+    if quantized is not None:
+        u, on, backend = _prepare_quantized("expert_ffn_scatter", u, mask, active, weights, quantized)
         if backend.name == "triton":
             out = _target(rest, index, x, u, gamma)
-            int8_kernels.expert_ffn_scatter(out, index, rows, u, on, weights, gamma, backend.recorded)
+            eight_bits.expert_ffn_scatter(out, index, rows, u, on, weights, gamma, quantized, backend.recorded)
             return out
         rows = rows.rows(index) if isinstance(rows, Residual) else rows
-        return scatter_checked(rest, index, rows, _run_int8(backend, u, mask, active, weights), gamma)
+        return scatter_checked(rest, index, rows, _run_quantized(backend, u, mask, active, weights, quantized), gamma)
     assert isinstance(u, torch.Tensor)
     backend = _choose("expert_ffn_scatter", u, mask, weights, *parts)
     if backend.name != "triton" or wants_gradient(u, *weights, *parts):  # what writes in place has no gradient
@@ -238,29 +238,39 @@ def why_not_in_cpp(u: torch.Tensor, weights: FFNWeights, mask_dtype: torch.dtype
     return cpu.why_not()
 
 
-def _prepare_int8(
-    operation: str, u: torch.Tensor | ByteRows, mask: torch.Tensor, active: int, weights: FFNWeights
+def _prepare_quantized(
+    operation: str,
+    u: torch.Tensor | ByteRows,
+    mask: torch.Tensor,
+    active: int,
+    weights: FFNWeights,
+    quantized: torch.dtype,
 ) -> tuple[torch.Tensor | ByteRows, torch.Tensor | None, Backend]:
     """Return the input, the mask where any expert is off, and the backend of a call in eight bits."""
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected bool, which is all that eight bits take, got {mask.dtype}")
     on = mask if active < mask.shape[-1] else None
     if isinstance(u, ByteRows):
-        return u, on, choose_int8(operation, u.scales, mask, *weights)
+        return u, on, choose_eight_bits(operation, quantized, u.scales, mask, *weights)
     (u,) = as_autocast(u)
-    return u, on, choose_int8(operation, u, mask, *weights)
+    return u, on, choose_eight_bits(operation, quantized, u, mask, *weights)
 
 
-def _run_int8(
-    backend: Backend, u: torch.Tensor | ByteRows, mask: torch.Tensor, active: int, weights: FFNWeights
+def _run_quantized(
+    backend: Backend,
+    u: torch.Tensor | ByteRows,
+    mask: torch.Tensor,
+    active: int,
+    weights: FFNWeights,
+    quantized: torch.dtype,
 ) -> torch.Tensor:
     """Return the FFN in eight bits."""
     skips = active < mask.shape[-1]
     if backend.name == "triton":
-        return int8_kernels.expert_ffn(u, mask if skips else None, weights, backend.recorded)
+        return eight_bits.expert_ffn(u, mask if skips else None, weights, quantized, backend.recorded)
     assert isinstance(u, torch.Tensor)
     if backend.name == "reference":
-        return reference.int8_expert_ffn(u, mask, *weights)
+        return reference.quantized_expert_ffn(u, mask, *weights, quantized)
     return cpu_brgemm.expert_ffn(u, mask, weights, int8=True, skips=skips)
 
 

@@ -26,22 +26,23 @@ def expert_ffn(
     return F.linear(by_expert.flatten(-2), fc2_weight, fc2_bias)
 
 
-def int8_expert_ffn(
+def quantized_expert_ffn(
     u: torch.Tensor,
     mask: torch.Tensor,
     fc1_weight: torch.Tensor,
     fc1_bias: torch.Tensor,
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
+    quantized: torch.dtype,
 ) -> torch.Tensor:
-    """Return what `op.expert_ffn` does in eight bits, for a bool mask.
+    """Return what `op.expert_ffn` does in eight bits, for a bool mask; `quantized` is int8 or float8_e4m3fn.
 
     Hidden units are float32 before GELU and have u's dtype after it. Those that are off are zeros when a row is
     quantized, so they have no part in its scale.
     """
-    hidden = F.gelu(quantized_product(u, fc1_weight, fc1_bias), approximate="tanh").to(u.dtype)
+    hidden = F.gelu(quantized_product(u, fc1_weight, fc1_bias, quantized), approximate="tanh").to(u.dtype)
     by_expert = hidden.unflatten(-1, (mask.shape[-1], -1)).masked_fill(~mask.unsqueeze(-1), 0)
-    return quantized_linear(by_expert.flatten(-2), fc2_weight, fc2_bias)
+    return quantized_linear(by_expert.flatten(-2), fc2_weight, fc2_bias, quantized)
 
 
 def static_ffn(

@@ -6,11 +6,10 @@ import functools
 
 import torch
 
-from actvar_kernels.backend import choose, choose_int8
+from actvar_kernels.backend import choose, choose_eight_bits
 from actvar_kernels.checks import expect_count, expect_one_device, expect_shape, expect_tensor
 from actvar_kernels.cpu_backend.packing import packed
-from actvar_kernels.expert_ffn import cpu_brgemm, reference
-from actvar_kernels.expert_ffn import int8 as int8_kernels
+from actvar_kernels.expert_ffn import cpu_brgemm, eight_bits, reference
 from actvar_kernels.expert_ffn.op import as_autocast, run_ffn, why_not_in_cpp
 from actvar_kernels.expert_ffn.weights import FFNWeights
 from actvar_kernels.triton_backend.row_form import ByteRows, values_of
@@ -24,7 +23,7 @@ def static_ffn(
     fc1_bias: torch.Tensor,
     fc2_weight: torch.Tensor,
     fc2_bias: torch.Tensor,
-    int8: bool = False,
+    quantized: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return the FFN of the first `active` of `num_experts` equal groups of hidden units, for every token.
 
@@ -33,33 +32,33 @@ def static_ffn(
     quantized as layers of these units alone.
 
     Args:
-        u: `[..., C]`, floating-point; or such rows in eight bits, for `int8` on Triton.
+        u: `[..., C]`, floating-point; or such rows in eight bits, on Triton.
         active: groups that are on, 1 ... `num_experts`.
         num_experts: N, a divisor of D.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[D, C]`, `[D]`, `[C, D]`, `[C]`, in u's dtype, or in any under
             autocast.
-        int8: whether both products are ones of bytes.
+        quantized: `torch.int8` or `torch.float8_e4m3fn` for both products in eight bits.
 
     Returns:
         `[..., C]` in u's dtype, or in that of autocast.
 
     Raises:
         ValueError: shapes or devices that do not fit, or N that does not divide D.
-        BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_int8` for `int8`.
+        BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_eight_bits`.
     """
     weights = FFNWeights(fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     active = _checked(u, active, num_experts, weights)
     units = fc1_weight.shape[0] // num_experts * active
-    if int8:
+    if quantized is not None:
         u = u if isinstance(u, ByteRows) else as_autocast(u)[0]
-        backend = choose_int8("static_ffn", u.scales if isinstance(u, ByteRows) else u, *weights)
+        backend = choose_eight_bits("static_ffn", quantized, u.scales if isinstance(u, ByteRows) else u, *weights)
         if backend.name == "triton":
-            return int8_kernels.expert_ffn(u, None, _kept(weights, units), backend.recorded)
+            return eight_bits.expert_ffn(u, None, _kept(weights, units), quantized, backend.recorded)
     assert isinstance(u, torch.Tensor)
     every = u.new_ones(*u.shape[:-1], 1, dtype=torch.bool)  # the units that are on, as one expert
-    if int8:
+    if quantized is not None:
         if backend.name == "reference":
-            return reference.int8_expert_ffn(u, every, *weights.first(units))
+            return reference.quantized_expert_ffn(u, every, *weights.first(units), quantized)
         return cpu_brgemm.expert_ffn(u, every, _kept(weights, units), int8=True, skips=False)
     backend = choose(
         "static_ffn",

@@ -51,7 +51,7 @@ def linear(
 
     def pack_weight() -> PackedWeight:
         """Return the weight in panels."""
-        matrix, scales = quantized_weight(weight) if int8 else (weight.detach().to(x.dtype), None)
+        matrix, scales = quantized_weight(weight, torch.int8) if int8 else (weight.detach().to(x.dtype), None)
         return pack(matrix.t().unsqueeze(0), None if scales is None else scales.flatten())
 
     copy = packed((weight,), ("brgemm", torch.int8 if int8 else x.dtype), pack_weight)

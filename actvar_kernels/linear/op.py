@@ -5,43 +5,47 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from actvar_kernels.backend import choose, choose_int8
+from actvar_kernels.backend import choose, choose_eight_bits
 from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.linear import cpu_brgemm, cpu_kernel
-from actvar_kernels.linear.int8 import multiply, quantize_rows
+from actvar_kernels.linear.eight_bits import multiply, quantize_rows
 from actvar_kernels.linear.quantized import quantized_linear
 from actvar_kernels.triton_backend.row_form import ByteRows
 
 
-def linear(x: torch.Tensor | ByteRows, weight: torch.Tensor, bias: torch.Tensor, int8: bool = False) -> torch.Tensor:
+def linear(
+    x: torch.Tensor | ByteRows, weight: torch.Tensor, bias: torch.Tensor, quantized: torch.dtype | None = None
+) -> torch.Tensor:
     """Return `x @ weight.T + bias`.
 
     C++ takes float32, bfloat16 and float16, sums in float32, and works on a packed copy of the weight. In 16 bits it
     takes PyTorch's products where the processor has tiles of them (AMX). Otherwise the product is PyTorch's.
 
     Args:
-        x: `[..., C]`, floating-point; or such rows in eight bits, for `int8` on Triton.
+        x: `[..., C]`, floating-point; or such rows in eight bits, on Triton.
         weight: `[D, C]` in x's dtype, or in any under autocast. The copy stays as long as this tensor. A change of its
             version, address or dtype is seen; after others (through `.data`, by fused optimizers) call `actvar.refresh`
             on its module.
         bias: `[D]`, like the weight.
-        int8: whether the product is one of bytes, as `linear.quantized.quantized_linear` defines it, with a packed copy
-            of one byte a number. It runs in C++ on the CPU and by Triton on CUDA, bit for bit.
+        quantized: `torch.int8` or `torch.float8_e4m3fn` for a product in eight bits, as
+            `linear.quantized.quantized_linear` defines it, with a packed copy of one byte a number. Triton runs both on
+            CUDA, and C++ int8 on the CPU. Products of int8 are equal bit for bit; those of float8_e4m3fn are summed in
+            float32.
 
     Raises:
-        BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_int8` for `int8`.
+        BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_eight_bits`.
     """
     if isinstance(x, ByteRows):
-        backend = choose_int8("linear", x.scales, weight, bias)
+        backend = choose_eight_bits("linear", x.values.dtype, x.scales, weight, bias)
         return multiply(x, weight, bias, with_gelu=False, recorded=backend.recorded)
     dtype = cpu.computed_dtype(x)
-    if int8:
+    if quantized is not None:
         x = x.to(dtype)
-        backend = choose_int8("linear", x, weight, bias)
+        backend = choose_eight_bits("linear", quantized, x, weight, bias)
         if backend.name == "reference":
-            return quantized_linear(x, weight, bias)
+            return quantized_linear(x, weight, bias, quantized)
         if backend.name == "triton":
-            rows = quantize_rows(x, None, backend.recorded)
+            rows = quantize_rows(x, None, quantized, backend.recorded)
             return multiply(rows, weight, bias, with_gelu=False, recorded=backend.recorded)
         return cpu_brgemm.linear(x, weight, bias, int8=True)
     if _runs_in_pytorch("linear", x, weight, bias):

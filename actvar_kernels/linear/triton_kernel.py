@@ -1,4 +1,4 @@
-"""Multiply matrices of bytes by Triton, and quantize rows to bytes."""
+"""Multiply matrices of numbers in eight bits by Triton, and quantize rows to them."""
 
 # A launch takes options that the kernel does not name.
 # pyright: reportCallIssue=false
@@ -16,19 +16,22 @@ from actvar_kernels.triton_backend.products import add_product, gelu, load_colum
 from actvar_kernels.triton_backend.rows import row_bytes
 
 
-def quantize_rows(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `quantized.quantized` does, after zeros where the mask is.
+def quantize_rows(
+    x: torch.Tensor, mask: torch.Tensor | None, quantized: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `quantized.quantize` does, after zeros where the mask is.
 
     Args:
         x: `[T, C]`, float32, float16 or bfloat16.
         mask: `[T, N]` bool, which of N equal groups of columns are on; None for all.
+        quantized: int8 or float8_e4m3fn.
 
     Returns:
-        `[T, C]` int8 and `[T, 1]` float32.
+        `[T, C]` in that dtype and `[T, 1]` float32.
     """
     T, C = x.shape
     x, N = x.contiguous(), 1 if mask is None else mask.shape[1]
-    values, scales = x.new_empty(T, C, dtype=torch.int8), x.new_empty(T, 1, dtype=torch.float32)
+    values, scales = x.new_empty(T, C, dtype=quantized), x.new_empty(T, 1, dtype=torch.float32)
     tile = quantizing_tiles(T, C)
     _quantize_rows[(triton.cdiv(T, tile.rows),)](
         x,
@@ -64,8 +67,8 @@ def multiply_bytes(
 
     Args:
         out: `[R, L, D]`, floating-point, any strides with contiguous channels.
-        values, scales: rows `[R * K, C]` int8 and `[R * K, 1]` float32.
-        weight, weight_scales: `[D, C]` int8 and `[D, 1]` float32.
+        values, scales: rows `[R * K, C]`, int8 or float8_e4m3fn, and `[R * K, 1]` float32.
+        weight, weight_scales: `[D, C]` in the dtype of `values`, and `[D, 1]` float32.
         bias: `[D]`, floating-point.
         with_gelu: whether GELU follows.
         index: `[R, K]` int64, the rows of `out` that are written; None for all, K = L.
@@ -135,7 +138,7 @@ def _quantize_rows(
         group = tl.minimum(channel, C - 1) // (C // EXPERTS)
         on = tl.load(mask_ptr + row.to(tl.int64)[:, None] * EXPERTS + group[None, :], mask=written, other=0)
         x = tl.where(on != 0, x, 0.0)
-    values, scale = row_bytes(x)  # pyright: ignore[reportGeneralTypeIssues] what is compiled returns
+    values, scale = row_bytes(x, values_ptr)  # pyright: ignore[reportGeneralTypeIssues] what is compiled returns
     tl.store(values_ptr + offset, values, mask=written)
     tl.store(scales_ptr + row, scale, mask=row < T)
 
@@ -168,14 +171,15 @@ def _multiply_bytes(
     PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiply a tile of rows with some columns of the weight; sums are exact in int32."""
+    """Multiply a tile of rows with some columns of the weight; sums of int8 are exact in int32."""
     begin(PDL)
     first = tl.program_id(0) * BLOCK_D
     row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.minimum(first + tl.arange(0, BLOCK_D), D - 1)
     rows = row_pointers(values_ptr, tl.minimum(row, T - 1), C, BLOCK_C)
     columns = row_pointers(weight_ptr, column, C, BLOCK_C)
-    sums = tl.zeros((BLOCK_T, BLOCK_D), tl.int32)
+    SUMS: tl.constexpr = tl.int32 if values_ptr.dtype.element_ty == tl.int8 else tl.float32
+    sums = tl.zeros((BLOCK_T, BLOCK_D), SUMS)
     for k in range(0, C, BLOCK_C):
         sums = add_product(sums, load_columns(rows, k, C, BLOCK_C), load_columns(columns, k, C, BLOCK_C))
     row_scale = tl.load(scales_ptr + tl.minimum(row, T - 1))

@@ -260,13 +260,13 @@ def _add_as(
     scale: torch.Tensor,
     shift: torch.Tensor,
     dtype: torch.dtype,
-    int8: bool,
+    quantized: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the sum, rows of a form and their scales, on Triton; scales are empty where there are none."""
     from actvar_kernels.residual_norm import triton_kernel
 
     adaln = AdaLN(gamma, scale, shift)
-    rows, u = triton_kernel.add_normalize(x, index, update, adaln, RowForm(dtype, int8))
+    rows, u = triton_kernel.add_normalize(x, index, update, adaln, RowForm(dtype, quantized))
     return rows, values_of(u), scales_of(u)
 
 
@@ -282,13 +282,13 @@ def _add_and_route_as(
     active: int,
     fuse_residual: bool,
     dtype: torch.dtype,
-    int8: bool,
+    quantized: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return sum, rows of a form, scales, mask and logits, on Triton; what there is none of is empty."""
     from actvar_kernels.residual_norm import triton_kernel
 
     arguments = (x, index, update, AdaLN(gamma, scale, shift), weight, bias, active, fuse_residual)
-    rows, u, mask, logits = triton_kernel.add_normalize_route(*arguments, RowForm(dtype, int8))
+    rows, u, mask, logits = triton_kernel.add_normalize_route(*arguments, RowForm(dtype, quantized))
     return x.new_empty(0) if rows is None else rows, values_of(u), scales_of(u), mask, logits
 
 
@@ -297,15 +297,20 @@ _route_operator = torch.library.custom_op("actvar_kernels::add_normalize_route_a
 
 
 @_add_operator.register_fake
-def _(x, index, update, gamma, scale, shift, dtype, int8):
-    return x.new_empty(update.shape), *fake_rows(x, RowForm(dtype, int8), *update.shape)
+def _(x, index, update, gamma, scale, shift, dtype, quantized):
+    return x.new_empty(update.shape), *fake_rows(x, RowForm(dtype, quantized), *update.shape)
 
 
 @_route_operator.register_fake
-def _(x, index, update, gamma, scale, shift, weight, bias, active, fuse_residual, dtype, int8):
+def _(x, index, update, gamma, scale, shift, weight, bias, active, fuse_residual, dtype, quantized):
     mask = x.new_empty(*update.shape[:-1], weight.shape[0], dtype=torch.bool)
     rows = x.new_empty(0 if fuse_residual else update.shape)
-    return rows, *fake_rows(x, RowForm(dtype, int8), *update.shape), mask, torch.empty_like(mask, dtype=torch.float32)
+    return (
+        rows,
+        *fake_rows(x, RowForm(dtype, quantized), *update.shape),
+        mask,
+        torch.empty_like(mask, dtype=torch.float32),
+    )
 
 
 register_flop_formula(torch.ops.actvar_kernels.add_normalize_route_as)(add_normalize_route_flops)

@@ -279,23 +279,23 @@ def _select_as(
     share_guidance: bool,
     in_place: bool,
     dtype: torch.dtype,
-    int8: bool,
+    quantized: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return rows of a form, scales, scores, base and index, on Triton; what there is none of is empty."""
     from actvar_kernels.token_select import triton_kernel
 
-    tensors, form = (x, weight, bias, scale, shift), RowForm(dtype, int8)
+    tensors, form = (x, weight, bias, scale, shift), RowForm(dtype, quantized)
     index, rows, scores, base = triton_kernel.select_tokens(*tensors, keep, share_guidance, in_place, form)
     return values_of(rows), scales_of(rows), scores, x.new_empty(0) if in_place else base, index
 
 
 def _normalize_as(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype, int8: bool
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype, quantized: torch.dtype | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return rows of a form and their scales, on Triton; scales are empty where there are none."""
     from actvar_kernels.token_select import triton_kernel
 
-    rows = triton_kernel.normalize_modulate(x, scale, shift, None, RowForm(dtype, int8))
+    rows = triton_kernel.normalize_modulate(x, scale, shift, None, RowForm(dtype, quantized))
     return values_of(rows), scales_of(rows)
 
 
@@ -304,16 +304,16 @@ _normalize_operator = torch.library.custom_op("actvar_kernels::normalize_modulat
 
 
 @_select_operator.register_fake
-def _(x, weight, bias, scale, shift, keep, share_guidance, in_place, dtype, int8):
+def _(x, weight, bias, scale, shift, keep, share_guidance, in_place, dtype, quantized):
     R, L, C = x.shape
-    rows, scales = fake_rows(x, RowForm(dtype, int8), R, keep, C)
+    rows, scales = fake_rows(x, RowForm(dtype, quantized), R, keep, C)
     index, scores = x.new_empty(R, keep, dtype=torch.int64), x.new_empty(R, L, dtype=torch.float32)
     return rows, scales, scores, x.new_empty(0) if in_place else x.new_empty(R, L, C), index
 
 
 @_normalize_operator.register_fake
-def _(x, scale, shift, dtype, int8):
-    return fake_rows(x, RowForm(dtype, int8), *x.shape)
+def _(x, scale, shift, dtype, quantized):
+    return fake_rows(x, RowForm(dtype, quantized), *x.shape)
 
 
 register_flop_formula(torch.ops.actvar_kernels.select_tokens_as)(select_tokens_flops)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from actvar_kernels.backend import why_not_in_eight_bits
+from actvar_kernels.constants import FORMATS
 from actvar_kernels.conv3x3.codes import add_codes
 from actvar_kernels.conv3x3.triton_kernel import conv3x3 as triton_conv3x3
 from actvar_kernels.linear.linears import linears
@@ -42,7 +44,7 @@ def cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
     for shape in (before, last):
         inputs = empty_inputs(shape, dtype, "cuda")
         yield from _calls(table.BLOCK, inputs)
-        yield from _byte_cases(inputs)
+        yield from _eight_bit_cases(inputs)
     yield from _early_cases(inputs, batch)
     yield "linears of the conditions", functools.partial(_all_modulations, inputs.u)
     yield from _tuned_cases(inputs, dtype)
@@ -65,7 +67,7 @@ def _infinity_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
         for name, call in operation.calls(normed).items():
             if "fused residual" not in name:
                 yield name, call
-    yield from _byte_cases(inputs)
+    yield from _eight_bit_cases(inputs)
     yield from _early_cases(replace(inputs, head_scale=None), batch)
 
 
@@ -78,26 +80,36 @@ def _early_cases(inputs: BlockInputs, batch: int) -> Cases:
         with using_early_launch(True):
             call()
 
-    for name, call in (*_calls(table.BLOCK, inputs), *_byte_cases(inputs)):
+    for name, call in (*_calls(table.BLOCK, inputs), *_eight_bit_cases(inputs)):
         yield f"{name} launched early", functools.partial(run, call)
 
 
-def _byte_cases(inputs: BlockInputs) -> Cases:
-    """Yield the products of a block in eight bits, and norms that write such rows."""
-    C, form = inputs.shape.width, RowForm(inputs.u.dtype, int8=True)
+def _eight_bit_cases(inputs: BlockInputs) -> Cases:
+    """Yield the products of a block in each format of eight bits that the GPU has, and norms that write such rows."""
+    for name, quantized in FORMATS.items():
+        if why_not_in_eight_bits(quantized, inputs.u.device) is None:
+            yield from _cases_in(name, quantized, inputs)
+
+
+def _cases_in(format_name: str, quantized: torch.dtype, inputs: BlockInputs) -> Cases:
+    """Yield the products of a block in one format of eight bits, and norms that write such rows."""
+    C, form = inputs.shape.width, RowForm(inputs.u.dtype, quantized)
     for operation in table.BLOCK:
         if operation.call in (add_normalize, add_normalize_route, select_tokens):
             for label, arguments in operation.arguments(inputs).items():
-                yield f"{operation.name} {label} as bytes", functools.partial(operation.call, **arguments, form=form)
+                call = functools.partial(operation.call, **arguments, form=form)
+                yield f"{operation.name} {label} in {format_name}", call
     _, _, scale, _, shift, _ = inputs.modulation
-    yield "normalize_modulate as bytes", functools.partial(normalize_modulate, inputs.rows, scale, shift, form=form)
+    call = functools.partial(normalize_modulate, inputs.rows, scale, shift, form=form)
+    yield f"normalize_modulate in {format_name}", call
     for outputs in (3 * C, C):
         weight, bias = inputs.u.new_empty(outputs, C), inputs.u.new_empty(outputs)
-        yield f"linear in int8, {outputs} outputs", functools.partial(linear, inputs.u, weight, bias, int8=True)
+        call = functools.partial(linear, inputs.u, weight, bias, quantized)
+        yield f"linear in {format_name}, {outputs} outputs", call
     for name, arguments in expert_ffn_scatter_arguments(inputs).items():
         if "tile_list" not in name:
-            call = functools.partial(table.expert_ffn_scatter, **arguments, int8=True)
-            yield f"expert_ffn_scatter {name} in int8", call
+            call = functools.partial(table.expert_ffn_scatter, **arguments, quantized=quantized)
+            yield f"expert_ffn_scatter {name} in {format_name}", call
 
 
 def _all_modulations(u: torch.Tensor) -> torch.Tensor:

@@ -32,8 +32,8 @@ from actvar_kernels.tools.virtual.resources import Resources, resources
 from actvar_kernels.triton_backend.tiles import ARCHITECTURES
 
 CHECKED = (*MODELS, *INFINITY)
-# Others: HMMA, IMMA. On sm_100 Triton has the new instruction for floating-point products alone.
-TENSOR_CORES: dict[Architecture, str] = {90: "[HI]GMMA", 100: "UTC.*MMA|IMMA"}
+# Others: HMMA, IMMA, QMMA. On sm_100 Triton has the new instruction for floating-point products alone.
+TENSOR_CORES: dict[Architecture, str] = {90: "[HIQ]GMMA", 100: "UTC.*MMA|IMMA"}
 # A product with fewer rows than a warp group's 64 runs on the older instruction, which these architectures have too.
 WARP_GROUP_ROWS = 64
 AMD_ARCHITECTURES = ("gfx942", "gfx1100")
@@ -227,13 +227,13 @@ def faults(kernel: CompiledKernel) -> Iterator[str]:
     if kernel.shared > limit:
         yield f"{kernel.shared} bytes of shared memory, of {limit}"
     yield from _early_faults(kernel.early, found)
-    rows = [int(rows) for rows, dtype in _PRODUCT.findall(kernel.ttir) if dtype in ("f16", "bf16", "i8")]
+    rows = [int(rows) for rows, dtype in _PRODUCT.findall(kernel.ttir) if dtype in ("f16", "bf16", "i8", "f8E4M3FN")]
     if rows and kernel.assembly is not None:
         if not any(name.startswith(AMD_PRODUCTS) for name in found.instructions):
             yield f"none of {', '.join(AMD_PRODUCTS)}"
     elif rows:
         loop = main_loop(found)
-        wanted = TENSOR_CORES.get(kernel.arch, "[HI]MMA") if min(rows) >= WARP_GROUP_ROWS else ".*MMA"
+        wanted = TENSOR_CORES.get(kernel.arch, "[HIQ]MMA") if min(rows) >= WARP_GROUP_ROWS else ".*MMA"
         if not any(re.fullmatch(wanted, name) for name in loop):
             yield f"no {wanted} in the main loop"
         if not any(loop[name] for name in ASYNCHRONOUS_COPIES):

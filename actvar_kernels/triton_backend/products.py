@@ -23,13 +23,15 @@ def load_columns(rows, k, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_product(acc, a, b):
-    """Return `acc + a b^T`, of bytes in int32.
+    """Return `acc + a b^T`, of int8 in int32.
 
     In float32 the product is summed by itself first. So the error grows with the number of steps, not with that of the
-    terms.
+    terms. So it is for float8e4nv on sm_90, whose tensor cores sum with fewer bits than float32 has.
     """
     if a.dtype == tl.float32:
         return acc + tl.dot(a, b.T, input_precision="ieee")
+    elif a.dtype == tl.float8e4nv:
+        return tl.dot(a, b.T, acc, max_num_imprecise_acc=a.shape[1])
     else:
         return tl.dot(a, b.T, acc, input_precision="ieee", out_dtype=acc.dtype)
 

@@ -15,11 +15,12 @@ class RowForm(NamedTuple):
 
     Attributes:
         dtype: of the rows; they are rounded to it from the dtype that the operation has without a form.
-        int8: whether Triton may return them in eight bits, as `ByteRows`. Elsewhere, and with gradients, they are not.
+        quantized: the dtype, one of `constants.FORMATS`, in which Triton may return them in eight bits, as
+            `ByteRows`. Elsewhere, and with gradients, they are not in eight bits. None for those of `dtype`.
     """
 
     dtype: torch.dtype
-    int8: bool = False
+    quantized: torch.dtype | None = None
 
     def is_fused(self, backend: Backend, *tensors: torch.Tensor) -> bool:
         """Return whether a call on `tensors` that a backend runs writes rows of this form in its launch."""
@@ -27,15 +28,15 @@ class RowForm(NamedTuple):
 
     def empty(self, like: torch.Tensor, *shape: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return memory for rows `[..., C]` of this form, and for their scales `[..., 1]` in eight bits."""
-        scales = like.new_empty(*shape[:-1], 1, dtype=torch.float32) if self.int8 else None
-        return like.new_empty(*shape, dtype=torch.int8 if self.int8 else self.dtype), scales
+        scales = None if self.quantized is None else like.new_empty(*shape[:-1], 1, dtype=torch.float32)
+        return like.new_empty(*shape, dtype=self.quantized or self.dtype), scales
 
 
 class ByteRows(NamedTuple):
-    """Hold rows in eight bits, as `linear.quantized.quantized` defines them.
+    """Hold rows in eight bits, as `linear.quantized.quantize` defines them.
 
     Attributes:
-        values: `[..., C]` int8.
+        values: `[..., C]`, int8 or float8_e4m3fn.
         scales: `[..., 1]` float32.
         dtype: of the rows that they were made of, in which products are returned.
     """
@@ -52,7 +53,7 @@ def values_of(rows: torch.Tensor | ByteRows) -> torch.Tensor:
 
 def formed(values: torch.Tensor, scales: torch.Tensor | None, form: RowForm) -> torch.Tensor | ByteRows:
     """Return rows of a form from what a kernel wrote to `RowForm.empty`."""
-    return ByteRows(values, scales, form.dtype) if form.int8 and scales is not None else values
+    return values if form.quantized is None or scales is None else ByteRows(values, scales, form.dtype)
 
 
 def scales_of(rows: torch.Tensor | ByteRows) -> torch.Tensor:

@@ -12,6 +12,8 @@ _EPS = tl.constexpr(NORM_EPS)
 _LOWEST = tl.constexpr(-(2**31))
 _HIGHEST = tl.constexpr(2**31 - 1)
 _HALF_TO_EVEN = tl.constexpr(1.5 * 2**23)
+_LARGEST_INT8 = tl.constexpr(127.0)
+_LARGEST_E4M3 = tl.constexpr(448.0)
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -47,23 +49,27 @@ def normalized(x, inside, C: tl.constexpr):
 
 
 @triton.jit
-def row_bytes(x):
-    """Return `x` `[ROWS, BLOCK_C]` float32, 0 outside, as bytes, and the scales of the rows; see `quantized.quantized`.
+def row_bytes(x, values_ptr):
+    """Return `x` `[ROWS, BLOCK_C]` float32, 0 outside, in eight bits, and the scales of the rows.
+
+    They are in the dtype of `values_ptr`, int8 or float8e4nv; `quantized.quantize` defines the result.
 
     Without fused sums every number is that of the reference.
     """
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # NaN is above infinity, and infinity above all numbers
-    scale = tl.div_rn(tl.max(bits, axis=1).to(tl.float32, bitcast=True), 127.0)
+    MOST: tl.constexpr = _LARGEST_INT8 if values_ptr.dtype.element_ty == tl.int8 else _LARGEST_E4M3
+    scale = tl.div_rn(tl.max(bits, axis=1).to(tl.float32, bitcast=True), MOST)
     divides = (scale > 0) & (scale < float("inf"))
     quotient = tl.div_rn(x, tl.where(divides, scale, 1.0)[:, None])
-    quotient = tl.minimum(tl.maximum(quotient, -127.0), 127.0)
-    nearest = (quotient + _HALF_TO_EVEN) - _HALF_TO_EVEN
-    return tl.where(divides[:, None], nearest, 0.0).to(tl.int8), scale
+    quotient = tl.where(divides[:, None], tl.minimum(tl.maximum(quotient, -MOST), MOST), 0.0)
+    if values_ptr.dtype.element_ty == tl.int8:
+        quotient = (quotient + _HALF_TO_EVEN) - _HALF_TO_EVEN
+    return quotient.to(values_ptr.dtype.element_ty), scale
 
 
 @triton.jit
 def store_as(ptr, scales_ptr, x, target, row, present, inside, DTYPE: tl.constexpr):
-    """Store rows `x` `[ROWS, BLOCK_C]` in `DTYPE`, or with `scales_ptr` the bytes of such rows, and their scales.
+    """Store rows `x` `[ROWS, BLOCK_C]` in `DTYPE`, or with `scales_ptr` such rows in eight bits, and their scales.
 
     Args:
         target: places of all numbers, `[ROWS, BLOCK_C]`.
@@ -74,7 +80,8 @@ def store_as(ptr, scales_ptr, x, target, row, present, inside, DTYPE: tl.constex
     if scales_ptr is None:
         tl.store(ptr + target, x, mask=written)
     else:
-        values, scale = row_bytes(tl.where(inside[None, :], x.to(tl.float32), 0.0))  # pyright: ignore[reportGeneralTypeIssues]
+        x = tl.where(inside[None, :], x.to(tl.float32), 0.0)
+        values, scale = row_bytes(x, ptr)  # pyright: ignore[reportGeneralTypeIssues] it is compiled
         tl.store(ptr + target, values, mask=written)
         tl.store(scales_ptr + row, scale, mask=present)
 

@@ -45,8 +45,8 @@ def filled_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def same_product_at_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's product does not depend on its place in a tile, as on a GPU. In NumPy's float32 it does, on processors
-    without AVX-512; here sums are in float64 and rounded once. The interpreter takes bfloat16 for integers; here its
-    numbers are multiplied."""
+    without AVX-512; here sums are in float64 and rounded once. The interpreter takes bfloat16 and float8e4nv for
+    integers; here their numbers are multiplied."""
     if not interpreted():
         return
     from triton.runtime.interpreter import TensorHandle, interpreter_builder
@@ -54,6 +54,8 @@ def same_product_at_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
     dot = interpreter_builder.create_dot
 
     def numbers(factor: TensorHandle) -> np.ndarray:
+        if factor.dtype.scalar.name == "fp8e4nv":
+            return decoded(factor.data)
         if factor.dtype.scalar.name != "bf16":
             return factor.data
         return (factor.data.astype(np.uint32) << 16).view(np.float32)
@@ -66,6 +68,32 @@ def same_product_at_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
         return TensorHandle(product + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(interpreter_builder, "create_dot", rounded_once)
+
+
+def decoded(values: np.ndarray) -> np.ndarray:
+    """Return float8e4nv numbers, which the interpreter holds as uint8, in float32."""
+    return torch.from_numpy(np.ascontiguousarray(values)).view(torch.float8_e4m3fn).float().numpy()
+
+
+@pytest.fixture(autouse=True)
+def e4m3_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers become float8e4nv as PyTorch rounds them, half to even. The interpreter rounds a half up, and forgets to
+    carry."""
+    if not interpreted():
+        return
+    from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
+    convert = interpreter_builder.create_fp_to_fp
+
+    def converted(source: TensorHandle, target, rounding):
+        names = source.dtype.scalar.name, target.scalar.name
+        if names == ("fp32", "fp8e4nv"):
+            values = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
+            return TensorHandle(values.view(torch.uint8).numpy(), target.scalar)
+        assert "fp8e4nv" not in names
+        return convert(source, target, rounding)
+
+    monkeypatch.setattr(interpreter_builder, "create_fp_to_fp", converted)
 
 
 @pytest.fixture(params=["in order", "shuffled"])

@@ -12,6 +12,7 @@ from actvar.models.token_draw import guided
 from actvar.models.var import Condition
 from actvar.sparse import selection
 from actvar_kernels.backend import using_backend
+from actvar_kernels.constants import FORMATS
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +55,9 @@ def test_a_small_model_draws_the_reference_tokens(case, monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["paper", pytest.param("dense", marks=SLOW), pytest.param("no experts", marks=SLOW)])
+@pytest.mark.parametrize("weights", FORMATS)
 @torch.no_grad()
-def test_a_model_in_eight_bits_errs_as_the_reference_does(case):
+def test_a_model_in_eight_bits_errs_as_the_reference_does(case, weights):
     config, layout = CASES[case]
     var = make_tiny_var(depth=1, **layout)
     labels, inputs = (
@@ -68,8 +70,8 @@ def test_a_model_in_eight_bits_errs_as_the_reference_does(case):
         with using_backend(backend), var.actvar.during(rows_stand_alone=True):
             return torch.cat([scale for _, scale in var.actvar.family.scale_logits(var, labels, inputs)], dim=1)
 
-    plain, due = (logits("reference", Execution(weights=weights)) for weights in (None, "int8"))
-    found = logits("triton", Execution(weights="int8"))
+    plain, due = (logits("reference", Execution(weights=asked)) for asked in (None, weights))
+    found = logits("triton", Execution(weights=weights))
     assert (found - due).norm() <= 0.3 * (due - plain).norm()
 
 

@@ -10,7 +10,8 @@ from comparison import normal
 from torch import Tensor
 
 from actvar_kernels import add_normalize, add_normalize_route, select_tokens
-from actvar_kernels.linear.quantized import quantized
+from actvar_kernels.constants import FORMATS
+from actvar_kernels.linear.quantized import quantize
 from actvar_kernels.token_select.op import normalize_modulate
 from actvar_kernels.triton_backend.row_form import ByteRows, RowForm
 
@@ -63,19 +64,20 @@ def test_rows_are_those_of_the_plain_operation(stream, dtype, name):
     plain, *others = call(None)
     rows, *same_others = call(RowForm(dtype))
     assert same(rows, plain.to(dtype))
-    in_bytes, *byte_others = call(RowForm(dtype, int8=True))
-    values, scales = quantized(plain.to(dtype))
-    assert isinstance(in_bytes, ByteRows)
-    assert torch.equal(in_bytes.values, values)
-    assert same(in_bytes.scales, scales)
-    assert in_bytes.dtype == dtype
-    for found in (same_others, byte_others):
-        assert all(map(same, found, others))
+    assert all(map(same, same_others, others))
+    for quantized in FORMATS.values():
+        in_bytes, *byte_others = call(RowForm(dtype, quantized))
+        values, scales = quantize(plain.to(dtype), quantized)
+        assert isinstance(in_bytes, ByteRows)
+        assert torch.equal(in_bytes.values, values)
+        assert same(in_bytes.scales, scales)
+        assert in_bytes.dtype == dtype
+        assert all(map(same, byte_others, others))
 
 
 def test_with_gradients_rows_are_in_their_dtype_alone():
     x, scale, shift = (part(seed, R, 1, C, dtype=torch.float32).requires_grad_() for seed in (1, 2, 3))
-    rows = normalize_modulate(x, scale, shift, form=RowForm(torch.float16, int8=True))
+    rows = normalize_modulate(x, scale, shift, form=RowForm(torch.float16, torch.int8))
     assert isinstance(rows, Tensor)
     assert rows.dtype == torch.float16
     rows.float().square().sum().backward()
@@ -87,7 +89,7 @@ def test_operators_pass_the_checks_of_pytorch():
     gamma, scale, shift = (part(seed, R, 1, C, dtype=torch.float32) for seed in (3, 4, 5))
     weight, bias = part(7, 4, C, dtype=torch.float32), part(8, 4, dtype=torch.float32)
     operators, checks = torch.ops.actvar_kernels, ("test_schema", "test_faketensor")
-    for form in (RowForm(torch.float16), RowForm(torch.float16, int8=True)):
+    for form in (RowForm(torch.float16), *(RowForm(torch.float16, quantized) for quantized in FORMATS.values())):
         adaln = (gamma, scale, shift)
         arguments = {
             operators.normalize_modulate_as: (x, scale, shift),

@@ -58,7 +58,7 @@ def ffn(T: int, C: int, width: int, experts: int, dtype: torch.dtype) -> tuple[t
 @pytest.mark.parametrize(("T", "C", "D"), LAYERS)
 def test_a_layer_in_eight_bits_is_the_reference_bit_for_bit(T, C, D, dtype, isa):
     arguments = layer(T, C, D, dtype)
-    assert torch.equal(linear_brgemm.linear(*arguments, int8=True, isa=isa), quantized_linear(*arguments))
+    assert torch.equal(linear_brgemm.linear(*arguments, int8=True, isa=isa), quantized_linear(*arguments, torch.int8))
 
 
 @needs_bytes
@@ -68,7 +68,7 @@ def test_rows_of_any_numbers_are_those_of_the_reference(dtype):
     for row, value in enumerate((0.0, torch.inf, torch.nan, -torch.inf, 1e-42, 3e38)):
         x[row] = 0
         x[row, 5] = value
-    found, due = linear_brgemm.linear(x, weight, bias, int8=True), quantized_linear(x, weight, bias)
+    found, due = linear_brgemm.linear(x, weight, bias, int8=True), quantized_linear(x, weight, bias, torch.int8)
     assert torch.equal(found.isnan(), due.isnan())
     assert torch.equal(found.nan_to_num(), due.nan_to_num())
 
@@ -80,7 +80,7 @@ def test_rows_of_any_numbers_are_those_of_the_reference(dtype):
 def test_experts_in_eight_bits_err_as_the_reference_does(T, C, width, experts, dtype, isa):
     u, mask, weights = ffn(T, C, width, experts, dtype)
     exact = reference.expert_ffn(u.double(), mask, *(weight.double() for weight in weights))
-    due = reference.int8_expert_ffn(u, mask, *weights).double()
+    due = reference.quantized_expert_ffn(u, mask, *weights, torch.int8).double()
     found = cpu_brgemm.expert_ffn(u, mask, weights, int8=True, isa=isa).double()
     # GELU rounds in another way, so that now and then a hidden unit becomes the next byte
     assert (found - exact).norm() <= 1.05 * (due - exact).norm()
@@ -223,10 +223,10 @@ def test_a_processor_with_tiles_takes_the_products_of_pytorch(monkeypatch):
 @needs_bytes
 def test_a_changed_weight_is_packed_anew():
     x, weight, bias = layer(9, 64, 32, torch.float32)
-    before = linear(x, weight, bias, int8=True)
+    before = linear(x, weight, bias, quantized=torch.int8)
     weight.mul_(2)
-    after = linear(x, weight, bias, int8=True)
-    assert torch.equal(after, quantized_linear(x, weight, bias))
+    after = linear(x, weight, bias, quantized=torch.int8)
+    assert torch.equal(after, quantized_linear(x, weight, bias, torch.int8))
     assert not torch.equal(after, before)
 
 
@@ -254,7 +254,7 @@ class Outputs(TorchDispatchMode):
 def test_weights_are_packed_in_bytes_without_a_wider_copy_of_all():
     weight = normal(3072, 1024)
     with Outputs() as outputs:
-        rows, scales = quantized_weight(weight)
+        rows, scales = quantized_weight(weight, torch.int8)
         linear_brgemm.pack(rows.t().unsqueeze(0), scales.flatten())
     wider = [size for size, dtype in outputs.found if dtype in (torch.float32, torch.int32)]
     assert 0 < max(wider) <= 2**20
@@ -264,14 +264,16 @@ def test_weights_are_packed_in_bytes_without_a_wider_copy_of_all():
 def test_sums_that_32_bits_do_not_hold_are_refused():
     most = linear_brgemm.MOST_INPUTS
     x, weight = torch.ones(2, most), torch.ones(3, most)
-    assert torch.equal(linear(x, weight, torch.zeros(3), int8=True), quantized_linear(x, weight, torch.zeros(3)))
+    assert torch.equal(
+        linear(x, weight, torch.zeros(3), quantized=torch.int8), quantized_linear(x, weight, torch.zeros(3), torch.int8)
+    )
     with pytest.raises(ValueError, match=f"expected at most {most} inputs in eight bits, got {most + 1}"):
-        linear(torch.ones(2, most + 1), torch.ones(3, most + 1), torch.zeros(3), int8=True)
+        linear(torch.ones(2, most + 1), torch.ones(3, most + 1), torch.zeros(3), quantized=torch.int8)
 
 
 @needs_bytes
 def test_a_layer_without_rows_is_empty():
     x, weight, bias = layer(0, 64, 32, torch.float32)
-    assert linear(x, weight, bias, int8=True).shape == (0, 32)
+    assert linear(x, weight, bias, quantized=torch.int8).shape == (0, 32)
     u, mask, weights = torch.empty(0, 64), torch.ones(0, 4, dtype=torch.bool), ffn(1, 64, 16, 4, torch.float32)[2]
-    assert expert_ffn(u, mask, 4, *weights, int8=True).shape == (0, 64)
+    assert expert_ffn(u, mask, 4, *weights, quantized=torch.int8).shape == (0, 64)

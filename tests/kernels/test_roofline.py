@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from actvar import ActVARConfig
 from actvar.flops import model_flops
 from actvar.patching.patch import patch_silently
+from actvar_kernels import BackendUnavailableError, linear
 from actvar_kernels.backend import using_backend
 from actvar_kernels.operations.shapes import Model
 from actvar_kernels.tools.virtual import (
@@ -138,6 +140,26 @@ def test_a_small_model_samples_on_the_virtual_gpu(monkeypatch, capsys, tmp_path)
         assert max(step["launches_per_block"] for step in steps[-2:]) <= 8
         parts = sum(step["blocks_ms"] + step["rest_ms"] for step in steps)
         assert 0 < report[name]["last_two_steps_ms"] < parts < report[name]["whole_run_ms"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [benchmark.DENSE, benchmark.ACTVAR], ids=["dense", "ActVAR"])
+def test_a_sample_in_fp8_has_the_launches_of_one_in_int8(monkeypatch, config):
+    monkeypatch.setitem(benchmark.MODELS, "d16", Model(128, (1, 2, 3, 5)))
+    runs = [benchmark.sampling_run("d16", 1, 90, config, weights=weights) for weights in ("int8", "fp8")]
+    in_bytes, in_fp8 = ([launch for step in run.steps for launch in chain(*step.blocks)] for run in runs)
+    assert [launch.name for launch in in_fp8] == [launch.name for launch in in_bytes]
+    assert {launch.arguments["values_ptr"].dtype for launch in in_fp8 if launch.name == "_multiply_bytes"} == {
+        torch.float8_e4m3fn
+    }
+
+
+@pytest.mark.parametrize(("arch", "named"), [(80, "cuda 80"), (86, "cuda 86"), ("gfx942", "hip gfx942")])
+def test_fp8_is_refused_where_the_gpu_has_no_products_of_it(arch, named):
+    with virtual_gpu(arch):
+        tensors = cuda(3, 64), cuda(32, 64), cuda(32)
+        with pytest.raises(BackendUnavailableError, match=f"8.9 or higher, got {named}; use int8"):
+            linear(*tensors, torch.float8_e4m3fn)
 
 
 @pytest.mark.slow

@@ -60,11 +60,11 @@ def test_all_experts_are_the_dense_ffn():
 def test_in_eight_bits_layers_have_the_units_that_are_on_alone(active):
     weights, u = weights_of(), rows()
     units = FFNWeights(*(part.clone() for part in weights.first(active * D // EXPERTS)))
-    found = static_ffn(u, active, EXPERTS, *weights, int8=True)
-    assert torch.equal(found, expert_ffn(u, first_on(active)[..., :active], active, *units, int8=True))
+    found = static_ffn(u, active, EXPERTS, *weights, quantized=torch.int8)
+    assert torch.equal(found, expert_ffn(u, first_on(active)[..., :active], active, *units, quantized=torch.int8))
     with using_backend("reference"):
-        due = static_ffn(u, active, EXPERTS, *weights, int8=True)
-    assert torch.equal(due, reference.int8_expert_ffn(u, first_on(active)[..., :active], *units))
+        due = static_ffn(u, active, EXPERTS, *weights, quantized=torch.int8)
+    assert torch.equal(due, reference.quantized_expert_ffn(u, first_on(active)[..., :active], *units, torch.int8))
     assert (found - due).abs().max() <= 0.02 * due.abs().max()  # now and then another byte of a hidden unit
 
 

@@ -187,7 +187,7 @@ def with_two_units_exchanged(x, weight, bias):
 @pytest.mark.parametrize("load", [tiny, bundled])
 @pytest.mark.parametrize("fault", [of_bfloat16, without_bias, with_a_row_twice, with_two_units_exchanged])
 def test_a_fault_of_a_linear_layer_is_found_in_every_block(fault, load, monkeypatch):
-    def only_float32(x, weight, bias, _int8):
+    def only_float32(x, weight, bias, _quantized):
         return fault(x, weight, bias) if x.dtype == torch.float32 and x.shape[-2] > 1 else F.linear(x, weight, bias)
 
     monkeypatch.setattr(actvar.families.named_layers, "linear", only_float32)

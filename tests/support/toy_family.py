@@ -272,7 +272,7 @@ class ToyFamily(BaseFamily):
     name = "toy"
     model_mixin = PatchedToy
     leaves_out_guidance = True
-    takes_int8 = True
+    takes_eight_bits = True
     has_between = True
     hidden_axes = {"feed_forward.up.weight": 0, "feed_forward.up.bias": 0, "feed_forward.down.weight": 1}
     weight_kinds = (("self_attention.into.", "qkv"), ("self_attention.out.", "proj"), ("feed_forward.", "ffn"))
@@ -364,8 +364,8 @@ class ToyFamily(BaseFamily):
         _call: BlockCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         attention = block.self_attention
-        if block.actvar.int8:
-            ours, theirs = (linear(rows, attention.into.weight, bias, int8=True) for rows in (queries_from, keys_from))
+        if (quantized := block.actvar.quantized) is not None:
+            ours, theirs = (linear(rows, attention.into.weight, bias, quantized) for rows in (queries_from, keys_from))
             parts = ours.chunk(3, dim=-1)[0], *theirs.chunk(3, dim=-1)[1:]
             q, k, v = (attention.split(part) for part in parts)
         else:
@@ -379,8 +379,8 @@ class ToyFamily(BaseFamily):
         return block.self_attention.scale
 
     def attention_output(self, block: nn.Module, out: Tensor) -> Tensor:
-        layer = block.self_attention.out
-        return linear(out, layer.weight, layer.bias, int8=True) if block.actvar.int8 else layer(out)
+        layer, quantized = block.self_attention.out, block.actvar.quantized
+        return layer(out) if quantized is None else linear(out, layer.weight, layer.bias, quantized)
 
     def between_norm(self, block: nn.Module, rows: int) -> AdaLN:
         norm = block.cross_norm

@@ -12,7 +12,6 @@ from torch import nn
 
 import actvar
 from actvar.config import DENSE
-from actvar.evaluate import methods as methods_module
 from actvar.evaluate.methods import Method, chosen_methods, methods_of
 from actvar.evaluate.precision_recall import precision_recall, radii
 from actvar.evaluate.predictions import DensePredictions
@@ -23,6 +22,7 @@ from actvar.evaluate.text_methods import text_methods
 from actvar.patching.patch import patched_silently, unpatched
 from actvar.utils.parts import Parts
 from actvar.zoo import load_feature_network, pretrained
+from actvar_kernels import backend
 
 
 class Pixels(nn.Module):
@@ -277,11 +277,18 @@ def test_unknown_methods_list_the_known_ones(tmp_path):
 @pytest.mark.parametrize(("device", "has_bytes"), [("cpu", True), ("cpu", False), ("cuda", True), ("cuda:1", False)])
 def test_methods_in_eight_bits_are_those_of_the_device_of_the_model(monkeypatch, caplog, device, has_bytes):
     on_cpu = device == "cpu"
-    monkeypatch.setattr(methods_module.brgemm, "runs", lambda dtype: has_bytes is on_cpu)
-    monkeypatch.setattr(methods_module, "triton_installed", lambda: has_bytes is not on_cpu)
+    monkeypatch.setattr(backend.brgemm, "runs", lambda dtype: has_bytes is on_cpu)
+    monkeypatch.setattr(backend, "triton_installed", lambda: has_bytes is not on_cpu)
+    monkeypatch.setattr(backend, "_why_not_e4m3", lambda: "fp8 needs another GPU")
     assert ("int8" in methods_of(device=device)) is has_bytes
     assert ("int8" in text_methods(5, 1, device=device)) is has_bytes
-    assert ("methods in eight bits are left out" in caplog.text) is not has_bytes
+    assert ("methods in int8 are left out" in caplog.text) is not has_bytes
+    assert "fp8" not in methods_of(device=device)
+    assert ("fp8 are left out: C++ has no products of fp8" in caplog.text) is on_cpu
+
+
+def test_with_the_reference_methods_are_in_every_format(reference_backend):
+    assert {"int8", "fp8", "best-fp8", "preset-near-fp8"} <= methods_of("fashion-mnist").keys()
 
 
 def test_families_adapters_and_their_parts_are_methods(tiny_var, tmp_path):

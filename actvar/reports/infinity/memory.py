@@ -27,7 +27,7 @@ def memory_by_part(
     Keys and values are those of the scale at which they are the most. The public code keeps those of the last scale
     too, and keys in float32; that line is about the dense model. Activations are the residual stream in float32, a
     layer's input and its results, in one block at the widest scale. The decoder's are the most that its operators
-    have at once, counted. With `Execution(weights="int8")` the bytes of the weights and their scales come beside the
+    have at once, counted. With `Execution(weights=...)` the bytes of the weights and their scales come beside the
     weights, on a GPU as on a CPU. Memory inside operators is in none of the parts. The last part is that of
     `actvar.calibrate`, which draws and fits sample after sample.
 
@@ -43,7 +43,7 @@ def memory_by_part(
     keys = {name: [_keys(plan, batch, config.kv) for plan in of_way] for name, of_way in plans.items()}
     return {
         "weights of the blocks": width * blocks,
-        "their copies in eight bits, with int8": int8_bytes(infinity),
+        "their copies, with int8 or fp8": eight_bit_bytes(infinity),
         "other weights of the transformer": 4 * around,
         "weights of the tokenizer": sum(parameter.nbytes for parameter in tokenizer.parameters()),
         "K/V as the public code keeps them": max(keys["dense"]) * C * (4 + width),
@@ -56,8 +56,8 @@ def memory_by_part(
     }
 
 
-def int8_bytes(model: nn.Module) -> int:
-    """Return the bytes that `Execution(weights="int8")` keeps beside the weights: a byte a number, four a scale.
+def eight_bit_bytes(model: nn.Module) -> int:
+    """Return the bytes that products in eight bits keep beside the weights: a byte a number, four a scale.
 
     A weight of a block has a scale for each output.
 

@@ -158,7 +158,7 @@ def _multiply_bytes(a: Arguments, _share: Share) -> Cost:
     rows = math.ceil(a["T"] / a["BLOCK_T"]) * a["BLOCK_T"]
     of_rows = (a[name] for name in ("out_ptr", "rows_ptr") if a[name] is not None)
     moved = _bytes(a, "out_ptr", "rows_ptr") + sum(a["T"] * a["D"] * tensor.dtype.itemsize for tensor in of_rows)
-    return Cost(moved, 2 * rows * a["C"] * a["D"], torch.int8, tile=(a["BLOCK_T"], a["BLOCK_D"]))
+    return Cost(moved, 2 * rows * a["C"] * a["D"], a["values_ptr"].dtype, tile=(a["BLOCK_T"], a["BLOCK_D"]))
 
 
 def _conv3x3(a: Arguments, _share: Share) -> Cost:

@@ -1,4 +1,4 @@
-"""Run products of bytes on Triton, of rows that are quantized once and may be read by several products."""
+"""Run products in eight bits on Triton, of rows that are quantized once and may be read by several products."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ MOST_ROWS = 16 * MOST_SEQUENCES
 """Rows that the Triton kernels take, whose smallest tiles have 16."""
 
 
-def quantize_rows(x: torch.Tensor, mask: torch.Tensor | None, recorded: bool) -> ByteRows:
+def quantize_rows(x: torch.Tensor, mask: torch.Tensor | None, quantized: torch.dtype, recorded: bool) -> ByteRows:
     """Return rows in eight bits, in one launch.
 
     Args:
         x: `[..., C]`, float32, float16 or bfloat16.
         mask: `[..., N]` bool, which of N equal groups of columns are on, the others being zeros; None for all.
+        quantized: dtype of the numbers, one of `constants.FORMATS`.
         recorded: whether the registered operator is called.
     """
     run = torch.ops.actvar_kernels.quantize_rows if recorded else _quantize
-    values, scales = run(x, mask)
+    values, scales = run(x, mask, quantized)
     return ByteRows(values, scales, x.dtype)
 
 
@@ -76,18 +77,18 @@ def multiply_scatter(
 def _byte_weight(values: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the kept copy of a weight `[D, C]` in eight bits and its scales `[D, 1]`; raise a ValueError as above."""
     C = values.shape[-1]
-    if C > MOST_INPUTS:
+    if values.dtype == torch.int8 and C > MOST_INPUTS:
         raise ValueError(f"weight: expected at most {MOST_INPUTS} inputs in eight bits, got {C}")
     if values.numel() > C * MOST_ROWS:
         raise ValueError(f"x: expected at most {MOST_ROWS} rows in eight bits, got {values.numel() // C}")
-    return packed((weight,), "bytes", lambda: quantized_weight(weight))
+    return packed((weight,), values.dtype, lambda: quantized_weight(weight, values.dtype))
 
 
-def _quantize(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(x: torch.Tensor, mask: torch.Tensor | None, quantized: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     from actvar_kernels.linear import triton_kernel
 
     flat = None if mask is None else mask.reshape(-1, mask.shape[-1])
-    values, scales = triton_kernel.quantize_rows(x.reshape(-1, x.shape[-1]), flat)
+    values, scales = triton_kernel.quantize_rows(x.reshape(-1, x.shape[-1]), flat, quantized)
     return values.view(x.shape), scales.view(*x.shape[:-1], 1)
 
 
@@ -138,8 +139,8 @@ _scatter_operator = torch.library.custom_op(
 
 
 @_quantize_operator.register_fake
-def _(x, mask):
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+def _(x, mask, quantized):
+    return x.new_empty(x.shape, dtype=quantized), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
 @_multiply_operator.register_fake

@@ -22,12 +22,14 @@ from actvar.sampling.summary import summary
 from actvar.utils.wrappers import unwrapped
 from actvar_kernels import BackendUnavailableError
 from actvar_kernels.backend import using_backend
+from actvar_kernels.constants import FORMATS
 from actvar_kernels.cpu_backend import brgemm, packing
 from actvar_kernels.linear.cpu_brgemm import PackedWeight
 from actvar_kernels.linear.quantized import quantized_linear
 
 INT8 = Execution(weights="int8")
 SPARSE = ActVARConfig(num_experts=8)
+EVERY = pytest.mark.parametrize("weights", FORMATS)
 LABELS = torch.tensor([0, 1])
 
 needs_bytes = pytest.mark.skipif(not brgemm.runs(torch.int8), reason="no products of bytes here")
@@ -51,14 +53,14 @@ def toy_logits(model: ToyModel) -> torch.Tensor:
     return model(LABELS, torch.randn(2, STARTS[-1] - 1 + 15, 4))
 
 
-def in_blocks(var: nn.Module) -> Callable:
+def in_blocks(var: nn.Module, quantized: torch.dtype) -> Callable:
     """Return a stand-in for `F.linear` that multiplies in eight bits by the weights of attention and FFN."""
     layers = [layer for block in var.blocks for layer in (block.attn.mat_qkv, block.attn.proj, *block.ffn.children())]
     weights = {id(layer.weight) for layer in layers if isinstance(layer, nn.Linear)}
     plain = F.linear
 
     def linear(x, weight, bias=None):
-        return quantized_linear(x, weight, bias) if id(weight) in weights else plain(x, weight, bias)
+        return quantized_linear(x, weight, bias, quantized) if id(weight) in weights else plain(x, weight, bias)
 
     return linear
 
@@ -69,26 +71,28 @@ def scale_logits(var: nn.Module) -> torch.Tensor:
     return torch.cat([logits for _, logits in found], dim=1)
 
 
+@EVERY
 @torch.no_grad()
-def test_the_reference_is_the_dense_model_with_quantized_layers(tiny_var):
+def test_the_reference_is_the_dense_model_with_quantized_layers(tiny_var, weights):
     dense = scale_logits(tiny_var)
-    with mock.patch.object(F, "linear", in_blocks(tiny_var)):
+    with mock.patch.object(F, "linear", in_blocks(tiny_var, FORMATS[weights])):
         due = scale_logits(tiny_var)
-    accelerate(tiny_var, INT8)
+    accelerate(tiny_var, Execution(weights=weights))
     with using_backend("reference"):
         found = scale_logits(tiny_var)
     assert (found - due).abs().max() <= 0.02 * (due - dense).abs().max()  # now and then another byte
 
 
+@EVERY
 @torch.no_grad()
-def test_teacher_forcing_is_that_of_the_dense_model_with_quantized_layers(tiny_var):
-    apply_patch(tiny_var, DENSE, INT8)
+def test_teacher_forcing_is_that_of_the_dense_model_with_quantized_layers(tiny_var, weights):
+    apply_patch(tiny_var, DENSE, Execution(weights=weights))
     arguments = inputs_of(tiny_var)
     with using_backend("reference"):
         found = tiny_var(*arguments)
     remove_patch(tiny_var)
     dense = tiny_var(*arguments)
-    with mock.patch.object(F, "linear", in_blocks(tiny_var)):
+    with mock.patch.object(F, "linear", in_blocks(tiny_var, FORMATS[weights])):
         due = tiny_var(*arguments)
     assert (found - due).abs().max() <= 0.02 * (due - dense).abs().max()  # now and then another byte
 
@@ -138,13 +142,13 @@ def test_another_number_of_blocks_is_refused(tiny_var):
         accelerate(tiny_var, Execution(weights=7 * ("int8",)))
 
 
-@pytest.mark.parametrize("weights", ["int4", 8, ("int8", "fp8")])
+@pytest.mark.parametrize("weights", ["int4", 8, ("int8", "e4m3")])
 def test_an_unknown_format_is_refused(weights):
     with pytest.raises((TypeError, ValueError), match="weights"):
         Execution(weights=weights)
 
 
-@pytest.mark.parametrize("weights", [None, "int8", ("int8", None)])
+@pytest.mark.parametrize("weights", [None, "int8", "fp8", ("int8", None, "fp8")])
 def test_the_format_survives_a_file(weights):
     execution = Execution(weights=weights)
     assert Execution.from_json(execution.to_json()) == execution
@@ -156,6 +160,14 @@ def test_an_adapter_recommends_the_format(tmp_path):
     var = make_tiny_var()
     load_adapter(var, path)
     assert var.actvar.execution == INT8
+
+
+def test_fp8_on_a_cpu_is_refused_by_the_first_sample(tiny_var):
+    accelerate(tiny_var, Execution(weights="fp8"))
+    with pytest.raises(
+        BackendUnavailableError, match=r"linear in fp8 cannot run this call: C\+\+ has no products of fp8"
+    ):
+        sample(tiny_var)
 
 
 @pytest.mark.parametrize("path", ["attn.proj", "ffn.fc1", "ln_wo_grad"])
@@ -174,9 +186,10 @@ def test_a_hook_that_comes_later_is_refused_by_the_next_sample(tiny_var):
         sample(tiny_var)
 
 
+@EVERY
 @torch.no_grad()
-def test_a_compiled_model_runs_the_reference(tiny_var):
-    accelerate(tiny_var, INT8)
+def test_a_compiled_model_runs_the_reference(tiny_var, weights):
+    accelerate(tiny_var, Execution(weights=weights))
     arguments = inputs_of(tiny_var)
     found = torch.compile(tiny_var, backend="eager")(*arguments)
     with using_backend("reference"):
@@ -190,19 +203,20 @@ def test_training_is_refused(tiny_var):
 
 
 def test_a_family_that_does_not_multiply_in_eight_bits_is_refused(toy, monkeypatch):
-    monkeypatch.setattr(ToyFamily, "takes_int8", False)
+    monkeypatch.setattr(ToyFamily, "takes_eight_bits", False)
     with pytest.raises(ValueError, match="does not multiply in eight bits; leave it None"):
         apply_patch(toy, DENSE, INT8)
 
 
+@EVERY
 @torch.no_grad()
-def test_another_family_multiplies_in_eight_bits_too(toy):
+def test_another_family_multiplies_in_eight_bits_too(toy, weights):
     plain = toy_logits(toy)
-    apply_patch(toy, DENSE, INT8)
+    apply_patch(toy, DENSE, Execution(weights=weights))
     with using_backend("reference"):
         due = toy_logits(toy)
     assert 0 < (due - plain).norm() <= 0.2 * plain.norm()
-    if brgemm.runs(torch.int8):
+    if weights == "int8" and brgemm.runs(torch.int8):
         assert (toy_logits(toy) - due).norm() <= 0.3 * (due - plain).norm()
 
 
@@ -223,3 +237,8 @@ def test_the_summary_names_the_format(tiny_var):
     count = len(tiny_var.blocks)
     accelerate(tiny_var, Execution(weights=("int8",) + (count - 1) * (None,)))
     assert f"products of 1 of {count} blocks in int8" in summary(tiny_var)
+    accelerate(tiny_var, Execution(weights=("int8",) + (count - 1) * ("fp8",)))
+    lines = summary(tiny_var).splitlines()
+    assert lines.index(f"products of 1 of {count} blocks in int8") + 1 == lines.index(
+        f"products of {count - 1} of {count} blocks in fp8"
+    )
