@@ -38,13 +38,13 @@ from benchmarks.operations import allowed_error, operations
 
 SECTIONS = ("numerics", "graphs", "launches", "models", "convolutions", "attention", "times")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+REPLAYS = 20
+"""Runs of a block in a row, so that launches of one run meet those of the next."""
 MOST_APART = 0.1
 """Most that layers in fp8 may differ from the reference, as a part of the reference's own error.
 
 The tensor cores of sm_90 keep about 14 bits of a sum (DeepSeek-V3 Technical Report, 2024, section 3.3.2).
 """
-REPLAYS = 20
-"""Runs of a block in a row, so that launches of one run meet those of the next."""
 ODD = BlockShape(rows=2, tokens=77, keep=53, cached=19, width=192, num_experts=8, active=5)
 
 

@@ -23,12 +23,6 @@ from benchmarks.sampling import autocast, model
 
 EXECUTION = Execution(sampler="fast", decoder_dtype="bfloat16", cuda_graph=False)  # `GraphedSampling` has its own
 CONFIGS = {"dense": DENSE, "ActVAR": ActVARConfig()}
-WAYS = {
-    "": (EXECUTION, False),
-    ", early launches": (EXECUTION, True),
-    ", cuDNN benchmark": (replace(EXECUTION, cudnn_benchmark=True), False),
-}
-"""Suffix of a way, how it is run, and whether kernels are launched early, which GPUs from sm_90 on do."""
 SAMPLING = dict(cfg=1.5, top_k=900, top_p=0.96)
 QUANTILES = [0.2, 0.5, 0.8]
 
@@ -58,11 +52,7 @@ def model_times(name: str, batch: int, public_folder: Path | None) -> Iterator[d
             yield row("public code", sample_eager_ms=eager(public))
         del public
     var.to(torch.bfloat16)
-    ways = WAYS | _in_eight_bits(torch.device("cuda"))
-    can_launch_early = torch.cuda.get_device_capability() >= (9, 0)
-    for (suffix, (execution, early)), (label, config) in product(ways.items(), CONFIGS.items()):
-        if early and not can_launch_early:
-            continue
+    for (suffix, (execution, early)), (label, config) in product(_ways().items(), CONFIGS.items()):
         with patched_silently(var, config, None, execution), using_early_launch(early):
             of_eager = eager(var)
             with recorded_blocks(var) as events:
@@ -78,10 +68,16 @@ def model_times(name: str, batch: int, public_folder: Path | None) -> Iterator[d
             yield row(label + suffix, graph_is_eager=is_eager, **times)
 
 
-def _in_eight_bits(device: torch.device) -> dict[str, tuple[Execution, bool]]:
-    """Return ways with products in the formats of eight bits that the GPU has, as in `WAYS`."""
-    formats = [name for name, dtype in FORMATS.items() if why_not_in_eight_bits(dtype, device) is None]
-    return {f", {name}": (replace(EXECUTION, weights=name), False) for name in formats}
+def _ways() -> dict[str, tuple[Execution, bool]]:
+    """Return suffixes of the ways that the GPU has, how each is run, and whether kernels are launched early."""
+    device = torch.device("cuda")
+    ways = {"": (EXECUTION, False)}
+    if torch.cuda.get_device_capability() >= (9, 0):
+        ways[", early launches"] = EXECUTION, True
+    for name, dtype in FORMATS.items():
+        if why_not_in_eight_bits(dtype, device) is None:
+            ways[f", {name}"] = replace(EXECUTION, weights=name), False
+    return ways | {", cuDNN benchmark": (replace(EXECUTION, cudnn_benchmark=True), False)}
 
 
 @contextmanager

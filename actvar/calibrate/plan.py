@@ -35,6 +35,7 @@ from actvar.calibrate.goal import Goal
 from actvar.calibrate.plan_report import Candidate, PlanReport
 from actvar.calibrate.sensitivity import divergence_per_block
 from actvar.calibrate.times import SampleTimes, measured_times, sample_laps
+from actvar.calibrate.trials import choose_by_trial
 from actvar.config import DENSE, ActVARConfig
 from actvar.evaluate.predictions import DensePredictions
 from actvar.execution import Execution
@@ -62,10 +63,8 @@ T = TypeVar("T")
 
 MOST_PLANS, FEWEST_PLANS, SECONDS_OF_PLANS = 24, 6, 240.0
 """Plans whose divergence is measured, the others being too near to one of these: as many as take so many seconds."""
-MOST_TRIALS, TOLERANCE = 3, 0.05
-"""Plans that are tried until one takes the time predicted, and by what share it may be off."""
 SECONDS_OF_TRIAL = 60.0
-"""Seconds of a trial after which no further turn of samples begins."""
+"""Seconds of a trial after which no further turn of samples would end."""
 
 
 def plan(
@@ -148,6 +147,8 @@ def plan(
         return report
     cfg = family.default_cfg if cfg is None else checked_finite("cfg", cfg)
     timed = first_conditions(model, batch, texts)
+    # On a CPU a first sample makes copies of weights, which one image does as well.
+    to_warm_up = timed if device_of(model).type == "cuda" else first_conditions(model, 1, texts)
     maps, depth = family.maps_of(model, timed), len(blocks_of(model))
     of_texts = {} if texts is None else {"texts": fingerprint([("texts", features_of(texts))]), "maps": maps}
     kept = _Kept(folder, model, images=images, seed=seed, cfg=cfg, num_experts=num_experts, **of_texts)
@@ -172,7 +173,7 @@ def plan(
     here |= {"dtype": str(next(model.parameters()).dtype), "machine": processor(), "threads": torch.get_num_threads()}
 
     def measure() -> list:
-        found = measured_times(model, executions, timed, cfg, first, guides, ways, repeats)
+        found = measured_times(model, executions, timed, to_warm_up, cfg, first, guides, ways, repeats)
         return [of_execution.as_lists() for of_execution in found]
 
     here["executions"] = list(map(asdict, executions))
@@ -204,42 +205,15 @@ def plan(
         divergence, total = divergence_of(guess.config, guess.execution)
         curve.append(replace(guess, divergence=divergence, total=total))
     curve.sort(key=lambda each: -each.seconds)
-    is_met, chosen, *seconds = _choose(
-        goal, curve, times[0].accelerated, lambda chosen: _measured(model, chosen, given, timed, cfg, repeats)
+    is_met, chosen, *seconds = choose_by_trial(
+        goal,
+        curve,
+        times[0].accelerated,
+        lambda chosen: _measured(model, chosen, given, timed, to_warm_up, cfg, repeats),
     )
     _configure(model, fits, chosen.config, chosen.execution)
     kept.remove()
     return PlanReport(goal, chosen, is_met, tuple(curve), *(1e3 * each for each in seconds))
-
-
-def _choose(
-    goal: Goal, curve: Sequence[Candidate], dense_seconds: float, measure: Callable[[Candidate], tuple[float, float]]
-) -> tuple[bool, Candidate, float, float, float]:
-    """Return whether a plan of `curve` meets the goal, the one that does so best, and what its trial gave.
-
-    A plan whose time is not the predicted one corrects all predictions, and the choice is made again.
-
-    Args:
-        dense_seconds: of a batch of the accelerated model, when the times of the curve were measured.
-        measure: returns the seconds of a batch of the accelerated model and of a plan, measured in turn.
-
-    Returns:
-        after the plan the seconds of the accelerated model, of the plan as predicted beside it, and as measured.
-    """
-    factor, is_met, tried = 1.0, False, []
-    for _ in range(MOST_TRIALS):
-        corrected = [replace(each, seconds=factor * each.seconds) if each.total else each for each in curve]
-        best, is_met = goal.best(corrected, dense_seconds)
-        chosen = curve[corrected.index(best)]
-        if tried and chosen is tried[-1][0]:
-            break
-        accelerated, measured = measure(chosen)
-        predicted = best.seconds / dense_seconds * accelerated
-        tried.append((chosen, accelerated, predicted, measured))
-        if abs(measured / predicted - 1) <= TOLERANCE:
-            break
-        factor *= measured / predicted
-    return is_met, *tried[-1]
 
 
 class _Kept:
@@ -387,11 +361,17 @@ def _divergence(
 
 
 def _measured(
-    model: Any, plan: Candidate, execution: Execution, conditions: Conditions, cfg: float, repeats: int
+    model: Any,
+    plan: Candidate,
+    execution: Execution,
+    conditions: Conditions,
+    to_warm_up: Conditions,
+    cfg: float,
+    repeats: int,
 ) -> tuple[float, float]:
     """Return the seconds of a batch of the accelerated model, run as `execution` says, and of a plan, in turn."""
     dense = replace(DENSE, num_experts=plan.config.num_experts)
     setups = {"accelerated": (dense, execution), "plan": (plan.config, plan.execution)}
-    laps = sample_laps(model, setups, conditions, cfg, repeats + 2, SECONDS_OF_TRIAL)
+    laps = sample_laps(model, setups, conditions, to_warm_up, cfg, repeats + 2, SECONDS_OF_TRIAL)
     accelerated, measured = (statistics.median(map(sum, laps[name])) for name in ("accelerated", "plan"))
     return accelerated, measured

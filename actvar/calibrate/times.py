@@ -18,12 +18,13 @@ from actvar.families.conditions import Conditions
 from actvar.patching.patch import reconfigure
 from actvar.sampling.timing import interleaved_seconds, step_seconds
 from actvar.sparse.schedule import build_schedule
+from actvar.utils.progress import progress
 from actvar.utils.wrappers import unwrapped
 
 SHARES = (1.0, 0.75, 0.5)
 """Shares of tokens and of experts that are timed; between them times are interpolated, and below extrapolated."""
 MOST_SECONDS = 240.0
-"""Seconds after which no further turn of samples begins."""
+"""Seconds after which no further turn of samples would end."""
 
 
 class ScaleTimes(NamedTuple):
@@ -103,6 +104,7 @@ def measured_times(
     var: nn.Module,
     executions: Sequence[Execution],
     conditions: Conditions,
+    to_warm_up: Conditions,
     cfg: float,
     first: int,
     drops_guidance: bool,
@@ -117,7 +119,7 @@ def measured_times(
     Args:
         var: the model, with fitted gates.
         executions: the ways to run it.
-        conditions: of the images of a sample.
+        conditions, to_warm_up: as in `sample_laps`.
         cfg: strength of the guidance.
         first: number of the first scale that may change.
         drops_guidance: whether scales without guidance are timed as well.
@@ -151,7 +153,7 @@ def measured_times(
             for number, execution in enumerate(executions)
         }
         decoded = {(number, _Kind()) for number in range(len(executions))}
-        laps = sample_laps(model, setups, conditions, cfg, repeats, MOST_SECONDS, decoded)
+        laps = sample_laps(model, setups, conditions, to_warm_up, cfg, repeats, MOST_SECONDS, decoded)
     finally:
         reconfigure(model, before, state.execution)
     return [
@@ -190,6 +192,7 @@ def sample_laps(
     var: Any,
     setups: Mapping[Any, tuple[ActVARConfig, Execution]],
     conditions: Conditions,
+    to_warm_up: Conditions,
     cfg: float,
     repeats: int,
     at_most: float,
@@ -201,20 +204,23 @@ def sample_laps(
         var: a patched model; it keeps the last setup.
         setups: by any name, what is computed and how.
         conditions: of the images of a sample.
+        to_warm_up: of the images of a sample of each setup that is not timed, before all others.
         cfg: strength of the guidance.
         repeats: samples of each setup.
-        at_most: seconds after which no further turn begins, once each setup has a sample.
+        at_most: seconds after which no further turn would end, once each setup has a sample.
         decoded: names of the setups whose images are decoded, None for all; the others' decoder takes no time.
     """
     family = family_of(var)
 
-    def run(name: Any) -> list[float]:
+    def run(name: Any, conditions: Conditions) -> list[float]:
         reconfigure(var, *setups[name])
         draw = family.images if decoded is None or name in decoded else family.token_maps
         return step_seconds(var, lambda: draw(var, conditions, 0, cfg))
 
-    runs = {name: functools.partial(run, name) for name in setups}
-    return interleaved_seconds(runs, repeats, "times", at_most=at_most)
+    for name in progress([*setups], desc="warming up", leave=False):
+        run(name, to_warm_up)
+    runs = {name: functools.partial(run, name, conditions) for name in setups}
+    return interleaved_seconds(runs, repeats, "times", warm_ups=0, at_most=at_most)
 
 
 def _interpolated(share: float, seconds: Iterable[float]) -> float:

@@ -51,7 +51,7 @@ def interleaved_seconds(
         repeats: measurements of each function.
         describe: title of the progress bar.
         warm_ups: runs of each function that are not measured; 0 where all have just run.
-        at_most: seconds after which no further turn begins; each function is measured at least once.
+        at_most: seconds after which no further turn would end; each function is measured at least once.
 
     Returns:
         the measurements of each name, in seconds.
@@ -59,7 +59,8 @@ def interleaved_seconds(
     seconds: dict[str, list[Measured]] = {name: [] for name in runs}
     begin = time.perf_counter()
     for repeat in progress(range(-warm_ups, repeats), desc=describe, leave=False):
-        if repeat > 0 and time.perf_counter() - begin > at_most:
+        turns = repeat + warm_ups
+        if repeat > 0 and (time.perf_counter() - begin) * (turns + 1) / turns > at_most:
             break
         for name, run in runs.items():
             measured = run()

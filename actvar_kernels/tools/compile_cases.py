@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +45,7 @@ def cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
         inputs = empty_inputs(shape, dtype, "cuda")
         yield from _calls(table.BLOCK, inputs)
         yield from _eight_bit_cases(inputs)
-    yield from _early_cases(inputs, batch)
+    yield from _early_cases([*_calls(table.BLOCK, inputs), *_eight_bit_cases(inputs)], inputs, batch)
     yield "linears of the conditions", functools.partial(_all_modulations, inputs.u)
     yield from _tuned_cases(inputs, dtype)
     yield from _sampling_cases(batch, last.tokens)
@@ -61,18 +61,18 @@ def _infinity_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
     sizes = INFINITY[model]
     shape = BlockShape(2 * batch, *sizes.active_scales()[1], sizes.width, head_dim=INFINITY_HEAD_DIM)
     inputs = empty_inputs(shape, dtype, "cuda", stream=torch.float32)
+    found: list[tuple[str, Call]] = []
     for operation in table.BLOCK:
         without: Any = {} if operation.call is rotate_heads else {"head_scale": None}
         normed = replace(inputs, **without)
-        for name, call in operation.calls(normed).items():
-            if "fused residual" not in name:
-                yield name, call
-    yield from _eight_bit_cases(inputs)
-    yield from _early_cases(replace(inputs, head_scale=None), batch)
+        found += ((name, call) for name, call in operation.calls(normed).items() if "fused residual" not in name)
+    found += _eight_bit_cases(inputs)
+    yield from found
+    yield from _early_cases(found, inputs, batch)
 
 
-def _early_cases(inputs: BlockInputs, batch: int) -> Cases:
-    """Yield the operations of a block at batch 1 as they are launched early, where the GPU can do that."""
+def _early_cases(calls: Iterable[tuple[str, Call]], inputs: BlockInputs, batch: int) -> Cases:
+    """Yield calls of a block at batch 1 as they are launched early, where the GPU can do that."""
     if batch > 1 or architecture(inputs.u) < FIRST_WITH_EARLY_LAUNCH:
         return
 
@@ -80,7 +80,7 @@ def _early_cases(inputs: BlockInputs, batch: int) -> Cases:
         with using_early_launch(True):
             call()
 
-    for name, call in (*_calls(table.BLOCK, inputs), *_eight_bit_cases(inputs)):
+    for name, call in calls:
         yield f"{name} launched early", functools.partial(run, call)
 
 

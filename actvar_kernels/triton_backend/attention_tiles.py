@@ -69,9 +69,8 @@ def _by_itself(arch: int, dtype: torch.dtype, head_dim: int, masked: bool) -> At
 def candidates(arch: int, dtype: torch.dtype, head_dim: int) -> list[AttentionTiles]:
     """Return the tiles without a mask, of which the first are taken where nothing was measured.
 
-    Queries and keys tell them apart.
-
-    Tiles of 128 queries read and normalise the keys of a head half as often as those of 64.
+    Queries and keys tell them apart. Tiles of 128 queries read and normalise the keys of a head half as often as those
+    of 64. They were compiled for heads of 64 channels, which are VAR's.
 
     Args:
         arch, dtype, head_dim: as in `attention_tiles`.

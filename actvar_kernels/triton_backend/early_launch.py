@@ -5,14 +5,14 @@ GPUs from sm_90 on begin such a kernel as soon as every program of the kernel ah
 kernel is. `griddepcontrol.wait` blocks until all grids that the kernel depends on have ended and what they wrote is
 visible (PTX ISA, "Parallel Synchronization and Communication Instructions: griddepcontrol").
 
-Every kernel that takes `PDL` calls `begin` as its first statement, in every program, before it reads or writes memory.
+Every kernel that takes `PDL` calls `begin` as its first statement, in every program, before it touches global memory.
 So three rules hold:
 
 1. It reads nothing that the kernel ahead has yet to write, and writes nothing that the kernel ahead has yet to read.
 2. The same is true of all earlier kernels. A kernel with `PDL` ends only after its own wait, hence after the kernel
    ahead of it, and so on. A kernel without `PDL` begins only after all kernels before it have ended.
 3. No program waits for one that cannot begin: `launch_dependents` lets the next kernel in only once all programs of
-   this one have begun.
+   this one have begun, and on sm_100 have taken their tensor memory, which they do before the wait.
 
 PyTorch's own kernels, copies and the ends of CUDA graphs are launched without `PDL`, and wait as ever. Weights are read
 after the wait as well: a kernel that was launched just before may have converted or changed them.

@@ -45,8 +45,9 @@ def launches(arch: int, early: bool | None, shape: BlockShape = SMALL) -> list[L
 
 
 @needs_virtual_gpu
-def test_every_kernel_of_a_block_waits_before_it_reads_or_writes_and_lets_the_next_one_begin():
-    late, early = launches(90, False), launches(90, True)
+@pytest.mark.parametrize("arch", [90, 100])
+def test_every_kernel_of_a_block_waits_before_it_reads_or_writes_and_lets_the_next_one_begin(arch: int):
+    late, early = launches(arch, False), launches(arch, True)
     assert [launch.name for launch in early] == [launch.name for launch in late], "as many launches, in the same order"
     for before, after in zip(late, early, strict=True):
         assert (before.kernel is None) == (after.kernel is None)
@@ -56,7 +57,7 @@ def test_every_kernel_of_a_block_waits_before_it_reads_or_writes_and_lets_the_ne
         assert not before.kernel.early
         found = resources(after.kernel)
         assert found.before_wait is not None
-        assert not set(found.before_wait) & {"LDG", "STG", "LDGSTS", "UTMALDG", "BRA"}
+        assert not set(found.before_wait) & {"LDG", "STG", "LDGSTS", "UTMALDG", "EXIT"}
         assert (found.instructions["ACQBULK"], found.instructions["PREEXIT"]) == (1, 1)
         assert found.stack == found.local == 0
         assert not resources(before.kernel).instructions.keys() & {"ACQBULK", "PREEXIT"}
@@ -130,9 +131,11 @@ def choosy(x_ptr, count, PDL: tl.constexpr):
 @pytest.mark.parametrize(
     ("kernel", "arguments", "options", "fault"),
     [
-        pytest.param(hasty, (), dict(PDL=True, launch_pdl=True), "LDG before the wait", id="reads first"),
-        pytest.param(careless, (), dict(PDL=False, launch_pdl=True), "is launched early, and", id="never waits"),
-        pytest.param(choosy, (3,), dict(PDL=True, launch_pdl=True), "(before the|not every)", id="waits in some"),
+        pytest.param(hasty, (), dict(PDL=True, launch_pdl=True), "LDG can run before the wait", id="reads first"),
+        pytest.param(
+            careless, (), dict(PDL=False, launch_pdl=True), "is launched early, and never waits", id="never waits"
+        ),
+        pytest.param(choosy, (3,), dict(PDL=True, launch_pdl=True), "EXIT can run before the wait", id="waits in some"),
         pytest.param(careless, (), dict(PDL=False), None, id="launched late"),
         pytest.param(hasty, (), dict(PDL=True), "waits for the kernels ahead, and is not", id="waits for nothing"),
     ],

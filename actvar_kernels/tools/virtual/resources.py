@@ -14,6 +14,8 @@ from actvar_kernels.tools.virtual.records import CompiledKernel
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 _WAIT = " ACQBULK "
+_TARGET = re.compile(r"`\(([^)]+)\)")
+_ENDS = re.compile(r"/\s+(BRA `|EXIT|RET)")  # without a condition, so that the next line does not follow
 _AMD_INSTRUCTION = re.compile(r"^\s+([a-z]+_[a-z0-9_]+)\b", re.MULTILINE)
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*)")
 
@@ -26,8 +28,7 @@ class Resources(NamedTuple):
         stack, local: bytes of memory of a thread, which hold what was spilled.
         instructions: counts of all instructions by name.
         loops: such counts for each innermost loop that has a matrix product, `MMA`; none for GPUs of AMD.
-        before_wait: such counts of what comes before the wait for earlier kernels; None where no program, or not every
-            one, waits.
+        before_wait: such counts of what can run before the wait for earlier kernels; None where there is no wait.
     """
 
     registers: int
@@ -96,16 +97,26 @@ def _product_loops(lines: list[str]) -> list[tuple[int, int]]:
 
 
 def _before_wait(lines: list[str]) -> collections.Counter | None:
-    """Return the counts of instructions before `griddepcontrol.wait`, which must not hang on a condition or a label.
+    """Return the counts of instructions that can run before `griddepcontrol.wait`, along all jumps.
 
-    Before a first label the order of lines is the order in which they run, unless one of them is a jump.
+    Where a jump may go around every wait, the end of the program is among them. On sm_100 a program first waits for
+    tensor memory, in a loop.
     """
-    for number, line in enumerate(lines):
-        if _LABEL.match(line.strip()):
-            return None
-        if _WAIT in line:
-            return None if "@" in line else _count(lines[:number])
-    return None
+    waits = {number for number, line in enumerate(lines) if _WAIT in line and "@" not in line}
+    if not waits:
+        return None
+    labels = {line.strip()[:-1]: number for number, line in enumerate(lines) if line.rstrip().endswith(":")}
+    todo, reached = [next(number for label, number in labels.items() if label.startswith(".text."))], set()
+    while todo:
+        number = todo.pop()
+        if number in reached or number in waits or number >= len(lines):
+            continue
+        reached.add(number)
+        line = lines[number]
+        todo += [labels[target] for target in _TARGET.findall(line) if target in labels]
+        if not _ENDS.search(line):
+            todo.append(number + 1)
+    return _count([lines[number] for number in reached])
 
 
 def _count(lines: list[str]) -> collections.Counter:
