@@ -280,7 +280,7 @@ def test_options_that_exclude_one_another_are_refused(options, message, tmp_path
 
 def test_products_in_eight_bits_are_a_lever_only_where_they_run(monkeypatch, caplog):
     monkeypatch.setattr(brgemm, "runs", lambda dtype: False)
-    with pytest.raises(BackendUnavailableError, match="levers: a product in eight bits"):
+    with pytest.raises(BackendUnavailableError, match="levers: a product in int8"):
         planning.plan(make_tiny_var(), Goal(kl=1), ["int8"])
     report = planning.plan(make_tiny_var(), Goal(kl=0.05), num_experts=8, batch=2, images=4, repeats=1)
     assert all(each.execution.weights is None for each in report.curve)
