@@ -272,7 +272,7 @@ def why_not_in_eight_bits(quantized: torch.dtype, device: torch.device) -> str |
     if device.type != "cpu":
         return f"it runs on CPUs and on CUDA, got the device {device} and the backend {name!r}"
     if floating:
-        return "C++ has no products of fp8; use int8, a GPU, or the backend 'reference', which is slow"
+        return "C++ has no products of fp8; use int8, a GPU, or ACTVAR_BACKEND=reference, which is slow"
     if brgemm.runs(torch.int8):
         return None
     return cpu.why_unavailable() or (
