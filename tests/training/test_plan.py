@@ -19,6 +19,7 @@ from actvar.calibrate.goal import Goal
 from actvar.calibrate.plan_report import Candidate
 from actvar.calibrate.rates import block_losses
 from actvar.calibrate.times import SHARES, SampleTimes, ScaleTimes
+from actvar.calibrate.trials import choose_by_trial
 from actvar.cli import main
 from actvar.config import DENSE
 from actvar.evaluate.predictions import DensePredictions
@@ -215,6 +216,13 @@ def test_a_plan_that_is_faster_or_slower_than_predicted_corrects_the_choice(slow
     real = [replace(each, seconds=slowdown * each.seconds if each.total else 20.0) for each in report.curve]
     assert report.chosen.config == goal.best(real, accelerated=20.0)[0].config
     assert len(measured) == (1 if slowdown == 1 else 2)
+
+
+def test_a_plan_that_is_slower_than_the_dense_model_gives_way_to_it():
+    dense, plan = curve = [Candidate(DENSE, 20.0, 0, 0), Candidate(replace(DENSE, guidance_until=-1), 10.0, 0.1, 0.2)]
+    is_met, chosen, *_ = choose_by_trial(Goal(kl=1), curve, 20.0, lambda tried: (20.0, 30.0 if tried is plan else 20.0))
+    assert is_met
+    assert chosen is dense
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40])
