@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 
+from actvar_kernels.triton_backend.forced import Forced
 from actvar_kernels.triton_backend.tiles import RDNA
 
 
@@ -42,8 +42,8 @@ def attention_tiles(
     """
     if masked:
         return _by_itself(arch, dtype, head_dim, masked)
-    if _only is not None:
-        return _only
+    if _forced.value is not None:
+        return _forced.value
     sizes = candidates(arch, dtype, head_dim)
     return next((size for size in sizes if (size.queries, size.keys) == measured), sizes[0])
 
@@ -82,15 +82,9 @@ def candidates(arch: int, dtype: torch.dtype, head_dim: int) -> list[AttentionTi
     return [first, large, large._replace(keys=32, own_keys=32)]
 
 
-_only: AttentionTiles | None = None
+_forced = Forced[AttentionTiles]()
 
 
-@contextmanager
-def using_attention_tiles(tile: AttentionTiles) -> Iterator[None]:
+def using_attention_tiles(tile: AttentionTiles) -> AbstractContextManager[None]:
     """Make attention without a mask take `tile` for the duration of the context, whatever a table says."""
-    global _only
-    before, _only = _only, tile
-    try:
-        yield
-    finally:
-        _only = before
+    return _forced.using(tile)

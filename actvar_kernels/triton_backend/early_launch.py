@@ -22,13 +22,13 @@ after the wait as well: a kernel that was launched just before may have converte
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 import triton
 import triton.language as tl
 
+from actvar_kernels.triton_backend.forced import Forced
 from actvar_kernels.triton_backend.tiles import architecture
 from actvar_kernels.triton_backend.tuning_table import FIRST_WITH_EARLY_LAUNCH, tuned_early_launch
 
@@ -43,7 +43,7 @@ def early_launch(tensor: torch.Tensor) -> dict[str, bool]:
         ValueError: `using_early_launch` asks for it and the GPU has none; or see `tuning_table.read_table`.
         RuntimeError: this release of Triton has none.
     """
-    wanted = tuned_early_launch(tensor) if _only is None else _only
+    wanted = tuned_early_launch(tensor) if _forced.value is None else _forced.value
     if not wanted:
         return {"PDL": False}
     arch = architecture(tensor)
@@ -60,18 +60,12 @@ def early_launch(tensor: torch.Tensor) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True}
 
 
-_only: bool | None = None
+_forced = Forced[bool]()
 
 
-@contextmanager
-def using_early_launch(early: bool) -> Iterator[None]:
+def using_early_launch(early: bool) -> AbstractContextManager[None]:
     """Launch every kernel of a block early, or none, for the duration of the context, whatever a table says."""
-    global _only
-    before, _only = _only, early
-    try:
-        yield
-    finally:
-        _only = before
+    return _forced.using(early)
 
 
 @triton.jit

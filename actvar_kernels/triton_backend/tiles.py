@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
 import torch
 import triton
+
+from actvar_kernels.triton_backend.forced import Forced
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 RDNA = 0
@@ -242,8 +244,8 @@ def expert_ffn_tiles(
         measured: rows and columns of the tiles that were measured to be fastest, or None. They need not be among the
             masked ones for matrices that are not aligned.
     """
-    if _only is not None:
-        return _only
+    if _forced.value is not None:
+        return _forced.value
     sizes = expert_ffn_candidates(arch, dtype, width, aligned)
     for size in sizes:
         if measured == (size.rows, size.down.columns):
@@ -257,18 +259,12 @@ def expert_ffn_tiles(
     return min(sizes, key=work)
 
 
-_only: ExpertTiles | None = None
+_forced = Forced[ExpertTiles]()
 
 
-@contextmanager
-def using_expert_tiles(tile: ExpertTiles) -> Iterator[None]:
+def using_expert_tiles(tile: ExpertTiles) -> AbstractContextManager[None]:
     """Make every expert FFN take `tile` for the duration of the context."""
-    global _only
-    before, _only = _only, tile
-    try:
-        yield
-    finally:
-        _only = before
+    return _forced.using(tile)
 
 
 def expert_ffn_candidates(arch: int, dtype: torch.dtype, width: int, aligned: bool) -> list[ExpertTiles]:
