@@ -35,6 +35,7 @@ ROOT = Path(__file__).parent.parent
 FILES = {
     "epyc-avx512": "benchmarks/results/amd-epyc-2-threads-avx-512-with-bfloat16.csv",
     "epyc-zen4": "benchmarks/results/amd-epyc-zen-4-2-threads-avx-512-with-bfloat16.csv",
+    "xeon-amx": "benchmarks/results/intel-xeon-2-threads-avx-512-with-bfloat16-and-amx.csv",
     "epyc-avx2": "benchmarks/results/amd-epyc-2-threads-avx2.csv",
     "h100": "benchmarks/results/nvidia-h100-80gb-hbm3.csv",
     "predicted-h100": "docs/evaluation/predicted-h100.json",

@@ -40,7 +40,7 @@ def text(fused: dict[str, dict[str, int]]) -> str:
     """Return a table to read, a line for each way of sampling."""
     lines = ["fused operations, and how often one sample calls them"]
     for way, counts in fused.items():
-        lines.append(f"{way:16s}" + (", ".join(f"{name} {count}" for name, count in counts.items()) or "none"))
+        lines.append(f"{way:17s}" + (", ".join(f"{name} {count}" for name, count in counts.items()) or "none"))
     return "\n".join(lines) + "\n"
 
 

@@ -37,7 +37,7 @@ from actvar.sampling.request import Sampling
 from actvar.sampling.timing import block_seconds
 from actvar.zoo.pretrained import adapter_path
 from actvar_kernels.backend import using_backend
-from actvar_kernels.cpu_backend import cpu
+from actvar_kernels.cpu_backend import choices, cpu
 from actvar_kernels.operations.shapes import HEAD_DIM, MODELS
 from actvar_kernels.tools.compile_check import LineParser
 from benchmarks import components, fused, memory, results
@@ -45,6 +45,8 @@ from benchmarks import components, fused, memory, results
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAYS = ("public code", "dense", "accelerated", "ActVAR", "fast sampler", "bf16 decoder")
 INT8_WAYS = ("accelerated int8", "ActVAR int8")
+WIDTH = 18
+"""Columns of a way in the printed table."""
 FIGURES = ("whole sample", "autoregressive part", "all blocks", "blocks, last two", "decoder")
 
 
@@ -281,7 +283,7 @@ def machine() -> dict[str, object]:
         "processor": results.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "experts": cpu.why_unavailable() or cpu.isa_name(cpu.best_isa()),
+        "kernels": cpu.why_unavailable() or choices.instructions(),
     }
 
 
@@ -291,18 +293,18 @@ def text(report: dict) -> str:
     title = "{model}, batch {batch}, {dtype}, medians of {repeats}".format(**report)
     lines = [f"{title}, {report['machine']['threads']} threads", _head("milliseconds", seconds)]
     for figure in seconds["ActVAR"]:
-        lines.append(f"{figure:24s}" + "".join(f"{1e3 * of_way[figure]:14.1f}" for of_way in seconds.values()))
+        lines.append(f"{figure:24s}" + "".join(f"{1e3 * of_way[figure]:{WIDTH}.1f}" for of_way in seconds.values()))
     for base in (next(iter(seconds)), "accelerated"):
         lines += ["", _head(f"times {base}", seconds)]
         for figure in FIGURES:
             gains = (seconds[base][figure] / of_way[figure] for of_way in seconds.values())
-            lines.append(f"{figure:24s}" + "".join(f"{gain:13.2f}x" for gain in gains))
+            lines.append(f"{figure:24s}" + "".join(f"{gain:{WIDTH - 1}.2f}x" for gain in gains))
     lines.append(f"peak memory of the process, all ways together: {report['peak_memory_mib']:.0f} MiB\n")
     return "\n".join(lines)
 
 
 def _head(title: str, ways: Iterable[str]) -> str:
-    return f"{title:24s}" + "".join(f"{way:>14s}" for way in ways)
+    return f"{title:24s}" + "".join(f"{way:>{WIDTH}s}" for way in ways)
 
 
 if __name__ == "__main__":

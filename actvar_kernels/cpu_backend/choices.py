@@ -81,8 +81,10 @@ def processor() -> str:
 
 
 def instructions() -> str:
-    """Return the name of the instructions that the kernels use, or say that there are no kernels."""
-    return "no kernels" if cpu.why_unavailable() else cpu.isa_name(cpu.best_isa())
+    """Return the name of the instructions that kernels and PyTorch's products use, or say that there are no kernels."""
+    if cpu.why_unavailable():
+        return "no kernels"
+    return cpu.isa_name(cpu.best_isa()) + (" and AMX" if cpu.has_tiles() else "")
 
 
 def write_table(table: Table, path: Path) -> None:

@@ -159,6 +159,17 @@ def test_a_table_of_another_processor_is_refused(in_force):
         choices.in_force()
 
 
+@needs_cpp
+def test_a_table_made_with_amx_is_refused_without_it(in_force, monkeypatch):
+    monkeypatch.setattr(cpu, "has_tiles", lambda: True)
+    in_force(CHOICE)
+    assert choices.in_force()
+    choices.in_force.cache_clear()
+    monkeypatch.setattr(cpu, "has_tiles", lambda: False)
+    with pytest.raises(ValueError, match=r"was measured on .* and AMX; this is .* run actvar bench --out here"):
+        choices.in_force()
+
+
 def test_the_table_is_described_in_one_line(in_force, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     assert choices.description() == "C++ wherever it takes a call (ACTVAR_TUNED names no table of a CPU)"
