@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from actvar_kernels import add_residual_moments, expert_ffn_scatter, route_experts, subset_attention
 from actvar_kernels.conv3x3 import gpu, triton_kernel
+from actvar_kernels.cpu_backend.table_file import ENVIRONMENT_VARIABLE
 from actvar_kernels.operations.inputs import random_inputs
 from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, DTYPES, EXPERTS, HEAD_DIM, MODELS, last_scale
 from actvar_kernels.tools.block_step import block_step
@@ -34,7 +35,6 @@ from actvar_kernels.triton_backend.conv_tiles import candidates
 from actvar_kernels.triton_backend.early_launch import using_early_launch
 from actvar_kernels.triton_backend.tiles import expert_ffn_candidates, using_expert_tiles
 from actvar_kernels.triton_backend.tuning_table import (
-    ENVIRONMENT_VARIABLE,
     FIRST_WITH_EARLY_LAUNCH,
     SCHEDULES,
     AttentionEntry,

@@ -30,7 +30,8 @@ import triton.language as tl
 
 from actvar_kernels.triton_backend.forced import Forced
 from actvar_kernels.triton_backend.tiles import architecture
-from actvar_kernels.triton_backend.tuning_table import FIRST_WITH_EARLY_LAUNCH, tuned_early_launch
+from actvar_kernels.triton_backend.tuned_choices import tuned_early_launch
+from actvar_kernels.triton_backend.tuning_table import FIRST_WITH_EARLY_LAUNCH
 
 
 def early_launch(tensor: torch.Tensor) -> dict[str, bool]:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from actvar_kernels.triton_backend.forced import Forced
-from actvar_kernels.triton_backend.tuning_table import tuned_few_rows
+from actvar_kernels.triton_backend.tuned_choices import tuned_few_rows
 
 
 def few_rows_wanted(x: torch.Tensor, hidden: int) -> bool:
