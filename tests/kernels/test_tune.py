@@ -14,11 +14,13 @@ from actvar_kernels import subset_attention
 from actvar_kernels.backend import using_backend
 from actvar_kernels.conv3x3.op import conv3x3
 from actvar_kernels.cpu_backend.table_file import ENVIRONMENT_VARIABLE
+from actvar_kernels.linear.few_rows import few_rows_pay
 from actvar_kernels.operations.inputs import empty_inputs
 from actvar_kernels.tools import tune
 from actvar_kernels.tools.virtual import virtual_gpu, why_unavailable
+from actvar_kernels.triton_backend.few_rows import using_few_rows
 from actvar_kernels.triton_backend.tiles import expert_ffn_candidates
-from actvar_kernels.triton_backend.tuned_choices import tuned_conv3x3, tuned_few_rows
+from actvar_kernels.triton_backend.tuned_choices import tuned_conv3x3
 from actvar_kernels.triton_backend.tuning_table import (
     SCHEDULES,
     AttentionEntry,
@@ -245,6 +247,52 @@ def test_a_block_is_timed_launched_late_and_early(monkeypatch):
     assert tune.early_launch_is_faster(found)
     assert not tune.early_launch_is_faster([*found, tune.LaunchTimes("d16", 8, 2.0, 3.5)])
     assert not tune.early_launch_is_faster([])
+
+
+@needs_virtual_gpu
+def test_a_dense_block_is_timed_in_seven_and_in_five_launches(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    times, tried = iter([3.0, 2.0] * 4 + [2.0, 3.0]), []
+    monkeypatch.setattr(tune, "random_inputs", empty_inputs)
+    with torch.no_grad(), virtual_gpu(90) as gpu:
+
+        def time(run) -> float:
+            gpu.launches.clear()
+            run()
+            tried.append(sum(launch.launches for launch in gpu.launches))
+            return next(times)
+
+        models = ["d16", "d36"]  # whose rows are wider than a program takes
+        found = list(tune.measure_few_rows(models, [1, 4], torch.bfloat16, torch.device("cuda"), time))
+    assert tried == [7, 5] * 5
+    assert [entry.rows for entry in found] == [2, 8, 18, 32, 50]
+    assert found[1] == FEW_ROWS._replace(milliseconds=2.0)
+    assert found[4] == FEW_ROWS._replace(rows=50, fused=0, milliseconds=2.0)
+
+
+@needs_virtual_gpu
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        pytest.param((2, 4), True, id="the shape of an entry"),
+        pytest.param((14, 1), True, id="less than twice as many rows"),
+        pytest.param((2, 20), False, id="nearer to another entry"),
+        pytest.param((2, 1), False, id="less than half: no entry"),
+        pytest.param((2, 4, 1280), False, id="another width"),
+    ],
+)
+def test_blocks_take_the_entry_with_the_nearest_rows(call: tuple, expected: bool, tmp_path: Path, monkeypatch):
+    R, L, C = (*call, 1024)[:3]
+    with virtual_gpu(90):
+        x = torch.empty(R, L, C, dtype=torch.bfloat16, device="cuda")
+        monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+        assert not few_rows_pay(x, 4 * C)
+        write_table(TABLE, tmp_path / "tuned.json")
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "tuned.json"))
+        assert few_rows_pay(x, 4 * C) == expected
+        with using_few_rows(not expected):
+            assert few_rows_pay(x, 4 * C) != expected
+            assert not few_rows_pay(x.repeat(64, 1, 1), 4 * C), "as many rows are never few"
 
 
 def tiles_of(images: int, fused: bool, channels: int = 320) -> int | None:
