@@ -2,8 +2,8 @@
 
 Numerics of every operation against a float64 run, in three types; CUDA graphs against eager; a block with and without
 early launches; dense blocks of few rows in 5 and in 7 launches; whole models with the table of their kernels; the
-decoder's convolutions by shape; tiles of attention; times of the operations. Operations need only torch and Triton; the others also what the package depends on. The file is
-written after every row. What does not begin within `--seconds` is left out, from the end.
+decoder's convolutions by shape; tiles of attention; times of the operations. Operations need only torch and Triton; the
+others also what the package depends on. The file is written after every row. What does not begin within `--seconds` is left out, from the end.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from actvar_kernels import linear, set_backend
 from actvar_kernels.backend import why_not_in_eight_bits
 from actvar_kernels.constants import FORMATS
-from actvar_kernels.operations.inputs import random_inputs
 from actvar_kernels.linear.few_rows import MOST_CHANNELS, MOST_ROWS
+from actvar_kernels.operations.inputs import random_inputs
 from actvar_kernels.operations.shapes import BlockShape, dense_scales, last_scale
 from actvar_kernels.tools.block_step import block_step, dense_block_step
 from actvar_kernels.triton_backend.attention_tiles import candidates, using_attention_tiles

@@ -127,9 +127,7 @@ def norm_linear_tiles(
     return FewRowsTiles(tile, 64 if wide else 32, step, warps, warps, stages)
 
 
-def linear_residual_tiles(
-    arch: int, dtype: torch.dtype, rows: int, outputs: int, multiprocessors: int
-) -> FewRowsTiles:
+def linear_residual_tiles(arch: int, dtype: torch.dtype, rows: int, outputs: int, multiprocessors: int) -> FewRowsTiles:
     """Return the tiles of a product ahead of a residual; arguments are those of `norm_linear_tiles`."""
     if dtype == torch.float32:
         return FewRowsTiles(16, 16, 64, parts=4, warps=4, stages=3)

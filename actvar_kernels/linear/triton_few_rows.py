@@ -37,9 +37,7 @@ def norm_linear(
     (R, L, C), D = x.shape, weight.shape[0]
     x, scale, shift = channels_last(x, scale, shift)
     out = x.new_empty(R, L, D)
-    tile = norm_linear_tiles(
-        tiles.architecture(x), tiles.is_amd(x), x.dtype, R * L, C, D, tiles.multiprocessors(x)
-    )
+    tile = norm_linear_tiles(tiles.architecture(x), tiles.is_amd(x), x.dtype, R * L, C, D, tiles.multiprocessors(x))
     _norm_linear[(triton.cdiv(D, tile.columns), triton.cdiv(R * L, tile.rows))](
         x,
         scale,

@@ -111,7 +111,10 @@ def test_the_rows_are_rounded_before_the_product_as_those_of_a_norm_are() -> Non
 def test_views_give_what_copies_give() -> None:
     x, scale, shift, weight, bias = normed(2, 4, 64, 40)
     h, _, _, rows, gamma = added(2, 4, 64, 40)
-    expected = norm_linear(x, scale.clone(), shift.clone(), weight, bias), residual(h, weight, bias, rows, gamma.clone())
+    expected = (
+        norm_linear(x, scale.clone(), shift.clone(), weight, bias),
+        residual(h, weight, bias, rows, gamma.clone()),
+    )
     wide_x, wide_h, wide_rows = (torch.cat((t * torch.nan, t, t * torch.nan), dim=1)[:, 4:8] for t in (x, h, rows))
     turned = weight.t().contiguous().t()
     assert torch.equal(norm_linear(wide_x, scale, shift, turned, bias), expected[0])

@@ -102,7 +102,14 @@ def test_a_bad_kernel_for_amd_is_a_failure(monkeypatch, run, fault):
         (lambda: torch.zeros(1, device="cuda"), "launched no Triton kernel"),
         (broken, "TypeError: last line"),
     ],
-    ids=["spills", "too much shared memory", "waits for its loads", "so do products side by side", "another backend", "does not compile"],
+    ids=[
+        "spills",
+        "too much shared memory",
+        "waits for its loads",
+        "so do products side by side",
+        "another backend",
+        "does not compile",
+    ],
 )
 def test_a_bad_kernel_is_a_failure_that_says_why(monkeypatch, run, fault):
     (row,) = checked(monkeypatch, 80, run)
@@ -125,7 +132,8 @@ def test_the_cases_call_every_operation():
 def has_triton_kernel(exported: object) -> bool:
     """Return whether an exported name is an operation with a Triton kernel in its folder."""
     folder, _, file = getattr(exported, "__module__", "").rpartition(".")
-    is_operation = callable(exported) and not isinstance(exported, type) and file in ("op", "linears", "few_rows", "codes")
+    files = ("op", "linears", "few_rows", "codes")
+    is_operation = callable(exported) and not isinstance(exported, type) and file in files
     kernel = "triton_kernel" if file == "op" else f"triton_{file}"
     return is_operation and importlib.util.find_spec(f"{folder}.{kernel}") is not None
 

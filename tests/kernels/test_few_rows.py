@@ -84,6 +84,7 @@ def test_a_dense_block_takes_5_launches_where_rows_are_few() -> None:
     assert others == 15 * [5]
     assert counts[1:5] == 4 * [16 * [5]]
     assert counts[5:] == 5 * [dense]
+    assert sum(map(sum, counts)) == 967, "without few rows 1,132"
     names = ["_norm_linear", "_attention", "_linear_residual", "_norm_linear", "_linear_residual"]
     assert [launch.name for launch in run.steps[1].blocks[3]] == names
     assert all(launch.kernel.early for step in run.steps[:5] for launch in step.blocks[3])

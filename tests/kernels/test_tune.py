@@ -84,7 +84,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path):
 BAD = {
     "no object": (
         [],
-        "expected an object with device, capability, triton, expert_ffn, conv3x3, attention, few_rows, early_launch, got list",
+        "expected an object with device, capability, triton, expert_ffn, .*, few_rows, early_launch, got list",
     ),
     "a field too few": ({"device": "x"}, "got device"),
     "a field too many": (content(more=1), "got attention, capability, .*, expert_ffn, few_rows, more, triton"),
