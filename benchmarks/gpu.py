@@ -3,7 +3,8 @@
 Numerics of every operation against a float64 run, in three types; CUDA graphs against eager; a block with and without
 early launches; dense blocks of few rows in 5 and in 7 launches; whole models with the table of their kernels; the
 decoder's convolutions by shape; tiles of attention; times of the operations. Operations need only torch and Triton; the
-others also what the package depends on. The file is written after every row. What does not begin within `--seconds` is left out, from the end.
+others also what the package depends on. The file is written after every row. What does not begin within `--seconds` is
+left out, from the end.
 """
 
 from __future__ import annotations
