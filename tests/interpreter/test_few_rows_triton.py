@@ -184,7 +184,7 @@ ALL_ON = ActVARConfig(token_rates=(1, 1), ffn_rate=1)
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the tokens of blocks that ran in 5 launches, as they run; no image is decoded."""
+    """Return the tokens of blocks that ran in 5 launches, as they run; no image is decoded, and tiles are large."""
     tokens: list[int] = []
     run = block.dense_block_of_few_rows
 
@@ -192,13 +192,16 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         tokens.append(scale.tokens)
         return run(self, x, sample, scale, call)
 
+    tile = FewRowsTiles(rows=16, columns=64, step=64, parts=4, warps=4, stages=1)
+    monkeypatch.setattr(triton_few_rows, "norm_linear_tiles", lambda *_: tile)
+    monkeypatch.setattr(triton_few_rows, "linear_residual_tiles", lambda *_: tile._replace(step=256))
     monkeypatch.setattr(VQVAE, "fhat_to_img", lambda vae, f_hat: f_hat)
     monkeypatch.setattr(block, "dense_block_of_few_rows", counted)
     return tokens
 
 
 def rows_of_blocks(var: VAR) -> list[Tensor]:
-    """Return the features of two images, and what the last block returns at every scale, or the others' too."""
+    """Return what the last block returns at every scale, and the features of two images at the end."""
     found: list[Tensor] = []
     run = type(var).run_blocks
     with pytest.MonkeyPatch.context() as patch:
