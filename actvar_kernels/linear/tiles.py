@@ -86,6 +86,7 @@ class FewRowsTiles(NamedTuple):
         parts: parts of a sum, each of which a warp or a part of one adds up.
         warps: warps of a program.
         stages: pipeline stages.
+        registers: as in `ProductTiles`.
     """
 
     rows: int
@@ -94,6 +95,7 @@ class FewRowsTiles(NamedTuple):
     parts: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 BUSY = 0.4
@@ -124,7 +126,9 @@ def norm_linear_tiles(
     tile, step = (8, 8) if small and block > 1024 else (16, 16)
     wide = cdiv(outputs, 64) * cdiv(rows, tile) >= BUSY * multiprocessors
     stages = 1 if amd else 3 if arch in (90, 100) else 2
-    return FewRowsTiles(tile, 64 if wide else 32, step, warps, warps, stages)
+    # two programs of 8 warps share a multiprocessor; on sm_100 the compiler would spill to let them
+    registers = None if amd or arch == 100 else 128
+    return FewRowsTiles(tile, 64 if wide else 32, step, warps, warps, stages, registers)
 
 
 def linear_residual_tiles(arch: int, dtype: torch.dtype, rows: int, outputs: int, multiprocessors: int) -> FewRowsTiles:

@@ -11,7 +11,7 @@ import triton.language as tl
 from actvar_kernels.constants import NORM_EPS
 from actvar_kernels.linear.tiles import linear_residual_tiles, norm_linear_tiles
 from actvar_kernels.triton_backend import tiles
-from actvar_kernels.triton_backend.early_launch import begin, early_launch
+from actvar_kernels.triton_backend.early_launch import begin, early_launch, fetch_ahead
 from actvar_kernels.triton_backend.products import gelu
 from actvar_kernels.triton_backend.rows import channels_last
 
@@ -60,6 +60,7 @@ def norm_linear(
         PARTS=tile.parts,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **tiles.most_registers(tile.registers),
         **early_launch(x),
     )
     return out
@@ -129,6 +130,7 @@ def _norm_linear(
     PDL: tl.constexpr,
 ):
     """Normalise a tile of rows, and multiply it with `COLUMNS` columns of the weight, `BLOCK_D` at a time."""
+    fetch_ahead(weight_ptr, tl.program_id(0) * COLUMNS, D - 1, COLUMNS, C, PDL)
     begin(PDL)
     row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     sequence, token = (tl.minimum(row, T - 1) // length).to(tl.int64), (tl.minimum(row, T - 1) % length).to(tl.int64)
@@ -178,6 +180,7 @@ def _linear_residual(
     PDL: tl.constexpr,
 ):
     """Multiply a tile of rows with some columns of the weight, and add the product, times the gate, to rows of x."""
+    fetch_ahead(weight_ptr, tl.program_id(0) * BLOCK_C, C - 1, BLOCK_C, D, PDL)
     begin(PDL)
     row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     sequence, token = (tl.minimum(row, T - 1) // length).to(tl.int64), (tl.minimum(row, T - 1) % length).to(tl.int64)

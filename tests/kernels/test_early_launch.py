@@ -101,9 +101,11 @@ def test_every_kernel_that_may_be_launched_early_begins_with_the_wait():
     for path in Path(actvar_kernels.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef) and "PDL" in {argument.arg for argument in node.args.args}:
-                if node.name == "begin":
+                if node.name in ("begin", "fetch_ahead"):
                     continue
-                first = node.body[1] if ast.get_docstring(node) else node.body[0]
+                first, *rest = node.body[1:] if ast.get_docstring(node) else node.body
+                if ast.unparse(first).startswith("fetch_ahead(weight_ptr, "):
+                    first, *_ = rest
                 assert ast.unparse(first) == "begin(PDL)", f"{path}: {node.name}"
                 kernels += 1
     assert kernels == 16

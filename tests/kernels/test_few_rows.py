@@ -18,7 +18,9 @@ from support.recorded_launches import cuda, recorded
 
 from actvar.config import DENSE
 from actvar_kernels.linear.tiles import linear_residual_tiles, norm_linear_tiles
+from actvar_kernels.tools import compile_check
 from actvar_kernels.tools.virtual import why_unavailable
+from actvar_kernels.tools.virtual.resources import resources
 from actvar_kernels.triton_backend.early_launch import using_early_launch
 from actvar_kernels.triton_backend.few_rows import using_few_rows
 from actvar_kernels.triton_backend.tiles import RDNA
@@ -87,7 +89,14 @@ def test_a_dense_block_takes_5_launches_where_rows_are_few() -> None:
     assert sum(map(sum, counts)) == 967, "without few rows 1,132"
     names = ["_norm_linear", "_attention", "_linear_residual", "_norm_linear", "_linear_residual"]
     assert [launch.name for launch in run.steps[1].blocks[3]] == names
-    assert all(launch.kernel.early for step in run.steps[:5] for launch in step.blocks[3])
+    launches = [launch for step in run.steps[:5] for launch in step.blocks[3]]
+    assert all(launch.kernel.early for launch in launches)
+    for launch in launches:
+        before = resources(launch.kernel).before_wait
+        assert before is not None
+        fetches = launch.name != "_attention"
+        assert (before["CCTL.E.PF2"] > 0) == fetches, "weights are asked for before the wait, and read behind it"
+        assert [*compile_check.faults(launch.kernel)] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
