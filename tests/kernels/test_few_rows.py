@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.helpers import make_tiny_var, sample
@@ -18,7 +20,10 @@ from support.recorded_launches import cuda, recorded
 
 from actvar.config import DENSE
 from actvar_kernels.linear.tiles import linear_residual_tiles, norm_linear_tiles
+from actvar_kernels.operations.inputs import random_inputs
+from actvar_kernels.operations.shapes import BlockShape, dense_scales
 from actvar_kernels.tools import compile_check
+from actvar_kernels.tools.block_step import dense_block_step
 from actvar_kernels.tools.virtual import why_unavailable
 from actvar_kernels.tools.virtual.resources import resources
 from actvar_kernels.triton_backend.early_launch import using_early_launch
@@ -57,6 +62,23 @@ def test_on_the_cpu_no_block_asks_for_them(monkeypatch) -> None:
     monkeypatch.setattr(layer_calls, "few_rows_pay", lambda *_, **__: pytest.fail("a block on the CPU asked"))
     with using_few_rows(True):
         assert torch.equal(sample(var), expected)
+
+
+@pytest.mark.parametrize("cached", [0, 5])
+def test_the_block_that_is_timed_in_5_and_in_7_launches_is_the_same(cached: int) -> None:
+    inputs = random_inputs(BlockShape(2, 4, 4, cached, 128), torch.float64, "cpu")
+    gamma1, gamma2, *others = inputs.modulation
+    inputs = replace(inputs, update=torch.zeros_like(inputs.update))  # so that the input is x whatever its gate
+    without_ffn = replace(inputs, modulation=(gamma1, torch.zeros_like(gamma2), *others))
+    with using_backend("reference"):
+        added = dense_block_step(inputs, few=True)() - dense_block_step(without_ffn, few=True)()
+        torch.testing.assert_close(added, gamma2 * dense_block_step(inputs, few=False)())
+
+
+def test_few_rows_are_those_of_the_first_scales() -> None:
+    found = [(shape.rows, shape.tokens, shape.keep, shape.cached) for shape in dense_scales("d16", 1, 64)]
+    assert found == [(2, 1, 1, 0), (2, 4, 4, 1), (2, 9, 9, 5), (2, 16, 16, 14), (2, 25, 25, 30)]
+    assert dense_scales("d16", 64, 64) == []
 
 
 @needs_virtual_gpu
