@@ -104,6 +104,11 @@ SMALL_SHARED_MEMORY = (86, 89, 120)
 """Architectures with 99 KiB of it for a program, where others of NVIDIA have 163 and more."""
 
 
+def normed_block(channels: int) -> int:
+    """Return the power of two of channels that are normalised at once, in which each of 4 warps has 16 at least."""
+    return max(64, next_power_of_2(channels))
+
+
 def norm_linear_tiles(
     arch: int, amd: bool, dtype: torch.dtype, rows: int, channels: int, outputs: int, multiprocessors: int
 ) -> FewRowsTiles:
@@ -118,7 +123,7 @@ def norm_linear_tiles(
         outputs: columns of the result.
         multiprocessors: number of them on the GPU.
     """
-    block = next_power_of_2(channels)
+    block = normed_block(channels)
     warps = max(4, block // 128)
     if dtype == torch.float32:
         return FewRowsTiles(4, 32, 4, max(warps, block // 16), warps, stages=1 if amd else 2)

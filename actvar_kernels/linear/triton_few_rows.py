@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from actvar_kernels.constants import NORM_EPS
-from actvar_kernels.linear.tiles import linear_residual_tiles, norm_linear_tiles
+from actvar_kernels.linear.tiles import linear_residual_tiles, norm_linear_tiles, normed_block
 from actvar_kernels.triton_backend import tiles
 from actvar_kernels.triton_backend.early_launch import begin, early_launch, fetch_ahead
 from actvar_kernels.triton_backend.products import gelu
@@ -56,7 +56,7 @@ def norm_linear(
         COLUMNS=tile.columns,
         BLOCK_T=tile.rows,
         BLOCK_D=tile.step,
-        BLOCK_C=triton.next_power_of_2(C),
+        BLOCK_C=normed_block(C),
         PARTS=tile.parts,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -148,7 +148,7 @@ def _norm_linear(
 
     for step in range(0, COLUMNS, BLOCK_D):
         column = tl.program_id(0) * COLUMNS + step + tl.arange(0, BLOCK_D)
-        columns = weight_ptr + (tl.minimum(column, D - 1) * C)[None, :, None]
+        columns = weight_ptr + (tl.minimum(column, D - 1).to(tl.int64) * C)[None, :, None]
         weight = tl.load(columns + channel, mask=inside, other=0.0)  # [PARTS, BLOCK_D, BLOCK_C / PARTS]
         y = tl.sum(tl.dot(u, tl.permute(weight, (0, 2, 1)), input_precision="ieee"), axis=0)
         y += tl.load(bias_ptr + tl.minimum(column, D - 1)).to(tl.float32)[None, :]
@@ -187,7 +187,7 @@ def _linear_residual(
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     hidden = _parts(PARTS, BLOCK_D // PARTS)
     rows = h_ptr + (sequence * h_strides[0] + token * h_strides[1])[None, :, None] + hidden
-    columns = weight_ptr + (tl.minimum(column, C - 1) * D)[None, :, None] + hidden
+    columns = weight_ptr + (tl.minimum(column, C - 1).to(tl.int64) * D)[None, :, None] + hidden
     sums = tl.zeros((PARTS, BLOCK_T, BLOCK_C), tl.float32)
     for k in range(0, D, BLOCK_D):
         if D % BLOCK_D == 0:

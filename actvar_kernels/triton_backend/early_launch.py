@@ -91,7 +91,7 @@ def fetch_ahead(ptr, first, last, ROWS: tl.constexpr, LENGTH: tl.constexpr, PDL:
     if PDL:
         LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth  # numbers of a line of 128 bytes
         LINES: tl.constexpr = triton.next_power_of_2((LENGTH + LINE - 1) // LINE)
-        row = tl.minimum(first + tl.arange(0, ROWS), last)[:, None]
+        row = tl.minimum(first + tl.arange(0, ROWS), last).to(tl.int64)[:, None]
         lines = ptr + row * LENGTH + tl.minimum(tl.arange(0, LINES) * LINE, LENGTH - 1)[None, :]
         # Triton knows assembly with a result alone
         tl.inline_asm_elementwise(

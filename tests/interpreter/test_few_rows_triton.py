@@ -31,6 +31,7 @@ from actvar_kernels.triton_backend.row_form import NormedRows
 DTYPES = [torch.float32, torch.float16]
 SHAPES = [
     (1, 1, 64, 48),
+    (3, 2, 20, 24),
     (2, 1, 72, 33),
     (1, 7, 130, 70),
     (2, 9, 192, 100),
