@@ -17,10 +17,12 @@ from actvar_kernels.conv3x3.op import conv3x3
 from actvar_kernels.expert_ffn.op import expert_ffn, expert_ffn_scatter
 from actvar_kernels.expert_ffn.static import static_ffn
 from actvar_kernels.group_norm.op import add_residual, add_residual_moments, group_norm_silu
+from actvar_kernels.linear.few_rows import linear_residual, norm_linear
 from actvar_kernels.linear.linears import linears
 from actvar_kernels.linear.op import linear, linear_once
 from actvar_kernels.linear.products import gelu_linear
 from actvar_kernels.residual_norm.op import Residual, Routed, add_normalize, add_normalize_route
+from actvar_kernels.residual_norm.reference import Gated
 from actvar_kernels.rotary.op import rotate_heads
 from actvar_kernels.routing.op import route_experts
 from actvar_kernels.scatter.op import scatter_rows
@@ -30,6 +32,7 @@ from actvar_kernels.token_select.op import Selection, normalize_modulate, select
 
 __all__ = [
     "BackendUnavailableError",
+    "Gated",
     "Residual",
     "Routed",
     "Selection",
@@ -49,7 +52,9 @@ __all__ = [
     "group_norm_silu",
     "linear",
     "linear_once",
+    "linear_residual",
     "linears",
+    "norm_linear",
     "normalize_modulate",
     "rotate_heads",
     "route_experts",

@@ -1,9 +1,10 @@
 """Measure everything that needs a GPU, in one command and one file: `python -m benchmarks.gpu --json gpu.json`.
 
 Numerics of every operation against a float64 run, in three types; CUDA graphs against eager; a block with and without
-early launches; whole models with the table of their kernels; the decoder's convolutions by shape; tiles of attention;
-times of the operations. Operations need only torch and Triton; the others also what the package depends on. The file is
-written after every row. What does not begin within `--seconds` is left out, from the end.
+early launches; dense blocks of few rows in 5 and in 7 launches; whole models with the table of their kernels; the
+decoder's convolutions by shape; tiles of attention; times of the operations. Operations need only torch and Triton; the
+others also what the package depends on. The file is written after every row. What does not begin within `--seconds` is
+left out, from the end.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -28,15 +30,16 @@ from torch.nn import functional as F
 from actvar_kernels import linear, set_backend
 from actvar_kernels.backend import why_not_in_eight_bits
 from actvar_kernels.constants import FORMATS
+from actvar_kernels.linear.few_rows import MOST_CHANNELS, MOST_ROWS
 from actvar_kernels.operations.inputs import random_inputs
-from actvar_kernels.operations.shapes import BlockShape, last_scale
-from actvar_kernels.tools.block_step import block_step
+from actvar_kernels.operations.shapes import BlockShape, dense_scales, last_scale
+from actvar_kernels.tools.block_step import block_step, dense_block_step
 from actvar_kernels.triton_backend.attention_tiles import candidates, using_attention_tiles
 from actvar_kernels.triton_backend.early_launch import using_early_launch
 from actvar_kernels.triton_backend.tiles import architecture
 from benchmarks.operations import allowed_error, operations
 
-SECTIONS = ("numerics", "graphs", "launches", "models", "convolutions", "attention", "times")
+SECTIONS = ("numerics", "graphs", "launches", "few_rows", "models", "convolutions", "attention", "times")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REPLAYS = 20
 """Runs of a block in a row, so that launches of one run meet those of the next."""
@@ -64,6 +67,7 @@ def main() -> int:
         "numerics": lambda: chain(numerics(), eight_bit_numerics()),
         "graphs": graphs,
         "launches": lambda: launches(options.models, options.batches),
+        "few_rows": lambda: few_rows(options.models, options.batches),
         "models": lambda: models(options.models, options.batches, options.public_var),
         "convolutions": lambda: decoder_convolutions(options.batches),
         "attention": lambda: attention(options.models, options.batches),
@@ -209,6 +213,37 @@ def launches(names: list[str], batches: list[int]) -> Iterator[dict]:
                     row[f"{label}_ms"] = milliseconds("triton", run)
                 inputs.x.copy_(before)
             yield row | {"passed": torch.equal(*results)}
+
+
+@torch.no_grad()
+def few_rows(names: list[str], batches: list[int]) -> Iterator[dict]:
+    """Yield milliseconds of dense blocks of few rows in 7 and in 5 launches, and how far the latter are from float64.
+
+    A row passes if the error is that of PyTorch's plain code, and a replayed CUDA graph gives the bits of the eager
+    call. On sm_90 and newer both are timed launched early as well.
+    """
+    early_ways = (False, True) if torch.cuda.get_device_capability() >= (9, 0) else (False,)
+    for model in names:
+        for batch in batches:
+            for shape in dense_scales(model, batch, MOST_ROWS):
+                if shape.width > MOST_CHANNELS:
+                    continue
+                inputs = random_inputs(shape, torch.bfloat16, "cuda")
+                truth = on("reference", dense_block_step(inputs.to(torch.float64), few=True))
+                run = dense_block_step(inputs, few=True)
+                found, plain = on("triton", run), on("reference", run)
+                error, allowed = ((result.double() - truth).abs().max().item() for result in (found, plain))
+                row = {"model": model, "batch": batch, "side": math.isqrt(shape.tokens), "error": error}
+                passed = error <= allowed_error(allowed, torch.bfloat16)
+                for early in early_ways:
+                    with using_early_launch(early):
+                        replay, captured = captured_call(run)
+                        replay()
+                        passed &= torch.equal(captured, found)
+                        for launches, few in ((7, False), (5, True)):
+                            name = f"{launches}{' early' if early else ''}_ms"
+                            row[name] = milliseconds("triton", dense_block_step(inputs, few))
+                yield row | {"reference_error": allowed, "passed": passed}
 
 
 @torch.no_grad()

@@ -177,12 +177,12 @@ def add(path: Path, rows: Iterable[Result]) -> None:
 def gpu_rows(report: dict) -> list[Result]:
     """Return rows of the times in a report of `benchmarks.gpu`, and of launches and times of every kernel by name.
 
-    A report of an earlier commit may have no early launches and no tiles of attention.
+    A report of an earlier commit may have no early launches, no blocks of few rows and no tiles of attention.
 
     Raises:
         ValueError: operations whose numerics disagreed.
     """
-    checked = (row for name in ("numerics", "graphs", "launches") for row in report.get(name, []))
+    checked = (row for name in ("numerics", "graphs", "launches", "few_rows") for row in report.get(name, []))
     failed = {row.get("operation", "a block") for row in checked if not row.get("passed", True)}
     if failed:
         raise ValueError(f"expected numerics that agree, got failures of {', '.join(sorted(failed))}; not reported")
@@ -201,6 +201,12 @@ def gpu_rows(report: dict) -> list[Result]:
         else:
             for when in ("late", "early"):
                 add_row(shape, f"triton, launched {when}", "a block of the last scale", row[f"{when}_ms"])
+    for row in report.get("few_rows", []):
+        shape = Shape(row["model"], row["batch"], "bf16", 1.0, row["side"])
+        for name in (name for name in row if name.endswith("_ms")):
+            launches, *early = name.removesuffix("_ms").split()
+            provider = f"triton, {launches} launches{', early' if early else ''}"
+            add_row(shape, provider, "a dense block", row[name])
     for row in (*report["times"], *(row for row in report["models"] if "skipped" not in row)):
         shape = Shape(row["model"], row["batch"], "bf16", 0.75, SIZES[row["model"]].sides[-1])
         if "operation" in row:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from actvar.families.drawing import Drawing
 from actvar.families.kv_cache import Cache
-from actvar_kernels.residual_norm.reference import AdaLN
+from actvar_kernels.residual_norm.reference import AdaLN, Gated
+from actvar_kernels.triton_backend.row_form import NormedRows
 
 OnScale = Callable[[int, Any, Tensor], None]
 """Called after every scale of a sample with three arguments.
@@ -134,6 +135,8 @@ class Family(Drawing, Protocol):
     """True where the mixin can sample on with the conditional rows alone, once the blocks return no others."""
     takes_eight_bits: bool
     """True where `project` and `attention_output` multiply in eight bits if `block.actvar.quantized` says so."""
+    takes_few_rows: bool
+    """True where `project` takes `NormedRows`, and the family has `attention_added` and `ffn_added`."""
     hands_on: bool
     """True where the model's own loop gives a block what the block before returned, and looks at it in no other way."""
     has_between: bool
@@ -294,6 +297,27 @@ class Family(Drawing, Protocol):
 
     def attention_output(self, block: Any, out: Tensor) -> Tensor:
         """Return `out` `[R, K, C]`, the joined heads, after the linear layer that follows attention."""
+        ...
+
+    def four_layers(self, block: Any) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return weight and bias of a block's linear layers: into attention, out of it, and both of the FFN.
+
+        Called where `takes_few_rows` is True and no kernel is kept from reading them.
+        """
+        ...
+
+    def attention_added(self, block: Any, out: Tensor, onto: Gated) -> Tensor:
+        """Return `onto.rows + onto.gamma * attention_output(block, out)` from one launch, see `linear_residual`.
+
+        Called where `takes_few_rows` is True.
+        """
+        ...
+
+    def ffn_added(self, block: Any, u: NormedRows, onto: Gated) -> Tensor:
+        """Return `onto.rows + onto.gamma * dense_ffn` of rows that are not normalised yet, from two launches.
+
+        Called where `takes_few_rows` is True.
+        """
         ...
 
     def between_norm(self, block: Any, rows: int) -> AdaLN:

@@ -13,8 +13,9 @@ from actvar.families.base import BlockCall, OnScale, Rows, Sizes
 from actvar.families.conditions import Conditions
 from actvar.models.vqvae import without_decoder
 from actvar.utils.class_swap import own_class
-from actvar_kernels.residual_norm.reference import AdaLN
+from actvar_kernels.residual_norm.reference import AdaLN, Gated
 from actvar_kernels.situation import are_plain
+from actvar_kernels.triton_backend.row_form import NormedRows
 
 
 class BaseFamily:
@@ -23,6 +24,7 @@ class BaseFamily:
     leaves_out_guidance = False
     hands_on = False
     takes_eight_bits = False
+    takes_few_rows = False
     draws_from_texts = False
     default_cfg = 1.5
     has_between = False
@@ -125,6 +127,18 @@ class BaseFamily:
 
     def called_attention(self, block: Any, u: Tensor, mask: Tensor | None, at: Rows, call: BlockCall) -> Tensor:
         """Refuse: the family's `parts_called` never names the attention."""
+        raise NotImplementedError
+
+    def four_layers(self, block: Any) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Refuse: `takes_few_rows` is False."""
+        raise NotImplementedError
+
+    def attention_added(self, block: Any, out: Tensor, onto: Gated) -> Tensor:
+        """Refuse: `takes_few_rows` is False."""
+        raise NotImplementedError
+
+    def ffn_added(self, block: Any, u: NormedRows, onto: Gated) -> Tensor:
+        """Refuse: `takes_few_rows` is False."""
         raise NotImplementedError
 
     def between_norm(self, block: Any, rows: int) -> AdaLN:

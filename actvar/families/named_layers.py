@@ -19,9 +19,10 @@ from actvar.families.defaults import BaseFamily
 from actvar.families.kv_cache import AttentionCache
 from actvar.families.layers import class_with_forward, is_known
 from actvar.utils.wrappers import unwrapped
-from actvar_kernels import choose_fused, expert_ffn, gelu_linear, linear
+from actvar_kernels import Gated, choose_fused, expert_ffn, gelu_linear, linear, linear_residual, norm_linear
 from actvar_kernels.constants import NORM_EPS
 from actvar_kernels.cpu_backend.packing import once_on_gpu
+from actvar_kernels.triton_backend.row_form import NormedRows
 
 SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
@@ -30,6 +31,7 @@ class NamedLayersFamily(BaseFamily):
     """Answer for blocks with the public names; a family inherits it and adds its own."""
 
     takes_eight_bits = True
+    takes_few_rows = True
     hidden_axes: Mapping[str, int] = {"ffn.fc1.weight": 0, "ffn.fc1.bias": 0, "ffn.fc2.weight": 1}
 
     def attention(self, block: Any) -> Any:
@@ -97,6 +99,19 @@ class NamedLayersFamily(BaseFamily):
         if not u.is_cuda or torch.is_grad_enabled() or u.dtype != fc1_weight.dtype or torch.is_autocast_enabled("cuda"):
             return block.ffn(u)
         return F.linear(gelu_linear(u.flatten(0, 1), fc1_weight, fc1_bias), fc2_weight, fc2_bias).view_as(u)
+
+    def four_layers(self, block: Any) -> tuple[tuple[Tensor, Tensor], ...]:
+        attention, (fc1_weight, fc1_bias, fc2_weight, fc2_bias) = self.attention(block), self.ffn_weights(block)
+        around = (attention.mat_qkv.weight, attention.q_bias), (attention.proj.weight, attention.proj.bias)
+        return *around, (fc1_weight, fc1_bias), (fc2_weight, fc2_bias)
+
+    def attention_added(self, block: Any, out: Tensor, onto: Gated) -> Tensor:
+        proj = self.attention(block).proj
+        return linear_residual(out, proj.weight, proj.bias, onto)
+
+    def ffn_added(self, block: Any, u: NormedRows, onto: Gated) -> Tensor:
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = self.ffn_weights(block)
+        return linear_residual(norm_linear(*u, fc1_weight, fc1_bias, with_gelu=True), fc2_weight, fc2_bias, onto)
 
     def ffn_module(self, block: Any) -> Any:
         return block.ffn

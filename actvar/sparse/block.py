@@ -13,7 +13,7 @@ from actvar.families.base import ATTENTION, NORM, BlockCall, Rows
 from actvar.families.kv_cache import Cache
 from actvar.sparse.block_cache import SampleState
 from actvar.sparse.block_state import BlockState
-from actvar.sparse.layer_calls import first_experts, quantized_ffn
+from actvar.sparse.layer_calls import first_experts, quantized_ffn, takes_few_rows
 from actvar.sparse.passes import Pass, computing_again
 from actvar.sparse.record import BlockRecord
 from actvar.sparse.schedule import Scale
@@ -21,6 +21,7 @@ from actvar.sparse.selection import selected
 from actvar.sparse.teacher_forcing import teacher_forced_block
 from actvar.utils.weight_override import own_weights
 from actvar_kernels import (
+    Gated,
     Residual,
     add_normalize,
     add_normalize_route,
@@ -31,7 +32,7 @@ from actvar_kernels import (
     subset_attention,
 )
 from actvar_kernels.backend import REFERENCE, Backend
-from actvar_kernels.triton_backend.row_form import RowForm, values_of
+from actvar_kernels.triton_backend.row_form import NormedRows, RowForm, values_of
 
 
 class ActVARBlock(nn.Module):
@@ -144,6 +145,8 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
     x, dtype = call.x, family.layer_dtype(block)
     form = _form_of(block, x, dtype)
     deferred = shared.take_deferred(x)
+    if takes_few_rows(block, x, scale, backend):
+        return dense_block_of_few_rows(block, x if deferred is None else deferred, sample, scale, call)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = sample.modulation
     index = scores = base = mask = logits = None
 
@@ -192,6 +195,32 @@ def block_at_scale(block: ActVARBlock, call: BlockCall, scale: Scale, backend: B
     return x
 
 
+def dense_block_of_few_rows(
+    block: ActVARBlock, x: Tensor | Residual, sample: SampleState, scale: Scale, call: BlockCall
+) -> Tensor:
+    """Run one scale in 5 launches: both norms ahead of a product, and both residuals behind one, in its launch.
+
+    Args:
+        block: a patched block.
+        x: the input `[R, L, C]`, or what the block before left to the first norm, which then is a launch of its own.
+        sample: the values that the block computes once per sample.
+        scale: the scale of the rows.
+        call: arguments of the block.
+
+    Returns:
+        `[R, L, C]`, with no residual left.
+    """
+    family = block.actvar.family
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = sample.modulation
+    if isinstance(x, Residual):
+        x, u = add_normalize(x.x, None, x.update, x.gamma, scale1, shift1)
+    else:
+        u = NormedRows(x, scale1, shift1)
+    at = Rows(scale.start, scale.tokens, None)
+    x = attend(block, u, u, sample, scale, True, at, call, onto=Gated(x, gamma1))
+    return family.ffn_added(block, NormedRows(x, scale2, shift2), Gated(x, gamma2))
+
+
 def _form_of(block: ActVARBlock, x: Tensor, dtype: torch.dtype | None) -> RowForm | None:
     """Return the form in which the layers of a block take rows after a norm; None for that of the residual stream.
 
@@ -237,6 +266,7 @@ def attend(
     fused: bool,
     at: Rows,
     call: BlockCall,
+    onto: Gated | None = None,
 ) -> Tensor:
     """Return attention of rows over the K/V cache and their own scale, projected: `[R, K, C]`.
 
@@ -251,6 +281,7 @@ def attend(
         fused: whether kernels run.
         at: positions of the rows `u`.
         call: arguments of the block.
+        onto: rows that the result is added to, times their gate; None: it is returned.
     """
     state = block.actvar
     family, cache = state.family, state.family.cache(block)
@@ -272,4 +303,6 @@ def attend(
         cache.write(keys, values)  # pyright: ignore[reportArgumentType]  # keep_cache gives tensors
     if fused:
         state.cache.keep(block, sample, scale)
+    if onto is not None:
+        return family.attention_added(block, out, onto)
     return family.attention_output(block, out)

@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
+from actvar.families.base import MODULATION
 from actvar.sparse.schedule import Scale
 from actvar_kernels import choose_fused, expert_ffn, static_ffn
+from actvar_kernels.backend import Backend
+from actvar_kernels.linear.few_rows import few_rows_pay
 from actvar_kernels.triton_backend.row_form import ByteRows
 
 
@@ -33,3 +36,27 @@ def first_experts(block: Any, u: torch.Tensor | ByteRows, scale: Scale) -> torch
     """Return the output `[R, K, C]` of the first experts for rows `u` `[R, K, C]` of a scale with static experts."""
     experts, weights = block.actvar.shared.config.num_experts, block.actvar.family.ffn_weights(block)
     return static_ffn(u, scale.experts, experts, *weights, quantized=block.actvar.quantized)
+
+
+def takes_few_rows(block: Any, x: torch.Tensor, scale: Scale, backend: Backend) -> bool:
+    """Return whether a block runs in 5 launches: it is dense, and a measured table says so for as few rows.
+
+    Kernels read all of its layers, in the dtype of the rows, without gradients, autocast or a compiler.
+
+    Args:
+        block: a patched block.
+        x: rows of the residual stream, `[R, L, C]`.
+        scale: the scale of the rows.
+        backend: what the block runs on.
+    """
+    state = block.actvar
+    family = state.family
+    if scale.active or backend.name != "triton" or state.quantized is not None or not family.takes_few_rows:
+        return False
+    if family.has_between or state.called.keys() - {MODULATION} or torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    layers = family.four_layers(block)
+    one_dtype = all(tensor.dtype == x.dtype for layer in layers for tensor in layer)
+    return one_dtype and few_rows_pay(x, hidden=len(layers[2][1]))

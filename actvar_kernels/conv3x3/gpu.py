@@ -121,7 +121,7 @@ def measured_tiles(x: torch.Tensor, weight: torch.Tensor, fused: bool) -> ConvTi
     computes_as_stored = cpu.computed_dtype(x) == x.dtype and x.dtype in KERNEL_DTYPES
     if not computes_as_stored or not takes(x) or situation(x, weight) != DIRECT:
         return None
-    from actvar_kernels.triton_backend.tuning_table import tuned_conv3x3
+    from actvar_kernels.triton_backend.tuned_choices import tuned_conv3x3
 
     return tuned_conv3x3(x, weight.shape[0], fused)
 

@@ -21,7 +21,7 @@ from actvar_kernels.residual_norm.reference import Residual
 from actvar_kernels.triton_backend import tiles
 from actvar_kernels.triton_backend.early_launch import begin, early_launch
 from actvar_kernels.triton_backend.products import add_product, gelu, load_columns, row_pointers, store_product
-from actvar_kernels.triton_backend.tuning_table import tuned_expert_ffn
+from actvar_kernels.triton_backend.tuned_choices import tuned_expert_ffn
 
 
 def expert_ffn(u: torch.Tensor, mask: torch.Tensor, weights: FFNWeights) -> torch.Tensor:

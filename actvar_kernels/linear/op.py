@@ -9,12 +9,16 @@ from actvar_kernels.backend import choose, choose_eight_bits
 from actvar_kernels.cpu_backend import brgemm, cpu
 from actvar_kernels.linear import cpu_brgemm, cpu_kernel
 from actvar_kernels.linear.eight_bits import multiply, quantize_rows
+from actvar_kernels.linear.few_rows import norm_linear
 from actvar_kernels.linear.quantized import quantized_linear
-from actvar_kernels.triton_backend.row_form import ByteRows
+from actvar_kernels.triton_backend.row_form import ByteRows, NormedRows
 
 
 def linear(
-    x: torch.Tensor | ByteRows, weight: torch.Tensor, bias: torch.Tensor, quantized: torch.dtype | None = None
+    x: torch.Tensor | ByteRows | NormedRows,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    quantized: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return `x @ weight.T + bias`.
 
@@ -22,7 +26,7 @@ def linear(
     takes PyTorch's products where the processor has tiles of them (AMX). Otherwise the product is PyTorch's.
 
     Args:
-        x: `[..., C]`, floating-point; or such rows in eight bits, on Triton.
+        x: `[..., C]`, floating-point; or such rows in eight bits, on Triton; or rows that `norm_linear` takes.
         weight: `[D, C]` in x's dtype, or in any under autocast. The copy stays as long as this tensor. A change of its
             version, address or dtype is seen; after others (through `.data`, by fused optimizers) call `actvar.refresh`
             on its module.
@@ -35,6 +39,8 @@ def linear(
     Raises:
         BackendUnavailableError: see `actvar_kernels.set_backend`, and `backend.choose_eight_bits`.
     """
+    if isinstance(x, NormedRows):
+        return norm_linear(*x, weight, bias)
     if isinstance(x, ByteRows):
         backend = choose_eight_bits("linear", x.values.dtype, x.scales, weight, bias)
         return multiply(x, weight, bias, with_gelu=False, recorded=backend.recorded)

@@ -87,3 +87,14 @@ def last_scale(model: str, batch: int, rate: float = 0.75) -> BlockShape:
     """
     scale = SIZES[model].active_scales(rate)[1]
     return BlockShape(2 * batch, *scale, SIZES[model].width, active=share(rate, EXPERTS))
+
+
+def dense_scales(model: str, batch: int, most_rows: int) -> list[BlockShape]:
+    """Return the scales of a model with up to `most_rows` rows of all sequences, two an image, and every token kept."""
+    width, sides = SIZES[model]
+    counts = [side * side for side in sides]
+    shapes = (
+        BlockShape(2 * batch, count, count, sum(counts[:index]), width, active=EXPERTS)
+        for index, count in enumerate(counts)
+    )
+    return [shape for shape in shapes if shape.rows * shape.tokens <= most_rows]

@@ -37,6 +37,18 @@ class Residual(NamedTuple):
         return (rows + self.gamma * self.update).to(self.x.dtype)
 
 
+class Gated(NamedTuple):
+    """Name the rows that the output of a layer is added to, and the gate that it is multiplied with.
+
+    Attributes:
+        rows: `[R, K, C]`, floating-point.
+        gamma: `[R, 1, C]`, floating-point.
+    """
+
+    rows: torch.Tensor
+    gamma: torch.Tensor
+
+
 def add_normalize(
     x: torch.Tensor,
     index: torch.Tensor | None,

@@ -13,7 +13,7 @@ import triton.language as tl
 from actvar_kernels.triton_backend.attention_tiles import attention_tiles
 from actvar_kernels.triton_backend.early_launch import begin, early_launch
 from actvar_kernels.triton_backend.tiles import architecture
-from actvar_kernels.triton_backend.tuning_table import tuned_attention
+from actvar_kernels.triton_backend.tuned_choices import tuned_attention
 
 
 def subset_attention(

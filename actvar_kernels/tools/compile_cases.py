@@ -13,13 +13,15 @@ from actvar_kernels.backend import why_not_in_eight_bits
 from actvar_kernels.constants import FORMATS
 from actvar_kernels.conv3x3.codes import add_codes
 from actvar_kernels.conv3x3.triton_kernel import conv3x3 as triton_conv3x3
+from actvar_kernels.linear.few_rows import MOST_CHANNELS, MOST_ROWS, linear_residual, norm_linear
 from actvar_kernels.linear.linears import linears
 from actvar_kernels.linear.op import linear
 from actvar_kernels.operations import table
 from actvar_kernels.operations.inputs import BlockInputs, empty_inputs
-from actvar_kernels.operations.shapes import INFINITY, INFINITY_HEAD_DIM, MODELS, VOCABULARY, BlockShape
+from actvar_kernels.operations.shapes import INFINITY, INFINITY_HEAD_DIM, MODELS, VOCABULARY, BlockShape, dense_scales
 from actvar_kernels.operations.table import Call, Operation, expert_ffn_scatter_arguments
 from actvar_kernels.residual_norm.op import add_normalize, add_normalize_route
+from actvar_kernels.residual_norm.reference import Gated
 from actvar_kernels.rotary.op import rotate_heads
 from actvar_kernels.token_select.op import normalize_modulate, select_tokens
 from actvar_kernels.triton_backend.attention_tiles import AttentionTiles, using_attention_tiles
@@ -46,6 +48,7 @@ def cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
         yield from _calls(table.BLOCK, inputs)
         yield from _eight_bit_cases(inputs)
     yield from _early_cases([*_calls(table.BLOCK, inputs), *_eight_bit_cases(inputs)], inputs, batch)
+    yield from _few_rows_cases(model, batch, dtype)
     yield "linears of the conditions", functools.partial(_all_modulations, inputs.u)
     yield from _tuned_cases(inputs, dtype)
     yield from _sampling_cases(batch, last.tokens)
@@ -69,6 +72,29 @@ def _infinity_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
     found += _eight_bit_cases(inputs)
     yield from found
     yield from _early_cases(found, inputs, batch)
+
+
+def _few_rows_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
+    """Yield the linear layers of a dense block with the norm ahead or the residual behind, for fewest and most rows."""
+    shapes = dense_scales(model, batch, MOST_ROWS)
+    for shape in (*shapes[:1], *shapes[-1:]):
+        if shape.width > MOST_CHANNELS:
+            continue
+        inputs = empty_inputs(shape, dtype, "cuda")
+        gamma, _, _, scale, _, shift = inputs.modulation
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = inputs.ffn
+        C, rows, onto = shape.width, shape.rows * shape.tokens, Gated(inputs.rows, gamma)
+        hidden = inputs.u.new_empty(*inputs.u.shape[:2], 4 * C)
+        x, into, out_of = (inputs.x, scale, shift), (fc1_weight[: 3 * C], fc1_bias[: 3 * C]), (fc1_weight[:C], fc2_bias)
+        calls = [
+            ("norm_linear", functools.partial(norm_linear, *x, *into)),
+            ("norm_linear with GELU", functools.partial(norm_linear, *x, fc1_weight, fc1_bias, with_gelu=True)),
+            ("linear_residual", functools.partial(linear_residual, inputs.u, *out_of, onto)),
+            ("linear_residual behind the FFN", functools.partial(linear_residual, hidden, fc2_weight, fc2_bias, onto)),
+        ]
+        named = [(f"{name} of {rows} rows", call) for name, call in calls]
+        yield from named
+        yield from _early_cases(named, inputs, batch)
 
 
 def _early_cases(calls: Iterable[tuple[str, Call]], inputs: BlockInputs, batch: int) -> Cases:

@@ -40,8 +40,11 @@ AMD_ARCHITECTURES = ("gfx942", "gfx1100")
 AMD_PRODUCTS = ("v_mfma", "v_wmma")
 ASYNCHRONOUS_COPIES = ("LDGSTS", "UTMALDG")
 # What a kernel that is launched early may not do before its wait: touch global memory, end, or jump to who knows where.
-_TOO_EARLY = re.compile("(LD|ST)G?|ATOMG?|RED|REDG|LDGSTS|UTMA.*|UBLK.*|CCTL.*|BRX|JM.*|EXIT|PREEXIT")
-_PRODUCT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \*")
+# It may ask for lines in L2 (CCTL.E.PF2), which reads and writes nothing.
+_TOO_EARLY = re.compile(r"(LD|ST)G?|ATOMG?|RED|REDG|LDGSTS|UTMA.*|UBLK.*|CCTL(?!\.E\.PF2).*|BRX|JM.*|EXIT|PREEXIT")
+# A product, or products side by side in a loop. Outside of one those are a router's, whose weights are read once.
+_PRODUCT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x([a-z]\w*)> \*")
+_PRODUCTS = re.compile(r"^ {6,}%.* = tt\.dot .*: tensor<\d+x(\d+)x\d+x([a-z]\w*)> \*", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,8 @@ def faults(kernel: CompiledKernel) -> Iterator[str]:
     if kernel.shared > limit:
         yield f"{kernel.shared} bytes of shared memory, of {limit}"
     yield from _early_faults(kernel.early, found)
-    rows = [int(rows) for rows, dtype in _PRODUCT.findall(kernel.ttir) if dtype in ("f16", "bf16", "i8", "f8E4M3FN")]
+    products = [*_PRODUCT.findall(kernel.ttir), *_PRODUCTS.findall(kernel.ttir)]
+    rows = [int(rows) for rows, dtype in products if dtype in ("f16", "bf16", "i8", "f8E4M3FN")]
     if rows and kernel.assembly is not None:
         if not any(name.startswith(AMD_PRODUCTS) for name in found.instructions):
             yield f"none of {', '.join(AMD_PRODUCTS)}"

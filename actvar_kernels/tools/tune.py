@@ -1,4 +1,4 @@
-"""Time schedules, tiles, convolutions and early launches on this GPU, and write the fastest to a table.
+"""Time schedules, tiles, convolutions and launches on this GPU, and write the fastest to a table.
 
     python -m actvar_kernels.tools.tune --models d16 --out tuned.json
     ACTVAR_TUNED=tuned.json actvar sample ...
@@ -24,9 +24,11 @@ from tqdm import tqdm
 
 from actvar_kernels import add_residual_moments, expert_ffn_scatter, route_experts, subset_attention
 from actvar_kernels.conv3x3 import gpu, triton_kernel
+from actvar_kernels.cpu_backend.table_file import ENVIRONMENT_VARIABLE
+from actvar_kernels.linear.few_rows import MOST_CHANNELS, MOST_ROWS
 from actvar_kernels.operations.inputs import random_inputs
-from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, DTYPES, EXPERTS, HEAD_DIM, MODELS, last_scale
-from actvar_kernels.tools.block_step import block_step
+from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, DTYPES, EXPERTS, HEAD_DIM, MODELS, dense_scales, last_scale
+from actvar_kernels.tools.block_step import block_step, dense_block_step
 from actvar_kernels.tools.compile_check import LineParser
 from actvar_kernels.triton_backend import attention_tiles, tiles
 from actvar_kernels.triton_backend.attention_tiles import using_attention_tiles
@@ -34,12 +36,12 @@ from actvar_kernels.triton_backend.conv_tiles import candidates
 from actvar_kernels.triton_backend.early_launch import using_early_launch
 from actvar_kernels.triton_backend.tiles import expert_ffn_candidates, using_expert_tiles
 from actvar_kernels.triton_backend.tuning_table import (
-    ENVIRONMENT_VARIABLE,
     FIRST_WITH_EARLY_LAUNCH,
     SCHEDULES,
     AttentionEntry,
     ConvEntry,
     Entry,
+    FewRowsEntry,
     Table,
     write_table,
 )
@@ -62,8 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
         calls = attention_calls(options.models, options.batches)
         attention = tuple(measure_attention(calls, dtype, device, milliseconds))
         launches = list(measure_launches(options.models, options.batches, dtype, device, milliseconds))
+        early = early_launch_is_faster(launches)
+        with using_early_launch(early):
+            few_rows = tuple(measure_few_rows(options.models, options.batches, dtype, device, milliseconds))
     name, capability = torch.cuda.get_device_name(device), _capability(device)
-    measured = entries, convolutions, attention, int(early_launch_is_faster(launches))
+    measured = entries, convolutions, attention, few_rows, int(early)
     write_table(Table(name, capability, triton.__version__, *measured), options.out)
     for entry in entries:
         tile = f"{entry.rows} x {entry.columns}"
@@ -76,6 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
     for entry in attention:
         size = f"{entry.heads:5d} heads, {entry.queries} x {entry.keys}"
         print(f"{size}  {entry.tile_queries} x {entry.tile_keys} a tile {entry.milliseconds:8.3f} ms")
+    for entry in few_rows:
+        way = "5 launches" if entry.fused else "7 launches"
+        print(f"{entry.rows:6d} x {entry.channels:4d}  a dense block in {way} {entry.milliseconds:8.3f} ms")
     for model, batch, late, early in launches:
         print(f"a block of {model}, batch {batch}: {late:.3f} ms, {early:.3f} ms launched early")
     print(f"{options.out}: use it by {ENVIRONMENT_VARIABLE}={options.out}")
@@ -279,6 +287,28 @@ def measure_launches(
 def early_launch_is_faster(times: list[LaunchTimes]) -> bool:
     """Return whether early launches take less time in the geometric mean over models and batches."""
     return sum(math.log(early / late) for _, _, late, early in times) < 0
+
+
+def measure_few_rows(
+    models: list[str],
+    batches: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    time: Callable[[Callable], float],
+) -> Iterator[FewRowsEntry]:
+    """Yield the fastest way to run a dense block of each width and number of rows, where rows are few."""
+    shapes = {
+        (shape.width, shape.rows * shape.tokens): shape
+        for model in models
+        for batch in batches
+        for shape in dense_scales(model, batch, MOST_ROWS)
+        if shape.width <= MOST_CHANNELS
+    }
+    name = str(dtype).removeprefix("torch.")
+    for (width, rows), shape in tqdm(sorted(shapes.items()), desc="few rows", leave=False):
+        inputs = random_inputs(shape, dtype, device)
+        seven, five = (time(dense_block_step(inputs, few)) for few in (False, True))
+        yield FewRowsEntry(name, width, len(inputs.ffn[1]), rows, int(five < seven), round(min(seven, five), 6))
 
 
 def _call(tokens: int, channels: int, dtype: torch.dtype, device: torch.device) -> Callable[[str], torch.Tensor]:

@@ -6,7 +6,7 @@ kernel is. `griddepcontrol.wait` blocks until all grids that the kernel depends 
 visible (PTX ISA, "Parallel Synchronization and Communication Instructions: griddepcontrol").
 
 Every kernel that takes `PDL` calls `begin` as its first statement, in every program, before it touches global memory.
-So three rules hold:
+Only `fetch_ahead` may stand before it. So three rules hold:
 
 1. It reads nothing that the kernel ahead has yet to write, and writes nothing that the kernel ahead has yet to read.
 2. The same is true of all earlier kernels. A kernel with `PDL` ends only after its own wait, hence after the kernel
@@ -15,7 +15,9 @@ So three rules hold:
    this one have begun, and on sm_100 have taken their tensor memory, which they do before the wait.
 
 PyTorch's own kernels, copies and the ends of CUDA graphs are launched without `PDL`, and wait as ever. Weights are read
-after the wait as well: a kernel that was launched just before may have converted or changed them.
+after the wait as well: a kernel that was launched just before may have converted or changed them. `fetch_ahead` reads
+nothing. It asks for weights in the L2 cache, through which all accesses of global memory go: what an earlier kernel
+still writes is written there, and found there after the wait.
 """
 
 # Triton adds `tl.extra.cuda` when it finds its backends.
@@ -30,7 +32,8 @@ import triton.language as tl
 
 from actvar_kernels.triton_backend.forced import Forced
 from actvar_kernels.triton_backend.tiles import architecture
-from actvar_kernels.triton_backend.tuning_table import FIRST_WITH_EARLY_LAUNCH, tuned_early_launch
+from actvar_kernels.triton_backend.tuned_choices import tuned_early_launch
+from actvar_kernels.triton_backend.tuning_table import FIRST_WITH_EARLY_LAUNCH
 
 
 def early_launch(tensor: torch.Tensor) -> dict[str, bool]:
@@ -74,3 +77,23 @@ def begin(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def fetch_ahead(ptr, first, last, ROWS: tl.constexpr, LENGTH: tl.constexpr, PDL: tl.constexpr):
+    """Ask for rows of a matrix of weights in the L2 cache while the kernels ahead run; without `PDL` this is no code.
+
+    Args:
+        ptr: the matrix, whose rows have `LENGTH` numbers.
+        first: the first of `ROWS` rows.
+        last: the last row that there is.
+    """
+    if PDL:
+        LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth  # numbers of a line of 128 bytes
+        LINES: tl.constexpr = triton.next_power_of_2((LENGTH + LINE - 1) // LINE)
+        row = tl.minimum(first + tl.arange(0, ROWS), last).to(tl.int64)[:, None]
+        lines = ptr + row * LENGTH + tl.minimum(tl.arange(0, LINES) * LINE, LENGTH - 1)[None, :]
+        # Triton knows assembly with a result alone
+        tl.inline_asm_elementwise(
+            "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+        )

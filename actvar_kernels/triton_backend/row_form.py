@@ -46,6 +46,19 @@ class ByteRows(NamedTuple):
     dtype: torch.dtype
 
 
+class NormedRows(NamedTuple):
+    """Stand for `LN(x) * (1 + scale) + shift`, rows that the layer which reads them makes in its launch.
+
+    Attributes:
+        x: `[R, L, C]`, float32, float16 or bfloat16.
+        scale, shift: `[R, 1, C]`, float32, float16 or bfloat16.
+    """
+
+    x: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+
 def values_of(rows: torch.Tensor | ByteRows) -> torch.Tensor:
     """Return the numbers of rows, of whatever dtype they are."""
     return rows.values if isinstance(rows, ByteRows) else rows

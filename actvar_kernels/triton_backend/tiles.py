@@ -35,6 +35,11 @@ def architecture(tensor: torch.Tensor) -> int:
     return max((known for known in ARCHITECTURES if known <= target.arch), default=80)
 
 
+def is_amd(tensor: torch.Tensor) -> bool:
+    """Return whether `tensor` is on a GPU of AMD."""
+    return tensor.is_cuda and cast(Any, triton.runtime.driver.active).get_current_target().backend == "hip"
+
+
 def multiprocessors(tensor: torch.Tensor) -> int:
     """Return the number of multiprocessors of the GPU that `tensor` is on; in Triton's interpreter that of an A100."""
     if not tensor.is_cuda:

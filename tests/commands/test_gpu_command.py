@@ -82,6 +82,9 @@ def test_early_launches_and_tiles_of_attention_become_rows():
     assert found["triton, launched late", "a block of the last scale"] == 3
     assert found["triton, launched early", "a block of the last scale"] == 2
     assert found["triton, 128 x 64", "subset_attention"] == 6
+    report["few_rows"] = [of | {"side": 2, "7_ms": [3, 4, 5], "5 early_ms": [2, 3, 4], "passed": True}]
+    found = {(row.provider, row.side): row.p50 for row in results.gpu_rows(report) if row.operation == "a dense block"}
+    assert found == {("triton, 7 launches", 2): 4, ("triton, 5 launches, early", 2): 3}
     report["launches"][0]["passed"] = False
     with pytest.raises(ValueError, match="got failures of a block"):
         results.gpu_rows(report)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 import actvar_kernels
+from actvar_kernels.linear import triton_few_rows
+from actvar_kernels.linear.tiles import FewRowsTiles
 from actvar_kernels.operations import shapes
 from actvar_kernels.tools import compile_cases, compile_check
 from actvar_kernels.tools.compile_check import Job, Row, check, main
@@ -39,6 +41,14 @@ def product(M: int, N: int, block: int, stages: int, warps: int, dtype: torch.dt
     a, b = torch.empty(M, 512, dtype=dtype, device="cuda"), torch.empty(512, N, dtype=dtype, device="cuda")
     c = torch.empty(M, N, device="cuda")
     product_kernel[(1,)](a, b, c, 512, M=M, N=N, BLOCK=block, STAGES=stages, num_warps=warps)
+
+
+def products_side_by_side(stages: int) -> None:
+    x, weight = (torch.empty(*sizes, dtype=torch.bfloat16, device="cuda") for sizes in ((1, 2, 512), (64, 512)))
+    tile = FewRowsTiles(rows=16, columns=32, step=16, parts=4, warps=4, stages=stages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_few_rows, "norm_linear_tiles", lambda *_: tile)
+        triton_few_rows.norm_linear(x, x[:, :1], x[:, :1], weight, weight[:, 0], with_gelu=False)
 
 
 def broken() -> None:
@@ -88,10 +98,18 @@ def test_a_bad_kernel_for_amd_is_a_failure(monkeypatch, run, fault):
         (lambda: product(128, 128, 16, stages=2, warps=1), r"spills \d+ bytes per thread"),
         (lambda: product(128, 128, 128, stages=4, warps=8), r"\d+ bytes of shared memory, of 166912"),
         (lambda: product(64, 64, 64, stages=1, warps=4), "no asynchronous copy in the main loop"),
+        (lambda: products_side_by_side(stages=1), "no asynchronous copy in the main loop"),
         (lambda: torch.zeros(1, device="cuda"), "launched no Triton kernel"),
         (broken, "TypeError: last line"),
     ],
-    ids=["spills", "too much shared memory", "waits for its loads", "another backend", "does not compile"],
+    ids=[
+        "spills",
+        "too much shared memory",
+        "waits for its loads",
+        "so do products side by side",
+        "another backend",
+        "does not compile",
+    ],
 )
 def test_a_bad_kernel_is_a_failure_that_says_why(monkeypatch, run, fault):
     (row,) = checked(monkeypatch, 80, run)
@@ -114,7 +132,8 @@ def test_the_cases_call_every_operation():
 def has_triton_kernel(exported: object) -> bool:
     """Return whether an exported name is an operation with a Triton kernel in its folder."""
     folder, _, file = getattr(exported, "__module__", "").rpartition(".")
-    is_operation = callable(exported) and not isinstance(exported, type) and file in ("op", "linears", "codes")
+    files = ("op", "linears", "few_rows", "codes")
+    is_operation = callable(exported) and not isinstance(exported, type) and file in files
     kernel = "triton_kernel" if file == "op" else f"triton_{file}"
     return is_operation and importlib.util.find_spec(f"{folder}.{kernel}") is not None
 

@@ -27,7 +27,7 @@ from actvar_kernels.backend import using_backend
 from actvar_kernels.conv3x3.codes import reference as codes_added
 from actvar_kernels.linear.linears import reference as layers_alone
 from actvar_kernels.token_draw import public
-from benchmarks.gpu import eight_bit_numerics, graphs, launches, numerics
+from benchmarks.gpu import eight_bit_numerics, few_rows, graphs, launches, numerics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,7 +35,16 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("check", [numerics, eight_bit_numerics, graphs, lambda: launches(["d16", "d30"], [1, 8])])
+@pytest.mark.parametrize(
+    "check",
+    [
+        numerics,
+        eight_bit_numerics,
+        graphs,
+        lambda: launches(["d16", "d30"], [1, 8]),
+        lambda: few_rows(["d16", "d30"], [1, 8]),
+    ],
+)
 def test_every_operation_on_the_gpu(check):
     rows = list(check())
     assert rows

@@ -13,25 +13,29 @@ pytest.importorskip("triton")
 from actvar_kernels import subset_attention
 from actvar_kernels.backend import using_backend
 from actvar_kernels.conv3x3.op import conv3x3
+from actvar_kernels.cpu_backend.table_file import ENVIRONMENT_VARIABLE
+from actvar_kernels.linear.few_rows import few_rows_pay
 from actvar_kernels.operations.inputs import empty_inputs
 from actvar_kernels.tools import tune
 from actvar_kernels.tools.virtual import virtual_gpu, why_unavailable
+from actvar_kernels.triton_backend.few_rows import using_few_rows
 from actvar_kernels.triton_backend.tiles import expert_ffn_candidates
+from actvar_kernels.triton_backend.tuned_choices import tuned_conv3x3
 from actvar_kernels.triton_backend.tuning_table import (
-    ENVIRONMENT_VARIABLE,
     SCHEDULES,
     AttentionEntry,
     ConvEntry,
     Entry,
+    FewRowsEntry,
     Table,
     read_table,
-    tuned_conv3x3,
     write_table,
 )
 
 ENTRY = Entry("bfloat16", 384, 1024, 256, "tile_list", 64, 64, 0.02)
 CONVOLUTION = ConvEntry("bfloat16", 32, 32, 320, 160, 0, 8, 128, 0.03)
 CONVOLUTIONS = (CONVOLUTION, CONVOLUTION._replace(images=64, pixels=64), CONVOLUTION._replace(fused=1, pixels=0))
+FEW_ROWS = FewRowsEntry("bfloat16", 1024, 4096, 8, 1, 0.02)
 ATTENTION = AttentionEntry("bfloat16", 64, 192, 574, 32, 128, 32, 0.04)
 TABLE = Table(
     "NVIDIA H100 80GB HBM3",
@@ -40,10 +44,11 @@ TABLE = Table(
     (ENTRY, ENTRY._replace(tokens=3072, rows=128, columns=256)),
     CONVOLUTIONS,
     (ATTENTION, ATTENTION._replace(heads=256, tile_queries=64, tile_keys=64)),
+    (FEW_ROWS, FEW_ROWS._replace(rows=50, fused=0)),
     early_launch=1,
 )
 
-LISTS = ("expert_ffn", "conv3x3", "attention")
+LISTS = ("expert_ffn", "conv3x3", "attention", "few_rows")
 
 needs_virtual_gpu = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
 
@@ -61,6 +66,10 @@ def convolutions(**changes) -> dict:
     return content(conv3x3=[CONVOLUTION._asdict() | changes])
 
 
+def few_rows(**changes) -> dict:
+    return content(few_rows=[FEW_ROWS._asdict() | changes])
+
+
 def attention(**changes) -> dict:
     return content(attention=[ATTENTION._asdict() | changes])
 
@@ -75,10 +84,10 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path):
 BAD = {
     "no object": (
         [],
-        "expected an object with device, capability, triton, expert_ffn, conv3x3, attention, early_launch, got list",
+        "expected an object with device, capability, triton, expert_ffn, .*, few_rows, early_launch, got list",
     ),
     "a field too few": ({"device": "x"}, "got device"),
-    "a field too many": (content(more=1), "got attention, capability, .*, expert_ffn, more, triton"),
+    "a field too many": (content(more=1), "got attention, capability, .*, expert_ffn, few_rows, more, triton"),
     "a capability that is not supported": (content(capability=75), "capability: expected one of 80"),
     "a capability as text": (content(capability="90"), "capability: got '90'"),
     "entries that are none": (content(expert_ffn={}), "expert_ffn: got {}"),
@@ -99,6 +108,9 @@ BAD = {
         r"tile_queries, tile_keys: .*\(128, 32\)\], got \(128, 16\)",
     ),
     "attention twice": (content(attention=[ATTENTION._asdict()] * 2), "attention: expected one entry"),
+    "a block without rows": (few_rows(rows=0), r"few_rows\[0\]: expected channels, hidden and rows above 0"),
+    "a block by half": (few_rows(fused=2), "fused: expected 0 or 1, got 2"),
+    "a block twice": (content(few_rows=[FEW_ROWS._asdict()] * 2), "few_rows: expected one entry"),
     "early launches by half": (content(early_launch=2), "early_launch: expected 0 or 1 on sm_90, got 2"),
     "early launches of an older GPU": (
         Table("A100", 80, "3.7.1", (), early_launch=1)._asdict() | {name: [] for name in LISTS},
@@ -235,6 +247,52 @@ def test_a_block_is_timed_launched_late_and_early(monkeypatch):
     assert tune.early_launch_is_faster(found)
     assert not tune.early_launch_is_faster([*found, tune.LaunchTimes("d16", 8, 2.0, 3.5)])
     assert not tune.early_launch_is_faster([])
+
+
+@needs_virtual_gpu
+def test_a_dense_block_is_timed_in_seven_and_in_five_launches(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    times, tried = iter([3.0, 2.0] * 4 + [2.0, 3.0]), []
+    monkeypatch.setattr(tune, "random_inputs", empty_inputs)
+    with torch.no_grad(), virtual_gpu(90) as gpu:
+
+        def time(run) -> float:
+            gpu.launches.clear()
+            run()
+            tried.append(sum(launch.launches for launch in gpu.launches))
+            return next(times)
+
+        models = ["d16", "d36"]  # whose rows are wider than a program takes
+        found = list(tune.measure_few_rows(models, [1, 4], torch.bfloat16, torch.device("cuda"), time))
+    assert tried == [7, 5] * 5
+    assert [entry.rows for entry in found] == [2, 8, 18, 32, 50]
+    assert found[1] == FEW_ROWS._replace(milliseconds=2.0)
+    assert found[4] == FEW_ROWS._replace(rows=50, fused=0, milliseconds=2.0)
+
+
+@needs_virtual_gpu
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        pytest.param((2, 4), True, id="the shape of an entry"),
+        pytest.param((14, 1), True, id="less than twice as many rows"),
+        pytest.param((2, 20), False, id="nearer to another entry"),
+        pytest.param((2, 1), False, id="less than half: no entry"),
+        pytest.param((2, 4, 1280), False, id="another width"),
+    ],
+)
+def test_blocks_take_the_entry_with_the_nearest_rows(call: tuple, expected: bool, tmp_path: Path, monkeypatch):
+    R, L, C = (*call, 1024)[:3]
+    with virtual_gpu(90):
+        x = torch.empty(R, L, C, dtype=torch.bfloat16, device="cuda")
+        monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+        assert not few_rows_pay(x, 4 * C)
+        write_table(TABLE, tmp_path / "tuned.json")
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "tuned.json"))
+        assert few_rows_pay(x, 4 * C) == expected
+        with using_few_rows(not expected):
+            assert few_rows_pay(x, 4 * C) != expected
+            assert not few_rows_pay(x.repeat(64, 1, 1), 4 * C), "as many rows are never few"
 
 
 def tiles_of(images: int, fused: bool, channels: int = 320) -> int | None:

@@ -176,6 +176,11 @@ def _linears(a: Arguments, _share: Share) -> Cost:
     return Cost(moved, 2 * rows * sum(map(math.prod, (weight.shape for weight in weights))), x.dtype)
 
 
+def _few_rows(a: Arguments, _share: Share) -> Cost:
+    weight, rows = a["weight_ptr"], math.ceil(a["T"] / a["BLOCK_T"]) * a["BLOCK_T"]
+    return Cost(_bytes(a), 2 * rows * math.prod(weight.shape), weight.dtype)
+
+
 def _enlarge(a: Arguments, _share: Share) -> Cost:
     codebook = a["codebook_ptr"]
     looked_up = math.prod(a["tokens_ptr"].shape) * a["C"] * codebook.dtype.itemsize
@@ -215,6 +220,8 @@ COSTS: dict[str, Callable[[Arguments, Share], Cost]] = {
     "_multiply_bytes": _multiply_bytes,
     "_conv3x3": _conv3x3,
     "_linears": _linears,
+    "_norm_linear": _few_rows,
+    "_linear_residual": _few_rows,
     "_enlarge": _enlarge,
     "_convolve_and_add": _convolve_and_add,
     "_average": _average,

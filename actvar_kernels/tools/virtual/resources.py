@@ -17,7 +17,8 @@ _WAIT = " ACQBULK "
 _TARGET = re.compile(r"`\(([^)]+)\)")
 _ENDS = re.compile(r"/\s+(BRA `|EXIT|RET)")  # without a condition, so that the next line does not follow
 _AMD_INSTRUCTION = re.compile(r"^\s+([a-z]+_[a-z0-9_]+)\b", re.MULTILINE)
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*)")
+# Of the names of a family that also changes caches, the one that asks for a line in L2 is kept whole.
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P[T\d]+\s+)?(CCTL\.E\.PF2|[A-Z][A-Z0-9_]*)")
 
 
 class Resources(NamedTuple):
