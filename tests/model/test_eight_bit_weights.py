@@ -74,18 +74,20 @@ def scale_logits(var: nn.Module) -> torch.Tensor:
 @EVERY
 @torch.no_grad()
 def test_the_reference_is_the_dense_model_with_quantized_layers(tiny_var, weights):
+    tiny_var.double()  # so that no number falls on the other side of a byte's edge
     dense = scale_logits(tiny_var)
     with mock.patch.object(F, "linear", in_blocks(tiny_var, FORMATS[weights])):
         due = scale_logits(tiny_var)
     accelerate(tiny_var, Execution(weights=weights))
     with using_backend("reference"):
         found = scale_logits(tiny_var)
-    assert (found - due).abs().max() <= 0.02 * (due - dense).abs().max()  # now and then another byte
+    assert (found - due).abs().max() <= 1e-3 * (due - dense).abs().max()
 
 
 @EVERY
 @torch.no_grad()
 def test_teacher_forcing_is_that_of_the_dense_model_with_quantized_layers(tiny_var, weights):
+    tiny_var.double()  # so that no number falls on the other side of a byte's edge
     apply_patch(tiny_var, DENSE, Execution(weights=weights))
     arguments = inputs_of(tiny_var)
     with using_backend("reference"):
@@ -94,7 +96,7 @@ def test_teacher_forcing_is_that_of_the_dense_model_with_quantized_layers(tiny_v
     dense = tiny_var(*arguments)
     with mock.patch.object(F, "linear", in_blocks(tiny_var, FORMATS[weights])):
         due = tiny_var(*arguments)
-    assert (found - due).abs().max() <= 0.02 * (due - dense).abs().max()  # now and then another byte
+    assert (found - due).abs().max() <= 1e-3 * (due - dense).abs().max()
 
 
 @needs_bytes

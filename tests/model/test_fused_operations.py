@@ -183,4 +183,4 @@ def test_launches_of_our_triton_kernels_are_counted():
 
 def test_the_table_has_a_line_for_each_way():
     table = text({"dense": {}, "accelerated": {"conv3x3": 2, "draw": 1}})
-    assert table.splitlines()[1:] == ["dense           none", "accelerated     conv3x3 2, draw 1"]
+    assert table.splitlines()[1:] == ["dense            none", "accelerated      conv3x3 2, draw 1"]
