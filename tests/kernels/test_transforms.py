@@ -202,7 +202,6 @@ def test_compiled_blocks_keep_the_registered_operators() -> None:
         return graph.forward
 
     computation, x = teacher_forced(sparse)
-    torch._dynamo.reset()
     with torch.no_grad():
         found = torch.compile(computation, backend=collect)(x)
         torch.testing.assert_close(found, computation(x), rtol=1e-3, atol=1e-3)

@@ -297,6 +297,5 @@ def test_a_compiled_block_draws_the_same_images(fields):
     apply_patch(var, ActVARConfig(**ALL, **fields))
     perturb(var)
     expected = draw(var)
-    torch._dynamo.reset()
     var.blocks[0] = torch.compile(var.blocks[0], backend="eager", dynamic=False)
     torch.testing.assert_close(draw(var), expected, atol=1e-5, rtol=0)

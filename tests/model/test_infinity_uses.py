@@ -80,7 +80,6 @@ def test_angles_do_not_depend_on_defaults(default: Callable, monkeypatch: pytest
 def test_teacher_forcing_compiles_to_one_graph(infinity: Infinity, config: ActVARConfig | None) -> None:
     if config is not None:
         apply_patch(infinity, config)
-    torch.compiler.reset()
     compiled = torch.compile(infinity, backend="eager", fullgraph=True)
     with using_backend("reference"):
         assert torch.equal(compiled(*pass_of(infinity)), infinity(*pass_of(infinity)))

@@ -290,7 +290,6 @@ def test_transforms_give_the_gradients_of_backward(make_patched, name):
 
 @pytest.mark.parametrize("compiled", ["model", "blocks"])
 def test_compiled_models_have_the_gradients_of_others(make_var, reference_backend, compiled):
-    torch._dynamo.reset()
     var = apply_patch(make_var().double(), ActVARConfig(**RATES, fixed_tokens=True)).requires_grad_(True)
 
     def of_both(run: Callable) -> dict[str, torch.Tensor]:

@@ -280,7 +280,6 @@ def test_the_last_scale_leaves_the_cache_alone(tiny_var):
 
 @pytest.mark.parametrize("compiled", ["model", pytest.param("blocks", marks=pytest.mark.slow)])
 def test_compiled_models_sample_the_same_and_can_be_patched(tiny_var, compiled):
-    torch._dynamo.reset()
     expected = sample(apply_patch(tiny_var, SPARSE))
     remove_patch(tiny_var)
     if compiled == "model":
