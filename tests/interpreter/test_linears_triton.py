@@ -18,6 +18,7 @@ from actvar_kernels.linear.linears import MOST_LAYERS, reference
 DTYPES = [torch.float32, torch.float16]
 SHAPES = [(1, 1, 64, 64), (3, 5, 72, 33), (2, 40, 130, 70), (2, 130, 64, 64)]
 """Layers, rows, inputs, outputs."""
+SMALL = dict(depth=2, width=64, patch_nums=(1, 2, 3))
 
 
 def layers(N: int, R: int, C: int, D: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list, list]:
@@ -87,7 +88,7 @@ def alone(blocks, cond):
 
 @pytest.mark.parametrize("shared_aln", [False, True], ids=["a projection each", "shared"])
 def test_a_sample_computes_adaln_of_all_blocks_at_once(joint_products, monkeypatch, shared_aln) -> None:
-    var = make_tiny_var(depth=2, shared_aln=shared_aln)
+    var = make_tiny_var(**SMALL, shared_aln=shared_aln)
     plain = sample(var)
     accelerate(var)
     asked = []
@@ -110,7 +111,7 @@ class Doubled(nn.Linear):
 
 @pytest.mark.parametrize("what", ["hook", "subclass", "early weights"])
 def test_a_projection_that_must_be_called_leaves_every_block_to_itself(joint_products, what) -> None:
-    var = make_tiny_var(depth=2)
+    var = make_tiny_var(**SMALL)
     last = var.blocks[1].ada_lin[1]
     if what == "hook":
         last.register_forward_hook(lambda layer, inputs, output: 2 * output)
@@ -123,7 +124,7 @@ def test_a_projection_that_must_be_called_leaves_every_block_to_itself(joint_pro
 
 
 def test_changed_weights_count_at_the_next_sample(joint_products) -> None:
-    var = make_tiny_var(depth=2)
+    var = make_tiny_var(**SMALL)
     accelerate(var)
     sample(var)
     for block in var.blocks:
