@@ -30,10 +30,9 @@ from torch.nn import functional as F
 from actvar_kernels import linear, set_backend
 from actvar_kernels.backend import why_not_in_eight_bits
 from actvar_kernels.constants import FORMATS
-from actvar_kernels.linear.few_rows import MOST_CHANNELS, MOST_ROWS
 from actvar_kernels.operations.inputs import random_inputs
-from actvar_kernels.operations.shapes import BlockShape, dense_scales, last_scale
-from actvar_kernels.tools.block_step import block_step, dense_block_step
+from actvar_kernels.operations.shapes import BlockShape, last_scale
+from actvar_kernels.tools.block_step import block_step, dense_block_step, scales_of_few_rows
 from actvar_kernels.triton_backend.attention_tiles import candidates, using_attention_tiles
 from actvar_kernels.triton_backend.early_launch import using_early_launch
 from actvar_kernels.triton_backend.tiles import architecture
@@ -225,9 +224,7 @@ def few_rows(names: list[str], batches: list[int]) -> Iterator[dict]:
     early_ways = (False, True) if torch.cuda.get_device_capability() >= (9, 0) else (False,)
     for model in names:
         for batch in batches:
-            for shape in dense_scales(model, batch, MOST_ROWS):
-                if shape.width > MOST_CHANNELS:
-                    continue
+            for shape in scales_of_few_rows(model, batch):
                 inputs = random_inputs(shape, torch.bfloat16, "cuda")
                 truth = on("reference", dense_block_step(inputs.to(torch.float64), few=True))
                 run = dense_block_step(inputs, few=True)

@@ -57,6 +57,6 @@ def takes_few_rows(block: Any, x: torch.Tensor, scale: Scale, backend: Backend) 
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
-    layers = family.four_layers(block)
-    one_dtype = all(tensor.dtype == x.dtype for layer in layers for tensor in layer)
-    return one_dtype and few_rows_pay(x, hidden=len(layers[2][1]))
+    if not few_rows_pay(x, hidden=len(family.ffn_weights(block)[1])):
+        return False
+    return all(tensor.dtype == x.dtype for layer in family.four_layers(block) for tensor in layer)

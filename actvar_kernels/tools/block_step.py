@@ -8,10 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from actvar_kernels.expert_ffn.op import expert_ffn_scatter
-from actvar_kernels.linear.few_rows import linear_residual, norm_linear
+from actvar_kernels.linear.few_rows import MOST_CHANNELS, MOST_ROWS, linear_residual, norm_linear
 from actvar_kernels.linear.op import linear
 from actvar_kernels.linear.products import gelu_linear
 from actvar_kernels.operations.inputs import BlockInputs
+from actvar_kernels.operations.shapes import BlockShape, dense_scales
 from actvar_kernels.residual_norm.op import add_normalize, add_normalize_route
 from actvar_kernels.residual_norm.reference import Gated, Residual
 from actvar_kernels.subset_attention.op import subset_attention
@@ -42,6 +43,11 @@ def block_step(inputs: BlockInputs) -> Callable[[], torch.Tensor]:
         return expert_ffn_scatter(x, selected.index, rows, u, mask, shape.active, *inputs.ffn, gamma=gamma2)
 
     return run
+
+
+def scales_of_few_rows(model: str, batch: int) -> list[BlockShape]:
+    """Return the scales of a model at which a dense block can take 5 launches."""
+    return [shape for shape in dense_scales(model, batch, MOST_ROWS) if shape.width <= MOST_CHANNELS]
 
 
 def dense_block_step(inputs: BlockInputs, few: bool) -> Callable[[], torch.Tensor]:

@@ -13,17 +13,18 @@ from actvar_kernels.backend import why_not_in_eight_bits
 from actvar_kernels.constants import FORMATS
 from actvar_kernels.conv3x3.codes import add_codes
 from actvar_kernels.conv3x3.triton_kernel import conv3x3 as triton_conv3x3
-from actvar_kernels.linear.few_rows import MOST_CHANNELS, MOST_ROWS, linear_residual, norm_linear
+from actvar_kernels.linear.few_rows import linear_residual, norm_linear
 from actvar_kernels.linear.linears import linears
 from actvar_kernels.linear.op import linear
 from actvar_kernels.operations import table
 from actvar_kernels.operations.inputs import BlockInputs, empty_inputs
-from actvar_kernels.operations.shapes import INFINITY, INFINITY_HEAD_DIM, MODELS, VOCABULARY, BlockShape, dense_scales
+from actvar_kernels.operations.shapes import INFINITY, INFINITY_HEAD_DIM, MODELS, VOCABULARY, BlockShape
 from actvar_kernels.operations.table import Call, Operation, expert_ffn_scatter_arguments
 from actvar_kernels.residual_norm.op import add_normalize, add_normalize_route
 from actvar_kernels.residual_norm.reference import Gated
 from actvar_kernels.rotary.op import rotate_heads
 from actvar_kernels.token_select.op import normalize_modulate, select_tokens
+from actvar_kernels.tools.block_step import scales_of_few_rows
 from actvar_kernels.triton_backend.attention_tiles import AttentionTiles, using_attention_tiles
 from actvar_kernels.triton_backend.attention_tiles import candidates as attention_candidates
 from actvar_kernels.triton_backend.conv_tiles import candidates as conv_candidates
@@ -76,10 +77,8 @@ def _infinity_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
 
 def _few_rows_cases(model: str, batch: int, dtype: torch.dtype) -> Cases:
     """Yield the linear layers of a dense block with the norm ahead or the residual behind, for fewest and most rows."""
-    shapes = dense_scales(model, batch, MOST_ROWS)
+    shapes = scales_of_few_rows(model, batch)
     for shape in (*shapes[:1], *shapes[-1:]):
-        if shape.width > MOST_CHANNELS:
-            continue
         inputs = empty_inputs(shape, dtype, "cuda")
         gamma, _, _, scale, _, shift = inputs.modulation
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = inputs.ffn

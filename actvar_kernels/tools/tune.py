@@ -25,10 +25,9 @@ from tqdm import tqdm
 from actvar_kernels import add_residual_moments, expert_ffn_scatter, route_experts, subset_attention
 from actvar_kernels.conv3x3 import gpu, triton_kernel
 from actvar_kernels.cpu_backend.table_file import ENVIRONMENT_VARIABLE
-from actvar_kernels.linear.few_rows import MOST_CHANNELS, MOST_ROWS
 from actvar_kernels.operations.inputs import random_inputs
-from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, DTYPES, EXPERTS, HEAD_DIM, MODELS, dense_scales, last_scale
-from actvar_kernels.tools.block_step import block_step, dense_block_step
+from actvar_kernels.operations.shapes import ACTIVE_EXPERTS, DTYPES, EXPERTS, HEAD_DIM, MODELS, last_scale
+from actvar_kernels.tools.block_step import block_step, dense_block_step, scales_of_few_rows
 from actvar_kernels.tools.compile_check import LineParser
 from actvar_kernels.triton_backend import attention_tiles, tiles
 from actvar_kernels.triton_backend.attention_tiles import using_attention_tiles
@@ -301,8 +300,7 @@ def measure_few_rows(
         (shape.width, shape.rows * shape.tokens): shape
         for model in models
         for batch in batches
-        for shape in dense_scales(model, batch, MOST_ROWS)
-        if shape.width <= MOST_CHANNELS
+        for shape in scales_of_few_rows(model, batch)
     }
     name = str(dtype).removeprefix("torch.")
     for (width, rows), shape in tqdm(sorted(shapes.items()), desc="few rows", leave=False):
